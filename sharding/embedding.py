@@ -1,0 +1,42 @@
+"""Rows of an embedding table that is cut over vocabulary and width, without ever gathering the table.
+
+XLA's own partitioning of this gather rematerialises the table on every device, so it is written out with collectives.
+Shapes: B batch, S positions, V vocabulary, D width; lower case = this device's share.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sharding.rules import AxisRules
+
+
+def embed_lookup(rules: AxisRules, table_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
+    """table[tokens] [B,S,D], for a table with axes (vocab, embed) and tokens with axes (act_batch, act_seq)."""
+    if not rules:
+        return table_VD[tokens_BS]
+    vocab, width = rules.mesh_axes("vocab"), rules.mesh_axes("embed")
+    batch = rules.mesh_axes("act_batch")
+    # Devices along `shared` hold other batch rows AND other columns: they look up each other's rows, then swap.
+    shared = tuple(axis for axis in width if axis in batch)
+
+    def local(table_vd, tokens_bs):
+        if shared:
+            tokens_bs = lax.all_gather(tokens_bs, shared, axis=0, tiled=True)
+        rows = tokens_bs - lax.axis_index(vocab) * table_vd.shape[0] if vocab else tokens_bs
+        mine = (rows >= 0) & (rows < table_vd.shape[0])
+        x_bsd = jnp.where(mine[..., None], table_vd[jnp.clip(rows, 0, table_vd.shape[0] - 1)], 0)
+        if vocab:
+            x_bsd = lax.psum(x_bsd, vocab)
+        if shared:
+            x_bsd = lax.all_to_all(x_bsd, shared, split_axis=0, concat_axis=2, tiled=True)
+        return x_bsd
+
+    rest = tuple(axis for axis in width if axis not in batch)
+    if rest:
+        raise ValueError(f"embed is split over {rest}, which do not split the batch; embed_lookup does not support that")
+    return jax.shard_map(
+        local,
+        in_specs=(rules.spec(("vocab", "embed")), rules.spec(("act_batch", "act_seq"))),
+        out_specs=rules.spec(("act_batch", "act_seq", "act_embed")),
+    )(table_VD, tokens_BS)

@@ -1,0 +1,201 @@
+"""Dropless expert dispatch: tokens -> rows sorted by expert -> expert function (an argument) -> tokens.
+
+Rows are laid out in blocks of `block` rows that belong to one expert each; an expert's last block is filled up with rows
+of weight 0. So a grouped matmul works on whole blocks, no token is ever dropped, and nothing depends on the imbalance.
+
+Example, 2 experts, block 2, five assignments e = [1, 0, 1, 1, 0]: rows are [#1, #4 | #0, #2 | #3, filler],
+group_sizes [2, 4], block_expert [0, 1, 1].
+
+On a mesh, tokens are gathered over the mesh axes that hold experts, every device runs its own experts on all of them, and
+the sums are scattered back. Experts' hidden width may be cut too; the partial sums are then added.
+
+Shapes: T tokens, K active experts, N = T*K assignments, P rows, D width, E experts; lower case = this device's share.
+Next file to read: v4jax/train/step.py.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sharding.rules import AxisRules
+
+
+class Groups(NamedTuple):
+    """Which rows belong to which expert.
+
+    Attributes:
+      group_sizes: int32 [E], rows of each expert, a multiple of the block size; they follow each other from row 0.
+      block_expert: int32 [P / block], the expert of each block (the last expert for blocks that are not in use).
+      blocks_in_use: int32 [], how many blocks hold rows.
+    """
+
+    group_sizes: jax.Array
+    block_expert: jax.Array
+    blocks_in_use: jax.Array
+
+
+ExpertFunction = Callable[[Any, jax.Array, jax.Array, Groups], jax.Array]
+"""(weights, x [P,D], gate [P], groups) -> y [P,D]; rows of gate 0 must give 0."""
+
+
+def apply_experts(
+    rules: AxisRules, expert: ExpertFunction, weights, axes, x_BSD: jax.Array, index_BSK: jax.Array, gate_BSK: jax.Array
+) -> jax.Array:
+    """y[b,s] = sum_k expert_{index[b,s,k]}(x[b,s], gate[b,s,k]), over all experts of the mesh.
+
+    Args:
+      expert: the expert function, called once per device with that device's experts.
+      weights: dict of arrays with the expert axis first.
+      axes: dict of their logical axis names, for example ("experts", "expert_embed", "expert_hidden").
+      x_BSD: tokens. index_BSK: int32 in [0, E). gate_BSK: weight of each assignment.
+
+    Returns:
+      y_BSD in the dtype of x.
+    """
+    num_experts = jax.tree.leaves(weights)[0].shape[0]
+    if not rules:
+        return _run(expert, weights, num_experts, x_BSD, index_BSK, gate_BSK)
+    holders = rules.mesh_axes("experts")
+    cut = rules.mesh_axes("expert_hidden")
+    tokens = rules.mesh_axes("act_batch")
+
+    def local(weights, x_bsd, index_bsk, gate_bsk):
+        weights = {name: _whole(rules, tokens, weights[name], axes[name]) for name in weights}
+        x_bsd, gate_bsk = (_vary(a, cut) for a in (x_bsd, gate_bsk))
+        index_bsk = _vary(index_bsk, cut)
+        if holders:
+            x_bsd, index_bsk, gate_bsk = (
+                lax.all_gather(a, holders, axis=0, tiled=True) for a in (x_bsd, index_bsk, gate_bsk)
+            )
+            index_bsk = index_bsk - lax.axis_index(holders) * jax.tree.leaves(weights)[0].shape[0]
+        y_bsd = _run(expert, weights, num_experts, x_bsd, index_bsk, gate_bsk)
+        if holders:
+            y_bsd = lax.psum_scatter(y_bsd, holders, scatter_dimension=0, tiled=True)
+        return lax.psum(y_bsd, cut) if cut else y_bsd
+
+    act = rules.spec(("act_batch", "act_seq", None))
+    return jax.shard_map(
+        local, in_specs=({name: rules.spec(axes[name]) for name in weights}, act, act, act), out_specs=act
+    )(weights, x_BSD, index_BSK, gate_BSK)
+
+
+def _whole(rules: AxisRules, tokens: tuple[str, ...], w: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """This device's experts with their full width: gathered over FSDP axes, marked as used by every token shard."""
+    for dim, name in enumerate(names):
+        gathered = tuple(axis for axis in rules.mesh_axes(name) if axis in tokens and name != "experts")
+        if gathered:
+            w = lax.all_gather(w, gathered, axis=dim, tiled=True)
+    return _vary(w, tokens + rules.mesh_axes("expert_hidden"))
+
+
+def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Marks `x` as differing along `axes` of the mesh, so that its gradient is summed over them."""
+    missing = tuple(axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying)
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def vary_like(x: jax.Array, reference: jax.Array) -> jax.Array:
+    """Marks `x` as differing along every mesh axis that `reference` differs along (loop carries need that)."""
+    return _vary(x, tuple(jax.typeof(reference).manual_axis_type.varying))
+
+
+def _run(expert, weights, num_experts, x_BSD, index_BSK, gate_BSK) -> jax.Array:
+    """Dispatches to the experts in `weights`; assignments outside [0, E) are other devices' and give 0."""
+    batch, seq, width = x_BSD.shape
+    here, active = jax.tree.leaves(weights)[0].shape[0], index_BSK.shape[-1]
+    assignments = batch * seq * active
+    block = _block_size(assignments, num_experts)
+    plan = _plan(index_BSK.reshape(-1), here, block)
+    x_PD = _spread(x_BSD.reshape(-1, width), plan.row // active, plan.used, plan.slot.reshape(-1, active))
+    gate_P1 = _spread(gate_BSK.reshape(-1, 1), plan.row, plan.used, plan.slot[:, None])
+    y_PD = expert(weights, x_PD, gate_P1[:, 0], plan.groups)
+    y_TD = _collect(y_PD, plan.row // active, plan.used, plan.slot.reshape(-1, active))
+    return y_TD.reshape(batch, seq, width)
+
+
+def _block_size(assignments: int, num_experts: int) -> int:
+    """Rows per block: at most half an average expert's rows, so that filling up costs little; 8 to 128."""
+    block = 128
+    while block > 8 and block * num_experts * 2 > assignments:
+        block //= 2
+    return block
+
+
+class _Plan(NamedTuple):
+    """row [P]: assignment in each row; used [P]: whether the row is real; slot [N]: row of each assignment, P if elsewhere."""
+
+    row: jax.Array
+    used: jax.Array
+    slot: jax.Array
+    groups: Groups
+
+
+def _plan(index_N: jax.Array, num_experts: int, block: int) -> _Plan:
+    """Sorts assignments by expert (stable) and lays each expert's out in whole blocks."""
+    n = index_N.shape[0]
+    blocks = -(-n // block) + num_experts
+    key_N = jnp.where((index_N >= 0) & (index_N < num_experts), index_N, num_experts).astype(jnp.int32)
+    # The second operand must be typed as device-varying, or its gradient loses a psum (jnp.argsort has that flaw).
+    iota_N = vary_like(jnp.arange(n, dtype=jnp.int32), key_N)
+    key_N, order_N = lax.sort((key_N, iota_N), num_keys=1, is_stable=True)
+    start_E = jnp.searchsorted(key_N, vary_like(jnp.arange(num_experts + 1, dtype=jnp.int32), key_N)).astype(jnp.int32)
+    count_E = start_E[1:] - start_E[:-1]
+    sizes_E = -(-count_E // block) * block
+    ends_E = jnp.cumsum(sizes_E)
+    begin_E = ends_E - sizes_E
+
+    first_row = vary_like(jnp.arange(blocks, dtype=jnp.int32), key_N) * block
+    expert_of_block = jnp.minimum(jnp.searchsorted(ends_E, first_row, side="right"), num_experts - 1).astype(jnp.int32)
+    row_P = vary_like(jnp.arange(blocks * block, dtype=jnp.int32), key_N)
+    expert_P = jnp.repeat(expert_of_block, block)
+    rank_P = row_P - begin_E[expert_P]
+    used_P = rank_P < count_E[expert_P]
+    assignment_P = jnp.where(used_P, order_N[jnp.clip(start_E[expert_P] + rank_P, 0, n - 1)], 0)
+
+    inside = key_N < num_experts
+    expert_N = jnp.minimum(key_N, num_experts - 1)
+    slot_sorted = jnp.where(inside, begin_E[expert_N] + iota_N - start_E[expert_N], blocks * block)
+    _, slot_N = lax.sort((order_N, slot_sorted), num_keys=1)
+    return _Plan(assignment_P, used_P, slot_N, Groups(sizes_E, expert_of_block, ends_E[-1] // block))
+
+
+@jax.custom_vjp
+def _spread(x_TD, token_P, used_P, slot_TK):
+    """Rows x[token] (0 where not used). Its transpose is `_collect`: both only gather, which CPUs and TPUs do well."""
+    return jnp.where(used_P[:, None], x_TD[token_P], 0)
+
+
+def _spread_fwd(x_TD, token_P, used_P, slot_TK):
+    return _spread(x_TD, token_P, used_P, slot_TK), (token_P, used_P, slot_TK)
+
+
+def _spread_bwd(saved, ct_PD):
+    token_P, used_P, slot_TK = saved
+    return _collect(ct_PD, token_P, used_P, slot_TK), None, None, None
+
+
+@jax.custom_vjp
+def _collect(y_PD, token_P, used_P, slot_TK):
+    """For each token the sum of its rows, in float32, in the order of its assignments."""
+    rows = y_PD.shape[0]
+    total = jnp.zeros((), jnp.float32)
+    for k in range(slot_TK.shape[1]):
+        slot_T = slot_TK[:, k]
+        total = total + jnp.where((slot_T < rows)[:, None], y_PD[jnp.minimum(slot_T, rows - 1)], 0).astype(jnp.float32)
+    return total.astype(y_PD.dtype)
+
+
+def _collect_fwd(y_PD, token_P, used_P, slot_TK):
+    return _collect(y_PD, token_P, used_P, slot_TK), (token_P, used_P, slot_TK)
+
+
+def _collect_bwd(saved, ct_TD):
+    token_P, used_P, slot_TK = saved
+    return _spread(ct_TD, token_P, used_P, slot_TK), None, None, None
+
+
+_spread.defvjp(_spread_fwd, _spread_bwd)
+_collect.defvjp(_collect_fwd, _collect_bwd)

@@ -1,0 +1,58 @@
+"""A device mesh from a string such as "data=2,expert=4", on real devices or on simulated CPU devices.
+
+Next file to read: sharding/params.py.
+"""
+
+import math
+import os
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from sharding.rules import MESH_AXES
+
+
+def parse_mesh(spec: str | None) -> dict[str, int]:
+    """Axis sizes in mesh order, for example "expert=4,data=2" -> {"data": 2, "fsdp": 1, "expert": 4, "tensor": 1}.
+
+    Raises:
+      ValueError: an unknown or repeated axis, or a size that is not a positive integer.
+    """
+    sizes = {}
+    for part in (spec or "").replace(" ", "").split(","):
+        if not part:
+            continue
+        axis, _, size = part.partition("=")
+        if axis not in MESH_AXES:
+            raise ValueError(f"mesh: got axis {axis!r} in {spec!r}; allowed: {', '.join(MESH_AXES)}")
+        if axis in sizes:
+            raise ValueError(f"mesh: axis {axis!r} stands twice in {spec!r}")
+        if not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"mesh: got size {size!r} for axis {axis!r} in {spec!r}; must be a positive integer")
+        sizes[axis] = int(size)
+    return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+
+
+def simulate_devices(count: int) -> None:
+    """Asks for `count` simulated CPU devices; only before JAX has started, and without effect on TPU and GPU.
+
+    A count the user has fixed (JAX_NUM_CPU_DEVICES or XLA_FLAGS) is left alone.
+    """
+    fixed = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if count > 1 and not fixed:
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def make_mesh(sizes: dict[str, int]) -> Mesh:
+    """A mesh with Auto axes over the first devices.
+
+    Raises:
+      ValueError: the mesh needs more devices than there are.
+    """
+    need, have = math.prod(sizes.values()), jax.device_count()
+    if need > have:
+        shown = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+        raise ValueError(f"mesh {shown} needs {need} devices; {have} {jax.default_backend()} device(s) are there")
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=jax.devices()[:need]
+    )

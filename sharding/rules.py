@@ -1,0 +1,125 @@
+"""Logical axis names of arrays -> axes of a device mesh: one frozen, strict table, and the named layouts.
+
+The model only ever says what an axis *is* ("heads", "act_batch"); a layout says where it goes. Flax's own translation
+maps an unknown name, or a mesh axis used twice in one array, to "unsharded" without a word; here both raise.
+
+Next file to read: sharding/experts.py.
+"""
+
+import dataclasses
+
+import jax
+from jax.sharding import PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+"""Every mesh has these axes, outermost (slowest links) first; an axis that is not asked for has size 1."""
+
+_NO_AXIS: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRules:
+    """A frozen table logical axis -> mesh axes. The empty table (the default) means one device: every call is the identity."""
+
+    table: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.table)
+
+    def mesh_axes(self, name: str | None) -> tuple[str, ...]:
+        """Mesh axes that `name` is split over; () for None or a replicated axis.
+
+        Raises:
+          ValueError: `name` is not in the table.
+        """
+        if name is None or not self.table:
+            return _NO_AXIS
+        for known, axes in self.table:
+            if known == name:
+                return axes
+        raise ValueError(f"logical axis {name!r} is not in the layout; known: {', '.join(n for n, _ in self.table)}")
+
+    def spec(self, names: tuple[str | None, ...], without: tuple[str, ...] = ()) -> PartitionSpec:
+        """PartitionSpec of an array whose axes are called `names`; mesh axes in `without` are left out.
+
+        Raises:
+          ValueError: an unknown name, or one mesh axis used by two axes of the array.
+        """
+        parts = [tuple(axis for axis in self.mesh_axes(name) if axis not in without) for name in names]
+        flat = [axis for part in parts for axis in part]
+        for axis in flat:
+            if flat.count(axis) > 1:
+                raise ValueError(f"mesh axis {axis!r} is used twice by an array with axes {names}: {parts}")
+        return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
+
+    def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
+        """`x`, placed as the table says; needs an ambient mesh (jax.set_mesh) unless the table is empty."""
+        return jax.lax.with_sharding_constraint(x, self.spec(names)) if self.table else x
+
+    def gather(self, w: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        """Weight `w`, gathered over the mesh axes that also split the batch (FSDP), still split over the others."""
+        if not self.table:
+            return w
+        return jax.lax.with_sharding_constraint(w, self.spec(names, without=self.mesh_axes("act_batch")))
+
+    def shards(self, name: str) -> int:
+        """How many parts `name` is cut into on the ambient mesh; 1 for the empty table."""
+        sizes = dict(jax.sharding.get_abstract_mesh().shape) if self.table else {}
+        parts = 1
+        for axis in self.mesh_axes(name):
+            parts *= sizes.get(axis, 1)
+        return parts
+
+
+# Weight axes, then activation axes. Names of the two kinds differ, or an FSDP table would shard activations by mistake.
+_LOGICAL_AXES = (
+    "layers vocab embed norm streams_embed mix q_lora q_lora_in heads head_dim sinks group_in groups index_heads entry "
+    "ape_rows expert_embed experts expert_hidden hidden routes table_rows table_slots embed_out "
+    "act_batch act_seq act_streams act_embed act_heads act_hidden act_vocab act_routes"
+).split()
+
+
+def _layout(**where: str) -> AxisRules:
+    """A layout from logical_axis="mesh axes, separated by blanks"; every axis not named is replicated."""
+    unknown = [name for name in where if name not in _LOGICAL_AXES]
+    if unknown:
+        raise ValueError(f"logical axis {unknown[0]!r} does not exist; known: {', '.join(_LOGICAL_AXES)}")
+    return AxisRules(tuple((name, tuple(where.get(name, "").split())) for name in _LOGICAL_AXES))
+
+
+_FSDP = dict(embed="fsdp", expert_embed="fsdp", streams_embed="fsdp", q_lora_in="fsdp", group_in="fsdp")
+_TENSOR = dict(
+    vocab="tensor", heads="tensor", sinks="tensor", groups="tensor", index_heads="tensor", hidden="tensor",
+    expert_hidden="tensor", act_heads="tensor", act_hidden="tensor", act_vocab="tensor",
+)  # fmt: skip
+
+LAYOUTS: dict[str, AxisRules] = {
+    # every axis at once: batch over data, fsdp and expert; experts over expert; weights cut by fsdp and tensor
+    "full": _layout(act_batch="data fsdp expert", experts="expert", **_FSDP, **_TENSOR),
+    # every device holds all weights
+    "dp": _layout(act_batch="data"),
+    # weights cut over fsdp, gathered layer by layer
+    "fsdp": _layout(act_batch="data fsdp", **_FSDP),
+    # experts on their devices, everything else replicated
+    "ep": _layout(act_batch="data expert", experts="expert"),
+    "ep_fsdp": _layout(act_batch="data fsdp expert", experts="expert", **_FSDP),
+    "ep_tp": _layout(act_batch="data expert", experts="expert", **_TENSOR),
+}
+"""Named layouts. `full` is the default: with an axis of size 1 it becomes any of the others."""
+
+
+def layout_for(name: str | None, mesh_sizes: dict[str, int]) -> AxisRules:
+    """The layout called `name` (None: "full"), checked against the mesh it will run on.
+
+    Raises:
+      ValueError: no such layout, or the mesh has an axis larger than 1 that the layout does not use.
+    """
+    name = name or "full"
+    if name not in LAYOUTS:
+        raise ValueError(f"layout: got {name!r}; known: {', '.join(LAYOUTS)}")
+    rules = LAYOUTS[name]
+    used = {axis for _, axes in rules.table for axis in axes}
+    for axis, size in mesh_sizes.items():
+        if size > 1 and axis not in used:
+            raise ValueError(f"layout {name!r} does not use mesh axis {axis}={size}; drop it from --mesh or choose another layout")
+    return rules

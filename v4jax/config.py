@@ -1,0 +1,337 @@
+"""The shape of a DeepSeek-V4 model: one frozen dataclass, spelled like config.json, that refuses what cannot be built.
+
+Everything else is derived from it: layer kinds, scan groups, parameter shapes. It reads the official style of
+config.json and the style transformers 5 writes, and writes the official one.
+
+Next file to read: v4jax/model/transformer.py.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+WINDOW_ONLY, CSA, HCA = 0, 4, 128
+"""Compress ratios: sliding window only, compressed sparse attention, heavily compressed attention (report 2.3)."""
+
+_RATIO_OF_LAYER_TYPE = {
+    "sliding_attention": WINDOW_ONLY,
+    "compressed_sparse_attention": CSA,
+    "heavily_compressed_attention": HCA,
+}
+_SIZES = (
+    "vocab_size hidden_size moe_intermediate_size num_hidden_layers num_attention_heads head_dim qk_rope_head_dim "
+    "q_lora_rank o_groups o_lora_rank n_routed_experts num_experts_per_tok sliding_window hc_mult "
+    "hc_sinkhorn_iters max_position_embeddings"
+).split()
+_INDEX_SIZES = ("index_n_heads", "index_head_dim", "index_topk")
+_FIXED = {  # the only value V4 was published with; another one would be another architecture
+    "num_key_value_heads": 1,
+    "n_shared_experts": 1,
+    "scoring_func": "sqrtsoftplus",
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+class LayerKind(NamedTuple):
+    """What tells one layer from another: how its attention compresses, and whether its experts are hash-routed."""
+
+    compress_ratio: int
+    hash_routed: bool
+
+
+class LayerGroup(NamedTuple):
+    """`repeats` consecutive copies of the pattern `kinds`, starting at layer `first`; scanned over as one unit."""
+
+    first: int
+    kinds: tuple[LayerKind, ...]
+    repeats: int
+
+    @property
+    def name(self) -> str:
+        """Key of the group in the parameter tree, for example layers_3_42."""
+        return f"layers_{self.first}_{self.first + len(self.kinds) * self.repeats - 1}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """YaRN, applied to the rotary table of compressed layers at every length (official `precompute_freqs_cis`)."""
+
+    factor: float = 16.0
+    original_max_position_embeddings: int = 65536
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self):
+        if self.factor < 1 or self.original_max_position_embeddings < 1 or not self.beta_fast > self.beta_slow > 0:
+            raise ValueError(
+                f"rope_scaling: got {dataclasses.asdict(self)}; allowed: factor >= 1, "
+                "original_max_position_embeddings >= 1, beta_fast > beta_slow > 0"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A DeepSeek-V4 architecture. Field names and meanings are those of the official config.json.
+
+    `compress_ratios` has one entry per layer (0 window only, 4 CSA, 128 HCA) and then one 0 per MTP layer.
+
+    Raises:
+      ValueError: naming the field, the value and the rule, for anything that is not a V4 this code can build.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    head_dim: int
+    qk_rope_head_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    routed_scaling_factor: float
+    compress_ratios: tuple[int, ...]
+    num_hash_layers: int = 3
+    num_nextn_predict_layers: int = 1
+    sliding_window: int = 128
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    index_topk: int = 512
+    hc_mult: int = 4
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6
+    swiglu_limit: float = 10.0
+    rope_theta: float = 10000.0
+    compress_rope_theta: float | None = None
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 1048576
+    initializer_range: float = 0.02
+    bos_token_id: int = 0
+    eos_token_id: int = 1
+
+    def __post_init__(self):
+        object.__setattr__(self, "compress_ratios", tuple(self.compress_ratios))
+        _check_sizes(self)
+        _check_layers(self)
+        _check_divisions(self)
+
+    # ---- derived -------------------------------------------------------------------------------------------------
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each main layer, in order."""
+        ratios = self.compress_ratios[: self.num_hidden_layers]
+        return tuple(LayerKind(ratio, i < self.num_hash_layers) for i, ratio in enumerate(ratios))
+
+    @property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """The layers cut into repeating patterns, so that compile time does not grow with depth.
+
+        Example: V4-Flash is [(SWA hash) x 2], [(CSA hash) x 1], [(HCA, CSA) x 20].
+        """
+        groups, start = [], 0
+        while start < self.num_hidden_layers:
+            period, repeats = _longest_repeat(self.layer_kinds[start:])
+            groups.append(LayerGroup(start, self.layer_kinds[start : start + period], repeats))
+            start += period * repeats
+        return tuple(groups)
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_json(cls, path) -> "ModelConfig":
+        """Reads config.json (or a directory that holds one), official or transformers 5 style."""
+        path = pathlib.Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            raw = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such file; expected a config.json of a deepseek_v4 model") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+        try:
+            return cls.from_dict(raw)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "ModelConfig":
+        """Builds the config from the contents of config.json; keys that describe no weights or equations are ignored.
+
+        Raises:
+          ValueError: another architecture, a DSpark drafter, a fixed choice that differs, or a missing key.
+        """
+        _refuse_other_models(raw)
+        for name, only in _FIXED.items():
+            if raw.get(name, only) != only:
+                raise ValueError(f"{name}: got {raw[name]!r}; DeepSeek-V4 allows only {only!r}")
+        raw = _official_style(raw)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        missing = [
+            name
+            for name, field in fields.items()
+            if field.default is dataclasses.MISSING and raw.get(name) is None
+        ]
+        if missing:
+            raise ValueError(f"missing key(s) {', '.join(missing)}")
+        values = {name: raw[name] for name in fields if raw.get(name) is not None}
+        if isinstance(values.get("eos_token_id"), list):
+            values["eos_token_id"] = values["eos_token_id"][0]
+        if "rope_scaling" in values:
+            values["rope_scaling"] = _read_rope_scaling(values["rope_scaling"])
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The official config.json, readable by `from_dict`, by transformers, by vLLM and by SGLang."""
+        raw: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
+        raw |= dataclasses.asdict(self) | _FIXED
+        raw["compress_ratios"] = list(self.compress_ratios)
+        if self.rope_scaling is None:
+            del raw["rope_scaling"]
+        else:
+            raw["rope_scaling"] = {"type": "yarn"} | dataclasses.asdict(self.rope_scaling)
+        if self.compress_rope_theta is None:
+            del raw["compress_rope_theta"]
+        return raw
+
+    def replace(self, **changes) -> "ModelConfig":
+        """A validated copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def _longest_repeat(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
+    """(period, repeats) of the pattern that covers most layers from the start; the shortest pattern on a tie."""
+    best = (1, 1)
+    for period in range(1, len(kinds) // 2 + 1):
+        repeats = 1
+        while kinds[repeats * period : (repeats + 1) * period] == kinds[:period]:
+            repeats += 1
+        if repeats > 1 and period * repeats > best[0] * best[1]:
+            best = (period, repeats)
+    return best
+
+
+def _check_sizes(cfg: ModelConfig) -> None:
+    for name in _SIZES + list(_INDEX_SIZES if CSA in cfg.compress_ratios else ()):
+        value = getattr(cfg, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: got {value!r}; must be a positive integer")
+    for name in ("routed_scaling_factor", "hc_eps", "rms_norm_eps", "swiglu_limit", "rope_theta", "initializer_range"):
+        value = getattr(cfg, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            raise ValueError(f"{name}: got {value!r}; must be a number above 0")
+    if cfg.num_nextn_predict_layers not in (0, 1):
+        raise ValueError(f"num_nextn_predict_layers: got {cfg.num_nextn_predict_layers!r}; allowed: 0 or 1")
+    for name in ("bos_token_id", "eos_token_id"):
+        if not 0 <= getattr(cfg, name) < cfg.vocab_size:
+            raise ValueError(f"{name}: got {getattr(cfg, name)}; must be in [0, vocab_size={cfg.vocab_size})")
+
+
+def _check_layers(cfg: ModelConfig) -> None:
+    expected = cfg.num_hidden_layers + cfg.num_nextn_predict_layers
+    if len(cfg.compress_ratios) != expected:
+        raise ValueError(
+            f"compress_ratios: got {len(cfg.compress_ratios)} entries; must be {expected} "
+            f"(num_hidden_layers {cfg.num_hidden_layers} + num_nextn_predict_layers {cfg.num_nextn_predict_layers})"
+        )
+    odd = sorted({ratio for ratio in cfg.compress_ratios if ratio not in (WINDOW_ONLY, CSA, HCA)}, key=str)
+    if odd:
+        raise ValueError(f"compress_ratios: got {odd}; allowed: 0 (window only), 4 (CSA), 128 (HCA)")
+    if any(cfg.compress_ratios[cfg.num_hidden_layers :]):
+        raise ValueError(f"compress_ratios: the MTP entry is {cfg.compress_ratios[-1]}; the MTP layer allows only 0")
+    if not isinstance(cfg.num_hash_layers, int) or not 0 <= cfg.num_hash_layers <= cfg.num_hidden_layers:
+        raise ValueError(
+            f"num_hash_layers: got {cfg.num_hash_layers}; must be in [0, num_hidden_layers={cfg.num_hidden_layers}]"
+        )
+    if any(cfg.compress_ratios) and not (cfg.compress_rope_theta and cfg.compress_rope_theta > 0):
+        # Published code and config.json disagree on its default, so a guess would be wrong for someone (pitfall 6).
+        raise ValueError(
+            f"compress_rope_theta: got {cfg.compress_rope_theta}; a model with compressed layers must state it "
+            "(160000 in the released checkpoints)"
+        )
+
+
+def _check_divisions(cfg: ModelConfig) -> None:
+    if cfg.num_attention_heads % cfg.o_groups:
+        raise ValueError(f"o_groups: got {cfg.o_groups}; must divide num_attention_heads={cfg.num_attention_heads}")
+    if cfg.qk_rope_head_dim % 2:
+        raise ValueError(f"qk_rope_head_dim: got {cfg.qk_rope_head_dim}; must be even (rotary pairs)")
+    if cfg.qk_rope_head_dim > cfg.head_dim:
+        raise ValueError(f"qk_rope_head_dim: got {cfg.qk_rope_head_dim}; must be at most head_dim={cfg.head_dim}")
+    if CSA in cfg.compress_ratios and cfg.qk_rope_head_dim > cfg.index_head_dim:
+        raise ValueError(
+            f"index_head_dim: got {cfg.index_head_dim}; must be at least qk_rope_head_dim={cfg.qk_rope_head_dim}"
+        )
+    if cfg.num_experts_per_tok > cfg.n_routed_experts:
+        raise ValueError(
+            f"num_experts_per_tok: got {cfg.num_experts_per_tok}; must be at most n_routed_experts="
+            f"{cfg.n_routed_experts}"
+        )
+
+
+def _refuse_other_models(raw: dict[str, Any]) -> None:
+    names = [str(raw.get("model_type"))] + [str(name) for name in raw.get("architectures") or ()]
+    if any(mark in name.lower() for name in names for mark in ("v4.1", "v4_1", "v41")):
+        raise ValueError(f"model_type: got {names[0]!r} {names[1:]}; DeepSeek-V4.1 is another architecture; allowed: "
+                         "'deepseek_v4'")
+    if raw.get("model_type") != "deepseek_v4":
+        raise ValueError(f"model_type: got {raw.get('model_type')!r}; allowed: 'deepseek_v4'")
+    dspark = sorted(name for name in raw if name.startswith("dspark"))
+    if dspark:
+        raise ValueError(f"{dspark[0]}: this checkpoint's mtp.* is a DSpark drafter, which v4jax does not build")
+
+
+def _official_style(raw: dict[str, Any]) -> dict[str, Any]:
+    """Translates what transformers 5 writes (layer_types, mlp_layer_types, rope_parameters) to the official keys."""
+    raw = dict(raw)
+    layers = raw.get("num_hidden_layers") or 0
+    if raw.get("compress_ratios") is None and raw.get("layer_types") is not None:
+        unknown = [name for name in raw["layer_types"] if name not in _RATIO_OF_LAYER_TYPE]
+        if unknown:
+            raise ValueError(f"layer_types: got {unknown[0]!r}; allowed: {', '.join(_RATIO_OF_LAYER_TYPE)}")
+        for name, ratio in (raw.get("compress_rates") or {}).items():
+            if _RATIO_OF_LAYER_TYPE.get(name) != ratio:
+                raise ValueError(f"compress_rates: got {name}={ratio}; DeepSeek-V4 allows only "
+                                 f"{_RATIO_OF_LAYER_TYPE.get(name)}")
+        ratios = [_RATIO_OF_LAYER_TYPE[name] for name in raw["layer_types"]]
+        raw["compress_ratios"] = ratios + [WINDOW_ONLY] * raw.get("num_nextn_predict_layers", 1)
+    if raw.get("num_hash_layers") is None and raw.get("mlp_layer_types") is not None:
+        kinds = raw["mlp_layer_types"]
+        raw["num_hash_layers"] = kinds.count("hash_moe")
+        if len(kinds) != layers or kinds != ["hash_moe"] * raw["num_hash_layers"] + ["moe"] * (
+            layers - raw["num_hash_layers"]
+        ):
+            raise ValueError(f"mlp_layer_types: got {kinds}; must be hash_moe layers first, then moe, {layers} in all")
+    if raw.get("qk_rope_head_dim") is None and raw.get("partial_rotary_factor") is not None:
+        raw["qk_rope_head_dim"] = round(raw["head_dim"] * raw["partial_rotary_factor"])
+    rope = raw.get("rope_parameters")
+    if isinstance(rope, dict) and "compress" in rope:
+        raw["rope_theta"] = rope.get("main", {}).get("rope_theta", raw.get("rope_theta"))
+        raw["compress_rope_theta"] = rope["compress"].get("rope_theta", raw.get("compress_rope_theta"))
+        raw["rope_scaling"] = rope["compress"] if rope["compress"].get("rope_type", "default") != "default" else None
+    return raw
+
+
+def _read_rope_scaling(raw: Any) -> RopeScaling | None:
+    if raw is None or isinstance(raw, RopeScaling):
+        return raw
+    kind = raw.get("type", raw.get("rope_type"))
+    if kind != "yarn":
+        raise ValueError(f"rope_scaling: got type {kind!r}; allowed: 'yarn', or no rope_scaling")
+    if raw.get("attention_factor", 1.0) not in (None, 1.0):
+        raise ValueError(f"rope_scaling: got attention_factor {raw['attention_factor']}; DeepSeek-V4 allows only 1.0")
+    names = [field.name for field in dataclasses.fields(RopeScaling)]
+    missing = [name for name in names[:2] if name not in raw]
+    if missing:
+        raise ValueError(f"rope_scaling: missing key(s) {', '.join(missing)}")
+    return RopeScaling(**{name: raw[name] for name in names if name in raw})

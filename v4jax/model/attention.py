@@ -1,0 +1,225 @@
+"""Attention: one key/value head, a sliding window of raw tokens, and compressed entries, under one softmax with a sink.
+
+Cost: the window is banded, blocks of W queries against 2W keys, never S x S. Queries run in chunks, so that scores of all
+queries against all entries never exist at once. CSA either masks the entries that were not chosen or gathers the chosen
+ones, whichever is cheaper at that length; both give the same result.
+
+Shapes: B batch, S positions, T query positions of a chunk, N heads, H head dim, Q query rank, G output groups, O output
+rank, D hidden, W window, U blocks of W queries, C compressed entries, K chosen entries, R rope dims.
+Next file to read: v4jax/model/compressor.py.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sharding.rules import AxisRules
+from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
+from v4jax.model.compressor import Compressor
+from v4jax.model.documents import Documents, Entries
+from v4jax.model.indexer import Indexer, IndexInputs, index_scores, top_k_mask
+from v4jax.model.norm import RMSNorm, rms_norm
+from v4jax.model.rotary import rotate
+from v4jax.model.weights import Weights
+
+CHUNK_BYTES = 2**26
+"""Float32 scores one chunk of queries may hold on one device."""
+
+GATHER_FROM = 8
+"""Gather chosen entries once there are this many times index_topk of them (measured crossover 6-10: benchmarks/length.py)."""
+
+
+class Queries(NamedTuple):
+    """A chunk of queries with the raw rows they may see: blocks of W queries over 2W rows (their own W and the W before).
+
+    row [T]; segment [B,T] and segment_keys [B,U,2W] are None for rows of one document; index is None unless CSA must choose.
+    """
+
+    q_BTNH: jax.Array
+    window_BUWH: jax.Array
+    row_T: jax.Array
+    segment_BT: jax.Array | None
+    segment_BUW: jax.Array | None
+    index_q: jax.Array | None
+    index_w: jax.Array | None
+
+
+def attend(
+    rules: AxisRules,
+    cfg: ModelConfig,
+    q_BSNH: jax.Array,
+    kv_BSH: jax.Array,
+    sink_N: jax.Array,
+    documents: Documents,
+    entries: Entries | None = None,
+    entry_BCH: jax.Array | None = None,
+    index: IndexInputs | None = None,
+) -> jax.Array:
+    """softmax over (window keys, visible or chosen entries, sink) of q.k * H^-0.5, times the same keys; [B,S,N,H].
+
+    Args:
+      q_BSNH, kv_BSH, entry_BCH: normalised and rotated. sink_N: float32 logit per head, in the denominator only.
+      entries: what entry_BCH stands for, or None in layers of ratio 0 and in rows shorter than a window.
+      index: given when only index_topk of the entries may be attended to.
+    """
+    batch, seq, heads, _ = q_BSNH.shape
+    window = cfg.sliding_window
+    chosen = 0 if entries is None else entries.first_BC.shape[1]
+    if index is not None and chosen >= GATHER_FROM * cfg.index_topk:
+        # Gathered rows are H wide and belong to one query: they weigh more than their scores.
+        chosen = cfg.index_topk * (1 + q_BSNH.shape[-1] // heads)
+    per_query = heads // rules.shards("act_heads") * (2 * window + chosen)
+    if index is not None:
+        per_query = max(per_query, cfg.index_n_heads // rules.shards("act_heads") * entries.first_BC.shape[1])
+    blocks = max(1, CHUNK_BYTES // (4 * window * per_query * max(1, batch // rules.shards("act_batch"))))
+    chunks = -(-seq // (min(blocks, -(-seq // window)) * window))
+    blocks = -(-seq // (chunks * window))
+    queries = _cut(q_BSNH, kv_BSH, documents.segment_BS, index, window, blocks, chunks)
+    keys = None if index is None else index.key_BCJ
+
+    def one(chunk: Queries) -> jax.Array:
+        return _attend_chunk(cfg, chunk, sink_N, entries, entry_BCH, keys)
+
+    if chunks == 1:
+        out = one(jax.tree.map(lambda x: x[0], queries))
+    else:
+        out = jax.lax.map(jax.checkpoint(one, prevent_cse=False), queries)
+        out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, *out.shape[3:])
+    return out[:, :seq]
+
+
+def _cut(q_BSNH, kv_BSH, segment_BS, index, window: int, blocks: int, chunks: int) -> Queries:
+    """Pads rows to whole chunks and stacks the chunks on a new first axis."""
+    total = chunks * blocks * window
+
+    def chunked(x, value=0):
+        """[B,S,...] -> [chunks, B, T, ...]"""
+        x = jnp.pad(x, [(0, 0), (0, total - x.shape[1])] + [(0, 0)] * (x.ndim - 2), constant_values=value)
+        return jnp.moveaxis(x.reshape(x.shape[0], chunks, blocks * window, *x.shape[2:]), 1, 0)
+
+    def banded(x, value=0):
+        """[B,S,...] -> [chunks, B, U, 2W, ...]: each block of W rows behind the block before it."""
+        x = jnp.pad(x, [(0, 0), (window, total - x.shape[1])] + [(0, 0)] * (x.ndim - 2), constant_values=value)
+        x = x.reshape(x.shape[0], chunks * blocks + 1, window, *x.shape[2:])
+        x = jnp.concatenate((x[:, :-1], x[:, 1:]), axis=2)
+        return jnp.moveaxis(x.reshape(x.shape[0], chunks, blocks, *x.shape[2:]), 1, 0)
+
+    packed = segment_BS is not None
+    return Queries(
+        chunked(q_BSNH),
+        banded(kv_BSH),
+        jnp.arange(total, dtype=jnp.int32).reshape(chunks, -1),
+        chunked(segment_BS, -1) if packed else None,
+        banded(segment_BS, -1) if packed else None,
+        None if index is None else chunked(index.q_BTIJ),
+        None if index is None else chunked(index.w_BTI),
+    )
+
+
+def _attend_chunk(cfg: ModelConfig, chunk: Queries, sink_N, entries, entry_BCH, index_key) -> jax.Array:
+    """Attention of one chunk of queries [B,T,N,H]."""
+    batch, rows, heads, dim = chunk.q_BTNH.shape
+    window = cfg.sliding_window
+    q_BUWNH = (chunk.q_BTNH * dim**-0.5).reshape(batch, -1, window, heads, dim)
+    near = _einsum("BUWNH,BUVH->BUWNV", q_BUWNH, chunk.window_BUWH)
+    near = jnp.where(_window_mask(chunk, window)[:, :, :, None], near, -jnp.inf).reshape(batch, rows, heads, -1)
+    peak = jnp.maximum(near.max(-1), sink_N)
+    far = None
+    if entries is not None:
+        visible_BTC = _visible(chunk, entries)
+        gathered = False
+        if index_key is not None:
+            score_BTC = index_scores(IndexInputs(chunk.index_q, chunk.index_w, index_key))
+            score_BTC = jnp.where(visible_BTC, score_BTC, -jnp.inf)
+            gathered = score_BTC.shape[-1] >= GATHER_FROM * cfg.index_topk
+            if gathered:
+                index_BTK = jax.lax.top_k(score_BTC, cfg.index_topk)[1]
+                visible_BTC = jnp.take_along_axis(visible_BTC, index_BTK, axis=-1)
+                entry_BCH = jax.vmap(lambda entry_CH, index_TK: entry_CH[index_TK])(entry_BCH, index_BTK)
+            else:
+                visible_BTC &= top_k_mask(score_BTC, cfg.index_topk)
+        keys = "BTKH" if gathered else "BKH"
+        far = _einsum(f"BTNH,{keys}->BTNK", q_BUWNH.reshape(batch, rows, heads, dim), entry_BCH)
+        far = jnp.where(visible_BTC[:, :, None], far, -jnp.inf)
+        peak = jnp.maximum(peak, far.max(-1))
+    peak = jax.lax.stop_gradient(peak)[..., None]
+    near = jnp.exp(near - peak)
+    total = near.sum(-1) + jnp.exp(sink_N - peak[..., 0])
+    near = near.astype(chunk.q_BTNH.dtype).reshape(batch, -1, window, heads, 2 * window)
+    out = _einsum("BUWNV,BUVH->BUWNH", near, chunk.window_BUWH).reshape(batch, rows, heads, dim)
+    if far is not None:
+        far = jnp.exp(far - peak)
+        total = total + far.sum(-1)
+        out = out + _einsum(f"BTNK,{keys}->BTNH", far.astype(chunk.q_BTNH.dtype), entry_BCH)
+    return (out / total[..., None]).astype(chunk.q_BTNH.dtype)
+
+
+def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _window_mask(chunk: Queries, window: int) -> jax.Array:
+    """Which of its 2W rows each query sees: itself and the W-1 before it, in its own document; [B or 1,U,W,2W].
+
+    Query w of block u is row uW + w; key v of that block is row (u-1)W + v: seen iff w < v <= W + w and the row exists.
+    """
+    w, v = jnp.arange(window)[:, None], jnp.arange(2 * window)[None]
+    row_UW1 = chunk.row_T.reshape(-1, window, 1)
+    band = (v > w) & (v <= w + window) & (row_UW1 - w - window + v >= 0)
+    if chunk.segment_BT is None:
+        return band[None]
+    own = chunk.segment_BT.reshape(chunk.segment_BT.shape[0], -1, window, 1) == chunk.segment_BUW[:, :, None]
+    # Rows past the end see themselves, so that their softmax has a term; they are cut off later.
+    return band & own
+
+
+def _visible(chunk: Queries, entries: Entries) -> jax.Array:
+    """Entry c is visible to query t iff its last row is at most t, in the same document: c < (t+1)//M; [B or 1,T,C]."""
+    seen = entries.last_BC[:, None] <= chunk.row_T[:, None]
+    return seen if entries.segment_BC is None else seen & (entries.segment_BC[:, None] == chunk.segment_BT[..., None])
+
+
+class Attention(Weights):
+    """Queries through a low-rank bottleneck, one shared key/value head, grouped output projection (report 2.3)."""
+
+    cfg: ModelConfig
+    ratio: int
+
+    @nn.compact
+    def __call__(self, x_BSD: jax.Array, documents: Documents) -> jax.Array:
+        cfg, dim, hidden = self.cfg, self.cfg.head_dim, x_BSD.shape[-1]
+        heads, groups, rank = cfg.num_attention_heads, cfg.o_groups, cfg.o_lora_rank
+        init = nn.initializers.normal(cfg.initializer_range)
+        wq_a = self.weight("wq_a", (hidden, cfg.q_lora_rank), ("embed", "q_lora"), init)
+        wq_b = self.weight("wq_b", (cfg.q_lora_rank, heads * dim), ("q_lora_in", "heads"), init)
+        wkv = self.weight("wkv", (hidden, dim), ("embed", "head_dim"), init)
+        wo_a = self.weight("wo_a", (heads // groups * dim, groups * rank), ("group_in", "groups"), init)
+        wo_b = self.weight("wo_b", (groups * rank, hidden), ("groups", "embed"), init)
+        sink_N = self.weight("attn_sink", (heads,), ("sinks",), nn.initializers.zeros, True)
+        turn = documents.turn if self.ratio == WINDOW_ONLY else documents.compressed_turn
+        entries = documents.entries.get(self.ratio)
+
+        qr_BSQ = RMSNorm(self.rules, self.dtype, cfg.rms_norm_eps, name="q_norm")(x_BSD @ wq_a)
+        q_BSNH = (qr_BSQ @ wq_b).reshape(*x_BSD.shape[:2], heads, dim)
+        q_BSNH = self.rules.constrain(q_BSNH, "act_batch", "act_seq", "act_heads", None)
+        q_BSNH = rotate(rms_norm(q_BSNH, cfg.rms_norm_eps), turn.heads())
+        kv_BSH = rotate(RMSNorm(self.rules, self.dtype, cfg.rms_norm_eps, name="kv_norm")(x_BSD @ wkv), turn)
+        entry_BCH = index = None
+        if self.ratio != WINDOW_ONLY:
+            compressor = Compressor(self.rules, self.dtype, cfg, self.ratio, dim, name="compressor")
+            entry_BCH = compressor(x_BSD, entries)
+        if self.ratio == CSA:
+            index = Indexer(self.rules, self.dtype, cfg, name="indexer")(x_BSD, qr_BSQ, turn, entries)
+        out_BSNH = attend(self.rules, cfg, q_BSNH, kv_BSH, sink_N, documents, entries, entry_BCH, index)
+        # Keys are values too, so each value came rotated; turning back by the query's angle leaves relative angles.
+        out_BSNH = rotate(out_BSNH, turn.heads(), inverse=True)
+        return _project_out(out_BSNH, wo_a, wo_b, groups)
+
+
+def _project_out(o_BSNH: jax.Array, wo_a: jax.Array, wo_b: jax.Array, groups: int) -> jax.Array:
+    """Each group of heads through its own block of wo_a [(N/G)*H, G*O], then all of them through wo_b [G*O, D]."""
+    o_BSGI = o_BSNH.reshape(*o_BSNH.shape[:2], groups, -1)
+    low_BSGO = jnp.einsum("BSGI,IGO->BSGO", o_BSGI, wo_a.reshape(wo_a.shape[0], groups, -1))
+    return low_BSGO.reshape(*o_BSNH.shape[:2], -1) @ wo_b

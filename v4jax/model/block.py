@@ -1,0 +1,71 @@
+"""One layer: attention, then experts, each between a collapse and a mix of the residual streams (report 2, figure 2).
+
+Shapes: B batch, S positions, X streams, D hidden.
+Next file to read: v4jax/model/attention.py.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from v4jax.config import LayerKind, ModelConfig
+from v4jax.model.attention import Attention
+from v4jax.model.documents import Documents
+from v4jax.model.hyper import HyperConnection, expand
+from v4jax.model.moe import MoE, Routing
+from v4jax.model.norm import RMSNorm
+from v4jax.model.weights import Weights
+
+
+class Block(Weights):
+    """streams -> streams, and what the router did."""
+
+    cfg: ModelConfig
+    kind: LayerKind
+
+    @nn.compact
+    def __call__(self, x_BSXD: jax.Array, tokens_BS: jax.Array, documents: Documents) -> tuple[jax.Array, Routing]:
+        cfg, own = self.cfg, (self.rules, self.dtype)
+        with jax.named_scope("attention"):
+            u_BSD, mix = HyperConnection(*own, cfg, name="hc_attn")(x_BSXD)
+            u_BSD = RMSNorm(*own, cfg.rms_norm_eps, name="attn_norm")(u_BSD)
+            y_BSD = Attention(*own, cfg, self.kind.compress_ratio, name="attn")(u_BSD, documents)
+            x_BSXD = self._place(expand(y_BSD, x_BSXD, mix))
+        with jax.named_scope("experts"):
+            u_BSD, mix = HyperConnection(*own, cfg, name="hc_ffn")(x_BSXD)
+            u_BSD = RMSNorm(*own, cfg.rms_norm_eps, name="ffn_norm")(u_BSD)
+            y_BSD, routing = MoE(*own, cfg, self.kind.hash_routed, name="ffn")(u_BSD, tokens_BS, documents)
+            x_BSXD = self._place(expand(y_BSD, x_BSXD, mix))
+        return x_BSXD, routing
+
+    def _place(self, x_BSXD: jax.Array) -> jax.Array:
+        return self.rules.constrain(x_BSXD, "act_batch", "act_seq", "act_streams", "act_embed")
+
+
+class Pattern(Weights):
+    """A few layers of different kinds, in order: the unit that `nn.scan` repeats."""
+
+    cfg: ModelConfig
+    kinds: tuple[LayerKind, ...]
+
+    @nn.compact
+    def __call__(self, x_BSXD, tokens_BS, documents: Documents) -> tuple[jax.Array, dict[str, Routing]]:
+        routing = {}
+        for i, kind in enumerate(self.kinds):
+            block = Block(self.rules, self.dtype, self.cfg, kind, name=f"block_{i}")
+            x_BSXD, routing[f"block_{i}"] = block(x_BSXD, tokens_BS, documents)
+        return x_BSXD, routing
+
+
+def stack(rules, dtype: jnp.dtype, cfg: ModelConfig, kinds, repeats: int, remat: bool, name: str) -> nn.Module:
+    """`repeats` Patterns in a row as one scanned module; weights gain a first axis "layers"."""
+    body = nn.remat(Pattern, prevent_cse=False) if remat else Pattern
+    scanned = nn.scan(
+        body,
+        variable_axes={"params": 0, "router": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, nn.broadcast),
+        length=repeats,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(rules, dtype, cfg, kinds, name=name)

@@ -1,0 +1,174 @@
+"""Mixture of experts: hash or score routing, clamped SwiGLU experts, one shared expert, balance statistics.
+
+Router scores, gate weights and activation are float32 (deepseek-v4.md section 4, official `Gate` and `Expert`).
+
+Shapes: B batch, S positions, D hidden, E experts, K active experts, F expert hidden, P rows sorted by expert, V vocabulary.
+Next file to read: sharding/experts.py.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sharding.experts import Groups, apply_experts
+from v4jax.config import ModelConfig
+from v4jax.model.documents import Documents, document_start
+from v4jax.model.grouped import grouped_matmul
+from v4jax.model.weights import Weights
+
+
+class Routing(NamedTuple):
+    """What the router did in one layer.
+
+    Attributes:
+      load_E: float32, how many (non-padding) tokens of the whole batch chose each expert; sums to K * tokens.
+      balance: float32 scalar, sequence-wise balance loss (deepseek-v4.md section 6), averaged over tokens.
+    """
+
+    load_E: jax.Array
+    balance: jax.Array
+
+
+def router_scores(x_BSD: jax.Array, gate_DE: jax.Array) -> jax.Array:
+    """sqrt(softplus(x @ gate)), float32 [B,S,E]."""
+    logit = x_BSD.astype(jnp.float32) @ gate_DE
+    # Below -20 softplus is exp to float32 precision; the split keeps the gradient of the root finite at any logit.
+    return jnp.where(logit < -20, jnp.exp(logit / 2), jnp.sqrt(jax.nn.softplus(jnp.maximum(logit, -20))))
+
+
+def gate_weights(score_BSE: jax.Array, index_BSK: jax.Array, scale: float) -> jax.Array:
+    """score[index] / sum(score[index]) * scale, [B,S,K]. Unbiased scores: the bias only selects (pitfall 27)."""
+    chosen = index_BSK[..., None] == jnp.arange(score_BSE.shape[-1])
+    picked = jnp.sum(jnp.where(chosen, score_BSE[:, :, None], 0), axis=-1)
+    return picked / picked.sum(-1, keepdims=True) * scale
+
+
+def balance_loss(score_BSE, chosen_BSE, documents: Documents, active: int) -> Routing:
+    """Loads, and for each document sum_i f_i P_i, averaged over documents weighted by their tokens.
+
+    f_i = E/(k T) * tokens choosing i; P_i = mean_t s_i / sum_j s_j; T the document's tokens. Padding counts nowhere.
+    """
+    experts = score_BSE.shape[-1]
+    share_BSE = score_BSE / score_BSE.sum(-1, keepdims=True)
+    if documents.segment_BS is None:
+        seq = score_BSE.shape[1]
+        f_BE = jnp.sum(chosen_BSE, axis=1) * (experts / (active * seq))
+        return Routing(jnp.sum(chosen_BSE, axis=(0, 1)), jnp.mean(jnp.sum(f_BE * share_BSE.mean(1), axis=-1)))
+    segment_BS = documents.segment_BS
+    real_BS = (segment_BS > 0).astype(jnp.float32)
+    chosen_BSE = chosen_BSE * real_BS[..., None]
+    first_BS = document_start(segment_BS)
+    last_BS = segment_BS.shape[1] - 1 - document_start(segment_BS[:, ::-1])[:, ::-1]
+    running_BSE = jnp.cumsum(chosen_BSE, axis=1)
+    count_BSE = _at(running_BSE, last_BS) - _at(running_BSE - chosen_BSE, first_BS)
+    tokens_BS = (last_BS - first_BS + 1).astype(jnp.float32)
+    f_BSE = count_BSE * (experts / (active * tokens_BS[..., None]))
+    total = jnp.sum(real_BS * jnp.sum(f_BSE * share_BSE, axis=-1)) / jnp.maximum(real_BS.sum(), 1)
+    return Routing(jnp.sum(chosen_BSE, axis=(0, 1)), total)
+
+
+def _at(x_BSE: jax.Array, row_BS: jax.Array) -> jax.Array:
+    return jax.vmap(lambda x_SE, row_S: x_SE[row_S])(x_BSE, row_BS)
+
+
+def clamped_swiglu(h1: jax.Array, h3: jax.Array, limit: float) -> jax.Array:
+    """silu(min(h1, limit)) * clip(h3, -limit, limit), float32: the clamp stands before silu (pitfall 29)."""
+    h1, h3 = h1.astype(jnp.float32), h3.astype(jnp.float32)
+    return jax.nn.silu(jnp.minimum(h1, limit)) * jnp.clip(h3, -limit, limit)
+
+
+def balanced_table(key: jax.Array, vocab: int, experts: int, active: int) -> jax.Array:
+    """A hash table for training from scratch: `active` different experts per token id, float32 [V,K] of integers.
+
+    Ids are shuffled and dealt in rounds of E; within a round, slot j maps ids one to one onto experts, so every expert serves
+    the same number of ids (up to one round). The released tables' recipe is unpublished.
+    """
+    rounds = -(-vocab // experts)
+    shuffle_key, offset_key, order_key = jax.random.split(key, 3)
+    place = jax.random.permutation(shuffle_key, vocab)
+    offset_RK = jnp.argsort(jax.random.uniform(offset_key, (rounds, experts)), axis=1)[:, :active]
+    order_RE = jnp.argsort(jax.random.uniform(order_key, (rounds, experts)), axis=1)
+    turn_V, seat_V = place // experts, place % experts
+    seat_VK = (seat_V[:, None] + offset_RK[turn_V]) % experts
+    return jnp.take_along_axis(order_RE[turn_V], seat_VK, axis=1).astype(jnp.float32)
+
+
+class MoE(Weights):
+    """Routed experts plus the shared expert; gives (y [B,S,D], Routing)."""
+
+    cfg: ModelConfig
+    hash_routed: bool
+
+    @nn.compact
+    def __call__(self, x_BSD: jax.Array, tokens_BS: jax.Array, documents: Documents) -> tuple[jax.Array, Routing]:
+        cfg, experts, active = self.cfg, self.cfg.n_routed_experts, self.cfg.num_experts_per_tok
+        gate_DE = self.weight("gate", (x_BSD.shape[-1], experts), ("embed", "routes"), _normal(cfg), True)
+        score_BSE = router_scores(x_BSD, gate_DE)
+        if self.hash_routed:
+            shape = (cfg.vocab_size, experts, active)
+            init = nn.with_logical_partitioning(balanced_table, ("table_rows", "table_slots"))
+            table_VK = self.variable("router", "tid2eid", lambda: init(self.make_rng("params"), *shape)).value
+            index_BSK = jax.lax.stop_gradient(table_VK)[tokens_BS].astype(jnp.int32)
+        else:
+            init = nn.with_logical_partitioning(jnp.zeros, ("routes",))
+            bias_E = self.variable("router", "bias", lambda: init((experts,), jnp.float32)).value
+            index_BSK = jax.lax.top_k(jax.lax.stop_gradient(score_BSE + bias_E), active)[1]
+        weight_BSK = gate_weights(score_BSE, index_BSK, cfg.routed_scaling_factor)
+        chosen_BSE = jnp.sum(index_BSK[..., None] == jnp.arange(experts), axis=2, dtype=jnp.float32)
+        routing = balance_loss(score_BSE, chosen_BSE, documents, active)
+        y_BSD = Experts(self.rules, self.dtype, cfg, name="experts")(x_BSD, index_BSK, weight_BSK)
+        y_BSD = y_BSD + SharedExpert(self.rules, self.dtype, cfg, name="shared_experts")(x_BSD)
+        return y_BSD, routing
+
+
+class Experts(Weights):
+    """The routed experts' matrices. They stay sharded and float32 until the device that runs them casts its own."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BSD, index_BSK, weight_BSK):
+        cfg, hidden, width = self.cfg, x_BSD.shape[-1], self.cfg.moe_intermediate_size
+        into, out = ("experts", "expert_embed", "expert_hidden"), ("experts", "expert_hidden", "expert_embed")
+        axes = {"w1": into, "w3": into, "w2": out}
+        shapes = {"w1": (hidden, width), "w3": (hidden, width), "w2": (width, hidden)}
+        weights = {
+            name: self.param(
+                name,
+                nn.with_logical_partitioning(_normal(cfg), axes[name]),
+                (cfg.n_routed_experts, *shapes[name]),
+                jnp.float32,
+            )
+            for name in axes
+        }
+
+        def expert(weights, x_PD, gate_P, groups: Groups):
+            h1 = grouped_matmul(x_PD, weights["w1"], groups)
+            h3 = grouped_matmul(x_PD, weights["w3"], groups)
+            # The routed weight multiplies before w2 (official). Rows no token asked for carry weight 0 and may hold
+            # anything on TPU, so they are replaced, not multiplied.
+            h = jnp.where(gate_P[:, None] == 0, 0, clamped_swiglu(h1, h3, cfg.swiglu_limit) * gate_P[:, None])
+            return grouped_matmul(h.astype(x_PD.dtype), weights["w2"], groups)
+
+        return apply_experts(self.rules, expert, weights, axes, x_BSD, index_BSK, weight_BSK)
+
+
+class SharedExpert(Weights):
+    """The expert every token passes through; clamped like the others."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        hidden, width = x_BSD.shape[-1], self.cfg.moe_intermediate_size
+        w1 = self.weight("w1", (hidden, width), ("embed", "hidden"), _normal(self.cfg))
+        w3 = self.weight("w3", (hidden, width), ("embed", "hidden"), _normal(self.cfg))
+        w2 = self.weight("w2", (width, hidden), ("hidden", "embed"), _normal(self.cfg))
+        h = clamped_swiglu(x_BSD @ w1, x_BSD @ w3, self.cfg.swiglu_limit)
+        return self.rules.constrain(h.astype(x_BSD.dtype), "act_batch", "act_seq", "act_hidden") @ w2
+
+
+def _normal(cfg: ModelConfig):
+    return nn.initializers.normal(cfg.initializer_range)

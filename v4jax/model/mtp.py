@@ -1,0 +1,38 @@
+"""Multi-token prediction: one more block that, from the main model's streams at t and token t+1, predicts token t+2.
+
+Shapes: B batch, S positions, X streams, D hidden.
+Next file to read: v4jax/model/block.py.
+"""
+
+import flax.linen as nn
+import jax
+
+from v4jax.config import WINDOW_ONLY, LayerKind, ModelConfig
+from v4jax.model.block import Block
+from v4jax.model.documents import Documents
+from v4jax.model.hyper import HyperHead
+from v4jax.model.moe import Routing
+from v4jax.model.norm import RMSNorm
+from v4jax.model.weights import Weights
+
+
+class MTP(Weights):
+    """x = e_proj(enorm(embed(next))) copied to every stream + h_proj(hnorm(streams)); block; own collapse and norm."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BSXD: jax.Array, next_BSD: jax.Array, next_BS: jax.Array, documents: Documents
+    ) -> tuple[jax.Array, Routing]:
+        """Streams of the main model (before its last collapse), embeddings and ids of the tokens that follow."""
+        cfg, own, hidden = self.cfg, (self.rules, self.dtype), x_BSXD.shape[-1]
+        init = nn.initializers.normal(cfg.initializer_range)
+        e_proj = self.weight("e_proj", (hidden, hidden), ("embed", "embed_out"), init)
+        h_proj = self.weight("h_proj", (hidden, hidden), ("embed", "embed_out"), init)
+        e_BSD = RMSNorm(*own, cfg.rms_norm_eps, name="enorm")(next_BSD) @ e_proj
+        h_BSXD = RMSNorm(*own, cfg.rms_norm_eps, name="hnorm")(x_BSXD) @ h_proj
+        kind = LayerKind(WINDOW_ONLY, hash_routed=False)
+        x_BSXD, routing = Block(*own, cfg, kind, name="block")(e_BSD[:, :, None] + h_BSXD, next_BS, documents)
+        x_BSD = HyperHead(*own, cfg, name="hc_head")(x_BSXD)
+        return RMSNorm(*own, cfg.rms_norm_eps, name="norm")(x_BSD), routing

@@ -1,0 +1,27 @@
+"""Root-mean-square norms, computed in float32.
+
+Next file to read: v4jax/model/rotary.py.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from v4jax.model.weights import Weights
+
+
+def rms_norm(x: jax.Array, eps: float, weight: jax.Array | None = None) -> jax.Array:
+    """x * rsqrt(mean(x^2) + eps) [* weight] over the last axis; float32 inside, the dtype of x outside."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 if weight is None else x32 * weight).astype(x.dtype)
+
+
+class RMSNorm(Weights):
+    """RMS norm with a learned weight (kept float32, as in the official code)."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.eps, self.weight("weight", x.shape[-1:], ("norm",), nn.initializers.ones, True))

@@ -1,0 +1,72 @@
+"""Rotary positions: interleaved pairs on the last dims of a head, plain or with YaRN, in float32.
+
+Two tables exist (deepseek-v4.md section 3): layers of compress ratio 0 and MTP use rope_theta without YaRN; CSA and HCA
+layers use compress_rope_theta with YaRN for queries, window keys, compressed entries and indexer. cos and sin are never
+scaled (the attention factor is 1).
+
+Shapes: R rope dims; `...` any leading axes.
+Next file to read: v4jax/model/compressor.py.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from v4jax.config import ModelConfig, RopeScaling
+
+
+class Rotation(NamedTuple):
+    """cos and sin of every pair's angle, float32 [..., R/2]."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+    def heads(self) -> "Rotation":
+        """The same, with an axis for heads before the last."""
+        return Rotation(self.cos[..., None, :], self.sin[..., None, :])
+
+
+def frequencies(cfg: ModelConfig, compressed: bool) -> np.ndarray:
+    """Angle per position of each pair, float32 [R/2] (official `precompute_freqs_cis`)."""
+    theta = cfg.compress_rope_theta if compressed else cfg.rope_theta
+    pairs = cfg.qk_rope_head_dim // 2
+    freqs = theta ** (-np.arange(pairs, dtype=np.float64) / pairs)
+    if compressed and cfg.rope_scaling is not None:
+        kept = 1 - _ramp(cfg.rope_scaling, theta, cfg.qk_rope_head_dim)
+        freqs = freqs * kept + freqs / cfg.rope_scaling.factor * (1 - kept)
+    return freqs.astype(np.float32)
+
+
+def _ramp(yarn: RopeScaling, theta: float, dims: int) -> np.ndarray:
+    """0 for pairs that turn fast (kept), 1 for pairs that turn slowly (divided by the factor), linear between."""
+
+    def pair_with(rotations: float) -> float:
+        return dims * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_with(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_with(yarn.beta_slow)), dims - 1)
+    width = (high - low) or 0.001  # official code avoids the division by zero the same way
+    return np.clip((np.arange(dims // 2) - low) / width, 0, 1)
+
+
+def rotation(cfg: ModelConfig, compressed: bool, positions: jax.Array) -> Rotation:
+    """The rotation at integer `positions` [...] -> [..., R/2]."""
+    angles = positions.astype(jnp.float32)[..., None] * frequencies(cfg, compressed)
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: jax.Array, turn: Rotation, inverse: bool = False) -> jax.Array:
+    """Turns pairs (2i, 2i+1) of the last R dims of x by +-angle, in float32; the other dims pass through.
+
+    Args:
+      x: [..., H] with H >= R. turn: broadcastable to [..., R/2]. inverse: turn back (the attention output).
+    """
+    rope = 2 * turn.cos.shape[-1]
+    passed, turned = x[..., :-rope], x[..., -rope:].astype(jnp.float32)
+    even, odd = turned[..., 0::2], turned[..., 1::2]
+    sin = -turn.sin if inverse else turn.sin
+    turned = jnp.stack((even * turn.cos - odd * sin, odd * turn.cos + even * sin), axis=-1)
+    return jnp.concatenate((passed, turned.reshape(*x.shape[:-1], rope).astype(x.dtype)), axis=-1)

@@ -1,0 +1,193 @@
+"""The whole model: embedding -> residual streams -> layers (scanned in groups) -> collapse -> norm -> head, plus MTP.
+
+The public entrance is `forward`: plain dict of arrays in, logits out. Parameters are one nested dict: trained weights, and
+under "router" what is not trained by gradient (selection bias, hash tables; tables are float32 holding exact integers, so that
+jax.grad works on the whole dict).
+
+Shapes: B batch, S positions, X streams, D hidden, V vocabulary.
+Next file to read: v4jax/model/block.py.
+"""
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sharding.embedding import embed_lookup
+from sharding.rules import AxisRules
+from v4jax.config import ModelConfig
+from v4jax.model.block import stack
+from v4jax.model.documents import read_documents
+from v4jax.model.hyper import HyperHead
+from v4jax.model.moe import Routing
+from v4jax.model.mtp import MTP
+from v4jax.model.norm import RMSNorm
+from v4jax.model.weights import Weights
+
+
+class Hidden(NamedTuple):
+    """What the network computes before the head.
+
+    Attributes:
+      x_BSD: normalised final state; x @ head gives the logits of the next token.
+      mtp_x_BSD: the same for the token after the next, or None without MTP; the last position of a document means nothing.
+      head_DV: the head's matrix in the compute dtype, so that a loss can apply it piece by piece.
+      routing: group name -> block name -> Routing with a first axis for layers; "mtp" -> "block" -> Routing.
+    """
+
+    x_BSD: jax.Array
+    mtp_x_BSD: jax.Array | None
+    head_DV: jax.Array
+    routing: dict[str, dict[str, Routing]]
+
+
+class Output(NamedTuple):
+    """logits and mtp_logits float32 [B,S,V] (position t predicts t+1 and t+2); aux: what the routers did (see Hidden)."""
+
+    logits: jax.Array
+    mtp_logits: jax.Array | None
+    aux: dict[str, dict[str, Routing]]
+
+
+class Transformer(Weights):
+    """Declares every weight of the model. `remat`: recompute each pattern of layers in the backward pass."""
+
+    cfg: ModelConfig
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, tokens_BS: jax.Array, segment_BS: jax.Array | None = None) -> Hidden:
+        cfg, own = self.cfg, (self.rules, self.dtype)
+        table_VD = Embedding(*own, cfg, name="embed")()
+        head_DV = Head(*own, cfg, name="head")()
+        documents = read_documents(cfg, tokens_BS.shape[1], segment_BS)
+        with jax.named_scope("embed"):
+            x_BSD = embed_lookup(self.rules, table_VD, tokens_BS).astype(self.dtype)
+        x_BSXD = jnp.broadcast_to(x_BSD[:, :, None], (*x_BSD.shape[:2], cfg.hc_mult, cfg.hidden_size))
+        x_BSXD = self.rules.constrain(x_BSXD, "act_batch", "act_seq", "act_streams", "act_embed")
+        routing = {}
+        for group in cfg.layer_groups:
+            layers = stack(*own, cfg, group.kinds, group.repeats, self.remat, group.name)
+            x_BSXD, routing[group.name] = layers(x_BSXD, tokens_BS, documents)
+        mtp_x_BSD = None
+        if cfg.num_nextn_predict_layers:
+            with jax.named_scope("mtp"):
+                next_BS = jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1)))
+                next_BSD = embed_lookup(self.rules, table_VD, next_BS).astype(self.dtype)
+                mtp = nn.remat(MTP, prevent_cse=False) if self.remat else MTP
+                mtp_x_BSD, route = mtp(*own, cfg, name="mtp")(x_BSXD, next_BSD, next_BS, documents)
+                routing["mtp"] = {"block": route}
+        x_BSD = HyperHead(*own, cfg, name="hc_head")(x_BSXD)
+        return Hidden(RMSNorm(*own, cfg.rms_norm_eps, name="norm")(x_BSD), mtp_x_BSD, head_DV, routing)
+
+
+class Embedding(Weights):
+    """The token table; it stays as the layout cut it, since `embed_lookup` needs no whole table."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.cfg.initializer_range), ("vocab", "embed"))
+        return self.param("weight", init, (self.cfg.vocab_size, self.cfg.hidden_size), jnp.float32)
+
+
+class Head(Weights):
+    """The untied output matrix."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        init = nn.initializers.normal(self.cfg.initializer_range)
+        return self.weight("weight", (self.cfg.hidden_size, self.cfg.vocab_size), ("embed", "vocab"), init)
+
+
+def project_logits(rules: AxisRules, x_BSD: jax.Array, head_DV: jax.Array) -> jax.Array:
+    """x @ head in float32 [B,S,V]."""
+    logits = jnp.einsum("BSD,DV->BSV", x_BSD, head_DV, preferred_element_type=jnp.float32)
+    return rules.constrain(logits, "act_batch", "act_seq", "act_vocab")
+
+
+def apply(
+    cfg: ModelConfig,
+    params,
+    tokens_BS: jax.Array,
+    segment_BS: jax.Array | None = None,
+    *,
+    rules: AxisRules = AxisRules(),
+    dtype: jnp.dtype = jnp.float32,
+    remat: bool = False,
+) -> Hidden:
+    """Runs the network up to the head; `params` is the public dict, "router" included."""
+    weights = {name: value for name, value in params.items() if name != "router"}
+    model = Transformer(rules, jnp.dtype(dtype), cfg, remat)
+    return model.apply({"params": weights, "router": params["router"]}, tokens_BS, segment_BS)
+
+
+def forward(
+    cfg: ModelConfig,
+    params,
+    tokens_BS: jax.Array,
+    segment_ids_BS: jax.Array | None = None,
+    quant: str = "none",
+    *,
+    rules: AxisRules = AxisRules(),
+    dtype: jnp.dtype | None = None,
+    remat: bool = False,
+) -> Output:
+    """Logits of every position; differentiable in params, and jit-able with cfg, quant, rules, dtype and remat static.
+
+    Args:
+      params: the nested dict of `v4jax.load` or `init_params`.
+      tokens_BS: int [B,S], ids in [0, vocab_size) (unchecked under jit: an id outside reads a clamped row).
+      segment_ids_BS: int [B,S], documents of packed rows, 0 for padding; None where each row is one document.
+      quant: "none"; "official" (what the served model computes) is not built yet.
+      rules: layout, with an ambient mesh (jax.set_mesh). dtype: compute dtype; default: that of the embedding.
+
+    Raises:
+      ValueError: shapes that do not fit, or quant="official".
+    """
+    if quant != "none":
+        raise ValueError(f"quant: got {quant!r}; allowed: 'none' ('official' is not built yet)")
+    if tokens_BS.ndim != 2 or tokens_BS.shape[1] < 1 or not jnp.issubdtype(tokens_BS.dtype, jnp.integer):
+        raise ValueError(f"tokens: got {tokens_BS.dtype} {tokens_BS.shape}; must be integers [B, S] with S >= 1")
+    if segment_ids_BS is not None and segment_ids_BS.shape != tokens_BS.shape:
+        raise ValueError(f"segment_ids: got {segment_ids_BS.shape}; must be as tokens, {tokens_BS.shape}")
+    dtype = params["embed"]["weight"].dtype if dtype is None else jnp.dtype(dtype)
+    return _forward(cfg, params, tokens_BS, segment_ids_BS, rules, dtype, remat)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
+def _forward(cfg, params, tokens_BS, segment_BS, rules, dtype, remat) -> Output:
+    hidden = apply(cfg, params, tokens_BS, segment_BS, rules=rules, dtype=dtype, remat=remat)
+    logits = project_logits(rules, hidden.x_BSD, hidden.head_DV)
+    mtp_logits = None
+    if hidden.mtp_x_BSD is not None:
+        mtp_logits = project_logits(rules, hidden.mtp_x_BSD, hidden.head_DV)
+    return Output(logits, mtp_logits, hidden.routing)
+
+
+def init_params(cfg: ModelConfig, key: jax.Array):
+    """Fresh parameters: normal with std initializer_range, norms 1, sinks, ape and biases 0, balanced hash tables."""
+    return jax.jit(lambda key: nn.unbox(_boxed(cfg, key)))(key)
+
+
+def abstract_params(cfg: ModelConfig):
+    """Shapes and dtypes of the parameters (jax.ShapeDtypeStruct), without computing anything."""
+    return nn.unbox(jax.eval_shape(lambda key: _boxed(cfg, key), jax.random.key(0)))
+
+
+def param_axes(cfg: ModelConfig):
+    """Logical axis names of the parameters: the same tree with a tuple of names (or None) per leaf."""
+    boxed = jax.eval_shape(lambda key: _boxed(cfg, key), jax.random.key(0))
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree.map(lambda leaf: tuple(leaf.names), boxed, is_leaf=is_box)
+
+
+def _boxed(cfg: ModelConfig, key: jax.Array):
+    """Parameters in Flax's boxes, which carry the logical axes."""
+    variables = Transformer(AxisRules(), jnp.dtype(jnp.float32), cfg).init(key, jnp.zeros((1, 1), jnp.int32))
+    return dict(variables["params"]) | {"router": dict(variables["router"])}

@@ -1,0 +1,273 @@
+"""Text to token ids and back: one token per byte, or a Hugging Face tokenizer.json.
+
+Both kinds answer to the same names: vocab_size, bos_token_id, eos_token_id, bytes_per_token, encode, decode, save.
+
+Next file to read: v4jax/train/data.py.
+"""
+
+import itertools
+import json
+import operator
+import pathlib
+from collections.abc import Iterable
+
+import numpy as np
+
+BOS_TOKEN, EOS_TOKEN = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+"""The special tokens of the DeepSeek tokenizers; ids 0 and 1 in the released config.json."""
+
+_SPECIALS = 2
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_TEXT_PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+
+
+class ByteTokenizer:
+    """One token per UTF-8 byte: id 0 is bos, id 1 is eos, id 2 + b is byte b.
+
+    Example: "é!" is the bytes C3 A9 21, so encode("é!") == [197, 171, 35].
+    """
+
+    vocab_size = _SPECIALS + 256
+    bos_token_id = 0
+    eos_token_id = 1
+    bytes_per_token = 1
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the UTF-8 bytes of text, without bos and eos; `decode` gives the text back exactly.
+
+        Raises:
+          ValueError: text holds half of a surrogate pair, which no UTF-8 file can hold.
+        """
+        return (np.frombuffer(_utf8(text), np.uint8).astype(np.int32) + _SPECIALS).tolist()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; bos and eos give nothing, broken UTF-8 and ids of no byte give U+FFFD.
+
+        A model's vocabulary may be wider than the tokenizer's, so a sampled id of no byte is not an error.
+        """
+        data = bytearray()
+        for token in _whole_numbers(ids):
+            if token >= self.vocab_size:
+                data += _REPLACEMENT.encode()
+            elif token >= _SPECIALS:
+                data.append(token - _SPECIALS)
+        return data.decode("utf-8", errors="replace")
+
+    def save(self, directory) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, which `tokenizers` and transformers open as well.
+
+        Same ids there, except that they read the literal text of BOS_TOKEN or EOS_TOKEN as that special token.
+        """
+        _write(directory, json.dumps(_byte_tokenizer_json(), ensure_ascii=False, indent=1), _config_json())
+
+
+class HuggingFaceTokenizer:
+    """A Hugging Face tokenizer.json, run by the optional package `tokenizers` (extra v4jax[tokenizers]).
+
+    bos and eos are the ones that tokenizer_config.json beside the file names, or else those of DeepSeek. The literal
+    text of a special token encodes to that token, as transformers does it.
+
+    Raises:
+      ValueError: the package is missing, the file is no tokenizer, or it has no bos or eos token.
+    """
+
+    bytes_per_token = 4
+    """What a byte-pair vocabulary of this size gives on English text, roughly; used only to choose sizes to read."""
+
+    def __init__(self, path):
+        path = pathlib.Path(path)
+        self._text = _read_text(path)
+        config = path.with_name("tokenizer_config.json")
+        self._config_text = _read_text(config) if config.is_file() else _config_json()
+        self._tokenizer = _open_tokenizer(path, self._text)
+        self._known = frozenset(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = 1 + max(self._known)
+        names = _parse(config, self._config_text)
+        self.bos_token_id = self._special_id(path, names, "bos_token")
+        self.eos_token_id = self._special_id(path, names, "eos_token")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text, without bos and eos added. Raises ValueError as ByteTokenizer.encode does."""
+        _utf8(text)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special tokens give nothing, ids that no token has give U+FFFD."""
+        parts = []
+        for known, run in itertools.groupby(_whole_numbers(ids), key=self._known.__contains__):
+            run = list(run)
+            parts.append(self._tokenizer.decode(run, skip_special_tokens=True) if known else _REPLACEMENT * len(run))
+        return "".join(parts)
+
+    def save(self, directory) -> None:
+        """Writes tokenizer.json as it was read, and tokenizer_config.json."""
+        _write(directory, self._text, self._config_text)
+
+    def _special_id(self, path: pathlib.Path, names: dict, which: str) -> int:
+        name = names.get(which)
+        name = name.get("content") if isinstance(name, dict) else name
+        token = self._tokenizer.token_to_id(name) if isinstance(name, str) else None
+        if token is None:
+            raise ValueError(
+                f"{path}: {which} {name!r} is not in its vocabulary; tokenizer_config.json beside it must name a {which}"
+            )
+        return token
+
+
+Tokenizer = ByteTokenizer | HuggingFaceTokenizer
+
+
+def load_tokenizer(path) -> Tokenizer:
+    """Opens a tokenizer.json, or the one in a directory; one that ByteTokenizer wrote needs no further package.
+
+    Raises:
+      ValueError: no such file, not a tokenizer, or package `tokenizers` is missing; names the file.
+    """
+    path = pathlib.Path(path).expanduser()
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if _is_byte_tokenizer(_parse(path, _read_text(path))):
+        return ByteTokenizer()
+    return HuggingFaceTokenizer(path)
+
+
+def check_tokens(tokens, vocab_size: int, name: str = "tokens") -> None:
+    """Refuses token ids that a model of vocab_size rows has no row for.
+
+    tokens is an integer array of any shape. An embedding lookup would clamp a bad id to a valid row without a word.
+
+    Raises:
+      ValueError: naming the first bad id, its index and the allowed range.
+    """
+    tokens = np.asarray(tokens)
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"{name}: got dtype {tokens.dtype}; allowed: integers in [0, vocab_size={vocab_size})")
+    bad = np.argwhere((tokens < 0) | (tokens >= vocab_size))
+    if len(bad):
+        place = tuple(int(i) for i in bad[0])
+        where = ", ".join(map(str, place))
+        raise ValueError(f"{name}: got id {tokens[place]} at [{where}]; allowed: [0, vocab_size={vocab_size})")
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _byte_alphabet() -> list[str]:
+    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's `bytes_to_unicode`).
+
+    Bytes that print keep their Latin-1 character; the other 68 take the code points from 256 on, in order.
+    """
+    prints = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    spare = itertools.count(256)
+    return [chr(byte) if byte in prints else chr(next(spare)) for byte in range(256)]
+
+
+def _byte_tokenizer_json() -> dict:
+    """ByteTokenizer in the format of tokenizer.json: byte-pair encoding with no pair to merge."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokens = [BOS_TOKEN, EOS_TOKEN, *_byte_alphabet()]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": tokens[i]} | flags for i in range(_SPECIALS)],
+        "normalizer": None,
+        "pre_tokenizer": _TEXT_PRE_TOKENIZER,
+        "post_processor": None,
+        "decoder": _TEXT_PRE_TOKENIZER,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [],
+        },
+    }
+
+
+def _is_byte_tokenizer(raw: dict) -> bool:
+    """Whether a tokenizer.json maps bytes as ByteTokenizer does, whoever wrote it (transformers rewrites the rest)."""
+    ours, model = _byte_tokenizer_json(), raw.get("model")
+    split = raw.get("pre_tokenizer")
+    return (
+        isinstance(model, dict)
+        and isinstance(split, dict)
+        and all(model.get(key) == ours["model"][key] for key in ("type", "vocab", "merges"))
+        and all(split.get(key) == _TEXT_PRE_TOKENIZER[key] for key in ("type", "add_prefix_space", "use_regex"))
+        and raw.get("normalizer") is None
+        and [token.get("id") for token in raw.get("added_tokens") or ()] == list(range(_SPECIALS))
+    )
+
+
+def _config_json() -> str:
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS_TOKEN,
+        "eos_token": EOS_TOKEN,
+        "clean_up_tokenization_spaces": False,
+    }
+    return json.dumps(config, ensure_ascii=False, indent=1)
+
+
+def _open_tokenizer(path: pathlib.Path, text: str):
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError(
+            f"{path}: reading a Hugging Face tokenizer needs the package tokenizers; pip install 'v4jax[tokenizers]'"
+        ) from None
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the package raises bare Exception for every fault of the file
+        raise ValueError(f"{path}: not a Hugging Face tokenizer: {' '.join(str(error).split())}") from None
+    # A file may carry the truncation of its last use, which would cut documents without a word.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; expected a tokenizer.json or a directory that holds one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+
+
+def _parse(path: pathlib.Path, text: str) -> dict:
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    return raw
+
+
+def _write(directory, tokenizer_text: str, config_text: str) -> None:
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.json").write_text(tokenizer_text, encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(config_text, encoding="utf-8")
+
+
+def _whole_numbers(ids: Iterable[int]) -> list[int]:
+    ids = [operator.index(token) for token in ids]
+    if min(ids, default=0) < 0:
+        raise ValueError(f"ids: got {min(ids)}; allowed: integers >= 0")
+    return ids
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text: got half of a surrogate pair ({text[error.start]!r}) at character {error.start}; "
+            "allowed: text that UTF-8 can hold"
+        ) from None

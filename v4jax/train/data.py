@@ -1,0 +1,375 @@
+"""Text files to packed batches of tokens: the same batches on every machine, resumable at any step.
+
+Axes: B batch, S query positions, T tokens of one piece.
+
+    files -> documents -> train | held out          by a hash of each file's path
+    train documents -> pieces, shuffled anew each epoch; row r of the global batch takes pieces r, r + B, r + 2B, ...
+    pieces of one row -> bos + tokens + eos, concatenated, cut every S tokens -> [B, S]
+
+Every row being a stream of its own, a batch mixes B documents, and what row r holds does not depend on the number of
+processes. Long documents are read in pieces of a few rows, so that B rows at a time do not dwell on B long files.
+
+Next file to read: v4jax/train/loss.py.
+"""
+
+import codecs
+import dataclasses
+import hashlib
+import pathlib
+import sysconfig
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from v4jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+_STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_READ_ROWS = 4
+"""Rows of tokens that one piece of a long document fills, about."""
+
+_HELD_OUT_SEED = 0
+
+Batch = dict[str, np.ndarray]
+"""tokens int32 [B,S], and segment_ids int32 [B,S]: 1, 2, ... per document of the row, 0 where a row is padded."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text to train on, and how it is cut.
+
+    Fields:
+      source: "stdlib", the sources of the running Python's standard library without its tests; or a folder of
+        UTF-8 text files ("./stdlib" for a folder of that name).
+      tokenizer: "byte", or a Hugging Face tokenizer.json, or a directory that holds one.
+      glob: which files of the folder are documents; empty files and names that start with a dot are left out.
+      held_out: share of the documents kept for evaluation; at least one document is.
+      seed: order of the training documents; the split does not depend on it.
+
+    Raises:
+      ValueError: naming the field, the value and the rule.
+    """
+
+    source: str = "stdlib"
+    tokenizer: str = "byte"
+    glob: str = "**/*"
+    held_out: float = 0.02
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("source", "tokenizer", "glob"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; must be a string that is not empty")
+        if pathlib.PurePath(self.glob).is_absolute() or ".." in pathlib.PurePath(self.glob).parts:
+            raise ValueError(f"glob: got {self.glob!r}; must be relative to the source folder, without '..'")
+        if isinstance(self.held_out, bool) or not isinstance(self.held_out, float) or not 0 < self.held_out < 1:
+            raise ValueError(f"held_out: got {self.held_out!r}; must be a share in (0, 1)")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: got {self.seed!r}; must be an integer in [0, 2**32)")
+
+
+class Document(NamedTuple):
+    """One UTF-8 file: its path relative to the source, with '/' on every system; the file itself; its bytes."""
+
+    name: str
+    path: pathlib.Path
+    size: int
+
+
+def tokenizer_of(cfg: DataConfig) -> Tokenizer:
+    """The tokenizer that cfg names."""
+    return ByteTokenizer() if cfg.tokenizer == "byte" else load_tokenizer(cfg.tokenizer)
+
+
+def read_documents(cfg: DataConfig) -> list[Document]:
+    """All documents of the source, sorted by name; each is read once here, to check that it is UTF-8.
+
+    Of the standard library, files that are not UTF-8 are left out; in a folder they are an error.
+
+    Raises:
+      ValueError: no such folder, no document in it, or a file of it that is not UTF-8 text; names it.
+    """
+    if cfg.source == "stdlib":
+        root, glob = pathlib.Path(sysconfig.get_paths()["stdlib"]), "**/*.py"
+    else:
+        root, glob = pathlib.Path(cfg.source).expanduser(), cfg.glob
+    if not root.is_dir():
+        raise ValueError(f"source: {root} is no folder; expected a folder of UTF-8 text files, or 'stdlib'")
+    documents = []
+    for path in root.glob(glob):
+        parts = path.relative_to(root).parts
+        skipped = _STDLIB_SKIPPED.intersection(parts) if cfg.source == "stdlib" else ()
+        if skipped or any(part.startswith(".") for part in parts) or not path.is_file():
+            continue
+        fault, size = _utf8_fault(path)
+        if fault and cfg.source != "stdlib":
+            raise ValueError(f"source: {path} is not UTF-8 text ({fault}); remove it or narrow glob={cfg.glob!r}")
+        if size and not fault:
+            documents.append(Document("/".join(parts), path, size))
+    if not documents:
+        raise ValueError(f"source: {root} has no text in files matching {glob!r}; expected UTF-8 text files")
+    return sorted(documents)
+
+
+def split_documents(cfg: DataConfig, documents: list[Document]) -> tuple[list[Document], list[Document]]:
+    """(train, held out): held out are the documents whose hashed name falls below cfg.held_out.
+
+    The hash sees the name only, so a file stays on its side whatever is added beside it, on every machine. Of few
+    documents chance may leave a side empty: then the lowest hash is held out, or the highest is trained on.
+
+    Raises:
+      ValueError: fewer than two documents.
+    """
+    if len(documents) < 2:
+        raise ValueError(
+            f"source: {cfg.source} has {len(documents)} document(s); at least 2 files are needed, to train and hold out"
+        )
+    ranked = sorted(documents, key=lambda document: _unit_hash(document.name))
+    below = sum(_unit_hash(document.name) < cfg.held_out for document in ranked)
+    below = min(max(below, 1), len(ranked) - 1)
+    return sorted(ranked[below:]), sorted(ranked[:below])
+
+
+def train_batches(
+    cfg: DataConfig,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    batch_size: int,
+    *,
+    vocab_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Endless training batches; this process's rows of them, [batch_size / process_count, seq_len].
+
+    The iterator has get_state and set_state, and Orbax saves and loads it as a checkpointable. Restoring onto other
+    documents or sizes raises ValueError rather than go on elsewhere.
+
+    Raises:
+      ValueError: sizes that do not fit one another, a tokenizer wider than the model, or as read_documents does.
+    """
+    _check_sizes(tokenizer, seq_len, batch_size, vocab_size, process_index, process_count)
+    documents, _ = split_documents(cfg, read_documents(cfg))
+    pieces = grain.MapDataset.source(_Pieces(documents, tokenizer, seq_len)).seed(cfg.seed).shuffle().repeat()
+    share = batch_size // process_count
+    rows = [
+        _packed(pieces[row::batch_size], seq_len) for row in range(process_index * share, (process_index + 1) * share)
+    ]
+    settings = {
+        "documents": _fingerprint(documents),
+        "tokenizer": f"{type(tokenizer).__name__} of {tokenizer.vocab_size}",
+        "seed": cfg.seed,
+        "seq_len": seq_len,
+        "batch_size": batch_size,
+        "process": f"{process_index} of {process_count}",
+    }
+    return iter(_StackedRows(rows, settings))
+
+
+def held_out_batches(
+    cfg: DataConfig,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    batch_size: int,
+    *,
+    vocab_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    max_batches: int | None = None,
+) -> list[Batch]:
+    """The held-out documents once, in a fixed mixed order; the last batch is filled up with rows of segment 0.
+
+    Each process gets its rows of the same number of batches. max_batches bounds the list (None: all of it).
+
+    Raises:
+      ValueError: as train_batches does.
+    """
+    _check_sizes(tokenizer, seq_len, batch_size, vocab_size, process_index, process_count)
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches: got {max_batches}; must be at least 1, or None")
+    _, documents = split_documents(cfg, read_documents(cfg))
+    pieces = grain.MapDataset.source(_Pieces(documents, tokenizer, seq_len)).seed(_HELD_OUT_SEED).shuffle()
+    empty = np.zeros(seq_len, np.int32)
+    batches, rows = [], []
+    for row in _packed(pieces, seq_len):
+        rows.append((row["tokens"], row["tokens_segment_ids"]))
+        if len(rows) == batch_size:
+            batches.append(rows)
+            rows = []
+        if len(batches) == max_batches:
+            break
+    if rows:
+        batches.append(rows + [(empty, empty)] * (batch_size - len(rows)))
+    share = batch_size // process_count
+    mine = slice(process_index * share, (process_index + 1) * share)
+    return [_stack(rows[mine]) for rows in batches]
+
+
+def unigram_loss(train: Iterable[Batch], held_out: Iterable[Batch], vocab_size: int) -> float:
+    """Nats per predicted token of held_out under the token counts of train: what a model without context reaches.
+
+        - mean over held-out targets of ln((count[target] + 1) / (sum(count) + vocab_size))
+
+    Both count the tokens a model is asked to predict: those that have a predecessor in their segment. Pass a bounded
+    train, such as itertools.islice(train_batches(...), 100).
+
+    Raises:
+      ValueError: held_out has no such token.
+    """
+    count = np.zeros(vocab_size, np.int64)
+    for batch in train:
+        count += np.bincount(_targets(batch), minlength=vocab_size)
+    log_p = np.log(count + 1.0) - np.log(count.sum() + vocab_size)
+    targets = [_targets(batch) for batch in held_out]
+    if not sum(map(len, targets)):
+        raise ValueError("held_out: got no token that has a predecessor in its segment; there is nothing to predict")
+    return float(-np.mean(log_p[np.concatenate(targets)]))
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+class _Pieces:
+    """Random access to the pieces of documents, read and tokenised on demand: piece i is tokens int32 [T].
+
+    A document is cut every `step` bytes, then at the next start of a character. Its first piece begins with bos, its
+    last one ends with eos. Example: with step 4, "abcdé!" (7 bytes) is bos + "abcd", then "é!" + eos.
+    """
+
+    def __init__(self, documents: list[Document], tokenizer: Tokenizer, seq_len: int):
+        self._documents = documents
+        self._tokenizer = tokenizer
+        self._step = _READ_ROWS * seq_len * tokenizer.bytes_per_token
+        # _ends[i]: number of pieces in documents 0 to i.
+        self._ends = np.cumsum([-(-document.size // self._step) for document in documents])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        document = self._documents[which]
+        begin = (index - (int(self._ends[which - 1]) if which else 0)) * self._step
+        end = min(begin + self._step, document.size)
+        ids = self._tokenizer.encode(_read_between(document.path, begin, end))
+        ids = [self._tokenizer.bos_token_id] * (begin == 0) + ids + [self._tokenizer.eos_token_id] * (
+            end == document.size
+        )
+        return {"tokens": np.array(ids, np.int32)}
+
+
+def _read_between(path: pathlib.Path, begin: int, end: int) -> str:
+    """The characters of a UTF-8 file whose first byte is in [begin, end)."""
+    with path.open("rb") as file:
+        file.seek(begin)
+        data = file.read(end - begin + 3)  # a character has at most 3 bytes after its first
+    first, last = 0, end - begin
+    while first < len(data) and data[first] & 0xC0 == 0x80:
+        first += 1
+    while last < len(data) and data[last] & 0xC0 == 0x80:
+        last += 1
+    try:
+        return data[first:last].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"source: {path} changed while it was read: {error}") from None
+
+
+def _utf8_fault(path: pathlib.Path) -> tuple[str, int]:
+    """("" or why the file is no UTF-8 text, its size in bytes up to there)."""
+    decoder, size = codecs.getincrementaldecoder("utf-8")(), 0
+    try:
+        with path.open("rb") as file:
+            while data := file.read(1 << 20):
+                decoder.decode(data)
+                size += len(data)
+            decoder.decode(b"", final=True)
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{type(error).__name__}: {error.strerror if isinstance(error, OSError) else error.reason}", size
+    return "", size
+
+
+def _unit_hash(name: str) -> float:
+    """A number in [0, 1) from the first 8 bytes of SHA-256 of the name."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
+
+
+def _fingerprint(documents: list[Document]) -> str:
+    """Changes when a document is added, removed, renamed or resized."""
+    listing = "\n".join(f"{document.size} {document.name}" for document in documents)
+    return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _packed(pieces: grain.MapDataset, seq_len: int) -> grain.IterDataset:
+    """Rows of seq_len tokens; each row counts its segments from 1, also where it goes on with a piece cut before it."""
+    # No read-ahead threads: reading a piece takes microseconds, and every row would start 16 of them.
+    in_line = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return grain.experimental.ConcatThenSplitIterDataset(
+        pieces.to_iter_dataset(in_line), length_struct={"tokens": seq_len}
+    )
+
+
+class _StackedRows(grain.IterDataset):
+    """Stacks one row of each parent into a batch."""
+
+    def __init__(self, rows: list[grain.IterDataset], settings: dict):
+        super().__init__(rows)
+        self._settings = settings
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _StackedRowsIterator([iter(row) for row in self._parents], self._settings)
+
+
+class _StackedRowsIterator(grain.DatasetIterator):
+    def __init__(self, rows: list[grain.DatasetIterator], settings: dict):
+        super().__init__(rows)
+        self._settings = settings
+
+    def __next__(self) -> Batch:
+        rows = [next(row) for row in self._parents]
+        return _stack([(row["tokens"], row["tokens_segment_ids"]) for row in rows])
+
+    def get_state(self) -> dict:
+        return {"settings": self._settings, "rows": [row.get_state() for row in self._parents]}
+
+    def set_state(self, state: dict) -> None:
+        for name, value in self._settings.items():
+            if state["settings"].get(name) != value:
+                raise ValueError(
+                    f"data position: was saved with {name} {state['settings'].get(name)}, this run has {value}; "
+                    "it can only go on with the same"
+                )
+        for row, saved in zip(self._parents, state["rows"], strict=True):
+            # Orbax keeps the state as JSON, which makes lists of tuples. grain 0.2.18 compares these slices with a
+            # tuple, takes an empty remainder for a real one, and silently drops a whole document.
+            slices = {name: tuple(ends) for name, ends in saved["remainder_slices"].items()}
+            row.set_state(saved | {"remainder_slices": slices})
+
+
+def _stack(rows: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
+    tokens, segment_ids = zip(*rows, strict=True)
+    return {"tokens": np.stack(tokens), "segment_ids": np.stack(segment_ids)}
+
+
+def _targets(batch: Batch) -> np.ndarray:
+    """The tokens of a batch that have a predecessor in their segment, [number of them]."""
+    tokens_BS, segment_ids_BS = np.asarray(batch["tokens"]), np.asarray(batch["segment_ids"])
+    follows = (segment_ids_BS[:, 1:] == segment_ids_BS[:, :-1]) & (segment_ids_BS[:, 1:] > 0)
+    return tokens_BS[:, 1:][follows]
+
+
+def _check_sizes(tokenizer, seq_len, batch_size, vocab_size, process_index, process_count) -> None:
+    if seq_len < 2:
+        raise ValueError(f"seq_len: got {seq_len}; must be at least 2, a token and the one it predicts")
+    if batch_size < 1 or process_count < 1 or batch_size % process_count:
+        raise ValueError(f"batch_size: got {batch_size}; must be a positive multiple of process_count={process_count}")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index: got {process_index}; must be in [0, process_count={process_count})")
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"vocab_size: got {vocab_size}; the tokenizer has ids up to {tokenizer.vocab_size - 1}, so it must be at "
+            f"least {tokenizer.vocab_size}"
+        )

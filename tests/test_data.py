@@ -192,7 +192,7 @@ def test_batches_are_the_same_on_every_machine(cfg):
     digest = hashlib.sha256()
     for batch in itertools.islice(train_batches(cfg, BYTES, **SIZES), 20):
         digest.update(batch["tokens"].astype("<i4").tobytes() + batch["segment_ids"].astype("<i4").tobytes())
-    assert digest.hexdigest()[:16] == "PINNED"
+    assert digest.hexdigest()[:16] == "4cf1b0d3c9999291"
 
 
 def test_processes_share_the_batch_of_one_process(cfg):
@@ -230,7 +230,8 @@ def test_resume_from_any_step_is_exact_also_through_json(cfg):
     fresh = train_batches(cfg, BYTES, **SIZES)
     for step, state in enumerate(states):
         fresh.set_state(json.loads(state))
-        assert same(list(itertools.islice(fresh, 3)), batches[step : step + 3]) or step > 57, step
+        expected = batches[step : step + 3]
+        assert same(list(itertools.islice(fresh, len(expected))), expected), step
 
 
 def test_resume_through_orbax_is_exact(cfg, tmp_path):
@@ -284,7 +285,8 @@ def test_held_out_batches_hold_every_held_out_token_once(cfg):
     expected = sum(document.size + 2 for document in documents)
     ids = np.concatenate([batch["segment_ids"] for batch in batches])
     tokens = np.concatenate([batch["tokens"] for batch in batches])
-    assert (ids > 0).sum() == expected and (tokens[ids == 0] == 0).all() and (tokens[ids > 0] == 1).sum() == len(documents)
+    assert (ids > 0).sum() == expected and (tokens[ids == 0] == 0).all()
+    assert (tokens[ids > 0] == 1).sum() == len(documents)
     assert all(array.shape == (4, 16) and array.dtype == np.int32 for batch in batches for array in batch.values())
     assert len(ids) - 4 < math.ceil(expected / 16) <= len(ids)
     assert same(batches, held_out_batches(dataclasses.replace(cfg, seed=9), BYTES, **SIZES))
@@ -305,7 +307,8 @@ def test_no_held_out_text_is_trained_on(tmp_path):
         (tmp_path / f"{i}.txt").write_text(f"<{i}>")
     cfg = DataConfig(source=str(tmp_path), held_out=0.3)
     held = {BYTES.decode(ids) for ids in segments(held_out_batches(cfg, BYTES, 256, 1, vocab_size=258))}
-    train = {BYTES.decode(ids) for ids in segments(itertools.islice(train_batches(cfg, BYTES, 256, 1, vocab_size=258), 8))}
+    batches = itertools.islice(train_batches(cfg, BYTES, 256, 1, vocab_size=258), 8)
+    train = {BYTES.decode(ids) for ids in segments(batches)}
     assert len(held) >= 5 and not held & train
 
 

@@ -190,7 +190,8 @@ def test_bad_files_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer.json: no such file"):
         load_tokenizer(tmp_path)
     path = tmp_path / "tokenizer.json"
-    for content, text in ((b"{", "not JSON"), (b"[]", "JSON object"), (b"\xff", "cannot be read"), (b"{}", "not a Hug")):
+    faults = {b"{": "not JSON", b"[]": "JSON object", b"\xff": "cannot be read", b"{}": "not a Hugging Face"}
+    for content, text in faults.items():
         path.write_bytes(content)
         with pytest.raises(ValueError, match=text) as caught:
             load_tokenizer(tmp_path)

@@ -8,7 +8,9 @@ Next file to read: v4jax/model/transformer.py.
 
 import dataclasses
 import json
+import math
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 WINDOW_ONLY, CSA, HCA = 0, 4, 128
@@ -67,7 +69,12 @@ class RopeScaling:
     beta_slow: float = 1.0
 
     def __post_init__(self):
-        if self.factor < 1 or self.original_max_position_embeddings < 1 or not self.beta_fast > self.beta_slow > 0:
+        numbers = all(_is_number(value) for value in dataclasses.astuple(self))
+        if (
+            not numbers
+            or not (self.factor >= 1 and self.original_max_position_embeddings >= 1)
+            or not self.beta_fast > self.beta_slow > 0
+        ):
             raise ValueError(
                 f"rope_scaling: got {dataclasses.asdict(self)}; allowed: factor >= 1, "
                 "original_max_position_embeddings >= 1, beta_fast > beta_slow > 0"
@@ -175,6 +182,7 @@ class ModelConfig:
         for name, only in _FIXED.items():
             if raw.get(name, only) != only:
                 raise ValueError(f"{name}: got {raw[name]!r}; DeepSeek-V4 allows only {only!r}")
+        _check_json_types(raw)
         raw = _official_style(raw)
         fields = {field.name: field for field in dataclasses.fields(cls)}
         missing = [
@@ -185,7 +193,7 @@ class ModelConfig:
         if missing:
             raise ValueError(f"missing key(s) {', '.join(missing)}")
         values = {name: raw[name] for name in fields if raw.get(name) is not None}
-        if isinstance(values.get("eos_token_id"), list):
+        if isinstance(values.get("eos_token_id"), list) and values["eos_token_id"]:
             values["eos_token_id"] = values["eos_token_id"][0]
         if "rope_scaling" in values:
             values["rope_scaling"] = _read_rope_scaling(values["rope_scaling"])
@@ -221,6 +229,10 @@ def _longest_repeat(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
     return best
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check_sizes(cfg: ModelConfig) -> None:
     for name in _SIZES + list(_INDEX_SIZES if CSA in cfg.compress_ratios else ()):
         value = getattr(cfg, name)
@@ -228,13 +240,14 @@ def _check_sizes(cfg: ModelConfig) -> None:
             raise ValueError(f"{name}: got {value!r}; must be a positive integer")
     for name in ("routed_scaling_factor", "hc_eps", "rms_norm_eps", "swiglu_limit", "rope_theta", "initializer_range"):
         value = getattr(cfg, name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        if not _is_number(value) or not value > 0:
             raise ValueError(f"{name}: got {value!r}; must be a number above 0")
-    if cfg.num_nextn_predict_layers not in (0, 1):
+    if type(cfg.num_nextn_predict_layers) is not int or cfg.num_nextn_predict_layers not in (0, 1):
         raise ValueError(f"num_nextn_predict_layers: got {cfg.num_nextn_predict_layers!r}; allowed: 0 or 1")
     for name in ("bos_token_id", "eos_token_id"):
-        if not 0 <= getattr(cfg, name) < cfg.vocab_size:
-            raise ValueError(f"{name}: got {getattr(cfg, name)}; must be in [0, vocab_size={cfg.vocab_size})")
+        value = getattr(cfg, name)
+        if type(value) is not int or not 0 <= value < cfg.vocab_size:
+            raise ValueError(f"{name}: got {value!r}; must be in [0, vocab_size={cfg.vocab_size})")
 
 
 def _check_layers(cfg: ModelConfig) -> None:
@@ -244,19 +257,19 @@ def _check_layers(cfg: ModelConfig) -> None:
             f"compress_ratios: got {len(cfg.compress_ratios)} entries; must be {expected} "
             f"(num_hidden_layers {cfg.num_hidden_layers} + num_nextn_predict_layers {cfg.num_nextn_predict_layers})"
         )
-    odd = sorted({ratio for ratio in cfg.compress_ratios if ratio not in (WINDOW_ONLY, CSA, HCA)}, key=str)
+    odd = [ratio for ratio in cfg.compress_ratios if type(ratio) is not int or ratio not in (WINDOW_ONLY, CSA, HCA)]
     if odd:
-        raise ValueError(f"compress_ratios: got {odd}; allowed: 0 (window only), 4 (CSA), 128 (HCA)")
+        raise ValueError(f"compress_ratios: got {odd[0]!r}; allowed: 0 (window only), 4 (CSA), 128 (HCA)")
     if any(cfg.compress_ratios[cfg.num_hidden_layers :]):
         raise ValueError(f"compress_ratios: the MTP entry is {cfg.compress_ratios[-1]}; the MTP layer allows only 0")
-    if not isinstance(cfg.num_hash_layers, int) or not 0 <= cfg.num_hash_layers <= cfg.num_hidden_layers:
+    if type(cfg.num_hash_layers) is not int or not 0 <= cfg.num_hash_layers <= cfg.num_hidden_layers:
         raise ValueError(
-            f"num_hash_layers: got {cfg.num_hash_layers}; must be in [0, num_hidden_layers={cfg.num_hidden_layers}]"
+            f"num_hash_layers: got {cfg.num_hash_layers!r}; must be in [0, num_hidden_layers={cfg.num_hidden_layers}]"
         )
-    if any(cfg.compress_ratios) and not (cfg.compress_rope_theta and cfg.compress_rope_theta > 0):
+    if any(cfg.compress_ratios) and not (_is_number(cfg.compress_rope_theta) and cfg.compress_rope_theta > 0):
         # Published code and config.json disagree on its default, so a guess would be wrong for someone (pitfall 6).
         raise ValueError(
-            f"compress_rope_theta: got {cfg.compress_rope_theta}; a model with compressed layers must state it "
+            f"compress_rope_theta: got {cfg.compress_rope_theta!r}; a model with compressed layers must state it "
             "(160000 in the released checkpoints)"
         )
 
@@ -280,7 +293,7 @@ def _check_divisions(cfg: ModelConfig) -> None:
 
 
 def _refuse_other_models(raw: dict[str, Any]) -> None:
-    names = [str(raw.get("model_type"))] + [str(name) for name in raw.get("architectures") or ()]
+    names = [str(raw.get("model_type"))] + re.findall(r"\w[\w.]*", str(raw.get("architectures") or ""))
     if any(mark in name.lower() for name in names for mark in ("v4.1", "v4_1", "v41")):
         raise ValueError(f"model_type: got {names[0]!r} {names[1:]}; DeepSeek-V4.1 is another architecture; allowed: "
                          "'deepseek_v4'")
@@ -291,12 +304,27 @@ def _refuse_other_models(raw: dict[str, Any]) -> None:
         raise ValueError(f"{dspark[0]}: this checkpoint's mtp.* is a DSpark drafter, which v4jax does not build")
 
 
+def _check_json_types(raw: dict[str, Any]) -> None:
+    """Refuses a key whose value is of the wrong JSON type, before anything looks inside it."""
+    kinds = {
+        "a list": ((list, tuple), ("compress_ratios", "layer_types", "mlp_layer_types")),
+        "an object": ((dict, RopeScaling), ("rope_scaling", "rope_parameters", "compress_rates")),
+    }
+    for word, (allowed, names) in kinds.items():
+        for name in names:
+            if raw.get(name) is not None and not isinstance(raw[name], allowed):
+                raise ValueError(f"{name}: got {raw[name]!r}; must be {word}")
+    rope = raw.get("rope_parameters") or {}
+    if rope and not (isinstance(rope.get("main"), dict) and isinstance(rope.get("compress"), dict)):
+        raise ValueError(f"rope_parameters: got {rope}; must be an object with the objects main and compress")
+
+
 def _official_style(raw: dict[str, Any]) -> dict[str, Any]:
     """Translates what transformers 5 writes (layer_types, mlp_layer_types, rope_parameters) to the official keys."""
     raw = dict(raw)
     layers = raw.get("num_hidden_layers") or 0
     if raw.get("compress_ratios") is None and raw.get("layer_types") is not None:
-        unknown = [name for name in raw["layer_types"] if name not in _RATIO_OF_LAYER_TYPE]
+        unknown = [name for name in raw["layer_types"] if str(name) not in _RATIO_OF_LAYER_TYPE]
         if unknown:
             raise ValueError(f"layer_types: got {unknown[0]!r}; allowed: {', '.join(_RATIO_OF_LAYER_TYPE)}")
         for name, ratio in (raw.get("compress_rates") or {}).items():
@@ -304,19 +332,18 @@ def _official_style(raw: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"compress_rates: got {name}={ratio}; DeepSeek-V4 allows only "
                                  f"{_RATIO_OF_LAYER_TYPE.get(name)}")
         ratios = [_RATIO_OF_LAYER_TYPE[name] for name in raw["layer_types"]]
-        raw["compress_ratios"] = ratios + [WINDOW_ONLY] * raw.get("num_nextn_predict_layers", 1)
+        raw["compress_ratios"] = ratios + [WINDOW_ONLY] * (raw.get("num_nextn_predict_layers") != 0)
     if raw.get("num_hash_layers") is None and raw.get("mlp_layer_types") is not None:
-        kinds = raw["mlp_layer_types"]
-        raw["num_hash_layers"] = kinds.count("hash_moe")
-        if len(kinds) != layers or kinds != ["hash_moe"] * raw["num_hash_layers"] + ["moe"] * (
-            layers - raw["num_hash_layers"]
-        ):
+        kinds = list(raw["mlp_layer_types"])
+        raw["num_hash_layers"] = hashed = kinds.count("hash_moe")
+        if len(kinds) != layers or kinds != ["hash_moe"] * hashed + ["moe"] * (len(kinds) - hashed):
             raise ValueError(f"mlp_layer_types: got {kinds}; must be hash_moe layers first, then moe, {layers} in all")
-    if raw.get("qk_rope_head_dim") is None and raw.get("partial_rotary_factor") is not None:
-        raw["qk_rope_head_dim"] = round(raw["head_dim"] * raw["partial_rotary_factor"])
+    factor, head_dim = raw.get("partial_rotary_factor"), raw.get("head_dim")
+    if raw.get("qk_rope_head_dim") is None and _is_number(factor) and _is_number(head_dim):
+        raw["qk_rope_head_dim"] = round(head_dim * factor)
     rope = raw.get("rope_parameters")
-    if isinstance(rope, dict) and "compress" in rope:
-        raw["rope_theta"] = rope.get("main", {}).get("rope_theta", raw.get("rope_theta"))
+    if rope:
+        raw["rope_theta"] = rope["main"].get("rope_theta", raw.get("rope_theta"))
         raw["compress_rope_theta"] = rope["compress"].get("rope_theta", raw.get("compress_rope_theta"))
         raw["rope_scaling"] = rope["compress"] if rope["compress"].get("rope_type", "default") != "default" else None
     return raw

@@ -109,7 +109,7 @@ class HuggingFaceTokenizer:
         token = self._tokenizer.token_to_id(name) if isinstance(name, str) else None
         if token is None:
             raise ValueError(
-                f"{path}: {which} {name!r} is not in its vocabulary; tokenizer_config.json beside it must name a {which}"
+                f"{path}: {which} {name!r} is not in its vocabulary; tokenizer_config.json beside it must name one"
             )
         return token
 

@@ -125,7 +125,8 @@ def _attend_chunk(cfg: ModelConfig, chunk: Queries, sink_N, entries, entry_BCH, 
     q_BUWNH = (chunk.q_BTNH * dim**-0.5).reshape(batch, -1, window, heads, dim)
     near = _einsum("BUWNH,BUVH->BUWNV", q_BUWNH, chunk.window_BUWH)
     near = jnp.where(_window_mask(chunk, window)[:, :, :, None], near, -jnp.inf).reshape(batch, rows, heads, -1)
-    peak = jnp.maximum(near.max(-1), sink_N)
+    sink_11N = sink_N[None, None]
+    peak = jnp.maximum(near.max(-1), sink_11N)
     far = None
     if entries is not None:
         visible_BTC = _visible(chunk, entries)
@@ -146,7 +147,7 @@ def _attend_chunk(cfg: ModelConfig, chunk: Queries, sink_N, entries, entry_BCH, 
         peak = jnp.maximum(peak, far.max(-1))
     peak = jax.lax.stop_gradient(peak)[..., None]
     near = jnp.exp(near - peak)
-    total = near.sum(-1) + jnp.exp(sink_N - peak[..., 0])
+    total = near.sum(-1) + jnp.exp(sink_11N - peak[..., 0])
     near = near.astype(chunk.q_BTNH.dtype).reshape(batch, -1, window, heads, 2 * window)
     out = _einsum("BUWNV,BUVH->BUWNH", near, chunk.window_BUWH).reshape(batch, rows, heads, dim)
     if far is not None:
@@ -167,17 +168,17 @@ def _window_mask(chunk: Queries, window: int) -> jax.Array:
     """
     w, v = jnp.arange(window)[:, None], jnp.arange(2 * window)[None]
     row_UW1 = chunk.row_T.reshape(-1, window, 1)
-    band = (v > w) & (v <= w + window) & (row_UW1 - w - window + v >= 0)
+    band = ((v > w) & (v <= w + window))[None] & (row_UW1 - w[None] - window + v[None] >= 0)
     if chunk.segment_BT is None:
         return band[None]
     own = chunk.segment_BT.reshape(chunk.segment_BT.shape[0], -1, window, 1) == chunk.segment_BUW[:, :, None]
     # Rows past the end see themselves, so that their softmax has a term; they are cut off later.
-    return band & own
+    return band[None] & own
 
 
 def _visible(chunk: Queries, entries: Entries) -> jax.Array:
     """Entry c is visible to query t iff its last row is at most t, in the same document: c < (t+1)//M; [B or 1,T,C]."""
-    seen = entries.last_BC[:, None] <= chunk.row_T[:, None]
+    seen = entries.last_BC[:, None] <= chunk.row_T[None, :, None]
     return seen if entries.segment_BC is None else seen & (entries.segment_BC[:, None] == chunk.segment_BT[..., None])
 
 

@@ -25,19 +25,20 @@ def take_windows(x_BSH: jax.Array, entries: Entries, ratio: int, back: int = 0) 
     if entries.segment_BC is None:
         x_BCMH = x_BSH[:, : slots * ratio].reshape(batch, slots, ratio, width)
         return jnp.roll(x_BCMH, back, axis=1) if back else x_BCMH
-    row_BCM = jnp.maximum(entries.first_BC[..., None] - back * ratio, 0) + jnp.arange(ratio)
+    row_BCM = jnp.maximum(entries.first_BC[..., None] - back * ratio, 0) + jnp.arange(ratio)[None, None]
     return jax.vmap(lambda x_SH, row_CM: x_SH[row_CM])(x_BSH, row_BCM)
 
 
 def pool(c_BSH: jax.Array, z_BSH: jax.Array, ape_MH: jax.Array, entries: Entries, ratio: int) -> jax.Array:
     """Entry = sum over rows of softmax(z + ape) * c, per channel; float32 [B,C,H] (H halves for CSA)."""
+    ape_MH = ape_MH[None, None]
     c = take_windows(c_BSH, entries, ratio)
     z = take_windows(z_BSH, entries, ratio) + ape_MH
     if ratio == CSA:
         half = c.shape[-1] // 2
         before = entries.overlaps_BC[..., None, None]
         c_before = jnp.where(before, take_windows(c_BSH[..., :half], entries, ratio, back=1), 0)
-        z_before = jnp.where(before, take_windows(z_BSH[..., :half], entries, ratio, back=1) + ape_MH[:, :half], -jnp.inf)
+        z_before = jnp.where(before, take_windows(z_BSH[..., :half], entries, ratio, back=1) + ape_MH[..., :half], -jnp.inf)
         c = jnp.concatenate((c_before, c[..., half:]), axis=2)
         z = jnp.concatenate((z_before, z[..., half:]), axis=2)
     return jnp.sum(jax.nn.softmax(z, axis=2) * c, axis=2)

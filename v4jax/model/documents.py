@@ -41,12 +41,14 @@ class Documents(NamedTuple):
 
     Attributes:
       segment_BS: document id of each token, 0 for padding; None where each row is one document.
+      counts_BS: tokens that count in router statistics: not padding and, in MTP, not a document's last. None: all.
       turn: rotation of tokens in layers of ratio 0 [B,S,R/2] (batch 1 for rows of one document).
       compressed_turn: the same for CSA and HCA layers.
       entries: compress ratio -> Entries, for the ratios that give any entry at this length.
     """
 
     segment_BS: jax.Array | None
+    counts_BS: jax.Array | None
     turn: Rotation
     compressed_turn: Rotation | None
     entries: dict[int, Entries]
@@ -59,10 +61,20 @@ def read_documents(cfg: ModelConfig, seq: int, segment_BS: jax.Array | None) -> 
     ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio != WINDOW_ONLY})
     return Documents(
         segment_BS,
+        None if segment_BS is None else segment_BS > 0,
         rotation(cfg, False, position_BS),
         rotation(cfg, True, position_BS) if ratios else None,
         {ratio: _entries(cfg, ratio, position_BS, segment_BS) for ratio in ratios if seq >= ratio},
     )
+
+
+def without_last_tokens(documents: Documents, tokens_BS: jax.Array) -> Documents:
+    """The same, but the last token of each document does not count: in MTP it has no next token."""
+    follows_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]) < tokens_BS.shape[1] - 1, tokens_BS.shape)
+    if documents.segment_BS is not None:
+        after_BS = jnp.pad(documents.segment_BS[:, 1:], ((0, 0), (0, 1)))
+        follows_BS &= (after_BS == documents.segment_BS) & documents.counts_BS
+    return documents._replace(counts_BS=follows_BS)
 
 
 def document_start(segment_BS: jax.Array) -> jax.Array:

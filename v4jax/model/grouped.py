@@ -1,11 +1,15 @@
-"""One operation for experts' matrices: rows sorted by expert, times that expert's matrix. A backend per platform.
+"""The experts' feed-forward over rows sorted by expert: grouped matrix products, with a backend per platform.
 
-TPU: lax.ragged_dot (a grouped GEMM). CPU and GPU: a loop over blocks of rows that belong to one expert, as long as there are
-blocks in use; XLA's own ragged_dot does E times the work on those platforms (30-50 times slower on CPU).
+TPU: lax.ragged_dot (a grouped GEMM) on all rows at once. CPU and GPU: one loop over blocks of rows that belong to one expert,
+as long as there are blocks in use; there XLA's ragged_dot does E times the work (30-50 times slower on CPU), and a block's
+intermediate values stay in cache. Both run the same two formulas below, which take the products as arguments.
 
-Shapes: P rows, A in, Z out, E experts, N blocks.
-Next file to read: v4jax/model/moe.py.
+Shapes: P rows (of all blocks, or of one), D width, F expert hidden, E experts.
+Next file to read: sharding/experts.py.
 """
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,62 +18,141 @@ from jax import lax
 from sharding.experts import Groups, vary_like
 
 
-@jax.custom_vjp
-def grouped_matmul(x_PA: jax.Array, w_EAZ: jax.Array, groups: Groups) -> jax.Array:
-    """y[p] = x[p] @ w[expert of row p], in the dtype of x; rows of blocks not in use are unspecified on TPU, 0 elsewhere.
+class ExpertWeights(NamedTuple):
+    """w1, w3 [E,D,F] and w2 [E,F,D]; of one expert without the first axis."""
+
+    w1: jax.Array
+    w3: jax.Array
+    w2: jax.Array
+
+
+def clamped_swiglu(h1: jax.Array, h3: jax.Array, limit: float) -> jax.Array:
+    """silu(min(h1, limit)) * clip(h3, -limit, limit), float32: the clamp stands before silu (pitfall 29)."""
+    h1, h3 = h1.astype(jnp.float32), h3.astype(jnp.float32)
+    return jax.nn.silu(jnp.minimum(h1, limit)) * jnp.clip(h3, -limit, limit)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def expert_ffn(limit: float, w: ExpertWeights, x_PD: jax.Array, gate_P: jax.Array, groups: Groups) -> jax.Array:
+    """y = w2(gate * clamped_swiglu(w1 x, w3 x)) with each row's own expert, in the dtype of x.
+
+    The routed weight multiplies the hidden activation before w2 (official). Rows of gate 0 give 0.
 
     Args:
-      x_PA: rows in whole blocks of one expert (sharding/experts.py). w_EAZ: one matrix per expert, cast to the dtype of x.
+      limit: swiglu_limit. w: matrices, cast to the dtype of x when used. x_PD: rows in whole blocks of one expert.
+      gate_P: float32 routed weight of each row. groups: see sharding/experts.py.
     """
-    return lax.platform_dependent(x_PA, w_EAZ, groups, cpu=_blocked, cuda=_blocked, rocm=_blocked, default=_ragged)
+    return _forward(limit, w, x_PD, gate_P, groups)[0]
 
 
-def _fwd(x_PA, w_EAZ, groups):
-    return grouped_matmul(x_PA, w_EAZ, groups), (x_PA, w_EAZ, groups)
+def _fwd(limit, w, x_PD, gate_P, groups):
+    y_PD, h1_PF, h3_PF = _forward(limit, w, x_PD, gate_P, groups)
+    return y_PD, (w, x_PD, gate_P, groups, h1_PF, h3_PF)
 
 
-def _bwd(saved, ct_PZ):
-    x_PA, w_EAZ, groups = saved
-    ct_x = grouped_matmul(ct_PZ, jnp.swapaxes(w_EAZ, 1, 2), groups)
-    ct_w = lax.platform_dependent(
-        x_PA, ct_PZ, w_EAZ, groups, cpu=_blocked_outer, cuda=_blocked_outer, rocm=_blocked_outer, default=_ragged_outer
-    )
-    return ct_x, ct_w, None
+def _bwd(limit, saved, ct_PD):
+    w, x_PD, gate_P, groups, h1_PF, h3_PF = saved
+    blocked, ragged = functools.partial(_blocked_backward, limit), functools.partial(_ragged_backward, limit)
+    args = (w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD)
+    ct_w, ct_x, ct_gate = lax.platform_dependent(*args, cpu=blocked, cuda=blocked, rocm=blocked, default=ragged)
+    return ct_w, ct_x, ct_gate, None
 
 
-grouped_matmul.defvjp(_fwd, _bwd)
+expert_ffn.defvjp(_fwd, _bwd)
 
 
-def _blocked(x_PA, w_EAZ, groups: Groups):
-    size = x_PA.shape[0] // groups.block_expert.shape[0]
-
-    def one_block(n, y_PZ):
-        x = lax.dynamic_slice_in_dim(x_PA, n * size, size)
-        w = lax.dynamic_index_in_dim(w_EAZ, groups.block_expert[n], keepdims=False).astype(x.dtype)
-        return lax.dynamic_update_slice_in_dim(y_PZ, x @ w, n * size, axis=0)
-
-    empty = vary_like(jnp.zeros((x_PA.shape[0], w_EAZ.shape[2]), x_PA.dtype), x_PA)
-    return lax.fori_loop(0, groups.blocks_in_use, one_block, empty)
+def _forward(limit, w, x_PD, gate_P, groups):
+    """(y, h1, h3): what the backward pass needs is returned too."""
+    blocked, ragged = functools.partial(_blocked_forward, limit), functools.partial(_ragged_forward, limit)
+    return lax.platform_dependent(w, x_PD, gate_P, groups, cpu=blocked, cuda=blocked, rocm=blocked, default=ragged)
 
 
-def _blocked_outer(x_PA, ct_PZ, w_EAZ, groups: Groups):
-    """Gradient of the matrices: for each expert, the sum over its blocks of x^T ct."""
-    size = x_PA.shape[0] // groups.block_expert.shape[0]
+# ---- the formulas; `dot(x, w)` is a product of rows with their experts' matrices, `outer(x, ct)` its gradient for w ----------
 
-    def one_block(n, ct_EAZ):
-        x = lax.dynamic_slice_in_dim(x_PA, n * size, size)
-        ct = lax.dynamic_slice_in_dim(ct_PZ, n * size, size)
+
+def _gated(limit, h1, h3, gate_P):
+    # Rows that no token asked for have weight 0 and may hold anything on TPU: replaced, not multiplied.
+    return jnp.where(gate_P[:, None] == 0, 0, clamped_swiglu(h1, h3, limit) * gate_P[:, None])
+
+
+def _ffn(limit, dot, w: ExpertWeights, x, gate_P):
+    h1, h3 = dot(x, w.w1), dot(x, w.w3)
+    return dot(_gated(limit, h1, h3, gate_P).astype(x.dtype), w.w2), h1, h3
+
+
+def _ffn_backward(limit, dot, outer, w: ExpertWeights, x, gate_P, h1, h3, ct):
+    hidden, pull = jax.vjp(functools.partial(_gated, limit), h1, h3, gate_P)
+    ct_h1, ct_h3, ct_gate = pull(dot(ct, jnp.swapaxes(w.w2, -1, -2)).astype(jnp.float32))
+    ct_x = dot(ct_h1, jnp.swapaxes(w.w1, -1, -2)) + dot(ct_h3, jnp.swapaxes(w.w3, -1, -2))
+    ct_w = ExpertWeights(outer(x, ct_h1), outer(x, ct_h3), outer(hidden.astype(x.dtype), ct))
+    return ct_w, ct_x, ct_gate
+
+
+# ---- TPU: all rows at once -------------------------------------------------------------------------------------------
+
+
+def _ragged_dot(groups: Groups):
+    return lambda x_PA, w_EAZ: lax.ragged_dot(x_PA, w_EAZ.astype(x_PA.dtype), groups.group_sizes)
+
+
+def _ragged_forward(limit, w, x_PD, gate_P, groups):
+    return _ffn(limit, _ragged_dot(groups), w, x_PD, gate_P)
+
+
+def _ragged_backward(limit, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
+    experts = w.w1.shape[0]
+
+    def outer(x_PA, ct_PZ):
+        zero = vary_like(jnp.zeros((experts, x_PA.shape[1], ct_PZ.shape[1]), w.w1.dtype), x_PA)
+        return jax.vjp(lambda w_EAZ: _ragged_dot(groups)(x_PA, w_EAZ), zero)[1](ct_PZ)[0]
+
+    return _ffn_backward(limit, _ragged_dot(groups), outer, w, x_PD, gate_P, h1_PF, h3_PF, ct_PD)
+
+
+# ---- CPU and GPU: block after block ------------------------------------------------------------------------------------
+
+
+def _rows(x, n, size):
+    return lax.dynamic_slice_in_dim(x, n * size, size)
+
+
+def _store(total, part, n, size):
+    return lax.dynamic_update_slice_in_dim(total, part, n * size, axis=0)
+
+
+def _one(w: ExpertWeights, expert, dtype) -> ExpertWeights:
+    return ExpertWeights(*(lax.dynamic_index_in_dim(m, expert, keepdims=False).astype(dtype) for m in w))
+
+
+def _blocked_forward(limit, w, x_PD, gate_P, groups):
+    size = x_PD.shape[0] // groups.block_expert.shape[0]
+
+    def one_block(n, totals):
+        own = _one(w, groups.block_expert[n], x_PD.dtype)
+        parts = _ffn(limit, jnp.matmul, own, _rows(x_PD, n, size), _rows(gate_P, n, size))
+        return tuple(_store(total, part, n, size) for total, part in zip(totals, parts, strict=True))
+
+    widths = (x_PD.shape[1], w.w1.shape[2], w.w1.shape[2])
+    zeros = tuple(vary_like(jnp.zeros((x_PD.shape[0], width), x_PD.dtype), x_PD) for width in widths)
+    return lax.fori_loop(0, groups.blocks_in_use, one_block, zeros)
+
+
+def _blocked_backward(limit, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
+    size = x_PD.shape[0] // groups.block_expert.shape[0]
+
+    def one_block(n, totals):
+        ct_w, ct_x, ct_gate = totals
         expert = groups.block_expert[n]
-        total = lax.dynamic_index_in_dim(ct_EAZ, expert, keepdims=False) + (x.T @ ct).astype(w_EAZ.dtype)
-        return lax.dynamic_update_index_in_dim(ct_EAZ, total, expert, axis=0)
+        rows = [_rows(a, n, size) for a in (x_PD, gate_P, h1_PF, h3_PF, ct_PD)]
+        outer = lambda x, ct: x.T @ ct  # noqa: E731
+        part_w, part_x, part_gate = _ffn_backward(limit, jnp.matmul, outer, _one(w, expert, x_PD.dtype), *rows)
+        ct_w = ExpertWeights(*(_add_at(total, part, expert) for total, part in zip(ct_w, part_w, strict=True)))
+        return ct_w, _store(ct_x, part_x, n, size), _store(ct_gate, part_gate, n, size)
 
-    return lax.fori_loop(0, groups.blocks_in_use, one_block, vary_like(jnp.zeros(w_EAZ.shape, w_EAZ.dtype), x_PA))
+    zeros = jax.tree.map(lambda a: vary_like(jnp.zeros(a.shape, a.dtype), x_PD), (w, x_PD, gate_P))
+    return lax.fori_loop(0, groups.blocks_in_use, one_block, zeros)
 
 
-def _ragged(x_PA, w_EAZ, groups: Groups):
-    return lax.ragged_dot(x_PA, w_EAZ.astype(x_PA.dtype), groups.group_sizes)
-
-
-def _ragged_outer(x_PA, ct_PZ, w_EAZ, groups: Groups):
-    _, pull = jax.vjp(lambda w: _ragged(x_PA, w, groups), w_EAZ)
-    return pull(ct_PZ)[0]
+def _add_at(total, part, expert):
+    now = lax.dynamic_index_in_dim(total, expert, keepdims=False) + part.astype(total.dtype)
+    return lax.dynamic_update_index_in_dim(total, now, expert, axis=0)

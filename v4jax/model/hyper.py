@@ -52,21 +52,46 @@ def collapse(pre_BSX: jax.Array, x_BSXD: jax.Array) -> jax.Array:
     return sum(pre_BSX[..., j, None] * x_BSXD[:, :, j].astype(jnp.float32) for j in range(x_BSXD.shape[2])).astype(x_BSXD.dtype)
 
 
+@jax.custom_vjp
 def expand(y_BSD: jax.Array, x_BSXD: jax.Array, mix: Mix) -> jax.Array:
-    """new[k] = post[k] * y + sum_j comb[j,k] * x[j]; comb is consumed transposed (pitfall 1)."""
-    new = mix.post[..., None] * y_BSD[:, :, None].astype(jnp.float32)
-    for j in range(x_BSXD.shape[2]):
-        new = new + mix.comb[:, :, j, :, None] * x_BSXD[:, :, j, None].astype(jnp.float32)
-    return new.astype(x_BSXD.dtype)
+    """new[k] = post[k] * y + sum_j comb[j,k] * x[j]; comb is consumed transposed (pitfall 1).
+
+    The gradient is written out: what autodiff makes of it takes 2 to 4 times as long on CPU (sums over D one by one).
+    """
+    return _combine(mix.comb, x_BSXD, mix.post[..., None] * y_BSD[:, :, None].astype(jnp.float32)).astype(x_BSXD.dtype)
+
+
+def _combine(weight_BSJK: jax.Array, x_BSJD: jax.Array, start=0.0) -> jax.Array:
+    """start + sum_j weight[j,k] * x[j], float32 [B,S,K,D], as multiply-adds (a matmul of 4 x 4 per token is slower)."""
+    for j in range(x_BSJD.shape[2]):
+        start = start + weight_BSJK[:, :, j, :, None] * x_BSJD[:, :, j, None].astype(jnp.float32)
+    return start
+
+
+def _expand_fwd(y_BSD, x_BSXD, mix):
+    return expand(y_BSD, x_BSXD, mix), (y_BSD, x_BSXD, mix)
+
+
+def _expand_bwd(saved, ct_BSKD):
+    y_BSD, x_BSXD, mix = saved
+    ct = ct_BSKD.astype(jnp.float32)
+    ct_y = jnp.sum(mix.post[..., None] * ct, axis=2).astype(y_BSD.dtype)
+    ct_x = _combine(jnp.swapaxes(mix.comb, 2, 3), ct).astype(x_BSXD.dtype)
+    ct_post = jnp.einsum("BSD,BSKD->BSK", y_BSD.astype(jnp.float32), ct)
+    ct_comb = jnp.einsum("BSJD,BSKD->BSJK", x_BSXD.astype(jnp.float32), ct)
+    return ct_y, ct_x, Mix(ct_post, ct_comb)
+
+
+expand.defvjp(_expand_fwd, _expand_bwd)
 
 
 def _stream_weights(cfg: ModelConfig, x_BSXD, fn, base, scale) -> tuple[jax.Array, Mix]:
     """pre [B,S,X] and Mix from the streams (report 2.2)."""
-    n = cfg.hc_mult
+    n, base = cfg.hc_mult, base[None, None]
     mix = mixing_logits(x_BSXD, fn, cfg.rms_norm_eps)
-    pre = jax.nn.sigmoid(mix[..., :n] * scale[0] + base[:n]) + cfg.hc_eps
-    post = 2 * jax.nn.sigmoid(mix[..., n : 2 * n] * scale[1] + base[n : 2 * n])
-    logits = mix[..., 2 * n :] * scale[2] + base[2 * n :]
+    pre = jax.nn.sigmoid(mix[..., :n] * scale[0] + base[..., :n]) + cfg.hc_eps
+    post = 2 * jax.nn.sigmoid(mix[..., n : 2 * n] * scale[1] + base[..., n : 2 * n])
+    logits = mix[..., 2 * n :] * scale[2] + base[..., 2 * n :]
     tokens = logits.shape[:2]
     comb = sinkhorn(logits.reshape(-1, n * n).T.reshape(n, n, -1), cfg.hc_sinkhorn_iters, cfg.hc_eps)
     return pre, Mix(post, comb.reshape(n * n, -1).T.reshape(*tokens, n, n))
@@ -103,4 +128,4 @@ class HyperHead(Weights):
         base = self.weight("base", (n,), ("mix",), constant(-jnp.log(n - 1.0 + 1e-9)), True)
         scale = self.weight("scale", (1,), (None,), constant(DYNAMIC_SCALE), True)
         logits = mixing_logits(x_BSXD, fn, self.cfg.rms_norm_eps)
-        return collapse(jax.nn.sigmoid(logits * scale + base) + self.cfg.hc_eps, x_BSXD)
+        return collapse(jax.nn.sigmoid(logits * scale[0] + base[None, None]) + self.cfg.hc_eps, x_BSXD)

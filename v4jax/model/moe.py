@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from sharding.experts import Groups, apply_experts
 from v4jax.config import ModelConfig
 from v4jax.model.documents import Documents, document_start
-from v4jax.model.grouped import grouped_matmul
+from v4jax.model.grouped import ExpertWeights, clamped_swiglu, expert_ffn
 from v4jax.model.weights import Weights
 
 
@@ -23,8 +23,9 @@ class Routing(NamedTuple):
     """What the router did in one layer.
 
     Attributes:
-      load_E: float32, how many (non-padding) tokens of the whole batch chose each expert; sums to K * tokens.
-      balance: float32 scalar, sequence-wise balance loss (deepseek-v4.md section 6), averaged over tokens.
+      load_E: float32, how many tokens of the whole batch chose each expert; sums to K * tokens that count.
+      balance: float32 scalar, sequence-wise balance loss (deepseek-v4.md section 6); 0 where a table routes, since
+        nothing the gate learns would move a token there.
     """
 
     load_E: jax.Array
@@ -40,43 +41,42 @@ def router_scores(x_BSD: jax.Array, gate_DE: jax.Array) -> jax.Array:
 
 def gate_weights(score_BSE: jax.Array, index_BSK: jax.Array, scale: float) -> jax.Array:
     """score[index] / sum(score[index]) * scale, [B,S,K]. Unbiased scores: the bias only selects (pitfall 27)."""
-    chosen = index_BSK[..., None] == jnp.arange(score_BSE.shape[-1])
+    chosen = jax.nn.one_hot(index_BSK, score_BSE.shape[-1], dtype=bool)
     picked = jnp.sum(jnp.where(chosen, score_BSE[:, :, None], 0), axis=-1)
     return picked / picked.sum(-1, keepdims=True) * scale
 
 
-def balance_loss(score_BSE, chosen_BSE, documents: Documents, active: int) -> Routing:
-    """Loads, and for each document sum_i f_i P_i, averaged over documents weighted by their tokens.
+def balance_loss(score_BSE, chosen_BSE, documents: Documents, active: int) -> jax.Array:
+    """sum_i f_i P_i of each document, averaged over documents weighted by their tokens; float32 scalar.
 
-    f_i = E/(k T) * tokens choosing i; P_i = mean_t s_i / sum_j s_j; T the document's tokens. Padding counts nowhere.
+    f_i = E/(k T) * tokens choosing i; P_i = mean_t s_i / sum_j s_j; T the document's tokens that count.
     """
     experts = score_BSE.shape[-1]
     share_BSE = score_BSE / score_BSE.sum(-1, keepdims=True)
+    if documents.counts_BS is None:
+        f_BE = jnp.mean(chosen_BSE, axis=1) * (experts / active)
+        return jnp.mean(jnp.sum(f_BE * share_BSE.mean(1), axis=-1))
+    counts_BS = documents.counts_BS.astype(jnp.float32)
+    share_BSE = share_BSE * counts_BS[..., None]
+    chosen_BSE = chosen_BSE * counts_BS[..., None]
     if documents.segment_BS is None:
-        seq = score_BSE.shape[1]
-        f_BE = jnp.sum(chosen_BSE, axis=1) * (experts / (active * seq))
-        return Routing(jnp.sum(chosen_BSE, axis=(0, 1)), jnp.mean(jnp.sum(f_BE * share_BSE.mean(1), axis=-1)))
-    segment_BS = documents.segment_BS
-    real_BS = (segment_BS > 0).astype(jnp.float32)
-    chosen_BSE = chosen_BSE * real_BS[..., None]
-    first_BS = document_start(segment_BS)
-    last_BS = segment_BS.shape[1] - 1 - document_start(segment_BS[:, ::-1])[:, ::-1]
-    running_BSE = jnp.cumsum(chosen_BSE, axis=1)
-    count_BSE = _at(running_BSE, last_BS) - _at(running_BSE - chosen_BSE, first_BS)
-    tokens_BS = (last_BS - first_BS + 1).astype(jnp.float32)
-    f_BSE = count_BSE * (experts / (active * tokens_BS[..., None]))
-    total = jnp.sum(real_BS * jnp.sum(f_BSE * share_BSE, axis=-1)) / jnp.maximum(real_BS.sum(), 1)
-    return Routing(jnp.sum(chosen_BSE, axis=(0, 1)), total)
+        f_BSE = chosen_BSE.sum(1, keepdims=True) * (experts / active) / _at_least_1(counts_BS.sum(1))[:, None, None]
+    else:
+        first_BS = document_start(documents.segment_BS)
+        last_BS = counts_BS.shape[1] - 1 - document_start(documents.segment_BS[:, ::-1])[:, ::-1]
+        running = jnp.cumsum(jnp.concatenate((chosen_BSE, counts_BS[..., None]), axis=-1), axis=1)
+        before = jnp.pad(running, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        total = _at(running, last_BS) - _at(before, first_BS)
+        f_BSE = total[..., :-1] * (experts / active) / _at_least_1(total[..., -1:])
+    return jnp.sum(f_BSE * share_BSE) / _at_least_1(counts_BS.sum())
+
+
+def _at_least_1(count: jax.Array) -> jax.Array:
+    return jnp.maximum(count, 1)
 
 
 def _at(x_BSE: jax.Array, row_BS: jax.Array) -> jax.Array:
     return jax.vmap(lambda x_SE, row_S: x_SE[row_S])(x_BSE, row_BS)
-
-
-def clamped_swiglu(h1: jax.Array, h3: jax.Array, limit: float) -> jax.Array:
-    """silu(min(h1, limit)) * clip(h3, -limit, limit), float32: the clamp stands before silu (pitfall 29)."""
-    h1, h3 = h1.astype(jnp.float32), h3.astype(jnp.float32)
-    return jax.nn.silu(jnp.minimum(h1, limit)) * jnp.clip(h3, -limit, limit)
 
 
 def balanced_table(key: jax.Array, vocab: int, experts: int, active: int) -> jax.Array:
@@ -114,10 +114,13 @@ class MoE(Weights):
         else:
             init = nn.with_logical_partitioning(jnp.zeros, ("routes",))
             bias_E = self.variable("router", "bias", lambda: init((experts,), jnp.float32)).value
-            index_BSK = jax.lax.top_k(jax.lax.stop_gradient(score_BSE + bias_E), active)[1]
+            index_BSK = jax.lax.top_k(jax.lax.stop_gradient(score_BSE + bias_E[None, None]), active)[1]
         weight_BSK = gate_weights(score_BSE, index_BSK, cfg.routed_scaling_factor)
-        chosen_BSE = jnp.sum(index_BSK[..., None] == jnp.arange(experts), axis=2, dtype=jnp.float32)
-        routing = balance_loss(score_BSE, chosen_BSE, documents, active)
+        chosen_BSE = jnp.sum(jax.nn.one_hot(index_BSK, experts), axis=2)
+        balance = jnp.zeros(()) if self.hash_routed else balance_loss(score_BSE, chosen_BSE, documents, active)
+        if documents.counts_BS is not None:
+            chosen_BSE = chosen_BSE * documents.counts_BS[..., None]
+        routing = Routing(jnp.sum(chosen_BSE, axis=(0, 1)), balance)
         y_BSD = Experts(self.rules, self.dtype, cfg, name="experts")(x_BSD, index_BSK, weight_BSK)
         y_BSD = y_BSD + SharedExpert(self.rules, self.dtype, cfg, name="shared_experts")(x_BSD)
         return y_BSD, routing
@@ -145,12 +148,7 @@ class Experts(Weights):
         }
 
         def expert(weights, x_PD, gate_P, groups: Groups):
-            h1 = grouped_matmul(x_PD, weights["w1"], groups)
-            h3 = grouped_matmul(x_PD, weights["w3"], groups)
-            # The routed weight multiplies before w2 (official). Rows no token asked for carry weight 0 and may hold
-            # anything on TPU, so they are replaced, not multiplied.
-            h = jnp.where(gate_P[:, None] == 0, 0, clamped_swiglu(h1, h3, cfg.swiglu_limit) * gate_P[:, None])
-            return grouped_matmul(h.astype(x_PD.dtype), weights["w2"], groups)
+            return expert_ffn(cfg.swiglu_limit, ExpertWeights(**weights), x_PD, gate_P, groups)
 
         return apply_experts(self.rules, expert, weights, axes, x_BSD, index_BSK, weight_BSK)
 

@@ -54,7 +54,7 @@ def _ramp(yarn: RopeScaling, theta: float, dims: int) -> np.ndarray:
 
 def rotation(cfg: ModelConfig, compressed: bool, positions: jax.Array) -> Rotation:
     """The rotation at integer `positions` [...] -> [..., R/2]."""
-    angles = positions.astype(jnp.float32)[..., None] * frequencies(cfg, compressed)
+    angles = jnp.multiply.outer(positions.astype(jnp.float32), frequencies(cfg, compressed))
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 

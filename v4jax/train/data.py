@@ -15,6 +15,7 @@ Next file to read: v4jax/train/loss.py.
 import codecs
 import dataclasses
 import hashlib
+import itertools
 import pathlib
 import sysconfig
 from collections.abc import Iterable
@@ -28,8 +29,6 @@ from v4jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _READ_ROWS = 4
 """Rows of tokens that one piece of a long document fills, about."""
-
-_HELD_OUT_SEED = 0
 
 Batch = dict[str, np.ndarray]
 """tokens int32 [B,S], and segment_ids int32 [B,S]: 1, 2, ... per document of the row, 0 where a row is padded."""
@@ -153,9 +152,8 @@ def train_batches(
     documents, _ = split_documents(cfg, read_documents(cfg))
     pieces = grain.MapDataset.source(_Pieces(documents, tokenizer, seq_len)).seed(cfg.seed).shuffle().repeat()
     share = batch_size // process_count
-    rows = [
-        _packed(pieces[row::batch_size], seq_len) for row in range(process_index * share, (process_index + 1) * share)
-    ]
+    first = process_index * share
+    rows = [_packed(pieces[row::batch_size], seq_len) for row in range(first, first + share)]
     settings = {
         "documents": _fingerprint(documents),
         "tokenizer": f"{type(tokenizer).__name__} of {tokenizer.vocab_size}",
@@ -189,21 +187,15 @@ def held_out_batches(
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches: got {max_batches}; must be at least 1, or None")
     _, documents = split_documents(cfg, read_documents(cfg))
-    pieces = grain.MapDataset.source(_Pieces(documents, tokenizer, seq_len)).seed(_HELD_OUT_SEED).shuffle()
+    pieces = grain.MapDataset.source(_Pieces(documents, tokenizer, seq_len)).seed(0).shuffle()
+    limit = None if max_batches is None else max_batches * batch_size
+    packed = itertools.islice(_packed(pieces, seq_len), limit)
+    rows = [(row["tokens"], row["tokens_segment_ids"]) for row in packed]
     empty = np.zeros(seq_len, np.int32)
-    batches, rows = [], []
-    for row in _packed(pieces, seq_len):
-        rows.append((row["tokens"], row["tokens_segment_ids"]))
-        if len(rows) == batch_size:
-            batches.append(rows)
-            rows = []
-        if len(batches) == max_batches:
-            break
-    if rows:
-        batches.append(rows + [(empty, empty)] * (batch_size - len(rows)))
+    rows += [(empty, empty)] * (-len(rows) % batch_size)
     share = batch_size // process_count
-    mine = slice(process_index * share, (process_index + 1) * share)
-    return [_stack(rows[mine]) for rows in batches]
+    first = process_index * share
+    return [_stack(rows[begin + first : begin + first + share]) for begin in range(0, len(rows), batch_size)]
 
 
 def unigram_loss(train: Iterable[Batch], held_out: Iterable[Batch], vocab_size: int) -> float:
@@ -252,10 +244,9 @@ class _Pieces:
         document = self._documents[which]
         begin = (index - (int(self._ends[which - 1]) if which else 0)) * self._step
         end = min(begin + self._step, document.size)
-        ids = self._tokenizer.encode(_read_between(document.path, begin, end))
-        ids = [self._tokenizer.bos_token_id] * (begin == 0) + ids + [self._tokenizer.eos_token_id] * (
-            end == document.size
-        )
+        bos = [self._tokenizer.bos_token_id] if begin == 0 else []
+        eos = [self._tokenizer.eos_token_id] if end == document.size else []
+        ids = bos + self._tokenizer.encode(_read_between(document.path, begin, end)) + eos
         return {"tokens": np.array(ids, np.int32)}
 
 
@@ -333,14 +324,15 @@ class _StackedRowsIterator(grain.DatasetIterator):
         return _stack([(row["tokens"], row["tokens_segment_ids"]) for row in rows])
 
     def get_state(self) -> dict:
+        """Small and free of arrays, so that JSON keeps it."""
         return {"settings": self._settings, "rows": [row.get_state() for row in self._parents]}
 
     def set_state(self, state: dict) -> None:
         for name, value in self._settings.items():
-            if state["settings"].get(name) != value:
+            was = state["settings"].get(name)
+            if was != value:
                 raise ValueError(
-                    f"data position: was saved with {name} {state['settings'].get(name)}, this run has {value}; "
-                    "it can only go on with the same"
+                    f"data position: was saved with {name} {was}, this run has {value}; only the same can go on"
                 )
         for row, saved in zip(self._parents, state["rows"], strict=True):
             # Orbax keeps the state as JSON, which makes lists of tuples. grain 0.2.18 compares these slices with a
@@ -361,7 +353,9 @@ def _targets(batch: Batch) -> np.ndarray:
     return tokens_BS[:, 1:][follows]
 
 
-def _check_sizes(tokenizer, seq_len, batch_size, vocab_size, process_index, process_count) -> None:
+def _check_sizes(
+    tokenizer: Tokenizer, seq_len: int, batch_size: int, vocab_size: int, process_index: int, process_count: int
+) -> None:
     if seq_len < 2:
         raise ValueError(f"seq_len: got {seq_len}; must be at least 2, a token and the one it predicts")
     if batch_size < 1 or process_count < 1 or batch_size % process_count:

@@ -1,0 +1,148 @@
+"""Time of one training step (forward + backward + AdamW, float32) beside transformers' eager model, in the same run.
+
+    python benchmarks/train_step.py            needs the extra `parity` (torch, transformers)
+
+The two alternate, round by round, so that a noisy machine disturbs both; the table shows medians and their ratio, the floor
+(6 x active parameters x tokens / the matmul rate measured here), and where our time goes.
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jax.sharding import NamedSharding
+from sharding.mesh import make_mesh, parse_mesh, simulate_devices
+from sharding.params import named_shardings
+from sharding.rules import AxisRules, layout_for
+from v4jax.config import ModelConfig
+from v4jax.model.transformer import abstract_params, apply, init_params, param_axes
+from v4jax.train.loss import loss_and_routing
+from v4jax.train.report import matmul_rate
+
+MODEL = ModelConfig(
+    vocab_size=4096, hidden_size=256, moe_intermediate_size=256, num_hidden_layers=5, num_attention_heads=8, head_dim=64,
+    qk_rope_head_dim=16, q_lora_rank=64, o_groups=4, o_lora_rank=64, n_routed_experts=16, num_experts_per_tok=4,
+    routed_scaling_factor=1.5, compress_ratios=(0, 0, 4, 128, 4), num_hash_layers=2, num_nextn_predict_layers=0,
+    sliding_window=32, index_n_heads=4, index_head_dim=32, index_topk=16, compress_rope_theta=160000.0,
+)  # fmt: skip
+BATCH, SEQ = 8, 256
+
+
+def active_parameters(cfg: ModelConfig, params) -> int:
+    """Weights that multiply a token: all but the embedding table, and of routed experts only the chosen ones."""
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.startswith(("embed", "router")):
+            continue
+        share = cfg.num_experts_per_tok / cfg.n_routed_experts if "/experts/" in name else 1
+        total += leaf.size * share
+    return int(total)
+
+
+def ours(tokens: np.ndarray, mesh: str):
+    """A function that does one step."""
+    sizes = parse_mesh(mesh)
+    rules = layout_for("full", sizes) if mesh else AxisRules()
+    device_mesh = make_mesh(sizes)
+    jax.set_mesh(device_mesh)
+    places = named_shardings(device_mesh, rules, abstract_params(MODEL), param_axes(MODEL))
+    params = jax.device_put(init_params(MODEL, jax.random.key(0)), places)
+    router = params.pop("router")
+    tx = optax.adamw(1e-4)
+    batch = {"tokens": jax.device_put(tokens, NamedSharding(device_mesh, rules.spec(("act_batch", "act_seq"))))}
+
+    def step(params, state):
+        objective = lambda p: loss_and_routing(MODEL, p | {"router": router}, batch, rules=rules)[0]  # noqa: E731
+        value, grads = jax.value_and_grad(objective)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    state = [params, tx.init(params)]
+
+    def once():
+        state[0], state[1], value = step(state[0], state[1])
+        return float(value)
+
+    return once
+
+
+def theirs(tokens: np.ndarray):
+    """The same step in transformers, eager."""
+    import torch
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    raw = {key: value for key, value in MODEL.to_dict().items() if key not in ("architectures", "model_type")}
+    config = DeepseekV4Config(**raw)
+    config._attn_implementation = "eager"
+    model = DeepseekV4ForCausalLM(config).float().train()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if "tid2eid" in name:
+                rows = [torch.randperm(MODEL.n_routed_experts)[: MODEL.num_experts_per_tok] for _ in range(buffer.shape[0])]
+                buffer.copy_(torch.stack(rows))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    ids = torch.tensor(tokens, dtype=torch.long)
+
+    def once():
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        return float(loss)
+
+    return once
+
+
+def forward_only(tokens: np.ndarray):
+    params = init_params(MODEL, jax.random.key(0))
+    run = jax.jit(lambda p: apply(MODEL, p, jnp.asarray(tokens)).x_BSD.sum())
+    return lambda: float(run(params))
+
+
+def seconds(step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--mesh", default="data=2", help="simulated devices, one a core (default data=2)")
+    parser.add_argument("--ours-only", action="store_true", help="skip transformers")
+    arguments = parser.parse_args()
+    simulate_devices(2)
+    tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (BATCH, SEQ))
+    steps = {"v4jax step": ours(tokens, arguments.mesh), "v4jax forward": forward_only(tokens)}
+    if not arguments.ours_only:
+        steps["transformers step"] = theirs(tokens)
+    times = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+        step()
+    for _ in range(arguments.rounds):
+        for name, step in steps.items():
+            times[name].append(seconds(step))
+    median = {name: statistics.median(values) for name, values in times.items()}
+    rate = matmul_rate(jnp.float32)
+    active = active_parameters(MODEL, init_params(MODEL, jax.random.key(0)))
+    floor = 6 * active * BATCH * SEQ / rate
+    print(f"matmul rate {rate / 1e9:.0f} GFLOP/s, active parameters {active / 1e6:.1f}M, tokens {BATCH * SEQ}")
+    for name, value in median.items():
+        print(f"{name:20s} {value * 1e3:8.0f} ms   {value / floor:5.2f} x floor")
+    print(f"{'floor':20s} {floor * 1e3:8.0f} ms")
+    if "transformers step" in median:
+        print(f"ratio v4jax / transformers: {median['v4jax step'] / median['transformers step']:.3f}  (bar 0.5, aim 0.35)")
+
+
+if __name__ == "__main__":
+    main()

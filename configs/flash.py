@@ -1,0 +1,25 @@
+"""V4-Flash, pre-training at sequence length 4096 with the report's numbers (deepseek-v4.md sections 1 and 6).
+
+Command: v4jax train configs/flash.py --mesh fsdp=...,expert=...; v4jax cost configs/flash.py
+Hardware: a TPU pod. Nobody has run it; `v4jax cost` and the tests read it. The report's batch grows to the size below from a
+small one and its sequence from 4K to 1M: those stages are not built yet.
+Next file to read: configs/models.py.
+"""
+
+from configs import models
+from v4jax.train.config import TrainConfig
+
+
+def get_config() -> TrainConfig:
+    """The report's schedule at one batch size and length."""
+    return TrainConfig(
+        model=models.flash(),
+        run_dir="runs/flash",
+        steps=420_000,
+        batch_size=18_432,
+        seq_len=4096,
+        dtype="bfloat16",
+        learning_rate=2.7e-4,
+        warmup_steps=2000,
+        decay_steps=40_000,
+    )

@@ -1,0 +1,67 @@
+"""Attention of the three kinds, restated: one key-value head, window plus compressed entries, sink, grouped output.
+
+Plain NumPy from deepseek-v4.md section 3 and pitfalls 8 to 14, one document, one query at a time. All arithmetic is
+float64.
+Legend: S tokens, T keys of one query, C entries, D hidden, N heads, H head dim, Q query rank, G output groups,
+O output rank.
+Next file to read: moe.py.
+"""
+
+import numpy as np
+
+from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
+
+from . import compressor, hyper, indexer, rotary
+
+
+def attention(cfg: ModelConfig, weights: dict, name: str, compress_ratio: int, x_SD: np.ndarray) -> np.ndarray:
+    """The attention sublayer on one document at positions 0..S-1, [S, D]; name is for example "layers.3.attn"."""
+    positions = np.arange(len(x_SD))
+    freqs = rotary.frequencies(cfg, compress_ratio)
+    qr_SQ = hyper.rms_norm(x_SD @ weights[f"{name}.wq_a.weight"].T, cfg.rms_norm_eps, weights[f"{name}.q_norm.weight"])
+    q_SNH = (qr_SQ @ weights[f"{name}.wq_b.weight"].T).reshape(len(x_SD), cfg.num_attention_heads, cfg.head_dim)
+    q_SNH = rotary.rotate(hyper.rms_norm(q_SNH, cfg.rms_norm_eps), positions, freqs)  # this norm has no weight
+    kv_SH = hyper.rms_norm(x_SD @ weights[f"{name}.wkv.weight"].T, cfg.rms_norm_eps, weights[f"{name}.kv_norm.weight"])
+    kv_SH = rotary.rotate(kv_SH, positions, freqs)
+    entries_CH = np.zeros((0, cfg.head_dim))
+    if compress_ratio != WINDOW_ONLY:
+        entries_CH = compressor.entries(cfg, weights, f"{name}.compressor", compress_ratio, x_SD)
+    seen = seen_entries(cfg, weights, name, compress_ratio, x_SD, qr_SQ)
+
+    o_SNH = np.empty_like(q_SNH)
+    for t in positions:
+        window_TH = kv_SH[max(0, t - cfg.sliding_window + 1) : t + 1]  # the token itself is one of the window's
+        keys_TH = np.concatenate([window_TH, entries_CH[seen[t]]])
+        o_SNH[t] = attend(q_SNH[t], keys_TH, weights[f"{name}.attn_sink"])
+    # Keys are values, so values came in rotated by their own position; turning the output back by the query's
+    # position leaves a function of the distance (pitfall 8).
+    o_SNH = rotary.rotate(o_SNH, positions, freqs, inverse=True)
+    return grouped_output(cfg, weights, name, o_SNH)
+
+
+def seen_entries(cfg, weights, name, compress_ratio, x_SD, qr_SQ) -> list[np.ndarray]:
+    """For each query the indices of the entries it attends to: none (SWA), the indexer's (CSA), all visible (HCA)."""
+    if compress_ratio == WINDOW_ONLY:
+        return [np.arange(0)] * len(x_SD)
+    if compress_ratio == CSA:
+        return indexer.selected(cfg, indexer.scores(cfg, weights, f"{name}.indexer", x_SD, qr_SQ))
+    return [np.arange(compressor.visible(t, compress_ratio)) for t in range(len(x_SD))]
+
+
+def attend(q_NH: np.ndarray, keys_TH: np.ndarray, sink_N: np.ndarray) -> np.ndarray:
+    """sum_j p_j kv_j, [N, H], p = exp(q.kv_j * H^-0.5) / (exp(sink) + sum_j exp(...)); the sink has no value."""
+    logits_NT = q_NH @ keys_TH.T * keys_TH.shape[1] ** -0.5
+    top_N = np.maximum(logits_NT.max(axis=1), sink_N)
+    mass_NT = np.exp(logits_NT - top_N[:, None])
+    return mass_NT @ keys_TH / (np.exp(sink_N - top_N) + mass_NT.sum(axis=1))[:, None]
+
+
+def grouped_output(cfg: ModelConfig, weights: dict, name: str, o_SNH: np.ndarray) -> np.ndarray:
+    """Each group of N/G neighbouring heads through its own O rows of wo_a, then all through wo_b, [S, D]."""
+    heads, rank = cfg.num_attention_heads // cfg.o_groups, cfg.o_lora_rank
+    wo_a = weights[f"{name}.wo_a.weight"]  # [G*O, (N/G)*H], group-major
+    parts = []
+    for g in range(cfg.o_groups):
+        group = o_SNH[:, g * heads : (g + 1) * heads].reshape(len(o_SNH), -1)
+        parts.append(group @ wo_a[g * rank : (g + 1) * rank].T)
+    return np.concatenate(parts, axis=1) @ weights[f"{name}.wo_b.weight"].T

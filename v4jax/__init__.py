@@ -1,0 +1,12 @@
+"""DeepSeek-V4 as a functional Flax model in JAX. Names only; see v4jax/model/transformer.py for the model."""
+
+from v4jax.api import load
+from v4jax.checkpoint.export import save_safetensors
+from v4jax.checkpoint.names import official_names, to_official
+from v4jax.config import ModelConfig
+from v4jax.model.transformer import forward, init_params
+from v4jax.train.loss import loss
+
+__all__ = [
+    "ModelConfig", "forward", "init_params", "load", "loss", "official_names", "save_safetensors", "to_official",
+]  # fmt: skip

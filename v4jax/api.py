@@ -1,0 +1,71 @@
+"""Opening a checkpoint of any kind, on one device or straight onto a mesh.
+
+Next file to read: v4jax/score.py.
+"""
+
+import math
+import pathlib
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sharding.mesh import make_mesh, parse_mesh
+from sharding.params import named_shardings
+from sharding.rules import AxisRules, layout_for
+from v4jax.checkpoint.load import load_safetensors
+from v4jax.checkpoint.names import leaf_dtype, official_names, plain_dtype
+from v4jax.checkpoint.store import is_run, load_store_params
+from v4jax.config import ModelConfig
+from v4jax.model.transformer import abstract_params, param_axes
+
+
+def place_on(mesh: str | None, layout: str | None) -> tuple[Mesh, AxisRules]:
+    """The mesh of a spec such as "data=2,expert=4" and the rules for it; one device and empty rules for no mesh.
+
+    Raises:
+      ValueError: see parse_mesh, make_mesh and layout_for.
+    """
+    sizes = parse_mesh(mesh)
+    one = math.prod(sizes.values()) == 1
+    rules = layout_for(layout, sizes)
+    return make_mesh(sizes), AxisRules() if one else rules
+
+
+def load(path, dtype: str = "float32", mesh: str | None = None, layout: str | None = None):
+    """Opens a safetensors directory or a v4jax run: (ModelConfig, nested dict of jax arrays).
+
+    Args:
+      path: a directory with config.json and *.safetensors, or a v4jax run or store.
+      dtype: "float32" or "bfloat16", of every *.weight; what official files keep in float32 stays so.
+      mesh, layout: where the arrays go; None: the first device.
+
+    Raises:
+      ValueError: no such checkpoint, or anything in it that does not fit, naming the tensor.
+    """
+    plain_dtype(dtype)
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such directory; expected config.json + safetensors, or a v4jax run")
+    cfg = ModelConfig.from_json(path)
+    device_mesh, rules = place_on(mesh, layout)
+    places = named_shardings(device_mesh, rules, abstract_params(cfg), param_axes(cfg))
+    if is_run(path):
+        return cfg, _load_run(path, cfg, dtype, places)
+
+    def put(where: tuple[str, ...], array: np.ndarray):
+        place = places
+        for key in where:
+            place = place[key]
+        return jax.device_put(array, place)
+
+    return load_safetensors(path, dtype, put)
+
+
+def _load_run(path, cfg: ModelConfig, dtype: str, places):
+    dtypes = {slot.path: leaf_dtype(name, plain_dtype(dtype)) for name, slot in official_names(cfg).items()}
+
+    def typed(where, leaf, place):
+        return jax.ShapeDtypeStruct(leaf.shape, dtypes[tuple(key.key for key in where)], sharding=place)
+
+    return load_store_params(path, jax.tree_util.tree_map_with_path(typed, abstract_params(cfg), places))

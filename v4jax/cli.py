@@ -1,0 +1,236 @@
+"""The command line: parses, calls, prints. Exit code 0: done; 2: bad input, one line on stderr; 1: failed while running.
+
+Next file to read: README.md, which shows every command.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import pathlib
+import re
+import sys
+
+
+class BadInput(Exception):
+    """A line for stderr, and exit code 2."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(f"{message}; see {self.prog} --help")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and gives its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        arguments, rest = _parser().parse_known_args(argv)
+        if rest and arguments.command != "train":
+            raise BadInput(f"unknown argument {rest[0]!r}; see v4jax {arguments.command} --help")
+        result = arguments.run(arguments, rest)
+    except (BadInput, ValueError) as error:
+        print(f"v4jax: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("v4jax: interrupted", file=sys.stderr)
+        return 1
+    except (RuntimeError, OSError) as error:
+        print(f"v4jax: failed: {_one_line(error)}", file=sys.stderr)
+        return 1
+    if result is not None:
+        _print(result, arguments.json)
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="v4jax", description="DeepSeek-V4 in JAX: train, generate, score, convert, cost.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    def command(name, run, text):
+        sub = commands.add_parser(name, help=text, description=text, add_help=name != "train")
+        sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
+        sub.set_defaults(run=run)
+        return sub
+
+    def on_mesh(sub):
+        sub.add_argument("--mesh", help="for example data=2,expert=4 (axes: data, fsdp, expert, tensor)")
+        sub.add_argument("--layout", help="sharding layout (default: full)")
+        sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
+
+    train = command("train", _train, "Train, or resume, the run that CONFIG.py describes.")
+    train.add_argument("config", nargs="?")
+
+    generate = command("generate", _generate, "Continue a prompt.")
+    generate.add_argument("checkpoint")
+    source = generate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="text (needs tokenizer.json in the checkpoint)")
+    source.add_argument("--tokens", help="token ids, for example 0,17,4")
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--temperature", type=float, default=0.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--speculative", action="store_true", help="draft with MTP (not built yet)")
+    on_mesh(generate)
+
+    score = command("score", _score, "Logits and loss of every token of a .npy file.")
+    score.add_argument("checkpoint")
+    score.add_argument("--tokens", required=True, help=".npy file, integers [B, S]")
+    score.add_argument("--out", required=True, help=".npz file to write")
+    score.add_argument("--quant", default="none", choices=("none", "official"))
+    on_mesh(score)
+
+    convert = command("convert", _convert, "Convert between safetensors and the v4jax store.")
+    convert.add_argument("source")
+    convert.add_argument("target")
+    convert.add_argument("--format", choices=("orbax", "safetensors"), default="safetensors")
+    convert.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "fp8", "official"))
+
+    cost = command("cost", _cost, "Parameters, FLOPs per token and cache bytes, from the configuration alone.")
+    cost.add_argument("config", help="CONFIG.py or config.json")
+    cost.add_argument("--context", type=int, default=4096, help="tokens in the sequence (default: 4096)")
+    return parser
+
+
+# ---- commands: everything heavy is imported inside, so that --help and bad flags answer at once -------------------------
+
+
+def _train(arguments, rest):
+    if arguments.config is None or arguments.config in ("-h", "--help"):
+        raise BadInput("train needs a CONFIG.py; see v4jax train CONFIG.py --help for its overrides")
+    cfg = _override(_read_config_file(arguments.config), rest, f"v4jax train {arguments.config}")
+    _simulate(cfg.mesh)
+    from v4jax.train.loop import train
+
+    return train(cfg)
+
+
+def _generate(arguments, _):
+    if arguments.speculative:
+        raise BadInput("--speculative is not built yet; leave it out")
+    _simulate(arguments.mesh)
+    import jax
+
+    from v4jax.api import load, place_on
+    from v4jax.generate.plain import generate
+    from v4jax.tokenizer import load_tokenizer
+
+    tokenizer = None
+    if arguments.prompt is not None:
+        tokenizer = load_tokenizer(arguments.checkpoint)
+        prompt = [tokenizer.bos_token_id] + tokenizer.encode(arguments.prompt)
+    else:
+        prompt = _ids(arguments.tokens)
+    cfg, params = load(arguments.checkpoint, arguments.dtype, arguments.mesh, arguments.layout)
+    mesh, rules = place_on(arguments.mesh, arguments.layout)
+    with jax.set_mesh(mesh):
+        ids = generate(
+            cfg, params, prompt, arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed,
+            rules=rules, dtype=arguments.dtype,
+        )  # fmt: skip
+    result = {"tokens": ids}
+    if tokenizer is not None:
+        result["text"] = tokenizer.decode(ids)
+        if not arguments.json:
+            print(arguments.prompt + result["text"])
+            return None
+    return result
+
+
+def _score(arguments, _):
+    _simulate(arguments.mesh)
+    from v4jax.score import score
+
+    return score(
+        arguments.checkpoint, arguments.tokens, arguments.out, arguments.mesh, arguments.layout, arguments.dtype,
+        arguments.quant,
+    )  # fmt: skip
+
+
+def _convert(arguments, _):
+    from v4jax.convert import convert
+
+    return convert(arguments.source, arguments.target, arguments.format, arguments.dtype)
+
+
+def _cost(arguments, _):
+    from v4jax.config import ModelConfig
+    from v4jax.cost import model_cost
+
+    path = pathlib.Path(arguments.config)
+    model = _read_config_file(path).model if path.suffix == ".py" else ModelConfig.from_json(path)
+    result = model_cost(model, arguments.context)
+    if arguments.json:
+        return result.to_dict()
+    _print_rows(result.rows())
+    return None
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _read_config_file(path):
+    """`get_config()` of a Python file, run with its own directory's parent importable (so configs import each other)."""
+    path = pathlib.Path(path)
+    if path.suffix != ".py" or not path.is_file():
+        raise BadInput(f"{path}: no such CONFIG.py; it must be a Python file with get_config()")
+    root = str(path.resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise BadInput(f"{path}: has no function get_config()")
+    return module.get_config()
+
+
+def _override(cfg, rest: list[str], program: str):
+    """The config with typed command-line overrides; an unknown or ill-typed one is one line."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(type(cfg), default=cfg, args=rest, prog=program)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        words = re.sub(r"[─-╿]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()))
+        raise BadInput(words or "bad override") from None
+
+
+def _simulate(mesh: str | None) -> None:
+    from sharding.mesh import parse_mesh, simulate_devices
+
+    simulate_devices(math.prod(parse_mesh(mesh).values()))
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise BadInput(f"--tokens: got {text!r}; must be integers separated by commas") from None
+
+
+def _print(result: dict, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        print(f"{name}: {value}")
+
+
+def _print_rows(rows) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console().print(table)

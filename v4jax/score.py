@@ -1,0 +1,91 @@
+"""Scoring a file of tokens: logits, MTP logits and per-token loss of every row, on any mesh.
+
+Next file to read: v4jax/cli.py.
+"""
+
+import os
+import pathlib
+import tempfile
+
+import jax
+import numpy as np
+
+from v4jax.api import load, place_on
+from v4jax.config import ModelConfig
+from v4jax.model.transformer import forward
+from v4jax.tokenizer import check_tokens
+
+
+def read_tokens(path, vocab_size: int) -> np.ndarray:
+    """int32 [B,S] from a .npy file.
+
+    Raises:
+      ValueError: no such file, not an integer matrix, or an id outside [0, vocab_size).
+    """
+    try:
+        tokens = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path}: not a .npy file of integers: {error}") from None
+    if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"{path}: got {getattr(tokens, 'dtype', type(tokens))} {getattr(tokens, 'shape', '')}; "
+                         "must be integers [B, S]")
+    if 0 in tokens.shape:
+        raise ValueError(f"{path}: got shape {tokens.shape}; B and S must be at least 1")
+    check_tokens(tokens, vocab_size, str(path))
+    return tokens.astype(np.int32)
+
+
+def score(checkpoint, tokens_path, out_path, mesh=None, layout=None, dtype="float32", quant="none") -> dict:
+    """Writes logits [B,S,V], mtp_logits [B,S,V] (models with MTP) and nll [B,S-1], float32, to an .npz file.
+
+    Rows run a few at a time: as many as the mesh splits a batch into.
+
+    Raises:
+      ValueError: bad tokens, checkpoint, mesh or quant; nothing is written then.
+    """
+    if quant != "none":
+        raise ValueError(f"quant: got {quant!r}; allowed: 'none' ('official' is not built yet)")
+    out = pathlib.Path(out_path)
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: its directory {out.parent} does not exist")
+    if pathlib.Path(checkpoint).is_dir():  # the tokens can be refused before a large checkpoint is read
+        read_tokens(tokens_path, ModelConfig.from_json(checkpoint).vocab_size)
+    cfg, params = load(checkpoint, dtype, mesh, layout)
+    tokens = read_tokens(tokens_path, cfg.vocab_size)
+    device_mesh, rules = place_on(mesh, layout)
+    parts: dict[str, list[np.ndarray]] = {"logits": [], "mtp_logits": [], "nll": []}
+    with jax.set_mesh(device_mesh):
+        step = rules.shards("act_batch")
+        for start in range(0, len(tokens), step):
+            rows = tokens[start : start + step]
+            padded = np.pad(rows, ((0, step - len(rows)), (0, 0)))
+            output = forward(cfg, params, padded, rules=rules)
+            logits = np.asarray(output.logits)[: len(rows)]
+            parts["logits"].append(logits)
+            parts["nll"].append(_nll(logits, rows))
+            if output.mtp_logits is not None:
+                parts["mtp_logits"].append(np.asarray(output.mtp_logits)[: len(rows)])
+    arrays = {name: np.concatenate(rows) for name, rows in parts.items() if rows}
+    _write_npz(out, arrays)
+    return {
+        "out": str(out), "rows": len(tokens), "mean_nll": float(arrays["nll"].mean()) if arrays["nll"].size else None,
+        **{name: list(array.shape) for name, array in arrays.items()},
+    }  # fmt: skip
+
+
+def _nll(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """-log softmax(logits)[next token], float32 [B,S-1]."""
+    logits = logits[:, :-1].astype(np.float64)
+    peak = logits.max(-1, keepdims=True)
+    total = np.log(np.exp(logits - peak).sum(-1)) + peak[..., 0]
+    picked = np.take_along_axis(logits, tokens[:, 1:, None].astype(np.int64), axis=-1)[..., 0]
+    return (total - picked).astype(np.float32)
+
+
+def _write_npz(out: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Whole or not at all."""
+    with tempfile.NamedTemporaryFile(dir=out.parent, suffix=".tmp", delete=False) as file:
+        np.savez(file, **arrays)
+    os.replace(file.name, out)

@@ -1,0 +1,89 @@
+"""Everything that defines a training run, in one frozen dataclass. A file in configs/ builds it in `get_config()`.
+
+Next file to read: v4jax/train/loop.py.
+"""
+
+import dataclasses
+
+from sharding.mesh import parse_mesh
+from sharding.rules import LAYOUTS
+from v4jax.config import ModelConfig
+from v4jax.train.data import DataConfig
+from v4jax.train.loss import LossWeights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run. Every field can be overridden on the command line.
+
+    Attributes:
+      model: architecture. data: text and tokenizer. loss: weights of the loss's parts.
+      run_dir: where everything is written; an existing run of the same model is resumed.
+      mesh: axis sizes such as "data=2,expert=4"; empty: one device. layout: name of the sharding layout.
+      steps, batch_size, seq_len: optimizer steps, rows per step (global), tokens per row.
+      dtype: compute dtype; weights and optimizer are float32. remat: recompute layers in the backward pass.
+      learning_rate: peak. warmup_steps, decay_steps: linear up, cosine down to final_lr_ratio at the end.
+      clip_norm: largest global gradient norm. bias_rate: speed of the router's selection bias.
+      log_every, eval_every, checkpoint_every: steps. eval_batches: held-out batches per evaluation. keep: newest checkpoints kept.
+      export: write official safetensors at the end ("float32", "bfloat16" or "none").
+      sample_prompt, sample_tokens: continued at the end, as a look at the model; 0 tokens: no sample.
+      seed: of the initial weights.
+    """
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    loss: LossWeights = LossWeights()
+    run_dir: str
+    mesh: str = ""
+    layout: str = "full"
+    steps: int
+    batch_size: int
+    seq_len: int
+    dtype: str = "float32"
+    remat: bool = True
+    learning_rate: float
+    warmup_steps: int = 2000
+    decay_steps: int = 0
+    final_lr_ratio: float = 0.1
+    weight_decay: float = 0.1
+    momentum: float = 0.95
+    clip_norm: float = 1.0
+    bias_rate: float = 1e-3
+    log_every: int = 10
+    eval_every: int = 100
+    eval_batches: int = 8
+    checkpoint_every: int = 100
+    keep: int = 2
+    export: str = "bfloat16"
+    sample_prompt: str = ""
+    sample_tokens: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        parse_mesh(self.mesh)
+        _allow(self, "layout", tuple(LAYOUTS))
+        _allow(self, "dtype", ("float32", "bfloat16"))
+        _allow(self, "export", ("float32", "bfloat16", "none"))
+        for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        _require(self, "seq_len", self.seq_len >= 2, "at least 2")
+        for name in ("warmup_steps", "decay_steps", "eval_batches", "sample_tokens", "bias_rate", "weight_decay"):
+            _require(self, name, getattr(self, name) >= 0, "0 or above")
+        for name in ("learning_rate", "clip_norm"):
+            _require(self, name, getattr(self, name) > 0, "above 0")
+        _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        _require(self, "final_lr_ratio", 0 <= self.final_lr_ratio <= 1, "in [0, 1]")
+        _require(self, "decay_steps", self.warmup_steps + self.decay_steps <= self.steps,
+                 f"at most steps - warmup_steps = {self.steps - self.warmup_steps}")  # fmt: skip
+        _require(self, "seq_len", self.seq_len <= self.model.max_position_embeddings,
+                 f"at most max_position_embeddings={self.model.max_position_embeddings}")  # fmt: skip
+
+
+def _allow(cfg: TrainConfig, name: str, allowed: tuple[str, ...]) -> None:
+    if getattr(cfg, name) not in allowed:
+        raise ValueError(f"{name}: got {getattr(cfg, name)!r}; allowed: {', '.join(allowed)}")
+
+
+def _require(cfg: TrainConfig, name: str, holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: got {getattr(cfg, name)}; must be {rule}")

@@ -1,0 +1,119 @@
+"""The training objective: next token + MTP + balance, averaged over real tokens of the whole batch.
+
+The head is applied to a few positions at a time, so that logits of a whole batch never exist; under a layout that cuts the
+vocabulary they stay cut.
+
+Shapes: B batch, S positions, D hidden, V vocabulary.
+Next file to read: v4jax/train/balance.py.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from sharding.rules import AxisRules
+from v4jax.config import ModelConfig
+from v4jax.model.transformer import apply, project_logits
+
+LOGIT_BYTES = 2**27
+"""Float32 logits one device holds at a time."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of the parts of the loss (deepseek-v4.md section 6)."""
+
+    mtp: float = 0.3
+    balance: float = 1e-4
+
+    def __post_init__(self):
+        for name in ("mtp", "balance"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"loss weight {name}: got {getattr(self, name)}; must be 0 or above")
+
+
+def targets(tokens_BS: jax.Array, segment_BS: jax.Array | None, ahead: int) -> tuple[jax.Array, jax.Array]:
+    """The token `ahead` positions later and whether it counts (same document, not padding), int32 and bool [B,S]."""
+    seq = tokens_BS.shape[1]
+    shift = lambda x: jnp.pad(x[:, ahead:], ((0, 0), (0, min(ahead, seq))))  # noqa: E731
+    if segment_BS is None:
+        return shift(tokens_BS), jnp.broadcast_to(jnp.arange(seq) < seq - ahead, tokens_BS.shape)
+    # Segments do not interleave, so equal ids at both ends mean that everything between is the same document.
+    return shift(tokens_BS), (shift(segment_BS) == segment_BS) & (segment_BS > 0)
+
+
+def token_nll(rules: AxisRules, x_BSD: jax.Array, head_DV: jax.Array, label_BS: jax.Array) -> jax.Array:
+    """-log softmax(x @ head)[label], float32 [B,S], with logits of a few positions at a time."""
+    batch, seq, _ = x_BSD.shape
+    row_bytes = 4 * max(1, batch // rules.shards("act_batch")) * head_DV.shape[1] // rules.shards("act_vocab")
+    chunk = max(1, min(seq, LOGIT_BYTES // row_bytes))
+    chunks = -(-seq // chunk)
+    chunk = -(-seq // chunks)
+
+    def nll(x_BSD, label_BS):
+        logits = project_logits(rules, x_BSD, head_DV)
+        picked = jnp.where(jax.nn.one_hot(label_BS, logits.shape[-1], dtype=bool), logits, 0).sum(-1)
+        return jax.nn.logsumexp(logits, axis=-1) - picked
+
+    if chunks == 1:
+        return nll(x_BSD, label_BS)
+    pad = chunks * chunk - seq
+    x = jnp.moveaxis(jnp.pad(x_BSD, ((0, 0), (0, pad), (0, 0))).reshape(batch, chunks, chunk, -1), 1, 0)
+    label = jnp.moveaxis(jnp.pad(label_BS, ((0, 0), (0, pad))).reshape(batch, chunks, chunk), 1, 0)
+    out = jax.lax.map(lambda args: jax.checkpoint(nll, prevent_cse=False)(*args), (x, label))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1)[:, :seq]
+
+
+def loss_and_routing(
+    cfg: ModelConfig,
+    params,
+    batch: Mapping[str, jax.Array],
+    *,
+    weights: LossWeights = LossWeights(),
+    rules: AxisRules = AxisRules(),
+    dtype: jnp.dtype = jnp.float32,
+    remat: bool = False,
+):
+    """(loss, (metrics, routing)): nll + mtp weight * mtp_nll + balance weight * sum over layers of the balance loss."""
+    tokens_BS, segment_BS = batch["tokens"], batch.get("segment_ids")
+    hidden = apply(cfg, params, tokens_BS, segment_BS, rules=rules, dtype=dtype, remat=remat)
+
+    def mean_nll(x_BSD, ahead):
+        label_BS, counts_BS = targets(tokens_BS, segment_BS, ahead)
+        nll_BS = token_nll(rules, x_BSD, hidden.head_DV, label_BS)
+        return jnp.sum(jnp.where(counts_BS, nll_BS, 0)) / jnp.maximum(counts_BS.sum(), 1)
+
+    balance = sum(jnp.sum(route.balance) for blocks in hidden.routing.values() for route in blocks.values())
+    metrics = {"nll": mean_nll(hidden.x_BSD, 1), "balance": balance}
+    total = metrics["nll"] + weights.balance * balance
+    if hidden.mtp_x_BSD is not None:
+        metrics["mtp_nll"] = mean_nll(hidden.mtp_x_BSD, 2)
+        total = total + weights.mtp * metrics["mtp_nll"]
+    return total, (metrics | {"loss": total}, hidden.routing)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("weights", "rules", "dtype", "remat"))
+def loss(
+    cfg: ModelConfig,
+    params,
+    batch: Mapping[str, jax.Array],
+    *,
+    weights: LossWeights = LossWeights(),
+    rules: AxisRules = AxisRules(),
+    dtype: jnp.dtype = jnp.float32,
+    remat: bool = False,
+):
+    """The training objective (deepseek-v4.md section 6); differentiable in params.
+
+    Args:
+      params: the nested dict of `v4jax.load` or `init_params`.
+      batch: "tokens" int [B,S]; optionally "segment_ids" int [B,S], 0 for padding. Labels are the row's own next tokens.
+
+    Returns:
+      (loss, metrics): float32 scalars; metrics has loss, nll, mtp_nll (with MTP) and balance.
+    """
+    total, (metrics, _) = loss_and_routing(cfg, params, batch, weights=weights, rules=rules, dtype=dtype, remat=remat)
+    return total, metrics

@@ -1,0 +1,160 @@
+"""What a run shows: a progress bar, metrics as JSON lines and TensorBoard, and the picture of its losses.
+
+Next file to read: v4jax/generate/plain.py.
+"""
+
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sharding.mesh import make_mesh, parse_mesh
+from v4jax.checkpoint.store import write_text
+from v4jax.train.config import TrainConfig
+
+METRICS = "metrics.jsonl"
+
+
+def require_plots() -> None:
+    """Raises ValueError unless the packages for pictures and TensorBoard are there."""
+    try:
+        import matplotlib  # noqa: F401
+        import tensorboardX  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"training draws its losses and needs {error.name}: pip install 'v4jax[plots]'") from None
+
+
+def matmul_rate(dtype: jnp.dtype, size: int = 2048, repeats: int = 3) -> float:
+    """FLOP/s of a square matmul on all devices, measured now: the yardstick of model FLOPs utilisation.
+
+    Simulated CPU devices share the machine's cores, so there one matmul already uses all of them.
+    """
+    with jax.set_mesh(make_mesh(parse_mesh(None))):  # one device, whatever mesh the caller runs on
+        a = jnp.ones((size, size), dtype)
+        multiply = jax.jit(lambda a: a @ a)
+        jax.block_until_ready(multiply(a))
+        best = float("inf")
+        for _ in range(repeats):
+            start = time.perf_counter()
+            jax.block_until_ready(multiply(a))
+            best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best * (1 if jax.default_backend() == "cpu" else jax.device_count())
+
+
+class Reporter:
+    """Collects metrics of one run. A resumed run drops the lines after its checkpoint, so no step stands twice."""
+
+    def __init__(self, run: pathlib.Path, cfg: TrainConfig, first: int, flops_per_token: float):
+        from tensorboardX import SummaryWriter
+
+        self._cfg, self._path = cfg, run / METRICS
+        lines = read_metrics(run)
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= first))
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first + 1)
+        self._tokens = cfg.batch_size * cfg.seq_len
+        self._flops = flops_per_token * self._tokens
+        self._peak = matmul_rate(jnp.dtype(cfg.dtype))
+        self._last = (first, None)
+        self._console = Console()
+        self._bar = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[line]}"),
+            console=self._console, disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("train", total=cfg.steps, completed=first, line="compiling")
+
+    def __enter__(self) -> "Reporter":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._bar.stop()
+        self._board.close()
+        self._file.close()
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds speed and utilisation to a step's metrics and shows them."""
+        now = time.perf_counter()
+        before, since = self._last
+        self._last = (step, now)
+        if since is not None:
+            seconds = (now - since) / (step - before)
+            metrics["tokens_per_second"] = self._tokens / seconds
+            metrics["model_flops_utilisation"] = self._flops / seconds / self._peak
+        line = f"loss {metrics['loss']:.3f}"
+        if since is not None:
+            line += f"  {metrics['tokens_per_second']:,.0f} tok/s  MFU {metrics['model_flops_utilisation']:.0%}"
+        line += f"  load {metrics['expert_load_max']:.1f}x"
+        self._write(step, metrics)
+        self._show(step, line)
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Held-out results."""
+        self._write(step, metrics)
+        self._show(step, "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+        self._last = (step, time.perf_counter())  # do not count evaluation as training time
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def _show(self, step: int, line: str) -> None:
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=step, line=line)
+        else:
+            print(f"step {step}/{self._cfg.steps}  {line}", flush=True)
+
+    @staticmethod
+    def last(run: pathlib.Path) -> dict[str, Any]:
+        """The newest value of each metric in the run's file."""
+        newest: dict[str, Any] = {}
+        for line in read_metrics(run):
+            newest |= line
+        return newest
+
+
+def read_metrics(run) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl; a last line cut short by a crash is left out."""
+    path = pathlib.Path(run) / METRICS
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def plot_losses(run: pathlib.Path, unigram_nll: float | None = None) -> pathlib.Path:
+    """Draws loss.png: training and held-out nats per token, MTP, expert load and learning rate."""
+    from matplotlib.figure import Figure
+
+    lines = read_metrics(run)
+
+    def series(name):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        return [list(values) for values in zip(*points, strict=True)] or [[], []]
+
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    top.plot(*series("nll"), label="training, next token")
+    top.plot(*series("mtp_nll"), label="training, token after next (MTP)", alpha=0.6)
+    top.plot(*series("held_out_nll"), "o-", label="held out, next token")
+    if unigram_nll is not None:
+        top.axhline(unigram_nll, color="grey", linestyle="--", label="unigram model, held out")
+    top.set_ylabel("nats per token")
+    top.legend()
+    bottom.plot(*series("expert_load_max"), color="tab:red", label="max / mean expert load, worst layer")
+    bottom.set_ylabel("expert load")
+    bottom.set_xlabel("step")
+    bottom.legend(loc="upper left")
+    rate = bottom.twinx()
+    rate.plot(*series("learning_rate"), color="tab:grey", linestyle=":")
+    rate.set_ylabel("learning rate")
+    path = pathlib.Path(run) / "loss.png"
+    figure.savefig(path, dpi=110)
+    return path

@@ -1,0 +1,123 @@
+"""One training step: loss and gradients, clipping, optimizer, router bias. Plus where its state lives on a mesh.
+
+Next file to read: v4jax/train/loop.py.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sharding.params import named_shardings
+from sharding.rules import AxisRules
+from v4jax.model.transformer import abstract_params, init_params, param_axes
+from v4jax.train.balance import load_metrics, update_bias
+from v4jax.train.config import TrainConfig
+from v4jax.train.loss import loss_and_routing
+from v4jax.train.muon import optimizer
+from v4jax.train.schedule import learning_rate
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("params", "router", "optimizer", "step"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Trained weights, what is not trained by gradient (selection bias, hash tables), optimizer state, steps done."""
+
+    params: Any
+    router: Any
+    optimizer: Any
+    step: jax.Array
+
+    @property
+    def public(self):
+        """The nested dict that `v4jax.forward` takes."""
+        return dict(self.params) | {"router": self.router}
+
+
+def schedule_of(cfg: TrainConfig) -> optax.Schedule:
+    return learning_rate(cfg.learning_rate, cfg.steps, cfg.warmup_steps, cfg.decay_steps, cfg.final_lr_ratio)
+
+
+def optimizer_of(cfg: TrainConfig) -> optax.GradientTransformation:
+    """Clipping by global norm, then Muon and AdamW."""
+    inner = optimizer(schedule_of(cfg), cfg.weight_decay, cfg.momentum)
+    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), inner)
+
+
+def state_from(cfg: TrainConfig, params) -> TrainState:
+    """A fresh state around the public parameter dict."""
+    trained = {name: value for name, value in params.items() if name != "router"}
+    return TrainState(trained, params["router"], optimizer_of(cfg).init(trained), jnp.zeros((), jnp.int32))
+
+
+def train_step(cfg: TrainConfig, rules: AxisRules, state: TrainState, batch: Mapping[str, jax.Array]):
+    """(state, batch) -> (state, metrics). Pure; jit it with cfg and rules static and state donated.
+
+    Metrics are float32 scalars: loss, nll, mtp_nll, balance, grad_norm, learning_rate, expert_load_max, expert_load_mean.
+    """
+
+    def objective(params):
+        public = dict(params) | {"router": state.router}
+        dtype = jnp.dtype(cfg.dtype)
+        return loss_and_routing(
+            cfg.model, public, batch, weights=cfg.loss, rules=rules, dtype=dtype, remat=cfg.remat
+        )
+
+    grads, (metrics, routing) = jax.grad(objective, has_aux=True)(state.params)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer_of(cfg).update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+    metrics |= load_metrics(routing)
+    metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule_of(cfg)(state.step)}
+    router = update_bias(state.router, routing, cfg.bias_rate)
+    return TrainState(params, router, opt_state, state.step + 1), metrics
+
+
+def state_shardings(cfg: TrainConfig, rules: AxisRules, mesh: Mesh) -> TrainState:
+    """NamedSharding for every array of the state; optimizer state lies where its weight lies.
+
+    Raises:
+      ValueError: a weight that does not divide over the mesh (see named_shardings).
+    """
+    params = named_shardings(mesh, rules, abstract_params(cfg.model), param_axes(cfg.model))
+    router = params.pop("router")
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    abstract = jax.eval_shape(lambda: state_from(cfg, init_params(cfg.model, jax.random.key(0))))
+    masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # another optimizer's parameter  # noqa: E731
+    opt_state = optax.tree.map_params(
+        optimizer_of(cfg),
+        lambda leaf, place: leaf if masked(leaf) else place,
+        abstract.optimizer,
+        params,
+        transform_non_params=lambda _: everywhere,
+        is_leaf=masked,
+    )
+    return TrainState(params, router, opt_state, everywhere)
+
+
+def batch_sharding(rules: AxisRules, mesh: Mesh) -> NamedSharding:
+    """Where tokens and segment ids [B,S] lie."""
+    return NamedSharding(mesh, rules.spec(("act_batch", "act_seq")))
+
+
+def init_state(cfg: TrainConfig, shardings: TrainState) -> TrainState:
+    """A fresh state, created shard by shard where it will live."""
+    init = jax.jit(lambda key: state_from(cfg, init_params(cfg.model, key)), out_shardings=shardings)
+    return init(jax.random.key(cfg.seed))
+
+
+def compile_step(cfg: TrainConfig, rules: AxisRules, shardings: TrainState, mesh: Mesh):
+    """The jitted step: state donated, outputs placed like inputs; metrics replicated."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    place = batch_sharding(rules, mesh)
+    return jax.jit(
+        functools.partial(train_step, cfg, rules),
+        in_shardings=(shardings, place),
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
+    )

@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     cost = command("cost", _cost, "Parameters, FLOPs per token and cache bytes, from the configuration alone.")
     cost.add_argument("config", help="CONFIG.py or config.json")
-    cost.add_argument("--context", type=int, default=4096, help="tokens in the sequence (default: 4096)")
+    cost.add_argument("--context", type=int, help="tokens in the sequence (default: max_position_embeddings)")
     return parser
 
 
@@ -160,11 +160,11 @@ def _convert(arguments, _):
 
 def _cost(arguments, _):
     from v4jax.config import ModelConfig
-    from v4jax.cost import model_cost
+    from v4jax.cost import cost
 
     path = pathlib.Path(arguments.config)
     model = _read_config_file(path).model if path.suffix == ".py" else ModelConfig.from_json(path)
-    result = model_cost(model, arguments.context)
+    result = cost(model, arguments.context)
     if arguments.json:
         return result.to_dict()
     _print_rows(result.rows())

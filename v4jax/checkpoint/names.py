@@ -10,6 +10,7 @@ Next file to read: v4jax/checkpoint/load.py.
 """
 
 import functools
+import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -241,7 +242,10 @@ def check_tree(cfg: ModelConfig, tree: Mapping[str, Any]) -> dict[Path, Any]:
 
 
 def check_table(cfg: ModelConfig, name: str, ids_VK: np.ndarray) -> None:
-    """Refuses a hash table with an id that is no expert, or one expert twice for a token (pitfall 24)."""
+    """Refuses a hash table with an id that is no expert; says so when a token has one expert twice (pitfall 24).
+
+    A repeated expert is computed as often as it stands there, as transformers does, whose fresh models have all zeros.
+    """
     experts = cfg.n_routed_experts
     outside = ids_VK[(ids_VK < 0) | (ids_VK >= experts)]
     if outside.size:
@@ -249,9 +253,8 @@ def check_table(cfg: ModelConfig, name: str, ids_VK: np.ndarray) -> None:
     ordered_VK = np.sort(ids_VK, axis=1)
     repeated = np.flatnonzero((ordered_VK[:, 1:] == ordered_VK[:, :-1]).any(axis=1))
     if repeated.size:
-        row = repeated[0]
-        unset = "" if ids_VK.any() else " (all zeros: transformers leaves the table of a fresh model so; fill it first)"
-        raise ValueError(f"{name}: row {row} is {ids_VK[row].tolist()}; a token's experts must differ{unset}")
+        row, unset = repeated[0], "" if ids_VK.any() else "; the table is all zeros, as in a model nobody has filled"
+        logging.getLogger("v4jax").warning("%s: row %d is %s: one expert twice%s", name, row, ids_VK[row].tolist(), unset)
 
 
 def _compare(expected: Mapping[str, tuple], got: Mapping[str, tuple], what: str) -> None:

@@ -1,7 +1,7 @@
 """Generation by full recomputation: every new token runs the whole row again. Exact and simple; caches come later.
 
-Rows are padded on the right to a few fixed lengths, so that only a handful of programs are compiled; attention is causal, so
-what stands behind a token cannot change it.
+Rows are padded on the right to few fixed lengths, so that few programs are compiled; attention is causal, so what stands
+behind a token cannot change it.
 
 Next file to read: v4jax/cli.py.
 """
@@ -54,7 +54,7 @@ def generate(
     rng = np.random.default_rng(seed)
     rows = rules.shards("act_batch")  # every device must hold a row
     for _ in range(max_new_tokens):
-        length = 64 * 2 ** max(0, (len(ids) - 1) // 64).bit_length()
+        length = _padded_length(len(ids), len(prompt) + max_new_tokens)
         row = np.zeros((rows, length), np.int32)
         row[:, : len(ids)] = ids
         logits = np.asarray(_last_logits(cfg, rules, jnp.dtype(dtype), params, row, len(ids) - 1))
@@ -68,6 +68,11 @@ def generate(
             break
         ids.append(token)
     return ids[len(prompt) :]
+
+
+def _padded_length(now: int, final: int) -> int:
+    """One length for short texts; powers of two, from 1024 on, for long ones."""
+    return 64 * -(-final // 64) if final <= 1024 else max(1024, 1 << (now - 1).bit_length())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -32,7 +32,7 @@ def convert(source, target, format: str = "safetensors", dtype: str = "float32")
         save_safetensors(cfg, params, target, dtype=dtype)
     else:
         write_config(target, cfg)
-        with Store(target) as store:
+        with Store(target, writes=True) as store:
             store.save(0, {"params": params})
     for name in CARRIED:
         if (source / name).is_file():

@@ -29,14 +29,15 @@ logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file 
 class Store:
     """The checkpoints of one directory. Use as a context manager: leaving it waits for saves under way."""
 
-    def __init__(self, directory, keep: int = 2):
+    def __init__(self, directory, keep: int = 2, writes: bool = False):
+        """`keep`: newest checkpoints kept. `writes`: this process trains here, so leftovers of killed saves are its own."""
         policies = ocp.training.save_decision_policies, ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
             pathlib.Path(directory).absolute() / CHECKPOINTS,
             # The default policy skips a save, silently, while another one runs; the caller decides when to save.
             save_decision_policy=policies[0].FixedIntervalPolicy(1),
             preservation_policy=policies[1].preservation_policy_lib.LatestN(keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=writes,  # a reader must not touch a save under way
         )
 
     def __enter__(self) -> "Store":

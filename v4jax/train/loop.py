@@ -51,7 +51,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         held_out = _held_out(cfg, tokenizer)
         write_config(run, cfg.model)
         tokenizer.save(run)
-        with Store(run, cfg.keep) as store:
+        with Store(run, cfg.keep, writes=True) as store:
             state, first = _start(cfg, shardings, store, data)
             with Reporter(run, cfg, first, train_flops_per_token(cfg.model, cfg.seq_len)) as report:
                 state = _steps(cfg, rules, mesh, shardings, state, first, data, held_out, store, report)
@@ -108,14 +108,18 @@ def _steps(cfg, rules, mesh, shardings, state, first, data, held_out, store: Sto
     for step in range(first + 1, cfg.steps + 1):
         batch = _put(next(data), place)
         state, metrics = step_function(state, batch)
-        if step % cfg.log_every == 0 or step in (first + 1, cfg.steps):
+        log = step % cfg.log_every == 0 or step in (first + 1, cfg.steps)
+        save = step % cfg.checkpoint_every == 0 or step == cfg.steps
+        if log or save:  # a state that is not finite is never saved
             metrics = {name: float(value) for name, value in metrics.items()}
-            if not math.isfinite(metrics["loss"]):
-                raise TrainingFailed(f"step {step}: loss is {metrics['loss']}; last checkpoint: {store.latest}")
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(metrics[name]):
+                    raise TrainingFailed(f"step {step}: {name} is {metrics[name]}; last checkpoint: {store.latest}")
+        if log:
             report.step(step, metrics)
         if held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
             report.evaluation(step, {"held_out_nll": evaluate(state.public, held_out)})
-        if step % cfg.checkpoint_every == 0 or step == cfg.steps:
+        if save:
             store.save(step, {"params": state.public, "optimizer": state.optimizer, "data": data})
     return state
 

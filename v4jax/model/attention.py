@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from sharding.rules import AxisRules
 from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 from v4jax.model.compressor import Compressor
+from v4jax.model.dense import dense
 from v4jax.model.documents import Documents, Entries
 from v4jax.model.indexer import Indexer, IndexInputs, index_scores, top_k_mask
 from v4jax.model.norm import RMSNorm, rms_norm
@@ -202,11 +203,11 @@ class Attention(Weights):
         turn = documents.turn if self.ratio == WINDOW_ONLY else documents.compressed_turn
         entries = documents.entries.get(self.ratio)
 
-        qr_BSQ = RMSNorm(self.rules, self.dtype, cfg.rms_norm_eps, name="q_norm")(x_BSD @ wq_a)
-        q_BSNH = (qr_BSQ @ wq_b).reshape(*x_BSD.shape[:2], heads, dim)
+        qr_BSQ = RMSNorm(self.rules, self.dtype, cfg.rms_norm_eps, name="q_norm")(dense(x_BSD, wq_a))
+        q_BSNH = dense(qr_BSQ, wq_b).reshape(*x_BSD.shape[:2], heads, dim)
         q_BSNH = self.rules.constrain(q_BSNH, "act_batch", "act_seq", "act_heads", None)
         q_BSNH = rotate(rms_norm(q_BSNH, cfg.rms_norm_eps), turn.heads())
-        kv_BSH = rotate(RMSNorm(self.rules, self.dtype, cfg.rms_norm_eps, name="kv_norm")(x_BSD @ wkv), turn)
+        kv_BSH = rotate(RMSNorm(self.rules, self.dtype, cfg.rms_norm_eps, name="kv_norm")(dense(x_BSD, wkv)), turn)
         entry_BCH = index = None
         if self.ratio != WINDOW_ONLY:
             compressor = Compressor(self.rules, self.dtype, cfg, self.ratio, dim, name="compressor")
@@ -223,4 +224,4 @@ def _project_out(o_BSNH: jax.Array, wo_a: jax.Array, wo_b: jax.Array, groups: in
     """Each group of heads through its own block of wo_a [(N/G)*H, G*O], then all of them through wo_b [G*O, D]."""
     o_BSGI = o_BSNH.reshape(*o_BSNH.shape[:2], groups, -1)
     low_BSGO = jnp.einsum("BSGI,IGO->BSGO", o_BSGI, wo_a.reshape(wo_a.shape[0], groups, -1))
-    return low_BSGO.reshape(*o_BSNH.shape[:2], -1) @ wo_b
+    return dense(low_BSGO.reshape(*o_BSNH.shape[:2], -1), wo_b)

@@ -66,6 +66,7 @@ def stack(rules, dtype: jnp.dtype, cfg: ModelConfig, kinds, repeats: int, remat:
         split_rngs={"params": True},
         in_axes=(nn.broadcast, nn.broadcast),
         length=repeats,
+        unroll=repeats if repeats <= 2 else 1,  # two layers in a loop cost more in slicing than they save in compiling
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(rules, dtype, cfg, kinds, name=name)

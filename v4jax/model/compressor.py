@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.config import CSA, ModelConfig
+from v4jax.model.dense import dense
 from v4jax.model.documents import Entries
 from v4jax.model.norm import RMSNorm
 from v4jax.model.rotary import rotate
@@ -63,5 +64,5 @@ class Compressor(Weights):
             norm(jnp.zeros((1, self.head_dim), self.dtype))
             return None
         x32 = x_BSD.astype(jnp.float32)
-        entry = pool(x32 @ wkv, x32 @ wgate, ape, entries, self.ratio)
+        entry = pool(dense(x32, wkv), dense(x32, wgate), ape, entries, self.ratio)
         return rotate(norm(entry.astype(self.dtype)), entries.turn)

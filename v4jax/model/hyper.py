@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.config import ModelConfig
+from v4jax.model.dense import dense
 from v4jax.model.weights import Weights, constant
 
 DYNAMIC_SCALE = 0.01
@@ -29,7 +30,7 @@ class Mix(NamedTuple):
 def mixing_logits(x_BSXD: jax.Array, fn: jax.Array, eps: float) -> jax.Array:
     """(vec(x) @ fn) * rsqrt(mean(vec(x)^2) + eps), float32 [B,S,M]."""
     x = x_BSXD.astype(jnp.float32).reshape(*x_BSXD.shape[:2], -1)
-    return (x @ fn) * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return dense(x, fn) * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
 def sinkhorn(logits_JKT: jax.Array, iterations: int, eps: float) -> jax.Array:

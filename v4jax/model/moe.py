@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from sharding.experts import Groups, apply_experts
 from v4jax.config import ModelConfig
+from v4jax.model.dense import dense
 from v4jax.model.documents import Documents, document_start
 from v4jax.model.grouped import ExpertWeights, clamped_swiglu, expert_ffn
 from v4jax.model.weights import Weights
@@ -34,7 +35,7 @@ class Routing(NamedTuple):
 
 def router_scores(x_BSD: jax.Array, gate_DE: jax.Array) -> jax.Array:
     """sqrt(softplus(x @ gate)), float32 [B,S,E]."""
-    logit = x_BSD.astype(jnp.float32) @ gate_DE
+    logit = dense(x_BSD.astype(jnp.float32), gate_DE)
     # Below -20 softplus is exp to float32 precision; the split keeps the gradient of the root finite at any logit.
     return jnp.where(logit < -20, jnp.exp(logit / 2), jnp.sqrt(jax.nn.softplus(jnp.maximum(logit, -20))))
 
@@ -164,8 +165,8 @@ class SharedExpert(Weights):
         w1 = self.weight("w1", (hidden, width), ("embed", "hidden"), _normal(self.cfg))
         w3 = self.weight("w3", (hidden, width), ("embed", "hidden"), _normal(self.cfg))
         w2 = self.weight("w2", (width, hidden), ("hidden", "embed"), _normal(self.cfg))
-        h = clamped_swiglu(x_BSD @ w1, x_BSD @ w3, self.cfg.swiglu_limit)
-        return self.rules.constrain(h.astype(x_BSD.dtype), "act_batch", "act_seq", "act_hidden") @ w2
+        h = clamped_swiglu(dense(x_BSD, w1), dense(x_BSD, w3), self.cfg.swiglu_limit)
+        return dense(self.rules.constrain(h.astype(x_BSD.dtype), "act_batch", "act_seq", "act_hidden"), w2)
 
 
 def _normal(cfg: ModelConfig):

@@ -9,6 +9,7 @@ import jax
 
 from v4jax.config import WINDOW_ONLY, LayerKind, ModelConfig
 from v4jax.model.block import Block
+from v4jax.model.dense import dense
 from v4jax.model.documents import Documents, without_last_tokens
 from v4jax.model.hyper import HyperHead
 from v4jax.model.moe import Routing
@@ -30,10 +31,11 @@ class MTP(Weights):
         init = nn.initializers.normal(cfg.initializer_range)
         e_proj = self.weight("e_proj", (hidden, hidden), ("embed", "embed_out"), init)
         h_proj = self.weight("h_proj", (hidden, hidden), ("embed", "embed_out"), init)
-        e_BSD = RMSNorm(*own, cfg.rms_norm_eps, name="enorm")(next_BSD) @ e_proj
-        h_BSXD = RMSNorm(*own, cfg.rms_norm_eps, name="hnorm")(x_BSXD) @ h_proj
+        e_BSD = RMSNorm(*own, cfg.rms_norm_eps, name="enorm")(next_BSD)
+        h_BSXD = RMSNorm(*own, cfg.rms_norm_eps, name="hnorm")(x_BSXD)
+        x_BSXD = dense(e_BSD, e_proj)[:, :, None] + dense(h_BSXD, h_proj)
         kind = LayerKind(WINDOW_ONLY, hash_routed=False)
         documents = without_last_tokens(documents, next_BS)
-        x_BSXD, routing = Block(*own, cfg, kind, name="block")(e_BSD[:, :, None] + h_BSXD, next_BS, documents)
+        x_BSXD, routing = Block(*own, cfg, kind, name="block")(x_BSXD, next_BS, documents)
         x_BSD = HyperHead(*own, cfg, name="hc_head")(x_BSXD)
         return RMSNorm(*own, cfg.rms_norm_eps, name="norm")(x_BSD), routing

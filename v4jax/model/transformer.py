@@ -19,6 +19,7 @@ from sharding.embedding import embed_lookup
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.model.block import stack
+from v4jax.model.dense import dense
 from v4jax.model.documents import read_documents
 from v4jax.model.hyper import HyperHead
 from v4jax.model.moe import Routing
@@ -107,7 +108,7 @@ class Head(Weights):
 
 def project_logits(rules: AxisRules, x_BSD: jax.Array, head_DV: jax.Array) -> jax.Array:
     """x @ head in float32 [B,S,V]."""
-    logits = jnp.einsum("BSD,DV->BSV", x_BSD, head_DV, preferred_element_type=jnp.float32)
+    logits = dense(x_BSD, head_DV, jnp.float32)
     return rules.constrain(logits, "act_batch", "act_seq", "act_vocab")
 
 

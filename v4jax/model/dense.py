@@ -1,0 +1,35 @@
+"""x @ w with its gradient written out.
+
+Autodiff asks for ct^T x and then transposes the result. XLA:CPU answers by computing whatever made ct element by element in
+transposed order: forward + backward of a shared expert takes 1.7 times as long, of the head 1.6 times (measured on 2 cores).
+Asking for x^T ct gives the same numbers without that; other platforms do not mind.
+
+Next file to read: v4jax/model/norm.py.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dense(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    """x [..., A] @ w [A, Z], in `out_dtype` (default: the dtype of x)."""
+    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out_dtype)
+
+
+def _fwd(x, w, out_dtype):
+    return dense(x, w, out_dtype), (x, w)
+
+
+def _bwd(out_dtype, saved, ct):
+    x, w = saved
+    ct = ct.astype(x.dtype)
+    rows = tuple(range(x.ndim - 1))
+    ct_x = lax.dot_general(ct, w, (((x.ndim - 1,), (1,)), ((), ())))
+    return ct_x, lax.dot_general(x, ct, ((rows, rows), ((), ())))
+
+
+dense.defvjp(_fwd, _bwd)

@@ -12,6 +12,7 @@ from v4jax.checkpoint.names import from_official
 from v4jax.config import ModelConfig, RopeScaling
 from v4jax.train.config import TrainConfig
 from v4jax.train.loss import loss_and_routing
+from v4jax.train.muon import optimizer_of
 from v4jax.train.step import TrainState, batch_sharding, compile_step, state_from, state_shardings
 
 MODEL = ModelConfig(
@@ -73,8 +74,15 @@ def test_a_step_on_eight_devices_is_the_step_on_one(one_device, mesh):
     for name, value in expected_metrics.items():
         assert metrics[name] == pytest.approx(value, rel=1e-5), name
     same(grads, expected_grads, 1e-5, 1e-8)
-    # A step is lr times a direction of RMS 0.18 (Muon) or 1 (AdamW, which has no scale of its own to be relative to).
-    same(state.params, expected_state.params, 1e-5, 1e-5 * CFG.learning_rate)
+    # In the first layer all streams are equal, so comb's gradient is 0 but for rounding, and AdamW, whose eps is 1e-20, makes a
+    # full step of it in a random direction: such entries of its parameters say nothing. Muon's are all compared.
+    noise = jax.tree_util.tree_map_with_path(
+        lambda path, g: (np.abs(g) < 1e-5 * np.abs(g).max()) & (optimizer_of(tuple(key.key for key in path)) == "adamw"),
+        expected_grads,
+    )
+    got, want = (jax.tree.map(lambda a, skip: np.where(skip, 0, a), s.params, noise) for s in (state, expected_state))
+    assert sum(skip.sum() for skip in jax.tree.leaves(noise)) < 0.02 * sum(g.size for g in jax.tree.leaves(expected_grads))
+    same(got, want, 1e-5, 1e-4 * CFG.learning_rate)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state.router), jax.tree.leaves(expected_state.router), strict=True):
         np.testing.assert_array_equal(a, b, jax.tree_util.keystr(path))
     assert "all-reduce" in text or "reduce-scatter" in text

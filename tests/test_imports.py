@@ -1,0 +1,62 @@
+"""The house's layout: imports run one way only, and package files hold no code."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+# A file may import what stands on an earlier line (packages: also their own files in the order the text gives).
+ORDER = [
+    "sharding.rules", "sharding.mesh", "sharding.params", "sharding.embedding", "sharding.experts", "v4jax.config",
+    "v4jax.cost", "v4jax.tokenizer", "v4jax.model.dense", "v4jax.model.weights", "v4jax.model.norm", "v4jax.model.rotary",
+    "v4jax.model.documents", "v4jax.model.hyper", "v4jax.model.compressor", "v4jax.model.indexer", "v4jax.model.attention",
+    "v4jax.model.grouped", "v4jax.model.moe", "v4jax.model.block", "v4jax.model.mtp", "v4jax.model.transformer",
+    "v4jax.checkpoint.names", "v4jax.checkpoint.load", "v4jax.checkpoint.export", "v4jax.checkpoint.store",
+    "v4jax.generate.plain", "v4jax.train.data", "v4jax.train.loss", "v4jax.train.balance", "v4jax.train.schedule",
+    "v4jax.train.muon", "v4jax.train.config", "v4jax.train.step", "v4jax.train.report", "v4jax.train.loop", "v4jax.api",
+    "v4jax.score", "v4jax.convert", "v4jax.cli", "v4jax.__main__",
+]  # fmt: skip
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for package in ("sharding", "v4jax")
+    for path in (ROOT / package).rglob("*.py")
+    if path.name != "__init__.py"
+}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+def test_every_file_has_a_place():
+    assert sorted(FILES) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_run_one_way(name):
+    for other in imported(FILES[name]):
+        assert other.split(".")[0] != "configs", f"{name} imports configs"
+        if other.split(".")[0] in ("v4jax", "sharding"):
+            assert other in ORDER[: ORDER.index(name)], f"{name} imports {other}, which stands below it"
+
+
+def test_package_files_hold_no_code():
+    for path in [*ROOT.glob("v4jax/**/__init__.py"), *ROOT.glob("sharding/**/__init__.py")]:
+        for node in ast.parse(path.read_text()).body:
+            name = isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+            assert isinstance(node, (ast.ImportFrom, ast.Expr)) or name, f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_docstrings_lead_on(name):
+    text = ast.get_docstring(ast.parse(FILES[name].read_text()))
+    assert text, f"{name} has no docstring"
+    for target in re.findall(r"Next file to read: ([\w/.]+\w)", text):
+        assert (ROOT / target).exists(), f"{name} leads to {target}"

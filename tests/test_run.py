@@ -1,0 +1,230 @@
+"""A whole run through the public commands: train, stop, resume, score, convert, generate; and bad input, one line each."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from trees import random_params, small_config
+
+import v4jax
+from v4jax import cli
+from v4jax.checkpoint.store import Store
+from v4jax.train.config import TrainConfig
+from v4jax.train.data import DataConfig
+from v4jax.train.loop import TrainingFailed, train
+
+MODEL = small_config(
+    vocab_size=260, num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1, hidden_size=32, moe_intermediate_size=16
+)
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(20):
+        (folder / f"{i}.txt").write_text(f"document {i}: " + "the cat sat on the mat. " * 20)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(text_folder, tmp_path_factory):
+    """An uninterrupted run of 30 steps: (config, summary)."""
+    cfg = TrainConfig(
+        model=MODEL, data=DataConfig(source=str(text_folder), held_out=0.2), run_dir=str(tmp_path_factory.mktemp("a") / "run"),
+        steps=30, batch_size=4, seq_len=48, learning_rate=5e-3, warmup_steps=2, decay_steps=5, log_every=2, eval_every=15,
+        eval_batches=2, checkpoint_every=10, remat=False, export="float32", sample_prompt="the", sample_tokens=4,
+    )  # fmt: skip
+    return cfg, train(cfg)
+
+
+def test_a_run_learns_and_leaves_everything_behind(finished):
+    cfg, summary = finished
+    run = pathlib.Path(cfg.run_dir)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.6 * losses[0]
+    assert summary["held_out_nll"] < summary["unigram_nll"]
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").iterdir())
+    assert (run / "sample.txt").read_text().startswith("the")
+    exported_cfg, exported = v4jax.load(run / "export")
+    assert exported_cfg == cfg.model
+    _, stored = v4jax.load(run)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(exported), jax.tree.leaves(stored), strict=True):
+        np.testing.assert_array_equal(a, b, jax.tree_util.keystr(path))
+
+
+def test_a_run_that_was_killed_continues_bit_for_bit(finished, tmp_path, monkeypatch):
+    cfg, _ = finished
+    again = dataclasses.replace(cfg, run_dir=str(tmp_path / "run"))
+    save = Store.save
+
+    def save_then_die(store, step, items):
+        save(store, step, items)
+        if step == 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "save", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(again)
+    monkeypatch.setattr(Store, "save", save)
+    train(again)
+    for a, b in zip(jax.tree.leaves(v4jax.load(again.run_dir)[1]), jax.tree.leaves(v4jax.load(cfg.run_dir)[1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    kept = ("step", "loss", "nll", "mtp_nll", "grad_norm", "held_out_nll")
+
+    def results(config):
+        text = (pathlib.Path(config.run_dir) / "metrics.jsonl").read_text()
+        lines = [{name: line[name] for name in kept if name in line} for line in map(json.loads, text.splitlines())]
+        # a resumed run shows its first step too
+        return [line for line in lines if "held_out_nll" in line or line["step"] % cfg.log_every == 0 or line["step"] == 1]
+
+    assert results(again) == results(cfg)
+
+
+def test_another_model_is_refused_and_nothing_changes(finished):
+    cfg, _ = finished
+    run = pathlib.Path(cfg.run_dir)
+    before = digest(run)
+    with pytest.raises(ValueError, match="holds a run of another model: o_lora_rank is 8 there, 4 here"):
+        train(dataclasses.replace(cfg, model=cfg.model.replace(o_lora_rank=4)))
+    assert digest(run) == before
+
+
+def digest(folder):
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(finished, tmp_path):
+    cfg, _ = finished
+    broken = dataclasses.replace(cfg, run_dir=str(tmp_path / "run"), learning_rate=1e30, warmup_steps=0, decay_steps=0, eval_batches=0)
+    with pytest.raises(TrainingFailed, match=r"(loss|grad_norm) is (nan|inf)"):
+        train(broken)
+    with Store(broken.run_dir) as store:
+        assert store.latest is None
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """(directory, cfg, params): a small random model as safetensors."""
+    cfg = small_config(vocab_size=96, hidden_size=48, n_routed_experts=8, num_attention_heads=6, o_groups=2, q_lora_rank=20,
+                       moe_intermediate_size=40, head_dim=24, index_n_heads=8, num_hidden_layers=4,
+                       compress_ratios=(0, 4, 128, 4, 0), num_hash_layers=1)  # fmt: skip
+    params = jax.tree.map(lambda a: jnp.asarray(a if a.ndim < 2 or a.shape[-1] == 2 else a * 0.1), random_params(cfg))
+    folder = tmp_path_factory.mktemp("ckpt") / "model"
+    v4jax.save_safetensors(cfg, params, folder, dtype="float32")
+    return folder, cfg, params
+
+
+def tokens_file(tmp_path, cfg, rows=3, seq=30):
+    path = tmp_path / "tokens.npy"
+    np.save(path, np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, seq)))
+    return path
+
+
+def test_score_on_one_device_and_on_a_mesh(checkpoint, tmp_path, capsys):
+    folder, cfg, params = checkpoint
+    tokens = tokens_file(tmp_path, cfg)
+    assert cli.main(["score", str(folder), "--tokens", str(tokens), "--out", str(tmp_path / "one.npz"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["logits"] == [3, 30, 96]
+    mesh = ["--mesh", "data=2,expert=2,tensor=2"]
+    assert cli.main(["score", str(folder), "--tokens", str(tokens), "--out", str(tmp_path / "eight.npz"), *mesh]) == 0
+    one, eight = np.load(tmp_path / "one.npz"), np.load(tmp_path / "eight.npz")
+    output = v4jax.forward(cfg, params, jnp.asarray(np.load(tokens)))
+    np.testing.assert_allclose(one["logits"], output.logits, atol=1e-5)
+    log_p = jax.nn.log_softmax(output.logits[:, :-1])
+    nll = -jnp.take_along_axis(log_p, jnp.asarray(np.load(tokens))[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(one["nll"], nll, atol=1e-5)
+    for name in ("logits", "mtp_logits", "nll"):
+        assert one[name].dtype == np.float32
+        np.testing.assert_allclose(eight[name], one[name], atol=2e-5)
+
+
+def test_there_and_back_is_byte_identical(checkpoint, tmp_path):
+    folder = checkpoint[0]
+    assert cli.main(["convert", str(folder), str(tmp_path / "store"), "--format", "orbax"]) == 0
+    assert cli.main(["convert", str(tmp_path / "store"), str(tmp_path / "back")]) == 0
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_greedy_generation_is_the_argmax(checkpoint, capsys):
+    folder, cfg, params = checkpoint
+    assert cli.main(["generate", str(folder), "--tokens", "3,5,7", "--max-new-tokens", "5", "--json"]) == 0
+    got = json.loads(capsys.readouterr().out)["tokens"]
+    ids = [3, 5, 7]
+    for token in got:
+        row = jnp.asarray([ids + [0] * (64 - len(ids))])
+        assert token == int(v4jax.forward(cfg, params, row).logits[0, len(ids) - 1].argmax())
+        ids.append(token)
+
+
+CONFIG = """
+from v4jax.train.config import TrainConfig
+from v4jax.train.data import DataConfig
+from v4jax.config import ModelConfig
+def get_config():
+    return TrainConfig(model=ModelConfig.from_json({model!r}), data=DataConfig(source={text!r}), run_dir={run!r}, steps=2,
+                       batch_size=4, seq_len=16, learning_rate=1e-3, warmup_steps=1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("nonsense", "invalid choice: 'nonsense'"),
+        ("train {tmp}/none.py", "no such CONFIG.py"),
+        ("train {cfg} --no-such-thing 3", "no-such-thing"),
+        ("train {cfg} --steps many", "steps"),
+        ("train {cfg} --mesh data=3", "batch_size: got 4; must divide by"),
+        ("train {cfg} --mesh data=64", "needs 64 devices; 8 cpu device(s) are there"),
+        ("train {cfg} --mesh tensor=4", "does not divide by tensor=4"),
+        ("train {cfg} --mesh date=2", "mesh: got axis 'date'"),
+        ("train {cfg} --layout best", "layout: got 'best'"),
+        ("train {cfg} --mesh tensor=2 --layout dp", "does not use mesh axis tensor=2"),
+        ("train {cfg} --data.source {tmp}/empty", "empty"),
+        ("train {cfg} --run-dir {tmp}/foreign", "holds no v4jax run"),
+        ("score {ckpt} --tokens {tmp}/bad.npy --out {tmp}/o.npz", "96"),
+        ("score {ckpt} --tokens {tmp}/float.npy --out {tmp}/o.npz", "must be integers [B, S]"),
+        ("score {ckpt} --tokens {tmp}/none.npy --out {tmp}/o.npz", "no such file"),
+        ("score {ckpt} --tokens {tmp}/good.npy --out {tmp}/o.npz --quant official", "not built yet"),
+        ("score {tmp}/empty --tokens {tmp}/good.npy --out {tmp}/o.npz", "config.json"),
+        ("score {tmp}/none --tokens {tmp}/good.npy --out {tmp}/o.npz", "no such directory"),
+        ("generate {ckpt} --tokens 1,x", "must be integers separated by commas"),
+        ("generate {ckpt} --tokens 1,96", "96"),
+        ("generate {ckpt} --prompt hello", "tokenizer.json"),
+        ("generate {ckpt} --tokens 1 --temperature -1", "temperature: got -1.0"),
+        ("generate {ckpt} --tokens 1 --speculative", "not built yet"),
+        ("convert {ckpt} {tmp}/foreign", "not an empty directory"),
+        ("convert {ckpt} {tmp}/o --dtype fp8", "not built yet"),
+        ("cost {tmp}/foreign/config.json", "model_type: got 'llama'; allowed: 'deepseek_v4'"),
+        ("cost {ckpt}/config.json --context 0", "context: got 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(arguments, words, checkpoint, text_folder, tmp_path, capsys):
+    folder, cfg, _ = checkpoint
+    np.save(tmp_path / "good.npy", np.zeros((1, 4), np.int64))
+    np.save(tmp_path / "bad.npy", np.full((1, 4), 96))
+    np.save(tmp_path / "float.npy", np.zeros((1, 4)))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/config.json").write_text('{"model_type": "llama"}')
+    if "--run-dir" in arguments:
+        (tmp_path / "foreign/config.json").rename(tmp_path / "foreign/other.txt")
+    wide = cfg.replace(vocab_size=264)
+    (tmp_path / "wide").mkdir()
+    (tmp_path / "wide/config.json").write_text(json.dumps(wide.to_dict()))
+    config = tmp_path / "cfg.py"
+    config.write_text(CONFIG.format(model=str(tmp_path / "wide"), text=str(text_folder), run=str(tmp_path / "run")))
+    before = digest(tmp_path)
+    code = cli.main(arguments.format(tmp=tmp_path, cfg=config, ckpt=folder).split())
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+    left = {path for path in digest(tmp_path) if "__pycache__" not in path.parts}
+    assert left == set(before)

@@ -3,6 +3,7 @@
 Next file to read: sharding/params.py.
 """
 
+import contextlib
 import math
 import os
 
@@ -34,13 +35,14 @@ def parse_mesh(spec: str | None) -> dict[str, int]:
 
 
 def simulate_devices(count: int) -> None:
-    """Asks for `count` simulated CPU devices; only before JAX has started, and without effect on TPU and GPU.
+    """Asks for `count` simulated CPU devices; without effect once JAX has started, and on TPU and GPU.
 
     A count the user has fixed (JAX_NUM_CPU_DEVICES or XLA_FLAGS) is left alone.
     """
     fixed = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if count > 1 and not fixed:
-        jax.config.update("jax_num_cpu_devices", count)
+        with contextlib.suppress(RuntimeError):  # JAX has started already: make_mesh will say whether there are enough
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def make_mesh(sizes: dict[str, int]) -> Mesh:

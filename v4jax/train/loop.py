@@ -74,6 +74,8 @@ def _data(cfg: TrainConfig, tokenizer):
 
 
 def _held_out(cfg: TrainConfig, tokenizer) -> list:
+    if cfg.eval_batches == 0:
+        return []
     return held_out_batches(
         cfg.data, tokenizer, cfg.seq_len, cfg.batch_size, vocab_size=cfg.model.vocab_size,
         process_index=jax.process_index(), process_count=jax.process_count(), max_batches=cfg.eval_batches,

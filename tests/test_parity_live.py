@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import transformer
 from reference.weights import random_weights
 from trees import small_config
 
@@ -41,7 +42,12 @@ def test_logits_gradients_and_files(pair, tmp_path):
         tokens = rng.integers(0, cfg.vocab_size, (2, seq))
         with torch.no_grad():
             expected = peer(torch.tensor(tokens)).logits.numpy()
-        np.testing.assert_allclose(v4jax.forward(cfg, params, jnp.asarray(tokens)).logits, expected, atol=2e-4)
+        got = np.asarray(v4jax.forward(cfg, params, jnp.asarray(tokens)).logits)
+        if np.abs(got - expected).max() > 2e-4:
+            # Two scores of a top-k closer than float32 resolves, decided differently: then float64 is the judge. Seen once
+            # (flash, S 300), where transformers is 0.36 away from float64 and v4jax 5e-6.
+            expected = transformer.forward(cfg, random_weights(cfg, 0), tokens).logits
+        np.testing.assert_allclose(got, expected, atol=2e-4)
 
     tokens = rng.integers(0, cfg.vocab_size, (2, 141))
     weight = rng.normal(size=(2, 141, cfg.vocab_size)).astype(np.float32)

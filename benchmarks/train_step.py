@@ -7,6 +7,7 @@ The two alternate, round by round, so that a noisy machine disturbs both; the ta
 """
 
 import argparse
+import math
 import statistics
 import time
 
@@ -14,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
 from jax.sharding import NamedSharding
+
 from sharding.mesh import make_mesh, parse_mesh, simulate_devices
 from sharding.params import named_shardings
 from sharding.rules import AxisRules, layout_for
@@ -117,10 +118,10 @@ def seconds(step) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--mesh", default="data=2", help="simulated devices, one a core (default data=2)")
+    parser.add_argument("--mesh", default="", help="simulated devices, for example data=2 (default: one device)")
     parser.add_argument("--ours-only", action="store_true", help="skip transformers")
     arguments = parser.parse_args()
-    simulate_devices(2)
+    simulate_devices(math.prod(parse_mesh(arguments.mesh).values()))
     tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (BATCH, SEQ))
     steps = {"v4jax step": ours(tokens, arguments.mesh), "v4jax forward": forward_only(tokens)}
     if not arguments.ours_only:

@@ -2,7 +2,8 @@
 
 Autodiff asks for ct^T x and then transposes the result. XLA:CPU answers by computing whatever made ct element by element in
 transposed order: forward + backward of a shared expert takes 1.7 times as long, of the head 1.6 times (measured on 2 cores).
-Asking for x^T ct gives the same numbers without that; other platforms do not mind.
+Asking for x^T ct gives the same numbers without that; other platforms do not mind. Whichever of x and ct stands first is
+copied in transposed order, so the narrower one does: [2048,1024]^T [2048,24] takes 1.0 ms instead of 7.5.
 
 Next file to read: v4jax/model/norm.py.
 """
@@ -29,7 +30,10 @@ def _bwd(out_dtype, saved, ct):
     ct = ct.astype(x.dtype)
     rows = tuple(range(x.ndim - 1))
     ct_x = lax.dot_general(ct, w, (((x.ndim - 1,), (1,)), ((), ())))
-    return ct_x, lax.dot_general(x, ct, ((rows, rows), ((), ())))
+    if w.shape[0] <= w.shape[1]:
+        return ct_x, lax.dot_general(x, ct, ((rows, rows), ((), ())))
+    # Without the barrier XLA turns this back into the line above.
+    return ct_x, lax.optimization_barrier(lax.dot_general(ct, x, ((rows, rows), ((), ())))).T
 
 
 dense.defvjp(_fwd, _bwd)

@@ -16,9 +16,9 @@ def embed_lookup(rules: AxisRules, table_VD: jax.Array, tokens_BS: jax.Array) ->
     if not rules:
         return table_VD[tokens_BS]
     vocab, width = rules.mesh_axes("vocab"), rules.mesh_axes("embed")
-    batch = rules.mesh_axes("act_batch")
-    # Devices along `shared` hold other batch rows AND other columns: they look up each other's rows, then swap.
-    shared = tuple(axis for axis in width if axis in batch)
+    tokens = rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq")
+    # Devices along `shared` hold other tokens AND other columns: they look up each other's rows, then swap.
+    shared = tuple(axis for axis in width if axis in tokens)
 
     def local(table_vd, tokens_bs):
         if shared:
@@ -32,9 +32,9 @@ def embed_lookup(rules: AxisRules, table_VD: jax.Array, tokens_BS: jax.Array) ->
             x_bsd = lax.all_to_all(x_bsd, shared, split_axis=0, concat_axis=2, tiled=True)
         return x_bsd
 
-    rest = tuple(axis for axis in width if axis not in batch)
+    rest = tuple(axis for axis in width if axis not in tokens)
     if rest:
-        raise ValueError(f"embed is split over {rest}, which do not split the batch; embed_lookup does not support that")
+        raise ValueError(f"embed is split over {rest}, which do not split the tokens; embed_lookup does not support that")
     return jax.shard_map(
         local,
         in_specs=(rules.spec(("vocab", "embed")), rules.spec(("act_batch", "act_seq"))),

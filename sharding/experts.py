@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sharding.manual import vary, vary_like
 from sharding.rules import AxisRules
 
 
@@ -60,12 +61,12 @@ def apply_experts(
         return _run(expert, weights, num_experts, x_BSD, index_BSK, gate_BSK)
     holders = rules.mesh_axes("experts")
     cut = rules.mesh_axes("expert_hidden")
-    tokens = rules.mesh_axes("act_batch")
+    tokens = rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq")
 
     def local(weights, x_bsd, index_bsk, gate_bsk):
         weights = {name: _whole(rules, tokens, weights[name], axes[name]) for name in weights}
-        x_bsd, gate_bsk = (_vary(a, cut) for a in (x_bsd, gate_bsk))
-        index_bsk = _vary(index_bsk, cut)
+        x_bsd, gate_bsk = (vary(a, cut) for a in (x_bsd, gate_bsk))
+        index_bsk = vary(index_bsk, cut)
         if holders:
             x_bsd, index_bsk, gate_bsk = (
                 lax.all_gather(a, holders, axis=0, tiled=True) for a in (x_bsd, index_bsk, gate_bsk)
@@ -88,18 +89,7 @@ def _whole(rules: AxisRules, tokens: tuple[str, ...], w: jax.Array, names: tuple
         gathered = tuple(axis for axis in rules.mesh_axes(name) if axis in tokens and name != "experts")
         if gathered:
             w = lax.all_gather(w, gathered, axis=dim, tiled=True)
-    return _vary(w, tokens + rules.mesh_axes("expert_hidden"))
-
-
-def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Marks `x` as differing along `axes` of the mesh, so that its gradient is summed over them."""
-    missing = tuple(axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying)
-    return lax.pcast(x, missing, to="varying") if missing else x
-
-
-def vary_like(x: jax.Array, reference: jax.Array) -> jax.Array:
-    """Marks `x` as differing along every mesh axis that `reference` differs along (loop carries need that)."""
-    return _vary(x, tuple(jax.typeof(reference).manual_axis_type.varying))
+    return vary(w, tokens + rules.mesh_axes("expert_hidden"))
 
 
 def _run(expert, weights, num_experts, x_BSD, index_BSK, gate_BSK) -> jax.Array:

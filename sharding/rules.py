@@ -3,7 +3,7 @@
 The model only ever says what an axis *is* ("heads", "act_batch"); a layout says where it goes. Flax's own translation
 maps an unknown name, or a mesh axis used twice in one array, to "unsharded" without a word; here both raise.
 
-Next file to read: sharding/experts.py.
+Next file to read: sharding/manual.py.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import dataclasses
 import jax
 from jax.sharding import PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MESH_AXES = ("slice", "data", "fsdp", "context", "expert", "tensor")
 """Every mesh has these axes, outermost (slowest links) first; an axis that is not asked for has size 1."""
 
 _NO_AXIS: tuple[str, ...] = ()
@@ -57,10 +57,11 @@ class AxisRules:
         return jax.lax.with_sharding_constraint(x, self.spec(names)) if self.table else x
 
     def gather(self, w: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-        """Weight `w`, gathered over the mesh axes that also split the batch (FSDP), still split over the others."""
+        """Weight `w`, gathered over the mesh axes that also split the tokens (FSDP), still split over the others."""
         if not self.table:
             return w
-        return jax.lax.with_sharding_constraint(w, self.spec(names, without=self.mesh_axes("act_batch")))
+        tokens = self.mesh_axes("act_batch") + self.mesh_axes("act_seq")
+        return jax.lax.with_sharding_constraint(w, self.spec(names, without=tokens))
 
     def shards(self, name: str) -> int:
         """How many parts `name` is cut into on the ambient mesh; 1 for the empty table."""
@@ -87,25 +88,39 @@ def _layout(**where: str) -> AxisRules:
     return AxisRules(tuple((name, tuple(where.get(name, "").split())) for name in _LOGICAL_AXES))
 
 
-_FSDP = dict(embed="fsdp", expert_embed="fsdp", streams_embed="fsdp", q_lora_in="fsdp", group_in="fsdp")
+def _cut_weights(axes: str) -> dict[str, str]:
+    """FSDP: the embedding side of every matrix is cut over `axes` and gathered layer by layer."""
+    return dict.fromkeys(("embed", "expert_embed", "streams_embed", "q_lora_in", "group_in"), axes)
+
+
 _TENSOR = dict(
     vocab="tensor", heads="tensor", sinks="tensor", groups="tensor", index_heads="tensor", hidden="tensor",
     expert_hidden="tensor", act_heads="tensor", act_hidden="tensor", act_vocab="tensor",
 )  # fmt: skip
 
 LAYOUTS: dict[str, AxisRules] = {
-    # every axis at once: batch over data, fsdp and expert; experts over expert; weights cut by fsdp and tensor
-    "full": _layout(act_batch="data fsdp expert", experts="expert", **_FSDP, **_TENSOR),
+    # every axis at once: batch over slice, data, fsdp and expert; sequence over context; experts over expert; weights cut
+    "full": _layout(
+        act_batch="slice data fsdp expert", act_seq="context", experts="expert", **_cut_weights("fsdp context"), **_TENSOR
+    ),
     # every device holds all weights
-    "dp": _layout(act_batch="data"),
+    "dp": _layout(act_batch="slice data"),
     # weights cut over fsdp, gathered layer by layer
-    "fsdp": _layout(act_batch="data fsdp", **_FSDP),
+    "fsdp": _layout(act_batch="slice data fsdp", **_cut_weights("fsdp")),
     # experts on their devices, everything else replicated
-    "ep": _layout(act_batch="data expert", experts="expert"),
-    "ep_fsdp": _layout(act_batch="data fsdp expert", experts="expert", **_FSDP),
-    "ep_tp": _layout(act_batch="data expert", experts="expert", **_TENSOR),
-}
-"""Named layouts. `full` is the default: with an axis of size 1 it becomes any of the others."""
+    "ep": _layout(act_batch="slice data expert", experts="expert"),
+    "ep_fsdp": _layout(act_batch="slice data fsdp expert", experts="expert", **_cut_weights("fsdp")),
+    "ep_tp": _layout(act_batch="slice data expert", experts="expert", **_TENSOR),
+    # long sequences: each device holds a stretch of every row; experts on their devices
+    "cp_ep": _layout(act_batch="slice data expert", act_seq="context", experts="expert"),
+    # a pod: experts over expert, all other weights over everything that splits tokens, so that nothing large is held twice
+    "pod": _layout(
+        act_batch="slice data fsdp expert", act_seq="context", experts="expert",
+        embed="fsdp context expert", expert_embed="fsdp context", streams_embed="fsdp context expert",
+        q_lora_in="fsdp context expert", group_in="fsdp context expert", **_TENSOR,
+    ),
+}  # fmt: skip
+"""Named layouts. `full` is the default: with an axis of size 1 it becomes any of the others but `pod`."""
 
 
 def layout_for(name: str | None, mesh_sizes: dict[str, int]) -> AxisRules:

@@ -22,15 +22,15 @@ MODEL = ModelConfig(
     index_head_dim=16, index_topk=4, compress_rope_theta=160000.0, rope_scaling=RopeScaling(),
 )  # fmt: skip
 CFG = TrainConfig(
-    model=MODEL, run_dir="unused", steps=4, batch_size=8, seq_len=140, learning_rate=1e-3, warmup_steps=0, remat=True,
+    model=MODEL, run_dir="unused", steps=4, batch_size=8, seq_len=136, learning_rate=1e-3, warmup_steps=0, remat=True,
     clip_norm=1e9,
 )  # fmt: skip
 
 
 def batch_of():
     rng = np.random.default_rng(0)
-    segments = np.sort(rng.integers(0, 3, (8, 140)), axis=1)[:, ::-1]
-    return {"tokens": rng.integers(0, 96, (8, 140)).astype(np.int32), "segment_ids": segments.astype(np.int32)}
+    segments = np.sort(rng.integers(0, 3, (8, 136)), axis=1)[:, ::-1]
+    return {"tokens": rng.integers(0, 96, (8, 136)).astype(np.int32), "segment_ids": segments.astype(np.int32)}
 
 
 def run(mesh: str):
@@ -66,6 +66,14 @@ def one_device():
         pytest.param("fsdp=8", marks=pytest.mark.slow),
         pytest.param("expert=8", marks=pytest.mark.slow),
         pytest.param("expert=4,tensor=2", marks=pytest.mark.slow),
+        pytest.param("data=8", marks=pytest.mark.slow),
+        pytest.param("data=2,tensor=4", marks=pytest.mark.slow),
+        pytest.param("data=2,fsdp=2,expert=2", marks=pytest.mark.slow),
+        pytest.param("context=8", marks=pytest.mark.slow),
+        pytest.param("context=4,expert=2", marks=pytest.mark.slow),
+        pytest.param("context=2,expert=2,tensor=2"),
+        pytest.param("fsdp=2,context=2,tensor=2", marks=pytest.mark.slow),
+        pytest.param("slice=2,fsdp=2,context=2", marks=pytest.mark.slow),
     ],
 )
 def test_a_step_on_eight_devices_is_the_step_on_one(one_device, mesh):

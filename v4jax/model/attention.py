@@ -4,17 +4,22 @@ Cost: the window is banded, blocks of W queries against 2W keys, never S x S. Qu
 queries against all entries never exist at once. CSA either masks the entries that were not chosen or gathers the chosen
 ones, whichever is cheaper at that length; both give the same result.
 
+On a mesh every device attends for its own rows and heads: a stretch of the sequence needs the W rows before it from its
+neighbour and the compressed entries of all; what indexer heads on other devices score is added before entries are chosen.
+
 Shapes: B batch, S positions, T query positions of a chunk, N heads, H head dim, Q query rank, G output groups, O output
 rank, D hidden, W window, U blocks of W queries, C compressed entries, K chosen entries, R rope dims.
 Next file to read: v4jax/model/compressor.py.
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sharding.manual import first_row, vary_like, with_rows_before
 from sharding.rules import AxisRules
 from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 from v4jax.model.compressor import Compressor
@@ -47,6 +52,21 @@ class Queries(NamedTuple):
     index_w: jax.Array | None
 
 
+class _Far(NamedTuple):
+    """The compressed entries: key/value rows, the last row each stands for, its document (None: rows of one document)."""
+
+    entry_BCH: jax.Array
+    last_BC: jax.Array
+    segment_BC: jax.Array | None
+
+
+class _Split(NamedTuple):
+    """Mesh axes that cut the sequence (None: whole) and the indexer's heads."""
+
+    seq: str | None = None
+    index_heads: tuple[str, ...] = ()
+
+
 def attend(
     rules: AxisRules,
     cfg: ModelConfig,
@@ -65,23 +85,42 @@ def attend(
       entries: what entry_BCH stands for, or None in layers of ratio 0 and in rows shorter than a window.
       index: given when only index_topk of the entries may be attended to.
     """
+    far = None if entries is None else _Far(entry_BCH, entries.last_BC, entries.segment_BC)
+    arguments = (q_BSNH, kv_BSH, sink_N, documents.segment_BS, far, index)
+    if not rules:
+        return _attend(cfg, _Split(), *arguments)
+    (axis,) = rules.mesh_axes("act_seq") or (None,)
+    split = _Split(axis, rules.mesh_axes("index_heads"))
+    batch, seq, heads = "act_batch", "act_seq", "act_heads"
+
+    def spec(x, *names):
+        """None for what is absent; rows of one document have a batch of 1, which is not cut."""
+        return None if x is None else rules.spec((None if x.shape[0] == 1 else names[0], *names[1:]))
+
+    specs = (
+        rules.spec((batch, seq, heads, None)),
+        rules.spec((batch, seq, None)),
+        rules.spec((heads,)),
+        spec(documents.segment_BS, batch, seq),
+        None if far is None else _Far(*(spec(x, batch, *[None] * (x.ndim - 1)) if x is not None else None for x in far)),
+        None if index is None else IndexInputs(
+            rules.spec((batch, seq, "index_heads", None)), rules.spec((batch, seq, "index_heads")), rules.spec((batch, None, None))
+        ),
+    )  # fmt: skip
+    return jax.shard_map(functools.partial(_attend, cfg, split), in_specs=specs, out_specs=specs[0])(*arguments)
+
+
+def _attend(cfg: ModelConfig, split: _Split, q_BSNH, kv_BSH, sink_N, segment_BS, far: _Far | None, index) -> jax.Array:
+    """`attend` for one device's rows and heads, in chunks of queries."""
     batch, seq, heads, _ = q_BSNH.shape
     window = cfg.sliding_window
-    chosen = 0 if entries is None else entries.first_BC.shape[1]
-    if index is not None and chosen >= GATHER_FROM * cfg.index_topk:
-        # Gathered rows are H wide and belong to one query: they weigh more than their scores.
-        chosen = cfg.index_topk * (1 + q_BSNH.shape[-1] // heads)
-    per_query = heads // rules.shards("act_heads") * (2 * window + chosen)
-    if index is not None:
-        per_query = max(per_query, cfg.index_n_heads // rules.shards("act_heads") * entries.first_BC.shape[1])
-    blocks = max(1, CHUNK_BYTES // (4 * window * per_query * max(1, batch // rules.shards("act_batch"))))
-    chunks = -(-seq // (min(blocks, -(-seq // window)) * window))
-    blocks = -(-seq // (chunks * window))
-    queries = _cut(q_BSNH, kv_BSH, documents.segment_BS, index, window, blocks, chunks)
+    sink_N, kv_BSH, far = jax.tree.map(lambda x: vary_like(x, q_BSNH), (sink_N, kv_BSH, far))
+    blocks, chunks = _chunks(cfg, q_BSNH.shape, far, index)
+    queries = _cut(split, q_BSNH, kv_BSH, segment_BS, index, window, blocks, chunks)
     keys = None if index is None else index.key_BCJ
 
     def one(chunk: Queries) -> jax.Array:
-        return _attend_chunk(cfg, chunk, sink_N, entries, entry_BCH, keys)
+        return _attend_chunk(cfg, split, chunk, sink_N, far, keys)
 
     if chunks == 1:
         out = one(jax.tree.map(lambda x: x[0], queries))
@@ -91,18 +130,36 @@ def attend(
     return out[:, :seq]
 
 
-def _cut(q_BSNH, kv_BSH, segment_BS, index, window: int, blocks: int, chunks: int) -> Queries:
+def _chunks(cfg: ModelConfig, q_shape, far: _Far | None, index: IndexInputs | None) -> tuple[int, int]:
+    """(blocks of W queries in a chunk, chunks), so that a chunk's scores stay within CHUNK_BYTES."""
+    batch, seq, heads, dim = q_shape
+    window = cfg.sliding_window
+    slots = chosen = 0 if far is None else far.last_BC.shape[1]
+    if index is not None and slots >= GATHER_FROM * cfg.index_topk:
+        # Gathered rows are H wide and belong to one query: they weigh more than their scores.
+        chosen = cfg.index_topk * (1 + dim // heads)
+    per_query = heads * (2 * window + chosen)
+    if index is not None:
+        per_query = max(per_query, index.q_BTIJ.shape[2] * slots)
+    blocks = max(1, CHUNK_BYTES // (4 * window * per_query * batch))
+    chunks = -(-seq // (min(blocks, -(-seq // window)) * window))
+    return -(-seq // (chunks * window)), chunks
+
+
+def _cut(split: _Split, q_BSNH, kv_BSH, segment_BS, index, window: int, blocks: int, chunks: int) -> Queries:
     """Pads rows to whole chunks and stacks the chunks on a new first axis."""
     total = chunks * blocks * window
+    first = first_row(split.seq, q_BSNH.shape[1])
 
-    def chunked(x, value=0):
+    def chunked(x):
         """[B,S,...] -> [chunks, B, T, ...]"""
-        x = jnp.pad(x, [(0, 0), (0, total - x.shape[1])] + [(0, 0)] * (x.ndim - 2), constant_values=value)
+        x = jnp.pad(x, [(0, 0), (0, total - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, blocks * window, *x.shape[2:]), 1, 0)
 
-    def banded(x, value=0):
+    def banded(x):
         """[B,S,...] -> [chunks, B, U, 2W, ...]: each block of W rows behind the block before it."""
-        x = jnp.pad(x, [(0, 0), (window, total - x.shape[1])] + [(0, 0)] * (x.ndim - 2), constant_values=value)
+        x = with_rows_before(x, window, split.seq)
+        x = jnp.pad(x, [(0, 0), (0, window + total - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
         x = x.reshape(x.shape[0], chunks * blocks + 1, window, *x.shape[2:])
         x = jnp.concatenate((x[:, :-1], x[:, 1:]), axis=2)
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, blocks, *x.shape[2:]), 1, 0)
@@ -111,15 +168,15 @@ def _cut(q_BSNH, kv_BSH, segment_BS, index, window: int, blocks: int, chunks: in
     return Queries(
         chunked(q_BSNH),
         banded(kv_BSH),
-        jnp.arange(total, dtype=jnp.int32).reshape(chunks, -1),
-        chunked(segment_BS, -1) if packed else None,
-        banded(segment_BS, -1) if packed else None,
+        (first + jnp.arange(total, dtype=jnp.int32)).reshape(chunks, -1),
+        chunked(segment_BS) if packed else None,
+        banded(segment_BS) if packed else None,
         None if index is None else chunked(index.q_BTIJ),
         None if index is None else chunked(index.w_BTI),
     )
 
 
-def _attend_chunk(cfg: ModelConfig, chunk: Queries, sink_N, entries, entry_BCH, index_key) -> jax.Array:
+def _attend_chunk(cfg: ModelConfig, split: _Split, chunk: Queries, sink_N, entries: _Far | None, index_key) -> jax.Array:
     """Attention of one chunk of queries [B,T,N,H]."""
     batch, rows, heads, dim = chunk.q_BTNH.shape
     window = cfg.sliding_window
@@ -130,10 +187,12 @@ def _attend_chunk(cfg: ModelConfig, chunk: Queries, sink_N, entries, entry_BCH, 
     peak = jnp.maximum(near.max(-1), sink_11N)
     far = None
     if entries is not None:
-        visible_BTC = _visible(chunk, entries)
+        visible_BTC, entry_BCH = _visible(chunk, entries), entries.entry_BCH
         gathered = False
         if index_key is not None:
             score_BTC = index_scores(IndexInputs(chunk.index_q, chunk.index_w, index_key))
+            if split.index_heads:
+                score_BTC = jax.lax.psum(score_BTC, split.index_heads)
             score_BTC = jnp.where(visible_BTC, score_BTC, -jnp.inf)
             gathered = score_BTC.shape[-1] >= GATHER_FROM * cfg.index_topk
             if gathered:
@@ -173,11 +232,10 @@ def _window_mask(chunk: Queries, window: int) -> jax.Array:
     if chunk.segment_BT is None:
         return band[None]
     own = chunk.segment_BT.reshape(chunk.segment_BT.shape[0], -1, window, 1) == chunk.segment_BUW[:, :, None]
-    # Rows past the end see themselves, so that their softmax has a term; they are cut off later.
     return band[None] & own
 
 
-def _visible(chunk: Queries, entries: Entries) -> jax.Array:
+def _visible(chunk: Queries, entries: _Far) -> jax.Array:
     """Entry c is visible to query t iff its last row is at most t, in the same document: c < (t+1)//M; [B or 1,T,C]."""
     seen = entries.last_BC[:, None] <= chunk.row_T[None, :, None]
     return seen if entries.segment_BC is None else seen & (entries.segment_BC[:, None] == chunk.segment_BT[..., None])

@@ -7,10 +7,14 @@ Shapes: B batch, S positions, D hidden, H entry dim, C compressed entries, M com
 Next file to read: v4jax/model/indexer.py.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sharding.manual import first_row, vary_like, with_rows_before
+from sharding.rules import AxisRules
 from v4jax.config import CSA, ModelConfig
 from v4jax.model.dense import dense
 from v4jax.model.documents import Entries
@@ -19,30 +23,56 @@ from v4jax.model.rotary import rotate
 from v4jax.model.weights import Weights
 
 
-def take_windows(x_BSH: jax.Array, entries: Entries, ratio: int, back: int = 0) -> jax.Array:
-    """Rows of each window [B,C,M,H], or of the window `back` windows before it (wrong where there is none: mask it)."""
-    batch, _, width = x_BSH.shape
-    slots = entries.first_BC.shape[1]
-    if entries.segment_BC is None:
-        x_BCMH = x_BSH[:, : slots * ratio].reshape(batch, slots, ratio, width)
-        return jnp.roll(x_BCMH, back, axis=1) if back else x_BCMH
-    row_BCM = jnp.maximum(entries.first_BC[..., None] - back * ratio, 0) + jnp.arange(ratio)[None, None]
-    return jax.vmap(lambda x_SH, row_CM: x_SH[row_CM])(x_BSH, row_BCM)
+def pool(
+    rules: AxisRules, c_BSH: jax.Array, z_BSH: jax.Array, ape_MH: jax.Array, entries: Entries, ratio: int
+) -> jax.Array:
+    """Entry = sum over rows of softmax(z + ape) * c, per channel; float32 [B,C,H] (H halves for CSA).
+
+    A sequence cut over devices: each pools the entries that end in its shard, with the rows before it from its neighbour.
+    """
+    batch, seq = "act_batch", "act_seq"
+    # Windows stand back to back in every shard if rows are one document and shards are whole windows.
+    shards = rules.shards(seq)
+    aligned = entries.segment_BC is None and (shards == 1 or c_BSH.shape[1] // shards % ratio == 0)
+    first_BC = None if aligned else entries.first_BC
+    if not rules:
+        return _pool(c_BSH, z_BSH, ape_MH, first_BC, entries.overlaps_BC, ratio, None)
+    (axis,) = rules.mesh_axes(seq) or (None,)
+
+    def local(c_bsH, z_bsH, ape_MH, first_bC, overlaps_bC):
+        return _pool(c_bsH, z_bsH, vary_like(ape_MH, c_bsH), first_bC, overlaps_bC, ratio, axis)
+
+    rows = rules.spec((batch, seq, None))
+    slots = rules.spec((None if entries.first_BC.shape[0] == 1 else batch, seq))
+    in_specs = (rows, rows, rules.spec((None, None)), None if aligned else slots, slots)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=rows)(c_BSH, z_BSH, ape_MH, first_BC, entries.overlaps_BC)
 
 
-def pool(c_BSH: jax.Array, z_BSH: jax.Array, ape_MH: jax.Array, entries: Entries, ratio: int) -> jax.Array:
-    """Entry = sum over rows of softmax(z + ape) * c, per channel; float32 [B,C,H] (H halves for CSA)."""
-    ape_MH = ape_MH[None, None]
-    c = take_windows(c_BSH, entries, ratio)
-    z = take_windows(z_BSH, entries, ratio) + ape_MH
+def _pool(c_BSH, z_BSH, ape_MH, first_BC, overlaps_BC, ratio: int, axis: str | None) -> jax.Array:
+    """`pool` of one device's shard of the sequence; first_BC None: windows follow each other from its first row."""
+    slots, ape_MH = overlaps_BC.shape[1], ape_MH[None, None]
+    windows = functools.partial(_windows, first_BC=first_BC, slots=slots, ratio=ratio, axis=axis)
+    c, z = windows(c_BSH), windows(z_BSH) + ape_MH
     if ratio == CSA:
         half = c.shape[-1] // 2
-        before = entries.overlaps_BC[..., None, None]
-        c_before = jnp.where(before, take_windows(c_BSH[..., :half], entries, ratio, back=1), 0)
-        z_before = jnp.where(before, take_windows(z_BSH[..., :half], entries, ratio, back=1) + ape_MH[..., :half], -jnp.inf)
+        before = overlaps_BC[..., None, None]
+        c_before = jnp.where(before, windows(c_BSH[..., :half], back=1), 0)
+        z_before = jnp.where(before, windows(z_BSH[..., :half], back=1) + ape_MH[..., :half], -jnp.inf)
         c = jnp.concatenate((c_before, c[..., half:]), axis=2)
         z = jnp.concatenate((z_before, z[..., half:]), axis=2)
     return jnp.sum(jax.nn.softmax(z, axis=2) * c, axis=2)
+
+
+def _windows(x_BSH: jax.Array, first_BC, slots: int, ratio: int, axis: str | None, back: int = 0) -> jax.Array:
+    """Rows of each window [B,C,M,H], or of the window `back` windows before it (wrong where there is none: mask it)."""
+    batch, rows, width = x_BSH.shape
+    if first_BC is None:
+        x_BSH = with_rows_before(x_BSH, back * ratio, axis)
+        return x_BSH[:, : slots * ratio].reshape(batch, slots, ratio, width)
+    reach = back * ratio + ratio - 1  # a window that ends here may begin so far before this shard
+    x_BSH = with_rows_before(x_BSH, reach, axis)
+    start_BC = jnp.maximum(first_BC - first_row(axis, rows) + reach - back * ratio, 0)
+    return jax.vmap(lambda x_SH, row_CM: x_SH[row_CM])(x_BSH, start_BC[..., None] + jnp.arange(ratio)[None, None])
 
 
 class Compressor(Weights):
@@ -64,5 +94,5 @@ class Compressor(Weights):
             norm(jnp.zeros((1, self.head_dim), self.dtype))
             return None
         x32 = x_BSD.astype(jnp.float32)
-        entry = pool(dense(x32, wkv), dense(x32, wgate), ape, entries, self.ratio)
+        entry = pool(self.rules, dense(x32, wkv), dense(x32, wgate), ape, entries, self.ratio)
         return rotate(norm(entry.astype(self.dtype)), entries.turn)

@@ -6,7 +6,10 @@ window makes no entry. A row without segment ids is one document.
 Example, ratio 4, segments [1 1 1 1 1 2 2 2 2 3]: positions [0 1 2 3 4 0 1 2 3 0]; tokens 3 and 8 close a window, so
 entries start at rows 0 and 5.
 
-Shapes: B batch, S positions, C compressed entries (S // ratio: never more can be complete).
+Where the sequence is cut over devices, an entry belongs to the device that holds its last token, and every device has as
+many slots as could end in its shard: sharding changes where empty slots stand, never the order of entries.
+
+Shapes: B batch, S positions, C slots for compressed entries (S // ratio in an uncut sequence: never more can be complete).
 Next file to read: v4jax/model/rotary.py.
 """
 
@@ -54,8 +57,8 @@ class Documents(NamedTuple):
     entries: dict[int, Entries]
 
 
-def read_documents(cfg: ModelConfig, seq: int, segment_BS: jax.Array | None) -> Documents:
-    """Positions, rotations and windows of rows of `seq` tokens."""
+def read_documents(cfg: ModelConfig, seq: int, segment_BS: jax.Array | None, shards: int = 1) -> Documents:
+    """Positions, rotations and windows of rows of `seq` tokens, which are cut into `shards` equal parts."""
     row_1S = jnp.arange(seq, dtype=jnp.int32)[None]
     position_BS = row_1S if segment_BS is None else row_1S - document_start(segment_BS)
     ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio != WINDOW_ONLY})
@@ -64,7 +67,7 @@ def read_documents(cfg: ModelConfig, seq: int, segment_BS: jax.Array | None) -> 
         None if segment_BS is None else segment_BS > 0,
         rotation(cfg, False, position_BS),
         rotation(cfg, True, position_BS) if ratios else None,
-        {ratio: _entries(cfg, ratio, position_BS, segment_BS) for ratio in ratios if seq >= ratio},
+        {ratio: _entries(cfg, ratio, position_BS, segment_BS, shards) for ratio in ratios if seq >= ratio},
     )
 
 
@@ -84,16 +87,22 @@ def document_start(segment_BS: jax.Array) -> jax.Array:
     return jax.lax.cummax(jnp.where(begins_BS, row_1S, 0), axis=1)
 
 
-def _entries(cfg: ModelConfig, ratio: int, position_BS: jax.Array, segment_BS: jax.Array | None) -> Entries:
+def _entries(cfg: ModelConfig, ratio: int, position_BS: jax.Array, segment_BS: jax.Array | None, shards: int) -> Entries:
     seq = position_BS.shape[1]
-    slots = seq // ratio
+    rows = seq // shards
+    slots = rows // ratio if shards == 1 or rows % ratio == 0 else rows // ratio + 1
     if segment_BS is None:
-        first_BC = jnp.arange(slots, dtype=jnp.int32)[None] * ratio
-        return Entries(first_BC, first_BC + ratio - 1, None, first_BC > 0, rotation(cfg, True, first_BC))
-    closes_BS = (position_BS % ratio == ratio - 1) & (segment_BS > 0)
-    slot_BS = jnp.where(closes_BS, jnp.cumsum(closes_BS, axis=1) - 1, slots)
-    row_S = jnp.arange(seq, dtype=jnp.int32)
-    last_BC = jax.vmap(lambda slot_S: jnp.full(slots, seq, jnp.int32).at[slot_S].set(row_S, mode="drop"))(slot_BS)
+        shard_X1 = jnp.arange(shards, dtype=jnp.int32)[:, None]
+        window_XC = shard_X1 * rows // ratio + jnp.arange(slots, dtype=jnp.int32)[None]
+        there_BC = (window_XC < (shard_X1 + 1) * rows // ratio).reshape(1, -1)
+        first_BC = jnp.where(there_BC, window_XC.reshape(1, -1) * ratio, 0)
+        last_BC = jnp.where(there_BC, first_BC + ratio - 1, seq)
+        return Entries(first_BC, last_BC, None, first_BC > 0, rotation(cfg, True, first_BC))
+    closes_BXS = ((position_BS % ratio == ratio - 1) & (segment_BS > 0)).reshape(-1, shards, rows)
+    slot_BXS = jnp.where(closes_BXS, jnp.cumsum(closes_BXS, axis=2) - 1, slots)
+    empty_C = jnp.full(slots, seq, jnp.int32)
+    place = jax.vmap(jax.vmap(lambda slot_S, row_S: empty_C.at[slot_S].set(row_S, mode="drop")), in_axes=(0, None))
+    last_BC = place(slot_BXS, jnp.arange(seq, dtype=jnp.int32).reshape(shards, rows)).reshape(-1, shards * slots)
     there_BC = last_BC < seq
     first_BC = jnp.where(there_BC, last_BC - (ratio - 1), 0)
     position_BC = jnp.where(there_BC, jnp.take_along_axis(position_BS, first_BC, axis=1), 0)

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sharding.experts import Groups, vary_like
+from sharding.experts import Groups
+from sharding.manual import vary_like
 
 
 class ExpertWeights(NamedTuple):

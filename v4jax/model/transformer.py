@@ -63,7 +63,7 @@ class Transformer(Weights):
         cfg, own = self.cfg, (self.rules, self.dtype)
         table_VD = Embedding(*own, cfg, name="embed")()
         head_DV = Head(*own, cfg, name="head")()
-        documents = read_documents(cfg, tokens_BS.shape[1], segment_BS)
+        documents = read_documents(cfg, tokens_BS.shape[1], segment_BS, self.rules.shards("act_seq"))
         with jax.named_scope("embed"):
             x_BSD = embed_lookup(self.rules, table_VD, tokens_BS).astype(self.dtype)
         x_BSXD = jnp.broadcast_to(x_BSD[:, :, None], (*x_BSD.shape[:2], cfg.hc_mult, cfg.hidden_size))
@@ -122,7 +122,14 @@ def apply(
     dtype: jnp.dtype = jnp.float32,
     remat: bool = False,
 ) -> Hidden:
-    """Runs the network up to the head; `params` is the public dict, "router" included."""
+    """Runs the network up to the head; `params` is the public dict, "router" included.
+
+    Raises:
+      ValueError: rows that do not divide over the devices that cut the sequence.
+    """
+    shards = rules.shards("act_seq")
+    if tokens_BS.shape[1] % shards:
+        raise ValueError(f"tokens: got rows of {tokens_BS.shape[1]}; must divide by {shards}, the mesh axes that cut the sequence")
     weights = {name: value for name, value in params.items() if name != "router"}
     model = Transformer(rules, jnp.dtype(dtype), cfg, remat)
     return model.apply({"params": weights, "router": params["router"]}, tokens_BS, segment_BS)

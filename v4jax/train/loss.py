@@ -14,9 +14,11 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from sharding.manual import vary, vary_like
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
-from v4jax.model.transformer import apply, project_logits
+from v4jax.model.dense import dense
+from v4jax.model.transformer import apply
 
 LOGIT_BYTES = 2**27
 """Float32 logits one device holds at a time."""
@@ -46,17 +48,39 @@ def targets(tokens_BS: jax.Array, segment_BS: jax.Array | None, ahead: int) -> t
 
 
 def token_nll(rules: AxisRules, x_BSD: jax.Array, head_DV: jax.Array, label_BS: jax.Array) -> jax.Array:
-    """-log softmax(x @ head)[label], float32 [B,S], with logits of a few positions at a time."""
+    """-log softmax(x @ head)[label], float32 [B,S], with logits of a few positions at a time.
+
+    Where the vocabulary is cut, each device has logits of its own words; only their maximum, sum and the label's are exchanged.
+    """
+    if not rules:
+        return _token_nll((), x_BSD, head_DV, label_BS)
+    words = rules.mesh_axes("vocab")
+    tokens = rules.spec(("act_batch", "act_seq"))
+    return jax.shard_map(
+        functools.partial(_token_nll, words),
+        in_specs=(rules.spec(("act_batch", "act_seq", None)), rules.spec((None, "vocab")), tokens),
+        out_specs=tokens,
+    )(x_BSD, head_DV, label_BS)
+
+
+def _token_nll(words: tuple[str, ...], x_BSD, head_DV, label_BS) -> jax.Array:
+    """`token_nll` of one device's tokens; `words`: mesh axes that cut the vocabulary."""
     batch, seq, _ = x_BSD.shape
-    row_bytes = 4 * max(1, batch // rules.shards("act_batch")) * head_DV.shape[1] // rules.shards("act_vocab")
-    chunk = max(1, min(seq, LOGIT_BYTES // row_bytes))
+    x_BSD, head_DV = vary(x_BSD, words), vary_like(head_DV, x_BSD)
+    if words:
+        label_BS = label_BS - jax.lax.axis_index(words) * head_DV.shape[1]
+    chunk = max(1, min(seq, LOGIT_BYTES // (4 * batch * head_DV.shape[1])))
     chunks = -(-seq // chunk)
     chunk = -(-seq // chunks)
 
     def nll(x_BSD, label_BS):
-        logits = project_logits(rules, x_BSD, head_DV)
+        logits = dense(x_BSD, head_DV, jnp.float32)
+        peak = jax.lax.stop_gradient(logits).max(-1)
+        peak = jax.lax.pmax(peak, words) if words else peak
+        total = jnp.exp(logits - peak[..., None]).sum(-1)
         picked = jnp.where(jax.nn.one_hot(label_BS, logits.shape[-1], dtype=bool), logits, 0).sum(-1)
-        return jax.nn.logsumexp(logits, axis=-1) - picked
+        total, picked = jax.lax.psum((total, picked), words) if words else (total, picked)
+        return jnp.log(total) + peak - picked
 
     if chunks == 1:
         return nll(x_BSD, label_BS)

@@ -43,9 +43,11 @@ def schedule_of(cfg: TrainConfig) -> optax.Schedule:
     return learning_rate(cfg.learning_rate, cfg.steps, cfg.warmup_steps, cfg.decay_steps, cfg.final_lr_ratio)
 
 
-def optimizer_of(cfg: TrainConfig) -> optax.GradientTransformation:
-    """Clipping by global norm, then Muon and AdamW."""
-    inner = optimizer(schedule_of(cfg), cfg.weight_decay, cfg.momentum)
+def optimizer_of(cfg: TrainConfig, rules: AxisRules = AxisRules()) -> optax.GradientTransformation:
+    """Clipping by global norm, then Muon and AdamW. The layout changes where Muon works, not its state."""
+    axes = jax.tree_util.tree_leaves_with_path(param_axes(cfg.model), is_leaf=lambda x: isinstance(x, tuple)) if rules else ()
+    specs = {tuple(key.key for key in path): rules.spec(names) for path, names in axes}
+    inner = optimizer(schedule_of(cfg), cfg.weight_decay, cfg.momentum, specs)
     return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), inner)
 
 
@@ -70,7 +72,7 @@ def train_step(cfg: TrainConfig, rules: AxisRules, state: TrainState, batch: Map
 
     grads, (metrics, routing) = jax.grad(objective, has_aux=True)(state.params)
     with jax.named_scope("optimizer"):
-        updates, opt_state = optimizer_of(cfg).update(grads, state.optimizer, state.params)
+        updates, opt_state = optimizer_of(cfg, rules).update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
     metrics |= load_metrics(routing)
     metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule_of(cfg)(state.step)}

@@ -1,0 +1,139 @@
+"""What a compiled program sends between devices: every collective of its HLO text, by kind and mesh axes, with bytes per step.
+
+Bytes are what one device sends in one call, times the calls of one run (bodies of loops are counted as often as they run):
+all-gather, all-to-all and reduce-scatter (n-1)/n of the whole, all-reduce twice that, permute all of it, for n devices a group.
+
+Next file to read: tests/test_audit.py.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_BYTES = {
+    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
+    "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1,
+}  # fmt: skip
+
+
+class Collective(NamedTuple):
+    """One collective of the program.
+
+    Attributes:
+      kind: one of KINDS. axes: mesh axes it runs over, outermost first; ("?",) where its groups are no product of axes.
+      shape: of its (largest) result on one device. calls: how often one run of the program executes it.
+      bytes: that one device sends in one call. source: the JAX operation it stems from.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    calls: int
+    bytes: int
+    source: str
+
+
+def collectives(text: str, mesh: Mesh) -> list[Collective]:
+    """The collectives of `compiled.as_text()` of a program compiled for all devices of `mesh`.
+
+    Raises:
+      ValueError: a loop around a collective whose trip count the text does not give.
+    """
+    bodies = _computations(text)
+    found = []
+    for name, calls in _calls(bodies).items():
+        for line in bodies[name]:
+            match = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z\-]+?)(?:-start)?\(", line)
+            if match is None or match[2] not in KINDS:
+                continue
+            if calls is None:
+                raise ValueError(f"a loop of unknown length holds {line.strip()[:100]}")
+            groups = _groups(line, mesh.size)
+            if groups.shape[1] > 1:
+                found.append(_collective(match[2], match[1], line, groups, mesh, calls))
+    return found
+
+
+def totals(found: list[Collective]) -> dict[tuple[str, str], tuple[int, int]]:
+    """(axes joined by "+", kind) -> (calls per step, bytes one device sends per step), largest first."""
+    table: dict[tuple[str, str], tuple[int, int]] = {}
+    for one in found:
+        key = ("+".join(one.axes), one.kind)
+        calls, size = table.get(key, (0, 0))
+        table[key] = (calls + one.calls, size + one.calls * one.bytes)
+    return dict(sorted(table.items(), key=lambda item: -item[1][1]))
+
+
+def _collective(kind: str, result: str, line: str, groups: np.ndarray, mesh: Mesh, calls: int) -> Collective:
+    shapes = [(kind_, tuple(int(d) for d in dims.split(",") if d)) for kind_, dims in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", result)]
+    sizes = [math.prod(shape) * _BYTES[dtype] for dtype, shape in shapes]
+    # A tuple lists the parts of one exchange (all-to-all) or operand and result of an asynchronous one.
+    whole = sum(sizes) if "-start(" not in line else max(sizes)
+    n = groups.shape[1]
+    sent = {
+        "all-reduce": 2 * whole * (n - 1) // n,
+        "reduce-scatter": whole * (n - 1),  # the result is one share
+        "collective-permute": whole,
+    }.get(kind, whole * (n - 1) // n)
+    source = re.search(r'op_name="([^"]*)"', line)
+    largest = shapes[int(np.argmax(sizes))][1]
+    return Collective(kind, _axes(groups, mesh), largest, calls, sent, source[1] if source else "")
+
+
+def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
+    """Mesh axes along which the members of a group differ."""
+    places = np.stack(np.unravel_index(groups, tuple(mesh.shape.values())), axis=-1)
+    return tuple(axis for i, axis in enumerate(mesh.shape) if (places[..., i] != places[:, :1, i]).any()) or ("?",)
+
+
+def _groups(line: str, devices: int) -> np.ndarray:
+    """Device places [groups, members] of one collective; pairs of source and target for a permute."""
+    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
+    if pairs:
+        return np.array([[int(i) for i in pair.split(",")] for pair in re.findall(r"(\d+,\d+)", pairs[1])])
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    if iota:
+        shape, dims, order = ([int(i) for i in part.split(",")] if part else None for part in iota.groups())
+        places = np.arange(math.prod(dims)).reshape(dims)
+        return (places.transpose(order) if order else places).reshape(shape)
+    listed = re.search(r"replica_groups=\{(.*?)\}(?:,|$)", line)
+    rows = re.findall(r"\{([\d,]+)\}", listed[0]) if listed else []
+    return np.array([[int(i) for i in row.split(",")] for row in rows]) if rows else np.arange(devices)[None]
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    """Name -> lines of each computation of an HLO module; the entry is called "ENTRY"."""
+    bodies, name = {}, None
+    for line in text.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if head and not line.startswith(" "):
+            name = "ENTRY" if head[1] else head[2]
+            bodies[name] = []
+        elif name is not None:
+            bodies[name].append(line)
+    return bodies
+
+
+def _calls(bodies: dict[str, list[str]]) -> dict[str, int | None]:
+    """How often each computation runs in one run of the program; None: within a loop of unknown length."""
+    calls: dict[str, int | None] = {}
+
+    def visit(name: str, times: int | None):
+        calls[name] = None if times is None or calls.get(name, 0) is None else calls.get(name, 0) + times
+        for line in bodies[name]:
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+            for role, inner in re.findall(r"(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", line):
+                known = int(trips[1]) if trips else None
+                loop = role == "body"
+                if inner in bodies and role != "condition":
+                    visit(inner, (None if known is None or times is None else times * known) if loop else times)
+            for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
+                for inner in re.findall(r"%?([\w.\-]+)", branches):
+                    visit(inner, times)
+
+    visit("ENTRY", 1)
+    return calls

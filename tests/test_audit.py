@@ -1,0 +1,52 @@
+"""The audit sees every collective: kind, axes, bytes, and how often a loop runs it."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from sharding.audit import Collective, collectives, totals
+from sharding.mesh import make_mesh, parse_mesh
+
+
+def compiled(f, mesh, spec, shape=(16, 8)):
+    run = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return jax.jit(run).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile().as_text()
+
+
+@pytest.mark.parametrize(
+    "f, kind, axes, bytes_",
+    [  # a device holds [4, 4] float32 = 64 bytes
+        (lambda x: lax.psum(x, "expert"), "all-reduce", ("expert",), 64),
+        (lambda x: lax.psum(x, ("data", "tensor")), "all-reduce", ("data", "tensor"), 96),
+        (lambda x: lax.all_gather(x, "tensor", axis=1, tiled=True)[:, :4], "all-gather", ("tensor",), 64),
+        (lambda x: jnp.tile(lax.psum_scatter(x, "data", tiled=True), (2, 1)), "reduce-scatter", ("data",), 32),
+        (lambda x: lax.all_to_all(x, "expert", 0, 0, tiled=True), "all-to-all", ("expert",), 32),
+        (lambda x: lax.ppermute(x, "expert", [(0, 1)]), "collective-permute", ("expert",), 64),
+    ],
+)
+def test_kind_axes_and_bytes(f, kind, axes, bytes_):
+    mesh = make_mesh(parse_mesh("data=2,expert=2,tensor=2"))
+    (one,) = collectives(compiled(f, mesh, P(("data", "expert"), "tensor")), mesh)
+    assert (one.kind, one.axes, one.calls, one.bytes) == (kind, axes, 1, bytes_)
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    mesh = make_mesh(parse_mesh("expert=8"))
+
+    def f(x):
+        inner = lambda x, _: (lax.ppermute(x, "expert", [(i, (i + 1) % 8) for i in range(8)]) * 2, None)  # noqa: E731
+        outer = lambda x, _: (lax.scan(inner, jnp.sin(x), length=5)[0], None)  # noqa: E731
+        return lax.scan(outer, x, length=3)[0]
+
+    found = collectives(compiled(f, mesh, P("expert")), mesh)
+    assert totals(found) == {("expert", "collective-permute"): (15, 15 * 2 * 8 * 4)}
+    assert isinstance(found[0], Collective) and "ppermute" in found[0].source
+
+
+def test_a_loop_of_unknown_length_is_refused():
+    mesh = make_mesh(parse_mesh("expert=8"))
+    f = lambda x: lax.while_loop(lambda x: x.sum() < 100, lambda x: lax.psum(jnp.abs(x) + 1, "expert"), x)  # noqa: E731
+    with pytest.raises(ValueError, match="unknown length"):
+        collectives(compiled(f, mesh, P("expert")), mesh)

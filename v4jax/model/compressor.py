@@ -72,7 +72,10 @@ def _windows(x_BSH: jax.Array, first_BC, slots: int, ratio: int, axis: str | Non
     reach = back * ratio + ratio - 1  # a window that ends here may begin so far before this shard
     x_BSH = with_rows_before(x_BSH, reach, axis)
     start_BC = jnp.maximum(first_BC - first_row(axis, rows) + reach - back * ratio, 0)
-    return jax.vmap(lambda x_SH, row_CM: x_SH[row_CM])(x_BSH, start_BC[..., None] + jnp.arange(ratio)[None, None])
+    row_BCM = start_BC[..., None] + jnp.arange(ratio)[None, None]
+    if row_BCM.shape[0] == 1:  # rows of one document: the same windows in each
+        return x_BSH[:, row_BCM[0]]
+    return jax.vmap(lambda x_SH, row_CM: x_SH[row_CM])(x_BSH, row_BCM)
 
 
 class Compressor(Weights):

@@ -37,7 +37,7 @@ def router_scores(x_BSD: jax.Array, gate_DE: jax.Array) -> jax.Array:
     """sqrt(softplus(x @ gate)), float32 [B,S,E]."""
     logit = dense(x_BSD.astype(jnp.float32), gate_DE)
     # Below -20 softplus is exp to float32 precision; the split keeps the gradient of the root finite at any logit.
-    return jnp.where(logit < -20, jnp.exp(logit / 2), jnp.sqrt(jax.nn.softplus(jnp.maximum(logit, -20))))
+    return jnp.where(logit < -20, jnp.exp(jnp.minimum(logit, -20) / 2), jnp.sqrt(jax.nn.softplus(jnp.maximum(logit, -20))))
 
 
 def gate_weights(score_BSE: jax.Array, index_BSK: jax.Array, scale: float) -> jax.Array:

@@ -185,12 +185,12 @@ def init_params(cfg: ModelConfig, key: jax.Array):
 
 def abstract_params(cfg: ModelConfig):
     """Shapes and dtypes of the parameters (jax.ShapeDtypeStruct), without computing anything."""
-    return nn.unbox(jax.eval_shape(lambda key: _boxed(cfg, key), jax.random.key(0)))
+    return nn.unbox(jax.eval_shape(lambda: _boxed(cfg, jax.random.key(0))))
 
 
 def param_axes(cfg: ModelConfig):
     """Logical axis names of the parameters: the same tree with a tuple of names (or None) per leaf."""
-    boxed = jax.eval_shape(lambda key: _boxed(cfg, key), jax.random.key(0))
+    boxed = jax.eval_shape(lambda: _boxed(cfg, jax.random.key(0)))
     is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
     return jax.tree.map(lambda leaf: tuple(leaf.names), boxed, is_leaf=is_box)
 

@@ -1,0 +1,125 @@
+"""Parts of the model against plain restatements: values and gradients, at their extremes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sharding.embedding import embed_lookup
+from sharding.experts import Groups
+from sharding.mesh import make_mesh, parse_mesh
+from sharding.rules import layout_for
+from v4jax.model import grouped
+from v4jax.model.dense import dense
+from v4jax.model.grouped import ExpertWeights, clamped_swiglu, expert_ffn
+from v4jax.model.hyper import Mix, expand, sinkhorn
+from v4jax.model.moe import balanced_table, router_scores
+
+LIMIT = 2.0
+
+
+def close(got, expected, tolerance=2e-6):
+    """Sums of the same products in another order."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, float(np.abs(b).max())))
+
+
+@pytest.mark.parametrize("sizes", [(0, 0, 32, 0), (8, 8, 8, 8), (24, 0, 0, 8)])
+def test_grouped_experts_are_a_loop_over_rows(sizes):
+    """The block loop and ragged_dot, however uneven the load, with rows of weight 0 and blocks that are not in use."""
+    keys = iter(jax.random.split(jax.random.key(0), 9))
+    normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
+    rows, block = 40, 8
+    w = ExpertWeights(normal(4, 6, 5), normal(4, 6, 5), normal(4, 5, 6))
+    x, ct, gate = normal(rows, 6), normal(rows, 6), normal(rows)
+    expert = np.repeat(np.arange(4), sizes)
+    used = (np.arange(rows) < len(expert)) & (np.arange(rows) % 5 > 0)
+    gate = jnp.where(used, gate, 0)
+    by_block = np.concatenate((expert[::block], np.full(rows // block, 3)))[: rows // block]
+    groups = Groups(jnp.array(sizes, jnp.int32), jnp.array(by_block, jnp.int32), jnp.array(sum(sizes) // block, jnp.int32))
+
+    def plain(w, x, gate):
+        out = []
+        for i in range(rows):
+            own = ExpertWeights(*(m[by_block[i // block]] for m in w))
+            out.append((clamped_swiglu(x[i] @ own.w1, x[i] @ own.w3, LIMIT) * gate[i]) @ own.w2)
+        return jnp.stack(out)
+
+    value, pull = jax.vjp(plain, w, x, gate)
+    ct = jnp.where(used[:, None], ct, 0)
+    want = pull(ct)
+    got_value, got_pull = jax.vjp(lambda w, x, gate: expert_ffn(LIMIT, w, x, gate, groups), w, x, gate)
+    close(jnp.where(used[:, None], got_value, 0), value)
+    got = got_pull(ct)
+    close((got[0], got[1] * used[:, None], got[2] * used), (want[0], want[1] * used[:, None], want[2] * used))
+    y, h1, h3 = grouped._ragged_forward(LIMIT, w, x, gate, groups)
+    ragged = grouped._ragged_backward(LIMIT, w, x, gate, groups, h1, h3, ct)
+    close(jnp.where(used[:, None], y, 0), value)
+    close((ragged[0], ragged[1] * used[:, None], ragged[2] * used), (want[0], want[1] * used[:, None], want[2] * used))
+
+
+@pytest.mark.parametrize("shape, width", [((7, 12), 5), ((7, 5), 12), ((2, 3, 6), 6)])
+def test_dense_has_the_gradient_of_a_matmul(shape, width):
+    x, w = jax.random.normal(jax.random.key(0), shape), jax.random.normal(jax.random.key(1), (shape[-1], width))
+    value, pull = jax.vjp(lambda x, w: x @ w, x, w)
+    got, got_pull = jax.vjp(dense, x, w)
+    close((got, got_pull(value)), (value, pull(value)))
+
+
+def test_expand_has_the_gradient_of_its_formula():
+    keys = jax.random.split(jax.random.key(0), 5)
+    y, x = jax.random.normal(keys[0], (2, 3, 8)), jax.random.normal(keys[1], (2, 3, 4, 8))
+    mix = Mix(jax.random.normal(keys[2], (2, 3, 4)), jax.random.normal(keys[3], (2, 3, 4, 4)))
+    formula = lambda y, x, mix: mix.post[..., None] * y[:, :, None] + jnp.einsum("bsjk,bsjd->bskd", mix.comb, x)  # noqa: E731
+    value, pull = jax.vjp(formula, y, x, mix)
+    got, got_pull = jax.vjp(expand, y, x, mix)
+    ct = jax.random.normal(keys[4], value.shape)
+    close((got, got_pull(ct)), (value, pull(ct)))
+
+
+def test_sinkhorn_is_doubly_stochastic():
+    """Columns are divided last: exact but for eps; rows are as near as 20 iterations bring logits of this scale."""
+    comb = sinkhorn(jax.random.normal(jax.random.key(0), (4, 4, 100)), 20, 1e-6)
+    np.testing.assert_allclose(comb.sum(0), 1, atol=1e-5)
+    np.testing.assert_allclose(comb.sum(1), 1, atol=1e-4)
+    assert float(comb.min()) > 0
+
+
+def test_router_gradient_is_finite_at_any_logit():
+    logits = jnp.array([-1e4, -200.0, -30.0, -20.0, -19.9, 0.0, 30.0, 200.0, 1e4])
+    score, slope = jax.vmap(jax.value_and_grad(lambda z: router_scores(z[None, None, None], jnp.ones((1, 1)))[0, 0, 0]))(logits)
+    assert jnp.isfinite(score).all() and jnp.isfinite(slope).all()
+    middle = slice(2, -1)
+    want = np.sqrt(np.logaddexp(0, np.asarray(logits[middle], np.float64)))
+    np.testing.assert_allclose(score[middle], want, rtol=1e-5)
+
+
+def test_balanced_table_gives_every_expert_its_share():
+    table = np.asarray(balanced_table(jax.random.key(3), 64, 16, 4)).astype(int)
+    assert table.shape == (64, 4) and all(len(set(row)) == 4 for row in table)
+    np.testing.assert_array_equal(np.bincount(table.ravel(), minlength=16), 16)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2,expert=2,tensor=2", "fsdp=2,context=2,tensor=2", "context=4,expert=2"])
+@pytest.mark.parametrize("layout", ["full", "pod"])
+def test_embedding_lookup_never_gathers_the_table(mesh, layout):
+    sizes = parse_mesh(mesh)
+    rules, device_mesh = layout_for(layout, sizes), make_mesh(sizes)
+    table = jax.random.normal(jax.random.key(0), (32, 16))
+    tokens = jax.random.randint(jax.random.key(1), (8, 12), 0, 32)
+    ct = jax.random.normal(jax.random.key(2), (8, 12, 16))
+    want, pull = jax.vjp(lambda table: table[tokens], table)
+    with jax.set_mesh(device_mesh):
+        place = jax.NamedSharding(device_mesh, rules.spec(("vocab", "embed")))
+
+        def both(table, ct):
+            value, pull = jax.vjp(lambda table: embed_lookup(rules, table, tokens), table)
+            return value, pull(ct)[0]
+
+        everywhere = jax.NamedSharding(device_mesh, jax.P())
+        step = jax.jit(both, in_shardings=(place, everywhere)).lower(table, ct).compile()
+        got, gradient = step(jax.device_put(table, place), jax.device_put(ct, everywhere))
+    np.testing.assert_array_equal(got, want)
+    close(gradient, pull(ct)[0])
+    assert "f32[32,16]{1,0} all-gather" not in step.as_text()
+

@@ -1,0 +1,81 @@
+"""What the whole model promises: no quadratic array, remat and scan change nothing, bfloat16 stays near, cut sequences agree."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.weights import random_weights
+from test_mesh import MODEL
+
+from sharding.mesh import make_mesh, parse_mesh
+from sharding.rules import layout_for
+from v4jax.checkpoint.names import from_official
+from v4jax.model import attention
+from v4jax.model.transformer import abstract_params, forward
+from v4jax.train.loss import loss_and_routing
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(jnp.asarray, from_official(MODEL, random_weights(MODEL, 0)))
+
+
+def shapes(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars if hasattr(variable.aval, "shape"))
+        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from shapes(inner)
+
+
+def test_no_array_is_quadratic_in_the_length(monkeypatch):
+    """Nothing has two axes that grow with the sequence, and nothing is larger than a few rows' worth of activations."""
+    monkeypatch.setattr(attention, "CHUNK_BYTES", 2**16)
+    seq = 1432  # no other size of the model, and neither is a quarter of it
+    tokens = jax.ShapeDtypeStruct((2, seq), jnp.int32)
+    loss = lambda params, tokens: loss_and_routing(MODEL, params, {"tokens": tokens}, remat=True)[0]  # noqa: E731
+    found = set(shapes(jax.make_jaxpr(jax.grad(loss))(abstract_params(MODEL), tokens).jaxpr))
+    assert len(found) > 100 and any(seq in shape for shape in found)
+    for shape in found:
+        assert sum(size >= seq // 4 for size in shape) <= 1, shape
+        assert np.prod(shape, dtype=float) <= 2 * seq * 19 * 16, shape  # the largest: what 19 Sinkhorn steps of 4 x 4 keep
+
+
+def test_remat_changes_nothing(params):
+    batch = {"tokens": jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, 40)), jnp.int32)}
+    step = lambda remat: jax.jit(  # noqa: E731
+        jax.value_and_grad(lambda params: loss_and_routing(MODEL, params, batch, remat=remat)[0])
+    )(params)
+    (loss, grads), (loss_again, grads_again) = step(False), step(True)
+    assert float(loss) == pytest.approx(float(loss_again), rel=1e-6)
+    for a, b in zip(*(map(np.asarray, jax.tree.leaves(tree)) for tree in (grads, grads_again)), strict=True):
+        # The same sums, fused differently.
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-8 * b.size**0.5
+
+
+def test_bfloat16_stays_near_float32(params):
+    """8 bits of mantissa are 0.4% an operation; routers may then choose other experts for a few tokens, so quantiles count."""
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, 40)), jnp.int32)
+    exact = forward(MODEL, params, tokens, dtype=jnp.float32)
+    rough = forward(MODEL, params, tokens, dtype=jnp.bfloat16)
+    assert rough.logits.dtype == jnp.float32
+    error = jnp.linalg.norm(rough.logits - exact.logits, axis=-1) / jnp.linalg.norm(exact.logits, axis=-1)
+    assert 1e-4 < float(jnp.median(error)) < 0.05
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_cut_sequence_has_the_logits_of_a_whole_one(params, packed):
+    """17 rows a device: windows of 4, 8 and 128 rows all straddle devices, some of them several."""
+    rng = np.random.default_rng(1)
+    tokens = jnp.asarray(rng.integers(0, 96, (2, 136)), jnp.int32)
+    segments = jnp.asarray(np.sort(rng.integers(0, 3, (2, 136)), axis=1)[:, ::-1], jnp.int32) if packed else None
+    whole = forward(MODEL, params, tokens, segments)
+    sizes = parse_mesh("context=8")
+    with jax.set_mesh(make_mesh(sizes)):
+        cut = forward(MODEL, params, tokens, segments, rules=layout_for("cp_ep", sizes))
+        with pytest.raises(ValueError, match="rows of 135; must divide by 8"):
+            forward(MODEL, params, tokens[:, :135], rules=layout_for("cp_ep", sizes))
+    np.testing.assert_allclose(cut.logits, whole.logits, atol=2e-5)
+    np.testing.assert_allclose(cut.mtp_logits[:, :-1], whole.mtp_logits[:, :-1], atol=2e-5)
+

@@ -1,5 +1,6 @@
 """Claims about v4jax/train/data.py."""
 
+import asyncio
 import dataclasses
 import hashlib
 import itertools
@@ -197,9 +198,9 @@ def test_batches_are_the_same_on_every_machine(cfg):
 
 def test_processes_share_the_batch_of_one_process(cfg):
     whole = list(itertools.islice(train_batches(cfg, BYTES, **SIZES), 10))
-    parts = [itertools.islice(train_batches(cfg, BYTES, **SIZES, process_index=i, process_count=2), 10) for i in (0, 1)]
-    joined = [{key: np.concatenate([a[key], b[key]]) for key in a} for a, b in zip(*parts, strict=True)]
-    assert same(whole, joined) and joined[0]["tokens"].shape == (4, 16)
+    parts = [itertools.islice(train_batches(cfg, BYTES, **SIZES, rows=rows), 10) for rows in ([0, 2], [1, 3])]
+    joined = [{key: np.stack([a[key], b[key]], 1).reshape(4, 16) for key in a} for a, b in zip(*parts, strict=True)]
+    assert same(whole, joined)
 
 
 @pytest.mark.parametrize(
@@ -208,8 +209,8 @@ def test_processes_share_the_batch_of_one_process(cfg):
         (dict(vocab_size=257), r"vocab_size: got 257; .* at least 258"),
         (dict(seq_len=1), "seq_len: got 1"),
         (dict(batch_size=0), "batch_size: got 0"),
-        (dict(process_count=3), "batch_size: got 4; must be a positive multiple of process_count=3"),
-        (dict(process_index=2, process_count=2), "process_index: got 2"),
+        (dict(rows=[0, 4]), r"rows: got \[0, 4\]; must be one or more rows of the batch, in \[0, 4\)"),
+        (dict(rows=[]), r"rows: got \[\]"),
     ],
 )
 @pytest.mark.parametrize("batches", [train_batches, held_out_batches])
@@ -263,6 +264,29 @@ def test_asynchronous_save_keeps_the_position_of_the_call(cfg, tmp_path):
     assert same(list(itertools.islice(fresh, 5)), expected)
 
 
+def test_other_processes_resume_from_the_rows_that_all_have_saved(cfg, tmp_path):
+    # Three processes, two of which hold the same row, wrote; now two, then one, go on.
+    whole, before = train_batches(cfg, BYTES, **SIZES), tmp_path / "data"
+    before.mkdir()
+    for i, rows in enumerate(([0, 2], [2, 3], [1])):
+        part = train_batches(cfg, BYTES, **SIZES, rows=rows)
+        for _ in range(7):
+            next(part)
+        (before / f"process_{i}.json").write_text(json.dumps(part.get_state()))
+    expected = list(itertools.islice(whole, 12))[7:]
+    for rows in ([0, 1], [2, 3], [0, 1, 2, 3]):
+        part = train_batches(cfg, BYTES, **SIZES, rows=rows)
+        asyncio.run(load(part, before))
+        assert same(list(itertools.islice(part, 5)), [{key: a[key][rows] for key in a} for a in expected])
+    (before / "process_2.json").unlink()
+    with pytest.raises(ValueError, match="has no row 1; a file of the checkpoint is missing"):
+        asyncio.run(load(train_batches(cfg, BYTES, **SIZES), before))
+
+
+async def load(iterator, directory):
+    await (await iterator.load(directory))
+
+
 def test_resume_on_other_data_or_sizes_is_refused(folder, cfg):
     state = json.loads(json.dumps(train_batches(cfg, BYTES, **SIZES).get_state()))
     for name, change in (("batch_size", 8), ("seq_len", 32)):
@@ -296,7 +320,7 @@ def test_held_out_batches_can_be_bounded_and_shared(cfg):
     batches = held_out_batches(cfg, BYTES, **SIZES)
     assert same(held_out_batches(cfg, BYTES, **SIZES, max_batches=2), batches[:2]) and len(batches) > 2
     assert same(held_out_batches(cfg, BYTES, **SIZES, max_batches=10_000), batches)
-    parts = [held_out_batches(cfg, BYTES, **SIZES, process_index=i, process_count=2) for i in (0, 1)]
+    parts = [held_out_batches(cfg, BYTES, **SIZES, rows=rows) for rows in ([0, 1], [2, 3])]
     assert same([{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)], batches)
     with pytest.raises(ValueError, match="max_batches: got 0"):
         held_out_batches(cfg, BYTES, **SIZES, max_batches=0)

@@ -9,14 +9,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # A file may import what stands on an earlier line (packages: also their own files in the order the text gives).
 ORDER = [
-    "sharding.rules", "sharding.mesh", "sharding.params", "sharding.embedding", "sharding.experts", "v4jax.config",
+    "sharding.rules", "sharding.mesh", "sharding.processes", "sharding.params", "sharding.embedding",
+    "sharding.manual", "sharding.experts", "sharding.matrices", "sharding.audit", "v4jax.config",
     "v4jax.cost", "v4jax.tokenizer", "v4jax.model.dense", "v4jax.model.weights", "v4jax.model.norm", "v4jax.model.rotary",
     "v4jax.model.documents", "v4jax.model.hyper", "v4jax.model.compressor", "v4jax.model.indexer", "v4jax.model.attention",
     "v4jax.model.grouped", "v4jax.model.moe", "v4jax.model.block", "v4jax.model.mtp", "v4jax.model.transformer",
     "v4jax.checkpoint.names", "v4jax.checkpoint.load", "v4jax.checkpoint.export", "v4jax.checkpoint.store",
-    "v4jax.generate.plain", "v4jax.train.data", "v4jax.train.loss", "v4jax.train.balance", "v4jax.train.schedule",
-    "v4jax.train.muon", "v4jax.train.config", "v4jax.train.step", "v4jax.train.report", "v4jax.train.loop", "v4jax.api",
-    "v4jax.score", "v4jax.convert", "v4jax.cli", "v4jax.__main__",
+    "v4jax.train.data", "v4jax.train.loss", "v4jax.train.balance", "v4jax.train.schedule",
+    "v4jax.train.muon", "v4jax.train.config", "v4jax.train.step", "v4jax.train.report", "v4jax.train.loop",
+    "v4jax.generate.plain", "v4jax.api", "v4jax.score", "v4jax.convert", "v4jax.launch", "v4jax.cli", "v4jax.__main__",
 ]  # fmt: skip
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

@@ -51,6 +51,7 @@ def test_a_run_learns_and_leaves_everything_behind(finished):
     assert summary["held_out_nll"] < summary["unigram_nll"]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").iterdir())
+    assert cli._sample(cfg)["sample"] == (run / "sample.txt").read_text()
     assert (run / "sample.txt").read_text().startswith("the")
     exported_cfg, exported = v4jax.load(run / "export")
     assert exported_cfg == cfg.model

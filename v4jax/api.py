@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.params import named_shardings
+from sharding.processes import check_whole
 from sharding.rules import AxisRules, layout_for
 from v4jax.checkpoint.load import load_safetensors
 from v4jax.checkpoint.names import leaf_dtype, official_names, plain_dtype
@@ -29,7 +30,9 @@ def place_on(mesh: str | None, layout: str | None) -> tuple[Mesh, AxisRules]:
     sizes = parse_mesh(mesh)
     one = math.prod(sizes.values()) == 1
     rules = layout_for(layout, sizes)
-    return make_mesh(sizes), AxisRules() if one else rules
+    device_mesh = make_mesh(sizes)
+    check_whole(device_mesh)
+    return device_mesh, AxisRules() if one else rules
 
 
 def load(path, dtype: str = "float32", mesh: str | None = None, layout: str | None = None):
@@ -57,7 +60,7 @@ def load(path, dtype: str = "float32", mesh: str | None = None, layout: str | No
         place = places
         for key in where:
             place = place[key]
-        return jax.device_put(array, place)
+        return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
     return load_safetensors(path, dtype, put)
 

@@ -12,6 +12,7 @@ import math
 import pathlib
 import re
 import sys
+import traceback
 
 
 class BadInput(Exception):
@@ -25,21 +26,43 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and gives its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments, rest = _parser().parse_known_args(argv)
-        if rest and arguments.command != "train":
-            raise BadInput(f"unknown argument {rest[0]!r}; see v4jax {arguments.command} --help")
-        result = arguments.run(arguments, rest)
+        code = _run(argv)
     except (BadInput, ValueError) as error:
         print(f"v4jax: {_one_line(error)}", file=sys.stderr)
-        return 2
+        code = 2
     except KeyboardInterrupt:
         print("v4jax: interrupted", file=sys.stderr)
-        return 1
+        code = 1
     except (RuntimeError, OSError) as error:
         print(f"v4jax: failed: {_one_line(error)}", file=sys.stderr)
-        return 1
+        code = 1
+    except Exception:
+        if _one_of_several():
+            traceback.print_exc()
+            sys.modules["sharding.processes"].leave(1)
+        raise
+    if code and _one_of_several():
+        sys.modules["sharding.processes"].leave(code)
+    return code
+
+
+def _one_of_several() -> bool:
+    return "sharding.processes" in sys.modules and sys.modules["sharding.processes"].is_joined()
+
+
+def _run(argv: list[str]) -> int:
+    command = []
+    if argv[:1] == ["launch"] and "--" in argv:  # what follows is not ours to parse
+        command = argv[argv.index("--") + 1 :]
+        argv = argv[: argv.index("--")]
+    arguments, rest = _parser().parse_known_args(argv)
+    if rest and arguments.command != "train":
+        raise BadInput(f"unknown argument {rest[0]!r}; see v4jax {arguments.command} --help")
+    if arguments.command == "launch":
+        return _launch(arguments, command)
+    result = arguments.run(arguments, rest)
     if result is not None:
         _print(result, arguments.json)
     return 0
@@ -50,7 +73,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="v4jax", description="DeepSeek-V4 in JAX: train, generate, score, convert, cost.")
+    parser = _Parser(prog="v4jax", description="DeepSeek-V4 in JAX: train, generate, score, convert, cost, launch.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
     def command(name, run, text):
@@ -60,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def on_mesh(sub):
-        sub.add_argument("--mesh", help="for example data=2,expert=4 (axes: data, fsdp, expert, tensor)")
+        sub.add_argument("--mesh", help="for example data=2,expert=4 (axes: slice, data, fsdp, context, expert, tensor)")
         sub.add_argument("--layout", help="sharding layout (default: full)")
         sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
 
@@ -94,6 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     cost = command("cost", _cost, "Parameters, FLOPs per token and cache bytes, from the configuration alone.")
     cost.add_argument("config", help="CONFIG.py or config.json")
     cost.add_argument("--context", type=int, help="tokens in the sequence (default: max_position_embeddings)")
+
+    launch = command("launch", _launch, "Run -- COMMAND as one JAX job of local processes on simulated CPU devices.")
+    launch.add_argument("--processes", type=int, required=True, help="local processes")
+    launch.add_argument("--devices", type=int, required=True, help="simulated devices of each process")
+    launch.add_argument("--output", choices=("all", "first"), default="all",
+                        help="all: every process's lines after [i]; first: those of process 0, as they are")  # fmt: skip
     return parser
 
 
@@ -104,18 +133,46 @@ def _train(arguments, rest):
     if arguments.config is None or arguments.config in ("-h", "--help"):
         raise BadInput("train needs a CONFIG.py; see v4jax train CONFIG.py --help for its overrides")
     cfg = _override(_read_config_file(arguments.config), rest, f"v4jax train {arguments.config}")
-    _simulate(cfg.mesh)
+    _start(cfg.mesh)
     from v4jax.train.loop import train
 
-    return train(cfg)
+    summary = train(cfg)
+    if cfg.sample_tokens:
+        summary |= _sample(cfg)
+    return summary if "run_dir" in summary else None
+
+
+def _sample(cfg) -> dict:
+    """What the finished run says after cfg.sample_prompt; in sample.txt too."""
+    import jax
+
+    from sharding.processes import is_first
+    from v4jax.api import load, place_on
+    from v4jax.generate.plain import generate
+    from v4jax.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(cfg.run_dir)
+    model, params = load(cfg.run_dir, mesh=cfg.mesh, layout=cfg.layout)
+    mesh, rules = place_on(cfg.mesh, cfg.layout)
+    prompt = [tokenizer.bos_token_id] + tokenizer.encode(cfg.sample_prompt)
+    with jax.set_mesh(mesh):
+        ids = generate(
+            model, params, prompt, cfg.sample_tokens, temperature=0.7, seed=cfg.seed, rules=rules, dtype=cfg.dtype
+        )
+    text = cfg.sample_prompt + tokenizer.decode(ids)
+    if not is_first():
+        return {}
+    (pathlib.Path(cfg.run_dir) / "sample.txt").write_text(text)
+    return {"sample": text}
 
 
 def _generate(arguments, _):
     if arguments.speculative:
         raise BadInput("--speculative is not built yet; leave it out")
-    _simulate(arguments.mesh)
+    _start(arguments.mesh)
     import jax
 
+    from sharding.processes import is_first
     from v4jax.api import load, place_on
     from v4jax.generate.plain import generate
     from v4jax.tokenizer import load_tokenizer
@@ -133,6 +190,8 @@ def _generate(arguments, _):
             cfg, params, prompt, arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed,
             rules=rules, dtype=arguments.dtype,
         )  # fmt: skip
+    if not is_first():
+        return None
     result = {"tokens": ids}
     if tokenizer is not None:
         result["text"] = tokenizer.decode(ids)
@@ -143,13 +202,15 @@ def _generate(arguments, _):
 
 
 def _score(arguments, _):
-    _simulate(arguments.mesh)
+    _start(arguments.mesh)
+    from sharding.processes import is_first
     from v4jax.score import score
 
-    return score(
+    result = score(
         arguments.checkpoint, arguments.tokens, arguments.out, arguments.mesh, arguments.layout, arguments.dtype,
         arguments.quant,
     )  # fmt: skip
+    return result if is_first() else None
 
 
 def _convert(arguments, _):
@@ -169,6 +230,12 @@ def _cost(arguments, _):
         return result.to_dict()
     _print_rows(result.rows())
     return None
+
+
+def _launch(arguments, command: list[str]) -> int:
+    from v4jax.launch import launch
+
+    return launch(command, arguments.processes, arguments.devices, arguments.output)
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
@@ -205,10 +272,13 @@ def _override(cfg, rest: list[str], program: str):
         raise BadInput(words or "bad override") from None
 
 
-def _simulate(mesh: str | None) -> None:
+def _start(mesh: str | None) -> None:
+    """Before JAX is used: simulates devices where it may, and joins the job that the environment describes."""
     from sharding.mesh import parse_mesh, simulate_devices
+    from sharding.processes import start
 
     simulate_devices(math.prod(parse_mesh(mesh).values()))
+    start()
 
 
 def _ids(text: str) -> list[int]:

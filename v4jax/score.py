@@ -10,6 +10,7 @@ import tempfile
 import jax
 import numpy as np
 
+from sharding.processes import gather, is_first
 from v4jax.api import load, place_on
 from v4jax.config import ModelConfig
 from v4jax.model.transformer import forward
@@ -40,7 +41,7 @@ def read_tokens(path, vocab_size: int) -> np.ndarray:
 def score(checkpoint, tokens_path, out_path, mesh=None, layout=None, dtype="float32", quant="none") -> dict:
     """Writes logits [B,S,V], mtp_logits [B,S,V] (models with MTP) and nll [B,S-1], float32, to an .npz file.
 
-    Rows run a few at a time: as many as the mesh splits a batch into.
+    Rows run a few at a time: as many as the mesh splits a batch into. Of several processes the first one writes.
 
     Raises:
       ValueError: bad tokens, checkpoint, mesh or quant; nothing is written then.
@@ -62,13 +63,14 @@ def score(checkpoint, tokens_path, out_path, mesh=None, layout=None, dtype="floa
             rows = tokens[start : start + step]
             padded = np.pad(rows, ((0, step - len(rows)), (0, 0)))
             output = forward(cfg, params, padded, rules=rules)
-            logits = np.asarray(output.logits)[: len(rows)]
+            logits = gather(output.logits)[: len(rows)]
             parts["logits"].append(logits)
             parts["nll"].append(_nll(logits, rows))
             if output.mtp_logits is not None:
-                parts["mtp_logits"].append(np.asarray(output.mtp_logits)[: len(rows)])
+                parts["mtp_logits"].append(gather(output.mtp_logits)[: len(rows)])
     arrays = {name: np.concatenate(rows) for name, rows in parts.items() if rows}
-    _write_npz(out, arrays)
+    if is_first():
+        _write_npz(out, arrays)
     return {
         "out": str(out), "rows": len(tokens), "mean_nll": float(arrays["nll"].mean()) if arrays["nll"].size else None,
         **{name: list(array.shape) for name, array in arrays.items()},

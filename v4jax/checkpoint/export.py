@@ -1,6 +1,7 @@
 """Writes the parameter tree as a Hugging Face style directory: official names, config.json, safetensors in pieces.
 
-The directory appears whole or not at all: everything is written beside it and renamed at the end.
+The directory appears whole or not at all: everything is written beside it and renamed at the end. Of several processes
+all take part, as each holds only its shards, and the first one writes.
 
 Next file to read: v4jax/checkpoint/names.py.
 """
@@ -10,12 +11,13 @@ import math
 import pathlib
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from sharding.processes import gather, is_first
 from v4jax.checkpoint.load import INDEX_FILE
 from v4jax.checkpoint.names import (
     check_table,
@@ -53,11 +55,16 @@ def save_safetensors(
     target = pathlib.Path(directory).resolve()
     _check_target(target, overwrite)
     leaves = check_tree(cfg, params)
+    files = _tensor_files(cfg, leaves, dtype, max_file_bytes)
+    if not is_first():
+        for _ in files:  # hands over the shards that live here
+            pass
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir()
     try:
-        _write_tensors(cfg, leaves, partial, dtype, max_file_bytes)
+        _write_tensors(files, partial)
         _write_json(partial / "config.json", cfg.to_dict() | {"torch_dtype": dtype.name})
         for path in target.iterdir() if target.exists() else ():
             if not _is_ours(path):
@@ -67,26 +74,37 @@ def save_safetensors(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_tensors(cfg: ModelConfig, leaves, directory: pathlib.Path, dtype: np.dtype, max_file_bytes: int) -> None:
-    """Files of at most `max_file_bytes` and, if there are several, the index; the tensors of one are held at a time."""
+def _tensor_files(cfg: ModelConfig, leaves, dtype: np.dtype, max_file_bytes: int) -> Iterator[tuple[str, dict]]:
+    """(file name, its tensors) of files of at most `max_file_bytes`; the tensors of one file are held at a time.
+
+    Every process must go through all of it; only the first gets tensors.
+    """
     slots = official_names(cfg)
     sizes = {
         name: math.prod(shape) * file_dtype(name, dtype).itemsize for name, shape in official_shapes(cfg).items()
     }
     pieces = _split(sizes, max_file_bytes)
-    weight_map = {}
     for i, names in enumerate(pieces, start=1):
-        file = "model.safetensors" if len(pieces) == 1 else f"model-{i:05}-of-{len(pieces):05}.safetensors"
         tensors = {}
         for name in names:
-            tensors[name] = read_slot(name, leaves[slots[name].path], slots[name], file_dtype(name, dtype))
-            if name.endswith(".tid2eid"):
-                check_table(cfg, name, tensors[name])
+            leaf = gather(leaves[slots[name].path], slots[name].index)
+            if is_first():
+                tensors[name] = read_slot(name, leaf, slots[name]._replace(index=()), file_dtype(name, dtype))
+                if name.endswith(".tid2eid"):
+                    check_table(cfg, name, tensors[name])
+        yield ("model.safetensors" if len(pieces) == 1 else f"model-{i:05}-of-{len(pieces):05}.safetensors"), tensors
+        tensors.clear()
+
+
+def _write_tensors(files: Iterator[tuple[str, dict]], directory: pathlib.Path) -> None:
+    """The files and, if there are several, their index."""
+    weight_map, total = {}, 0
+    for file, tensors in files:
         save_file(tensors, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(pieces) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _write_json(directory / INDEX_FILE, index)
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(set(weight_map.values())) > 1:
+        _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -91,7 +91,7 @@ def load_store_params(directory, abstract) -> Any:
 
 def check_same_arrays(path, abstract) -> None:
     """Raises ValueError where the stored params differ from `abstract` in names, shapes or dtypes (Orbax would cast)."""
-    stored = ocp.checkpointables_metadata(path).metadata["params"]
+    stored = ocp.metadata(path, "params").metadata
     have = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(stored)}
     want = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
     for name in sorted(have.keys() | want.keys()):
@@ -105,11 +105,11 @@ def _name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def write_config(directory, cfg: ModelConfig) -> None:
-    """Writes config.json, or checks that the one there describes the same model.
+def check_config(directory, cfg: ModelConfig) -> None:
+    """Refuses a directory that `write_config` would refuse; changes nothing.
 
     Raises:
-      ValueError: the directory belongs to another model; names the first field that differs. Nothing is changed.
+      ValueError: the directory belongs to another model (names the first field that differs), or to something else.
     """
     directory = pathlib.Path(directory)
     path = directory / "config.json"
@@ -121,11 +121,21 @@ def write_config(directory, cfg: ModelConfig) -> None:
                     f"{directory} holds a run of another model: {name} is {old.get(name)} there, {new.get(name)} here; "
                     "choose another run directory"
                 )
-        return
-    if directory.exists() and any(directory.iterdir()):
+    elif directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty and holds no v4jax run; choose another run directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(cfg.to_dict(), indent=2) + "\n")
+
+
+def write_config(directory, cfg: ModelConfig) -> None:
+    """Writes config.json, or finds that the one there describes the same model.
+
+    Raises:
+      ValueError: see check_config.
+    """
+    check_config(directory, cfg)
+    path = pathlib.Path(directory) / "config.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(cfg.to_dict(), indent=2) + "\n")
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

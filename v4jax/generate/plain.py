@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sharding.processes import gather
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.model.transformer import apply, project_logits
@@ -57,7 +58,7 @@ def generate(
         length = _padded_length(len(ids), len(prompt) + max_new_tokens)
         row = np.zeros((rows, length), np.int32)
         row[:, : len(ids)] = ids
-        logits = np.asarray(_last_logits(cfg, rules, jnp.dtype(dtype), params, row, len(ids) - 1))
+        logits = gather(_last_logits(cfg, rules, jnp.dtype(dtype), params, row, len(ids) - 1))
         if temperature == 0:
             token = int(logits.argmax())
         else:

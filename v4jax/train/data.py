@@ -16,12 +16,14 @@ import codecs
 import dataclasses
 import hashlib
 import itertools
+import json
 import pathlib
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable, Sequence
 from typing import NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 from v4jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -137,32 +139,28 @@ def train_batches(
     batch_size: int,
     *,
     vocab_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
-    """Endless training batches; this process's rows of them, [batch_size / process_count, seq_len].
+    """Endless training batches; the given rows of them (None: all), [len(rows), seq_len].
 
-    The iterator has get_state and set_state, and Orbax saves and loads it as a checkpointable. Restoring onto other
-    documents or sizes raises ValueError rather than go on elsewhere.
+    The iterator has get_state and set_state, and Orbax saves and loads it as a checkpointable: each process writes the
+    positions of its rows, and reads those of any process, so another number of processes can go on. Restoring onto
+    other documents or sizes raises ValueError rather than go on elsewhere.
 
     Raises:
       ValueError: sizes that do not fit one another, a tokenizer wider than the model, or as read_documents does.
     """
-    _check_sizes(tokenizer, seq_len, batch_size, vocab_size, process_index, process_count)
+    rows = _check_sizes(tokenizer, seq_len, batch_size, vocab_size, rows)
     documents, _ = split_documents(cfg, read_documents(cfg))
     pieces = grain.MapDataset.source(_Pieces(documents, tokenizer, seq_len)).seed(cfg.seed).shuffle().repeat()
-    share = batch_size // process_count
-    first = process_index * share
-    rows = [_packed(pieces[row::batch_size], seq_len) for row in range(first, first + share)]
     settings = {
         "documents": _fingerprint(documents),
         "tokenizer": f"{type(tokenizer).__name__} of {tokenizer.vocab_size}",
         "seed": cfg.seed,
         "seq_len": seq_len,
         "batch_size": batch_size,
-        "process": f"{process_index} of {process_count}",
     }
-    return iter(_StackedRows(rows, settings))
+    return iter(_StackedRows([_packed(pieces[row::batch_size], seq_len) for row in rows], rows, settings))
 
 
 def held_out_batches(
@@ -172,30 +170,28 @@ def held_out_batches(
     batch_size: int,
     *,
     vocab_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     max_batches: int | None = None,
 ) -> list[Batch]:
     """The held-out documents once, in a fixed mixed order; the last batch is filled up with rows of segment 0.
 
-    Each process gets its rows of the same number of batches. max_batches bounds the list (None: all of it).
+    `rows` of each batch (None: all); the number of batches does not depend on them. max_batches bounds the list (None:
+    all of it).
 
     Raises:
       ValueError: as train_batches does.
     """
-    _check_sizes(tokenizer, seq_len, batch_size, vocab_size, process_index, process_count)
+    rows = _check_sizes(tokenizer, seq_len, batch_size, vocab_size, rows)
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches: got {max_batches}; must be at least 1, or None")
     _, documents = split_documents(cfg, read_documents(cfg))
     pieces = grain.MapDataset.source(_Pieces(documents, tokenizer, seq_len)).seed(0).shuffle()
     limit = None if max_batches is None else max_batches * batch_size
     packed = itertools.islice(_packed(pieces, seq_len), limit)
-    rows = [(row["tokens"], row["tokens_segment_ids"]) for row in packed]
+    every = [(row["tokens"], row["tokens_segment_ids"]) for row in packed]
     empty = np.zeros(seq_len, np.int32)
-    rows += [(empty, empty)] * (-len(rows) % batch_size)
-    share = batch_size // process_count
-    first = process_index * share
-    return [_stack(rows[begin + first : begin + first + share]) for begin in range(0, len(rows), batch_size)]
+    every += [(empty, empty)] * (-len(every) % batch_size)
+    return [_stack([every[begin + row] for row in rows]) for begin in range(0, len(every), batch_size)]
 
 
 def unigram_loss(train: Iterable[Batch], held_out: Iterable[Batch], vocab_size: int) -> float:
@@ -304,28 +300,29 @@ def _packed(pieces: grain.MapDataset, seq_len: int) -> grain.IterDataset:
 
 
 class _StackedRows(grain.IterDataset):
-    """Stacks one row of each parent into a batch."""
+    """Stacks one row of each parent into a batch; `numbers` are their places in the global batch."""
 
-    def __init__(self, rows: list[grain.IterDataset], settings: dict):
+    def __init__(self, rows: list[grain.IterDataset], numbers: list[int], settings: dict):
         super().__init__(rows)
-        self._settings = settings
+        self._numbers, self._settings = numbers, settings
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _StackedRowsIterator([iter(row) for row in self._parents], self._settings)
+        return _StackedRowsIterator([iter(row) for row in self._parents], self._numbers, self._settings)
 
 
 class _StackedRowsIterator(grain.DatasetIterator):
-    def __init__(self, rows: list[grain.DatasetIterator], settings: dict):
+    def __init__(self, rows: list[grain.DatasetIterator], numbers: list[int], settings: dict):
         super().__init__(rows)
-        self._settings = settings
+        self._numbers, self._settings = numbers, settings
 
     def __next__(self) -> Batch:
         rows = [next(row) for row in self._parents]
         return _stack([(row["tokens"], row["tokens_segment_ids"]) for row in rows])
 
     def get_state(self) -> dict:
-        """Small and free of arrays, so that JSON keeps it."""
-        return {"settings": self._settings, "rows": [row.get_state() for row in self._parents]}
+        """Small and free of arrays, so that JSON keeps it. Rows go by their number in the global batch."""
+        rows = {str(number): row.get_state() for number, row in zip(self._numbers, self._parents, strict=True)}
+        return {"settings": self._settings, "rows": rows}
 
     def set_state(self, state: dict) -> None:
         for name, value in self._settings.items():
@@ -334,11 +331,39 @@ class _StackedRowsIterator(grain.DatasetIterator):
                 raise ValueError(
                     f"data position: was saved with {name} {was}, this run has {value}; only the same can go on"
                 )
-        for row, saved in zip(self._parents, state["rows"], strict=True):
+        for number, row in zip(self._numbers, self._parents, strict=True):
+            if str(number) not in state["rows"]:
+                raise ValueError(f"data position: has no row {number}; a file of the checkpoint is missing")
+            saved = state["rows"][str(number)]
             # Orbax keeps the state as JSON, which makes lists of tuples. grain 0.2.18 compares these slices with a
             # tuple, takes an empty remainder for a real one, and silently drops a whole document.
             slices = {name: tuple(ends) for name, ends in saved["remainder_slices"].items()}
             row.set_state(saved | {"remainder_slices": slices})
+
+    # Orbax calls these two. grain's own would want one file per process again, from the same number of processes.
+
+    async def save(self, directory) -> Awaitable[None]:
+        """Writes this process's rows, as they are now, to a file of its own; in the background."""
+        name, text = f"process_{jax.process_index()}.json", json.dumps(self.get_state())
+
+        async def write():
+            (await directory.await_creation() / name).write_text(text)
+
+        return write()
+
+    async def load(self, directory) -> Awaitable[None]:
+        """Sets the position from the rows that all processes wrote."""
+
+        async def read():
+            states = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+            if not states or isinstance(states[0]["rows"], list):
+                raise ValueError(
+                    f"data position: {directory} has none, or one of an older v4jax; use a new run directory"
+                )
+            rows = {number: row for state in states for number, row in state["rows"].items()}
+            self.set_state({"settings": states[0]["settings"], "rows": rows})
+
+        return read()
 
 
 def _stack(rows: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
@@ -354,16 +379,19 @@ def _targets(batch: Batch) -> np.ndarray:
 
 
 def _check_sizes(
-    tokenizer: Tokenizer, seq_len: int, batch_size: int, vocab_size: int, process_index: int, process_count: int
-) -> None:
+    tokenizer: Tokenizer, seq_len: int, batch_size: int, vocab_size: int, rows: Sequence[int] | None
+) -> list[int]:
+    """The rows, all of them for None."""
     if seq_len < 2:
         raise ValueError(f"seq_len: got {seq_len}; must be at least 2, a token and the one it predicts")
-    if batch_size < 1 or process_count < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size: got {batch_size}; must be a positive multiple of process_count={process_count}")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index: got {process_index}; must be in [0, process_count={process_count})")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}; must be at least 1")
+    rows = list(range(batch_size)) if rows is None else list(rows)
+    if not rows or sorted(set(rows)) != rows or rows[0] < 0 or rows[-1] >= batch_size:
+        raise ValueError(f"rows: got {rows}; must be one or more rows of the batch, in [0, {batch_size}), ascending")
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"vocab_size: got {vocab_size}; the tokenizer has ids up to {tokenizer.vocab_size - 1}, so it must be at "
             f"least {tokenizer.vocab_size}"
         )
+    return rows

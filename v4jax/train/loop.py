@@ -1,12 +1,16 @@
-"""The training run: check everything, start or resume, step, report, save; at the end plot, export and sample.
+"""The training run: check everything, start or resume, step, report, save; at the end plot and export.
 
 Order of start-up: abstract parameters -> shardings -> state created (or restored) in place -> one compiled step.
+
+Of several processes each runs all of this and loads the rows its own devices hold; only the first writes and prints.
+What they do together they must do in one order: steps, evaluation, checkpoints, export.
 
 Next file to read: v4jax/checkpoint/store.py.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 from collections.abc import Iterable
@@ -17,15 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.mesh import make_mesh, parse_mesh
+from sharding.processes import check_whole, from_rows, is_first, local_rows, wait_for_all
 from sharding.rules import AxisRules, layout_for
 from v4jax.checkpoint.export import save_safetensors
-from v4jax.checkpoint.store import Store, check_same_arrays, write_config
+from v4jax.checkpoint.store import Store, check_config, check_same_arrays, write_config
 from v4jax.cost import train_flops_per_token
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_batches, tokenizer_of, train_batches, unigram_loss
 from v4jax.train.loss import loss_and_routing
-from v4jax.train.report import Reporter, plot_losses, require_plots
+from v4jax.train.report import Reporter, Silent, plot_losses, require_plots
 from v4jax.train.step import batch_sharding, compile_step, init_state, state_shardings
+
+UNIGRAM_BATCHES = 64
+"""Training batches that the unigram model is counted from."""
 
 
 class TrainingFailed(RuntimeError):
@@ -33,7 +41,7 @@ class TrainingFailed(RuntimeError):
 
 
 def train(cfg: TrainConfig) -> dict[str, Any]:
-    """Runs or resumes `cfg` to its last step and returns a summary (paths, losses, speed).
+    """Runs or resumes `cfg` to its last step and returns a summary: paths, losses, speed ({} but on the first process).
 
     Raises:
       ValueError: anything wrong with config, mesh, data or run directory, before training starts.
@@ -42,44 +50,60 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes) if math.prod(sizes.values()) > 1 else AxisRules()
     mesh = make_mesh(sizes)
+    check_whole(mesh)
     _check(cfg, rules, sizes)
     run = pathlib.Path(cfg.run_dir)
     tokenizer = tokenizer_of(cfg.data)
     with jax.set_mesh(mesh):
         shardings = state_shardings(cfg, rules, mesh)
-        data = _data(cfg, tokenizer)
-        held_out = _held_out(cfg, tokenizer)
-        write_config(run, cfg.model)
-        tokenizer.save(run)
+        place = batch_sharding(rules, mesh)
+        rows = local_rows(place, (cfg.batch_size, cfg.seq_len))
+        data = _data(cfg, tokenizer, rows)
+        held_out = _held_out(cfg, tokenizer, rows)
+        _prepare(run, cfg, tokenizer)
         with Store(run, cfg.keep, writes=True) as store:
             state, first = _start(cfg, shardings, store, data)
-            with Reporter(run, cfg, first, train_flops_per_token(cfg.model, cfg.seq_len)) as report:
-                state = _steps(cfg, rules, mesh, shardings, state, first, data, held_out, store, report)
-        return _finish(cfg, rules, run, tokenizer, state, held_out)
+            with _reporter(run, cfg, first) as report:
+                put = functools.partial(_put, place, rows, cfg.batch_size)
+                state = _steps(cfg, rules, mesh, shardings, state, first, data, held_out, put, store, report)
+        return _finish(cfg, run, tokenizer, state)
 
 
 def _check(cfg: TrainConfig, rules: AxisRules, sizes: dict[str, int]) -> None:
     require_plots()
-    parts = math.prod(sizes[axis] for axis in rules.mesh_axes("act_batch"))
-    if cfg.batch_size % parts:
-        axes = " x ".join(f"{axis}={sizes[axis]}" for axis in rules.mesh_axes("act_batch"))
-        raise ValueError(f"batch_size: got {cfg.batch_size}; must divide by the mesh axes that split it, {axes} = {parts}")
+    for field, name in (("batch_size", "act_batch"), ("seq_len", "act_seq")):
+        axes = rules.mesh_axes(name)
+        parts = math.prod(sizes[axis] for axis in axes)
+        if (got := getattr(cfg, field)) % parts:
+            shown = " x ".join(f"{axis}={sizes[axis]}" for axis in axes)
+            raise ValueError(f"{field}: got {got}; must divide by the mesh axes that split it, {shown} = {parts}")
 
 
-def _data(cfg: TrainConfig, tokenizer):
-    return train_batches(
-        cfg.data, tokenizer, cfg.seq_len, cfg.batch_size, vocab_size=cfg.model.vocab_size,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
+def _data(cfg: TrainConfig, tokenizer, rows: list[int] | None):
+    return train_batches(cfg.data, tokenizer, cfg.seq_len, cfg.batch_size, vocab_size=cfg.model.vocab_size, rows=rows)
 
 
-def _held_out(cfg: TrainConfig, tokenizer) -> list:
+def _held_out(cfg: TrainConfig, tokenizer, rows: list[int] | None) -> list:
     if cfg.eval_batches == 0:
         return []
     return held_out_batches(
-        cfg.data, tokenizer, cfg.seq_len, cfg.batch_size, vocab_size=cfg.model.vocab_size,
-        process_index=jax.process_index(), process_count=jax.process_count(), max_batches=cfg.eval_batches,
+        cfg.data, tokenizer, cfg.seq_len, cfg.batch_size, vocab_size=cfg.model.vocab_size, rows=rows,
+        max_batches=cfg.eval_batches,
     )  # fmt: skip
+
+
+def _prepare(run: pathlib.Path, cfg: TrainConfig, tokenizer) -> None:
+    """The run directory, written by one process after all have found that it may be."""
+    check_config(run, cfg.model)
+    wait_for_all("the run directory is checked")
+    if is_first():
+        write_config(run, cfg.model)
+        tokenizer.save(run)
+    wait_for_all("the run directory is there")
+
+
+def _reporter(run: pathlib.Path, cfg: TrainConfig, first: int) -> Reporter | Silent:
+    return Reporter(run, cfg, first, train_flops_per_token(cfg.model, cfg.seq_len)) if is_first() else Silent()
 
 
 def _start(cfg: TrainConfig, shardings, store: Store, data):
@@ -97,18 +121,20 @@ def _start(cfg: TrainConfig, shardings, store: Store, data):
     check_same_arrays(store.path(step), abstract.public)
     items = store.load(step, {"params": abstract.public, "optimizer": abstract.optimizer, "data": data})
     router = items["params"].pop("router")
-    count = jax.device_put(jnp.asarray(step, jnp.int32), shardings.step)
+    count = jax.make_array_from_callback((), shardings.step, lambda _: np.asarray(step, np.int32))
     return dataclasses.replace(
         abstract, params=items["params"], router=router, optimizer=items["optimizer"], step=count
     ), step
 
 
-def _steps(cfg, rules, mesh, shardings, state, first, data, held_out, store: Store, report):
-    place = batch_sharding(rules, mesh)
+def _steps(cfg, rules, mesh, shardings, state, first, data, held_out, put, store: Store, report):
     step_function = compile_step(cfg, rules, shardings, mesh)
-    evaluate = _evaluator(cfg, rules, place)
+    evaluate = _evaluator(cfg, rules, put)
     for step in range(first + 1, cfg.steps + 1):
-        batch = _put(next(data), place)
+        batch = put(next(data))
+        if step == first + 1:  # gloo's reduce-scatter gives up when a process comes more than 30 s late: compile first
+            step_function = step_function.lower(jax.block_until_ready(state), batch).compile()
+            wait_for_all("the step is compiled")
         state, metrics = step_function(state, batch)
         log = step % cfg.log_every == 0 or step in (first + 1, cfg.steps)
         save = step % cfg.checkpoint_every == 0 or step == cfg.steps
@@ -122,15 +148,17 @@ def _steps(cfg, rules, mesh, shardings, state, first, data, held_out, store: Sto
         if held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
             report.evaluation(step, {"held_out_nll": evaluate(state.public, held_out)})
         if save:
+            jax.block_until_ready(state)
             store.save(step, {"params": state.public, "optimizer": state.optimizer, "data": data})
     return state
 
 
-def _put(batch, place):
-    return {name: jax.make_array_from_process_local_data(place, value) for name, value in batch.items()}
+def _put(place, rows: list[int], count: int, batch):
+    """This process's rows of a batch -> the global batch on its devices."""
+    return {name: from_rows(place, value, rows, count) for name, value in batch.items()}
 
 
-def _evaluator(cfg: TrainConfig, rules: AxisRules, place):
+def _evaluator(cfg: TrainConfig, rules: AxisRules, put):
     @jax.jit
     def nll(params, batch):
         _, (metrics, _) = loss_and_routing(cfg.model, params, batch, rules=rules, dtype=jnp.dtype(cfg.dtype))
@@ -139,38 +167,27 @@ def _evaluator(cfg: TrainConfig, rules: AxisRules, place):
 
     def evaluate(params, batches: Iterable) -> float:
         """Mean nats per token over all batches."""
-        pairs = [nll(params, _put(batch, place)) for batch in batches]
+        # One at a time: on CPU two independent programs of several processes must not overlap (sharding/processes.py).
+        pairs = [jax.block_until_ready(nll(params, put(batch))) for batch in batches]
         counts = np.array([float(count) for _, count in pairs])
         return float(np.dot(counts, [float(value) for value, _ in pairs]) / counts.sum())
 
     return evaluate
 
 
-def _finish(cfg: TrainConfig, rules, run: pathlib.Path, tokenizer, state, held_out) -> dict[str, Any]:
-    """Picture, export, sample; everything can be made again from the checkpoint."""
+def _finish(cfg: TrainConfig, run: pathlib.Path, tokenizer, state) -> dict[str, Any]:
+    """Export and picture; both can be made again from the checkpoint."""
     summary: dict[str, Any] = {"run_dir": str(run), "steps": cfg.steps}
-    if held_out:
-        summary["unigram_nll"] = unigram_loss(_first_batches(cfg, tokenizer), held_out, cfg.model.vocab_size)
-    summary["picture"] = str(plot_losses(run, summary.get("unigram_nll")))
-    summary |= Reporter.last(run)
     if cfg.export != "none":
         target = run / "export"
         save_safetensors(cfg.model, state.public, target, dtype=cfg.export, overwrite=True)
-        tokenizer.save(target)
         summary["export"] = str(target)
-    if cfg.sample_tokens:
-        from v4jax.generate.plain import generate
-
-        prompt = [tokenizer.bos_token_id] + tokenizer.encode(cfg.sample_prompt)
-        ids = generate(
-            cfg.model, state.public, prompt, cfg.sample_tokens, temperature=0.7, seed=cfg.seed, rules=rules,
-            dtype=jnp.dtype(cfg.dtype),
-        )  # fmt: skip
-        summary["sample"] = cfg.sample_prompt + tokenizer.decode(ids)
-        (run / "sample.txt").write_text(summary["sample"])
-    return summary
-
-
-def _first_batches(cfg: TrainConfig, tokenizer, count: int = 64):
-    batches = _data(cfg, tokenizer)
-    return (next(batches) for _ in range(count))
+    if not is_first():
+        return {}
+    if cfg.export != "none":
+        tokenizer.save(target)
+    if held_out := _held_out(cfg, tokenizer, None):
+        train_rows = itertools.islice(_data(cfg, tokenizer, None), UNIGRAM_BATCHES)
+        summary["unigram_nll"] = unigram_loss(train_rows, held_out, cfg.model.vocab_size)
+    summary["picture"] = str(plot_losses(run, summary.get("unigram_nll")))
+    return summary | Reporter.last(run)

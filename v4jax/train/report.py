@@ -34,7 +34,7 @@ def matmul_rate(dtype: jnp.dtype, size: int = 2048, repeats: int = 3) -> float:
 
     Simulated CPU devices share the machine's cores, so there one matmul already uses all of them.
     """
-    with jax.set_mesh(make_mesh(parse_mesh(None))):  # one device, whatever mesh the caller runs on
+    with jax.set_mesh(make_mesh(parse_mesh(None))):  # one device (the first process's), whatever mesh the caller runs on
         a = jnp.ones((size, size), dtype)
         multiply = jax.jit(lambda a: a @ a)
         jax.block_until_ready(multiply(a))
@@ -118,6 +118,22 @@ class Reporter:
         for line in read_metrics(run):
             newest |= line
         return newest
+
+
+class Silent:
+    """What every process of a job but the first shows: nothing."""
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        pass
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        pass
 
 
 def read_metrics(run) -> list[dict[str, float]]:

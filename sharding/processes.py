@@ -1,0 +1,191 @@
+"""One JAX job of several processes: joining it, leaving it when something fails, rows in, whole arrays out.
+
+`start` is called before JAX is used. What it does is said by the environment, never guessed:
+
+    V4JAX_COORDINATOR=host:port, V4JAX_PROCESSES=P, V4JAX_PROCESS=i    this is process i of P; host is that of process 0
+    V4JAX_CLUSTER=slurm | tpu                                          ask SLURM, or the TPU pod, for these three
+    none of them                                                       one process; nothing is done
+
+A collective below ("every process calls it") waits until all have called it.
+
+On CPU, gloo has one connection per group of devices, and two programs under way at once mix their messages: the job hangs
+or dies. So a program that does not depend on the one before is started only when that one has ended
+(jax.block_until_ready); steps that hand their state on need nothing.
+
+Next file to read: sharding/params.py.
+"""
+
+import logging
+import os
+import sys
+import zlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+COORDINATOR, PROCESSES, PROCESS, CLUSTER = "V4JAX_COORDINATOR", "V4JAX_PROCESSES", "V4JAX_PROCESS", "V4JAX_CLUSTER"
+
+HEARTBEAT_SECONDS = 30
+"""A process that has been silent for so long is dead, and all others end with an error. JAX's own default is 100."""
+
+
+# ---- joining and leaving ---------------------------------------------------------------------------------------------
+
+
+def start() -> None:
+    """Joins the job that the environment describes; without effect if it describes none, or the job is joined already.
+
+    SIGTERM keeps its meaning (JAX's preemption service would swallow it): checkpoints are whole at any time.
+
+    Raises:
+      ValueError: variables that are incomplete, contradict one another or do not fit this machine; names them.
+      RuntimeError: the other processes did not come within JAX's 5 minutes.
+    """
+    settings = _settings(os.environ)
+    if settings is None or jax.distributed.is_initialized():
+        return
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(**settings, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except (ValueError, KeyError, TypeError) as error:  # what JAX raises where the cluster's variables are not there
+        raise ValueError(f"{CLUSTER}={os.environ.get(CLUSTER)}: this machine is not part of one ({error})") from None
+    if jax.default_backend() == "cpu":
+        _keep_stdout_clean()
+    logging.getLogger("v4jax").info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def _settings(environ: Mapping[str, str]) -> dict | None:
+    """Arguments of jax.distributed.initialize, or None for one process."""
+    given = [name for name in (COORDINATOR, PROCESSES, PROCESS) if environ.get(name)]
+    cluster = environ.get(CLUSTER)
+    if cluster:
+        if given:
+            raise ValueError(f"{CLUSTER}={cluster} and {given[0]} are both set; set one of them")
+        if cluster not in ("slurm", "tpu"):
+            raise ValueError(f"{CLUSTER}: got {cluster!r}; allowed: slurm, tpu")
+        on_gke = "TPU_WORKER_HOSTNAMES" in environ or "TPU_PROCESS_ADDRESSES" in environ
+        return {"cluster_detection_method": "slurm" if cluster == "slurm" else "gketpu" if on_gke else "gcetpu"}
+    if not given:
+        return None
+    if len(given) < 3:
+        missing = [name for name in (COORDINATOR, PROCESSES, PROCESS) if name not in given]
+        raise ValueError(f"{given[0]} is set, but {missing[0]} is not; a job of several processes needs all three")
+    address, count, index = (environ[name] for name in (COORDINATOR, PROCESSES, PROCESS))
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"{COORDINATOR}: got {address!r}; must be host:port")
+    if not count.isdecimal() or int(count) < 1:
+        raise ValueError(f"{PROCESSES}: got {count!r}; must be a positive integer")
+    if not index.isdecimal() or int(index) >= int(count):
+        raise ValueError(f"{PROCESS}: got {index!r}; must be in [0, {PROCESSES}={count})")
+    settings = dict(coordinator_address=address, num_processes=int(count), process_id=int(index))
+    if host in ("localhost", "127.0.0.1"):  # nobody else is to connect
+        settings["coordinator_bind_address"] = address
+    return settings | {"cluster_detection_method": "deactivate"}
+
+
+def _keep_stdout_clean() -> None:
+    """gloo announces each of its connections on descriptor 1, where results go: drop that, and only that."""
+    sys.stdout.flush()
+    own, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    sys.stdout = open(own, "w", buffering=1, encoding=sys.stdout.encoding)  # noqa: SIM115
+
+
+def leave(code: int) -> None:
+    """Ends this process at once: an ordinary exit would wait, for up to five minutes, for all others to end too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def is_joined() -> bool:
+    """Whether `start` has made this process one of a job."""
+    return jax.distributed.is_initialized()
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process has called it with the same text."""
+    if jax.process_count() > 1:
+        said = np.uint32(zlib.crc32(what.encode()))
+        total = _sum_of_bits(np.array([said]))[0]
+        if total != np.uint32((int(said) * jax.process_count()) % 2**32):
+            raise RuntimeError(f"processes do different things: this one waits for {what!r}, another does not")
+
+
+def check_whole(mesh: Mesh) -> None:
+    """Raises ValueError where a job of several processes has devices that `mesh` leaves out."""
+    if jax.process_count() > 1 and mesh.size != jax.device_count():
+        shown = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "of one device"
+        raise ValueError(
+            f"mesh {shown} uses {mesh.size} device(s); a job of {jax.process_count()} processes must use all its "
+            f"{jax.device_count()}"
+        )
+
+
+# ---- rows in, whole arrays out ---------------------------------------------------------------------------------------
+
+
+def local_rows(sharding: Sharding, shape: tuple[int, ...]) -> list[int]:
+    """Rows of a global array that this process's devices hold, in order.
+
+    Example: 8 rows over data=2, expert=2, tensor=2 on 2 processes of 4 devices. Process 0 has data=0, so rows 0 to 3;
+    each twice, as the devices along tensor hold the same rows. With tensor=8 alone both processes hold all 8 rows.
+    """
+    places = sharding.addressable_devices_indices_map(shape).values()
+    return sorted({row for index in places for row in range(shape[0])[index[0]]})
+
+
+def from_rows(sharding: Sharding, local: np.ndarray, rows: Sequence[int], count: int) -> jax.Array:
+    """The global array [count, ...] of which this process has `local`, the rows that `local_rows` named."""
+    where = {row: i for i, row in enumerate(rows)}
+
+    def part(index):
+        picked = [where[row] for row in range(count)[index[0]]]
+        return local[picked][(slice(None), *index[1:])]
+
+    return jax.make_array_from_callback((count, *local.shape[1:]), sharding, part)
+
+
+def gather(x, index: tuple[int, ...] = ()) -> np.ndarray:
+    """x[index] as a NumPy array, bit for bit, wherever its parts lie. Every process calls it and gets all of it.
+
+    Only what is asked for is moved: shards on this process are copied, and bits of other processes are added to zeros.
+    """
+    if not isinstance(x, jax.Array):
+        return np.asarray(x[index] if index else x)
+    jax.block_until_ready(x)  # also the parts that are not read here: see above
+    shape = x.shape[len(index) :]
+    whole = np.zeros(shape, x.dtype)
+    for shard in x.addressable_shards:
+        lead = [range(size)[part] for size, part in zip(x.shape, shard.index[: len(index)], strict=False)]
+        mine = shard.replica_id == 0 or x.is_fully_replicated
+        if mine and all(i in held for i, held in zip(index, lead, strict=True)):
+            data = np.asarray(shard.data)[tuple(i - held.start for i, held in zip(index, lead, strict=True))]
+            whole[shard.index[len(index) :]] = data
+    return whole if x.is_fully_addressable or x.is_fully_replicated else _sum_of_bits(whole)
+
+
+def _sum_of_bits(part: np.ndarray) -> np.ndarray:
+    """Sum over processes of arrays that are zero where another process has something; exact for -0.0 and NaN too."""
+    bits = np.atleast_1d(part).view(f"u{part.dtype.itemsize}")
+    first_devices = {device.process_index: device for device in reversed(jax.devices())}
+    mesh = Mesh(np.array([first_devices[i] for i in range(jax.process_count())]), ("process",))
+    split, everywhere = NamedSharding(mesh, PartitionSpec("process")), NamedSharding(mesh, PartitionSpec())
+    shape = (jax.process_count(), *bits.shape)
+    parts = jax.make_array_from_callback(shape, split, lambda _: bits[None])
+    with jax.set_mesh(mesh):
+        total = jax.jit(_add, out_shardings=everywhere)(parts)
+    return np.asarray(total.addressable_data(0)).view(part.dtype).reshape(part.shape)
+
+
+def _add(parts: jax.Array) -> jax.Array:
+    return parts.sum(0, dtype=parts.dtype)

@@ -73,7 +73,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="v4jax", description="DeepSeek-V4 in JAX: train, generate, score, convert, cost, launch.")
+    parser = _Parser(prog="v4jax", description="DeepSeek-V4 in JAX: train, generate, score, convert, cost, layout, launch.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
     def command(name, run, text):
@@ -117,6 +117,15 @@ def _parser() -> argparse.ArgumentParser:
     cost = command("cost", _cost, "Parameters, FLOPs per token and cache bytes, from the configuration alone.")
     cost.add_argument("config", help="CONFIG.py or config.json")
     cost.add_argument("--context", type=int, help="tokens in the sequence (default: max_position_embeddings)")
+
+    layout = command("layout", _layout, "Compile the training step for devices that need not exist; show what lies and moves where.")
+    layout.add_argument("config", help="CONFIG.py or config.json")
+    layout.add_argument("--mesh", help="for example fsdp=8,expert=16 (default: that of CONFIG.py)")
+    layout.add_argument("--layout", help="sharding layout (default: that of CONFIG.py, or full)")
+    layout.add_argument("--target", default="cpu", help="cpu, or a TPU topology such as v5p:4x4x8 (extra `tpu`)")
+    layout.add_argument("--seq", type=int, help="tokens a row")
+    layout.add_argument("--batch", type=int, help="rows a step (default: one a device)")
+    layout.add_argument("--lower-only", action="store_true", help="stop before compiling: seconds instead of minutes for a full model")
 
     launch = command("launch", _launch, "Run -- COMMAND as one JAX job of local processes on simulated CPU devices.")
     launch.add_argument("--processes", type=int, required=True, help="local processes")
@@ -232,6 +241,35 @@ def _cost(arguments, _):
     return None
 
 
+def _layout(arguments, _):
+    import dataclasses
+
+    path = pathlib.Path(arguments.config)
+    if path.suffix == ".py":
+        cfg = _read_config_file(path)
+    else:
+        from v4jax.config import ModelConfig
+        from v4jax.train.config import TrainConfig
+
+        model = ModelConfig.from_json(path)
+        cfg = TrainConfig(model=model, run_dir="", steps=1, batch_size=1, seq_len=4096, learning_rate=1e-4, warmup_steps=0)
+    changes = {"mesh": arguments.mesh, "layout": arguments.layout, "seq_len": arguments.seq}
+    cfg = dataclasses.replace(cfg, **{name: value for name, value in changes.items() if value is not None})
+    from sharding.mesh import parse_mesh
+
+    devices = math.prod(parse_mesh(cfg.mesh).values())
+    cfg = dataclasses.replace(cfg, batch_size=arguments.batch or devices)
+    if arguments.target == "cpu":
+        _start(cfg.mesh)
+    from v4jax.layout import report_layout
+
+    result = report_layout(cfg, arguments.target, arguments.lower_only)
+    if arguments.json:
+        return result.to_dict()
+    _print_rows(result.rows())
+    return None
+
+
 def _launch(arguments, command: list[str]) -> int:
     from v4jax.launch import launch
 
@@ -300,7 +338,10 @@ def _print_rows(rows) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    rows = list(rows)
     table = Table(show_header=False, box=None)
+    for _ in rows[0]:
+        table.add_column(overflow="fold")  # whole names, also where lines are short
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     Console().print(table)

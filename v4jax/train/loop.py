@@ -30,7 +30,7 @@ from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_batches, tokenizer_of, train_batches, unigram_loss
 from v4jax.train.loss import loss_and_routing
 from v4jax.train.report import Reporter, Silent, plot_losses, require_plots
-from v4jax.train.step import batch_sharding, compile_step, init_state, state_shardings
+from v4jax.train.step import batch_sharding, check_batch, compile_step, init_state, state_shardings
 
 UNIGRAM_BATCHES = 64
 """Training batches that the unigram model is counted from."""
@@ -51,7 +51,8 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     rules = layout_for(cfg.layout, sizes) if math.prod(sizes.values()) > 1 else AxisRules()
     mesh = make_mesh(sizes)
     check_whole(mesh)
-    _check(cfg, rules, sizes)
+    require_plots()
+    check_batch(cfg, rules, sizes)
     run = pathlib.Path(cfg.run_dir)
     tokenizer = tokenizer_of(cfg.data)
     with jax.set_mesh(mesh):
@@ -67,16 +68,6 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
                 put = functools.partial(_put, place, rows, cfg.batch_size)
                 state = _steps(cfg, rules, mesh, shardings, state, first, data, held_out, put, store, report)
         return _finish(cfg, run, tokenizer, state)
-
-
-def _check(cfg: TrainConfig, rules: AxisRules, sizes: dict[str, int]) -> None:
-    require_plots()
-    for field, name in (("batch_size", "act_batch"), ("seq_len", "act_seq")):
-        axes = rules.mesh_axes(name)
-        parts = math.prod(sizes[axis] for axis in axes)
-        if (got := getattr(cfg, field)) % parts:
-            shown = " x ".join(f"{axis}={sizes[axis]}" for axis in axes)
-            raise ValueError(f"{field}: got {got}; must divide by the mesh axes that split it, {shown} = {parts}")
 
 
 def _data(cfg: TrainConfig, tokenizer, rows: list[int] | None):

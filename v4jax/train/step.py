@@ -5,6 +5,7 @@ Next file to read: v4jax/train/loop.py.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,6 +106,16 @@ def state_shardings(cfg: TrainConfig, rules: AxisRules, mesh: Mesh) -> TrainStat
 def batch_sharding(rules: AxisRules, mesh: Mesh) -> NamedSharding:
     """Where tokens and segment ids [B,S] lie."""
     return NamedSharding(mesh, rules.spec(("act_batch", "act_seq")))
+
+
+def check_batch(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError if rows or their length do not divide over the mesh axes that cut them."""
+    for field, name in (("batch_size", "act_batch"), ("seq_len", "act_seq")):
+        axes = rules.mesh_axes(name)
+        parts = math.prod(sizes[axis] for axis in axes)
+        if (got := getattr(cfg, field)) % parts:
+            shown = " x ".join(f"{axis}={sizes[axis]}" for axis in axes)
+            raise ValueError(f"{field}: got {got}; must divide by the mesh axes that split it, {shown} = {parts}")
 
 
 def init_state(cfg: TrainConfig, shardings: TrainState) -> TrainState:

@@ -1,0 +1,57 @@
+"""`v4jax layout`: full-size models lower on hundreds of devices that do not exist, with every large weight cut."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from test_mesh import CFG
+
+from v4jax.layout import report_layout
+
+
+def run(*arguments, code=0):
+    done = subprocess.run([sys.executable, "-m", "v4jax", "layout", *arguments], capture_output=True, text=True, timeout=900)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, parameters", [("flash", 284e9), ("pro", 1.6e12)])
+def test_full_models_lower_on_512_devices(name, parameters):
+    mesh = "slice=2,fsdp=4,context=2,expert=16,tensor=2"
+    out = run(f"configs/{name}.py", "--mesh", mesh, "--layout", "pod", "--lower-only", "--json")
+    report = json.loads(out)
+    # Weights and momentum, float32, held once in each of the two slices; tables, AdamW's second moment and norms are the rest.
+    assert 8 * parameters / 256 < report["state_bytes"] < 1.15 * 8 * parameters / 256
+    dense = [row for row in report["largest"] if "/experts/" not in row[0]]
+    assert all(size < 64e6 for _, _, size in dense), dense
+    assert report["temporary_bytes"] is None and report["collectives"] == []
+
+
+def test_a_small_step_reports_what_it_sends():
+    report = report_layout(dataclasses.replace(CFG, mesh="fsdp=2,expert=4"))
+    sent = {(axes, kind): size for axes, kind, _, size in report.collectives}
+    # Tokens to the devices that hold experts and back; weights gathered over fsdp, gradients scattered.
+    for key in (("expert", "all-gather"), ("expert", "reduce-scatter"), ("fsdp", "all-gather"), ("fsdp", "reduce-scatter")):
+        assert sent[key] > 0, sent
+    assert not any("?" in axes for axes, _ in sent)
+    assert report.temporary_bytes > 0 and report.compile_seconds > 0
+    assert "P(" in report.largest[0][1] and report.largest[0][2] >= report.largest[-1][2]
+    assert all(len(row) == 4 for row in report.rows())
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["--mesh", "fsdp=2,context=5"], "seq_len: got 384; must divide"),
+        (["--mesh", "fsdp=2", "--batch", "3"], "batch_size: got 3; must divide"),
+        (["--mesh", "expert=2", "--layout", "dp"], "layout 'dp' does not use mesh axis expert=2"),
+        (["--target", "v5p:4x4"], "target"),
+        (["--report", "x.html"], "unknown argument"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, line):
+    error = run("configs/demo.py", *arguments, code=2)
+    assert line in error and error.count("\n") == 1, error

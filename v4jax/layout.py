@@ -1,0 +1,102 @@
+"""What a layout does with the training step, found by compiling it for devices that need not exist.
+
+Weights are never made: the step is lowered from shapes and shardings alone.
+
+Next file to read: sharding/audit.py.
+"""
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sharding.audit import collectives, totals
+from sharding.mesh import make_mesh, parse_mesh, topology_mesh
+from sharding.params import bytes_per_device
+from sharding.rules import layout_for
+from v4jax.model.transformer import abstract_params
+from v4jax.train.config import TrainConfig
+from v4jax.train.step import batch_sharding, check_batch, compile_step, state_from, state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutReport:
+    """Bytes are per device; seconds are of this machine.
+
+    Attributes:
+      state_bytes: weights, router tables and optimizer state. largest: the parameters with most bytes, with their cut.
+      temporary_bytes: what the compiler reserves for one step (None if it was only lowered; on XLA:CPU no guide to a TPU's).
+      collectives: (mesh axes, kind, calls per step, bytes that a device sends per step), largest first.
+    """
+
+    mesh: str
+    layout: str
+    target: str
+    state_bytes: int
+    temporary_bytes: int | None
+    largest: tuple[tuple[str, str, int], ...]
+    collectives: tuple[tuple[str, str, int, int], ...]
+    lower_seconds: float
+    compile_seconds: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def rows(self) -> list[tuple]:
+        """A table for people."""
+        rows = [("mesh", self.mesh, self.layout, self.target), ("state", _bytes(self.state_bytes), "", "")]
+        if self.temporary_bytes is not None:
+            rows.append(("temporary", _bytes(self.temporary_bytes), "", ""))
+        rows += [("parameter", name, cut, _bytes(size)) for name, cut, size in self.largest]
+        rows += [("sent", f"{axes}: {kind}", f"{calls} calls", _bytes(size)) for axes, kind, calls, size in self.collectives]
+        rows.append(("lowered in", f"{self.lower_seconds:.1f} s", "", ""))
+        return rows + ([("compiled in", f"{self.compile_seconds:.1f} s", "", "")] if self.compile_seconds is not None else [])
+
+
+def report_layout(cfg: TrainConfig, target: str = "cpu", lower_only: bool = False) -> LayoutReport:
+    """Lowers, and unless `lower_only` compiles, the train step of `cfg` (its mesh, layout, lengths) for `target`.
+
+    Args:
+      target: "cpu" (simulated devices) or a TPU topology such as "v5p:4x4x8".
+
+    Raises:
+      ValueError: mesh, layout, batch or target that do not fit.
+    """
+    sizes = parse_mesh(cfg.mesh)
+    rules = layout_for(cfg.layout, sizes)
+    check_batch(cfg, rules, sizes)
+    mesh = make_mesh(sizes) if target == "cpu" else topology_mesh(target, sizes)
+    places = state_shardings(cfg, rules, mesh)
+    abstract = jax.eval_shape(functools.partial(state_from, cfg), abstract_params(cfg.model))
+    state = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), abstract, places)
+    rows = jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len), jnp.int32, sharding=batch_sharding(rules, mesh))
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        lowered = compile_step(cfg, rules, places, mesh).lower(state, {"tokens": rows, "segment_ids": rows})
+        lowered_at = time.perf_counter()
+        compiled = None if lower_only else lowered.compile()
+    found = totals(collectives(compiled.as_text(), mesh)) if compiled else {}
+    return LayoutReport(
+        mesh=cfg.mesh, layout=cfg.layout, target=target,
+        state_bytes=bytes_per_device(state, places),
+        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes if compiled else None,
+        largest=_largest(state.public, places.public),
+        collectives=tuple((*key, *value) for key, value in found.items()),
+        lower_seconds=lowered_at - start,
+        compile_seconds=time.perf_counter() - lowered_at if compiled else None,
+    )  # fmt: skip
+
+
+def _largest(params, places, count: int = 8) -> tuple[tuple[str, str, int], ...]:
+    found = []
+    for (path, leaf), place in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(places), strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found.append((name, str(place.spec), bytes_per_device(leaf, place)))
+    return tuple(sorted(found, key=lambda row: -row[2])[:count])
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"

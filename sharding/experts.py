@@ -6,13 +6,16 @@ of weight 0. So a grouped matmul works on whole blocks, no token is ever dropped
 Example, 2 experts, block 2, five assignments e = [1, 0, 1, 1, 0]: rows are [#1, #4 | #0, #2 | #3, filler],
 group_sizes [2, 4], block_expert [0, 1, 1].
 
-On a mesh, tokens are gathered over the mesh axes that hold experts, every device runs its own experts on all of them, and
-the sums are scattered back. Experts' hidden width may be cut too; the partial sums are then added.
+On a mesh there are two ways from tokens to experts, and the layout says which (`rules.exchange`). Gather: tokens are gathered
+over the mesh axes that hold experts, every device runs its own experts on all of them, and the sums are scattered back; it
+sends (n-1) rows a token, n devices a group. Exchange: each assignment goes to its expert's device and back (sharding/exchange.py);
+it sends K rows a token, whatever n. Experts' hidden width may be cut too; the partial sums are then added.
 
 Shapes: T tokens, K active experts, N = T*K assignments, P rows, D width, E experts; lower case = this device's share.
-Next file to read: v4jax/train/step.py.
+Next file to read: sharding/exchange.py.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sharding.exchange import Route, exchange, expert_of_rows, round_rows, rounds_needed, route, sum_rounds, window
 from sharding.manual import vary, vary_like
 from sharding.rules import AxisRules
 
@@ -67,6 +71,9 @@ def apply_experts(
         weights = {name: _whole(rules, tokens, weights[name], axes[name]) for name in weights}
         x_bsd, gate_bsk = (vary(a, cut) for a in (x_bsd, gate_bsk))
         index_bsk = vary(index_bsk, cut)
+        if holders and rules.exchange:
+            y_bsd = _run_exchanged(expert, weights, num_experts, holders, x_bsd, index_bsk, gate_bsk)
+            return lax.psum(y_bsd, cut) if cut else y_bsd
         if holders:
             x_bsd, index_bsk, gate_bsk = (
                 lax.all_gather(a, holders, axis=0, tiled=True) for a in (x_bsd, index_bsk, gate_bsk)
@@ -104,6 +111,30 @@ def _run(expert, weights, num_experts, x_BSD, index_BSK, gate_BSK) -> jax.Array:
     y_PD = expert(weights, x_PD, gate_P1[:, 0], plan.groups)
     y_TD = _collect(y_PD, plan.row // active, plan.used, plan.slot.reshape(-1, active))
     return y_TD.reshape(batch, seq, width)
+
+
+def _run_exchanged(expert, weights, num_experts, holders, x_bsd, index_bsk, gate_bsk) -> jax.Array:
+    """Sends every assignment to its expert's device; the results come back and are added up here."""
+    batch, seq, width = x_bsd.shape
+    active = index_bsk.shape[-1]
+    index_TK = index_bsk.reshape(-1, active)
+    path = route(index_TK, num_experts, holders)
+    rows = round_rows(index_TK.size)
+    one = functools.partial(_one_round, expert, num_experts, holders, rows)
+    inputs = (weights, x_bsd.reshape(-1, width), gate_bsk.reshape(-1, 1))
+    return sum_rounds(one, rounds_needed(path, rows), path, inputs).reshape(batch, seq, width)
+
+
+def _one_round(expert, num_experts, holders, rows, turn, path: Route, inputs) -> jax.Array:
+    weights, x_TD, gate_N1 = inputs
+    moves, every = window(path, turn, rows), jnp.ones_like(path.token_N, bool)
+    x_ND = _spread(x_TD, path.token_N, every, path.slot_TK)
+    x_QD = exchange(x_ND, rows, moves, holders)
+    gate_Q1 = exchange(_spread(gate_N1, path.assignment_N, every, path.slot_TK.reshape(-1, 1)), rows, moves, holders)
+    index_Q = expert_of_rows(path, turn, rows, holders)
+    y_QD = _run(expert, weights, num_experts, x_QD[None], index_Q[None, :, None], gate_Q1[None])[0]
+    y_ND = exchange(y_QD, x_ND.shape[0], moves.back(), holders)
+    return _collect(y_ND, path.token_N, every, path.slot_TK)
 
 
 def _block_size(assignments: int, num_experts: int) -> int:

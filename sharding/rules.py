@@ -19,9 +19,15 @@ _NO_AXIS: tuple[str, ...] = ()
 
 @dataclasses.dataclass(frozen=True)
 class AxisRules:
-    """A frozen table logical axis -> mesh axes. The empty table (the default) means one device: every call is the identity."""
+    """A frozen table logical axis -> mesh axes. The empty table (the default) means one device: every call is the identity.
+
+    Attributes:
+      exchange: send each token to the devices of its experts (worth it where more devices hold experts than a token uses),
+        instead of gathering all tokens on every device that holds experts.
+    """
 
     table: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    exchange: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.table)
@@ -80,12 +86,12 @@ _LOGICAL_AXES = (
 ).split()
 
 
-def _layout(**where: str) -> AxisRules:
+def _layout(*, exchange: bool = False, **where: str) -> AxisRules:
     """A layout from logical_axis="mesh axes, separated by blanks"; every axis not named is replicated."""
     unknown = [name for name in where if name not in _LOGICAL_AXES]
     if unknown:
         raise ValueError(f"logical axis {unknown[0]!r} does not exist; known: {', '.join(_LOGICAL_AXES)}")
-    return AxisRules(tuple((name, tuple(where.get(name, "").split())) for name in _LOGICAL_AXES))
+    return AxisRules(tuple((name, tuple(where.get(name, "").split())) for name in _LOGICAL_AXES), exchange)
 
 
 def _cut_weights(axes: str) -> dict[str, str]:
@@ -115,7 +121,7 @@ LAYOUTS: dict[str, AxisRules] = {
     "cp_ep": _layout(act_batch="slice data expert", act_seq="context", experts="expert"),
     # a pod: experts over expert, all other weights over everything that splits tokens, so that nothing large is held twice
     "pod": _layout(
-        act_batch="slice data fsdp expert", act_seq="context", experts="expert",
+        exchange=True, act_batch="slice data fsdp expert", act_seq="context", experts="expert",
         embed="fsdp context expert", expert_embed="fsdp context", streams_embed="fsdp context expert",
         q_lora_in="fsdp context expert", group_in="fsdp context expert", **_TENSOR,
     ),

@@ -1,0 +1,172 @@
+"""Assignments travel to the devices that hold their experts, and their results back: a ragged all-to-all in bounded rounds.
+
+Each device sorts its assignments by expert, so that what goes to one device is one stretch. A device's queue is what all
+devices send it, sender after sender; round r moves places [r*C, (r+1)*C) of every queue. C has headroom over an even load, so
+that one round nearly always does; a queue that is longer takes more rounds. So nothing is dropped, and no buffer grows with
+the worst case, in which every token of the group wants the same device.
+
+Example, 2 devices, C = 4, rows sent [[3, 1], [2, 2]] (sender, receiver): the first device's queue holds rows 0-2 of sender 0, then
+two of sender 1; round 0 moves three and one, round 1 the last row.
+
+Shapes: T tokens of this device, K active experts, N = T*K assignments, Q rows of one round, D width, E experts, S senders, Z receivers.
+Next file to read: sharding/experts.py.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sharding.manual import vary_like
+
+HEADROOM = 1.5
+"""Rows of one round over the rows that an even load brings."""
+
+
+class Route(NamedTuple):
+    """Who sends what to whom; of one group of devices that hold all experts together.
+
+    Attributes:
+      assignment_N, token_N: of each row, rows in the order of their experts. slot_TK: the row of each assignment.
+      count_SE: rows that each device of the group sends to each expert.
+    """
+
+    assignment_N: jax.Array
+    token_N: jax.Array
+    slot_TK: jax.Array
+    count_SE: jax.Array
+
+
+class Window(NamedTuple):
+    """One round's moves between all devices of the group, int32 [S,Z]: rows `size` from `source` on land at `target`."""
+
+    source: jax.Array
+    size: jax.Array
+    target: jax.Array
+
+    def back(self) -> "Window":
+        """The moves that take each row home."""
+        return Window(self.target.T, self.size.T, self.source.T)
+
+
+def route(index_TK: jax.Array, experts: int, holders: tuple[str, ...]) -> Route:
+    """The route of assignments to experts in [0, experts), of which each device along `holders` has an equal stretch."""
+    tokens, active = index_TK.shape
+    key_N = index_TK.reshape(-1)
+    # The second operand must be typed as device-varying, or its gradient loses a psum (jnp.argsort has that flaw).
+    iota_N = vary_like(jnp.arange(tokens * active, dtype=jnp.int32), key_N)
+    key_N, order_N = lax.sort((key_N, iota_N), num_keys=1, is_stable=True)
+    _, slot_N = lax.sort((order_N, iota_N), num_keys=1)
+    ends_E = jnp.searchsorted(key_N, vary_like(jnp.arange(experts), key_N), side="right").astype(jnp.int32)
+    count_SE = lax.all_gather(jnp.diff(ends_E, prepend=0), holders)
+    return Route(order_N, order_N // active, slot_N.reshape(tokens, active), count_SE)
+
+
+def round_rows(assignments: int) -> int:
+    """Rows of one round for this many assignments per device, a multiple of 8."""
+    return -(-int(HEADROOM * assignments) // 8) * 8
+
+
+def rounds_needed(path: Route, rows: int) -> jax.Array:
+    """How many rounds of `rows` rows the longest queue of the group takes; the same on all its devices."""
+    return -(-jnp.max(_sent(path).sum(0)) // rows)
+
+
+def _sent(path: Route) -> jax.Array:
+    senders, experts = path.count_SE.shape
+    return path.count_SE.reshape(senders, senders, experts // senders).sum(-1)
+
+
+def _before(count: jax.Array, axis: int) -> jax.Array:
+    return jnp.cumsum(count, axis) - count
+
+
+def window(path: Route, turn: jax.Array | int, rows: int) -> Window:
+    """What moves in round `turn`."""
+    sent_SZ = _sent(path)
+    place_SZ = _before(sent_SZ, 0)  # of each sender's first row in the receiver's queue
+    first = jnp.clip(place_SZ, turn * rows, (turn + 1) * rows)
+    last = jnp.clip(place_SZ + sent_SZ, turn * rows, (turn + 1) * rows)
+    return Window(_before(sent_SZ, 1) + first - place_SZ, last - first, first - turn * rows)
+
+
+def expert_of_rows(path: Route, turn: jax.Array | int, rows: int, holders: tuple[str, ...]) -> jax.Array:
+    """int32 [Q]: which of this device's experts each row of round `turn` is for; -1 where no row lands.
+
+    It needs no exchange of its own: every sender's rows come in the order of their experts, and all counts are known.
+    """
+    senders, experts = path.count_SE.shape
+    here = experts // senders
+    mine_Se = lax.dynamic_slice_in_dim(path.count_SE, lax.axis_index(holders) * here, here, axis=1)
+    ends = jnp.cumsum(mine_Se.reshape(-1))
+    place_Q = turn * rows + vary_like(jnp.arange(rows, dtype=jnp.int32), ends)
+    segment_Q = jnp.searchsorted(ends, place_Q, side="right").astype(jnp.int32)
+    return jnp.where(place_Q < ends[-1], segment_Q % here, -1)
+
+
+def exchange(x_ND: jax.Array, rows: int, moves: Window, holders: tuple[str, ...]) -> jax.Array:
+    """[rows,D]: what lands on this device by `moves`; zeros where nothing does.
+
+    XLA:CPU cannot run a ragged all-to-all; there every device gathers all rows and takes its own, with the same result.
+    """
+    moves = Window(*(vary_like(a, x_ND) for a in moves))
+    return lax.platform_dependent(
+        x_ND, moves,
+        cpu=functools.partial(_exchange_by_gather, rows=rows, holders=holders),
+        default=functools.partial(_exchange_ragged, rows=rows, holders=holders),
+    )  # fmt: skip
+
+
+def _exchange_ragged(x_ND, moves: Window, rows, holders):
+    me = lax.axis_index(holders)
+    zeros = vary_like(jnp.zeros((rows, x_ND.shape[1]), x_ND.dtype), x_ND)
+    return lax.ragged_all_to_all(
+        x_ND, zeros, moves.source[me], moves.size[me], moves.target[me], moves.size[:, me],
+        axis_name=holders if len(holders) > 1 else holders[0],
+    )  # fmt: skip
+
+
+def _exchange_by_gather(x_ND, moves: Window, rows, holders):
+    me = lax.axis_index(holders)
+    x_SND = lax.all_gather(x_ND, holders)
+    offset_SQ = vary_like(jnp.arange(rows, dtype=jnp.int32), x_ND)[None] - moves.target[:, me][:, None]
+    lands_SQ = (offset_SQ >= 0) & (offset_SQ < moves.size[:, me][:, None])
+    sender_Q = jnp.argmax(lands_SQ, axis=0)
+    row_Q = moves.source[sender_Q, me] + jnp.take_along_axis(offset_SQ, sender_Q[None], axis=0)[0]
+    found_QD = x_SND[sender_Q, jnp.clip(row_Q, 0, x_ND.shape[0] - 1)]
+    return jnp.where(lands_SQ.any(0)[:, None], found_QD, 0)
+
+
+Round = Callable[[jax.Array | int, Any, Any], jax.Array]
+"""(turn, what is not differentiated, what is) -> its share of the result."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def sum_rounds(one: Round, count: jax.Array, fixed: Any, inputs: Any) -> jax.Array:
+    """Sum of one(turn, fixed, inputs) over turns 0 to `count`, at least the first.
+
+    The first turn keeps what its gradient needs; later ones, which are rare, compute it anew, so that memory does not grow
+    with their number. `count` may differ between devices that exchange nothing in `one`.
+    """
+    return _sum_rounds_fwd(one, count, fixed, inputs)[0]
+
+
+def _sum_rounds_fwd(one, count, fixed, inputs):
+    total, pull = jax.vjp(functools.partial(one, 0, fixed), inputs)
+    total = lax.fori_loop(1, count, lambda turn, total: total + one(turn, fixed, inputs), total)
+    return total, (pull, count, fixed, inputs)
+
+
+def _sum_rounds_bwd(one, saved, ct):
+    pull, count, fixed, inputs = saved
+
+    def add(turn, total):
+        return jax.tree.map(jnp.add, total, jax.vjp(functools.partial(one, turn, fixed), inputs)[1](ct)[0])
+
+    return None, None, lax.fori_loop(1, count, add, pull(ct)[0])
+
+
+sum_rounds.defvjp(_sum_rounds_fwd, _sum_rounds_bwd)

@@ -1,0 +1,103 @@
+"""Experts by exchange of routed tokens: the same numbers as on one device, however uneven the load."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sharding.exchange import exchange, expert_of_rows, round_rows, rounds_needed, route, window
+from sharding.experts import apply_experts
+from sharding.mesh import make_mesh, parse_mesh
+from sharding.rules import AxisRules, layout_for
+from v4jax.model.grouped import ExpertWeights, expert_ffn
+
+E, K, D, F, BATCH, SEQ = 8, 3, 8, 16, 8, 6
+INTO, OUT = ("experts", "expert_embed", "expert_hidden"), ("experts", "expert_hidden", "expert_embed")
+AXES = {"w1": INTO, "w3": INTO, "w2": OUT}
+
+
+def expert(weights, x_PD, gate_P, groups):
+    return expert_ffn(7.0, ExpertWeights(**weights), x_PD, gate_P, groups)
+
+
+def apply(rules, weights, x, index, gate):
+    return apply_experts(rules, expert, weights, AXES, x, index, gate)
+
+
+def routed(load: str) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    if load == "one expert":  # every device's rows want the same device: as many rounds as there can be
+        return np.full((BATCH, SEQ, K), 5, np.int32)
+    if load == "one device":
+        return rng.integers(2, 4, (BATCH, SEQ, K)).astype(np.int32)
+    return np.stack([rng.permutation(E)[:K] for _ in range(BATCH * SEQ)]).reshape(BATCH, SEQ, K).astype(np.int32)
+
+
+@pytest.mark.parametrize("mesh", ["expert=8", "fsdp=2,expert=4", "expert=2,tensor=2,data=2", "context=2,expert=4"])
+def test_exchange_equals_one_device_at_any_load(mesh):
+    sizes = parse_mesh(mesh)
+    rules, device_mesh = layout_for("pod", sizes), make_mesh(sizes)
+    assert rules.exchange
+    keys = iter(jax.random.split(jax.random.key(0), 6))
+    weights = {name: jax.random.normal(next(keys), (E, F, D) if name == "w2" else (E, D, F)) for name in AXES}
+    x, ct = jax.random.normal(next(keys), (2, BATCH, SEQ, D))
+    gate = jax.random.uniform(next(keys), (BATCH, SEQ, K))
+
+    def both(rules, weights, x, index, gate, ct):
+        y, pull = jax.vjp(lambda w, x, gate: apply(rules, w, x, index, gate), weights, x, gate)
+        return y, pull(ct)
+
+    alone = jax.jit(functools.partial(both, AxisRules()))
+    with jax.set_mesh(device_mesh):
+        shared = jax.jit(functools.partial(both, rules))
+        for load in ("even", "one device", "one expert"):
+            index = jnp.asarray(routed(load))
+            for got, want in zip(
+                jax.tree.leaves(shared(weights, x, index, gate, ct)), jax.tree.leaves(alone(weights, x, index, gate, ct)), strict=True
+            ):  # sums of up to 3 * 48 products in another order
+                np.testing.assert_allclose(got, want, atol=3e-6 * float(np.abs(want).max()), rtol=0)
+
+
+def test_every_row_lands_once_and_comes_home():
+    """Rounds of 4 rows on 4 devices with uneven queues: each row lands on its expert's device, in one round, and returns."""
+    sizes = parse_mesh("expert=4")
+    holders, tokens, rows = ("expert",), 5, 4
+    index = np.random.default_rng(0).integers(0, E, (4, tokens, K)).astype(np.int32) // 2  # devices 0 and 1 only
+
+    def local(index_sTK, turn):
+        path = route(index_sTK[0], E, holders)
+        names = (jax.lax.axis_index(holders) * 100 + path.assignment_N + 1).astype(jnp.float32)[:, None]
+        moves = window(path, turn, rows)
+        landed = exchange(names, rows, moves, holders)
+        home = exchange(landed, names.shape[0], moves.back(), holders)
+        which = expert_of_rows(path, turn, rows, holders)
+        count = rounds_needed(path, rows)
+        return landed[None], (home / names)[None], which[None], count[None]
+
+    spec = jax.P("expert")
+    with jax.set_mesh(make_mesh(sizes)):
+        run = jax.jit(jax.shard_map(local, in_specs=(spec, jax.P()), out_specs=spec))
+        counts = np.bincount(index.reshape(-1) // 2, minlength=4)
+        needed = int(run(index, 0)[3][0])
+        assert needed == -(-counts.max() // rows)
+        came_home = np.zeros((4, tokens * K, 1))
+        seen = []
+        for turn in range(needed):
+            landed, home, which, _ = (np.asarray(a) for a in run(index, turn))
+            came_home += home
+            for device in range(4):
+                for name, e in zip(landed[device, :, 0].astype(int), which[device], strict=True):
+                    assert (name == 0) == (e == -1)
+                    if name:
+                        sender, assignment = divmod(name - 1, 100)
+                        assert index[sender].reshape(-1)[assignment] == device * 2 + e
+                        seen.append(name)
+    assert len(seen) == len(set(seen)) == index.size
+    np.testing.assert_array_equal(came_home, 1)
+
+
+def test_rounds_have_headroom():
+    assert round_rows(100) == 152
+    assert round_rows(3) % 8 == 0

@@ -1,7 +1,8 @@
 """What a compiled program sends between devices: every collective of its HLO text, by kind and mesh axes, with bytes per step.
 
 Bytes are what one device sends in one call, times the calls of one run (bodies of loops are counted as often as they run):
-all-gather, all-to-all and reduce-scatter (n-1)/n of the whole, all-reduce twice that, permute all of it, for n devices a group.
+all-gather, all-to-all and reduce-scatter (n-1)/n of the whole, all-reduce twice that, permute all of it, for n devices a group;
+a ragged all-to-all (n-1)/n of the rows that an even load makes.
 
 Next file to read: v4jax/layout.py.
 """
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
+
+from sharding.exchange import FURTHER_ROUND
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _BYTES = {
@@ -40,21 +43,32 @@ class Collective(NamedTuple):
 def collectives(text: str, mesh: Mesh) -> list[Collective]:
     """The collectives of `compiled.as_text()` of a program compiled for all devices of `mesh`.
 
+    Those of a further round of the experts' exchange (sharding/exchange.py) count as not called: an even load needs none.
+
     Raises:
-      ValueError: a loop around a collective whose trip count the text does not give.
+      ValueError: another loop around a collective whose trip count the text does not give.
     """
     bodies = _computations(text)
     found = []
     for name, calls in _calls(bodies).items():
         for line in bodies[name]:
-            match = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z\-]+?)(?:-start)?\(", line)
+            match = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z\-]+?)(?:-start)?\(%?([\w.\-]+)?", line)
             if match is None or match[2] not in KINDS:
                 continue
             if calls is None:
                 raise ValueError(f"a loop of unknown length holds {line.strip()[:100]}")
             groups = _groups(line, mesh.size)
             if groups.shape[1] > 1:
-                found.append(_collective(match[2], match[1], line, groups, mesh, calls))
+                moved = match[1]
+                if match[2] == "ragged-all-to-all":  # operand or result has headroom; the other holds the rows of an even load
+                    moved = min(moved, _shape_of(match[3], bodies[name]), key=_size)
+                found.append(_collective(match[2], moved, line, groups, mesh, calls))
+    return found
+
+
+def _shape_of(name: str, lines: list[str]) -> str:
+    """The type that the instruction called `name` gives."""
+    (found,) = (match[1] for line in lines if (match := re.match(rf"\s*%?{re.escape(name)} = (.*?) [a-z\-]+\(", line)))
     return found
 
 
@@ -82,6 +96,11 @@ def _collective(kind: str, result: str, line: str, groups: np.ndarray, mesh: Mes
     source = re.search(r'op_name="([^"]*)"', line)
     largest = shapes[int(np.argmax(sizes))][1]
     return Collective(kind, _axes(groups, mesh), largest, calls, sent, source[1] if source else "")
+
+
+def _size(type_: str) -> int:
+    """Elements of an array type such as "f32[768,1,128]{2,1,0}"."""
+    return math.prod(int(d) for d in re.search(r"\[([\d,]*)\]", type_)[1].split(",") if d)
 
 
 def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
@@ -125,15 +144,26 @@ def _calls(bodies: dict[str, list[str]]) -> dict[str, int | None]:
     def visit(name: str, times: int | None):
         calls[name] = None if times is None or calls.get(name, 0) is None else calls.get(name, 0) + times
         for line in bodies[name]:
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
             for role, inner in re.findall(r"(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", line):
-                known = int(trips[1]) if trips else None
-                loop = role == "body"
                 if inner in bodies and role != "condition":
-                    visit(inner, (None if known is None or times is None else times * known) if loop else times)
+                    trips = _trips(line, bodies) if role == "body" else 1
+                    visit(inner, None if trips is None or times is None else times * trips)
             for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
                 for inner in re.findall(r"%?([\w.\-]+)", branches):
                     visit(inner, times)
 
     visit("ENTRY", 1)
     return calls
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
+    """How often the body of a while instruction runs; None if the text does not tell."""
+    if FURTHER_ROUND in line:
+        return 0
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
+        return int(known[1])
+    # XLA:TPU does not annotate loops of its own making (a product overlapped with its exchange): they count up from 0.
+    condition = "\n".join(bodies[re.search(r"condition=%?([\w.\-]+)", line)[1]])
+    limit = re.search(r"ROOT .* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT", condition)
+    found = limit and re.search(rf"%{re.escape(limit[1])} = \S+ constant\((\d+)\)", condition)
+    return int(found[1]) if found else None

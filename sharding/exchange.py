@@ -20,10 +20,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sharding.counting import ranks
 from sharding.manual import vary_like
 
 HEADROOM = 1.5
 """Rows of one round over the rows that an even load brings."""
+
+
+FURTHER_ROUND = "further_round"
+"""Scope of the rounds after the first, by which sharding/audit.py knows them."""
 
 
 class Route(NamedTuple):
@@ -55,14 +60,12 @@ class Window(NamedTuple):
 def route(index_TK: jax.Array, experts: int, holders: tuple[str, ...]) -> Route:
     """The route of assignments to experts in [0, experts), of which each device along `holders` has an equal stretch."""
     tokens, active = index_TK.shape
-    key_N = index_TK.reshape(-1)
-    # The second operand must be typed as device-varying, or its gradient loses a psum (jnp.argsort has that flaw).
-    iota_N = vary_like(jnp.arange(tokens * active, dtype=jnp.int32), key_N)
-    key_N, order_N = lax.sort((key_N, iota_N), num_keys=1, is_stable=True)
-    _, slot_N = lax.sort((order_N, iota_N), num_keys=1)
-    ends_E = jnp.searchsorted(key_N, vary_like(jnp.arange(experts), key_N), side="right").astype(jnp.int32)
-    count_SE = lax.all_gather(jnp.diff(ends_E, prepend=0), holders)
-    return Route(order_N, order_N // active, slot_N.reshape(tokens, active), count_SE)
+    index_N = index_TK.reshape(-1)
+    iota_N = vary_like(jnp.arange(tokens * active, dtype=jnp.int32), index_N)
+    rank_N, count_E = ranks(index_N, experts)
+    slot_N = _before(count_E, 0)[index_N] + rank_N
+    order_N = jnp.zeros_like(iota_N).at[slot_N].set(iota_N, unique_indices=True)
+    return Route(order_N, order_N // active, slot_N.reshape(tokens, active), lax.all_gather(count_E, holders))
 
 
 def round_rows(assignments: int) -> int:
@@ -156,7 +159,8 @@ def sum_rounds(one: Round, count: jax.Array, fixed: Any, inputs: Any) -> jax.Arr
 
 def _sum_rounds_fwd(one, count, fixed, inputs):
     total, pull = jax.vjp(functools.partial(one, 0, fixed), inputs)
-    total = lax.fori_loop(1, count, lambda turn, total: total + one(turn, fixed, inputs), total)
+    with jax.named_scope(FURTHER_ROUND):
+        total = lax.fori_loop(1, count, lambda turn, total: total + one(turn, fixed, inputs), total)
     return total, (pull, count, fixed, inputs)
 
 
@@ -166,7 +170,9 @@ def _sum_rounds_bwd(one, saved, ct):
     def add(turn, total):
         return jax.tree.map(jnp.add, total, jax.vjp(functools.partial(one, turn, fixed), inputs)[1](ct)[0])
 
-    return None, None, lax.fori_loop(1, count, add, pull(ct)[0])
+    first = pull(ct)[0]
+    with jax.named_scope(FURTHER_ROUND):
+        return None, None, lax.fori_loop(1, count, add, first)
 
 
 sum_rounds.defvjp(_sum_rounds_fwd, _sum_rounds_bwd)

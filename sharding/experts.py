@@ -12,7 +12,7 @@ sends (n-1) rows a token, n devices a group. Exchange: each assignment goes to i
 it sends K rows a token, whatever n. Experts' hidden width may be cut too; the partial sums are then added.
 
 Shapes: T tokens, K active experts, N = T*K assignments, P rows, D width, E experts; lower case = this device's share.
-Next file to read: sharding/exchange.py.
+Next file to read: sharding/counting.py.
 """
 
 import functools
@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sharding.counting import ranks
 from sharding.exchange import Route, exchange, expert_of_rows, round_rows, rounds_needed, route, sum_rounds, window
 from sharding.manual import vary, vary_like
 from sharding.rules import AxisRules
@@ -146,7 +147,7 @@ def _block_size(assignments: int, num_experts: int) -> int:
 
 
 class _Plan(NamedTuple):
-    """row [P]: assignment in each row; used [P]: whether the row is real; slot [N]: row of each assignment, P if elsewhere."""
+    """row [P]: assignment in each row; used [P]: whether the row is real; slot [N]: row of each assignment, P or more if elsewhere."""
 
     row: jax.Array
     used: jax.Array
@@ -155,32 +156,23 @@ class _Plan(NamedTuple):
 
 
 def _plan(index_N: jax.Array, num_experts: int, block: int) -> _Plan:
-    """Sorts assignments by expert (stable) and lays each expert's out in whole blocks."""
+    """Orders assignments by expert (stable) and lays each expert's out in whole blocks."""
     n = index_N.shape[0]
     blocks = -(-n // block) + num_experts
-    key_N = jnp.where((index_N >= 0) & (index_N < num_experts), index_N, num_experts).astype(jnp.int32)
-    # The second operand must be typed as device-varying, or its gradient loses a psum (jnp.argsort has that flaw).
-    iota_N = vary_like(jnp.arange(n, dtype=jnp.int32), key_N)
-    key_N, order_N = lax.sort((key_N, iota_N), num_keys=1, is_stable=True)
-    start_E = jnp.searchsorted(key_N, vary_like(jnp.arange(num_experts + 1, dtype=jnp.int32), key_N)).astype(jnp.int32)
-    count_E = start_E[1:] - start_E[:-1]
+    rank_N, count_E = ranks(index_N, num_experts)
     sizes_E = -(-count_E // block) * block
     ends_E = jnp.cumsum(sizes_E)
-    begin_E = ends_E - sizes_E
-
-    first_row = vary_like(jnp.arange(blocks, dtype=jnp.int32), key_N) * block
+    first_row = vary_like(jnp.arange(blocks, dtype=jnp.int32), index_N) * block
     expert_of_block = jnp.minimum(jnp.searchsorted(ends_E, first_row, side="right"), num_experts - 1).astype(jnp.int32)
-    row_P = vary_like(jnp.arange(blocks * block, dtype=jnp.int32), key_N)
-    expert_P = jnp.repeat(expert_of_block, block)
-    rank_P = row_P - begin_E[expert_P]
-    used_P = rank_P < count_E[expert_P]
-    assignment_P = jnp.where(used_P, order_N[jnp.clip(start_E[expert_P] + rank_P, 0, n - 1)], 0)
 
-    inside = key_N < num_experts
-    expert_N = jnp.minimum(key_N, num_experts - 1)
-    slot_sorted = jnp.where(inside, begin_E[expert_N] + iota_N - start_E[expert_N], blocks * block)
-    _, slot_N = lax.sort((order_N, slot_sorted), num_keys=1)
-    return _Plan(assignment_P, used_P, slot_N, Groups(sizes_E, expert_of_block, ends_E[-1] // block))
+    iota_N = vary_like(jnp.arange(n, dtype=jnp.int32), index_N)
+    inside_N = (index_N >= 0) & (index_N < num_experts)
+    row_N = (ends_E - sizes_E)[jnp.clip(index_N, 0, num_experts - 1)] + rank_N
+    slot_N = jnp.where(inside_N, row_N, blocks * block + iota_N)  # each different: rows of others fall off the end
+    assignment_P = vary_like(jnp.full(blocks * block, n, jnp.int32), index_N)
+    assignment_P = assignment_P.at[slot_N].set(iota_N, mode="drop", unique_indices=True)
+    used_P = assignment_P < n
+    return _Plan(jnp.where(used_P, assignment_P, 0), used_P, slot_N, Groups(sizes_E, expert_of_block, ends_E[-1] // block))
 
 
 @jax.custom_vjp

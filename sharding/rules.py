@@ -7,6 +7,7 @@ Next file to read: sharding/manual.py.
 """
 
 import dataclasses
+import functools
 
 import jax
 from jax.sharding import PartitionSpec
@@ -63,11 +64,14 @@ class AxisRules:
         return jax.lax.with_sharding_constraint(x, self.spec(names)) if self.table else x
 
     def gather(self, w: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-        """Weight `w`, gathered over the mesh axes that also split the tokens (FSDP), still split over the others."""
+        """Weight `w`, gathered over the mesh axes that also split the tokens (FSDP), still split over the others.
+
+        Its gradient is placed like the weight itself, so that XLA scatters the sum over tokens instead of keeping it whole.
+        """
         if not self.table:
             return w
         tokens = self.mesh_axes("act_batch") + self.mesh_axes("act_seq")
-        return jax.lax.with_sharding_constraint(w, self.spec(names, without=tokens))
+        return _gathered(w, self.spec(names, without=tokens), self.spec(names))
 
     def shards(self, name: str) -> int:
         """How many parts `name` is cut into on the ambient mesh; 1 for the empty table."""
@@ -76,6 +80,17 @@ class AxisRules:
         for axis in self.mesh_axes(name):
             parts *= sizes.get(axis, 1)
         return parts
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(w, whole: PartitionSpec, cut: PartitionSpec):
+    return jax.lax.with_sharding_constraint(w, whole)
+
+
+_gathered.defvjp(
+    lambda w, whole, cut: (_gathered(w, whole, cut), None),
+    lambda whole, cut, _, ct: (jax.lax.with_sharding_constraint(ct, cut),),
+)
 
 
 # Weight axes, then activation axes. Names of the two kinds differ, or an FSDP table would shard activations by mistake.

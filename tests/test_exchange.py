@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sharding.counting import ranks, running_sum
 from sharding.exchange import exchange, expert_of_rows, round_rows, rounds_needed, route, window
 from sharding.experts import apply_experts
 from sharding.mesh import make_mesh, parse_mesh
@@ -101,3 +102,14 @@ def test_every_row_lands_once_and_comes_home():
 def test_rounds_have_headroom():
     assert round_rows(100) == 152
     assert round_rows(3) % 8 == 0
+
+
+@pytest.mark.parametrize("n", [1, 127, 128, 300])
+def test_running_sums_and_ranks_are_a_stable_sort(n):
+    index = np.random.default_rng(n).integers(-1, 6, n).astype(np.int32)  # -1 and 5 are no kinds
+    rank, count = ranks(jnp.asarray(index), 5)
+    np.testing.assert_array_equal(count, np.bincount(index[(index >= 0) & (index < 5)], minlength=5))
+    for i, kind in enumerate(index):
+        assert rank[i] == (np.sum(index[:i] == kind) if 0 <= kind < 5 else 0)
+    values = np.random.default_rng(0).integers(0, 1000, (2, n, 3))
+    np.testing.assert_array_equal(running_sum(jnp.asarray(values)), np.cumsum(values, axis=1))

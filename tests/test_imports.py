@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # A file may import what stands on an earlier line (packages: also their own files in the order the text gives).
 ORDER = [
     "sharding.rules", "sharding.mesh", "sharding.processes", "sharding.params", "sharding.embedding",
-    "sharding.manual", "sharding.exchange", "sharding.experts", "sharding.matrices", "sharding.audit", "v4jax.config",
+    "sharding.manual", "sharding.counting", "sharding.exchange", "sharding.experts", "sharding.matrices", "sharding.audit", "v4jax.config",
     "v4jax.cost", "v4jax.tokenizer", "v4jax.model.dense", "v4jax.model.weights", "v4jax.model.norm", "v4jax.model.rotary",
     "v4jax.model.documents", "v4jax.model.hyper", "v4jax.model.compressor", "v4jax.model.indexer", "v4jax.model.attention",
     "v4jax.model.grouped", "v4jax.model.moe", "v4jax.model.block", "v4jax.model.mtp", "v4jax.model.transformer",

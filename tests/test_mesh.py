@@ -4,21 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from reference.weights import random_weights
 
 from sharding.mesh import make_mesh, parse_mesh
-from sharding.rules import AxisRules, layout_for
+from sharding.rules import LAYOUTS, AxisRules, layout_for
 from v4jax.checkpoint.names import from_official
 from v4jax.config import ModelConfig, RopeScaling
 from v4jax.train.config import TrainConfig
-from v4jax.train.loss import loss_and_routing
 from v4jax.train.muon import optimizer_of
 from v4jax.train.step import TrainState, batch_sharding, compile_step, state_from, state_shardings
 
 MODEL = ModelConfig(
     vocab_size=96, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=5, num_attention_heads=4, head_dim=16,
     qk_rope_head_dim=8, q_lora_rank=16, o_groups=2, o_lora_rank=16, n_routed_experts=8, num_experts_per_tok=2,
-    routed_scaling_factor=1.5, compress_ratios=(0, 4, 128, 4, 4, 0), num_hash_layers=1, sliding_window=8, index_n_heads=8,
+    routed_scaling_factor=1.5, compress_ratios=(0, 4, 128, 4, 128, 0), num_hash_layers=1, sliding_window=8, index_n_heads=8,
     index_head_dim=16, index_topk=4, compress_rope_theta=160000.0, rope_scaling=RopeScaling(),
 )  # fmt: skip
 CFG = TrainConfig(
@@ -33,10 +33,10 @@ def batch_of():
     return {"tokens": rng.integers(0, 96, (8, 136)).astype(np.int32), "segment_ids": segments.astype(np.int32)}
 
 
-def run(mesh: str):
+def run(mesh: str, layout: str = "full"):
     """(state after a step, gradients, metrics, compiled text) on `mesh`."""
     sizes = parse_mesh(mesh)
-    rules = layout_for("full", sizes) if mesh else AxisRules()
+    rules = layout_for(layout, sizes) if mesh else AxisRules()
     device_mesh = make_mesh(sizes)
     with jax.set_mesh(device_mesh):
         places = state_shardings(CFG, rules, device_mesh)
@@ -44,14 +44,21 @@ def run(mesh: str):
         params = jax.tree.map(jnp.asarray, from_official(MODEL, random_weights(MODEL, 0)))
         state: TrainState = jax.device_put(state_from(CFG, params), places)
         batch = jax.device_put(batch_of(), batch_sharding(rules, device_mesh))
-        grad = jax.jit(
-            lambda p, r, b: jax.grad(lambda p: loss_and_routing(MODEL, dict(p) | {"router": r}, b, rules=rules)[0])(p),
-            out_shardings=places.params,
-        )
-        grads = jax.tree.map(np.asarray, grad(state.params, state.router, batch))
         step = compile_step(CFG, rules, places, device_mesh).lower(state, batch).compile()
         state, metrics = step(state, batch)
-    return jax.tree.map(np.asarray, state), grads, {k: float(v) for k, v in metrics.items()}, step.as_text()
+    state = jax.tree.map(np.asarray, state)
+    return state, gradients(state.optimizer), {k: float(v) for k, v in metrics.items()}, step.as_text()
+
+
+def gradients(optimizer) -> dict:
+    """Path of a parameter -> its gradient of the first step: Muon's momentum is G then, AdamW's first moment 0.1 G."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(optimizer):
+        fields = {str(getattr(key, "name", "")) for key in path}
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if fields & {"momentum", "mu"}:
+            found[tuple(keys[1:])] = leaf * (10 if "mu" in fields else 1)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -59,44 +66,53 @@ def one_device():
     return run("")
 
 
+SLOW = [
+    ("data=8", "dp"), ("fsdp=8", "fsdp"), ("expert=8", "ep"), ("data=2,fsdp=2,expert=2", "ep_fsdp"), ("expert=4,tensor=2", "ep_tp"),
+    ("data=2,tensor=4", "full"), ("context=8", "cp_ep"), ("context=4,expert=2", "cp_ep"), ("fsdp=2,context=2,tensor=2", "full"),
+    ("slice=2,fsdp=2,context=2", "full"), ("expert=8", "pod"), ("data=2,expert=2,tensor=2", "full"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "mesh",
-    [
-        "data=2,expert=2,tensor=2",
-        pytest.param("fsdp=8", marks=pytest.mark.slow),
-        pytest.param("expert=8", marks=pytest.mark.slow),
-        pytest.param("expert=4,tensor=2", marks=pytest.mark.slow),
-        pytest.param("data=8", marks=pytest.mark.slow),
-        pytest.param("data=2,tensor=4", marks=pytest.mark.slow),
-        pytest.param("data=2,fsdp=2,expert=2", marks=pytest.mark.slow),
-        pytest.param("context=8", marks=pytest.mark.slow),
-        pytest.param("context=4,expert=2", marks=pytest.mark.slow),
-        pytest.param("context=2,expert=2,tensor=2"),
-        pytest.param("fsdp=2,context=2,tensor=2", marks=pytest.mark.slow),
-        pytest.param("slice=2,fsdp=2,context=2", marks=pytest.mark.slow),
-    ],
+    "mesh, layout",
+    [("fsdp=2,expert=2,tensor=2", "full"), ("context=2,expert=2,tensor=2", "pod")]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW],
 )
-def test_a_step_on_eight_devices_is_the_step_on_one(one_device, mesh):
-    state, grads, metrics, text = run(mesh)
+def test_a_step_on_eight_devices_is_the_step_on_one(one_device, mesh, layout):
+    state, grads, metrics, text = run(mesh, layout)
     expected_state, expected_grads, expected_metrics, _ = one_device
     for name, value in expected_metrics.items():
         assert metrics[name] == pytest.approx(value, rel=1e-5), name
-    same(grads, expected_grads, 1e-5, 1e-8)
-    # In the first layer all streams are equal, so comb's gradient is 0 but for rounding, and AdamW, whose eps is 1e-20, makes a
-    # full step of it in a random direction: such entries of its parameters say nothing. Muon's are all compared.
-    noise = jax.tree_util.tree_map_with_path(
-        lambda path, g: (np.abs(g) < 1e-5 * np.abs(g).max()) & (optimizer_of(tuple(key.key for key in path)) == "adamw"),
-        expected_grads,
-    )
-    got, want = (jax.tree.map(lambda a, skip: np.where(skip, 0, a), s.params, noise) for s in (state, expected_state))
-    assert sum(skip.sum() for skip in jax.tree.leaves(noise)) < 0.02 * sum(g.size for g in jax.tree.leaves(expected_grads))
-    same(got, want, 1e-5, 1e-4 * CFG.learning_rate)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state.router), jax.tree.leaves(expected_state.router), strict=True):
-        np.testing.assert_array_equal(a, b, jax.tree_util.keystr(path))
+    assert len(grads) > 100
+    for path, expected in expected_grads.items():
+        same(path, grads[path], expected, 1e-5, 1e-8)
+    weights, expected_weights = (flatten_dict(s.params) for s in (state, expected_state))
+    skipped = 0
+    for path, expected in expected_weights.items():
+        # In the first layer all streams are equal, so comb's gradient is 0 but for rounding, and AdamW, whose eps is 1e-20, makes
+        # a full step of it in a random direction: such entries of its parameters say nothing. Muon's are all compared.
+        said = np.ones(expected.shape, bool)
+        if optimizer_of(path) == "adamw":
+            said = np.abs(expected_grads[path]) >= 1e-5 * np.abs(expected_grads[path]).max()
+        skipped += np.sum(~said)
+        same(path, weights[path] * said, expected * said, 1e-5, 1e-4 * CFG.learning_rate)
+    assert skipped < 0.02 * sum(leaf.size for leaf in expected_weights.values())
+    for path, expected in flatten_dict(expected_state.router).items():
+        np.testing.assert_array_equal(flatten_dict(state.router)[path], expected, str(path))
     assert "all-reduce" in text or "reduce-scatter" in text
 
 
-def same(got, expected, relative, absolute):
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
-        bound = relative * np.linalg.norm(b) + absolute * b.size**0.5
-        assert np.linalg.norm(a - b) <= bound, (jax.tree_util.keystr(path), np.linalg.norm(a - b), np.linalg.norm(b))
+@pytest.mark.parametrize(
+    "layout, axes",
+    [("dp", "data"), ("fsdp", "data fsdp"), ("ep", "data expert"), ("ep_fsdp", "data fsdp expert"), ("ep_tp", "data expert tensor")],
+)
+def test_the_full_layout_on_fewer_axes_is_the_small_layout(layout, axes):
+    """So the meshes above, run with one layout each, speak for `full` too."""
+    small, full = LAYOUTS[layout], LAYOUTS["full"]
+    for name, where in small.table:
+        assert where == tuple(axis for axis in full.mesh_axes(name) if axis in (*axes.split(), "slice")), name
+
+
+def same(path, got, expected, relative, absolute):
+    bound = relative * np.linalg.norm(expected) + absolute * expected.size**0.5
+    assert np.linalg.norm(got - expected) <= bound, (path, np.linalg.norm(got - expected), np.linalg.norm(expected))

@@ -44,6 +44,7 @@ class Documents(NamedTuple):
 
     Attributes:
       segment_BS: document id of each token, 0 for padding; None where each row is one document.
+      extent_2BS: rows of the first and last token of each token's document; None where each row is one document.
       counts_BS: tokens that count in router statistics: not padding and, in MTP, not a document's last. None: all.
       turn: rotation of tokens in layers of ratio 0 [B,S,R/2] (batch 1 for rows of one document).
       compressed_turn: the same for CSA and HCA layers.
@@ -51,6 +52,7 @@ class Documents(NamedTuple):
     """
 
     segment_BS: jax.Array | None
+    extent_2BS: jax.Array | None
     counts_BS: jax.Array | None
     turn: Rotation
     compressed_turn: Rotation | None
@@ -59,11 +61,13 @@ class Documents(NamedTuple):
 
 def read_documents(cfg: ModelConfig, seq: int, segment_BS: jax.Array | None, shards: int = 1) -> Documents:
     """Positions, rotations and windows of rows of `seq` tokens, which are cut into `shards` equal parts."""
+    extent_2BS = None if segment_BS is None else _extent(segment_BS)
     row_1S = jnp.arange(seq, dtype=jnp.int32)[None]
-    position_BS = row_1S if segment_BS is None else row_1S - document_start(segment_BS)
+    position_BS = row_1S if extent_2BS is None else row_1S - extent_2BS[0]
     ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio != WINDOW_ONLY})
     return Documents(
         segment_BS,
+        extent_2BS,
         None if segment_BS is None else segment_BS > 0,
         rotation(cfg, False, position_BS),
         rotation(cfg, True, position_BS) if ratios else None,
@@ -80,11 +84,15 @@ def without_last_tokens(documents: Documents, tokens_BS: jax.Array) -> Documents
     return documents._replace(counts_BS=follows_BS)
 
 
-def document_start(segment_BS: jax.Array) -> jax.Array:
-    """Row of the first token of each token's document, int32 [B,S]. A document is a run of one segment id."""
-    row_1S = jnp.arange(segment_BS.shape[1], dtype=jnp.int32)[None]
-    begins_BS = jnp.concatenate((jnp.ones_like(segment_BS[:, :1], bool), segment_BS[:, 1:] != segment_BS[:, :-1]), axis=1)
-    return jax.lax.cummax(jnp.where(begins_BS, row_1S, 0), axis=1)
+def _extent(segment_BS: jax.Array) -> jax.Array:
+    """Rows of the first and last token of each token's document, int32 [2,B,S]. A document is a run of one segment id."""
+    seq = segment_BS.shape[1]
+    row_1S = jnp.arange(seq, dtype=jnp.int32)[None]
+    change_BS = segment_BS[:, 1:] != segment_BS[:, :-1]
+    begins_BS, ends_BS = (jnp.pad(change_BS, ((0, 0), side), constant_values=True) for side in ((1, 0), (0, 1)))
+    first_BS = jax.lax.cummax(jnp.where(begins_BS, row_1S, 0), axis=1)
+    last_BS = jax.lax.cummin(jnp.where(ends_BS, row_1S, seq), axis=1, reverse=True)
+    return jnp.stack((first_BS, last_BS))
 
 
 def _entries(cfg: ModelConfig, ratio: int, position_BS: jax.Array, segment_BS: jax.Array | None, shards: int) -> Entries:

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sharding.counting import running_sum
 from v4jax.config import CSA, ModelConfig
 from v4jax.model.compressor import Compressor
 from v4jax.model.documents import Entries
@@ -43,7 +44,7 @@ def top_k_mask(score_BTC: jax.Array, k: int) -> jax.Array:
     kth = jax.lax.top_k(score_BTC, k)[0][..., -1:]
     above, level = score_BTC > kth, score_BTC == kth
     room = k - jnp.sum(above, axis=-1, keepdims=True)
-    return above | (level & (jnp.cumsum(level, axis=-1) <= room))
+    return above | (level & (running_sum(level[..., None])[..., 0] <= room))
 
 
 class Indexer(Weights):

@@ -6,16 +6,19 @@ Shapes: B batch, S positions, D hidden, E experts, K active experts, F expert hi
 Next file to read: sharding/experts.py.
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sharding.counting import running_sum
 from sharding.experts import Groups, apply_experts
+from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.model.dense import dense
-from v4jax.model.documents import Documents, document_start
+from v4jax.model.documents import Documents
 from v4jax.model.grouped import ExpertWeights, clamped_swiglu, expert_ffn
 from v4jax.model.weights import Weights
 
@@ -47,33 +50,61 @@ def gate_weights(score_BSE: jax.Array, index_BSK: jax.Array, scale: float) -> ja
     return picked / picked.sum(-1, keepdims=True) * scale
 
 
-def balance_loss(score_BSE, chosen_BSE, documents: Documents, active: int) -> jax.Array:
+def choose(rules: AxisRules, score_BSE: jax.Array, active: int) -> jax.Array:
+    """int32 [B,S,K], the `active` experts of highest score. On a mesh each device looks at its own tokens: XLA would gather
+    the scores of the whole batch on every device for its top-k."""
+    top = lambda score_bse: jax.lax.top_k(score_bse, active)[1]  # noqa: E731
+    if not rules:
+        return top(score_BSE)
+    act = rules.spec(("act_batch", "act_seq", None))
+    return jax.shard_map(top, in_specs=act, out_specs=act)(score_BSE)
+
+
+def expert_share(rules: AxisRules, index_BSK: jax.Array, documents: Documents, experts: int) -> jax.Array:
+    """f_i = E/(k T) * tokens choosing i, of each token's document with T tokens that count.
+
+    Returns:
+      float32 [B,S,E]; [B,1,E] where every row is one document.
+    """
+    scale = experts / index_BSK.shape[-1]
+    if documents.extent_2BS is None:
+        count_BS1 = jnp.ones((1, 1, 1)) if documents.counts_BS is None else documents.counts_BS[..., None]
+        chosen_B1E = jnp.sum(_chosen(index_BSK, experts) * count_BS1, axis=1, keepdims=True)
+        tokens = jnp.sum(jnp.broadcast_to(count_BS1, (*index_BSK.shape[:2], 1)), axis=1, keepdims=True)
+        return chosen_B1E * scale / jnp.maximum(tokens, 1)
+    seq = rules.mesh_axes("act_seq")
+
+    def local(index_BsK, counts_Bs, extent_2Bs):
+        if seq:  # documents cross devices; indices are few bytes a token, running sums of all experts are not
+            gather = functools.partial(jax.lax.all_gather, axis_name=seq, axis=1, tiled=True)
+            index_BsK, counts_Bs = gather(index_BsK), gather(counts_Bs)
+        one_BS1 = counts_Bs[..., None].astype(jnp.float32)
+        chosen_BSE = jnp.concatenate((_chosen(index_BsK, experts) * one_BS1, one_BS1), axis=-1)
+        through_BSE = running_sum(chosen_BSE)
+        first_Bs, last_Bs = extent_2Bs
+        total = _at(through_BSE, last_Bs) - _at(through_BSE - chosen_BSE, first_Bs)
+        return total[..., :-1] * scale / jnp.maximum(total[..., -1:], 1)
+
+    if not rules:
+        return local(index_BSK, documents.counts_BS, documents.extent_2BS)
+    specs = tuple(rules.spec(names) for names in (("act_batch", "act_seq", None), ("act_batch", "act_seq"), (None, "act_batch", "act_seq")))
+    return jax.shard_map(local, in_specs=specs, out_specs=specs[0])(index_BSK, documents.counts_BS, documents.extent_2BS)
+
+
+def balance_loss(score_BSE: jax.Array, share_BSE: jax.Array, documents: Documents) -> jax.Array:
     """sum_i f_i P_i of each document, averaged over documents weighted by their tokens; float32 scalar.
 
-    f_i = E/(k T) * tokens choosing i; P_i = mean_t s_i / sum_j s_j; T the document's tokens that count.
+    P_i = mean_t s_i / sum_j s_j over the document's tokens that count; share_BSE is f (see expert_share).
     """
-    experts = score_BSE.shape[-1]
-    share_BSE = score_BSE / score_BSE.sum(-1, keepdims=True)
+    each_BS = jnp.sum(share_BSE * score_BSE / score_BSE.sum(-1, keepdims=True), axis=-1)
     if documents.counts_BS is None:
-        f_BE = jnp.mean(chosen_BSE, axis=1) * (experts / active)
-        return jnp.mean(jnp.sum(f_BE * share_BSE.mean(1), axis=-1))
-    counts_BS = documents.counts_BS.astype(jnp.float32)
-    share_BSE = share_BSE * counts_BS[..., None]
-    chosen_BSE = chosen_BSE * counts_BS[..., None]
-    if documents.segment_BS is None:
-        f_BSE = chosen_BSE.sum(1, keepdims=True) * (experts / active) / _at_least_1(counts_BS.sum(1))[:, None, None]
-    else:
-        first_BS = document_start(documents.segment_BS)
-        last_BS = counts_BS.shape[1] - 1 - document_start(documents.segment_BS[:, ::-1])[:, ::-1]
-        running = jnp.cumsum(jnp.concatenate((chosen_BSE, counts_BS[..., None]), axis=-1), axis=1)
-        before = jnp.pad(running, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-        total = _at(running, last_BS) - _at(before, first_BS)
-        f_BSE = total[..., :-1] * (experts / active) / _at_least_1(total[..., -1:])
-    return jnp.sum(f_BSE * share_BSE) / _at_least_1(counts_BS.sum())
+        return jnp.mean(each_BS)
+    return jnp.sum(each_BS * documents.counts_BS) / jnp.maximum(documents.counts_BS.sum(), 1)
 
 
-def _at_least_1(count: jax.Array) -> jax.Array:
-    return jnp.maximum(count, 1)
+def _chosen(index_BSK: jax.Array, experts: int) -> jax.Array:
+    """float32 [B,S,E], how often each token chose each expert."""
+    return jnp.sum(jax.nn.one_hot(index_BSK, experts), axis=2)
 
 
 def _at(x_BSE: jax.Array, row_BS: jax.Array) -> jax.Array:
@@ -115,10 +146,12 @@ class MoE(Weights):
         else:
             init = nn.with_logical_partitioning(jnp.zeros, ("routes",))
             bias_E = self.variable("router", "bias", lambda: init((experts,), jnp.float32)).value
-            index_BSK = jax.lax.top_k(jax.lax.stop_gradient(score_BSE + bias_E[None, None]), active)[1]
+            index_BSK = choose(self.rules, jax.lax.stop_gradient(score_BSE + bias_E[None, None]), active)
         weight_BSK = gate_weights(score_BSE, index_BSK, cfg.routed_scaling_factor)
-        chosen_BSE = jnp.sum(jax.nn.one_hot(index_BSK, experts), axis=2)
-        balance = jnp.zeros(()) if self.hash_routed else balance_loss(score_BSE, chosen_BSE, documents, active)
+        balance = jnp.zeros(())
+        if not self.hash_routed:
+            balance = balance_loss(score_BSE, expert_share(self.rules, index_BSK, documents, experts), documents)
+        chosen_BSE = _chosen(index_BSK, experts)
         if documents.counts_BS is not None:
             chosen_BSE = chosen_BSE * documents.counts_BS[..., None]
         routing = Routing(jnp.sum(chosen_BSE, axis=(0, 1)), balance)

@@ -66,12 +66,14 @@ class AxisRules:
     def gather(self, w: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """Weight `w`, gathered over the mesh axes that also split the tokens (FSDP), still split over the others.
 
-        Its gradient is placed like the weight itself, so that XLA scatters the sum over tokens instead of keeping it whole.
+        One axis after the other, the innermost first: a gather over a whole slice at once is an all-reduce of zeros and shards
+        to XLA:TPU, twice the bytes. The gradient is placed like the weight itself, so that XLA need not keep its sum whole.
         """
         if not self.table:
             return w
-        tokens = self.mesh_axes("act_batch") + self.mesh_axes("act_seq")
-        return _gathered(w, self.spec(names, without=tokens), self.spec(names))
+        tokens = [axis for axis in MESH_AXES if axis in self.mesh_axes("act_batch") + self.mesh_axes("act_seq")]
+        steps = tuple(self.spec(names, without=tuple(tokens[i:])) for i in range(len(tokens), -1, -1))
+        return _gathered(w, tuple(dict.fromkeys(steps)))
 
     def shards(self, name: str) -> int:
         """How many parts `name` is cut into on the ambient mesh; 1 for the empty table."""
@@ -82,14 +84,15 @@ class AxisRules:
         return parts
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(w, whole: PartitionSpec, cut: PartitionSpec):
-    return jax.lax.with_sharding_constraint(w, whole)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(w, steps: tuple[PartitionSpec, ...]):
+    for spec in steps[1:]:
+        w = jax.lax.with_sharding_constraint(w, spec)
+    return w
 
 
 _gathered.defvjp(
-    lambda w, whole, cut: (_gathered(w, whole, cut), None),
-    lambda whole, cut, _, ct: (jax.lax.with_sharding_constraint(ct, cut),),
+    lambda w, steps: (_gathered(w, steps), None), lambda steps, _, ct: (jax.lax.with_sharding_constraint(ct, steps[0]),)
 )
 
 

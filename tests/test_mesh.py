@@ -7,10 +7,12 @@ import pytest
 from flax.traverse_util import flatten_dict
 from reference.weights import random_weights
 
+from sharding.audit import collectives
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import LAYOUTS, AxisRules, layout_for
 from v4jax.checkpoint.names import from_official
 from v4jax.config import ModelConfig, RopeScaling
+from v4jax.layout import least_expert_bytes, sent_to_experts
 from v4jax.train.config import TrainConfig
 from v4jax.train.muon import optimizer_of
 from v4jax.train.step import TrainState, batch_sharding, compile_step, state_from, state_shardings
@@ -99,7 +101,25 @@ def test_a_step_on_eight_devices_is_the_step_on_one(one_device, mesh, layout):
     assert skipped < 0.02 * sum(leaf.size for leaf in expected_weights.values())
     for path, expected in flatten_dict(expected_state.router).items():
         np.testing.assert_array_equal(flatten_dict(state.router)[path], expected, str(path))
-    assert "all-reduce" in text or "reduce-scatter" in text
+    check_traffic(text, mesh, layout)
+
+
+def check_traffic(text: str, mesh: str, layout: str):
+    """What must not travel does not: expert weights over axes that hold them, logits, router scores; tokens only as needed."""
+    sizes = parse_mesh(mesh)
+    rules, found = layout_for(layout, sizes), collectives(text, make_mesh(sizes))
+    assert any(one.kind in ("all-reduce", "reduce-scatter") for one in found)  # gradients are summed
+    for one in found:
+        if "optimizer" in one.source:
+            continue
+        assert "top_k" not in one.source, one
+        if one.kind == "all-gather":
+            assert len(one.shape) < 3 or one.shape[-1] != MODEL.vocab_size, one
+        if one.kind == "all-gather" and {"expert", "tensor"} & set(one.axes):
+            assert one.shape[-2:] not in ((32, 16), (16, 32)) or "experts" not in one.source, one
+    least = least_expert_bytes(CFG, rules, sizes)
+    if least and not rules.exchange:  # XLA:CPU has no ragged all-to-all; tests/test_tpu.py looks at the real one
+        assert least <= sent_to_experts(found) <= 1.25 * least
 
 
 @pytest.mark.parametrize(

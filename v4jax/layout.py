@@ -7,16 +7,18 @@ Next file to read: sharding/audit.py.
 
 import dataclasses
 import functools
+import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sharding.audit import collectives, totals
+from sharding.audit import Collective, collectives, totals
 from sharding.mesh import make_mesh, parse_mesh, topology_mesh
 from sharding.params import bytes_per_device
-from sharding.rules import layout_for
+from sharding.rules import AxisRules, layout_for
 from v4jax.model.transformer import abstract_params
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import batch_sharding, check_batch, compile_step, state_from, state_shardings
@@ -30,6 +32,8 @@ class LayoutReport:
       state_bytes: weights, router tables and optimizer state. largest: the parameters with most bytes, with their cut.
       temporary_bytes: what the compiler reserves for one step (None if it was only lowered; on XLA:CPU no guide to a TPU's).
       collectives: (mesh axes, kind, calls per step, bytes that a device sends per step), largest first.
+      expert_bytes: what a device sends per step to bring tokens to experts and back, and the least that this way of
+        dispatch can do; None if the step was only lowered or no axis holds experts.
     """
 
     mesh: str
@@ -39,6 +43,7 @@ class LayoutReport:
     temporary_bytes: int | None
     largest: tuple[tuple[str, str, int], ...]
     collectives: tuple[tuple[str, str, int, int], ...]
+    expert_bytes: tuple[int, int] | None
     lower_seconds: float
     compile_seconds: float | None
 
@@ -52,6 +57,9 @@ class LayoutReport:
             rows.append(("temporary", _bytes(self.temporary_bytes), "", ""))
         rows += [("parameter", name, cut, _bytes(size)) for name, cut, size in self.largest]
         rows += [("sent", f"{axes}: {kind}", f"{calls} calls", _bytes(size)) for axes, kind, calls, size in self.collectives]
+        if self.expert_bytes:
+            sent, least = self.expert_bytes
+            rows.append(("experts' tokens", f"{_bytes(sent)} sent", f"{_bytes(least)} at least", f"{sent / least:.2f}"))
         rows.append(("lowered in", f"{self.lower_seconds:.1f} s", "", ""))
         return rows + ([("compiled in", f"{self.compile_seconds:.1f} s", "", "")] if self.compile_seconds is not None else [])
 
@@ -78,16 +86,41 @@ def report_layout(cfg: TrainConfig, target: str = "cpu", lower_only: bool = Fals
         lowered = compile_step(cfg, rules, places, mesh).lower(state, {"tokens": rows, "segment_ids": rows})
         lowered_at = time.perf_counter()
         compiled = None if lower_only else lowered.compile()
-    found = totals(collectives(compiled.as_text(), mesh)) if compiled else {}
+    found = collectives(compiled.as_text(), mesh) if compiled else []
+    least = least_expert_bytes(cfg, rules, sizes)
     return LayoutReport(
         mesh=cfg.mesh, layout=cfg.layout, target=target,
         state_bytes=bytes_per_device(state, places),
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes if compiled else None,
         largest=_largest(state.public, places.public),
-        collectives=tuple((*key, *value) for key, value in found.items()),
+        collectives=tuple((*key, *value) for key, value in totals(found).items()),
+        expert_bytes=(sent_to_experts(found), least) if compiled and least else None,
         lower_seconds=lowered_at - start,
         compile_seconds=time.perf_counter() - lowered_at if compiled else None,
     )  # fmt: skip
+
+
+def least_expert_bytes(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> int:
+    """Bytes a device must send per step so that tokens reach experts and come back, under an even load; 0 without such an axis.
+
+    Rows go there and back, in the forward pass, again where layers are rematerialised, and once each way as gradients. A row
+    crosses (n-1) devices where tokens are gathered; K (n-1)/n where they are exchanged (K experts a token, n devices a group).
+    """
+    holders = math.prod(sizes[axis] for axis in rules.mesh_axes("experts"))
+    if holders == 1:
+        return 0
+    model = cfg.model
+    devices = math.prod(sizes[axis] for axis in rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq"))
+    tokens = cfg.batch_size * cfg.seq_len // devices
+    rows = tokens * (model.num_experts_per_tok * (holders - 1) / holders if rules.exchange else holders - 1)
+    ways = (6 if cfg.remat else 4) * (model.num_hidden_layers + model.num_nextn_predict_layers)
+    return int(rows * ways * model.hidden_size * jnp.dtype(cfg.dtype).itemsize)
+
+
+def sent_to_experts(found: list[Collective]) -> int:
+    """Bytes of the collectives among expert devices that the experts' dispatch makes."""
+    mine = [one for one in found if "experts/shard_map" in one.source and "expert" in one.axes]
+    return sum(one.calls * one.bytes for one in mine)
 
 
 def _largest(params, places, count: int = 8) -> tuple[tuple[str, str, int], ...]:

@@ -1,0 +1,70 @@
+"""One training step of the demo on meshes of 8 simulated devices, beside the same global batch on one device.
+
+The cores are the same, so what a mesh adds is overhead: exchanges as copies in memory, work that is repeated, smaller products,
+and eight programs taking turns. Nothing here says how fast a layout is on eight chips.
+
+    python benchmarks/meshes.py [--steps 6] [--meshes "data=8" "expert=4,tensor=2"]
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+MESHES = [
+    "data=8", "fsdp=8", "expert=8", "data=2,tensor=4", "expert=4,tensor=2", "data=2,fsdp=2,expert=2", "context=8",
+    "context=4,expert=2", "context=2,expert=2,tensor=2", "fsdp=2,context=2,tensor=2",
+]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6, help="steps timed; the fastest counts")
+    parser.add_argument("--meshes", nargs="*", default=MESHES)
+    arguments = parser.parse_args()
+    from sharding.mesh import simulate_devices
+
+    simulate_devices(8)
+    from configs import demo
+
+    cfg = dataclasses.replace(demo.get_config(), batch_size=8)
+    alone = seconds(dataclasses.replace(cfg, mesh=""), arguments.steps)
+    print("| mesh | ms a step | / one device |\n|---|---|---|")
+    print(f"| one device | {alone * 1e3:.0f} | 1.00 |", flush=True)
+    for mesh in arguments.meshes:
+        took = seconds(dataclasses.replace(cfg, mesh=mesh), arguments.steps)
+        print(f"| {mesh} | {took * 1e3:.0f} | {took / alone:.2f} |", flush=True)
+
+
+def seconds(cfg, steps: int) -> float:
+    """Of the fastest of `steps` steps after two to warm up."""
+    import jax
+    import numpy as np
+
+    from sharding.mesh import make_mesh, parse_mesh
+    from sharding.rules import AxisRules, layout_for
+    from v4jax.train.step import batch_sharding, compile_step, init_state, state_shardings
+
+    sizes = parse_mesh(cfg.mesh)
+    mesh, rules = make_mesh(sizes), layout_for(cfg.layout, sizes) if cfg.mesh else AxisRules()
+    with jax.set_mesh(mesh):
+        places = state_shardings(cfg, rules, mesh)
+        state = init_state(cfg, places)
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(0, cfg.model.vocab_size, (cfg.batch_size, cfg.seq_len), dtype=np.int32)
+        batch = jax.device_put({"tokens": tokens, "segment_ids": np.ones_like(tokens)}, batch_sharding(rules, mesh))
+        step = compile_step(cfg, rules, places, mesh)
+        times = []
+        for _ in range(steps + 2):
+            start = time.perf_counter()
+            state, metrics = step(state, batch)
+            jax.block_until_ready((state, metrics))
+            times.append(time.perf_counter() - start)
+    return min(times[2:])
+
+
+if __name__ == "__main__":
+    main()

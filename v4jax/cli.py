@@ -148,7 +148,16 @@ def _train(arguments, rest):
     summary = train(cfg)
     if cfg.sample_tokens:
         summary |= _sample(cfg)
-    return summary if "run_dir" in summary else None
+    if "run_dir" not in summary:  # not the first of several processes
+        return None
+    return summary | {"peak_memory": f"{_peak_memory() / 1e9:.1f} GB"}
+
+
+def _peak_memory() -> int:
+    """The most bytes this process ever held resident."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _sample(cfg) -> dict:

@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from sharding.audit import Collective, collectives, totals
+from sharding.audit import Collective, _groups, collectives, totals
 from sharding.mesh import make_mesh, parse_mesh
 
 
@@ -50,3 +50,29 @@ def test_a_loop_of_unknown_length_is_refused():
     f = lambda x: lax.while_loop(lambda x: x.sum() < 100, lambda x: lax.psum(jnp.abs(x) + 1, "expert"), x)  # noqa: E731
     with pytest.raises(ValueError, match="unknown length"):
         collectives(compiled(f, mesh, P("expert")), mesh)
+
+
+@pytest.mark.parametrize(
+    "written, groups",
+    [
+        ("{{0,2},{1,3}}", [[0, 2], [1, 3]]),
+        ("{}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ("[4,2]<=[8]", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("[2,4]<=[4,2]T(1,0)", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("mesh['a'=2,'b'=1,'c'=4] {'a'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("mesh['a'=2,'b'=1,'c'=4], device_ids=([2,2,2]T(1,0,2)) {'a'}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ("mesh['a'=2,'b'=4] {'b':(1)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("mesh['a'=2,'b'=4] {'a','b':(2)2}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ("mesh['a'=8,'b'=1] {'a'}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ("mesh['a'=8,'b'=1] {'b'}", [[0], [1], [2], [3], [4], [5], [6], [7]]),
+    ],
+)
+def test_groups_in_every_form_that_xla_writes(written, groups):
+    line = f"  %x = f32[8]{{0}} all-gather(%y), channel_id=1, replica_groups={written}, dimensions={{0}}"
+    assert _groups(line, 8).tolist() == groups
+
+
+def test_groups_in_another_form_are_refused():
+    with pytest.raises(ValueError, match="not known"):
+        _groups("  %x = f32[8]{0} all-gather(%y), replica_groups=<new form>, dimensions={0}", 8)

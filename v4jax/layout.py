@@ -94,7 +94,7 @@ def report_layout(cfg: TrainConfig, target: str = "cpu", lower_only: bool = Fals
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes if compiled else None,
         largest=_largest(state.public, places.public),
         collectives=tuple((*key, *value) for key, value in totals(found).items()),
-        expert_bytes=(sent_to_experts(found), least) if compiled and least else None,
+        expert_bytes=(sent_to_experts(found, rules), least) if compiled and least else None,
         lower_seconds=lowered_at - start,
         compile_seconds=time.perf_counter() - lowered_at if compiled else None,
     )  # fmt: skip
@@ -117,9 +117,11 @@ def least_expert_bytes(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, i
     return int(rows * ways * model.hidden_size * jnp.dtype(cfg.dtype).itemsize)
 
 
-def sent_to_experts(found: list[Collective]) -> int:
-    """Bytes of the collectives among expert devices that the experts' dispatch makes."""
-    mine = [one for one in found if "experts/shard_map" in one.source and "expert" in one.axes]
+def sent_to_experts(found: list[Collective], rules: AxisRules) -> int:
+    """Bytes of the collectives among expert devices that the experts' dispatch makes: every kind but all-reduce, by which
+    XLA sums gradients, many at once, under the joined names of all their sources."""
+    holders = set(rules.mesh_axes("experts"))
+    mine = [one for one in found if "experts/shard_map" in one.source and one.kind != "all-reduce" and set(one.axes) <= holders]
     return sum(one.calls * one.bytes for one in mine)
 
 

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from trees import random_params, small_config
 
 from v4jax.checkpoint import export, load, load_safetensors, official_names, save_safetensors, to_official
+from v4jax.checkpoint.files import write_file
 from v4jax.checkpoint.names import official_shapes
 from v4jax.config import ModelConfig
 
@@ -138,17 +139,13 @@ def test_config_json_is_official(tmp_path):
     assert "quantization_config" not in raw and "layer_types" not in raw
 
 
-def test_pieces_respect_the_limit_and_the_index_lists_them(tmp_path, monkeypatch):
-    held = []
-    monkeypatch.setattr(
-        export, "save_file", lambda tensors, *a, **k: (held.append(tensors.copy()), save_file(tensors, *a, **k))
-    )
+def test_pieces_respect_the_limit_and_the_index_lists_them(tmp_path):
     save_safetensors(CFG, PARAMS, tmp_path / "out", max_file_bytes=60_000)
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert files == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
     assert set(index["weight_map"]) == set(official_names(CFG)) and sorted(set(index["weight_map"].values())) == files
-    sizes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in held]
+    sizes = [sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / file).values()) for file in files]
     assert max(sizes) <= 60_000 and sum(sizes) == index["metadata"]["total_size"] and len(sizes) == len(files) > 5
 
 
@@ -190,13 +187,13 @@ def test_loading_with_put_holds_one_leaf(wide):
     _, params, directory, size = wide
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
     peak = peak_of(lambda: load_safetensors(directory, put=lambda path, leaf: None))
-    assert peak < largest + 0.1 * size < 0.5 * size
+    assert peak < largest + 0.12 * size < 0.5 * size  # 1 800 headers take 2 MB
 
 
-def test_saving_holds_one_file(wide, tmp_path):
+def test_saving_holds_one_tensor(wide, tmp_path):
     cfg, params, _, size = wide
-    peak = peak_of(lambda: save_safetensors(cfg, params, tmp_path / "out", dtype="float32", max_file_bytes=size // 10))
-    assert peak < 0.25 * size
+    peak = peak_of(lambda: save_safetensors(cfg, params, tmp_path / "out", dtype="float32"))
+    assert peak < 0.1 * size
 
 
 def test_put_places_every_leaf(tmp_path):
@@ -219,11 +216,8 @@ def without(*names):
     return {name: tensor for name, tensor in TENSORS.items() if name not in names}
 
 
-def with_scales(tensors):
-    name = "layers.0.attn.wq_a.weight"
-    return tensors | {name: tensors[name].astype(ml_dtypes.float8_e4m3fn)}
-
-
+E4M3 = ml_dtypes.float8_e4m3fn
+WQ_A = "layers.0.attn.wq_a.weight"
 GATE = "layers.2.ffn.gate.tid2eid"
 
 
@@ -246,15 +240,24 @@ _BAD_TENSORS = [
     (TENSORS | {"norm.weight": np.ones(48, np.float16)}, "tensor norm.weight: got F16; allowed: F32, BF16"),
     (TENSORS | {"norm.weight": np.ones(48)}, "tensor norm.weight: got F64; allowed: F32, BF16"),
     (TENSORS | {GATE: TENSORS[GATE].astype(BF16)}, f"tensor {GATE}: got BF16; allowed: I64, I32"),
-    (with_scales(TENSORS), "layers.0.attn.wq_a.weight: got F8_E4M3, .* low-precision files come with a later release"),
+    (
+        TENSORS | {WQ_A: TENSORS[WQ_A].astype(E4M3)},
+        r"layers.0.attn.wq_a.weight: got F8_E4M3 with no scales \(layers.0.attn.wq_a.scale\); allowed: F32, F8_E8M0, U8",
+    ),
     (
         TENSORS | {"layers.0.attn.wq_a.scale": np.ones((1, 1), np.float32)},
-        "layers.0.attn.wq_a.scale: got F32, part of an fp8 or MXFP4 checkpoint; low-precision",
+        "layers.0.attn.wq_a.weight: got F32 with F32 scales .*; allowed: None",
+    ),
+    (
+        TENSORS | {WQ_A: TENSORS[WQ_A].astype(E4M3), "layers.0.attn.wq_a.scale": np.ones((1, 2), np.float32)},
+        r"tensor layers.0.attn.wq_a.scale: got shape \[1, 2\]; must be \[1, 1\]",
     ),
     (
         TENSORS | {"layers.0.ffn.experts.0.w1.weight": np.ones((40, 24), np.int8)},
-        "layers.0.ffn.experts.0.w1.weight: got I8, part of an fp8 or MXFP4 checkpoint",
+        "layers.0.ffn.experts.0.w1.weight: got I8 with no scales",
     ),
+    (TENSORS | {"embed.weight": TENSORS["embed.weight"].astype(E4M3)}, "embed.weight: got F8_E4M3; allowed: F32, BF16"),
+    (TENSORS | {WQ_A: np.ones((20, 24), np.int8)}, "wq_a.weight: got I8; allowed: F32, BF16, F8_E4M3"),
     (without("mtp.0.enorm.weight"), "tensor mtp.0.[a-z_.]*: this checkpoint's mtp.. is a DSpark drafter"),
     (TENSORS | {"mtp.1.enorm.weight": np.ones(48, np.float32)}, "tensor mtp.1.enorm.weight: .* is a DSpark drafter"),
     (TENSORS | {"model.norm.weight": np.ones(48, np.float32)}, "got both .*norm.weight, two names of norm.weight"),
@@ -361,12 +364,11 @@ def test_nothing_to_load_is_refused(tmp_path):
         load_safetensors(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "fp8", "int32", None, 3, "float64"])
-def test_only_two_dtypes(tmp_path, dtype):
-    message = f"dtype: got {dtype!r}; allowed: 'float32', 'bfloat16'"
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("dtype", ["float16", "int32", None, 3, "float64"])
+def test_only_known_dtypes(tmp_path, dtype):
+    with pytest.raises(ValueError, match=f"dtype: got {dtype!r}; allowed: 'float32', 'bfloat16'"):
         load_safetensors(write(tmp_path / "in"), dtype=dtype)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"dtype: got {dtype!r}; allowed: 'float32', 'bfloat16', 'fp8', 'official'"):
         save_safetensors(CFG, PARAMS, tmp_path / "out", dtype=dtype)
     assert not (tmp_path / "out").exists()
 
@@ -379,12 +381,12 @@ def listing(directory):
 
 
 def test_a_crash_leaves_nothing(tmp_path, monkeypatch):
-    def crash(tensors, path, metadata):
+    def crash(path, *rest):
         if "00002" in path.name:
             raise OSError("disk full")
-        save_file(tensors, path, metadata=metadata)
+        write_file(path, *rest)
 
-    monkeypatch.setattr(export, "save_file", crash)
+    monkeypatch.setattr(export, "write_file", crash)
     with pytest.raises(OSError, match="disk full"):
         save_safetensors(CFG, PARAMS, tmp_path / "out", max_file_bytes=100_000)
     assert list(tmp_path.iterdir()) == []
@@ -393,7 +395,7 @@ def test_a_crash_leaves_nothing(tmp_path, monkeypatch):
 def test_a_crash_leaves_the_earlier_export(tmp_path, monkeypatch):
     save_safetensors(CFG, PARAMS, tmp_path / "out")
     before = listing(tmp_path)
-    monkeypatch.setattr(export, "_write_json", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(export, "write_json", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save_safetensors(CFG, PARAMS, tmp_path / "out", dtype="float32", overwrite=True)
     assert listing(tmp_path) == before

@@ -113,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("target")
     convert.add_argument("--format", choices=("orbax", "safetensors"), default="safetensors")
     convert.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "fp8", "official"))
+    convert.add_argument("--verify", action="store_true", help="compare TARGET with SOURCE tensor by tensor (made first if it is not there)")
+    convert.add_argument("--max-file-bytes", type=int, default=5 * 10**9, help="of a safetensors file")
+    convert.add_argument("--workers", type=int, default=2, help="tensors or files converted at a time; each takes memory for one")
 
     cost = command("cost", _cost, "Parameters, FLOPs per token and cache bytes, from the configuration alone.")
     cost.add_argument("config", help="CONFIG.py or config.json")
@@ -232,9 +235,14 @@ def _score(arguments, _):
 
 
 def _convert(arguments, _):
-    from v4jax.convert import convert
+    from v4jax.convert import compare, convert
 
-    return convert(arguments.source, arguments.target, arguments.format, arguments.dtype)
+    result = {}
+    if not arguments.verify or not pathlib.Path(arguments.target).exists():
+        result = convert(
+            arguments.source, arguments.target, arguments.format, arguments.dtype, arguments.max_file_bytes, arguments.workers
+        )
+    return result | compare(arguments.source, arguments.target) if arguments.verify else result
 
 
 def _cost(arguments, _):

@@ -1,40 +1,274 @@
-"""From one kind of checkpoint to another: safetensors directory <-> v4jax store, in plain precision.
+"""From one kind of checkpoint to another, tensor by tensor: safetensors in four precisions <-> the v4jax store.
 
-The whole model passes through host memory; streaming and low precision come with a later release.
+Never more is in memory than a few tensors (a worker holds one, as stored and as float32). What is written lies beside the target
+until it is whole, so a conversion that was killed goes on where it was when it is called again, and a target is never half
+a checkpoint. A store made from low-precision files keeps their scales, so that the way back gives the same bytes.
 
 Next file to read: v4jax/cli.py.
 """
 
+import concurrent.futures
+import contextlib
+import fcntl
+import json
 import pathlib
+import re
 import shutil
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
-from v4jax.api import load
-from v4jax.checkpoint.export import save_safetensors
-from v4jax.checkpoint.store import Store, write_config
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-CARRIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+from v4jax.checkpoint.export import (
+    MAX_FILE_BYTES,
+    config_json,
+    kinds_for,
+    plan_files,
+    scale_name,
+    store_slot,
+    total_bytes,
+    write_json,
+    write_tensors,
+)
+from v4jax.checkpoint.files import Header, headers_of, read_tensor, write_file
+from v4jax.checkpoint.formats import DTYPES, FLOAT32, Kind, Stored, check_format, encode, format_of, kind_in, scale_of, shapes_of
+from v4jax.checkpoint.load import Source, open_safetensors
+from v4jax.checkpoint.names import official_names, official_shapes, plain_dtype
+from v4jax.checkpoint.store import is_run
+from v4jax.checkpoint.stream import StoreWriter, open_leaves
+from v4jax.config import ModelConfig
+
+_CARRIED = re.compile(r"(tokenizer|generation_config|special_tokens_map|chat_template|vocab|merges|added_tokens)[\w.]*\.(json|txt|model|jinja)$")
 """Files that travel with a checkpoint."""
+_RELEASED = "released"
+"""Directory of a store that keeps what its numbers do not say: how the source stored each tensor, and its scales."""
 
 
-def convert(source, target, format: str = "safetensors", dtype: str = "float32") -> dict:
-    """Writes the checkpoint `source` (any kind) to the new directory `target`.
+def convert(source, target, format: str = "safetensors", dtype: str = "float32", max_file_bytes: int = MAX_FILE_BYTES, workers: int = 2) -> dict:
+    """Writes the checkpoint `source` (any kind, any precision) to the new directory `target`.
+
+    Args:
+      format: "safetensors", or "orbax" for a v4jax store. dtype: float32 or bfloat16; for safetensors also fp8 or official.
+      max_file_bytes: of a safetensors file. workers: tensors (files, for safetensors) converted at a time.
 
     Raises:
-      ValueError: a target that exists and is not empty, a dtype that is not built yet, or a bad source.
+      ValueError: a target that exists and is not empty or is being written, a dtype the format does not have, or a bad source.
+      OSError: the disk is full; what was written stays beside the target, for the next try.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype: got {dtype!r}; allowed: float32, bfloat16 (fp8 and official are not built yet)")
-    source, target = pathlib.Path(source), pathlib.Path(target)
+    source, target = pathlib.Path(source), pathlib.Path(target).absolute()
+    if check_format(dtype) not in ("float32", "bfloat16") and format == "orbax":
+        raise ValueError(f"dtype: got {dtype!r}; a v4jax store holds float32 or bfloat16 (and keeps the scales of {dtype} files)")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: exists and is not an empty directory; choose another")
-    cfg, params = load(source, dtype)
-    if format == "safetensors":
-        save_safetensors(cfg, params, target, dtype=dtype)
-    else:
-        write_config(target, cfg)
-        with Store(target, writes=True) as store:
-            store.save(0, {"params": params})
-    for name in CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    return {"target": str(target), "format": format, "dtype": dtype}
+    for name, value in (("max_file_bytes", max_file_bytes), ("workers", workers)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}; must be at least 1")
+    opened = open_checkpoint(source)
+    plan = {"source": _fingerprint(source), "format": format, "dtype": dtype, "max_file_bytes": max_file_bytes}
+    with _begun(target.with_name(f".{target.name}.partial"), plan) as partial:
+        if format == "safetensors":
+            size = _to_safetensors(opened, partial, dtype, max_file_bytes, workers)
+        else:
+            size = _to_store(opened, partial, dtype, workers)
+        for path in sorted(source.iterdir()):
+            if _CARRIED.match(path.name) and path.is_file():
+                shutil.copyfile(path, partial / path.name)
+        with contextlib.suppress(FileNotFoundError):
+            target.rmdir()
+        partial.rename(target)
+    (target / "plan.json").unlink()
+    return {"target": str(target), "format": format, "dtype": dtype, "tensors": len(opened.kinds), "bytes": size}
+
+
+def compare(first, second) -> dict:
+    """How far two checkpoints of one model are apart, of any kinds and precisions.
+
+    Returns:
+      tensors compared, how many are equal, and of the worst tensor its name, largest difference, and that difference over
+      the largest number of the first checkpoint's tensor.
+
+    Raises:
+      ValueError: a bad checkpoint, or two models (naming the first tensor or shape that differs).
+    """
+    a, b = open_checkpoint(first), open_checkpoint(second)
+    shapes, others = official_shapes(a.cfg), official_shapes(b.cfg)
+    for name in shapes | others:
+        if shapes.get(name) != others.get(name):
+            raise ValueError(f"{name}: {shapes.get(name)} in {first}, {others.get(name)} in {second}; these are two models")
+    equal, worst = 0, ("", 0.0, 0.0)
+    with _progress("comparing", len(shapes), bytes_=False) as wrote:
+        for name in shapes:
+            x, y = (np.asarray(side.numbers(name), np.float32) for side in (a, b))
+            difference = float(np.max(np.abs(x - y), initial=0))
+            equal += difference == 0
+            relative = difference / max(float(np.max(np.abs(x), initial=0)), np.finfo(np.float32).tiny)
+            worst = max(worst, (name, difference, relative), key=lambda one: one[2])
+            wrote(1)
+    return {"tensors": len(shapes), "equal": equal, "worst": worst[0], "difference": worst[1], "relative": worst[2]}
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------------
+
+
+class StoreSource(NamedTuple):
+    """The newest checkpoint of a v4jax store or run; reads what a load.Source reads."""
+
+    directory: pathlib.Path
+    cfg: ModelConfig
+    raw: dict[str, Any]
+    kinds: dict[str, Kind]
+    leaves: dict[tuple[str, ...], Any]
+    scales: dict[str, Header]
+
+    @property
+    def format(self) -> str:
+        return format_of(self.kinds)
+
+    def numbers(self, name: str) -> np.ndarray:
+        slot = official_names(self.cfg)[name]
+        kind = Kind("I64") if name.endswith(".tid2eid") else FLOAT32
+        return store_slot(self.cfg, name, kind, self.leaves[slot.path], slot).data
+
+    def scale(self, name: str) -> np.ndarray | None:
+        if name not in self.scales:
+            return None
+        return scale_of(self.kinds[name], Stored(None, read_tensor(self.scales[name])))
+
+
+def open_checkpoint(directory) -> Source | StoreSource:
+    """Any checkpoint, its tensors not read yet.
+
+    Raises:
+      ValueError: no checkpoint, or one that does not fit its config.json.
+    """
+    directory = pathlib.Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such directory; expected config.json + safetensors, or a v4jax run")
+    if not is_run(directory):
+        return open_safetensors(directory)
+    cfg = ModelConfig.from_json(directory)
+    leaves, kept = open_leaves(directory, cfg), directory / _RELEASED
+    kinds = kinds_for(cfg, "bfloat16" if any(leaf.dtype.numpy_dtype == DTYPES["BF16"] for leaf in leaves.values()) else "float32")
+    scales = {}
+    if kept.is_dir():
+        kinds = {name: Kind(*kind) for name, kind in json.loads((kept / "kinds.json").read_text()).items()}
+    if (kept / "scales.safetensors").exists():
+        scales = {one.stored.removesuffix("scale") + "weight": one for one in headers_of(kept / "scales.safetensors")}
+    return StoreSource(directory, cfg, json.loads((directory / "config.json").read_text()), kinds, leaves, scales)
+
+
+# ---- targets ---------------------------------------------------------------------------------------------------------
+
+
+def _to_safetensors(source: Source | StoreSource, partial: pathlib.Path, dtype: str, max_file_bytes: int, workers: int) -> int:
+    same = source.format == dtype  # then each tensor is stored as it was there
+    kinds = source.kinds if same else kinds_for(source.cfg, dtype)
+
+    def stored(name: str) -> Stored:
+        if isinstance(source, Source) and source.kinds[name] == kinds[name]:
+            return source.stored(name)
+        try:
+            return encode(kinds[name], source.numbers(name), source.scale(name) if source.kinds[name].dtype == kinds[name].dtype else None)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+    files = plan_files(source.cfg, kinds, max_file_bytes)
+    with _progress("converting", total_bytes(files)) as wrote:
+        write_tensors(partial, files, stored, wrote, workers)
+    write_json(partial / "config.json", config_json(source.cfg, dtype, source.raw))
+    if open_safetensors(partial).kinds != kinds:
+        raise OSError(f"{partial}: reads back with other tensors than were written")
+    return total_bytes(files)
+
+
+def _to_store(source: Source | StoreSource, partial: pathlib.Path, dtype: str, workers: int) -> int:
+    store = StoreWriter(partial, source.cfg, plain_dtype(dtype))
+    shapes = official_shapes(source.cfg)
+    sizes = {name: int(np.prod(shape)) * DTYPES[kind_in(dtype, name).dtype].itemsize for name, shape in shapes.items()}
+    log = partial / "written.txt"
+    sums = dict(line.split() for line in log.read_text().splitlines() if line.count(" ") == 1) if log.exists() else {}
+    lock = threading.Lock()
+
+    def write(name: str) -> int:
+        if name not in sums:
+            found = store.write(name, source.numbers(name))
+            with lock, open(log, "a") as file:
+                file.write(f"{name} {_sum(found)}\n")
+                sums[name] = _sum(found)
+        return sizes[name]
+
+    def check(name: str) -> int:
+        if _sum(store.read(name)) != sums[name]:
+            raise OSError(f"{partial}: {name} reads back other than it was written")
+        return sizes[name]
+
+    for what, step in (("converting", write), ("checking", check)):
+        with _progress(what, sum(sizes.values())) as wrote, concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            try:
+                for done in pool.map(step, shapes):
+                    wrote(done)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    _keep_form(source, partial / _RELEASED)
+    write_json(partial / "config.json", config_json(source.cfg, source.format, source.raw))
+    log.unlink()
+    return sum(sizes.values())
+
+
+def _keep_form(source: Source | StoreSource, directory: pathlib.Path) -> None:
+    """Writes what a store's numbers do not say: how the source stored each tensor, and its scales as they are."""
+    directory.mkdir(exist_ok=True)
+    write_json(directory / "kinds.json", source.kinds)
+    if source.scales:
+        shapes = {name: shapes_of(source.kinds[name], shape)[1] for name, shape in official_shapes(source.cfg).items()}
+        tensors = {scale_name(name): (source.kinds[name].scale, shapes[name]) for name in source.scales}
+        write_file(directory / "scales.safetensors", tensors, ((scale_name(name), read_tensor(one)) for name, one in source.scales.items()))
+
+
+@contextlib.contextmanager
+def _begun(partial: pathlib.Path, plan: dict[str, Any]) -> Iterator[pathlib.Path]:
+    """The directory where a conversion is made; what an earlier try of the same one left is kept, anything else removed."""
+    plan = json.loads(json.dumps(plan))
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial.with_suffix(".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{partial}: another conversion is writing there") from None
+        try:
+            earlier = json.loads((partial / "plan.json").read_text())
+        except (OSError, ValueError):
+            earlier = None
+        if earlier != plan:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            write_json(partial / "plan.json", plan)
+        try:
+            yield partial
+        except ValueError:  # bad input, which another try would find again
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            partial.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _fingerprint(source: pathlib.Path) -> list:
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    return [str(source.absolute()), [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]]
+
+
+def _sum(array: np.ndarray) -> str:
+    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)):08x}"
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int, bytes_: bool = True) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn(what), BarColumn(), *([DownloadColumn()] if bytes_ else [TextColumn("{task.completed:.0f}/{task.total:.0f}")]), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda size: bar.advance(task, size)

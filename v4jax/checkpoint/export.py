@@ -1,4 +1,4 @@
-"""Writes the parameter tree as a Hugging Face style directory: official names, config.json, safetensors in pieces.
+"""Writes a Hugging Face style directory: official names, config.json, safetensors in pieces, in any of four formats.
 
 The directory appears whole or not at all: everything is written beside it and renamed at the end. Of several processes
 all take part, as each holds only its shards, and the first one writes.
@@ -6,29 +6,26 @@ all take part, as each holds only its shards, and the first one writes.
 Next file to read: v4jax/checkpoint/names.py.
 """
 
+import concurrent.futures
 import json
 import math
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from sharding.processes import gather, is_first
-from v4jax.checkpoint.load import INDEX_FILE
-from v4jax.checkpoint.names import (
-    check_table,
-    check_tree,
-    file_dtype,
-    official_names,
-    official_shapes,
-    plain_dtype,
-    read_slot,
-)
+from v4jax.checkpoint.files import INDEX_FILE, write_file
+from v4jax.checkpoint.formats import DTYPES, Kind, Stored, check_format, encode, kind_in, quantization_config, shapes_of
+from v4jax.checkpoint.names import check_table, check_tree, official_names, official_shapes, read_slot
 from v4jax.config import ModelConfig
+
+MAX_FILE_BYTES = 5 * 10**9
+Files = dict[str, dict[str, tuple[str, tuple[int, ...]]]]
+"""File name -> its tensors, scales included -> (dtype, shape)."""
 
 
 def save_safetensors(
@@ -36,75 +33,174 @@ def save_safetensors(
     params: Mapping[str, Any],
     directory,
     dtype: Any = "bfloat16",
-    max_file_bytes: int = 5 * 10**9,
+    max_file_bytes: int = MAX_FILE_BYTES,
     overwrite: bool = False,
 ) -> None:
     """Writes `params` (NumPy or JAX arrays) to `directory` in the official format, which transformers opens too.
 
     Args:
-      dtype: "float32" or "bfloat16", of every *.weight; hc_*, attn_sink, ape and gate.bias stay float32, tid2eid int64.
-      max_file_bytes: tensor bytes per file (a larger tensor gets its own); one file's tensors are in memory at a time.
+      dtype: "float32" or "bfloat16", of every *.weight; "official", matrices fp8 and experts MXFP4 as in instruct releases;
+        "fp8", experts fp8 too as in -Base releases. hc_*, attn_sink, ape and gate.bias stay float32, tid2eid int64.
+      max_file_bytes: tensor bytes per file (a larger tensor gets its own); one tensor is in memory at a time.
       overwrite: replace an earlier export; other files beside it (a tokenizer) stay, a directory in it is refused.
 
     Raises:
       ValueError: a directory that may not be replaced, another dtype, or a tree that is not one of `cfg`.
     """
-    dtype = plain_dtype(dtype)
+    kinds = kinds_for(cfg, check_format(dtype))
     if isinstance(max_file_bytes, bool) or not isinstance(max_file_bytes, int) or max_file_bytes < 1:
         raise ValueError(f"max_file_bytes: got {max_file_bytes!r}; must be a positive integer")
     target = pathlib.Path(directory).resolve()
     _check_target(target, overwrite)
-    leaves = check_tree(cfg, params)
-    files = _tensor_files(cfg, leaves, dtype, max_file_bytes)
+    leaves, slots = check_tree(cfg, params), official_names(cfg)
+
+    def stored(name: str) -> Stored | None:
+        leaf = gather(leaves[slots[name].path], slots[name].index)
+        return store_slot(cfg, name, kinds[name], leaf, slots[name]._replace(index=())) if is_first() else None
+
     if not is_first():
-        for _ in files:  # hands over the shards that live here
-            pass
+        for name in slots:  # hands over the shards that live here
+            stored(name)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir()
     try:
-        _write_tensors(files, partial)
-        _write_json(partial / "config.json", cfg.to_dict() | {"torch_dtype": dtype.name})
+        write_tensors(partial, plan_files(cfg, kinds, max_file_bytes), stored)
+        write_json(partial / "config.json", config_json(cfg, check_format(dtype)))
         for path in target.iterdir() if target.exists() else ():
             if not _is_ours(path):
                 shutil.copy2(path, partial)
-        _replace(partial, target)
+        replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _tensor_files(cfg: ModelConfig, leaves, dtype: np.dtype, max_file_bytes: int) -> Iterator[tuple[str, dict]]:
-    """(file name, its tensors) of files of at most `max_file_bytes`; the tensors of one file are held at a time.
+def store_slot(cfg: ModelConfig, name: str, kind: Kind, leaf: Any, slot, scale: np.ndarray | None = None) -> Stored:
+    """One official tensor out of a leaf of the tree, as a file is to have it.
 
-    Every process must go through all of it; only the first gets tensors.
+    Raises:
+      ValueError: naming the tensor: expert ids that no expert has, or numbers that low precision cannot hold.
     """
-    slots = official_names(cfg)
-    sizes = {
-        name: math.prod(shape) * file_dtype(name, dtype).itemsize for name, shape in official_shapes(cfg).items()
-    }
+    array = read_slot(name, leaf, slot)
+    if name.endswith(".tid2eid"):
+        check_table(cfg, name, array)
+    try:
+        return encode(kind, array, scale)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def kinds_for(cfg: ModelConfig, format: str) -> dict[str, Kind]:
+    """How each official tensor of a checkpoint in `format` is stored.
+
+    Raises:
+      ValueError: a matrix that the format cannot hold.
+    """
+    kinds = {}
+    for name, shape in official_shapes(cfg).items():
+        kinds[name] = kind_in(format, name)
+        try:
+            shapes_of(kinds[name], shape)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return kinds
+
+
+def config_json(cfg: ModelConfig, format: str, raw: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """config.json of an export: that of the source, where it is of official style, but for what the precision changes."""
+    same = raw is not None and "compress_ratios" in raw and "layer_types" not in raw and ModelConfig.from_dict(dict(raw)) == cfg
+    found = dict(raw) if same else cfg.to_dict()
+    low = quantization_config(format)
+    for name in ("quantization_config", "expert_dtype"):
+        if name not in low:
+            found.pop(name, None)
+    found |= {name: value for name, value in low.items() if name not in found}
+    return found | {"dtype" if "dtype" in found else "torch_dtype": "float32" if format == "float32" else "bfloat16"}
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def plan_files(cfg: ModelConfig, kinds: Mapping[str, Kind], max_file_bytes: int = MAX_FILE_BYTES) -> Files:
+    """Which file holds which tensors: in order, cut into pieces of at most `max_file_bytes`."""
+    tensors: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+    for name, shape in official_shapes(cfg).items():
+        data, scale = shapes_of(kinds[name], shape)
+        tensors[name] = {name: (kinds[name].dtype, data)}
+        if scale is not None:
+            tensors[name][scale_name(name)] = (kinds[name].scale, scale)
+    sizes = {name: sum(_size(*one) for one in parts.values()) for name, parts in tensors.items()}
     pieces = _split(sizes, max_file_bytes)
+    files = {}
     for i, names in enumerate(pieces, start=1):
-        tensors = {}
-        for name in names:
-            leaf = gather(leaves[slots[name].path], slots[name].index)
-            if is_first():
-                tensors[name] = read_slot(name, leaf, slots[name]._replace(index=()), file_dtype(name, dtype))
-                if name.endswith(".tid2eid"):
-                    check_table(cfg, name, tensors[name])
-        yield ("model.safetensors" if len(pieces) == 1 else f"model-{i:05}-of-{len(pieces):05}.safetensors"), tensors
-        tensors.clear()
+        file = "model.safetensors" if len(pieces) == 1 else f"model-{i:05}-of-{len(pieces):05}.safetensors"
+        files[file] = {part: one for name in names for part, one in tensors[name].items()}
+    return files
 
 
-def _write_tensors(files: Iterator[tuple[str, dict]], directory: pathlib.Path) -> None:
-    """The files and, if there are several, their index."""
-    weight_map, total = {}, 0
-    for file, tensors in files:
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    if len(set(weight_map.values())) > 1:
-        _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+def total_bytes(files: Files) -> int:
+    """Bytes of all tensors of a plan."""
+    return sum(_size(*one) for tensors in files.values() for one in tensors.values())
+
+
+def write_tensors(
+    directory: pathlib.Path,
+    files: Files,
+    stored: Callable[[str], Stored],
+    wrote: Callable[[int], None] = lambda size: None,
+    workers: int = 1,
+) -> None:
+    """The files of a plan and, if there are several, their index; files that are there already are taken to be whole.
+
+    Args:
+      stored: official name -> its tensor. wrote: called with the bytes of each piece written (or found).
+      workers: how many files are written at once.
+    """
+
+    def write(file: str, tensors) -> None:
+        if (directory / file).exists():
+            wrote(total_bytes({file: tensors}))
+        else:
+            names = (name for name in tensors if not _is_scale(name, tensors))
+            write_file(directory / file, tensors, _parts(names, stored), wrote)
+
+    if workers == 1:
+        for file, tensors in files.items():
+            write(file, tensors)
+    else:
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            running = [pool.submit(write, file, tensors) for file, tensors in files.items()]
+            try:
+                for one in concurrent.futures.as_completed(running):
+                    one.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    if len(files) > 1:
+        weight_map = {name: file for file, tensors in files.items() for name in tensors}
+        write_json(directory / INDEX_FILE, {"metadata": {"total_size": total_bytes(files)}, "weight_map": weight_map})
+
+
+def _parts(names: Iterable[str], stored: Callable[[str], Stored]) -> Iterator[tuple[str, np.ndarray]]:
+    for name in names:
+        tensor = stored(name)
+        yield name, tensor.data
+        if tensor.scale is not None:
+            yield scale_name(name), tensor.scale
+
+
+def scale_name(name: str) -> str:
+    """layers.0.attn.wkv.weight -> layers.0.attn.wkv.scale."""
+    return name.removesuffix("weight") + "scale"
+
+
+def _is_scale(name: str, tensors: Mapping[str, Any]) -> bool:
+    return name.endswith(".scale") and name.removesuffix("scale") + "weight" in tensors
+
+
+def _size(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * DTYPES[dtype].itemsize
 
 
 def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
@@ -120,7 +216,11 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return pieces
 
 
-def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+# ---- directories -----------------------------------------------------------------------------------------------------
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Indented, with a newline at the end."""
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -142,7 +242,7 @@ def _is_ours(path: pathlib.Path) -> bool:
     return path.name in ("config.json", INDEX_FILE) or path.suffix == ".safetensors"
 
 
-def _replace(partial: pathlib.Path, target: pathlib.Path) -> None:
+def replace(partial: pathlib.Path, target: pathlib.Path) -> None:
     """Renames `partial` to `target`; what stood there goes only once the new one is in place."""
     old = partial.with_suffix(".old")
     if target.exists():

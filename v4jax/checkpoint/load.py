@@ -1,51 +1,86 @@
 """Reads a Hugging Face style directory into the parameter tree, tensor by tensor, after checking every header.
 
-Reads official names and what transformers 5 `save_pretrained` writes, float32 and bfloat16. All names, shapes and
-dtypes are compared with what config.json implies before the first tensor is read.
+Reads official names and what transformers 5 `save_pretrained` writes; float32, bfloat16 and what DeepSeek releases: fp8
+and MXFP4. All names, shapes and dtypes are compared with what config.json implies before the first tensor is read.
 
 Next file to read: v4jax/checkpoint/export.py.
 """
 
-import contextlib
 import json
 import logging
 import pathlib
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from v4jax.checkpoint.names import (
-    Path,
-    check_shapes,
-    check_table,
-    fill_tree,
-    official_names,
-    plain_dtype,
-    transformers_to_official,
-)
+from v4jax.checkpoint.files import Header, read_headers, read_tensor
+from v4jax.checkpoint.formats import Kind, Stored, allowed_kinds, decode, format_of, scale_of, shapes_of
+from v4jax.checkpoint.names import Path, check_table, fill_tree, official_shapes, plain_dtype, same_names, transformers_to_official
 from v4jax.config import ModelConfig
 
-INDEX_FILE = "model.safetensors.index.json"
-_LOW_PRECISION = re.compile(r"F8_|F6_|F4|I8$|U8$")
-_PLAIN, _TABLE_DTYPES = ("F32", "BF16"), ("I64", "I32")
+
+class Source(NamedTuple):
+    """A safetensors checkpoint whose headers fit its config.json.
+
+    Attributes:
+      cfg: the architecture. raw: config.json as it stands there. kinds: official name -> how it is stored.
+      headers, scales: official name -> place of the tensor, and of its scales where it has some.
+    """
+
+    directory: pathlib.Path
+    cfg: ModelConfig
+    raw: dict[str, Any]
+    kinds: dict[str, Kind]
+    headers: dict[str, Header]
+    scales: dict[str, Header]
+
+    @property
+    def format(self) -> str:
+        """One of formats.FORMATS."""
+        return format_of(self.kinds)
+
+    def stored(self, name: str) -> Stored:
+        """The tensor as its file has it."""
+        return Stored(read_tensor(self.headers[name]), read_tensor(self.scales[name]) if name in self.scales else None)
+
+    def numbers(self, name: str) -> np.ndarray:
+        """The tensor's numbers: float32 of low precision, otherwise as stored.
+
+        Raises:
+          ValueError: naming the tensor: NaN codes or scales, expert ids that no expert has.
+        """
+        try:
+            array = decode(self.kinds[name], self.stored(name))
+        except ValueError as error:
+            raise ValueError(f"{self.directory}: {name}: {error}") from None
+        if name.endswith(".tid2eid"):
+            check_table(self.cfg, f"{self.directory}: {name}", array)
+        return array
+
+    def scale(self, name: str) -> np.ndarray | None:
+        """The tensor's scales, float32; None in plain precision."""
+        return scale_of(self.kinds[name], self.stored(name))
 
 
-class _Tensor(NamedTuple):
-    """A tensor's header and where to read it; `stored` is its name in the file."""
+def open_safetensors(directory) -> Source:
+    """A directory with config.json and safetensors, one file or several with an index; reads headers only.
 
-    file: Any
-    stored: str
-    shape: tuple[int, ...]
-    dtype: str
+    Raises:
+      ValueError: naming the file or tensor, what was expected and what was found.
+    """
+    directory = pathlib.Path(directory)
+    cfg = read_config(directory)
+    try:
+        return _check_headers(directory, cfg, read_headers(directory))
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
 
 
 def load_safetensors(
     directory, dtype: Any = "float32", put: Callable[[Path, np.ndarray], Any] | None = None
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """(config, parameters) of a directory with config.json and safetensors: one file, or several with an index.
+    """(config, parameters) of a directory with config.json and safetensors of any precision.
 
     Args:
       dtype: "float32" or "bfloat16", of every *.weight; hc_*, attn_sink, ape, bias and tid2eid are always float32.
@@ -55,22 +90,9 @@ def load_safetensors(
     Raises:
       ValueError: naming the file or tensor, what was expected and what was found.
     """
-    directory = pathlib.Path(directory)
     dtype = plain_dtype(dtype)
-    cfg = read_config(directory)
-    with contextlib.ExitStack() as open_files:
-        try:
-            cfg, tensors = _check_headers(cfg, _read_headers(directory, open_files))
-        except ValueError as error:
-            raise ValueError(f"{directory}: {error}") from None
-
-        def read(name: str) -> np.ndarray:
-            array = tensors[name].file.get_tensor(tensors[name].stored)
-            if name.endswith(".tid2eid"):
-                check_table(cfg, f"{directory}: {name}", array)
-            return array
-
-        return cfg, fill_tree(cfg, read, dtype, put)
+    source = open_safetensors(directory)
+    return source.cfg, fill_tree(source.cfg, source.numbers, dtype, put)
 
 
 def read_config(directory) -> ModelConfig:
@@ -85,83 +107,51 @@ def read_config(directory) -> ModelConfig:
     return ModelConfig.from_json(directory)
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def _read_headers(directory: pathlib.Path, open_files: contextlib.ExitStack) -> dict[str, _Tensor]:
-    """Name in the file -> header, of all files."""
-    weight_map = _read_index(directory)
-    if weight_map is None:
-        files = sorted(path.name for path in directory.glob("*.safetensors"))
-        if len(files) != 1:
-            raise ValueError(f"got {len(files)} *.safetensors files and no {INDEX_FILE}; expected one, or an index")
-    else:
-        files = sorted(set(weight_map.values()))
-    tensors = {}
-    for name in files:
-        try:
-            file = open_files.enter_context(safe_open(directory / name, framework="numpy"))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{name}: not a readable safetensors file: {error}") from None
-        for stored in file.keys():
-            if weight_map is not None and weight_map.get(stored) != name:
-                raise ValueError(f"{name}: holds {stored}, which {INDEX_FILE} places in {weight_map.get(stored)}")
-            header = file.get_slice(stored)
-            tensors[stored] = _Tensor(file, stored, tuple(header.get_shape()), header.get_dtype())
-    for stored, name in (weight_map or {}).items():
-        if stored not in tensors:
-            raise ValueError(f"{name}: lacks {stored}, which {INDEX_FILE} places there")
-    return tensors
-
-
-def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
-    """Tensor -> file of model.safetensors.index.json, or None where there is none."""
-    path = directory / INDEX_FILE
-    if not path.exists():
-        return None
-    try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f'{INDEX_FILE}: expected a JSON object with "weight_map": tensor -> file') from None
-    for name in files:
-        if not isinstance(name, str) or pathlib.PurePath(name).name != name:
-            raise ValueError(f"{INDEX_FILE}: got file {name!r}; must be a file name in this directory")
-        if not (directory / name).is_file():
-            raise ValueError(f"{INDEX_FILE}: names {name}, which does not exist")
-    if "model.safetensors" not in files and (directory / "model.safetensors").exists():
-        raise ValueError(f"got model.safetensors, and {INDEX_FILE} that does not name it; remove the one not meant")
-    return weight_map
-
-
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_headers(cfg: ModelConfig, stored: dict[str, _Tensor]) -> tuple[ModelConfig, dict[str, _Tensor]]:
-    """Official name -> header, if these are the tensors of `cfg`; and `cfg`, less MTP where transformers dropped it."""
-    for name, tensor in stored.items():
-        if name.endswith(".scale") or _LOW_PRECISION.match(tensor.dtype):
-            raise ValueError(
-                f"tensor {name}: got {tensor.dtype}, part of an fp8 or MXFP4 checkpoint; low-precision files come with "
-                f"a later release; allowed: {', '.join(_PLAIN)}"
-            )
-    from_transformers = any(name.startswith("model.") for name in stored)
-    tensors: dict[str, _Tensor] = {}
-    for name, tensor in stored.items():
+def _check_headers(directory: pathlib.Path, cfg: ModelConfig, found: dict[str, Header]) -> Source:
+    """The source, if these are the tensors of `cfg`, less MTP where transformers dropped it."""
+    from_transformers = any(name.startswith("model.") for name in found)
+    headers: dict[str, Header] = {}
+    for name, header in found.items():
         official = transformers_to_official(name) if from_transformers else name
-        if official in tensors:
-            raise ValueError(f"got both {tensors[official].stored} and {name}, two names of {official}")
-        tensors[official] = tensor
-    cfg = _check_mtp(cfg, tensors, from_transformers)
-    check_shapes(cfg, {name: tensor.shape for name, tensor in tensors.items()})
-    for name in official_names(cfg):
-        allowed = _TABLE_DTYPES if name.endswith(".tid2eid") else _PLAIN
-        if tensors[name].dtype not in allowed:
-            raise ValueError(f"tensor {name}: got {tensors[name].dtype}; allowed: {', '.join(allowed)}")
-    return cfg, tensors
+        if official in headers:
+            raise ValueError(f"got both {headers[official].stored} and {name}, two names of {official}")
+        headers[official] = header
+    cfg = _check_mtp(cfg, headers, from_transformers)
+    shapes = official_shapes(cfg)
+    scales = {
+        weight: headers.pop(name)
+        for name in list(headers)
+        if name.endswith(".scale") and (weight := name.removesuffix("scale") + "weight") in shapes and allowed_kinds(weight)[2:]
+    }
+    same_names(shapes, {name: header.shape for name, header in headers.items()}, "tensor")
+    kinds = {name: _check_kind(name, shape, headers[name], scales.get(name)) for name, shape in shapes.items()}
+    return Source(directory, cfg, json.loads((directory / "config.json").read_text()), kinds, headers, scales)
 
 
-def _check_mtp(cfg: ModelConfig, tensors: dict[str, _Tensor], from_transformers: bool) -> ModelConfig:
+def _check_kind(name: str, shape: tuple[int, ...], header: Header, scale: Header | None) -> Kind:
+    """How a tensor is stored, if it is so that v4jax can read it; `shape` is that of its numbers."""
+    kind, allowed = Kind(header.dtype, scale.dtype if scale else None), allowed_kinds(name)
+    if kind not in allowed:
+        dtypes = list(dict.fromkeys(one.dtype for one in allowed))
+        if header.dtype not in dtypes:
+            raise ValueError(f"tensor {name}: got {header.dtype}; allowed: {', '.join(dtypes)}")
+        with_it = [str(one.scale) for one in allowed if one.dtype == header.dtype]
+        what = f"{scale.dtype} scales" if scale else "no scales"
+        raise ValueError(f"tensor {name}: got {header.dtype} with {what} ({name.removesuffix('weight')}scale); allowed: {', '.join(with_it)}")
+    try:
+        data, scales = shapes_of(kind, shape)
+    except ValueError as error:
+        raise ValueError(f"tensor {name}: {error}") from None
+    for got, expected, what in ((header, data, name), (scale, scales, f"{name.removesuffix('weight')}scale")):
+        if got and got.shape != expected:
+            raise ValueError(f"tensor {what}: got shape {list(got.shape)}; must be {list(expected)}")
+    return kind
+
+
+def _check_mtp(cfg: ModelConfig, tensors: dict[str, Header], from_transformers: bool) -> ModelConfig:
     """Refuses a DSpark drafter (pitfall 33); accepts that transformers drops MTP, and says so."""
     mtp = [name for name in tensors if name.startswith("mtp.")]
     later = [name for name in mtp if not name.startswith("mtp.0.")]

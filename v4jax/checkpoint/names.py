@@ -148,19 +148,12 @@ def plain_dtype(dtype: Any) -> np.dtype:
     return found
 
 
-def file_dtype(name: str, dtype: np.dtype) -> np.dtype:
-    """How a tensor is stored when the file is in `dtype`: as official, only *.weight follows it.
-
-    hc_*, attn_sink, ape and gate.bias stay float32; tid2eid is int64.
-    """
-    if name.endswith(".tid2eid"):
-        return np.dtype("int64")
-    return dtype if name.endswith(".weight") else np.dtype("float32")
-
-
 def leaf_dtype(name: str, dtype: np.dtype) -> np.dtype:
-    """How a tensor is held in the tree: as in files, but tid2eid as integers in float32, so that jax.grad works."""
-    return np.dtype("float32") if name.endswith(".tid2eid") else file_dtype(name, dtype)
+    """How a tensor is held in the tree: as official files have it, only *.weight follows `dtype`.
+
+    tid2eid is integers in float32, so that jax.grad works.
+    """
+    return dtype if name.endswith(".weight") else np.dtype("float32")
 
 
 # ---- trees -----------------------------------------------------------------------------------------------------------
@@ -227,17 +220,17 @@ def fill_tree(
 
 def check_shapes(cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuses tensors that are not exactly those of `cfg`; `shapes` maps official names to official shapes."""
-    _compare(official_shapes(cfg), shapes, "tensor")
+    same_names(official_shapes(cfg), shapes, "tensor")
+    _same_shapes(official_shapes(cfg), shapes, "tensor")
 
 
 def check_tree(cfg: ModelConfig, tree: Mapping[str, Any]) -> dict[Path, Any]:
     """The leaves by path, after refusing a tree that has not exactly the leaves of `cfg`."""
     leaves = flatten_dict(tree)
-    _compare(
-        {"/".join(path): leaf.shape for path, leaf in _declared(cfg).items()},
-        {"/".join(path): np.shape(leaf) for path, leaf in leaves.items()},
-        "parameter",
-    )
+    expected = {"/".join(path): leaf.shape for path, leaf in _declared(cfg).items()}
+    got = {"/".join(path): np.shape(leaf) for path, leaf in leaves.items()}
+    same_names(expected, got, "parameter")
+    _same_shapes(expected, got, "parameter")
     return leaves
 
 
@@ -257,13 +250,17 @@ def check_table(cfg: ModelConfig, name: str, ids_VK: np.ndarray) -> None:
         logging.getLogger("v4jax").warning("%s: row %d is %s: one expert twice%s", name, row, ids_VK[row].tolist(), unset)
 
 
-def _compare(expected: Mapping[str, tuple], got: Mapping[str, tuple], what: str) -> None:
+def same_names(expected: Mapping[str, tuple], got: Mapping[str, tuple], what: str) -> None:
+    """Refuses arrays that are missing or too many; both map names to shapes."""
     missing = [name for name in expected if name not in got]
     extra = [name for name in got if name not in expected]
     if missing:
         raise ValueError(f"missing {what} {missing[0]} {list(expected[missing[0]])}{_more(missing)}")
     if extra:
         raise ValueError(f"unexpected {what} {extra[0]} {list(got[extra[0]])}{_more(extra)}")
+
+
+def _same_shapes(expected: Mapping[str, tuple], got: Mapping[str, tuple], what: str) -> None:
     for name, shape in expected.items():
         if tuple(got[name]) != tuple(shape):
             raise ValueError(f"{what} {name}: got shape {list(got[name])}; must be {list(shape)}")

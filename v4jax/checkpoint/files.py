@@ -1,0 +1,148 @@
+"""safetensors files: headers of a directory, one tensor read at its place, a file written tensor by tensor.
+
+The safetensors library checks every header (and that the file is as long as it says). Reading and writing the bytes is done
+here: the library knows no 8-bit floats in NumPy, and writes a file only from tensors that are all in memory.
+
+Next file to read: v4jax/checkpoint/names.py.
+"""
+
+import json
+import math
+import os
+import pathlib
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from v4jax.checkpoint.formats import DTYPES
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class Header(NamedTuple):
+    """Where a tensor lies. `stored` is its name in the file, `start` its first byte, `dtype` as safetensors calls it."""
+
+    path: pathlib.Path
+    stored: str
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+
+
+def read_headers(directory: pathlib.Path) -> dict[str, Header]:
+    """Name in the file -> header, of one file or of all that the index names.
+
+    Raises:
+      ValueError: a file that cannot be read, or an index that does not fit the files.
+    """
+    weight_map = _read_index(directory)
+    if weight_map is None:
+        files = sorted(path.name for path in directory.glob("*.safetensors"))
+        if len(files) != 1:
+            raise ValueError(f"got {len(files)} *.safetensors files and no {INDEX_FILE}; expected one, or an index")
+    else:
+        files = sorted(set(weight_map.values()))
+    tensors = {}
+    for name in files:
+        for header in headers_of(directory / name):
+            if weight_map is not None and weight_map.get(header.stored) != name:
+                raise ValueError(f"{name}: holds {header.stored}, which {INDEX_FILE} places in {weight_map.get(header.stored)}")
+            tensors[header.stored] = header
+    for stored, name in (weight_map or {}).items():
+        if stored not in tensors:
+            raise ValueError(f"{name}: lacks {stored}, which {INDEX_FILE} places there")
+    return tensors
+
+
+def headers_of(path: pathlib.Path) -> list[Header]:
+    """The tensors of one file.
+
+    Raises:
+      ValueError: not a safetensors file, or not a whole one.
+    """
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            raw = json.loads(file.read(size))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path.name}: not a readable safetensors file: {error}") from None
+    raw.pop("__metadata__", None)
+    return [Header(path, name, tuple(one["shape"]), one["dtype"], 8 + size + one["data_offsets"][0]) for name, one in raw.items()]
+
+
+def read_tensor(header: Header) -> np.ndarray:
+    """One tensor, as it is stored."""
+    dtype = DTYPES[header.dtype]
+    array = np.fromfile(header.path, np.uint8, math.prod(header.shape) * dtype.itemsize, offset=header.start)
+    return array.view(dtype).reshape(header.shape)
+
+
+def write_file(
+    path: pathlib.Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    arrays: Iterator[tuple[str, np.ndarray]],
+    wrote: Callable[[int], None] = lambda size: None,
+) -> None:
+    """Writes a safetensors file, holding one tensor at a time; the file appears whole, and read back once, or not at all.
+
+    Args:
+      tensors: name -> (dtype, shape) of all, in the order in which `arrays` gives them.
+      wrote: called with the bytes of each tensor written.
+
+    Raises:
+      OSError: the disk is full, or gives back other bytes than were written.
+    """
+    table, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    head = json.dumps(table, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    partial, sums = path.with_name(path.name + ".tmp"), {}
+    with open(partial, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for (name, planned), (got, array) in zip(tensors.items(), arrays, strict=True):
+            if (got, dtype_name(array), array.shape) != (name, *planned):
+                raise AssertionError(f"got {got} {dtype_name(array)} {array.shape}; planned was {name} {planned}")
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            data.tofile(file)
+            sums[name] = zlib.crc32(data)
+            wrote(data.size)
+        file.flush()
+        os.fsync(file.fileno())
+    for header in headers_of(partial):
+        if zlib.crc32(read_tensor(header).reshape(-1).view(np.uint8)) != sums.pop(header.stored):
+            raise OSError(f"{partial}: {header.stored} reads back other than it was written")
+    if sums:
+        raise OSError(f"{partial}: lacks {', '.join(sums)}")
+    partial.rename(path)
+
+
+def dtype_name(array: np.ndarray) -> str:
+    """What safetensors calls the dtype of `array`."""
+    return next(name for name, dtype in DTYPES.items() if dtype == array.dtype)
+
+
+def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
+    """Tensor -> file of model.safetensors.index.json, or None where there is none."""
+    path = directory / INDEX_FILE
+    if not path.exists():
+        return None
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f'{INDEX_FILE}: expected a JSON object with "weight_map": tensor -> file') from None
+    for name in files:
+        if not isinstance(name, str) or pathlib.PurePath(name).name != name:
+            raise ValueError(f"{INDEX_FILE}: got file {name!r}; must be a file name in this directory")
+        if not (directory / name).is_file():
+            raise ValueError(f"{INDEX_FILE}: names {name}, which does not exist")
+    if "model.safetensors" not in files and (directory / "model.safetensors").exists():
+        raise ValueError(f"got model.safetensors, and {INDEX_FILE} that does not name it; remove the one not meant")
+    return weight_map

@@ -1,0 +1,168 @@
+"""How each official tensor is stored: plain, fp8 with block scales, or MXFP4; and the numbers of each both ways.
+
+Four formats of a whole checkpoint: "float32" and "bfloat16"; "official", that of instruct releases (fp8 matrices, MXFP4
+experts, ue8m0 scales); "fp8", that of -Base releases (experts fp8 too, float32 scales). deepseek-v4.md section 5.
+
+Legend: O output features, I input features.
+
+Next file to read: v4jax/checkpoint/files.py.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from v4jax.quant import fp8, mxfp4, scales
+
+FORMATS = ("float32", "bfloat16", "fp8", "official")
+_MATRIX = re.compile(
+    r"\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight$|\.shared_experts\.w[123]\.weight$|^mtp\.\d+\.(e_proj|h_proj)\.weight$"
+)
+_EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight$")
+
+DTYPES = {
+    "F32": np.dtype("float32"), "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype("int64"), "I32": np.dtype("int32"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu), "I8": np.dtype("int8"),
+    "U8": np.dtype("uint8"),
+}  # fmt: skip
+"""What safetensors calls a dtype -> NumPy's. MXFP4 lies in I8, two numbers a byte."""
+
+
+class Kind(NamedTuple):
+    """dtype of a tensor and, if it is of low precision, of its scales, as safetensors calls them."""
+
+    dtype: str
+    scale: str | None = None
+
+
+FLOAT32, BFLOAT16, FP8_BASE, FP8, MXFP4 = Kind("F32"), Kind("BF16"), Kind("F8_E4M3", "F32"), Kind("F8_E4M3", "F8_E8M0"), Kind("I8", "F8_E8M0")
+
+
+class Stored(NamedTuple):
+    """A tensor as a file has it; `scale` is the tensor called *.scale, None in plain precision."""
+
+    data: np.ndarray
+    scale: np.ndarray | None = None
+
+
+def check_format(dtype: Any) -> str:
+    """`dtype` as one of FORMATS.
+
+    Raises:
+      ValueError: any other.
+    """
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
+    if name not in FORMATS:
+        raise ValueError(f"dtype: got {dtype!r}; allowed: {', '.join(map(repr, FORMATS))}")
+    return name
+
+
+def kind_in(format: str, name: str) -> Kind:
+    """How a checkpoint in `format` stores the tensor called `name`.
+
+    Only *.weight follows the format: hc_*, attn_sink, ape and gate.bias are float32, tid2eid int64. Embedding, head, norms,
+    gates, compressors and weights_proj are never of low precision.
+    """
+    if name.endswith(".tid2eid"):
+        return Kind("I64")
+    if format == "float32" or not name.endswith(".weight"):
+        return FLOAT32
+    if format == "bfloat16" or not may_be_low(name):
+        return BFLOAT16
+    if format == "fp8":
+        return FP8_BASE
+    return MXFP4 if _EXPERT.search(name) else FP8
+
+
+def may_be_low(name: str) -> bool:
+    """Whether some release stores this tensor in low precision."""
+    return bool(_MATRIX.search(name) or _EXPERT.search(name))
+
+
+def allowed_kinds(name: str) -> tuple[Kind, ...]:
+    """Every way to store the tensor called `name` that v4jax reads."""
+    if name.endswith(".tid2eid"):
+        return Kind("I64"), Kind("I32")
+    if not may_be_low(name):
+        return FLOAT32, BFLOAT16
+    low = tuple(Kind("F8_E4M3", scale) for scale in ("F32", "F8_E8M0", "U8"))
+    if _EXPERT.search(name):
+        low += tuple(Kind("I8", scale) for scale in ("F8_E8M0", "U8"))
+    return FLOAT32, BFLOAT16, *low
+
+
+def format_of(kinds: Mapping[str, Kind]) -> str:
+    """Which of FORMATS a checkpoint with these tensors is in, by its matrices."""
+    stored = {kind.dtype for name, kind in kinds.items() if may_be_low(name)}
+    for dtype, format in (("I8", "official"), ("F8_E4M3", "fp8"), ("BF16", "bfloat16")):
+        if dtype in stored:
+            return format
+    return "float32"
+
+
+def shapes_of(kind: Kind, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Shapes of data and scale of a tensor of `shape`; (256, 64) in MXFP4 is (256, 32) and (256, 2).
+
+    Raises:
+      ValueError: a matrix that MXFP4 cannot hold.
+    """
+    if kind.scale is None:
+        return shape, None
+    if kind.dtype == "I8":
+        return (shape[0], shape[1] // 2), mxfp4.scale_shape(shape)
+    return shape, fp8.scale_shape(shape)
+
+
+def decode(kind: Kind, stored: Stored) -> np.ndarray:
+    """The numbers: float32 [O,I] of low precision, otherwise the tensor as it is.
+
+    Raises:
+      ValueError: NaN codes or scales that are no positive finite numbers.
+    """
+    if kind.scale is None:
+        return stored.data
+    code = mxfp4 if kind.dtype == "I8" else fp8
+    return code.dequantise(stored.data, scale_of(kind, stored))
+
+
+def scale_of(kind: Kind, stored: Stored) -> np.ndarray | None:
+    """The scales as float32, whatever their form on disk; None in plain precision."""
+    if kind.scale is None:
+        return None
+    return scales.check_float_scale(stored.scale) if kind.scale == "F32" else scales.from_ue8m0(stored.scale.view(np.uint8))
+
+
+def encode(kind: Kind, x: np.ndarray, scale: np.ndarray | None = None) -> Stored:
+    """Rounds `x` (float32 or bfloat16) to `kind`, as official kernels do.
+
+    Args:
+      scale: of the file the numbers come from, float32. It is kept where it gives back `x` exactly: the largest number of a
+        block may have been rounded down, so its scale does not always follow from its numbers.
+
+    Raises:
+      ValueError: numbers that are not finite.
+    """
+    if kind.scale is None:
+        return Stored(np.ascontiguousarray(x, DTYPES[kind.dtype]))
+    code = mxfp4 if kind.dtype == "I8" else fp8
+    x = np.ascontiguousarray(x, np.float32)
+    if scale is not None and kind.scale != "F32" and (np.frexp(scale)[0] != 0.5).any():
+        scale = None  # a float32 scale of a -Base release that ue8m0 cannot hold
+    if scale is not None:
+        data, _ = code.quantise(x, scale)
+        if not np.array_equal(code.dequantise(data, scale), x):
+            scale = None
+    if scale is None:
+        data, scale = code.quantise(x)
+    return Stored(data, scale if kind.scale == "F32" else scales.to_ue8m0(scale).view(DTYPES[kind.scale]))
+
+
+def quantization_config(format: str) -> dict[str, Any]:
+    """What config.json says of a low-precision checkpoint: by it transformers, vLLM and SGLang choose how to read; else {}."""
+    if format not in ("fp8", "official"):
+        return {}
+    how = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [fp8.BLOCK] * 2}
+    return {"quantization_config": how} | ({"expert_dtype": "fp4"} if format == "official" else {})

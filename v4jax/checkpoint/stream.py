@@ -1,0 +1,84 @@
+"""A store's weights, matrix by matrix: stacked arrays are read and written in slices, so that none is ever held whole.
+
+Orbax reads and writes whole arrays; its files are zarr arrays in an OCDBT database, which TensorStore (the library that Orbax
+itself uses) opens directly. A store written here is one that Orbax opens, with a checksum on every chunk.
+
+Next file to read: v4jax/convert.py.
+"""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from v4jax.checkpoint.names import Path, leaf_dtype, official_names
+from v4jax.checkpoint.store import Store, check_same_arrays
+from v4jax.config import ModelConfig
+from v4jax.model.transformer import abstract_params
+
+_CACHE = {"cache_pool": {"total_bytes_limit": 256 * 2**20}}
+"""Experts of one layer may lie in one chunk, which is then decoded once and not for every expert."""
+
+
+def open_leaves(directory, cfg: ModelConfig) -> dict[Path, Any]:
+    """Path of each parameter of a store's newest checkpoint -> its array on disk; leaf[index] reads only what it needs.
+
+    Raises:
+      ValueError: no complete checkpoint, or one of another model (naming the first array that differs).
+    """
+    with Store(directory) as store:
+        if store.latest is None:
+            raise ValueError(f"{directory}: no complete checkpoint")
+        path = store.path(store.latest)
+    check_same_arrays(path, abstract_params(cfg))
+    context = ts.Context(_CACHE)
+    leaves = {where: ts.open(_spec(path, where), context=context) for where in flatten_dict(abstract_params(cfg))}
+    return {where: leaf.result() for where, leaf in leaves.items()}
+
+
+class StoreWriter:
+    """A new store at `directory`, whose arrays start as zeros and are filled slice by slice."""
+
+    def __init__(self, directory: pathlib.Path, cfg: ModelConfig, dtype: np.dtype):
+        """`dtype`: of every *.weight. A directory where this began before is taken up again, with what it holds."""
+        slots = official_names(cfg)
+        dtypes = {slot.path: leaf_dtype(name, dtype) for name, slot in slots.items()}
+        stacked = {slot.path: len(slot.index) for slot in slots.values()}
+        shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(cfg)).items()}
+        path = directory / "checkpoints" / "0"
+        if not path.exists():
+            with Store(directory, writes=True) as store:  # gives Orbax's own files; the arrays are replaced by full ones
+                store.save(0, {"params": unflatten_dict({path: np.zeros((1,) * len(shape), dtypes[path]) for path, shape in shapes.items()})})
+        self._slots, self._leaves = slots, {}
+        for where, shape in shapes.items():
+            begun = ts.open(_spec(path, where)).result().shape == shape
+            create = {} if begun else _create(shape, dtypes[where], stacked[where])
+            self._leaves[where] = ts.open(_spec(path, where) | create).result()
+
+    def write(self, name: str, array: np.ndarray) -> np.ndarray:
+        """Puts one official tensor where it belongs; gives it as the store holds it."""
+        slot = self._slots[name]
+        leaf = self._leaves[slot.path]
+        held = np.ascontiguousarray(array.T if slot.transpose else array, leaf.dtype.numpy_dtype)
+        leaf[slot.index].write(held).result()
+        return held
+
+    def read(self, name: str) -> np.ndarray:
+        """One official tensor as the store holds it (not in official orientation)."""
+        slot = self._slots[name]
+        return self._leaves[slot.path][slot.index].read().result()
+
+
+def _spec(path: pathlib.Path, where: Path) -> dict[str, Any]:
+    base = f"file://{path.absolute()}/params/"
+    return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(where) + "/"}}
+
+
+def _create(shape: tuple[int, ...], dtype: np.dtype, stacked: int) -> dict[str, Any]:
+    chunk = [1] * stacked + list(shape[stacked:])
+    codecs = [{"name": "bytes"}, {"name": "zstd", "configuration": {"level": 1}}, {"name": "crc32c"}]
+    grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+    metadata = {"shape": list(shape), "data_type": dtype.name, "chunk_grid": grid, "codecs": codecs, "fill_value": 0.0}
+    return {"create": True, "delete_existing": True, "metadata": metadata}

@@ -1,0 +1,72 @@
+"""fp8 e4m3 with one scale for each 128 x 128 block: the format of most matrices in released files.
+
+Legend: O output features, I input features, P, Q blocks along O and I (the last ones may be partial).
+
+Next file to read: v4jax/quant/mxfp4.py.
+"""
+
+import ml_dtypes
+import numpy as np
+
+from v4jax.quant.scales import check_finite, power_of_two
+
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+BLOCK = 128
+LARGEST = 448.0
+LEAST_AMAX = 1e-4
+"""Official act_quant and DeepGEMM's block cast treat a block as having at least this magnitude."""
+
+_VALUE = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
+
+
+def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    """[P, Q] of a matrix [O, I]; (130, 256) -> (2, 2)."""
+    return tuple(-(-size // BLOCK) for size in shape)
+
+
+def block_scale(x_OI: np.ndarray) -> np.ndarray:
+    """2^ceil(log2(max |x| / 448)) of each block, float32 [P, Q]."""
+    magnitude_OI = np.abs(x_OI)
+    row_starts, column_starts = (np.arange(0, size, BLOCK) for size in x_OI.shape)
+    amax_PQ = np.maximum.reduceat(np.maximum.reduceat(magnitude_OI, row_starts, axis=0), column_starts, axis=1)
+    return power_of_two(np.maximum(amax_PQ, np.float32(LEAST_AMAX)), LARGEST)
+
+
+def quantise(x_OI: np.ndarray, scale_PQ: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(e4m3 [O, I], scale float32 [P, Q]): x / scale, saturated at 448, rounded to nearest even.
+
+    Args:
+      x_OI: float32.
+      scale_PQ: positive float32; None: `block_scale`.
+
+    Raises:
+      ValueError: x that is not finite.
+    """
+    check_finite(x_OI)
+    scale_PQ = block_scale(x_OI) if scale_PQ is None else scale_PQ
+    y_OI = x_OI / spread(scale_PQ, x_OI.shape)
+    return np.clip(y_OI, -LARGEST, LARGEST, out=y_OI).astype(E4M3), scale_PQ
+
+
+def dequantise(code_OI: np.ndarray, scale_PQ: np.ndarray) -> np.ndarray:
+    """float32 [O, I]: code times its block's scale, rounded once (not at all for powers of two).
+
+    Raises:
+      ValueError: a NaN code (byte 127 or 255), or a product that float32 cannot hold.
+    """
+    code_OI = code_OI.view(np.uint8)
+    if ((code_OI & 0x7F) == 0x7F).any():
+        raise ValueError("got an e4m3 NaN; must be a number")
+    x_OI = _VALUE[code_OI]
+    with np.errstate(over="ignore"):
+        x_OI *= spread(scale_PQ, x_OI.shape)
+    if scale_PQ.size and scale_PQ.max() * 2.0 > np.finfo(np.float32).max / LARGEST:
+        check_finite(x_OI)
+    return x_OI
+
+
+def spread(scale_PQ: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Every element's scale, float32 [O, I]; a row of blocks is repeated as a view where that is possible."""
+    rows, columns = shape
+    scale_PI = np.repeat(scale_PQ, BLOCK, axis=1)[:, :columns]
+    return np.repeat(scale_PI, BLOCK, axis=0)[:rows] if len(scale_PI) > 1 else np.broadcast_to(scale_PI, shape)

@@ -15,14 +15,18 @@ or dies. So a program that does not depend on the one before is started only whe
 Next file to read: sharding/params.py.
 """
 
+import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 COORDINATOR, PROCESSES, PROCESS, CLUSTER = "V4JAX_COORDINATOR", "V4JAX_PROCESSES", "V4JAX_PROCESS", "V4JAX_CLUSTER"
@@ -34,10 +38,11 @@ HEARTBEAT_SECONDS = 30
 # ---- joining and leaving ---------------------------------------------------------------------------------------------
 
 
-def start() -> None:
+def start(preemptible: bool = False) -> None:
     """Joins the job that the environment describes; without effect if it describes none, or the job is joined already.
 
-    SIGTERM keeps its meaning (JAX's preemption service would swallow it): checkpoints are whole at any time.
+    Args:
+      preemptible: SIGTERM asks for an end (see stop_requests) instead of being one; JAX's preemption service swallows it.
 
     Raises:
       ValueError: variables that are incomplete, contradict one another or do not fit this machine; names them.
@@ -46,7 +51,7 @@ def start() -> None:
     settings = _settings(os.environ)
     if settings is None or jax.distributed.is_initialized():
         return
-    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_enable_preemption_service", preemptible)
     try:
         jax.distributed.initialize(**settings, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, KeyError, TypeError) as error:  # what JAX raises where the cluster's variables are not there
@@ -119,6 +124,37 @@ def wait_for_all(what: str) -> None:
         total = _sum_of_bits(np.array([said]))[0]
         if total != np.uint32((int(said) * jax.process_count()) % 2**32):
             raise RuntimeError(f"processes do different things: this one waits for {what!r}, another does not")
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether it is true of any process. Every process calls it."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(_sum_of_bits(np.array([flag and i == jax.process_index() for i in range(jax.process_count())], np.uint8)).any())
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Gives a function to call after each step with its number: whether the job was told to end, by SIGTERM to any process.
+
+    All processes get the same answer at the same step. Within the context SIGTERM has no other effect, so that what is under
+    way can be saved. A job of several processes must have been joined with start(preemptible=True).
+    """
+    if jax.process_count() > 1:
+        if not jax.config.jax_enable_preemption_service:
+            yield lambda step: False
+            return
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+        yield lambda step: False
+        return
+    asked = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    try:
+        yield lambda step: asked.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_whole(mesh: Mesh) -> None:

@@ -65,8 +65,8 @@ def test_a_run_that_was_killed_continues_bit_for_bit(finished, tmp_path, monkeyp
     again = dataclasses.replace(cfg, run_dir=str(tmp_path / "run"))
     save = Store.save
 
-    def save_then_die(store, step, items):
-        save(store, step, items)
+    def save_then_die(store, step, items, loss):
+        save(store, step, items, loss)
         if step == 20:
             raise KeyboardInterrupt
 
@@ -201,7 +201,12 @@ def get_config():
         ("generate {ckpt} --tokens 1 --temperature -1", "temperature: got -1.0"),
         ("generate {ckpt} --tokens 1 --speculative", "not built yet"),
         ("convert {ckpt} {tmp}/foreign", "not an empty directory"),
-        ("convert {ckpt} {tmp}/o --dtype fp8", "not built yet"),
+        ("convert {ckpt} {tmp}/o --dtype official", "MXFP4: got 40 input features; must be a multiple of 32"),
+        ("convert {ckpt} {tmp}/o --format orbax --dtype fp8", "a v4jax store holds float32 or bfloat16"),
+        ("convert {ckpt} {tmp}/o --workers 0", "workers: got 0"),
+        ("train {cfg} --init-from {ckpt}", "is another model: vocab_size is 96 there, 264 here"),
+        ("train {cfg} --init-from {tmp}/none", "no such file"),
+        ("train {cfg} --export official", "must be a multiple of 32"),
         ("cost {tmp}/foreign/config.json", "model_type: got 'llama'; allowed: 'deepseek_v4'"),
         ("cost {ckpt}/config.json --context 0", "context: got 0"),
     ],

@@ -14,7 +14,7 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.params import named_shardings
 from sharding.processes import check_whole
 from sharding.rules import AxisRules, layout_for
-from v4jax.checkpoint.load import load_safetensors
+from v4jax.checkpoint.load import load_safetensors, open_safetensors
 from v4jax.checkpoint.names import leaf_dtype, official_names, plain_dtype
 from v4jax.checkpoint.store import is_run, load_store_params
 from v4jax.config import ModelConfig
@@ -52,9 +52,22 @@ def load(path, dtype: str = "float32", mesh: str | None = None, layout: str | No
         raise ValueError(f"{path}: no such directory; expected config.json + safetensors, or a v4jax run")
     cfg = ModelConfig.from_json(path)
     device_mesh, rules = place_on(mesh, layout)
-    places = named_shardings(device_mesh, rules, abstract_params(cfg), param_axes(cfg))
+    if not is_run(path):
+        cfg = open_safetensors(path).cfg  # less MTP, where transformers wrote it
+    return cfg, load_onto(path, cfg, dtype, named_shardings(device_mesh, rules, abstract_params(cfg), param_axes(cfg)))
+
+
+def load_onto(path, cfg: ModelConfig, dtype: str, places):
+    """The parameters of a checkpoint of any kind, each array straight to its place.
+
+    Args:
+      cfg: that of the checkpoint. places: tree of shardings, like the parameters.
+
+    Raises:
+      ValueError: see load.
+    """
     if is_run(path):
-        return cfg, _load_run(path, cfg, dtype, places)
+        return _load_run(path, cfg, dtype, places)
 
     def put(where: tuple[str, ...], array: np.ndarray):
         place = places
@@ -62,7 +75,10 @@ def load(path, dtype: str = "float32", mesh: str | None = None, layout: str | No
             place = place[key]
         return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
-    return load_safetensors(path, dtype, put)
+    found, params = load_safetensors(path, dtype, put)
+    if found != cfg:
+        raise ValueError(f"{path}: has no MTP module; this model has one")
+    return params
 
 
 def _load_run(path, cfg: ModelConfig, dtype: str, places):

@@ -145,11 +145,11 @@ def _train(arguments, rest):
     if arguments.config is None or arguments.config in ("-h", "--help"):
         raise BadInput("train needs a CONFIG.py; see v4jax train CONFIG.py --help for its overrides")
     cfg = _override(_read_config_file(arguments.config), rest, f"v4jax train {arguments.config}")
-    _start(cfg.mesh)
+    _start(cfg.mesh, preemptible=True)
     from v4jax.train.loop import train
 
     summary = train(cfg)
-    if cfg.sample_tokens:
+    if cfg.sample_tokens and "stopped_at" not in summary:
         summary |= _sample(cfg)
     if "run_dir" not in summary:  # not the first of several processes
         return None
@@ -327,13 +327,13 @@ def _override(cfg, rest: list[str], program: str):
         raise BadInput(words or "bad override") from None
 
 
-def _start(mesh: str | None) -> None:
+def _start(mesh: str | None, preemptible: bool = False) -> None:
     """Before JAX is used: simulates devices where it may, and joins the job that the environment describes."""
     from sharding.mesh import parse_mesh, simulate_devices
     from sharding.processes import start
 
     simulate_devices(math.prod(parse_mesh(mesh).values()))
-    start()
+    start(preemptible)
 
 
 def _ids(text: str) -> list[int]:

@@ -214,6 +214,7 @@ def _to_store(source: Source | StoreSource, partial: pathlib.Path, dtype: str, w
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+    store.finish()
     _keep_form(source, partial / _RELEASED)
     write_json(partial / "config.json", config_json(source.cfg, source.format, source.raw))
     log.unlink()

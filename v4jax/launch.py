@@ -21,7 +21,9 @@ import time
 from collections.abc import Sequence
 
 GRACE_SECONDS = 5
-"""Between asking a process to end and killing it."""
+"""Between asking a process to end, because another one failed, and killing it."""
+SAVING_SECONDS = 120
+"""The same when the job itself is asked to end by SIGTERM: training saves a checkpoint first."""
 
 _TICK_SECONDS = 0.02
 _LAST_LINES = 30
@@ -30,7 +32,7 @@ _LAST_LINES = 30
 def launch(command: Sequence[str], processes: int, devices: int, output: str = "all") -> int:
     """Runs `command` P times side by side and returns its exit code, 0 or that of the first process that failed.
 
-    A process killed by signal n counts as 128 + n. SIGINT and SIGTERM are passed on to all processes.
+    A process killed by signal n counts as 128 + n. SIGINT and SIGTERM are passed on to all processes, which may save first.
 
     Args:
       output: "all": every line of every process, after "[i] ". "first": process 0 alone, as it writes; of a process
@@ -148,14 +150,15 @@ def _wait(jobs: list[_Process], forwarded: _Forwarded) -> int:
             asked = time.monotonic()
             for job in jobs:
                 job.send(signal.SIGTERM)
-        since = min(filter(None, (asked, forwarded.when)), default=None)
-        if since is not None and time.monotonic() - since > GRACE_SECONDS:
+        grace = SAVING_SECONDS if forwarded.number == signal.SIGTERM else GRACE_SECONDS
+        ends = [start + seconds for start, seconds in ((asked, GRACE_SECONDS), (forwarded.when, grace)) if start]
+        if ends and time.monotonic() > min(ends):
             for job in jobs:
                 job.send(signal.SIGKILL)
         time.sleep(_TICK_SECONDS)
     failed = failed or next((job for job in jobs if job.code), None)
-    if failed is None:
-        return 0 if forwarded.number is None else 128 + forwarded.number
+    if failed is None:  # of a training run that was asked to end, too
+        return 0
     failed.show_hidden()
     print(f"v4jax launch: process {failed.index} ended with exit code {failed.code}", file=sys.stderr, flush=True)
     return failed.code

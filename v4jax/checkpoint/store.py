@@ -2,49 +2,69 @@
 
     RUN/config.json            architecture, official style
     RUN/tokenizer.json         how text becomes tokens
-    RUN/checkpoints/STEP/      params (the public dict), optimizer, progress, data position
+    RUN/checkpoints/STEP/      params (the public dict), optimizer, data position, and a checksum of every file
+    RUN/damaged/STEP/          checkpoints that a run found damaged when it was resumed
     RUN/metrics.jsonl, ...     written by the training loop
 
-A checkpoint appears under its name only when it is complete (Orbax renames it), so a crash leaves nothing half-written.
+A checkpoint appears under its name only when it is complete (Orbax renames it), so a crash leaves nothing half-written. One
+that is not what was written (checkpoint/intact.py) is passed over, loudly.
 
 Next file to read: v4jax/train/loop.py.
 """
 
+import concurrent.futures
+import contextlib
 import json
 import logging
-import os
 import pathlib
-import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from sharding.processes import anywhere, is_first, wait_for_all
+from v4jax.checkpoint.intact import damage, write_sums
+from v4jax.checkpoint.text import write_text
 from v4jax.config import ModelConfig
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, DAMAGED = "checkpoints", "damaged"
 logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it touches at INFO
 
 
 class Store:
     """The checkpoints of one directory. Use as a context manager: leaving it waits for saves under way."""
 
-    def __init__(self, directory, keep: int = 2, writes: bool = False):
-        """`keep`: newest checkpoints kept. `writes`: this process trains here, so leftovers of killed saves are its own."""
+    def __init__(self, directory, keep: int = 2, keep_every: int = 0, keep_best: int = 0, writes: bool = False):
+        """`keep`: newest checkpoints kept. `keep_every`: those of every so many steps too. `keep_best`: so many of the least loss.
+        `writes`: this process trains here, so leftovers of killed saves are its own."""
+        self._directory = pathlib.Path(directory).absolute()
         policies = ocp.training.save_decision_policies, ocp.training.preservation_policies
+        kept = [policies[1].LatestN(keep)]
+        if keep_every:
+            kept.append(policies[1].EveryNSteps(keep_every))
+        if keep_best:
+            loss = lambda metrics: metrics["loss"]  # noqa: E731
+            kept.append(policies[1].BestN(get_metric_fn=loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False))
         self._checkpointer = ocp.training.Checkpointer(
-            pathlib.Path(directory).absolute() / CHECKPOINTS,
+            self._directory / CHECKPOINTS,
             # The default policy skips a save, silently, while another one runs; the caller decides when to save.
             save_decision_policy=policies[0].FixedIntervalPolicy(1),
-            preservation_policy=policies[1].preservation_policy_lib.LatestN(keep),
+            preservation_policy=policies[1].AnyPreservationPolicy(kept),
             cleanup_tmp_directories=writes,  # a reader must not touch a save under way
         )
+        self._summing = concurrent.futures.ThreadPoolExecutor(1)
+        self._summed: list[concurrent.futures.Future] = []
 
     def __enter__(self) -> "Store":
         return self
 
     def __exit__(self, *error) -> None:
-        self._checkpointer.close()
+        self._summing.shutdown()
+        with self._writing():
+            self._checkpointer.close()
+        self._raise_failed()
 
     @property
     def latest(self) -> int | None:
@@ -52,18 +72,76 @@ class Store:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
+    def latest_intact(self, items: Sequence[str] | None = None, strict: bool = False) -> int | None:
+        """Step of the newest checkpoint whose files are what was written; those passed over are named in the log.
+
+        Args:
+          items: parts that matter ("params"); None: all.
+          strict: refuse instead of passing over.
+
+        Raises:
+          ValueError: all are damaged; or, with `strict`, the newest one is. Names the file.
+        """
+        steps = sorted((one.step for one in self._checkpointer.checkpoints), reverse=True)
+        for step in steps:
+            wrong = damage(self.path(step), items, jax.process_index(), jax.process_count())
+            if anywhere(wrong is not None):
+                wrong = wrong or "another process has found it so"
+            if wrong is None:
+                return step
+            if strict or step == steps[-1]:
+                raise ValueError(f"{self.path(step)} is damaged: {wrong}")
+            logging.getLogger("v4jax").warning("%s is damaged: %s; trying the one before it", self.path(step), wrong)
+        return None
+
+    def put_aside_after(self, step: int) -> None:
+        """Moves checkpoints newer than `step`, which are damaged, out of the way of those to come."""
+        newer = [one.step for one in self._checkpointer.checkpoints if one.step > step]
+        for one in newer if is_first() else ():
+            aside = self._directory / DAMAGED / f"{one}-{uuid.uuid4().hex[:8]}"
+            aside.parent.mkdir(exist_ok=True)
+            self.path(one).rename(aside)
+        wait_for_all("damaged checkpoints are out of the way")
+        self._checkpointer.reload()
+
     def path(self, step: int) -> pathlib.Path:
         """Directory of a step's checkpoint."""
         return pathlib.Path(self._checkpointer.directory) / str(step)
 
-    def save(self, step: int, items: dict[str, Any]) -> None:
-        """Starts an asynchronous save of named trees and iterators.
+    def save(self, step: int, items: dict[str, Any], loss: float | None = None) -> None:
+        """Starts an asynchronous save of named trees and iterators. `loss`: by which the best are kept.
 
         Raises:
           RuntimeError: Orbax declined to save.
+          OSError: the save before this one failed, for example for want of space; earlier checkpoints are as they were.
         """
-        if self._checkpointer.save_checkpointables_async(step, items) is None:
+        self._raise_failed()
+        metrics = None if loss is None else {"loss": loss}
+        with self._writing():
+            saving = self._checkpointer.save_checkpointables_async(step, items, metrics=metrics)
+        if saving is None:
             raise RuntimeError(f"checkpoint {step} was not saved to {self._checkpointer.directory}")
+        self._summed.append(self._summing.submit(self._sum, saving, step))
+
+    def _raise_failed(self) -> None:
+        for one in [one for one in self._summed if one.done()]:
+            self._summed.remove(one)
+            one.result()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Gives what TensorStore and Orbax raise, of many types, one meaning."""
+        try:
+            yield
+        except Exception as error:
+            raise OSError(f"a checkpoint could not be written to {self._checkpointer.directory} ({error}); those before it are intact") from error
+
+    def _sum(self, saving, step: int) -> None:
+        with self._writing():
+            saving.result()
+        with contextlib.suppress(FileNotFoundError):  # a newer save has removed it meanwhile
+            if is_first():
+                write_sums(self.path(step))
 
     def load(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
         """The named items of a checkpoint; trees of jax.ShapeDtypeStruct say shapes, dtypes and shardings."""
@@ -75,14 +153,14 @@ def is_run(directory) -> bool:
     return (pathlib.Path(directory) / CHECKPOINTS).is_dir()
 
 
-def load_store_params(directory, abstract) -> Any:
-    """The public parameter dict of the newest checkpoint, placed and typed as `abstract` says.
+def load_store_params(directory, abstract, strict: bool = False) -> Any:
+    """The public parameter dict of the newest intact checkpoint, placed and typed as `abstract` says.
 
     Raises:
-      ValueError: no complete checkpoint, or one of another model (naming the first array that differs).
+      ValueError: no complete checkpoint, or one of another model (naming the first array that differs), or none intact.
     """
     with Store(directory) as store:
-        step = store.latest
+        step = store.latest_intact(("params",), strict)
         if step is None:
             raise ValueError(f"{directory}: no complete checkpoint in {CHECKPOINTS}/")
         check_same_arrays(store.path(step), abstract)
@@ -136,12 +214,3 @@ def write_config(directory, cfg: ModelConfig) -> None:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(cfg.to_dict(), indent=2) + "\n")
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)

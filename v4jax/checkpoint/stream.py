@@ -13,8 +13,9 @@ import numpy as np
 import tensorstore as ts
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from v4jax.checkpoint.intact import write_sums
 from v4jax.checkpoint.names import Path, leaf_dtype, official_names
-from v4jax.checkpoint.store import Store, check_same_arrays
+from v4jax.checkpoint.store import CHECKPOINTS, Store, check_same_arrays
 from v4jax.config import ModelConfig
 from v4jax.model.transformer import abstract_params
 
@@ -29,9 +30,10 @@ def open_leaves(directory, cfg: ModelConfig) -> dict[Path, Any]:
       ValueError: no complete checkpoint, or one of another model (naming the first array that differs).
     """
     with Store(directory) as store:
-        if store.latest is None:
+        step = store.latest_intact(("params",))
+        if step is None:
             raise ValueError(f"{directory}: no complete checkpoint")
-        path = store.path(store.latest)
+        path = store.path(step)
     check_same_arrays(path, abstract_params(cfg))
     context = ts.Context(_CACHE)
     leaves = {where: ts.open(_spec(path, where), context=context) for where in flatten_dict(abstract_params(cfg))}
@@ -47,7 +49,7 @@ class StoreWriter:
         dtypes = {slot.path: leaf_dtype(name, dtype) for name, slot in slots.items()}
         stacked = {slot.path: len(slot.index) for slot in slots.values()}
         shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(cfg)).items()}
-        path = directory / "checkpoints" / "0"
+        self._path = path = directory / CHECKPOINTS / "0"
         if not path.exists():
             with Store(directory, writes=True) as store:  # gives Orbax's own files; the arrays are replaced by full ones
                 store.save(0, {"params": unflatten_dict({path: np.zeros((1,) * len(shape), dtypes[path]) for path, shape in shapes.items()})})
@@ -64,6 +66,10 @@ class StoreWriter:
         held = np.ascontiguousarray(array.T if slot.transpose else array, leaf.dtype.numpy_dtype)
         leaf[slot.index].write(held).result()
         return held
+
+    def finish(self) -> None:
+        """Call when all is written: notes the checksums of the files."""
+        write_sums(self._path)
 
     def read(self, name: str) -> np.ndarray:
         """One official tensor as the store holds it (not in official orientation)."""

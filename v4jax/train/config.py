@@ -7,6 +7,7 @@ import dataclasses
 
 from sharding.mesh import parse_mesh
 from sharding.rules import LAYOUTS
+from v4jax.checkpoint.formats import FORMATS
 from v4jax.config import ModelConfig
 from v4jax.train.data import DataConfig
 from v4jax.train.loss import LossWeights
@@ -24,8 +25,11 @@ class TrainConfig:
       dtype: compute dtype; weights and optimizer are float32. remat: recompute layers in the backward pass.
       learning_rate: peak. warmup_steps, decay_steps: linear up, cosine down to final_lr_ratio at the end.
       clip_norm: largest global gradient norm. bias_rate: speed of the router's selection bias.
-      log_every, eval_every, checkpoint_every: steps. eval_batches: held-out batches per evaluation. keep: newest checkpoints kept.
-      export: write official safetensors at the end ("float32", "bfloat16" or "none").
+      log_every, eval_every, checkpoint_every: steps. eval_batches: held-out batches per evaluation. keep: newest checkpoints kept;
+        keep_every: and those of every so many steps; keep_best: and so many of the least held-out loss.
+      init_from: weights to start from, of a checkpoint of any kind (a run that has checkpoints resumes from its own).
+      strict: stop where the newest checkpoint is damaged, instead of going back to an older one.
+      export: write official safetensors at the end ("float32", "bfloat16", "fp8", "official" or "none").
       sample_prompt, sample_tokens: continued at the end, as a look at the model; 0 tokens: no sample.
       seed: of the initial weights.
     """
@@ -54,6 +58,10 @@ class TrainConfig:
     eval_batches: int = 8
     checkpoint_every: int = 100
     keep: int = 2
+    keep_every: int = 0
+    keep_best: int = 0
+    init_from: str = ""
+    strict: bool = False
     export: str = "bfloat16"
     sample_prompt: str = ""
     sample_tokens: int = 0
@@ -63,11 +71,11 @@ class TrainConfig:
         parse_mesh(self.mesh)
         _allow(self, "layout", tuple(LAYOUTS))
         _allow(self, "dtype", ("float32", "bfloat16"))
-        _allow(self, "export", ("float32", "bfloat16", "none"))
+        _allow(self, "export", (*FORMATS, "none"))
         for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         _require(self, "seq_len", self.seq_len >= 2, "at least 2")
-        for name in ("warmup_steps", "decay_steps", "eval_batches", "sample_tokens", "bias_rate", "weight_decay"):
+        for name in ("warmup_steps", "decay_steps", "eval_batches", "sample_tokens", "bias_rate", "weight_decay", "keep_every", "keep_best"):
             _require(self, name, getattr(self, name) >= 0, "0 or above")
         for name in ("learning_rate", "clip_norm"):
             _require(self, name, getattr(self, name) > 0, "above 0")

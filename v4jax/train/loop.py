@@ -21,16 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.mesh import make_mesh, parse_mesh
-from sharding.processes import check_whole, from_rows, is_first, local_rows, wait_for_all
+from sharding.processes import check_whole, from_rows, is_first, local_rows, stop_requests, wait_for_all
 from sharding.rules import AxisRules, layout_for
-from v4jax.checkpoint.export import save_safetensors
+from v4jax.api import load_onto
+from v4jax.checkpoint.export import kinds_for, save_safetensors
 from v4jax.checkpoint.store import Store, check_config, check_same_arrays, write_config
+from v4jax.config import ModelConfig
 from v4jax.cost import train_flops_per_token
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_batches, tokenizer_of, train_batches, unigram_loss
 from v4jax.train.loss import loss_and_routing
 from v4jax.train.report import Reporter, Silent, plot_losses, require_plots
-from v4jax.train.step import batch_sharding, check_batch, compile_step, init_state, state_shardings
+from v4jax.train.step import TrainState, batch_sharding, check_batch, compile_step, init_state, state_from, state_shardings
 
 UNIGRAM_BATCHES = 64
 """Training batches that the unigram model is counted from."""
@@ -43,9 +45,13 @@ class TrainingFailed(RuntimeError):
 def train(cfg: TrainConfig) -> dict[str, Any]:
     """Runs or resumes `cfg` to its last step and returns a summary: paths, losses, speed ({} but on the first process).
 
+    SIGTERM, as before a machine is taken away, ends it after the step under way with a checkpoint; the summary then says
+    `stopped_at`, and the same call goes on from there.
+
     Raises:
       ValueError: anything wrong with config, mesh, data or run directory, before training starts.
       TrainingFailed: the loss is not finite.
+      OSError: a checkpoint could not be written; those before it are intact.
     """
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes) if math.prod(sizes.values()) > 1 else AxisRules()
@@ -53,6 +59,8 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     check_whole(mesh)
     require_plots()
     check_batch(cfg, rules, sizes)
+    if cfg.export != "none":
+        kinds_for(cfg.model, cfg.export)
     run = pathlib.Path(cfg.run_dir)
     tokenizer = tokenizer_of(cfg.data)
     with jax.set_mesh(mesh):
@@ -62,11 +70,13 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         data = _data(cfg, tokenizer, rows)
         held_out = _held_out(cfg, tokenizer, rows)
         _prepare(run, cfg, tokenizer)
-        with Store(run, cfg.keep, writes=True) as store:
+        with Store(run, cfg.keep, cfg.keep_every, cfg.keep_best, writes=True) as store:
             state, first = _start(cfg, shardings, store, data)
             with _reporter(run, cfg, first) as report:
                 put = functools.partial(_put, place, rows, cfg.batch_size)
-                state = _steps(cfg, rules, mesh, shardings, state, first, data, held_out, put, store, report)
+                state, last = _steps(cfg, rules, mesh, shardings, state, first, data, held_out, put, store, report)
+        if last < cfg.steps:
+            return {"run_dir": str(run), "steps": cfg.steps, "stopped_at": last} if is_first() else {}
         return _finish(cfg, run, tokenizer, state)
 
 
@@ -98,10 +108,11 @@ def _reporter(run: pathlib.Path, cfg: TrainConfig, first: int) -> Reporter | Sil
 
 
 def _start(cfg: TrainConfig, shardings, store: Store, data):
-    """(state, steps already done): a fresh state, or the newest checkpoint with the data iterator set to its place."""
-    step = store.latest
+    """(state, steps already done): the newest intact checkpoint with the data iterator set to its place, or a fresh state."""
+    step = store.latest_intact(strict=cfg.strict)
     if step is None:
-        return init_state(cfg, shardings), 0
+        return (_from_weights(cfg, shardings) if cfg.init_from else init_state(cfg, shardings)), 0
+    store.put_aside_after(step)
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         jax.eval_shape(functools.partial(init_state, cfg, shardings)),
@@ -118,30 +129,51 @@ def _start(cfg: TrainConfig, shardings, store: Store, data):
     ), step
 
 
+def _from_weights(cfg: TrainConfig, shardings) -> TrainState:
+    """A state whose weights and router tables are those of `cfg.init_from`; everything else is fresh.
+
+    Raises:
+      ValueError: no checkpoint, or one of another model (names the first field that differs).
+    """
+    found = ModelConfig.from_json(cfg.init_from).to_dict()
+    for name, ours in cfg.model.to_dict().items():
+        if found.get(name) != ours:
+            raise ValueError(f"init_from: {cfg.init_from} is another model: {name} is {found.get(name)} there, {ours} here")
+    params = load_onto(cfg.init_from, cfg.model, "float32", shardings.public)
+    return jax.jit(functools.partial(state_from, cfg), out_shardings=shardings, donate_argnums=0)(params)
+
+
 def _steps(cfg, rules, mesh, shardings, state, first, data, held_out, put, store: Store, report):
+    """(state, step it stands at): trains to the last step, or until the job is asked to end."""
     step_function = compile_step(cfg, rules, shardings, mesh)
     evaluate = _evaluator(cfg, rules, put)
-    for step in range(first + 1, cfg.steps + 1):
-        batch = put(next(data))
-        if step == first + 1:  # gloo's reduce-scatter gives up when a process comes more than 30 s late: compile first
-            step_function = step_function.lower(jax.block_until_ready(state), batch).compile()
-            wait_for_all("the step is compiled")
-        state, metrics = step_function(state, batch)
-        log = step % cfg.log_every == 0 or step in (first + 1, cfg.steps)
-        save = step % cfg.checkpoint_every == 0 or step == cfg.steps
-        if log or save:  # a state that is not finite is never saved
-            metrics = {name: float(value) for name, value in metrics.items()}
-            for name in ("loss", "grad_norm"):
-                if not math.isfinite(metrics[name]):
-                    raise TrainingFailed(f"step {step}: {name} is {metrics[name]}; last checkpoint: {store.latest}")
-        if log:
-            report.step(step, metrics)
-        if held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
-            report.evaluation(step, {"held_out_nll": evaluate(state.public, held_out)})
-        if save:
-            jax.block_until_ready(state)
-            store.save(step, {"params": state.public, "optimizer": state.optimizer, "data": data})
-    return state
+    with stop_requests() as asked_to_stop:
+        for step in range(first + 1, cfg.steps + 1):
+            batch = put(next(data))
+            if step == first + 1:  # gloo's reduce-scatter gives up when a process comes more than 30 s late: compile first
+                step_function = step_function.lower(jax.block_until_ready(state), batch).compile()
+                wait_for_all("the step is compiled")
+            state, metrics = step_function(state, batch)
+            last = asked_to_stop(step) or step == cfg.steps
+            log = step % cfg.log_every == 0 or step == first + 1 or last
+            save = step % cfg.checkpoint_every == 0 or last
+            if log or save:  # a state that is not finite is never saved
+                metrics = {name: float(value) for name, value in metrics.items()}
+                for name in ("loss", "grad_norm"):
+                    if not math.isfinite(metrics[name]):
+                        raise TrainingFailed(f"step {step}: {name} is {metrics[name]}; last checkpoint: {store.latest}")
+            if log:
+                report.step(step, metrics)
+            held_out_nll = None
+            if held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
+                held_out_nll = evaluate(state.public, held_out)
+                report.evaluation(step, {"held_out_nll": held_out_nll})
+            if save:
+                jax.block_until_ready(state)
+                store.save(step, {"params": state.public, "optimizer": state.optimizer, "data": data}, held_out_nll)
+            if last:
+                return state, step
+    return state, first
 
 
 def _put(place, rows: list[int], count: int, batch):

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sharding.mesh import make_mesh, parse_mesh
-from v4jax.checkpoint.store import write_text
+from v4jax.checkpoint.text import write_text
 from v4jax.train.config import TrainConfig
 
 METRICS = "metrics.jsonl"

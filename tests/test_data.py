@@ -1,4 +1,4 @@
-"""Claims about v4jax/train/data.py."""
+"""Claims about v4jax/train/data.py and v4jax/data."""
 
 import asyncio
 import dataclasses
@@ -10,9 +10,11 @@ import math
 import numpy as np
 import pytest
 
+from v4jax.data.config import DataConfig, tokenizer_of
+from v4jax.data.documents import Document, read_documents, split_documents
+from v4jax.data.pieces import Pieces
 from v4jax.tokenizer import ByteTokenizer
-from v4jax.train import data
-from v4jax.train.data import DataConfig, held_out_batches, read_documents, split_documents, train_batches, unigram_loss
+from v4jax.train.data import held_out_batches, train_batches, unigram_loss
 
 BYTES = ByteTokenizer()
 SIZES = dict(seq_len=16, batch_size=4, vocab_size=258)
@@ -66,9 +68,9 @@ def test_config_refuses_and_names_the_field(field, value):
 
 def test_config_is_hashable_and_picks_the_tokenizer(tmp_path):
     assert hash(DataConfig()) == hash(DataConfig())
-    assert isinstance(data.tokenizer_of(DataConfig()), ByteTokenizer)
+    assert isinstance(tokenizer_of(DataConfig()), ByteTokenizer)
     BYTES.save(tmp_path)
-    assert isinstance(data.tokenizer_of(DataConfig(tokenizer=str(tmp_path))), ByteTokenizer)
+    assert isinstance(tokenizer_of(DataConfig(tokenizer=str(tmp_path))), ByteTokenizer)
 
 
 # ---- documents -------------------------------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ def test_split_follows_the_name_alone(folder, cfg):
 
 def test_split_is_that_of_sha256():
     names = [f"f{i}" for i in range(30)]
-    documents = [data.Document(name, None, 1) for name in names]
+    documents = [Document(name, None, 1) for name in names]
     _, held_out = split_documents(DataConfig(held_out=0.25), documents)
     below = [name for name in names if hashlib.sha256(name.encode()).digest()[0] < 64]
     assert sorted(document.name for document in held_out) == sorted(below) and below
@@ -129,7 +131,7 @@ def test_split_is_that_of_sha256():
 
 @pytest.mark.parametrize("held_out", [1e-9, 1 - 1e-9])
 def test_each_side_of_the_split_has_a_document(held_out):
-    documents = [data.Document(name, None, 1) for name in "ab"]
+    documents = [Document(name, None, 1) for name in "ab"]
     train, held = split_documents(DataConfig(held_out=held_out), documents)
     assert len(train) == len(held) == 1
 
@@ -162,7 +164,7 @@ def test_short_documents_are_packed_whole_as_bos_text_eos(tmp_path):
 @pytest.mark.parametrize("seq_len", [2, 5, 16])
 def test_pieces_put_together_are_the_documents(cfg, seq_len):
     documents = read_documents(cfg)
-    pieces = data._Pieces(documents, BYTES, seq_len)
+    pieces = Pieces(documents, BYTES, seq_len)
     tokens = np.concatenate([pieces[i]["tokens"] for i in range(len(pieces))]).tolist()
     expected = [[0, *BYTES.encode(document.path.read_bytes().decode()), 1] for document in documents]
     assert tokens == list(itertools.chain(*expected))
@@ -171,7 +173,7 @@ def test_pieces_put_together_are_the_documents(cfg, seq_len):
 
 def test_an_epoch_holds_every_token_once_and_the_next_has_another_order(cfg):
     train, _ = split_documents(cfg, read_documents(cfg))
-    pieces = data._Pieces(train, BYTES, 16)
+    pieces = Pieces(train, BYTES, 16)
     total = sum(len(pieces[i]["tokens"]) for i in range(len(pieces)))
     tokens = np.concatenate([b["tokens"][0] for b in itertools.islice(
         train_batches(cfg, BYTES, seq_len=16, batch_size=1, vocab_size=258), 2 * total // 16)])  # fmt: skip

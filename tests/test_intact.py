@@ -19,8 +19,8 @@ import v4jax
 from v4jax import cli
 from v4jax.checkpoint.intact import damage
 from v4jax.checkpoint.store import Store
+from v4jax.data.config import DataConfig
 from v4jax.train.config import TrainConfig
-from v4jax.train.data import DataConfig
 from v4jax.train.loop import train
 
 MODEL = small_config(

@@ -23,9 +23,9 @@ from sharding.rules import layout_for
 from v4jax import cli
 from v4jax.checkpoint.names import to_official
 from v4jax.config import ModelConfig, RopeScaling
+from v4jax.data.config import DataConfig
 from v4jax.launch import _environment, _free_port, launch
 from v4jax.train.config import TrainConfig
-from v4jax.train.data import DataConfig
 from v4jax.train.loop import train
 from v4jax.train.loss import loss_and_routing
 from v4jax.train.step import batch_sharding

@@ -14,8 +14,8 @@ from trees import random_params, small_config
 import v4jax
 from v4jax import cli
 from v4jax.checkpoint.store import Store
+from v4jax.data.config import DataConfig
 from v4jax.train.config import TrainConfig
-from v4jax.train.data import DataConfig
 from v4jax.train.loop import TrainingFailed, train
 
 MODEL = small_config(
@@ -165,8 +165,8 @@ def test_greedy_generation_is_the_argmax(checkpoint, capsys):
 
 
 CONFIG = """
+from v4jax.data.config import DataConfig
 from v4jax.train.config import TrainConfig
-from v4jax.train.data import DataConfig
 from v4jax.config import ModelConfig
 def get_config():
     return TrainConfig(model=ModelConfig.from_json({model!r}), data=DataConfig(source={text!r}), run_dir={run!r}, steps=2,

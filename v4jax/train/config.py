@@ -9,7 +9,7 @@ from sharding.mesh import parse_mesh
 from sharding.rules import LAYOUTS
 from v4jax.checkpoint.formats import FORMATS
 from v4jax.config import ModelConfig
-from v4jax.train.data import DataConfig
+from v4jax.data.config import DataConfig
 from v4jax.train.loss import LossWeights
 
 

@@ -28,8 +28,9 @@ from v4jax.checkpoint.export import kinds_for, save_safetensors
 from v4jax.checkpoint.store import Store, check_config, check_same_arrays, write_config
 from v4jax.config import ModelConfig
 from v4jax.cost import train_flops_per_token
+from v4jax.data.config import tokenizer_of
 from v4jax.train.config import TrainConfig
-from v4jax.train.data import held_out_batches, tokenizer_of, train_batches, unigram_loss
+from v4jax.train.data import held_out_batches, train_batches, unigram_loss
 from v4jax.train.loss import loss_and_routing
 from v4jax.train.report import Reporter, Silent, plot_losses, require_plots
 from v4jax.train.step import TrainState, batch_sharding, check_batch, compile_step, init_state, state_from, state_shardings

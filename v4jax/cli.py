@@ -122,7 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--context", type=int, help="tokens in the sequence (default: max_position_embeddings)")
 
     layout = command("layout", _layout, "Compile the training step for devices that need not exist; show what lies and moves where.")
-    layout.add_argument("config", help="CONFIG.py or config.json")
+    layout.add_argument("config", nargs="?", help="CONFIG.py or config.json")
+    layout.add_argument("--measure", metavar="OUT.json", help="measure this machine and write it as a hardware profile; no CONFIG")
     layout.add_argument("--mesh", help="for example fsdp=8,expert=16 (default: that of CONFIG.py)")
     layout.add_argument("--layout", help="sharding layout (default: that of CONFIG.py, or full)")
     layout.add_argument("--target", default="cpu", help="cpu, or a TPU topology such as v5p:4x4x8 (extra `tpu`)")
@@ -259,6 +260,34 @@ def _cost(arguments, _):
 
 
 def _layout(arguments, _):
+    if arguments.measure:
+        return _measure(arguments.measure)
+    if arguments.config is None:
+        raise BadInput("layout needs a CONFIG.py or config.json; see v4jax layout --help")
+    cfg = _layout_config(arguments)
+    if arguments.target == "cpu":
+        _start(cfg.mesh)
+    from v4jax.layout.compiled import report_layout
+
+    result = report_layout(cfg, arguments.target, arguments.lower_only)
+    if arguments.json:
+        return result.to_dict()
+    _print_rows(result.rows())
+    return None
+
+
+def _measure(path: str) -> dict:
+    """The CPU profile of this machine, written to `path`."""
+    _start("data=8")
+    from v4jax.layout.measure import measure
+
+    found = measure()
+    pathlib.Path(path).write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def _layout_config(arguments):
+    """The training config that mesh, layout, lengths of the command line make of CONFIG."""
     import dataclasses
 
     path = pathlib.Path(arguments.config)
@@ -275,16 +304,7 @@ def _layout(arguments, _):
     from sharding.mesh import parse_mesh
 
     devices = math.prod(parse_mesh(cfg.mesh).values())
-    cfg = dataclasses.replace(cfg, batch_size=arguments.batch or devices)
-    if arguments.target == "cpu":
-        _start(cfg.mesh)
-    from v4jax.layout import report_layout
-
-    result = report_layout(cfg, arguments.target, arguments.lower_only)
-    if arguments.json:
-        return result.to_dict()
-    _print_rows(result.rows())
-    return None
+    return dataclasses.replace(cfg, batch_size=arguments.batch or devices)
 
 
 def _launch(arguments, command: list[str]) -> int:

@@ -1,0 +1,134 @@
+"""What a chip can do: peak rates, memory, links. One data file, hardware.json, with a source beside every figure.
+
+A target is a profile and a number of chips, "v5p:4x4x8" or "h100:64", or the path of a JSON file of the same form as one entry
+of hardware.json, "my-chip.json:64". "cpu" is this machine, shared by all simulated devices; `v4jax layout --measure` writes it.
+
+Links form tiers, the fastest first: so many devices reach each other at that rate, and beyond them the next tier counts. In a
+torus a device has its rate split evenly over the dimensions.
+
+Next file to read: v4jax/layout/compiled.py.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from typing import Any
+
+HERE = pathlib.Path(__file__).parent
+MEASURED = HERE / "cpu.json"
+"""The profile that `v4jax layout --measure` wrote on the machine the repository's figures come from."""
+
+_FIGURES = ("bf16_flops", "fp8_flops", "hbm_bytes", "hbm_bandwidth", "tiers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tier:
+    """Links among `size` devices (0: any number), bytes per second one way per device; `torus`: its dimensions, 0: a switch."""
+
+    bandwidth: float
+    size: int = 0
+    torus: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One chip's figures, as published; bytes, FLOPs and seconds.
+
+    Attributes:
+      tiers: links, fastest first. devices_per_chip: devices JAX shows for one chip; the figures are of the chip.
+      matmul, memory, network: share of the peak that large products, reads and exchanges reach; an assumption unless measured.
+      overlap: share of an exchange that other work hides. latency: seconds to start one collective.
+      shared: all devices share one chip's rates (simulated devices). price: of a chip and hour, 0 where none is given.
+      sources: figure -> where it is from.
+    """
+
+    name: str
+    bf16_flops: float
+    fp8_flops: float
+    hbm_bytes: float
+    hbm_bandwidth: float
+    tiers: tuple[Tier, ...]
+    devices_per_chip: int = 1
+    matmul: float = 0.7
+    memory: float = 0.8
+    network: float = 0.8
+    overlap: float = 0.5
+    latency: float = 5e-6
+    shared: bool = False
+    price: float = 0.0
+    sources: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
+
+    def of_a_device(self, devices: int) -> "Hardware":
+        """The same per JAX device of a program on `devices` of them."""
+        parts = devices if self.shared else self.devices_per_chip
+        tiers = tuple(dataclasses.replace(tier, bandwidth=tier.bandwidth / parts) for tier in self.tiers)
+        rates = {name: getattr(self, name) / parts for name in _FIGURES[:-1]}
+        return dataclasses.replace(self, tiers=tiers, **rates)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A chip and how many devices of it; `topology` is what libtpu is asked for, "" where JAX cannot compile for it."""
+
+    hardware: Hardware
+    devices: int
+    topology: str = ""
+
+
+def known() -> dict[str, dict[str, Any]]:
+    """Profile name -> its entry in the data file."""
+    return json.loads((HERE / "hardware.json").read_text()) | {"cpu": json.loads(MEASURED.read_text())}
+
+
+def hardware_of(name: str) -> Hardware:
+    """The profile called `name`, or of the JSON file at that path.
+
+    Raises:
+      ValueError: an unknown name (with the nearest known one), or a file that lacks a figure.
+    """
+    if name.endswith(".json"):
+        try:
+            return _read(json.loads(pathlib.Path(name).read_text()), name)
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"target: {name}: {error}") from None
+    table = known()
+    if name not in table:
+        raise ValueError(f"target: got {name!r}; known: {', '.join(table)}, or a JSON file (nearest: {nearest(name, table)})")
+    return _read(table[name], name)
+
+
+def target_of(text: str, devices: int | None = None) -> Target:
+    """ "v5p:4x4x8" -> 128 devices of v5p, "h100:64" -> 64, "cpu" -> `devices`.
+
+    Raises:
+      ValueError: an unknown chip, or a size that is no product of positive numbers.
+    """
+    name, colon, size = text.rpartition(":") if ":" in text else (text, "", "")
+    hardware = hardware_of(name)
+    if not colon:
+        return Target(hardware, devices or 1)
+    if not re.fullmatch(r"\d+(x\d+)*", size) or math.prod(map(int, size.split("x"))) < 1:
+        raise ValueError(f"target: got size {size!r} in {text!r}; must be chips, as 64 or 4x4x8")
+    chips = math.prod(map(int, size.split("x")))
+    is_tpu = bool(hardware.tiers[0].torus) and not name.endswith(".json")
+    return Target(hardware, chips * hardware.devices_per_chip, text if is_tpu and "x" in size else "")
+
+
+def nearest(word: str, words) -> str:
+    """The known word most like `word`."""
+    import difflib
+
+    return difflib.get_close_matches(word, list(words), 1, 0.0)[0]
+
+
+def _read(entry: dict[str, Any], where: str) -> Hardware:
+    missing = [name for name in _FIGURES if name not in entry]
+    if missing:
+        raise ValueError(f"target: {where} lacks {', '.join(missing)}; see v4jax/layout/hardware.json")
+    fields = {field.name for field in dataclasses.fields(Hardware)}
+    if unknown := sorted(set(entry) - fields):
+        raise ValueError(f"target: {where} has {unknown[0]!r}; allowed: {', '.join(sorted(fields))}")
+    tiers = tuple(Tier(**tier) for tier in entry["tiers"])
+    return Hardware(**({"name": where} | entry | {"tiers": tiers}))

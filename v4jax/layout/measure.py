@@ -1,0 +1,73 @@
+"""This machine as a hardware profile: what products, copies and exchanges of simulated devices really reach here.
+
+    v4jax layout --measure cpu.json
+
+All simulated devices share the cores, so the figures are of all of them together (`shared`); they are reached, not published,
+so nothing is taken off them.
+
+Next file to read: v4jax/layout/hardware.py.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from sharding.mesh import make_mesh, parse_mesh
+
+SIDE = 1024
+"""Of the matrices that are multiplied: larger than any cache line game, small enough for a second of measuring."""
+
+
+def measure(devices: int = 8) -> dict[str, Any]:
+    """An entry like those of hardware.json, with `shared` set; takes some seconds."""
+    mesh = make_mesh(parse_mesh(f"data={devices}"))
+    with jax.set_mesh(mesh):
+        product = _seconds(_everywhere(mesh, lambda a_AB: a_AB @ a_AB), (devices * SIDE, SIDE))
+        copied = _seconds(_everywhere(mesh, lambda a_AB: a_AB + 1), (devices * 4 * SIDE, SIDE))
+        moved = _seconds(_everywhere(mesh, _exchange), (devices * 4 * SIDE, SIDE))
+        started = _seconds(_everywhere(mesh, _many_sums), (devices * 8, 8)) / _SUMS
+    whole = devices * 4 * SIDE * SIDE * 4
+    rate = 2 * SIDE**3 * devices / product
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    sent = whole * (devices - 1) / devices
+    text = f"measured by `v4jax layout --measure` on {os.cpu_count()} cores ({platform.processor() or platform.machine()}), jax {jax.__version__}"
+    return {
+        "name": "this machine's CPU", "bf16_flops": rate, "fp8_flops": rate, "hbm_bytes": float(memory),
+        "hbm_bandwidth": 2 * whole / copied, "tiers": [{"bandwidth": sent / moved}], "latency": started, "matmul": 1.0,
+        "memory": 1.0, "network": 1.0, "overlap": 0.0, "shared": True, "sources": {"all": text},
+    }  # fmt: skip
+
+
+_SUMS = 20
+
+
+def _many_sums(a_AB):
+    """A chain of small exchanges, each of which waits for the one before."""
+    return lax.fori_loop(0, _SUMS, lambda _, a_AB: lax.pmean(a_AB, "data") + 1, a_AB)
+
+
+def _exchange(a_AB):
+    return lax.all_to_all(a_AB, "data", 0, 0, tiled=True)
+
+
+def _everywhere(mesh, f: Callable) -> Callable:
+    """f on every device's own rows, jitted."""
+    return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"), check_vma=False))
+
+
+def _seconds(f: Callable, shape: tuple[int, int], times: int = 5) -> float:
+    """Of the fastest run after one to warm up."""
+    a_AB = jnp.ones(shape, jnp.float32)
+    took = []
+    for _ in range(times + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(f(a_AB))
+        took.append(time.perf_counter() - start)
+    return min(took[1:])

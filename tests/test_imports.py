@@ -11,7 +11,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 ORDER = [
     "sharding.rules", "sharding.mesh", "sharding.processes", "sharding.params", "sharding.embedding",
     "sharding.manual", "sharding.counting", "sharding.exchange", "sharding.experts", "sharding.matrices", "sharding.audit", "v4jax.config",
-    "v4jax.cost", "v4jax.tokenizer", "v4jax.data.config", "v4jax.data.documents", "v4jax.data.pieces", "v4jax.data.rows", "v4jax.model.dense", "v4jax.model.weights", "v4jax.model.norm", "v4jax.model.rotary",
+    "v4jax.cost", "v4jax.tokenizer", "v4jax.chat.tokens", "v4jax.chat.dsml", "v4jax.chat.encoding",
+    "v4jax.chat.parse", "v4jax.data.config", "v4jax.data.documents", "v4jax.data.pieces", "v4jax.data.rows", "v4jax.model.dense", "v4jax.model.weights", "v4jax.model.norm", "v4jax.model.rotary",
     "v4jax.model.documents", "v4jax.model.hyper", "v4jax.model.compressor", "v4jax.model.indexer", "v4jax.model.attention",
     "v4jax.model.grouped", "v4jax.model.moe", "v4jax.model.block", "v4jax.model.mtp", "v4jax.model.transformer",
     "v4jax.quant.scales", "v4jax.quant.fp8", "v4jax.quant.mxfp4", "v4jax.checkpoint.formats", "v4jax.checkpoint.files",

@@ -2,7 +2,7 @@
 
 Both kinds answer to the same names: vocab_size, bos_token_id, eos_token_id, bytes_per_token, encode, decode, save.
 
-Next file to read: v4jax/data/config.py.
+Next file to read: v4jax/chat/tokens.py.
 """
 
 import itertools

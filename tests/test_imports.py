@@ -13,13 +13,13 @@ ORDER = [
     "sharding.manual", "sharding.counting", "sharding.exchange", "sharding.experts", "sharding.matrices", "sharding.audit", "v4jax.config",
     "v4jax.cost", "v4jax.tokenizer", "v4jax.chat.tokens", "v4jax.chat.dsml", "v4jax.chat.encoding",
     "v4jax.chat.parse", "v4jax.data.config", "v4jax.data.documents", "v4jax.data.pieces", "v4jax.data.rows", "v4jax.model.dense", "v4jax.model.weights", "v4jax.model.norm", "v4jax.model.rotary",
-    "v4jax.model.documents", "v4jax.model.hyper", "v4jax.model.compressor", "v4jax.model.indexer", "v4jax.model.attention",
+    "v4jax.model.state", "v4jax.model.documents", "v4jax.model.hyper", "v4jax.model.compressor", "v4jax.model.indexer", "v4jax.model.attention",
     "v4jax.model.grouped", "v4jax.model.moe", "v4jax.model.block", "v4jax.model.mtp", "v4jax.model.transformer",
     "v4jax.quant.scales", "v4jax.quant.fp8", "v4jax.quant.mxfp4", "v4jax.checkpoint.formats", "v4jax.checkpoint.files",
     "v4jax.checkpoint.names", "v4jax.checkpoint.load", "v4jax.checkpoint.export", "v4jax.checkpoint.text", "v4jax.checkpoint.intact", "v4jax.checkpoint.store", "v4jax.checkpoint.stream",
     "v4jax.api", "v4jax.train.data", "v4jax.train.loss", "v4jax.train.balance", "v4jax.train.schedule",
     "v4jax.train.muon", "v4jax.train.config", "v4jax.train.step", "v4jax.train.report", "v4jax.train.loop",
-    "v4jax.generate.plain", "v4jax.score", "v4jax.layout.hardware", "v4jax.layout.measure", "v4jax.layout.compiled",
+    "v4jax.generate.cache", "v4jax.generate.plain", "v4jax.score", "v4jax.layout.hardware", "v4jax.layout.measure", "v4jax.layout.compiled",
     "v4jax.convert", "v4jax.launch", "v4jax.cli", "v4jax.__main__",
 ]  # fmt: skip
 FILES = {

@@ -24,14 +24,18 @@ from sharding.rules import AxisRules
 from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 from v4jax.model.compressor import Compressor
 from v4jax.model.dense import dense
-from v4jax.model.documents import Documents, Entries
+from v4jax.model.documents import Documents, Entries, whole_windows
 from v4jax.model.indexer import Indexer, IndexInputs, index_scores, top_k_mask
 from v4jax.model.norm import RMSNorm, rms_norm
 from v4jax.model.rotary import rotate
+from v4jax.model.state import Kept, LayerCache, Slots, all_rows, chosen_rows, keep_rows, rows_before
 from v4jax.model.weights import Weights
 
 CHUNK_BYTES = 2**26
 """Float32 scores one chunk of queries may hold on one device."""
+
+SHORT = 8
+"""Chunks of fewer queries than this are decoding."""
 
 GATHER_FROM = 8
 """Gather chosen entries once there are this many times index_topk of them (measured crossover 6-10: benchmarks/length.py)."""
@@ -40,22 +44,30 @@ GATHER_FROM = 8
 class Queries(NamedTuple):
     """A chunk of queries with the raw rows they may see: blocks of W queries over 2W rows (their own W and the W before).
 
-    row [T]; segment [B,T] and segment_keys [B,U,2W] are None for rows of one document; index is None unless CSA must choose.
+    row [B or 1,T]; segments are None for rows of one document; index is None unless CSA must choose. A chunk shorter than W
+    that continues a row is one block of T queries over W + T rows.
     """
 
     q_BTNH: jax.Array
     window_BUWH: jax.Array
-    row_T: jax.Array
+    row_BT: jax.Array
     segment_BT: jax.Array | None
     segment_BUW: jax.Array | None
     index_q: jax.Array | None
     index_w: jax.Array | None
 
 
+class Past(NamedTuple):
+    """Of a row that is continued: the W rows before it, and its first position."""
+
+    before_BWH: jax.Array
+    start_B: jax.Array
+
+
 class _Far(NamedTuple):
     """The compressed entries: key/value rows, the last row each stands for, its document (None: rows of one document)."""
 
-    entry_BCH: jax.Array
+    entry_BCH: jax.Array | Slots
     last_BC: jax.Array
     segment_BC: jax.Array | None
 
@@ -77,6 +89,7 @@ def attend(
     entries: Entries | None = None,
     entry_BCH: jax.Array | None = None,
     index: IndexInputs | None = None,
+    past: Past | None = None,
 ) -> jax.Array:
     """softmax over (window keys, visible or chosen entries, sink) of q.k * H^-0.5, times the same keys; [B,S,N,H].
 
@@ -84,9 +97,10 @@ def attend(
       q_BSNH, kv_BSH, entry_BCH: normalised and rotated. sink_N: float32 logit per head, in the denominator only.
       entries: what entry_BCH stands for, or None in layers of ratio 0 and in rows shorter than a window.
       index: given when only index_topk of the entries may be attended to.
+      past: given when rows continue others; entry_BCH is then all that is kept, and may be Slots.
     """
     far = None if entries is None else _Far(entry_BCH, entries.last_BC, entries.segment_BC)
-    arguments = (q_BSNH, kv_BSH, sink_N, documents.segment_BS, far, index)
+    arguments = (q_BSNH, kv_BSH, sink_N, documents.segment_BS, far, index, past)
     if not rules:
         return _attend(cfg, _Split(), *arguments)
     (axis,) = rules.mesh_axes("act_seq") or (None,)
@@ -106,17 +120,25 @@ def attend(
         None if index is None else IndexInputs(
             rules.spec((batch, seq, "index_heads", None)), rules.spec((batch, seq, "index_heads")), rules.spec((batch, None, None))
         ),
+        None if past is None else Past(rules.spec((batch, None, None)), rules.spec((batch,))),
     )  # fmt: skip
     return jax.shard_map(functools.partial(_attend, cfg, split), in_specs=specs, out_specs=specs[0])(*arguments)
 
 
-def _attend(cfg: ModelConfig, split: _Split, q_BSNH, kv_BSH, sink_N, segment_BS, far: _Far | None, index) -> jax.Array:
+def _attend(cfg: ModelConfig, split: _Split, q_BSNH, kv_BSH, sink_N, segment_BS, far: _Far | None, index, past) -> jax.Array:
     """`attend` for one device's rows and heads, in chunks of queries."""
     batch, seq, heads, _ = q_BSNH.shape
     window = cfg.sliding_window
     sink_N, kv_BSH, far = jax.tree.map(lambda x: vary_like(x, q_BSNH), (sink_N, kv_BSH, far))
-    blocks, chunks = _chunks(cfg, q_BSNH.shape, far, index)
-    queries = _cut(split, q_BSNH, kv_BSH, segment_BS, index, window, blocks, chunks)
+    if past is None:
+        block, first_B = window, jnp.reshape(first_row(split.seq, seq), 1)
+        kv_BSH = with_rows_before(kv_BSH, window, split.seq)
+    else:
+        block, first_B = min(window, seq), past.start_B
+        kv_BSH = jnp.concatenate((past.before_BWH.astype(kv_BSH.dtype), kv_BSH), axis=1)
+    segment_BV = None if segment_BS is None else with_rows_before(segment_BS, window, split.seq)
+    blocks, chunks = _chunks(cfg, q_BSNH.shape, block, far, index)
+    queries = _cut(q_BSNH, kv_BSH, first_B, segment_BS, segment_BV, index, block, blocks, chunks)
     keys = None if index is None else index.key_BCJ
 
     def one(chunk: Queries) -> jax.Array:
@@ -130,47 +152,52 @@ def _attend(cfg: ModelConfig, split: _Split, q_BSNH, kv_BSH, sink_N, segment_BS,
     return out[:, :seq]
 
 
-def _chunks(cfg: ModelConfig, q_shape, far: _Far | None, index: IndexInputs | None) -> tuple[int, int]:
-    """(blocks of W queries in a chunk, chunks), so that a chunk's scores stay within CHUNK_BYTES."""
+def _gathers(cfg: ModelConfig, slots: int, rows: int) -> bool:
+    """Whether CSA gathers what it chose; for few queries (decoding) as soon as there is a choice."""
+    return slots >= (GATHER_FROM if rows >= SHORT else 1) * cfg.index_topk
+
+
+def _chunks(cfg: ModelConfig, q_shape, block: int, far: _Far | None, index: IndexInputs | None) -> tuple[int, int]:
+    """(blocks of queries in a chunk, chunks), so that a chunk's scores stay within CHUNK_BYTES."""
     batch, seq, heads, dim = q_shape
-    window = cfg.sliding_window
     slots = chosen = 0 if far is None else far.last_BC.shape[1]
-    if index is not None and slots >= GATHER_FROM * cfg.index_topk:
+    if index is not None and _gathers(cfg, slots, seq):
         # Gathered rows are H wide and belong to one query: they weigh more than their scores.
         chosen = cfg.index_topk * (1 + dim // heads)
-    per_query = heads * (2 * window + chosen)
+    per_query = heads * (2 * cfg.sliding_window + chosen)
     if index is not None:
         per_query = max(per_query, index.q_BTIJ.shape[2] * slots)
-    blocks = max(1, CHUNK_BYTES // (4 * window * per_query * batch))
-    chunks = -(-seq // (min(blocks, -(-seq // window)) * window))
-    return -(-seq // (chunks * window)), chunks
+    blocks = max(1, CHUNK_BYTES // (4 * block * per_query * batch))
+    chunks = -(-seq // (min(blocks, -(-seq // block)) * block))
+    return -(-seq // (chunks * block)), chunks
 
 
-def _cut(split: _Split, q_BSNH, kv_BSH, segment_BS, index, window: int, blocks: int, chunks: int) -> Queries:
-    """Pads rows to whole chunks and stacks the chunks on a new first axis."""
-    total = chunks * blocks * window
-    first = first_row(split.seq, q_BSNH.shape[1])
+def _cut(q_BSNH, kv_BVH, first_B, segment_BS, segment_BV, index, block: int, blocks: int, chunks: int) -> Queries:
+    """Pads rows to whole chunks and stacks the chunks on a new first axis; V = W + S, keys behind the W rows before them."""
+    total = chunks * blocks * block
 
     def chunked(x):
         """[B,S,...] -> [chunks, B, T, ...]"""
         x = jnp.pad(x, [(0, 0), (0, total - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], chunks, blocks * window, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], chunks, blocks * block, *x.shape[2:]), 1, 0)
 
     def banded(x):
-        """[B,S,...] -> [chunks, B, U, 2W, ...]: each block of W rows behind the block before it."""
-        x = with_rows_before(x, window, split.seq)
-        x = jnp.pad(x, [(0, 0), (0, window + total - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-        x = x.reshape(x.shape[0], chunks * blocks + 1, window, *x.shape[2:])
+        """[B,V,...] -> [chunks, B, U, 2W, ...]: each block of W rows behind the block before it."""
+        before = x.shape[1] - q_BSNH.shape[1]
+        if block < before:
+            return x[None, :, None]
+        x = jnp.pad(x, [(0, 0), (0, before + total - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+        x = x.reshape(x.shape[0], chunks * blocks + 1, block, *x.shape[2:])
         x = jnp.concatenate((x[:, :-1], x[:, 1:]), axis=2)
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, blocks, *x.shape[2:]), 1, 0)
 
     packed = segment_BS is not None
     return Queries(
         chunked(q_BSNH),
-        banded(kv_BSH),
-        (first + jnp.arange(total, dtype=jnp.int32)).reshape(chunks, -1),
+        banded(kv_BVH),
+        jnp.moveaxis((first_B[:, None] + jnp.arange(total, dtype=jnp.int32)[None]).reshape(-1, chunks, blocks * block), 1, 0),
         chunked(segment_BS) if packed else None,
-        banded(segment_BS) if packed else None,
+        banded(segment_BV) if packed else None,
         None if index is None else chunked(index.q_BTIJ),
         None if index is None else chunked(index.w_BTI),
     )
@@ -179,28 +206,26 @@ def _cut(split: _Split, q_BSNH, kv_BSH, segment_BS, index, window: int, blocks: 
 def _attend_chunk(cfg: ModelConfig, split: _Split, chunk: Queries, sink_N, entries: _Far | None, index_key) -> jax.Array:
     """Attention of one chunk of queries [B,T,N,H]."""
     batch, rows, heads, dim = chunk.q_BTNH.shape
-    window = cfg.sliding_window
-    q_BUWNH = (chunk.q_BTNH * dim**-0.5).reshape(batch, -1, window, heads, dim)
+    q_BUWNH = (chunk.q_BTNH * dim**-0.5).reshape(batch, chunk.window_BUWH.shape[1], -1, heads, dim)
     near = _einsum("BUWNH,BUVH->BUWNV", q_BUWNH, chunk.window_BUWH)
-    near = jnp.where(_window_mask(chunk, window)[:, :, :, None], near, -jnp.inf).reshape(batch, rows, heads, -1)
+    near = jnp.where(_window_mask(chunk, cfg.sliding_window)[:, :, :, None], near, -jnp.inf).reshape(batch, rows, heads, -1)
     sink_11N = sink_N[None, None]
     peak = jnp.maximum(near.max(-1), sink_11N)
     far = None
     if entries is not None:
-        visible_BTC, entry_BCH = _visible(chunk, entries), entries.entry_BCH
-        gathered = False
+        visible_BTC = _visible(chunk, entries)
+        gathered = index_key is not None and _gathers(cfg, visible_BTC.shape[-1], rows)
         if index_key is not None:
             score_BTC = index_scores(IndexInputs(chunk.index_q, chunk.index_w, index_key))
             if split.index_heads:
                 score_BTC = jax.lax.psum(score_BTC, split.index_heads)
             score_BTC = jnp.where(visible_BTC, score_BTC, -jnp.inf)
-            gathered = score_BTC.shape[-1] >= GATHER_FROM * cfg.index_topk
             if gathered:
                 index_BTK = jax.lax.top_k(score_BTC, cfg.index_topk)[1]
                 visible_BTC = jnp.take_along_axis(visible_BTC, index_BTK, axis=-1)
-                entry_BCH = jax.vmap(lambda entry_CH, index_TK: entry_CH[index_TK])(entry_BCH, index_BTK)
             else:
                 visible_BTC &= top_k_mask(score_BTC, cfg.index_topk)
+        entry_BCH = chosen_rows(entries.entry_BCH, index_BTK) if gathered else all_rows(entries.entry_BCH)
         keys = "BTKH" if gathered else "BKH"
         far = _einsum(f"BTNH,{keys}->BTNK", q_BUWNH.reshape(batch, rows, heads, dim), entry_BCH)
         far = jnp.where(visible_BTC[:, :, None], far, -jnp.inf)
@@ -208,7 +233,7 @@ def _attend_chunk(cfg: ModelConfig, split: _Split, chunk: Queries, sink_N, entri
     peak = jax.lax.stop_gradient(peak)[..., None]
     near = jnp.exp(near - peak)
     total = near.sum(-1) + jnp.exp(sink_11N - peak[..., 0])
-    near = near.astype(chunk.q_BTNH.dtype).reshape(batch, -1, window, heads, 2 * window)
+    near = near.astype(chunk.q_BTNH.dtype).reshape(*q_BUWNH.shape[:-1], chunk.window_BUWH.shape[2])
     out = _einsum("BUWNV,BUVH->BUWNH", near, chunk.window_BUWH).reshape(batch, rows, heads, dim)
     if far is not None:
         far = jnp.exp(far - peak)
@@ -222,22 +247,23 @@ def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _window_mask(chunk: Queries, window: int) -> jax.Array:
-    """Which of its 2W rows each query sees: itself and the W-1 before it, in its own document; [B or 1,U,W,2W].
+    """Which keys of its block each query sees: itself and the W-1 rows before it, in its own document; [B or 1,U,W,2W].
 
     Query w of block u is row uW + w; key v of that block is row (u-1)W + v: seen iff w < v <= W + w and the row exists.
     """
-    w, v = jnp.arange(window)[:, None], jnp.arange(2 * window)[None]
-    row_UW1 = chunk.row_T.reshape(-1, window, 1)
-    band = ((v > w) & (v <= w + window))[None] & (row_UW1 - w[None] - window + v[None] >= 0)
+    blocks, keys = chunk.window_BUWH.shape[1:3]
+    w, v = jnp.arange(keys - window)[:, None], jnp.arange(keys)[None]
+    row_BUW1 = chunk.row_BT.reshape(-1, blocks, keys - window, 1)
+    band = ((v > w) & (v <= w + window))[None, None] & (row_BUW1 - w[None, None] - window + v[None, None] >= 0)
     if chunk.segment_BT is None:
-        return band[None]
+        return band
     own = chunk.segment_BT.reshape(chunk.segment_BT.shape[0], -1, window, 1) == chunk.segment_BUW[:, :, None]
-    return band[None] & own
+    return band & own
 
 
 def _visible(chunk: Queries, entries: _Far) -> jax.Array:
     """Entry c is visible to query t iff its last row is at most t, in the same document: c < (t+1)//M; [B or 1,T,C]."""
-    seen = entries.last_BC[:, None] <= chunk.row_T[None, :, None]
+    seen = entries.last_BC[:, None] <= chunk.row_BT[..., None]
     return seen if entries.segment_BC is None else seen & (entries.segment_BC[:, None] == chunk.segment_BT[..., None])
 
 
@@ -248,7 +274,8 @@ class Attention(Weights):
     ratio: int
 
     @nn.compact
-    def __call__(self, x_BSD: jax.Array, documents: Documents) -> jax.Array:
+    def __call__(self, x_BSD: jax.Array, documents: Documents, kept: Kept | None = None) -> tuple[jax.Array, Kept | None]:
+        """Hidden rows -> hidden rows, and what is kept, with these rows in it."""
         cfg, dim, hidden = self.cfg, self.cfg.head_dim, x_BSD.shape[-1]
         heads, groups, rank = cfg.num_attention_heads, cfg.o_groups, cfg.o_lora_rank
         init = nn.initializers.normal(cfg.initializer_range)
@@ -266,16 +293,28 @@ class Attention(Weights):
         q_BSNH = self.rules.constrain(q_BSNH, "act_batch", "act_seq", "act_heads", None)
         q_BSNH = rotate(rms_norm(q_BSNH, cfg.rms_norm_eps), turn.heads())
         kv_BSH = rotate(RMSNorm(self.rules, self.dtype, cfg.rms_norm_eps, name="kv_norm")(dense(x_BSD, wkv)), turn)
-        entry_BCH = index = None
+        entry_BCH = index = past = entry_kept = index_kept = None
         if self.ratio != WINDOW_ONLY:
             compressor = Compressor(self.rules, self.dtype, cfg, self.ratio, dim, name="compressor")
-            entry_BCH = compressor(x_BSD, entries)
+            entry_BCH, entry_kept = compressor(x_BSD, entries, kept and kept.part(kept.cache.entry))
         if self.ratio == CSA:
-            index = Indexer(self.rules, self.dtype, cfg, name="indexer")(x_BSD, qr_BSQ, turn, entries)
-        out_BSNH = attend(self.rules, cfg, q_BSNH, kv_BSH, sink_N, documents, entries, entry_BCH, index)
+            indexer = Indexer(self.rules, self.dtype, cfg, name="indexer")
+            index, index_kept = indexer(x_BSD, qr_BSQ, turn, entries, kept and kept.part(kept.cache.index))
+        if kept is not None:
+            past, window = _continue(cfg, kv_BSH, kept)
+            kept = kept.part(LayerCache(window, *(part and part.cache for part in (entry_kept, index_kept))))
+            entries = entry_BCH and whole_windows(self.ratio, entry_BCH.stack.shape[2])
+        out_BSNH = attend(self.rules, cfg, q_BSNH, kv_BSH, sink_N, documents, entries, entry_BCH, index, past)
         # Keys are values too, so each value came rotated; turning back by the query's angle leaves relative angles.
         out_BSNH = rotate(out_BSNH, turn.heads(), inverse=True)
-        return _project_out(out_BSNH, wo_a, wo_b, groups)
+        return _project_out(out_BSNH, wo_a, wo_b, groups), kept
+
+
+def _continue(cfg: ModelConfig, kv_BSH: jax.Array, kept: Kept) -> tuple[Past, jax.Array]:
+    """(the rows before this chunk, the ring of window rows with this chunk in it)."""
+    ring, start_B = kept.cache.window, kept.stretch.start_B
+    before_BWH = rows_before(ring, kept.layer, start_B, cfg.sliding_window)
+    return Past(before_BWH, start_B), keep_rows(ring, kept.layer, kv_BSH, kept.stretch)
 
 
 def _project_out(o_BSNH: jax.Array, wo_a: jax.Array, wo_b: jax.Array, groups: int) -> jax.Array:

@@ -14,29 +14,32 @@ from v4jax.model.documents import Documents
 from v4jax.model.hyper import HyperConnection, expand
 from v4jax.model.moe import MoE, Routing
 from v4jax.model.norm import RMSNorm
+from v4jax.model.state import Kept
 from v4jax.model.weights import Weights
 
 
 class Block(Weights):
-    """streams -> streams, and what the router did."""
+    """streams -> streams, what the router did, and what is kept of rows that go on."""
 
     cfg: ModelConfig
     kind: LayerKind
 
     @nn.compact
-    def __call__(self, x_BSXD: jax.Array, tokens_BS: jax.Array, documents: Documents) -> tuple[jax.Array, Routing]:
+    def __call__(
+        self, x_BSXD: jax.Array, tokens_BS: jax.Array, documents: Documents, kept: Kept | None = None
+    ) -> tuple[jax.Array, Routing, Kept | None]:
         cfg, own = self.cfg, (self.rules, self.dtype)
         with jax.named_scope("attention"):
             u_BSD, mix = HyperConnection(*own, cfg, name="hc_attn")(x_BSXD)
             u_BSD = RMSNorm(*own, cfg.rms_norm_eps, name="attn_norm")(u_BSD)
-            y_BSD = Attention(*own, cfg, self.kind.compress_ratio, name="attn")(u_BSD, documents)
+            y_BSD, kept = Attention(*own, cfg, self.kind.compress_ratio, name="attn")(u_BSD, documents, kept)
             x_BSXD = self._place(expand(y_BSD, x_BSXD, mix))
         with jax.named_scope("experts"):
             u_BSD, mix = HyperConnection(*own, cfg, name="hc_ffn")(x_BSXD)
             u_BSD = RMSNorm(*own, cfg.rms_norm_eps, name="ffn_norm")(u_BSD)
             y_BSD, routing = MoE(*own, cfg, self.kind.hash_routed, name="ffn")(u_BSD, tokens_BS, documents)
             x_BSXD = self._place(expand(y_BSD, x_BSXD, mix))
-        return x_BSXD, routing
+        return x_BSXD, routing, kept
 
     def _place(self, x_BSXD: jax.Array) -> jax.Array:
         return self.rules.constrain(x_BSXD, "act_batch", "act_seq", "act_streams", "act_embed")
@@ -49,12 +52,15 @@ class Pattern(Weights):
     kinds: tuple[LayerKind, ...]
 
     @nn.compact
-    def __call__(self, x_BSXD, tokens_BS, documents: Documents) -> tuple[jax.Array, dict[str, Routing]]:
-        routing = {}
+    def __call__(self, carry, tokens_BS, documents: Documents) -> tuple[tuple[jax.Array, Kept | None], dict[str, Routing]]:
+        """carry: the streams, and Kept with a dict block name -> LayerCache (None where nothing is kept)."""
+        (x_BSXD, kept), routing, cache = carry, {}, {}
         for i, kind in enumerate(self.kinds):
-            block = Block(self.rules, self.dtype, self.cfg, kind, name=f"block_{i}")
-            x_BSXD, routing[f"block_{i}"] = block(x_BSXD, tokens_BS, documents)
-        return x_BSXD, routing
+            name = f"block_{i}"
+            block = Block(self.rules, self.dtype, self.cfg, kind, name=name)
+            x_BSXD, routing[name], own = block(x_BSXD, tokens_BS, documents, kept and kept.part(kept.cache[name]))
+            cache[name] = own and own.cache
+        return (x_BSXD, kept and Kept(cache, kept.layer + 1, kept.stretch)), routing
 
 
 def stack(rules, dtype: jnp.dtype, cfg: ModelConfig, kinds, repeats: int, remat: bool, name: str) -> nn.Module:

@@ -20,20 +20,21 @@ from v4jax.model.dense import dense
 from v4jax.model.documents import Entries
 from v4jax.model.norm import RMSNorm
 from v4jax.model.rotary import rotate
+from v4jax.model.state import Kept, Slots, fill_slots, keep_rows, rows_before, tail_rows
 from v4jax.model.weights import Weights
 
 
 def pool(
-    rules: AxisRules, c_BSH: jax.Array, z_BSH: jax.Array, ape_MH: jax.Array, entries: Entries, ratio: int
+    rules: AxisRules, c_BSH: jax.Array, z_BSH: jax.Array, ape_MH: jax.Array, entries: Entries, ratio: int, continued: bool = False
 ) -> jax.Array:
     """Entry = sum over rows of softmax(z + ape) * c, per channel; float32 [B,C,H] (H halves for CSA).
 
-    A sequence cut over devices: each pools the entries that end in its shard, with the rows before it from its neighbour.
+    continued: rows begin anywhere (see read_stretch). A sequence cut over devices: each pools the entries that end in its shard, with the rows before it from its neighbour.
     """
     batch, seq = "act_batch", "act_seq"
     # Windows stand back to back in every shard if rows are one document and shards are whole windows.
     shards = rules.shards(seq)
-    aligned = entries.segment_BC is None and (shards == 1 or c_BSH.shape[1] // shards % ratio == 0)
+    aligned = not continued and entries.segment_BC is None and (shards == 1 or c_BSH.shape[1] // shards % ratio == 0)
     first_BC = None if aligned else entries.first_BC
     if not rules:
         return _pool(c_BSH, z_BSH, ape_MH, first_BC, entries.overlaps_BC, ratio, None)
@@ -86,7 +87,8 @@ class Compressor(Weights):
     head_dim: int
 
     @nn.compact
-    def __call__(self, x_BSD: jax.Array, entries: Entries | None) -> jax.Array | None:
+    def __call__(self, x_BSD: jax.Array, entries: Entries | None, kept: Kept | None = None):
+        """(entries, None); of rows that continue others, (Slots of all entries so far, what is kept). None: no entries."""
         width = self.head_dim * (2 if self.ratio == CSA else 1)
         init = nn.initializers.normal(self.cfg.initializer_range)
         ape = self.weight("ape", (self.ratio, width), ("ape_rows", "entry"), nn.initializers.zeros, True)
@@ -95,7 +97,26 @@ class Compressor(Weights):
         norm = RMSNorm(self.rules, self.dtype, self.cfg.rms_norm_eps, name="norm")
         if entries is None:  # a row shorter than one window; the norm must exist all the same
             norm(jnp.zeros((1, self.head_dim), self.dtype))
-            return None
+            return None, kept
         x32 = x_BSD.astype(jnp.float32)
-        entry = pool(self.rules, dense(x32, wkv), dense(x32, wgate), ape, entries, self.ratio)
-        return rotate(norm(entry.astype(self.dtype)), entries.turn)
+        c_BSH, z_BSH = dense(x32, wkv), dense(x32, wgate)
+        if kept is not None:
+            (c_BSH, z_BSH), kept = _continue(kept, c_BSH, z_BSH, self.ratio)
+        entry = pool(self.rules, c_BSH, z_BSH, ape, entries, self.ratio, kept is not None)
+        entry = rotate(norm(entry.astype(self.dtype)), entries.turn)
+        return (entry, None) if kept is None else _fill(kept, entry, self.ratio)
+
+
+def _continue(kept: Kept, c_BSH: jax.Array, z_BSH: jax.Array, ratio: int):
+    """(c and z behind the rows before them, the rings with these rows in them)."""
+    ring, rows = kept.cache, (c_BSH, z_BSH)
+    before = [rows_before(x, kept.layer, kept.stretch.start_B, tail_rows(ratio)) for x in (ring.c, ring.z)]
+    c, z = (keep_rows(x, kept.layer, new, kept.stretch) for x, new in zip((ring.c, ring.z), rows, strict=True))
+    longer = [jnp.concatenate(pair, axis=1) for pair in zip(before, rows, strict=True)]
+    return longer, kept.part(ring._replace(c=c, z=z))
+
+
+def _fill(kept: Kept, entry_BCH: jax.Array, ratio: int) -> tuple[Slots, Kept]:
+    start_B, count_B = kept.stretch
+    slots = fill_slots(kept.cache.slots, kept.layer, entry_BCH, start_B // ratio)
+    return Slots(slots, kept.layer, jnp.max((start_B + count_B) // ratio)), kept.part(kept.cache._replace(slots=slots))

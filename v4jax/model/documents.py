@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from v4jax.config import WINDOW_ONLY, ModelConfig
 from v4jax.model.rotary import Rotation, rotation
+from v4jax.model.state import Stretch, tail_rows
 
 
 class Entries(NamedTuple):
@@ -36,7 +37,7 @@ class Entries(NamedTuple):
     last_BC: jax.Array
     segment_BC: jax.Array | None
     overlaps_BC: jax.Array
-    turn: Rotation
+    turn: Rotation | None
 
 
 class Documents(NamedTuple):
@@ -73,6 +74,30 @@ def read_documents(cfg: ModelConfig, seq: int, segment_BS: jax.Array | None, sha
         rotation(cfg, True, position_BS) if ratios else None,
         {ratio: _entries(cfg, ratio, position_BS, segment_BS, shards) for ratio in ratios if seq >= ratio},
     )
+
+
+def read_stretch(cfg: ModelConfig, seq: int, stretch: Stretch) -> Documents:
+    """The same for chunks of `seq` tokens that continue rows at positions of their own.
+
+    Entries are the windows that may close in the chunk; first_BC counts from the first of `tail_rows` rows before it (so window
+    2 of ratio 4 has first_BC 6 where the chunk starts at position 10), last_BC is a position.
+    """
+    start_B1 = stretch.start_B[:, None]
+    position_BS = start_B1 + jnp.arange(seq, dtype=jnp.int32)[None]
+    ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio != WINDOW_ONLY})
+    entries = {}
+    for ratio in ratios:
+        first_BC = (start_B1 // ratio + jnp.arange(seq // ratio + 1, dtype=jnp.int32)[None]) * ratio
+        turn = rotation(cfg, True, first_BC)
+        entries[ratio] = Entries(first_BC - start_B1 + tail_rows(ratio), first_BC + ratio - 1, None, first_BC > 0, turn)
+    compressed = rotation(cfg, True, position_BS) if ratios else None
+    return Documents(None, None, None, rotation(cfg, False, position_BS), compressed, entries)
+
+
+def whole_windows(ratio: int, slots: int) -> Entries:
+    """Slots that stand back to back from position 0, of which only the last rows matter."""
+    first_1C = jnp.arange(slots, dtype=jnp.int32)[None] * ratio
+    return Entries(first_1C, first_1C + ratio - 1, None, first_1C > 0, None)
 
 
 def without_last_tokens(documents: Documents, tokens_BS: jax.Array) -> Documents:

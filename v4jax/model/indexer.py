@@ -19,6 +19,7 @@ from v4jax.config import CSA, ModelConfig
 from v4jax.model.compressor import Compressor
 from v4jax.model.documents import Entries
 from v4jax.model.rotary import Rotation, rotate
+from v4jax.model.state import Kept, Slots, all_rows
 from v4jax.model.weights import Weights
 
 
@@ -27,12 +28,12 @@ class IndexInputs(NamedTuple):
 
     q_BTIJ: jax.Array
     w_BTI: jax.Array
-    key_BCJ: jax.Array
+    key_BCJ: jax.Array | Slots
 
 
 def index_scores(index: IndexInputs) -> jax.Array:
     """I[t,c], float32 [B,T,C], before any mask. The only array with heads and entries lives inside this call."""
-    dots = jnp.einsum("BTIJ,BCJ->BTIC", index.q_BTIJ, index.key_BCJ, preferred_element_type=jnp.float32)
+    dots = jnp.einsum("BTIJ,BCJ->BTIC", index.q_BTIJ, all_rows(index.key_BCJ), preferred_element_type=jnp.float32)
     return jnp.einsum("BTIC,BTI->BTC", jax.nn.relu(dots), index.w_BTI)
 
 
@@ -53,17 +54,20 @@ class Indexer(Weights):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BSD: jax.Array, qr_BSQ: jax.Array, turn: Rotation, entries: Entries | None) -> IndexInputs | None:
+    def __call__(
+        self, x_BSD: jax.Array, qr_BSQ: jax.Array, turn: Rotation, entries: Entries | None, kept: Kept | None = None
+    ) -> tuple[IndexInputs | None, Kept | None]:
         cfg, heads, dim = self.cfg, self.cfg.index_n_heads, self.cfg.index_head_dim
         init = nn.initializers.normal(cfg.initializer_range)
         wq_b = self.weight("wq_b", (qr_BSQ.shape[-1], heads * dim), ("q_lora_in", "index_heads"), init)
         weights_proj = self.weight("weights_proj", (x_BSD.shape[-1], heads), ("embed", "index_heads"), init)
-        choice = entries is not None and entries.first_BC.shape[1] > cfg.index_topk
+        slots = 0 if entries is None else entries.first_BC.shape[1] if kept is None else kept.cache.slots.shape[2]
+        choice = slots > cfg.index_topk
         x_BSD, qr_BSQ = jax.lax.stop_gradient((x_BSD, qr_BSQ))
         compressor = Compressor(self.rules, self.dtype, cfg, CSA, dim, name="compressor")
-        key_BCJ = compressor(x_BSD, entries if choice else None)
+        key_BCJ, kept = compressor(x_BSD, entries if choice else None, kept)
         if not choice:
-            return None
+            return None, kept
         q_BSIJ = (qr_BSQ @ wq_b).reshape(*qr_BSQ.shape[:2], heads, dim)
         w_BSI = (x_BSD @ weights_proj).astype(jnp.float32) * (dim**-0.5 * heads**-0.5)
-        return jax.lax.stop_gradient(IndexInputs(rotate(q_BSIJ, turn.heads()), w_BSI, key_BCJ))
+        return jax.lax.stop_gradient(IndexInputs(rotate(q_BSIJ, turn.heads()), w_BSI, key_BCJ)), kept

@@ -10,10 +10,11 @@ import jax
 from v4jax.config import WINDOW_ONLY, LayerKind, ModelConfig
 from v4jax.model.block import Block
 from v4jax.model.dense import dense
-from v4jax.model.documents import Documents, without_last_tokens
+from v4jax.model.documents import Documents
 from v4jax.model.hyper import HyperHead
 from v4jax.model.moe import Routing
 from v4jax.model.norm import RMSNorm
+from v4jax.model.state import Kept
 from v4jax.model.weights import Weights
 
 
@@ -24,8 +25,8 @@ class MTP(Weights):
 
     @nn.compact
     def __call__(
-        self, x_BSXD: jax.Array, next_BSD: jax.Array, next_BS: jax.Array, documents: Documents
-    ) -> tuple[jax.Array, Routing]:
+        self, x_BSXD: jax.Array, next_BSD: jax.Array, next_BS: jax.Array, documents: Documents, kept: Kept | None = None
+    ) -> tuple[jax.Array, Routing, Kept | None]:
         """Streams of the main model (before its last collapse), embeddings and ids of the tokens that follow."""
         cfg, own, hidden = self.cfg, (self.rules, self.dtype), x_BSXD.shape[-1]
         init = nn.initializers.normal(cfg.initializer_range)
@@ -35,7 +36,6 @@ class MTP(Weights):
         h_BSXD = RMSNorm(*own, cfg.rms_norm_eps, name="hnorm")(x_BSXD)
         x_BSXD = dense(e_BSD, e_proj)[:, :, None] + dense(h_BSXD, h_proj)
         kind = LayerKind(WINDOW_ONLY, hash_routed=False)
-        documents = without_last_tokens(documents, next_BS)
-        x_BSXD, routing = Block(*own, cfg, kind, name="block")(x_BSXD, next_BS, documents)
+        x_BSXD, routing, kept = Block(*own, cfg, kind, name="block")(x_BSXD, next_BS, documents, kept)
         x_BSD = HyperHead(*own, cfg, name="hc_head")(x_BSXD)
-        return RMSNorm(*own, cfg.rms_norm_eps, name="norm")(x_BSD), routing
+        return RMSNorm(*own, cfg.rms_norm_eps, name="norm")(x_BSD), routing, kept

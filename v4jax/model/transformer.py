@@ -20,7 +20,7 @@ from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.model.block import stack
 from v4jax.model.dense import dense
-from v4jax.model.documents import read_documents
+from v4jax.model.documents import read_documents, without_last_tokens
 from v4jax.model.hyper import HyperHead
 from v4jax.model.moe import Routing
 from v4jax.model.mtp import MTP
@@ -71,14 +71,15 @@ class Transformer(Weights):
         routing = {}
         for group in cfg.layer_groups:
             layers = stack(*own, cfg, group.kinds, group.repeats, self.remat, group.name)
-            x_BSXD, routing[group.name] = layers(x_BSXD, tokens_BS, documents)
+            (x_BSXD, _), routing[group.name] = layers((x_BSXD, None), tokens_BS, documents)
         mtp_x_BSD = None
         if cfg.num_nextn_predict_layers:
             with jax.named_scope("mtp"):
                 next_BS = jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1)))
                 next_BSD = embed_lookup(self.rules, table_VD, next_BS).astype(self.dtype)
                 mtp = nn.remat(MTP, prevent_cse=False) if self.remat else MTP
-                mtp_x_BSD, route = mtp(*own, cfg, name="mtp")(x_BSXD, next_BSD, next_BS, documents)
+                counted = without_last_tokens(documents, next_BS)
+                mtp_x_BSD, route, _ = mtp(*own, cfg, name="mtp")(x_BSXD, next_BSD, next_BS, counted)
                 routing["mtp"] = {"block": route}
         x_BSD = HyperHead(*own, cfg, name="hc_head")(x_BSXD)
         return Hidden(RMSNorm(*own, cfg.rms_norm_eps, name="norm")(x_BSD), mtp_x_BSD, head_DV, routing)

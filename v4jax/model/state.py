@@ -1,0 +1,137 @@
+"""What a layer keeps of the tokens it has seen, so that a row can be continued: explicit arrays, stacked over scanned layers.
+
+Everything is addressed by absolute position, so that taking tokens back is nothing but a smaller length:
+- rings hold the newest rows (the window; what a coming entry will pool): position p lies at p mod R;
+- slots hold one compressed entry, or its index key, each: window w lies at w. A slot is seen only by queries at or behind the
+  last token of its window, and the chunk that brings that token writes it: whatever stood there before is never read.
+
+Example, CSA (ratio 4), 10 tokens kept: slots 0 and 1 are in use; the ring holds the rows of window 1 (the overlap) and rows 8, 9.
+Two tokens later window 2 is pooled from both and written to slot 2.
+
+Shapes: L layers, B batch, S positions of a chunk, R rows of a ring, C slots, H width, K chosen entries.
+Next file to read: v4jax/model/compressor.py.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
+
+SPARE_ROWS = 8
+"""How many tokens may be taken back: rings are longer by so many rows."""
+
+
+class Stretch(NamedTuple):
+    """Which rows of a chunk [B,S] are real: `count_B` of them, from the left; the first one continues at position `start_B`."""
+
+    start_B: jax.Array
+    count_B: jax.Array
+
+
+class Compressed(NamedTuple):
+    """What a compressor keeps: rings of its projections and gate logits, float32 [L,B,R,H], and its entries [L,B,C,H]."""
+
+    c: jax.Array
+    z: jax.Array
+    slots: jax.Array
+
+
+class LayerCache(NamedTuple):
+    """One kind of layer, all its repeats: the ring of window rows [L,B,R,H], entries and index keys where the kind has them."""
+
+    window: jax.Array
+    entry: Compressed | None = None
+    index: Compressed | None = None
+
+
+class Kept(NamedTuple):
+    """The cache as layers meet it: (a part of) the arrays, which of the stacked layers this is, and what the chunk brings."""
+
+    cache: Any
+    layer: jax.Array
+    stretch: Stretch
+
+    def part(self, cache) -> "Kept":
+        """The same layer and chunk, other arrays."""
+        return self._replace(cache=cache)
+
+
+class Slots(NamedTuple):
+    """Slots of one layer: stack [L,B,C,H], and how many are in use in the longest row."""
+
+    stack: jax.Array
+    layer: jax.Array
+    used: jax.Array
+
+
+def tail_rows(ratio: int) -> int:
+    """How many rows before a token its window may pool: the window itself and, for CSA, the one before."""
+    return 2 * ratio if ratio == CSA else ratio
+
+
+def empty_layer(cfg: ModelConfig, ratio: int, layers: int, batch: int, capacity: int, dtype: jnp.dtype) -> LayerCache:
+    """Nothing kept yet, room for `capacity` tokens (a multiple of the ratio)."""
+
+    def zeros(*shape, dtype=dtype):
+        return jnp.zeros((layers, batch, *shape), dtype)
+
+    def compressed(dim):
+        ring = (tail_rows(ratio) + SPARE_ROWS, 2 * dim if ratio == CSA else dim)
+        c, z = zeros(*ring, dtype=jnp.float32), zeros(*ring, dtype=jnp.float32)
+        return Compressed(c, z, zeros(capacity // ratio, dim))
+
+    return LayerCache(
+        zeros(cfg.sliding_window + SPARE_ROWS, cfg.head_dim),
+        None if ratio == WINDOW_ONLY else compressed(cfg.head_dim),
+        compressed(cfg.index_head_dim) if ratio == CSA else None,
+    )
+
+
+def rows_before(ring_LBRH: jax.Array, layer: jax.Array, start_B: jax.Array, rows: int) -> jax.Array:
+    """[B,rows,H], the rows before position `start_B`, oldest first; anything where positions are negative."""
+    ring_BRH = jax.lax.dynamic_index_in_dim(ring_LBRH, layer, keepdims=False)
+    place_BS = (start_B[:, None] - rows + jnp.arange(rows)[None]) % ring_BRH.shape[1]
+    return jnp.take_along_axis(ring_BRH, place_BS[..., None], axis=1)
+
+
+def keep_rows(ring_LBRH: jax.Array, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch) -> jax.Array:
+    """The ring with the real rows of a chunk in it: every place takes the newest row that belongs there."""
+    ring_BRH = jax.lax.dynamic_index_in_dim(ring_LBRH, layer, keepdims=False)
+    size = ring_BRH.shape[1]
+    last_B1 = (stretch.start_B + stretch.count_B - 1)[:, None]
+    row_BR = last_B1 - (last_B1 - jnp.arange(size)[None]) % size - stretch.start_B[:, None]
+    new_BRH = jnp.take_along_axis(x_BSH, jnp.maximum(row_BR, 0)[..., None], axis=1)
+    ring_BRH = jnp.where((row_BR >= 0)[..., None], new_BRH.astype(ring_BRH.dtype), ring_BRH)
+    return jax.lax.dynamic_update_index_in_dim(ring_LBRH, ring_BRH, layer, 0)
+
+
+def fill_slots(slots_LBCH: jax.Array, layer: jax.Array, x_BSH: jax.Array, first_B: jax.Array) -> jax.Array:
+    """Slots from `first_B` on hold x; rows that would fall off the end are dropped."""
+    x_BSH = x_BSH[:, : slots_LBCH.shape[2]].astype(slots_LBCH.dtype)
+    rows = x_BSH.shape[1]
+
+    def one(slots_LCH, x_SH, first):
+        # A slice that would stick out is moved left by XLA: move the rows inside it right by as much.
+        place = jnp.minimum(first, slots_LCH.shape[1] - rows)
+        old_SH = jax.lax.dynamic_slice(slots_LCH, (layer, place, 0), (1, rows, slots_LCH.shape[2]))[0]
+        source_S = jnp.arange(rows) - (first - place)
+        x_SH = jnp.where((source_S >= 0)[:, None], x_SH[jnp.maximum(source_S, 0)], old_SH)
+        return jax.lax.dynamic_update_slice(slots_LCH, x_SH[None], (layer, place, 0))
+
+    return jax.vmap(one, in_axes=(1, 0, 0), out_axes=1)(slots_LBCH, x_BSH, first_B)
+
+
+def all_rows(rows: jax.Array | Slots) -> jax.Array:
+    """[B,C,H] of a layer; an array passes."""
+    if not isinstance(rows, Slots):
+        return rows
+    return jax.lax.dynamic_index_in_dim(rows.stack, rows.layer, keepdims=False)
+
+
+def chosen_rows(rows: jax.Array | Slots, index_BTK: jax.Array) -> jax.Array:
+    """[B,T,K,H], rows[index]; of a stack nothing else is read."""
+    if not isinstance(rows, Slots):
+        return jax.vmap(lambda rows_CH, index_TK: rows_CH[index_TK])(rows, index_BTK)
+    return jax.vmap(lambda rows_LCH, index_TK: rows_LCH[rows.layer, index_TK], in_axes=(1, 0))(rows.stack, index_BTK)

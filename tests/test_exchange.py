@@ -12,7 +12,7 @@ from sharding.exchange import exchange, expert_of_rows, round_rows, rounds_neede
 from sharding.experts import apply_experts
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules, layout_for
-from v4jax.model.grouped import ExpertWeights, expert_ffn
+from v4jax.model.grouped import Activation, ExpertWeights, expert_ffn
 
 E, K, D, F, BATCH, SEQ = 8, 3, 8, 16, 8, 6
 INTO, OUT = ("experts", "expert_embed", "expert_hidden"), ("experts", "expert_hidden", "expert_embed")
@@ -20,7 +20,7 @@ AXES = {"w1": INTO, "w3": INTO, "w2": OUT}
 
 
 def expert(weights, x_PD, gate_P, groups):
-    return expert_ffn(7.0, ExpertWeights(**weights), x_PD, gate_P, groups)
+    return expert_ffn(Activation(7.0), ExpertWeights(**weights), x_PD, gate_P, groups)
 
 
 def apply(rules, weights, x, index, gate):

@@ -11,7 +11,7 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import layout_for
 from v4jax.model import grouped
 from v4jax.model.dense import dense
-from v4jax.model.grouped import ExpertWeights, clamped_swiglu, expert_ffn
+from v4jax.model.grouped import Activation, ExpertWeights, clamped_swiglu, expert_ffn
 from v4jax.model.hyper import Mix, expand, sinkhorn
 from v4jax.model.moe import balanced_table, router_scores
 
@@ -48,12 +48,12 @@ def test_grouped_experts_are_a_loop_over_rows(sizes):
     value, pull = jax.vjp(plain, w, x, gate)
     ct = jnp.where(used[:, None], ct, 0)
     want = pull(ct)
-    got_value, got_pull = jax.vjp(lambda w, x, gate: expert_ffn(LIMIT, w, x, gate, groups), w, x, gate)
+    got_value, got_pull = jax.vjp(lambda w, x, gate: expert_ffn(Activation(LIMIT), w, x, gate, groups), w, x, gate)
     close(jnp.where(used[:, None], got_value, 0), value)
     got = got_pull(ct)
     close((got[0], got[1] * used[:, None], got[2] * used), (want[0], want[1] * used[:, None], want[2] * used))
-    y, h1, h3 = grouped._ragged_forward(LIMIT, w, x, gate, groups)
-    ragged = grouped._ragged_backward(LIMIT, w, x, gate, groups, h1, h3, ct)
+    y, h1, h3 = grouped._ragged_forward(Activation(LIMIT), w, x, gate, groups)
+    ragged = grouped._ragged_backward(Activation(LIMIT), w, x, gate, groups, h1, h3, ct)
     close(jnp.where(used[:, None], y, 0), value)
     close((ragged[0], ragged[1] * used[:, None], ragged[2] * used), (want[0], want[1] * used[:, None], want[2] * used))
 

@@ -14,6 +14,7 @@ from sharding.processes import gather, is_first
 from v4jax.api import load, place_on
 from v4jax.config import ModelConfig
 from v4jax.model.transformer import forward
+from v4jax.quant.fake import check_quant
 from v4jax.tokenizer import check_tokens
 
 
@@ -46,13 +47,13 @@ def score(checkpoint, tokens_path, out_path, mesh=None, layout=None, dtype="floa
     Raises:
       ValueError: bad tokens, checkpoint, mesh or quant; nothing is written then.
     """
-    if quant != "none":
-        raise ValueError(f"quant: got {quant!r}; allowed: 'none' ('official' is not built yet)")
     out = pathlib.Path(out_path)
     if not out.parent.is_dir():
         raise ValueError(f"{out}: its directory {out.parent} does not exist")
     if pathlib.Path(checkpoint).is_dir():  # the tokens can be refused before a large checkpoint is read
-        read_tokens(tokens_path, ModelConfig.from_json(checkpoint).vocab_size)
+        model = ModelConfig.from_json(checkpoint)
+        check_quant(model, quant)
+        read_tokens(tokens_path, model.vocab_size)
     cfg, params = load(checkpoint, dtype, mesh, layout)
     tokens = read_tokens(tokens_path, cfg.vocab_size)
     device_mesh, rules = place_on(mesh, layout)
@@ -62,7 +63,7 @@ def score(checkpoint, tokens_path, out_path, mesh=None, layout=None, dtype="floa
         for start in range(0, len(tokens), step):
             rows = tokens[start : start + step]
             padded = np.pad(rows, ((0, step - len(rows)), (0, 0)))
-            output = forward(cfg, params, padded, rules=rules)
+            output = forward(cfg, params, padded, quant=quant, rules=rules)
             logits = gather(output.logits)[: len(rows)]
             parts["logits"].append(logits)
             parts["nll"].append(_nll(logits, rows))

@@ -11,21 +11,21 @@ import numpy as np
 
 from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 
-from . import compressor, hyper, indexer, rotary
+from . import compressor, hyper, indexer, low, rotary
 
 
 def attention(cfg: ModelConfig, weights: dict, name: str, compress_ratio: int, x_SD: np.ndarray) -> np.ndarray:
     """The attention sublayer on one document at positions 0..S-1, [S, D]; name is for example "layers.3.attn"."""
     positions = np.arange(len(x_SD))
     freqs = rotary.frequencies(cfg, compress_ratio)
-    qr_SQ = hyper.rms_norm(x_SD @ weights[f"{name}.wq_a.weight"].T, cfg.rms_norm_eps, weights[f"{name}.q_norm.weight"])
-    q_SNH = (qr_SQ @ weights[f"{name}.wq_b.weight"].T).reshape(len(x_SD), cfg.num_attention_heads, cfg.head_dim)
+    qr_SQ = hyper.rms_norm(low.linear(weights, f"{name}.wq_a", x_SD), cfg.rms_norm_eps, weights[f"{name}.q_norm.weight"])
+    q_SNH = low.linear(weights, f"{name}.wq_b", qr_SQ).reshape(len(x_SD), cfg.num_attention_heads, cfg.head_dim)
     q_SNH = rotary.rotate(hyper.rms_norm(q_SNH, cfg.rms_norm_eps), positions, freqs)  # this norm has no weight
-    kv_SH = hyper.rms_norm(x_SD @ weights[f"{name}.wkv.weight"].T, cfg.rms_norm_eps, weights[f"{name}.kv_norm.weight"])
-    kv_SH = rotary.rotate(kv_SH, positions, freqs)
+    kv_SH = hyper.rms_norm(low.linear(weights, f"{name}.wkv", x_SD), cfg.rms_norm_eps, weights[f"{name}.kv_norm.weight"])
+    kv_SH = low.keys(cfg, weights, rotary.rotate(kv_SH, positions, freqs))
     entries_CH = np.zeros((0, cfg.head_dim))
     if compress_ratio != WINDOW_ONLY:
-        entries_CH = compressor.entries(cfg, weights, f"{name}.compressor", compress_ratio, x_SD)
+        entries_CH = low.keys(cfg, weights, compressor.entries(cfg, weights, f"{name}.compressor", compress_ratio, x_SD))
     seen = seen_entries(cfg, weights, name, compress_ratio, x_SD, qr_SQ)
 
     o_SNH = np.empty_like(q_SNH)
@@ -64,4 +64,4 @@ def grouped_output(cfg: ModelConfig, weights: dict, name: str, o_SNH: np.ndarray
     for g in range(cfg.o_groups):
         group = o_SNH[:, g * heads : (g + 1) * heads].reshape(len(o_SNH), -1)
         parts.append(group @ wo_a[g * rank : (g + 1) * rank].T)
-    return np.concatenate(parts, axis=1) @ weights[f"{name}.wo_b.weight"].T
+    return low.linear(weights, f"{name}.wo_b", np.concatenate(parts, axis=1))

@@ -1,7 +1,7 @@
 """The lightning indexer, restated: which compressed entries a query of a CSA layer attends to.
 
-Plain NumPy from deepseek-v4.md section 3 and pitfalls 19 to 21, on one document, without low precision (so without
-Hadamard, which changes no score). All arithmetic is float64.
+Plain NumPy from deepseek-v4.md section 3 and pitfalls 19 to 21, on one document. The Hadamard rotation, which
+changes no score, belongs to low precision (low.py). All arithmetic is float64.
 Legend: S tokens, C entries, D hidden, Q query rank, I index heads, J index dim.
 Next file to read: attention.py.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 from v4jax.config import CSA, ModelConfig
 
-from . import compressor, rotary
+from . import compressor, low, rotary
 
 
 def scores(cfg: ModelConfig, weights: dict, name: str, x_SD: np.ndarray, qr_SQ: np.ndarray) -> np.ndarray:
@@ -19,9 +19,10 @@ def scores(cfg: ModelConfig, weights: dict, name: str, x_SD: np.ndarray, qr_SQ: 
     `qr_SQ` is the query latent after its norm, the one the attention itself uses (pitfall 21).
     """
     heads, dim = cfg.index_n_heads, cfg.index_head_dim
-    keys_CJ = compressor.entries(cfg, weights, f"{name}.compressor", CSA, x_SD)
-    queries_SIJ = (qr_SQ @ weights[f"{name}.wq_b.weight"].T).reshape(-1, heads, dim)
+    keys_CJ = low.index(weights, compressor.entries(cfg, weights, f"{name}.compressor", CSA, x_SD))
+    queries_SIJ = low.linear(weights, f"{name}.wq_b", qr_SQ).reshape(-1, heads, dim)
     queries_SIJ = rotary.rotate(queries_SIJ, np.arange(len(x_SD)), rotary.frequencies(cfg, CSA))
+    queries_SIJ = low.index(weights, queries_SIJ)
     shares_SI = (x_SD @ weights[f"{name}.weights_proj.weight"].T) * dim**-0.5 * heads**-0.5
     result = np.zeros((len(x_SD), len(keys_CJ)))
     for h in range(heads):

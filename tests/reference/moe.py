@@ -11,7 +11,7 @@ import numpy as np
 
 from v4jax.config import ModelConfig
 
-from . import hyper
+from . import hyper, low
 
 
 class Routing(NamedTuple):
@@ -34,7 +34,7 @@ def moe(
         total = scores_E[chosen_K].sum()
         for e in chosen_K:
             share = scores_E[e] / total * cfg.routed_scaling_factor
-            result[t] += share * expert(cfg, weights, f"{name}.experts.{e}", x_SD[t])
+            result[t] += expert(cfg, weights, f"{name}.experts.{e}", x_SD[t : t + 1], share)[0]
     return result, routing
 
 
@@ -47,11 +47,12 @@ def route(cfg: ModelConfig, weights: dict, name: str, x_SD: np.ndarray, tokens_S
     return Routing(scores_SE, np.argsort(-biased, axis=1, kind="stable")[:, : cfg.num_experts_per_tok])
 
 
-def expert(cfg: ModelConfig, weights: dict, name: str, x: np.ndarray) -> np.ndarray:
-    """w2(silu(min(w1 x, limit)) * clip(w3 x, -limit, limit)); the clamp comes before silu (pitfall 29)."""
-    gate = np.minimum(x @ weights[f"{name}.w1.weight"].T, cfg.swiglu_limit)
-    up = np.clip(x @ weights[f"{name}.w3.weight"].T, -cfg.swiglu_limit, cfg.swiglu_limit)
-    return (gate * hyper.sigmoid(gate) * up) @ weights[f"{name}.w2.weight"].T
+def expert(cfg: ModelConfig, weights: dict, name: str, x: np.ndarray, share: float = 1.0) -> np.ndarray:
+    """w2(share * silu(min(w1 x, limit)) * clip(w3 x, -limit, limit)); the clamp comes before silu (pitfall 29), the share
+    before w2 (pitfall 30)."""
+    gate = np.minimum(low.linear(weights, f"{name}.w1", x), cfg.swiglu_limit)
+    up = np.clip(low.linear(weights, f"{name}.w3", x), -cfg.swiglu_limit, cfg.swiglu_limit)
+    return low.linear(weights, f"{name}.w2", share * gate * hyper.sigmoid(gate) * up)
 
 
 def load(routing: Routing, counted_S: np.ndarray) -> np.ndarray:

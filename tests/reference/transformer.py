@@ -14,7 +14,7 @@ import numpy as np
 
 from v4jax.config import WINDOW_ONLY, ModelConfig
 
-from . import attention, hyper, moe
+from . import attention, hyper, low, moe
 
 
 class Output(NamedTuple):
@@ -40,7 +40,7 @@ class Document(NamedTuple):
 
 
 def forward(cfg: ModelConfig, weights: dict, tokens_BS, segment_ids_BS=None) -> Output:
-    """The model on a batch of rows; without segment ids each row is one document.
+    """The model on a batch of rows; without segment ids each row is one document. `low.served(weights)` makes it the served one.
 
     Raises:
       ValueError: a token id outside the vocabulary.
@@ -49,7 +49,7 @@ def forward(cfg: ModelConfig, weights: dict, tokens_BS, segment_ids_BS=None) -> 
     if tokens_BS.min() < 0 or tokens_BS.max() >= cfg.vocab_size:
         raise ValueError(f"tokens: got {tokens_BS.min()}..{tokens_BS.max()}; allowed: 0..{cfg.vocab_size - 1}")
     segments_BS = np.ones_like(tokens_BS) if segment_ids_BS is None else np.asarray(segment_ids_BS)
-    weights = {name: np.asarray(w, np.int64 if name.endswith("tid2eid") else np.float64) for name, w in weights.items()}
+    weights = type(weights)((name, np.asarray(w, np.int64 if name.endswith("tid2eid") else np.float64)) for name, w in weights.items())
     rows = [_row(cfg, weights, tokens_S, segments_S) for tokens_S, segments_S in zip(tokens_BS, segments_BS)]
     counted = np.repeat((segments_BS != 0)[None], len(rows[0].routing), axis=0)  # [L or L+1, B, S]
     if cfg.num_nextn_predict_layers:
@@ -135,11 +135,11 @@ def mtp(
     next_S = np.append(tokens_S[1:], 0)  # 1
     embedded_SD = weights["embed.weight"][next_S]  # 2
     e_SD = hyper.rms_norm(embedded_SD, cfg.rms_norm_eps, weights["mtp.0.enorm.weight"])
-    e_SD = e_SD @ weights["mtp.0.e_proj.weight"].T
+    e_SD = low.linear(weights, "mtp.0.e_proj", e_SD)
     x_SXD = np.empty_like(streams_SXD)
     for j in range(cfg.hc_mult):  # 3, 4
         h_SD = hyper.rms_norm(streams_SXD[:, j], cfg.rms_norm_eps, weights["mtp.0.hnorm.weight"])
-        x_SXD[:, j] = e_SD + h_SD @ weights["mtp.0.h_proj.weight"].T
+        x_SXD[:, j] = e_SD + low.linear(weights, "mtp.0.h_proj", h_SD)
     x_SXD, routing = block(cfg, weights, "mtp.0", WINDOW_ONLY, x_SXD, next_S)  # 5
     x_SD = hyper.head(cfg, weights, "mtp.0.", x_SXD)  # 6
     x_SD = hyper.rms_norm(x_SD, cfg.rms_norm_eps, weights["mtp.0.norm.weight"])

@@ -70,13 +70,13 @@ def empty_cache(cfg: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype = 
 
 def extend(
     cfg: ModelConfig, params, cache: Cache, tokens_BT: jax.Array, count_B: jax.Array, *,
-    rules: AxisRules = AxisRules(), dtype: jnp.dtype = jnp.float32,
+    rules: AxisRules = AxisRules(), dtype: jnp.dtype = jnp.float32, quant: str = "none",
 ) -> tuple[Chunk, Cache]:  # fmt: skip
     """Continues each row by the first `count_B` of its tokens; positions behind those mean nothing.
 
     The caller sees to it that no row outgrows the cache: entries that find no place are dropped.
     """
-    stretch, own = Stretch(cache.length_B, count_B), (rules, jnp.dtype(dtype))
+    stretch, own = Stretch(cache.length_B, count_B), (rules, jnp.dtype(dtype), quant)
     documents = read_stretch(cfg, tokens_BT.shape[1], stretch)
     x_BTD = embed_lookup(rules, params["embed"]["weight"], tokens_BT).astype(dtype)
     x_BTXD = jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], cfg.hc_mult, cfg.hidden_size))
@@ -94,7 +94,7 @@ def extend(
 
 def draft(
     cfg: ModelConfig, params, cache: Cache, streams_BTXD: jax.Array, next_BT: jax.Array, stretch: Stretch, *,
-    rules: AxisRules = AxisRules(), dtype: jnp.dtype = jnp.float32,
+    rules: AxisRules = AxisRules(), dtype: jnp.dtype = jnp.float32, quant: str = "none",
 ) -> tuple[jax.Array, Cache]:  # fmt: skip
     """MTP of positions start_B, start_B + 1, ... of rows, given their streams and the token behind each.
 
@@ -105,7 +105,7 @@ def draft(
     next_BTD = embed_lookup(rules, params["embed"]["weight"], next_BT).astype(dtype)
     weights = {"params": params["mtp"], "router": params["router"]["mtp"]}
     kept = Kept(cache.mtp, jnp.int32(0), stretch)
-    x_BTD, _, kept = MTP(rules, jnp.dtype(dtype), cfg).apply(weights, streams_BTXD, next_BTD, next_BT, documents, kept)
+    x_BTD, _, kept = MTP(rules, jnp.dtype(dtype), quant, cfg).apply(weights, streams_BTXD, next_BTD, next_BT, documents, kept)
     return x_BTD, cache._replace(mtp=kept.cache)
 
 

@@ -30,6 +30,7 @@ from v4jax.model.norm import RMSNorm, rms_norm
 from v4jax.model.rotary import rotate
 from v4jax.model.state import Kept, LayerCache, Slots, all_rows, chosen_rows, keep_rows, rows_before
 from v4jax.model.weights import Weights
+from v4jax.quant.fake import fp8_keys
 
 CHUNK_BYTES = 2**26
 """Float32 scores one chunk of queries may hold on one device."""
@@ -279,26 +280,28 @@ class Attention(Weights):
         cfg, dim, hidden = self.cfg, self.cfg.head_dim, x_BSD.shape[-1]
         heads, groups, rank = cfg.num_attention_heads, cfg.o_groups, cfg.o_lora_rank
         init = nn.initializers.normal(cfg.initializer_range)
-        wq_a = self.weight("wq_a", (hidden, cfg.q_lora_rank), ("embed", "q_lora"), init)
-        wq_b = self.weight("wq_b", (cfg.q_lora_rank, heads * dim), ("q_lora_in", "heads"), init)
-        wkv = self.weight("wkv", (hidden, dim), ("embed", "head_dim"), init)
-        wo_a = self.weight("wo_a", (heads // groups * dim, groups * rank), ("group_in", "groups"), init)
-        wo_b = self.weight("wo_b", (groups * rank, hidden), ("groups", "embed"), init)
+        wq_a = self.weight("wq_a", (hidden, cfg.q_lora_rank), ("embed", "q_lora"), init, low=True)
+        wq_b = self.weight("wq_b", (cfg.q_lora_rank, heads * dim), ("q_lora_in", "heads"), init, low=True)
+        wkv = self.weight("wkv", (hidden, dim), ("embed", "head_dim"), init, low=True)
+        wo_a = self.weight("wo_a", (heads // groups * dim, groups * rank), ("group_in", "groups"), init, low=True)
+        wo_b = self.weight("wo_b", (groups * rank, hidden), ("groups", "embed"), init, low=True)
         sink_N = self.weight("attn_sink", (heads,), ("sinks",), nn.initializers.zeros, True)
         turn = documents.turn if self.ratio == WINDOW_ONLY else documents.compressed_turn
         entries = documents.entries.get(self.ratio)
 
-        qr_BSQ = RMSNorm(self.rules, self.dtype, cfg.rms_norm_eps, name="q_norm")(dense(x_BSD, wq_a))
-        q_BSNH = dense(qr_BSQ, wq_b).reshape(*x_BSD.shape[:2], heads, dim)
+        low_BSD = self.act_quant(x_BSD)
+        qr_BSQ = RMSNorm(*self.own, cfg.rms_norm_eps, name="q_norm")(dense(low_BSD, wq_a))
+        q_BSNH = dense(self.act_quant(qr_BSQ), wq_b).reshape(*x_BSD.shape[:2], heads, dim)
         q_BSNH = self.rules.constrain(q_BSNH, "act_batch", "act_seq", "act_heads", None)
         q_BSNH = rotate(rms_norm(q_BSNH, cfg.rms_norm_eps), turn.heads())
-        kv_BSH = rotate(RMSNorm(self.rules, self.dtype, cfg.rms_norm_eps, name="kv_norm")(dense(x_BSD, wkv)), turn)
+        kv_BSH = rotate(RMSNorm(*self.own, cfg.rms_norm_eps, name="kv_norm")(dense(low_BSD, wkv)), turn)
+        kv_BSH = fp8_keys(kv_BSH, cfg.qk_rope_head_dim) if self.quant == "official" else kv_BSH
         entry_BCH = index = past = entry_kept = index_kept = None
         if self.ratio != WINDOW_ONLY:
-            compressor = Compressor(self.rules, self.dtype, cfg, self.ratio, dim, name="compressor")
+            compressor = Compressor(*self.own, cfg, self.ratio, dim, name="compressor")
             entry_BCH, entry_kept = compressor(x_BSD, entries, kept and kept.part(kept.cache.entry))
         if self.ratio == CSA:
-            indexer = Indexer(self.rules, self.dtype, cfg, name="indexer")
+            indexer = Indexer(*self.own, cfg, name="indexer")
             index, index_kept = indexer(x_BSD, qr_BSQ, turn, entries, kept and kept.part(kept.cache.index))
         if kept is not None:
             past, window = _continue(cfg, kv_BSH, kept)
@@ -307,7 +310,7 @@ class Attention(Weights):
         out_BSNH = attend(self.rules, cfg, q_BSNH, kv_BSH, sink_N, documents, entries, entry_BCH, index, past)
         # Keys are values too, so each value came rotated; turning back by the query's angle leaves relative angles.
         out_BSNH = rotate(out_BSNH, turn.heads(), inverse=True)
-        return _project_out(out_BSNH, wo_a, wo_b, groups), kept
+        return dense(self.act_quant(_narrow(out_BSNH, wo_a, groups)), wo_b), kept
 
 
 def _continue(cfg: ModelConfig, kv_BSH: jax.Array, kept: Kept) -> tuple[Past, jax.Array]:
@@ -317,8 +320,8 @@ def _continue(cfg: ModelConfig, kv_BSH: jax.Array, kept: Kept) -> tuple[Past, ja
     return Past(before_BWH, start_B), keep_rows(ring, kept.layer, kv_BSH, kept.stretch)
 
 
-def _project_out(o_BSNH: jax.Array, wo_a: jax.Array, wo_b: jax.Array, groups: int) -> jax.Array:
-    """Each group of heads through its own block of wo_a [(N/G)*H, G*O], then all of them through wo_b [G*O, D]."""
+def _narrow(o_BSNH: jax.Array, wo_a: jax.Array, groups: int) -> jax.Array:
+    """Each group of heads through its own block of wo_a [(N/G)*H, G*O]; [B,S,G*O]."""
     o_BSGI = o_BSNH.reshape(*o_BSNH.shape[:2], groups, -1)
     low_BSGO = jnp.einsum("BSGI,IGO->BSGO", o_BSGI, wo_a.reshape(wo_a.shape[0], groups, -1))
-    return dense(low_BSGO.reshape(*o_BSNH.shape[:2], -1), wo_b)
+    return low_BSGO.reshape(*o_BSNH.shape[:2], -1)

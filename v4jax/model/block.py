@@ -28,7 +28,7 @@ class Block(Weights):
     def __call__(
         self, x_BSXD: jax.Array, tokens_BS: jax.Array, documents: Documents, kept: Kept | None = None
     ) -> tuple[jax.Array, Routing, Kept | None]:
-        cfg, own = self.cfg, (self.rules, self.dtype)
+        cfg, own = self.cfg, self.own
         with jax.named_scope("attention"):
             u_BSD, mix = HyperConnection(*own, cfg, name="hc_attn")(x_BSXD)
             u_BSD = RMSNorm(*own, cfg.rms_norm_eps, name="attn_norm")(u_BSD)
@@ -57,13 +57,13 @@ class Pattern(Weights):
         (x_BSXD, kept), routing, cache = carry, {}, {}
         for i, kind in enumerate(self.kinds):
             name = f"block_{i}"
-            block = Block(self.rules, self.dtype, self.cfg, kind, name=name)
+            block = Block(*self.own, self.cfg, kind, name=name)
             x_BSXD, routing[name], own = block(x_BSXD, tokens_BS, documents, kept and kept.part(kept.cache[name]))
             cache[name] = own and own.cache
         return (x_BSXD, kept and Kept(cache, kept.layer + 1, kept.stretch)), routing
 
 
-def stack(rules, dtype: jnp.dtype, cfg: ModelConfig, kinds, repeats: int, remat: bool, name: str) -> nn.Module:
+def stack(rules, dtype: jnp.dtype, quant: str, cfg: ModelConfig, kinds, repeats: int, remat: bool, name: str) -> nn.Module:
     """`repeats` Patterns in a row as one scanned module; weights gain a first axis "layers"."""
     body = nn.remat(Pattern, prevent_cse=False) if remat else Pattern
     scanned = nn.scan(
@@ -75,4 +75,4 @@ def stack(rules, dtype: jnp.dtype, cfg: ModelConfig, kinds, repeats: int, remat:
         unroll=repeats if repeats <= 2 else 1,  # two layers in a loop cost more in slicing than they save in compiling
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scanned(rules, dtype, cfg, kinds, name=name)
+    return scanned(rules, dtype, quant, cfg, kinds, name=name)

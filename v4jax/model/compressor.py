@@ -22,6 +22,7 @@ from v4jax.model.norm import RMSNorm
 from v4jax.model.rotary import rotate
 from v4jax.model.state import Kept, Slots, fill_slots, keep_rows, rows_before, tail_rows
 from v4jax.model.weights import Weights
+from v4jax.quant.fake import fp8_keys, mxfp4_rotated
 
 
 def pool(
@@ -80,11 +81,15 @@ def _windows(x_BSH: jax.Array, first_BC, slots: int, ratio: int, axis: str | Non
 
 
 class Compressor(Weights):
-    """Hidden rows -> rotated, normalised entries [B,C,H] of size `head_dim`, in the compute dtype."""
+    """Hidden rows -> rotated, normalised entries [B,C,H] of size `head_dim`, in the compute dtype.
+
+    Under quant="official" they are rounded as the served model stores them: keys/values, or the indexer's keys (`index`).
+    """
 
     cfg: ModelConfig
     ratio: int
     head_dim: int
+    index: bool = False
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array, entries: Entries | None, kept: Kept | None = None):
@@ -94,7 +99,7 @@ class Compressor(Weights):
         ape = self.weight("ape", (self.ratio, width), ("ape_rows", "entry"), nn.initializers.zeros, True)
         wkv = self.weight("wkv", (x_BSD.shape[-1], width), ("embed", "entry"), init, True)
         wgate = self.weight("wgate", (x_BSD.shape[-1], width), ("embed", "entry"), init, True)
-        norm = RMSNorm(self.rules, self.dtype, self.cfg.rms_norm_eps, name="norm")
+        norm = RMSNorm(*self.own, self.cfg.rms_norm_eps, name="norm")
         if entries is None:  # a row shorter than one window; the norm must exist all the same
             norm(jnp.zeros((1, self.head_dim), self.dtype))
             return None, kept
@@ -104,6 +109,8 @@ class Compressor(Weights):
             (c_BSH, z_BSH), kept = _continue(kept, c_BSH, z_BSH, self.ratio)
         entry = pool(self.rules, c_BSH, z_BSH, ape, entries, self.ratio, kept is not None)
         entry = rotate(norm(entry.astype(self.dtype)), entries.turn)
+        if self.quant == "official":
+            entry = mxfp4_rotated(entry) if self.index else fp8_keys(entry, self.cfg.qk_rope_head_dim)
         return (entry, None) if kept is None else _fill(kept, entry, self.ratio)
 
 

@@ -17,6 +17,7 @@ from jax import lax
 
 from sharding.experts import Groups
 from sharding.manual import vary_like
+from v4jax.quant.fake import fp8_input
 
 
 class ExpertWeights(NamedTuple):
@@ -27,6 +28,13 @@ class ExpertWeights(NamedTuple):
     w2: jax.Array
 
 
+class Activation(NamedTuple):
+    """swiglu_limit, and whether the hidden activation is rounded to fp8 before w2 (quant="official")."""
+
+    limit: float
+    quant: str = "none"
+
+
 def clamped_swiglu(h1: jax.Array, h3: jax.Array, limit: float) -> jax.Array:
     """silu(min(h1, limit)) * clip(h3, -limit, limit), float32: the clamp stands before silu (pitfall 29)."""
     h1, h3 = h1.astype(jnp.float32), h3.astype(jnp.float32)
@@ -34,26 +42,26 @@ def clamped_swiglu(h1: jax.Array, h3: jax.Array, limit: float) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def expert_ffn(limit: float, w: ExpertWeights, x_PD: jax.Array, gate_P: jax.Array, groups: Groups) -> jax.Array:
+def expert_ffn(form: Activation, w: ExpertWeights, x_PD: jax.Array, gate_P: jax.Array, groups: Groups) -> jax.Array:
     """y = w2(gate * clamped_swiglu(w1 x, w3 x)) with each row's own expert, in the dtype of x.
 
     The routed weight multiplies the hidden activation before w2 (official). Rows of gate 0 give 0.
 
     Args:
-      limit: swiglu_limit. w: matrices, cast to the dtype of x when used. x_PD: rows in whole blocks of one expert.
+      form: see Activation. w: matrices, cast to the dtype of x when used. x_PD: rows in whole blocks of one expert.
       gate_P: float32 routed weight of each row. groups: see sharding/experts.py.
     """
-    return _forward(limit, w, x_PD, gate_P, groups)[0]
+    return _forward(form, w, x_PD, gate_P, groups)[0]
 
 
-def _fwd(limit, w, x_PD, gate_P, groups):
-    y_PD, h1_PF, h3_PF = _forward(limit, w, x_PD, gate_P, groups)
+def _fwd(form, w, x_PD, gate_P, groups):
+    y_PD, h1_PF, h3_PF = _forward(form, w, x_PD, gate_P, groups)
     return y_PD, (w, x_PD, gate_P, groups, h1_PF, h3_PF)
 
 
-def _bwd(limit, saved, ct_PD):
+def _bwd(form, saved, ct_PD):
     w, x_PD, gate_P, groups, h1_PF, h3_PF = saved
-    blocked, ragged = functools.partial(_blocked_backward, limit), functools.partial(_ragged_backward, limit)
+    blocked, ragged = functools.partial(_blocked_backward, form), functools.partial(_ragged_backward, form)
     args = (w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD)
     ct_w, ct_x, ct_gate = lax.platform_dependent(*args, cpu=blocked, cuda=blocked, rocm=blocked, default=ragged)
     return ct_w, ct_x, ct_gate, None
@@ -62,30 +70,31 @@ def _bwd(limit, saved, ct_PD):
 expert_ffn.defvjp(_fwd, _bwd)
 
 
-def _forward(limit, w, x_PD, gate_P, groups):
+def _forward(form, w, x_PD, gate_P, groups):
     """(y, h1, h3): what the backward pass needs is returned too."""
-    blocked, ragged = functools.partial(_blocked_forward, limit), functools.partial(_ragged_forward, limit)
+    blocked, ragged = functools.partial(_blocked_forward, form), functools.partial(_ragged_forward, form)
     return lax.platform_dependent(w, x_PD, gate_P, groups, cpu=blocked, cuda=blocked, rocm=blocked, default=ragged)
 
 
 # ---- the formulas; `dot(x, w)` is a product of rows with their experts' matrices, `outer(x, ct)` its gradient for w ----------
 
 
-def _gated(limit, h1, h3, gate_P):
+def _gated(form: Activation, h1, h3, gate_P):
     # Rows that no token asked for have weight 0 and may hold anything on TPU: replaced, not multiplied.
-    return jnp.where(gate_P[:, None] == 0, 0, clamped_swiglu(h1, h3, limit) * gate_P[:, None])
+    h = jnp.where(gate_P[:, None] == 0, 0, clamped_swiglu(h1, h3, form.limit) * gate_P[:, None]).astype(h1.dtype)
+    return fp8_input(h) if form.quant == "official" else h
 
 
-def _ffn(limit, dot, w: ExpertWeights, x, gate_P):
+def _ffn(form, dot, w: ExpertWeights, x, gate_P):
     h1, h3 = dot(x, w.w1), dot(x, w.w3)
-    return dot(_gated(limit, h1, h3, gate_P).astype(x.dtype), w.w2), h1, h3
+    return dot(_gated(form, h1, h3, gate_P), w.w2), h1, h3
 
 
-def _ffn_backward(limit, dot, outer, w: ExpertWeights, x, gate_P, h1, h3, ct):
-    hidden, pull = jax.vjp(functools.partial(_gated, limit), h1, h3, gate_P)
-    ct_h1, ct_h3, ct_gate = pull(dot(ct, jnp.swapaxes(w.w2, -1, -2)).astype(jnp.float32))
+def _ffn_backward(form, dot, outer, w: ExpertWeights, x, gate_P, h1, h3, ct):
+    hidden, pull = jax.vjp(functools.partial(_gated, form), h1, h3, gate_P)
+    ct_h1, ct_h3, ct_gate = pull(dot(ct, jnp.swapaxes(w.w2, -1, -2)))
     ct_x = dot(ct_h1, jnp.swapaxes(w.w1, -1, -2)) + dot(ct_h3, jnp.swapaxes(w.w3, -1, -2))
-    ct_w = ExpertWeights(outer(x, ct_h1), outer(x, ct_h3), outer(hidden.astype(x.dtype), ct))
+    ct_w = ExpertWeights(outer(x, ct_h1), outer(x, ct_h3), outer(hidden, ct))
     return ct_w, ct_x, ct_gate
 
 
@@ -96,18 +105,18 @@ def _ragged_dot(groups: Groups):
     return lambda x_PA, w_EAZ: lax.ragged_dot(x_PA, w_EAZ.astype(x_PA.dtype), groups.group_sizes)
 
 
-def _ragged_forward(limit, w, x_PD, gate_P, groups):
-    return _ffn(limit, _ragged_dot(groups), w, x_PD, gate_P)
+def _ragged_forward(form, w, x_PD, gate_P, groups):
+    return _ffn(form, _ragged_dot(groups), w, x_PD, gate_P)
 
 
-def _ragged_backward(limit, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
+def _ragged_backward(form, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
     experts = w.w1.shape[0]
 
     def outer(x_PA, ct_PZ):
         zero = vary_like(jnp.zeros((experts, x_PA.shape[1], ct_PZ.shape[1]), w.w1.dtype), x_PA)
         return jax.vjp(lambda w_EAZ: _ragged_dot(groups)(x_PA, w_EAZ), zero)[1](ct_PZ)[0]
 
-    return _ffn_backward(limit, _ragged_dot(groups), outer, w, x_PD, gate_P, h1_PF, h3_PF, ct_PD)
+    return _ffn_backward(form, _ragged_dot(groups), outer, w, x_PD, gate_P, h1_PF, h3_PF, ct_PD)
 
 
 # ---- CPU and GPU: block after block ------------------------------------------------------------------------------------
@@ -125,12 +134,12 @@ def _one(w: ExpertWeights, expert, dtype) -> ExpertWeights:
     return ExpertWeights(*(lax.dynamic_index_in_dim(m, expert, keepdims=False).astype(dtype) for m in w))
 
 
-def _blocked_forward(limit, w, x_PD, gate_P, groups):
+def _blocked_forward(form, w, x_PD, gate_P, groups):
     size = x_PD.shape[0] // groups.block_expert.shape[0]
 
     def one_block(n, totals):
         own = _one(w, groups.block_expert[n], x_PD.dtype)
-        parts = _ffn(limit, jnp.matmul, own, _rows(x_PD, n, size), _rows(gate_P, n, size))
+        parts = _ffn(form, jnp.matmul, own, _rows(x_PD, n, size), _rows(gate_P, n, size))
         return tuple(_store(total, part, n, size) for total, part in zip(totals, parts, strict=True))
 
     widths = (x_PD.shape[1], w.w1.shape[2], w.w1.shape[2])
@@ -138,7 +147,7 @@ def _blocked_forward(limit, w, x_PD, gate_P, groups):
     return lax.fori_loop(0, groups.blocks_in_use, one_block, zeros)
 
 
-def _blocked_backward(limit, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
+def _blocked_backward(form, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
     size = x_PD.shape[0] // groups.block_expert.shape[0]
 
     def one_block(n, totals):
@@ -146,7 +155,7 @@ def _blocked_backward(limit, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
         expert = groups.block_expert[n]
         rows = [_rows(a, n, size) for a in (x_PD, gate_P, h1_PF, h3_PF, ct_PD)]
         outer = lambda x, ct: x.T @ ct  # noqa: E731
-        part_w, part_x, part_gate = _ffn_backward(limit, jnp.matmul, outer, _one(w, expert, x_PD.dtype), *rows)
+        part_w, part_x, part_gate = _ffn_backward(form, jnp.matmul, outer, _one(w, expert, x_PD.dtype), *rows)
         ct_w = ExpertWeights(*(_add_at(total, part, expert) for total, part in zip(ct_w, part_w, strict=True)))
         return ct_w, _store(ct_x, part_x, n, size), _store(ct_gate, part_gate, n, size)
 

@@ -21,6 +21,7 @@ from v4jax.model.documents import Entries
 from v4jax.model.rotary import Rotation, rotate
 from v4jax.model.state import Kept, Slots, all_rows
 from v4jax.model.weights import Weights
+from v4jax.quant.fake import mxfp4_rotated
 
 
 class IndexInputs(NamedTuple):
@@ -59,15 +60,17 @@ class Indexer(Weights):
     ) -> tuple[IndexInputs | None, Kept | None]:
         cfg, heads, dim = self.cfg, self.cfg.index_n_heads, self.cfg.index_head_dim
         init = nn.initializers.normal(cfg.initializer_range)
-        wq_b = self.weight("wq_b", (qr_BSQ.shape[-1], heads * dim), ("q_lora_in", "index_heads"), init)
+        wq_b = self.weight("wq_b", (qr_BSQ.shape[-1], heads * dim), ("q_lora_in", "index_heads"), init, low=True)
         weights_proj = self.weight("weights_proj", (x_BSD.shape[-1], heads), ("embed", "index_heads"), init)
         slots = 0 if entries is None else entries.first_BC.shape[1] if kept is None else kept.cache.slots.shape[2]
         choice = slots > cfg.index_topk
         x_BSD, qr_BSQ = jax.lax.stop_gradient((x_BSD, qr_BSQ))
-        compressor = Compressor(self.rules, self.dtype, cfg, CSA, dim, name="compressor")
+        compressor = Compressor(*self.own, cfg, CSA, dim, True, name="compressor")
         key_BCJ, kept = compressor(x_BSD, entries if choice else None, kept)
         if not choice:
             return None, kept
-        q_BSIJ = (qr_BSQ @ wq_b).reshape(*qr_BSQ.shape[:2], heads, dim)
+        q_BSIJ = (self.act_quant(qr_BSQ) @ wq_b).reshape(*qr_BSQ.shape[:2], heads, dim)
         w_BSI = (x_BSD @ weights_proj).astype(jnp.float32) * (dim**-0.5 * heads**-0.5)
-        return jax.lax.stop_gradient(IndexInputs(rotate(q_BSIJ, turn.heads()), w_BSI, key_BCJ)), kept
+        q_BSIJ = rotate(q_BSIJ, turn.heads())
+        q_BSIJ = mxfp4_rotated(q_BSIJ) if self.quant == "official" else q_BSIJ
+        return jax.lax.stop_gradient(IndexInputs(q_BSIJ, w_BSI, key_BCJ)), kept

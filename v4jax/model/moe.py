@@ -19,8 +19,9 @@ from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.model.dense import dense
 from v4jax.model.documents import Documents
-from v4jax.model.grouped import ExpertWeights, clamped_swiglu, expert_ffn
+from v4jax.model.grouped import Activation, ExpertWeights, clamped_swiglu, expert_ffn
 from v4jax.model.weights import Weights
+from v4jax.quant.fake import mxfp4_weight
 
 
 class Routing(NamedTuple):
@@ -155,8 +156,9 @@ class MoE(Weights):
         if documents.counts_BS is not None:
             chosen_BSE = chosen_BSE * documents.counts_BS[..., None]
         routing = Routing(jnp.sum(chosen_BSE, axis=(0, 1)), balance)
-        y_BSD = Experts(self.rules, self.dtype, cfg, name="experts")(x_BSD, index_BSK, weight_BSK)
-        y_BSD = y_BSD + SharedExpert(self.rules, self.dtype, cfg, name="shared_experts")(x_BSD)
+        x_BSD = self.act_quant(x_BSD)
+        y_BSD = Experts(*self.own, cfg, name="experts")(x_BSD, index_BSK, weight_BSK)
+        y_BSD = y_BSD + SharedExpert(*self.own, cfg, name="shared_experts")(x_BSD)
         return y_BSD, routing
 
 
@@ -180,26 +182,29 @@ class Experts(Weights):
             )
             for name in axes
         }
+        if self.quant == "official":
+            weights = {name: mxfp4_weight(w) for name, w in weights.items()}
 
         def expert(weights, x_PD, gate_P, groups: Groups):
-            return expert_ffn(cfg.swiglu_limit, ExpertWeights(**weights), x_PD, gate_P, groups)
+            return expert_ffn(Activation(cfg.swiglu_limit, self.quant), ExpertWeights(**weights), x_PD, gate_P, groups)
 
         return apply_experts(self.rules, expert, weights, axes, x_BSD, index_BSK, weight_BSK)
 
 
 class SharedExpert(Weights):
-    """The expert every token passes through; clamped like the others."""
+    """The expert every token passes through; clamped like the others. Its input is as `act_quant` left it."""
 
     cfg: ModelConfig
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         hidden, width = x_BSD.shape[-1], self.cfg.moe_intermediate_size
-        w1 = self.weight("w1", (hidden, width), ("embed", "hidden"), _normal(self.cfg))
-        w3 = self.weight("w3", (hidden, width), ("embed", "hidden"), _normal(self.cfg))
-        w2 = self.weight("w2", (width, hidden), ("hidden", "embed"), _normal(self.cfg))
+        w1 = self.weight("w1", (hidden, width), ("embed", "hidden"), _normal(self.cfg), low=True)
+        w3 = self.weight("w3", (hidden, width), ("embed", "hidden"), _normal(self.cfg), low=True)
+        w2 = self.weight("w2", (width, hidden), ("hidden", "embed"), _normal(self.cfg), low=True)
         h = clamped_swiglu(dense(x_BSD, w1), dense(x_BSD, w3), self.cfg.swiglu_limit)
-        return dense(self.rules.constrain(h.astype(x_BSD.dtype), "act_batch", "act_seq", "act_hidden"), w2)
+        h = self.act_quant(self.rules.constrain(h.astype(x_BSD.dtype), "act_batch", "act_seq", "act_hidden"))
+        return dense(h, w2)
 
 
 def _normal(cfg: ModelConfig):

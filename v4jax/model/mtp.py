@@ -28,13 +28,13 @@ class MTP(Weights):
         self, x_BSXD: jax.Array, next_BSD: jax.Array, next_BS: jax.Array, documents: Documents, kept: Kept | None = None
     ) -> tuple[jax.Array, Routing, Kept | None]:
         """Streams of the main model (before its last collapse), embeddings and ids of the tokens that follow."""
-        cfg, own, hidden = self.cfg, (self.rules, self.dtype), x_BSXD.shape[-1]
+        cfg, own, hidden = self.cfg, self.own, x_BSXD.shape[-1]
         init = nn.initializers.normal(cfg.initializer_range)
-        e_proj = self.weight("e_proj", (hidden, hidden), ("embed", "embed_out"), init)
-        h_proj = self.weight("h_proj", (hidden, hidden), ("embed", "embed_out"), init)
+        e_proj = self.weight("e_proj", (hidden, hidden), ("embed", "embed_out"), init, low=True)
+        h_proj = self.weight("h_proj", (hidden, hidden), ("embed", "embed_out"), init, low=True)
         e_BSD = RMSNorm(*own, cfg.rms_norm_eps, name="enorm")(next_BSD)
         h_BSXD = RMSNorm(*own, cfg.rms_norm_eps, name="hnorm")(x_BSXD)
-        x_BSXD = dense(e_BSD, e_proj)[:, :, None] + dense(h_BSXD, h_proj)
+        x_BSXD = dense(self.act_quant(e_BSD), e_proj)[:, :, None] + dense(self.act_quant(h_BSXD), h_proj)
         kind = LayerKind(WINDOW_ONLY, hash_routed=False)
         x_BSXD, routing, kept = Block(*own, cfg, kind, name="block")(x_BSXD, next_BS, documents, kept)
         x_BSD = HyperHead(*own, cfg, name="hc_head")(x_BSXD)

@@ -26,6 +26,7 @@ from v4jax.model.moe import Routing
 from v4jax.model.mtp import MTP
 from v4jax.model.norm import RMSNorm
 from v4jax.model.weights import Weights
+from v4jax.quant.fake import check_quant
 
 
 class Hidden(NamedTuple):
@@ -60,7 +61,7 @@ class Transformer(Weights):
 
     @nn.compact
     def __call__(self, tokens_BS: jax.Array, segment_BS: jax.Array | None = None) -> Hidden:
-        cfg, own = self.cfg, (self.rules, self.dtype)
+        cfg, own = self.cfg, self.own
         table_VD = Embedding(*own, cfg, name="embed")()
         head_DV = Head(*own, cfg, name="head")()
         documents = read_documents(cfg, tokens_BS.shape[1], segment_BS, self.rules.shards("act_seq"))
@@ -122,17 +123,19 @@ def apply(
     rules: AxisRules = AxisRules(),
     dtype: jnp.dtype = jnp.float32,
     remat: bool = False,
+    quant: str = "none",
 ) -> Hidden:
     """Runs the network up to the head; `params` is the public dict, "router" included.
 
     Raises:
-      ValueError: rows that do not divide over the devices that cut the sequence.
+      ValueError: rows that do not divide over the devices that cut the sequence, or sizes that `quant` cannot hold.
     """
+    check_quant(cfg, quant, rules.shards("expert_hidden"))
     shards = rules.shards("act_seq")
     if tokens_BS.shape[1] % shards:
         raise ValueError(f"tokens: got rows of {tokens_BS.shape[1]}; must divide by {shards}, the mesh axes that cut the sequence")
     weights = {name: value for name, value in params.items() if name != "router"}
-    model = Transformer(rules, jnp.dtype(dtype), cfg, remat)
+    model = Transformer(rules, jnp.dtype(dtype), quant, cfg, remat)
     return model.apply({"params": weights, "router": params["router"]}, tokens_BS, segment_BS)
 
 
@@ -153,25 +156,23 @@ def forward(
       params: the nested dict of `v4jax.load` or `init_params`.
       tokens_BS: int [B,S], ids in [0, vocab_size) (unchecked under jit: an id outside reads a clamped row).
       segment_ids_BS: int [B,S], documents of packed rows, 0 for padding; None where each row is one document.
-      quant: "none"; "official" (what the served model computes) is not built yet.
+      quant: "none", or "official": the low-precision numbers of the served model (v4jax/quant/fake.py).
       rules: layout, with an ambient mesh (jax.set_mesh). dtype: compute dtype; default: that of the embedding.
 
     Raises:
-      ValueError: shapes that do not fit, or quant="official".
+      ValueError: shapes that do not fit, or a quant that does not exist or does not fit the model's sizes.
     """
-    if quant != "none":
-        raise ValueError(f"quant: got {quant!r}; allowed: 'none' ('official' is not built yet)")
     if tokens_BS.ndim != 2 or tokens_BS.shape[1] < 1 or not jnp.issubdtype(tokens_BS.dtype, jnp.integer):
         raise ValueError(f"tokens: got {tokens_BS.dtype} {tokens_BS.shape}; must be integers [B, S] with S >= 1")
     if segment_ids_BS is not None and segment_ids_BS.shape != tokens_BS.shape:
         raise ValueError(f"segment_ids: got {segment_ids_BS.shape}; must be as tokens, {tokens_BS.shape}")
     dtype = params["embed"]["weight"].dtype if dtype is None else jnp.dtype(dtype)
-    return _forward(cfg, params, tokens_BS, segment_ids_BS, rules, dtype, remat)
+    return _forward(cfg, params, tokens_BS, segment_ids_BS, rules, dtype, remat, quant)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
-def _forward(cfg, params, tokens_BS, segment_BS, rules, dtype, remat) -> Output:
-    hidden = apply(cfg, params, tokens_BS, segment_BS, rules=rules, dtype=dtype, remat=remat)
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
+def _forward(cfg, params, tokens_BS, segment_BS, rules, dtype, remat, quant) -> Output:
+    hidden = apply(cfg, params, tokens_BS, segment_BS, rules=rules, dtype=dtype, remat=remat, quant=quant)
     logits = project_logits(rules, hidden.x_BSD, hidden.head_DV)
     mtp_logits = None
     if hidden.mtp_x_BSD is not None:
@@ -198,5 +199,5 @@ def param_axes(cfg: ModelConfig):
 
 def _boxed(cfg: ModelConfig, key: jax.Array):
     """Parameters in Flax's boxes, which carry the logical axes."""
-    variables = Transformer(AxisRules(), jnp.dtype(jnp.float32), cfg).init(key, jnp.zeros((1, 1), jnp.int32))
+    variables = Transformer(AxisRules(), jnp.dtype(jnp.float32), "none", cfg).init(key, jnp.zeros((1, 1), jnp.int32))
     return dict(variables["params"]) | {"router": dict(variables["router"])}

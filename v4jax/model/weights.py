@@ -10,18 +10,38 @@ import jax
 import jax.numpy as jnp
 
 from sharding.rules import AxisRules
+from v4jax.quant.fake import fp8_input, fp8_weight
 
 
 class Weights(nn.Module):
-    """Base of modules that own weights. `dtype` is the compute dtype; weights themselves are float32 by default."""
+    """Base of modules that own weights.
+
+    `dtype` is the compute dtype; weights themselves are float32 by default. `quant`: "none", or "official" to compute with the
+    low-precision numbers of the served model (v4jax/quant/fake.py).
+    """
 
     rules: AxisRules
     dtype: jnp.dtype
+    quant: str
 
-    def weight(self, name: str, shape, axes, init, keep_float32: bool = False) -> jax.Array:
-        """Declares a weight, then gives it in the compute dtype (or float32), gathered over FSDP axes."""
+    @property
+    def own(self) -> tuple[AxisRules, jnp.dtype, str]:
+        """What every module hands to those inside it."""
+        return self.rules, self.dtype, self.quant
+
+    def weight(self, name: str, shape, axes, init, keep_float32: bool = False, low: bool = False) -> jax.Array:
+        """Declares a weight, then gives it in the compute dtype (or float32), gathered over FSDP axes.
+
+        `low`: released files store it as fp8, so under quant="official" it is rounded to that.
+        """
         w = self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+        if low and self.quant == "official":
+            w = fp8_weight(w)
         return self.rules.gather(w.astype(jnp.float32 if keep_float32 else self.dtype), axes)
+
+    def act_quant(self, x: jax.Array) -> jax.Array:
+        """`x` as a low-precision matrix takes it in: fp8 under quant="official" (official `act_quant`)."""
+        return fp8_input(x) if self.quant == "official" else x
 
 
 def constant(value):

@@ -9,6 +9,7 @@ from sharding.mesh import parse_mesh
 from sharding.rules import LAYOUTS
 from v4jax.checkpoint.formats import FORMATS
 from v4jax.config import ModelConfig
+from v4jax.quant.fake import check_quant
 from v4jax.data.config import DataConfig
 from v4jax.train.loss import LossWeights
 
@@ -22,7 +23,8 @@ class TrainConfig:
       run_dir: where everything is written; an existing run of the same model is resumed.
       mesh: axis sizes such as "data=2,expert=4"; empty: one device. layout: name of the sharding layout.
       steps, batch_size, seq_len: optimizer steps, rows per step (global), tokens per row.
-      dtype: compute dtype; weights and optimizer are float32. remat: recompute layers in the backward pass.
+      dtype: compute dtype; weights and optimizer are float32. quant: "official" trains
+        with the low-precision numbers of the served model (QAT). remat: recompute layers in the backward pass.
       learning_rate: peak. warmup_steps, decay_steps: linear up, cosine down to final_lr_ratio at the end.
       clip_norm: largest global gradient norm. bias_rate: speed of the router's selection bias.
       log_every, eval_every, checkpoint_every: steps. eval_batches: held-out batches per evaluation. keep: newest checkpoints kept;
@@ -44,6 +46,7 @@ class TrainConfig:
     batch_size: int
     seq_len: int
     dtype: str = "float32"
+    quant: str = "none"
     remat: bool = True
     learning_rate: float
     warmup_steps: int = 2000
@@ -72,6 +75,7 @@ class TrainConfig:
         _allow(self, "layout", tuple(LAYOUTS))
         _allow(self, "dtype", ("float32", "bfloat16"))
         _allow(self, "export", (*FORMATS, "none"))
+        check_quant(self.model, self.quant)
         for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         _require(self, "seq_len", self.seq_len >= 2, "at least 2")

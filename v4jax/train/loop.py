@@ -185,7 +185,7 @@ def _put(place, rows: list[int], count: int, batch):
 def _evaluator(cfg: TrainConfig, rules: AxisRules, put):
     @jax.jit
     def nll(params, batch):
-        _, (metrics, _) = loss_and_routing(cfg.model, params, batch, rules=rules, dtype=jnp.dtype(cfg.dtype))
+        _, (metrics, _) = loss_and_routing(cfg.model, params, batch, rules=rules, dtype=jnp.dtype(cfg.dtype), quant=cfg.quant)
         same = (batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]) & (batch["segment_ids"][:, 1:] > 0)
         return metrics["nll"], same.sum()
 

@@ -100,10 +100,11 @@ def loss_and_routing(
     rules: AxisRules = AxisRules(),
     dtype: jnp.dtype = jnp.float32,
     remat: bool = False,
+    quant: str = "none",
 ):
     """(loss, (metrics, routing)): nll + mtp weight * mtp_nll + balance weight * sum over layers of the balance loss."""
     tokens_BS, segment_BS = batch["tokens"], batch.get("segment_ids")
-    hidden = apply(cfg, params, tokens_BS, segment_BS, rules=rules, dtype=dtype, remat=remat)
+    hidden = apply(cfg, params, tokens_BS, segment_BS, rules=rules, dtype=dtype, remat=remat, quant=quant)
 
     def mean_nll(x_BSD, ahead):
         label_BS, counts_BS = targets(tokens_BS, segment_BS, ahead)
@@ -119,7 +120,7 @@ def loss_and_routing(
     return total, (metrics | {"loss": total}, hidden.routing)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("weights", "rules", "dtype", "remat"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("weights", "rules", "dtype", "remat", "quant"))
 def loss(
     cfg: ModelConfig,
     params,
@@ -129,15 +130,19 @@ def loss(
     rules: AxisRules = AxisRules(),
     dtype: jnp.dtype = jnp.float32,
     remat: bool = False,
+    quant: str = "none",
 ):
     """The training objective (deepseek-v4.md section 6); differentiable in params.
 
     Args:
       params: the nested dict of `v4jax.load` or `init_params`.
       batch: "tokens" int [B,S]; optionally "segment_ids" int [B,S], 0 for padding. Labels are the row's own next tokens.
+      quant: "official" computes with low-precision numbers (QAT); gradients pass their rounding.
 
     Returns:
       (loss, metrics): float32 scalars; metrics has loss, nll, mtp_nll (with MTP) and balance.
     """
-    total, (metrics, _) = loss_and_routing(cfg, params, batch, weights=weights, rules=rules, dtype=dtype, remat=remat)
+    total, (metrics, _) = loss_and_routing(
+        cfg, params, batch, weights=weights, rules=rules, dtype=dtype, remat=remat, quant=quant
+    )
     return total, metrics

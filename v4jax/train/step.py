@@ -68,7 +68,7 @@ def train_step(cfg: TrainConfig, rules: AxisRules, state: TrainState, batch: Map
         public = dict(params) | {"router": state.router}
         dtype = jnp.dtype(cfg.dtype)
         return loss_and_routing(
-            cfg.model, public, batch, weights=cfg.loss, rules=rules, dtype=dtype, remat=cfg.remat
+            cfg.model, public, batch, weights=cfg.loss, rules=rules, dtype=dtype, remat=cfg.remat, quant=cfg.quant
         )
 
     grads, (metrics, routing) = jax.grad(objective, has_aux=True)(state.params)

@@ -24,6 +24,10 @@ _BYTES = {
 }  # fmt: skip
 
 
+_Array = tuple[str, tuple[int, ...]]
+"""dtype as XLA calls it, and shape."""
+
+
 class Collective(NamedTuple):
     """One collective of the program.
 
@@ -60,9 +64,9 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
                 raise ValueError(f"a loop of unknown length holds {line.strip()[:100]}")
             groups = _groups(line, mesh.size)
             if groups.shape[1] > 1:
-                moved = match[1]
+                moved = _moved(match[1], line)
                 if match[2] == "ragged-all-to-all":  # operand or result has headroom; the other holds the rows of an even load
-                    moved = min(moved, _shape_of(match[3], bodies[name]), key=_size)
+                    moved = [min(moved[0], _arrays(_shape_of(match[3], bodies[name]))[0], key=_size)]
                 found.append(_collective(match[2], moved, line, groups, mesh, calls))
     return found
 
@@ -83,25 +87,45 @@ def totals(found: list[Collective]) -> dict[tuple[str, str], tuple[int, int]]:
     return dict(sorted(table.items(), key=lambda item: -item[1][1]))
 
 
-def _collective(kind: str, result: str, line: str, groups: np.ndarray, mesh: Mesh, calls: int) -> Collective:
-    shapes = [(kind_, tuple(int(d) for d in dims.split(",") if d)) for kind_, dims in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", result)]
-    sizes = [math.prod(shape) * _BYTES[dtype] for dtype, shape in shapes]
-    # A tuple lists the parts of one exchange (all-to-all) or operand and result of an asynchronous one.
-    whole = sum(sizes) if "-start(" not in line else max(sizes)
-    n = groups.shape[1]
+def _moved(type_: str, line: str) -> list[_Array]:
+    """The results of a collective. A tuple lists the parts of one exchange; where it starts asynchronously (but for an
+    all-reduce), operands and then results: (a, b) or ((a, c), (b, d)), and more that holds no data."""
+    if "-start(" not in line or "all-reduce-start(" in line or not type_.startswith("("):
+        return _arrays(type_)
+    return _arrays(_parts(type_)[1])
+
+
+def _parts(tuple_: str) -> list[str]:
+    """The types in a tuple type: "((a, b), c)" -> ["(a, b)", "c"]."""
+    parts, depth = [""], 0
+    for letter in re.sub(r"/\*.*?\*/|\{[^}]*\}", "", tuple_)[1:-1]:  # without comments and layouts
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _arrays(type_: str) -> list[_Array]:
+    """The arrays of a type such as "f32[768,1,128]{2,1,0}" or a tuple of such."""
+    return [(dtype, tuple(int(d) for d in dims.split(",") if d)) for dtype, dims in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", type_)]
+
+
+def _size(array: _Array) -> int:
+    """Bytes."""
+    return math.prod(array[1]) * _BYTES[array[0]]
+
+
+def _collective(kind: str, moved: list[_Array], line: str, groups: np.ndarray, mesh: Mesh, calls: int) -> Collective:
+    whole, n = sum(map(_size, moved)), groups.shape[1]
     sent = {
         "all-reduce": 2 * whole * (n - 1) // n,
         "reduce-scatter": whole * (n - 1),  # the result is one share
         "collective-permute": whole,
     }.get(kind, whole * (n - 1) // n)
     source = re.search(r'op_name="([^"]*)"', line)
-    largest = shapes[int(np.argmax(sizes))][1]
-    return Collective(kind, _axes(groups, mesh), largest, calls, sent, source[1] if source else "")
-
-
-def _size(type_: str) -> int:
-    """Elements of an array type such as "f32[768,1,128]{2,1,0}"."""
-    return math.prod(int(d) for d in re.search(r"\[([\d,]*)\]", type_)[1].split(",") if d)
+    return Collective(kind, _axes(groups, mesh), max(moved, key=_size)[1], calls, sent, source[1] if source else "")
 
 
 def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """A device mesh from a string such as "data=2,expert=4", on real devices or on simulated CPU devices.
 
-Next file to read: sharding/params.py.
+Next file to read: sharding/targets.py.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import os
 import platform
 
 import jax
-from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 from sharding.rules import MESH_AXES
@@ -77,27 +76,3 @@ def make_mesh(sizes: dict[str, int]) -> Mesh:
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=jax.devices()[:need]
     )
-
-
-def topology_mesh(target: str, sizes: dict[str, int]) -> Mesh:
-    """A mesh of TPU chips that are not there, to compile for: "v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x8".
-
-    Raises:
-      ValueError: no libtpu (extra `tpu`), an unknown target, or a mesh of another size than the topology.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(f"target {target!r} needs the extra `tpu`: pip install 'v4jax[tpu]'")
-    # libtpu asks a metadata server unless told who it is, and locks itself to one process.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_WORKER_ID", "0")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=target).devices
-    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        raise ValueError(f"target: libtpu does not know {target!r}: {error}") from None
-    if math.prod(sizes.values()) != len(devices):
-        raise ValueError(f"mesh has {math.prod(sizes.values())} devices; target {target} has {len(devices)}")
-    placed = mesh_utils.create_device_mesh(tuple(sizes.values()), list(devices), allow_split_physical_axes=True)
-    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))

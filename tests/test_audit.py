@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from sharding.audit import Collective, _groups, collectives, totals
+from sharding.audit import Collective, _groups, _moved, collectives, totals
 from sharding.mesh import make_mesh, parse_mesh
 
 
@@ -76,3 +76,19 @@ def test_groups_in_every_form_that_xla_writes(written, groups):
 def test_groups_in_another_form_are_refused():
     with pytest.raises(ValueError, match="not known"):
         _groups("  %x = f32[8]{0} all-gather(%y), replica_groups=<new form>, dimensions={0}", 8)
+
+
+@pytest.mark.parametrize(
+    "type_, kind, moved",
+    [
+        ("f32[8,4]{1,0}", "all-gather", [("f32", (8, 4))]),
+        ("(f32[8]{0}, bf16[2,2]{1,0})", "all-to-all", [("f32", (8,)), ("bf16", (2, 2))]),
+        ("(s32[2]{0}, s32[8]{0})", "all-gather-start", [("s32", (8,))]),
+        ("((bf16[8,16]{1,0}, /*index=1*/f32[4]{0}), (bf16[16,16]{1,0}, f32[8]{0}))", "all-gather-start", [("bf16", (16, 16)), ("f32", (8,))]),
+        ("(f32[8]{0}, f32[3]{0})", "all-reduce-start", [("f32", (8,)), ("f32", (3,))]),
+        ("(f32[8,2]{1,0:T(8,128)}, f32[8,2]{1,0}, u32[]{:S(2)}, u32[]{:S(2)})", "collective-permute-start", [("f32", (8, 2))]),
+        ("((bf16[5,2]{1,0}, bf16[8,2]{1,0}, s64[2]{0}), bf16[8,2]{1,0})", "ragged-all-to-all-start", [("bf16", (8, 2))]),
+    ],
+)
+def test_what_moves_in_every_form_that_xla_writes(type_, kind, moved):
+    assert _moved(type_, f"  %x = {type_} {kind}(%y)") == moved

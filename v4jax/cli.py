@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     layout.add_argument("--measure", metavar="OUT.json", help="measure this machine and write it as a hardware profile; no CONFIG")
     layout.add_argument("--mesh", help="for example fsdp=8,expert=16 (default: that of CONFIG.py)")
     layout.add_argument("--layout", help="sharding layout (default: that of CONFIG.py, or full)")
-    layout.add_argument("--target", default="cpu", help="cpu, or a TPU topology such as v5p:4x4x8 (extra `tpu`)")
+    layout.add_argument("--target", default="cpu", help="cpu, a TPU topology such as v5p:4x4x8 (extra `tpu`), or h100:N (extra `gpu`)")
     layout.add_argument("--seq", type=int, help="tokens a row")
     layout.add_argument("--batch", type=int, help="rows a step (default: one a device)")
     layout.add_argument("--lower-only", action="store_true", help="stop before compiling: seconds instead of minutes for a full model")

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from sharding.audit import Collective, collectives, totals
-from sharding.mesh import make_mesh, parse_mesh, topology_mesh
+from sharding.mesh import make_mesh, parse_mesh
 from sharding.params import bytes_per_device
 from sharding.rules import AxisRules, layout_for
+from sharding.targets import topology_mesh
 from v4jax.model.transformer import abstract_params
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import batch_sharding, check_batch, compile_step, state_from, state_shardings
@@ -68,7 +69,7 @@ def report_layout(cfg: TrainConfig, target: str = "cpu", lower_only: bool = Fals
     """Lowers, and unless `lower_only` compiles, the train step of `cfg` (its mesh, layout, lengths) for `target`.
 
     Args:
-      target: "cpu" (simulated devices) or a TPU topology such as "v5p:4x4x8".
+      target: "cpu" (simulated devices), a TPU topology such as "v5p:4x4x8", or GPUs such as "h100:64".
 
     Raises:
       ValueError: mesh, layout, batch or target that do not fit.
@@ -119,10 +120,11 @@ def least_expert_bytes(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, i
 
 def sent_to_experts(found: list[Collective], rules: AxisRules) -> int:
     """Bytes of the collectives among expert devices that the experts' dispatch makes: every kind but all-reduce, by which
-    XLA sums gradients, many at once, under the joined names of all their sources."""
+    XLA sums gradients, many at once, under the joined names of all their sources. Nothing else makes a ragged all-to-all, whose
+    source XLA:GPU does not say."""
     holders = set(rules.mesh_axes("experts"))
-    mine = [one for one in found if "experts/shard_map" in one.source and one.kind != "all-reduce" and set(one.axes) <= holders]
-    return sum(one.calls * one.bytes for one in mine)
+    among = [one for one in found if one.kind != "all-reduce" and set(one.axes) <= holders]
+    return sum(one.calls * one.bytes for one in among if one.kind == "ragged-all-to-all" or "experts/shard_map" in one.source)
 
 
 def _largest(params, places, count: int = 8) -> tuple[tuple[str, str, int], ...]:

@@ -1,0 +1,69 @@
+"""Meshes of accelerators that are not there: TPU slices and H100 clusters to compile for, on any machine.
+
+Next file to read: sharding/params.py.
+"""
+
+import importlib.util
+import math
+import os
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AxisType, Mesh
+
+NODE = 8
+"""GPUs of a host, as in a DGX or HGX H100: the devices that NVLink joins."""
+
+_H100 = {  # what an H100 SXM tells CUDA about itself (openxla/xla, specs/h100_sxm.txtpb)
+    "threads_per_block_limit": 1024, "threads_per_warp": 32, "shared_memory_per_block": 49152, "shared_memory_per_core": 233472,
+    "threads_per_core_limit": 2048, "core_count": 132, "fpus_per_core": 128, "block_dim_limit_x": 2147483647,
+    "block_dim_limit_y": 65535, "block_dim_limit_z": 65535, "memory_bandwidth": 3352320000000, "l2_cache_size": 52428800,
+    "clock_rate_ghz": 1.98, "device_memory_size": 84978434048, "shared_memory_per_block_optin": 232448,
+    "registers_per_core_limit": 65536, "registers_per_block_limit": 65536,
+}  # fmt: skip
+_H100_TEXT = (
+    "gpu_device_info { cuda_compute_capability { major: 9 } " + " ".join(f"{name}: {value}" for name, value in _H100.items()) + " }"
+    ' platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "NVIDIA H100 80GB HBM3"'
+)
+
+
+def topology_mesh(target: str, sizes: dict[str, int]) -> Mesh:
+    """A mesh of devices to compile for: TPU chips ("v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x8") or GPUs ("h100:64").
+
+    Raises:
+      ValueError: the target's extra (`tpu` or `gpu`) is not installed, an unknown target, or a mesh of another size.
+    """
+    devices = _gpus(target) if target.startswith("h100:") else _tpus(target)
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(f"mesh has {math.prod(sizes.values())} devices; target {target} has {len(devices)}")
+    if target.startswith("h100:"):  # outer axes across hosts, inner ones within
+        placed = np.array(devices).reshape(tuple(sizes.values()))
+    else:
+        placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _tpus(target: str) -> list[jax.Device]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(f"target {target!r} needs the extra `tpu`: pip install 'v4jax[tpu]'")
+    # libtpu asks a metadata server unless told who it is, and locks itself to one process.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_WORKER_ID", "0")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=target).devices)
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        raise ValueError(f"target: libtpu does not know {target!r}: {error}") from None
+
+
+def _gpus(target: str) -> list[jax.Device]:
+    count = target.removeprefix("h100:")
+    if not count.isdecimal() or int(count) < 1 or (int(count) > NODE and int(count) % NODE):
+        raise ValueError(f"target: got {target!r}; must be h100:N with N up to {NODE}, or a multiple of {NODE} (GPUs of a host)")
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        raise ValueError(f"target {target!r} needs the extra `gpu`: pip install 'v4jax[gpu]'")
+    hosts, each = max(int(count) // NODE, 1), min(int(count), NODE)
+    return list(topologies.get_topology_desc(platform="cuda", topology=f"1x{hosts}x{each}", target_config=_H100_TEXT).devices)

@@ -221,6 +221,18 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
         return int(known[1])
     # XLA:TPU does not annotate loops of its own making (a product overlapped with its exchange): they count up from 0.
     condition = "\n".join(bodies[re.search(r"condition=%?([\w.\-]+)", line)[1]])
-    limit = re.search(r"ROOT .* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT", condition)
-    found = limit and re.search(rf"%{re.escape(limit[1])} = \S+ constant\((\d+)\)", condition)
-    return int(found[1]) if found else None
+    limit = re.search(r"ROOT .* compare\(%([\w.\-]+), %([\w.\-]+)\), direction=LT", condition)
+    found = limit and re.search(rf"%{re.escape(limit[2])} = \S+ constant\((\d+)\)", condition)
+    if not found:
+        return None
+    counter = re.search(rf"%{re.escape(limit[1])} = .*get-tuple-element\(.*\), index=(\d+)", condition)
+    return -(-int(found[1]) // (_step(bodies[re.search(r"body=%?([\w.\-]+)", line)[1]], int(counter[1])) if counter else 1))
+
+
+def _step(body: list[str], place: int) -> int:
+    """By how much one run of a loop's body raises the counter at `place` of its state; 1 if the text does not tell."""
+    (result,) = (line for line in body if "ROOT " in line)
+    name = re.findall(r"%([\w.\-]+)", result.split(" tuple(")[-1])[place]
+    added = next((re.findall(r"%([\w.\-]+)", line.split(" add(")[1])[:2] for line in body if f"%{name} = " in line and " add(" in line), [])
+    values = (re.search(rf"%{re.escape(part)} = \S+ constant\((\d+)\)", line) for part in added for line in body)
+    return next((int(value[1]) for value in values if value), 1)

@@ -9,6 +9,8 @@ import pytest
 from test_mesh import CFG
 
 from v4jax.layout import report_layout
+from v4jax.layout.estimate import estimate
+from v4jax.layout.hardware import hardware_of
 
 
 def run(*arguments, code=0):
@@ -40,6 +42,10 @@ def test_a_small_step_reports_what_it_sends():
     assert report.temporary_bytes > 0 and report.compile_seconds > 0
     assert "P(" in report.largest[0][1] and report.largest[0][2] >= report.largest[-1][2]
     assert all(len(row) == 4 for row in report.rows())
+    # The paper model of the same layout, for simulated devices.
+    predicted = estimate(dataclasses.replace(CFG, mesh="fsdp=2,expert=4"), hardware_of("cpu"))
+    assert predicted.memory["weights"] + predicted.memory["optimizer"] == pytest.approx(report.state_bytes, rel=1e-3)
+    assert sum(row[0] for row in predicted.sent.values()) == pytest.approx(sum(row[3] for row in report.collectives), rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +54,10 @@ def test_a_small_step_reports_what_it_sends():
         (["--mesh", "fsdp=2,context=5"], "seq_len: got 384; must divide"),
         (["--mesh", "fsdp=2", "--batch", "3"], "batch_size: got 3; must divide"),
         (["--mesh", "expert=2", "--layout", "dp"], "layout 'dp' does not use mesh axis expert=2"),
-        (["--target", "v5p:4x4"], "target"),
-        (["--report", "x.html"], "unknown argument"),
+        (["--target", "v5p:4x4"], "mesh has 8 devices; target v5p:4x4 has 16; nearest mesh: data=2,expert=4,tensor=2"),
+        (["--target", "gb200:8"], "nearest: b200"),
+        (["--search", "--target", "h100"], "--search needs --chips"),
+        (["--stablehlo", "x.bin"], "unknown argument"),
     ],
 )
 def test_bad_input_is_one_line(arguments, line):

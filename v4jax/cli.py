@@ -121,15 +121,24 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("config", help="CONFIG.py or config.json")
     cost.add_argument("--context", type=int, help="tokens in the sequence (default: max_position_embeddings)")
 
-    layout = command("layout", _layout, "Compile the training step for devices that need not exist; show what lies and moves where.")
+    layout = command("layout", _layout, "What a layout holds, sends and takes: on paper, and compiled for devices that need not exist.")
     layout.add_argument("config", nargs="?", help="CONFIG.py or config.json")
-    layout.add_argument("--measure", metavar="OUT.json", help="measure this machine and write it as a hardware profile; no CONFIG")
     layout.add_argument("--mesh", help="for example fsdp=8,expert=16 (default: that of CONFIG.py)")
     layout.add_argument("--layout", help="sharding layout (default: that of CONFIG.py, or full)")
-    layout.add_argument("--target", default="cpu", help="cpu, a TPU topology such as v5p:4x4x8 (extra `tpu`), or h100:N (extra `gpu`)")
+    layout.add_argument("--target", default="cpu", help="cpu; a TPU topology such as v5p:4x4x8 (extra `tpu`); h100:N (extra `gpu`); on paper "
+                        "cloudmatrix384:1024, my-chip.json:16 and others (v4jax/layout/hardware.json)")  # fmt: skip
+    layout.add_argument("--what", choices=("train", "decode"), default="train", help="the step: training, or one new token a row (on paper)")
     layout.add_argument("--seq", type=int, help="tokens a row")
     layout.add_argument("--batch", type=int, help="rows a step (default: one a device)")
+    layout.add_argument("--fp8", action="store_true", help="estimate with products at the fp8 rate")
+    layout.add_argument("--released", action="store_true", help="decode from weights in the released formats (fp8, MXFP4)")
+    layout.add_argument("--paper", action="store_true", help="compile nothing")
     layout.add_argument("--lower-only", action="store_true", help="stop before compiling: seconds instead of minutes for a full model")
+    layout.add_argument("--search", action="store_true", help="rank every layout and mesh of --chips chips on paper")
+    layout.add_argument("--chips", type=int, help="chips to search on (default: as many as the target names)")
+    layout.add_argument("--confirm", type=int, default=0, metavar="K", help="compile the best K of the search")
+    layout.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two layouts side by side, each LAYOUT:MESH")
+    layout.add_argument("--measure", metavar="OUT.json", help="measure this machine and write it as a hardware profile; no CONFIG")
 
     launch = command("launch", _launch, "Run -- COMMAND as one JAX job of local processes on simulated CPU devices.")
     launch.add_argument("--processes", type=int, required=True, help="local processes")
@@ -264,15 +273,24 @@ def _layout(arguments, _):
         return _measure(arguments.measure)
     if arguments.config is None:
         raise BadInput("layout needs a CONFIG.py or config.json; see v4jax layout --help")
-    cfg = _layout_config(arguments)
-    if arguments.target == "cpu":
-        _start(cfg.mesh)
-    from v4jax.layout.compiled import report_layout
+    from v4jax.layout import command
 
-    result = report_layout(cfg, arguments.target, arguments.lower_only)
+    cfg = _layout_config(arguments)
+    names = ("target", "what", "paper", "lower_only", "fp8", "released")
+    request = command.Request(**{name: getattr(arguments, name) for name in names})
+    if arguments.target == "cpu" and not (arguments.search or arguments.compare):
+        _start(cfg.mesh)
+    if arguments.compare:
+        result = command.compare(cfg, request, arguments.compare)
+    elif arguments.search:
+        result = command.look_for(cfg, request, arguments.chips, arguments.confirm)
+    else:
+        result = command.look(cfg, request)
     if arguments.json:
         return result.to_dict()
     _print_rows(result.rows())
+    for line in result.lines():
+        print(line)
     return None
 
 
@@ -303,7 +321,12 @@ def _layout_config(arguments):
     cfg = dataclasses.replace(cfg, **{name: value for name, value in changes.items() if value is not None})
     from sharding.mesh import parse_mesh
 
-    devices = math.prod(parse_mesh(cfg.mesh).values())
+    meshes = [text.partition(":")[2] for text in arguments.compare or ()] or [cfg.mesh]
+    devices = math.lcm(*(math.prod(parse_mesh(mesh).values()) for mesh in meshes))
+    if arguments.search:
+        from v4jax.layout.command import devices_of
+
+        devices = devices_of(arguments.target, arguments.chips)
     return dataclasses.replace(cfg, batch_size=arguments.batch or devices)
 
 

@@ -6,7 +6,7 @@ of hardware.json, "my-chip.json:64". "cpu" is this machine, shared by all simula
 Links form tiers, the fastest first: so many devices reach each other at that rate, and beyond them the next tier counts. In a
 torus a device has its rate split evenly over the dimensions.
 
-Next file to read: v4jax/layout/compiled.py.
+Next file to read: v4jax/layout/weights.py.
 """
 
 import dataclasses

@@ -187,14 +187,19 @@ def init_params(cfg: ModelConfig, key: jax.Array):
 
 def abstract_params(cfg: ModelConfig):
     """Shapes and dtypes of the parameters (jax.ShapeDtypeStruct), without computing anything."""
-    return nn.unbox(jax.eval_shape(lambda: _boxed(cfg, jax.random.key(0))))
+    return nn.unbox(_abstract_boxed(cfg))
 
 
 def param_axes(cfg: ModelConfig):
     """Logical axis names of the parameters: the same tree with a tuple of names (or None) per leaf."""
-    boxed = jax.eval_shape(lambda: _boxed(cfg, jax.random.key(0)))
     is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
-    return jax.tree.map(lambda leaf: tuple(leaf.names), boxed, is_leaf=is_box)
+    return jax.tree.map(lambda leaf: tuple(leaf.names), _abstract_boxed(cfg), is_leaf=is_box)
+
+
+@functools.cache
+def _abstract_boxed(cfg: ModelConfig):
+    """Shapes, dtypes and axes; tracing them takes seconds for a full model, and several callers ask."""
+    return jax.eval_shape(lambda: _boxed(cfg, jax.random.key(0)))
 
 
 def _boxed(cfg: ModelConfig, key: jax.Array):

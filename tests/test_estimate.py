@@ -1,0 +1,138 @@
+"""The paper model of a layout: exact where it can be, near the compiled program elsewhere, and consistent with itself."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import pytest
+from test_mesh import CFG
+
+from configs import flash, pro
+from sharding.mesh import make_mesh, parse_mesh
+from sharding.params import bytes_per_device
+from sharding.rules import layout_for
+from v4jax.layout.command import Request, checked, compare, look, nearest_mesh
+from v4jax.layout.estimate import estimate, exchange_time
+from v4jax.layout.hardware import hardware_of
+from v4jax.layout.notes import parameters
+from v4jax.layout.search import factorings, search
+from v4jax.model.transformer import abstract_params
+from v4jax.train.step import state_from, state_shardings
+
+V5P = hardware_of("v5p")
+
+
+def full(config, mesh, layout="pod", **changes):
+    return dataclasses.replace(config.get_config(), mesh=mesh, layout=layout, **({"seq_len": 4096, "batch_size": 128} | changes))
+
+
+@pytest.mark.parametrize("mesh, layout", [("fsdp=2,expert=2,tensor=2", "full"), pytest.param("context=2,expert=4", "pod", marks=pytest.mark.slow)])
+def test_weights_and_optimizer_are_exact(mesh, layout):
+    cfg = dataclasses.replace(CFG, mesh=mesh, layout=layout)
+    sizes = parse_mesh(mesh)
+    places = state_shardings(cfg, layout_for(layout, sizes), make_mesh(sizes))
+    state = jax.eval_shape(functools.partial(state_from, cfg), abstract_params(cfg.model))
+    memory = estimate(cfg, V5P).memory
+    assert memory["weights"] + memory["optimizer"] == pytest.approx(bytes_per_device(state, places), rel=1e-3)
+
+
+def test_full_models_have_their_parameters_and_flops():
+    found = estimate(full(flash, "fsdp=8,expert=16"), V5P)
+    # 291B weights with MTP, float32, each once; half a matrix more than momentum for AdamW's two moments of embedding and head.
+    assert found.memory["weights"] * 128 == pytest.approx(4 * 291e9, rel=0.01)
+    # Rematerialised, so 4/3 of the model's FLOPs at least.
+    executed = 128 * sum(flops for part, (flops, *_) in found.parts.items() if part != "optimizer")
+    counted = found.mfu * found.step_seconds * V5P.bf16_flops * 128
+    assert 1.3 < executed / counted < 2
+    assert found.fits and 0.05 < found.mfu < 0.6
+
+
+def test_what_a_layout_cuts_is_held_and_sent_less():
+    one, two = (estimate(full(flash, mesh, layout, batch_size=256), V5P) for mesh, layout in (("fsdp=8,expert=16", "pod"), ("fsdp=16,expert=16", "pod")))
+    assert two.memory["weights"] == pytest.approx(one.memory["weights"] / 2, rel=0.01)
+    exchange = ("expert",), "ragged-all-to-all"
+    assert two.sent[exchange][0] == pytest.approx(one.sent[exchange][0] / 2)  # half the rows a device
+    gathered = estimate(full(flash, "fsdp=8,expert=16", "full"), V5P)
+    # Gathering tokens sends n-1 rows a token, exchanging them K (n-1)/n.
+    assert gathered.sent[("expert",), "all-gather"][0] == pytest.approx(one.sent[exchange][0] / 2 / 2 * 16 / 6, rel=0.1)
+
+
+def test_decoding_reads_caches_and_weights():
+    found = estimate(full(flash, "expert=16", "ep", batch_size=16, seq_len=2**20), V5P, "decode")
+    assert found.memory["caches"] == pytest.approx(3.69e9, rel=0.01)  # v4jax cost configs/flash.py: one row's caches
+    assert found.bound == "memory traffic" and found.memory["gradients"] == 0
+    released = estimate(full(flash, "expert=16", "ep", batch_size=16, seq_len=2**20), V5P, "decode", released=True)
+    assert released.memory["weights"] < 0.5 * found.memory["weights"]
+
+
+def test_time_of_an_exchange():
+    sizes = parse_mesh("fsdp=4,expert=8,tensor=2")
+    h100 = dataclasses.replace(hardware_of("h100"), network=1.0, latency=0.0)
+    seconds = functools.partial(exchange_time, device=h100, sizes=sizes)
+    # tensor pairs and groups of 4 experts lie within a node of 8; fsdp groups have one device a node.
+    assert seconds(1e9, 1, ("tensor",), "all-reduce") == pytest.approx(1e9 / 450e9)
+    assert seconds(3e9, 1, ("fsdp",), "all-gather") == pytest.approx(3e9 / 50e9)
+    # 8 experts on two nodes: of 7/8 of the rows sent, 4/8 go to the other node and 3/8 stay.
+    assert seconds(7e9, 1, ("expert",), "all-to-all") == pytest.approx(3e9 / 450e9 + 4e9 / 50e9)
+    # A gather over the same: 1/8 of the whole between nodes, 3/4 inside.
+    assert seconds(7e9, 1, ("expert",), "all-gather") == pytest.approx(6e9 / 450e9 + 1e9 / 50e9)
+
+
+def test_a_search_ranks_what_fits_and_says_why():
+    cfg = dataclasses.replace(CFG, batch_size=16)
+    found = search(cfg, hardware_of("cpu"), 8)
+    times = [e.step_seconds for e in found.ranked]
+    assert times == sorted(times) and found.tried >= len(found.ranked) > 10
+    for one in found.front:
+        assert not any(e.step_seconds < one.step_seconds and e.memory_bytes < one.memory_bytes for e in found.ranked)
+    assert found.ranked[0].mesh in found.why() and "times as long" in found.why()
+    assert found.rejected["tensor beyond the output groups"] > 0
+
+
+def test_factorings():
+    assert list(factorings(4, 2)) == [(1, 4), (2, 2), (4, 1)]
+    assert all(math.prod(f) == 1024 for f in factorings(1024, 5))
+
+
+def test_what_cannot_be_names_the_nearest_that_can():
+    for changes, target, line in [
+        ({"mesh": "fsdp=2", "batch_size": 3}, "cpu", "nearest: --batch 4"),
+        ({"mesh": "fsdp=4,expert=2"}, "v5p:2x2x4", "nearest mesh: fsdp=4,expert=4"),
+    ]:
+        with pytest.raises(ValueError, match=line):
+            checked(dataclasses.replace(CFG, **changes), Request(target))
+    with pytest.raises(ValueError, match="nothing fits on 8 devices of NVIDIA H100 SXM.*try --chips"):
+        search(full(flash, "", batch_size=8), hardware_of("h100"), 8)
+    with pytest.raises(ValueError, match="--batch 8"):
+        search(dataclasses.replace(CFG, batch_size=7, seq_len=135), hardware_of("cpu"), 8)
+    assert nearest_mesh(CFG, parse_mesh("tensor=2,expert=4"), 16) == "expert=8,tensor=2"  # two output groups: tensor stays
+
+
+def test_a_look_on_paper_warns():
+    found = look(full(flash, "fsdp=8,expert=16", "ep_fsdp"), Request("v5p:128", paper=True))
+    text = "\n".join(found.notes)
+    assert found.compiled is None and "embed/weight" not in text
+    assert "wait for the busiest" in text
+    replicated = look(full(flash, "expert=128", "ep"), Request("tpu7x:4x4x4", paper=True))
+    assert "is held 128 times" in "\n".join(replicated.notes)
+    rows = parameters(full(flash, "fsdp=8,expert=16"))
+    assert "experts" in rows[0][0] and rows[0][4] >= rows[-1][4] and rows[0][3] == "-, expert, fsdp, -"
+
+
+def test_two_layouts_side_by_side():
+    pair = compare(full(flash, ""), Request("v5p"), ["pod:fsdp=8,expert=16", "full:fsdp=8,expert=16"])
+    rows = {row[0]: row for row in pair.rows()}
+    assert float(rows["exchanges"][3]) > 1 and rows["memory"][3]
+    with pytest.raises(ValueError, match="must be LAYOUT:MESH"):
+        compare(full(flash, ""), Request("v5p"), ["pod", "full"])
+
+
+@pytest.mark.slow
+def test_a_search_of_a_pod_takes_less_than_a_minute():
+    import time
+
+    start = time.perf_counter()
+    found = search(full(pro, "", batch_size=1024), V5P, 1024)
+    assert time.perf_counter() - start < 60
+    assert found.ranked and found.ranked[0].layout == "pod"

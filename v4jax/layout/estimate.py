@@ -1,0 +1,217 @@
+"""A layout on paper: memory, FLOPs, traffic and time of one step, and which resource binds. Nothing is compiled.
+
+Time is a roofline: each part of the model takes the longer of its FLOPs and its memory traffic; exchanges run beside them as far
+as the profile says (`overlap`), the rest adds to the step. What a chip reaches of its peaks is an assumption of the profile unless
+it was measured, so ratios between layouts mean more than seconds.
+
+Next file to read: v4jax/layout/search.py.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sharding.mesh import parse_mesh
+from sharding.rules import MESH_AXES, AxisRules, layout_for
+from v4jax.cost import cost
+from v4jax.layout.decode import decode_terms
+from v4jax.layout.hardware import Hardware
+from v4jax.layout.memory import held, largest_working_set, memory
+from v4jax.layout.terms import Term, bases, constants_of
+from v4jax.layout.traffic import traffic
+from v4jax.layout.work import work
+from v4jax.train.config import TrainConfig
+
+USABLE = 0.97
+"""Share of a device's memory that a program may plan with (libtpu: 95.74 of v5p's 102 GB less its own reserve)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """One layout of one step on one kind of chip. Bytes and FLOPs are per device.
+
+    Attributes:
+      what: "train" or "decode". memory: bytes by kind. working_set: what the temporaries belong to.
+      parts: part of the model -> (FLOPs, bytes of memory traffic, seconds). sent: (axes, collective) -> (bytes, least bytes, seconds).
+      step_seconds, bound: of one step, and what takes most of it: "FLOPs", "memory traffic" or "exchanges".
+      mfu: model FLOPs (not those recomputed or masked) over what the chips could do. cost: money per million tokens, 0 without a price.
+    """
+
+    what: str
+    mesh: str
+    layout: str
+    hardware: str
+    devices: int
+    seq: int
+    batch: int
+    memory: dict[str, float]
+    hbm: float
+    working_set: str
+    parts: dict[str, tuple[float, float, float]]
+    sent: dict[tuple[tuple[str, ...], str], tuple[float, float, float]]
+    step_seconds: float
+    exchange_seconds: float
+    bound: str
+    mfu: float
+    tokens_per_second: float
+    cost: float
+
+    @property
+    def memory_bytes(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.memory_bytes <= USABLE * self.hbm
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = dataclasses.asdict(self) | {"memory_bytes": self.memory_bytes, "fits": self.fits}
+        plain["sent"] = [["+".join(axes), kind, *values] for (axes, kind), values in self.sent.items()]
+        return plain
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """A table for people."""
+        rows = [("estimate", self.what, f"{self.devices} devices", self.hardware), ("mesh", self.mesh, self.layout, "")]
+        rows += [("memory", kind, gigabytes(size), "") for kind, size in self.memory.items() if size]
+        rows.append(("memory", "in all", gigabytes(self.memory_bytes), f"{self.memory_bytes / self.hbm:.0%} of {gigabytes(self.hbm)}"))
+        rows += [("part", part, f"{flops / 1e12:.2f} TFLOP, {gigabytes(moved)}", f"{seconds * 1e3:.1f} ms")
+                 for part, (flops, moved, seconds) in self.parts.items()]  # fmt: skip
+        rows += [("sent", f"{'+'.join(axes)}: {kind}", f"{gigabytes(size)}, at least {gigabytes(least)}", f"{seconds * 1e3:.1f} ms")
+                 for (axes, kind), (size, least, seconds) in self.sent.items()]  # fmt: skip
+        rows.append(("step", f"{self.step_seconds:.3f} s", f"bound by {self.bound}", f"{self.tokens_per_second:,.0f} tokens/s"))
+        rows.append(("MFU", f"{self.mfu:.1%}", "", f"{self.cost:.2f} per million tokens" if self.cost else ""))
+        return rows
+
+
+def estimate(cfg: TrainConfig, hardware: Hardware, what: str = "train", fp8: bool = False, released: bool = False) -> Estimate:
+    """The estimate of `cfg` (its mesh, layout, lengths) on `hardware`.
+
+    Args:
+      what: "train", or "decode": one new token for each of batch_size rows of seq_len tokens.
+      fp8: products of routed and shared experts and of attention run at the fp8 rate. released: decode from the released formats.
+
+    Raises:
+      ValueError: mesh, layout or batch that do not fit together.
+    """
+    sizes = parse_mesh(cfg.mesh)
+    rules = layout_for(cfg.layout, sizes)
+    devices = math.prod(sizes.values())
+    terms = terms_of(cfg, rules, sizes, platform_of(hardware), what, released)
+    k = constants_of(cfg.model, rules, sizes)
+    values = bases(k, cfg.seq_len, cfg.batch_size)
+    device = hardware.of_a_device(devices)
+    parts = _parts(terms, values, device, cfg.dtype, fp8)
+    sent = _sent(terms, values, device, sizes)
+    computing, exchanging = sum(row[2] for row in parts.values()), sum(row[2] for row in sent.values())
+    seconds = computing + max(exchanging * (1 - device.overlap), exchanging - computing)
+    tokens = cfg.batch_size * (cfg.seq_len if what == "train" else 1)
+    counted = _model_flops(cfg.model, cfg.seq_len, what) * tokens
+    chips = 1 if hardware.shared else devices / hardware.devices_per_chip
+    rate = tokens / seconds
+    return Estimate(
+        what=what, mesh=cfg.mesh, layout=cfg.layout, hardware=hardware.name, devices=devices, seq=cfg.seq_len, batch=cfg.batch_size,
+        memory=held(terms, values), hbm=device.hbm_bytes, working_set=largest_working_set(terms, values), parts=parts, sent=sent,
+        step_seconds=seconds, exchange_seconds=exchanging, bound=_bound(parts, device, exchanging),
+        mfu=counted / (seconds * hardware.bf16_flops * chips), tokens_per_second=rate,
+        cost=hardware.price * chips / 3600 / rate * 1e6,
+    )  # fmt: skip
+
+
+def memory_of(cfg: TrainConfig, hardware: Hardware, what: str = "train", released: bool = False) -> float:
+    """Bytes a device needs, without the rest of the estimate."""
+    sizes = parse_mesh(cfg.mesh)
+    rules = layout_for(cfg.layout, sizes)
+    values = bases(constants_of(cfg.model, rules, sizes), cfg.seq_len, cfg.batch_size)
+    if what == "decode":
+        return sum(held(decode_terms(cfg, rules, sizes, released), values).values())
+    return sum(held(memory(cfg, rules, sizes, platform_of(hardware)), values).values())
+
+
+def platform_of(hardware: Hardware) -> str:
+    """How XLA treats it: "cpu", "tpu" or "gpu" (any chip with switched links)."""
+    return "cpu" if hardware.shared else "tpu" if hardware.tiers[0].torus else "gpu"
+
+
+def terms_of(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str, what: str = "train", released: bool = False) -> list[Term]:
+    if what == "decode":
+        return decode_terms(cfg, rules, sizes, released)
+    return work(cfg, rules, sizes) + traffic(cfg, rules, sizes, platform) + memory(cfg, rules, sizes, platform)
+
+
+@functools.cache
+def _model_flops(model, seq: int, what: str) -> float:
+    found = cost(model, seq)
+    return found.train_flops if what == "train" else found.total.flops
+
+
+_FP8 = ("routed experts", "shared experts", "attention")
+
+
+def _parts(terms: list[Term], values, device: Hardware, dtype: str, fp8: bool) -> dict[str, tuple[float, float, float]]:
+    """Part -> FLOPs, bytes of memory traffic, seconds; the longest first."""
+    flops, moved = collections.Counter(), collections.Counter()
+    for term in terms:
+        if term.kind in ("flops", "hbm"):
+            (flops if term.kind == "flops" else moved)[term.part] += term.value(values)
+    rows = {}
+    for part in {*flops, *moved}:
+        rate = device.fp8_flops if fp8 and part in _FP8 else device.bf16_flops
+        seconds = max(flops[part] / (rate * device.matmul), moved[part] / (device.hbm_bandwidth * device.memory))
+        rows[part] = (flops[part], moved[part], seconds)
+    return dict(sorted(rows.items(), key=lambda row: -row[1][2]))
+
+
+def _sent(terms: list[Term], values, device: Hardware, sizes) -> dict[tuple[tuple[str, ...], str], tuple[float, float, float]]:
+    """(axes, collective) -> bytes, least bytes, seconds; most bytes first."""
+    rows: dict[Any, list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
+    for term in terms:
+        if term.kind == "sent":
+            row, size = rows[term.axes, term.collective], term.value(values)
+            row[0] += size
+            row[1] += size * term.least
+            row[2] += exchange_time(size, term.calls, term.axes, term.collective, device, sizes)
+    return {key: tuple(row) for key, row in sorted(rows.items(), key=lambda item: -item[1][0])}
+
+
+def exchange_time(size: float, calls: float, axes: tuple[str, ...], kind: str, device: Hardware, sizes: Mapping[str, int]) -> float:
+    """Seconds for a device to send `size` bytes along mesh axes, inside the fastest tier and beyond it.
+
+    Devices are numbered along the mesh, its last axis fastest, and a tier holds so many in a row. A gather or sum over g tiers of m
+    devices each sends (g-1)/(gm) of the whole between tiers and (m-1)/m inside; an exchange of all with all sends (n-m)/n between.
+    """
+    tier, n = device.tiers[0], math.prod(sizes[axis] for axis in axes)
+    near = 1
+    for axis in axes:
+        stride = math.prod(sizes[inner] for inner in MESH_AXES[MESH_AXES.index(axis) + 1 :])
+        reach = tier.size // stride if tier.size else sizes[axis]
+        near *= min(sizes[axis], max(1, reach)) if axis != "slice" else 1
+    whole, far = size * n / (n - 1), n / near
+    mixed = kind in ("all-to-all", "ragged-all-to-all")
+    inside = whole * (near - 1) / (n if mixed else near)
+    outside = whole * ((n - near) / n if mixed else (far - 1) / n)
+    seconds = inside / _rate(tier, near, math.prod(sizes.values()), mixed) + (outside / device.tiers[-1].bandwidth if far > 1 else 0)
+    return seconds / device.network + calls * device.latency
+
+
+def _rate(tier, members: int, devices: int, mixed: bool) -> float:
+    """Bytes per second one device sends to `members` of its tier. In a torus they span as many dimensions as they need; where all
+    send to all, data crosses a quarter of each ring."""
+    if not tier.torus or members < 2:
+        return tier.bandwidth
+    side = max(2.0, devices ** (1 / tier.torus))
+    spanned = min(tier.torus, max(1, math.ceil(math.log(members) / math.log(side) - 1e-9)))
+    rate = tier.bandwidth / tier.torus * spanned
+    return rate / max(1.0, members ** (1 / spanned) / 4) if mixed else rate
+
+
+def _bound(parts, device: Hardware, exchanging: float) -> str:
+    computing = sum(seconds for flops, _, seconds in parts.values() if flops / (device.bf16_flops * device.matmul) >= seconds * 0.999)
+    moving = sum(seconds for _, _, seconds in parts.values()) - computing
+    return max((computing, "FLOPs"), (moving, "memory traffic"), (exchanging * (1 - device.overlap), "exchanges"))[1]
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

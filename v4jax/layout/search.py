@@ -1,0 +1,163 @@
+"""Which layout and mesh for so many chips: every one that could be meant, on paper; what does not fit is rejected with its reason.
+
+Meshes are all factorings of the device count over the axes a layout uses, within what a model can be cut into: `tensor` at most
+the output groups, `context` no shorter than a window, `slice` left out. The ranking is by estimated step time; the front holds every
+layout that no other beats in both memory and time.
+
+Next file to read: v4jax/layout/compiled.py.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from sharding.rules import LAYOUTS, MESH_AXES
+from v4jax.layout.estimate import USABLE, Estimate, estimate, gigabytes, memory_of
+from v4jax.layout.hardware import Hardware
+from v4jax.train.config import TrainConfig
+from v4jax.train.step import check_batch
+
+SHOWN = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found: estimates that fit, fastest first, the front of memory and time, and why the others fell.
+
+    Attributes:
+      rejected: reason -> how many. tried: how many were estimated.
+    """
+
+    ranked: tuple[Estimate, ...]
+    front: tuple[Estimate, ...]
+    rejected: dict[str, int]
+    tried: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "tried": self.tried, "rejected": self.rejected, "why": self.why(),
+            "ranked": [found.to_dict() for found in self.ranked[:SHOWN]], "front": [found.to_dict() for found in self.front],
+        }  # fmt: skip
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """A table for people."""
+        rows = [("tried", f"{self.tried} layouts", f"{len(self.ranked)} fit", "")]
+        rows += [("rejected", reason, str(count), "") for reason, count in self.rejected.items()]
+        rows += [(f"{i + 1}.", f"{e.layout}: {e.mesh}", f"{e.step_seconds:.3f} s, {e.bound}", f"{gigabytes(e.memory_bytes)}, MFU {e.mfu:.1%}")
+                 for i, e in enumerate(self.ranked[:SHOWN])]  # fmt: skip
+        return rows + [("front", f"{e.layout}: {e.mesh}", f"{e.step_seconds:.3f} s", gigabytes(e.memory_bytes)) for e in self.front[:SHOWN]]
+
+    def why(self) -> str:
+        """Why the first of the ranking is first, in a sentence."""
+        if not self.ranked:
+            return "nothing fits"
+        best = self.ranked[0]
+        text = f"{best.layout} on {best.mesh} is bound by {best.bound} and spends {best.exchange_seconds:.3f} s in exchanges"
+        other = next((e for e in self.ranked if e.layout != best.layout), None) or next((e for e in self.ranked if e != best), None)
+        if other is None:
+            return text + "; nothing else fits"
+        costs = {part: other.parts[part][2] - best.parts.get(part, (0, 0, 0))[2] for part in other.parts}
+        costs["exchanges"] = other.exchange_seconds - best.exchange_seconds
+        worst = max(costs, key=costs.get)
+        return text + (f"; {other.layout} on {other.mesh} takes {other.step_seconds / best.step_seconds:.2f} times as long, most of all for "
+                       f"{worst} ({costs[worst] * 1e3:+.0f} ms)")  # fmt: skip
+
+
+def search(cfg: TrainConfig, hardware: Hardware, devices: int, what: str = "train", fp8: bool = False, released: bool = False) -> Found:
+    """Ranks every layout of `cfg`'s model, length and batch on `devices` devices.
+
+    Raises:
+      ValueError: nothing fits; the line names what comes closest and how many devices would do.
+    """
+    rejected: collections.Counter[str] = collections.Counter()
+    fits: list[Estimate] = []
+    closest: tuple[float, TrainConfig] | None = None
+    tried = 0
+    for layout, mesh in candidates(cfg, devices, rejected):
+        tried += 1
+        one = dataclasses.replace(cfg, mesh=mesh, layout=layout)
+        try:
+            need = memory_of(one, hardware, what, released)
+        except ValueError as error:
+            rejected[_reason(str(error))] += 1
+            continue
+        if need <= USABLE * hardware.of_a_device(devices).hbm_bytes:
+            fits.append(estimate(one, hardware, what, fp8, released))
+            continue
+        rejected["needs more memory than a device has"] += 1
+        closest = min(closest or (need, one), (need, one), key=lambda pair: pair[0])
+    if not fits:
+        raise ValueError(_nothing(cfg, devices, hardware, closest, rejected))
+    fits.sort(key=lambda e: (e.step_seconds, e.memory_bytes))
+    return Found(ranked=tuple(fits), front=front(fits), rejected=dict(rejected.most_common()), tried=tried)
+
+
+def candidates(cfg: TrainConfig, devices: int, rejected: collections.Counter) -> Iterator[tuple[str, str]]:
+    """(layout, mesh) worth an estimate; what cannot be is counted in `rejected` by its reason."""
+    seen = set()
+    for layout, rules in LAYOUTS.items():
+        used = [axis for axis in MESH_AXES if axis != "slice" and any(axis in axes for _, axes in rules.table)]
+        for sizes in factorings(devices, len(used)):
+            mesh = {axis: size for axis, size in zip(used, sizes, strict=True)}
+            key = (rules.exchange, tuple(sorted((a, s) for a, s in mesh.items() if s > 1)))
+            if key in seen:  # `full` with an axis of size 1 is one of the others
+                continue
+            if reason := impossible(cfg, mesh):
+                rejected[reason] += 1
+                continue
+            try:
+                check_batch(cfg, rules, {axis: mesh.get(axis, 1) for axis in MESH_AXES})
+            except ValueError:
+                rejected["batch or length does not divide over the mesh"] += 1
+                continue
+            seen.add(key)
+            yield layout, ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1)
+
+
+def factorings(number: int, places: int) -> Iterator[tuple[int, ...]]:
+    """Every way to write `number` as an ordered product of `places` positive factors: (2, 2) of 4 among (1, 4) and (4, 1)."""
+    if places == 1:
+        yield (number,)
+        return
+    for first in (d for d in range(1, number + 1) if number % d == 0):
+        for rest in factorings(number // first, places - 1):
+            yield (first, *rest)
+
+
+def impossible(cfg: TrainConfig, mesh: dict[str, int]) -> str:
+    """Why the model cannot be cut so, or ""."""
+    model = cfg.model
+    if mesh.get("tensor", 1) > model.o_groups:
+        return "tensor beyond the output groups"
+    if model.n_routed_experts % mesh.get("expert", 1):
+        return "expert does not divide the experts"
+    if mesh.get("context", 1) > 1 and cfg.seq_len // mesh["context"] < model.sliding_window:
+        return "context cuts rows shorter than a window"
+    return ""
+
+
+def _reason(error: str) -> str:
+    return "a weight does not divide over the mesh" if "does not divide by" in error else error
+
+
+def front(found: list[Estimate]) -> tuple[Estimate, ...]:
+    """Those that no other beats in both time and memory; `found` is sorted by time."""
+    kept: list[Estimate] = []
+    for one in found:
+        if not kept or one.memory_bytes < kept[-1].memory_bytes:
+            kept.append(one)
+    return tuple(kept)
+
+
+def _nothing(cfg: TrainConfig, devices: int, hardware: Hardware, closest: tuple[float, TrainConfig] | None, rejected) -> str:
+    if closest is None:
+        nearest = max(devices, round(cfg.batch_size / devices) * devices)
+        return (f"batch: no mesh of {devices} devices divides {cfg.batch_size} rows of {cfg.seq_len} ({'; '.join(rejected)}); "
+                f"nearest that does: --batch {nearest}")  # fmt: skip
+    need, one = closest
+    has = hardware.of_a_device(devices).hbm_bytes
+    enough = 2 ** math.ceil(math.log2(devices * need / (USABLE * has)))
+    return (f"nothing fits on {devices} devices of {hardware.name}: {one.layout} on {one.mesh} comes closest and needs "
+            f"{gigabytes(need)} of {gigabytes(has)} each; try --chips {max(enough, 2 * devices) // hardware.devices_per_chip}")  # fmt: skip

@@ -1,0 +1,82 @@
+"""What the analytic model is made of: coefficients times a few functions of sequence length and batch.
+
+Every figure of a layout (FLOPs, bytes of memory traffic, of exchanges, of memory held) is a sum of terms
+
+    coefficient * basis(S, B)
+
+so that Python and the report page (page.html) work from one table, and the page's sliders need no model of their own.
+
+Shapes: B rows of the global batch, S tokens a row; lower case = this device's share.
+Next file to read: v4jax/layout/work.py.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from sharding.rules import AxisRules
+from v4jax.config import CSA, HCA, ModelConfig
+from v4jax.model.attention import GATHER_FROM
+
+
+class Term(NamedTuple):
+    """One addend.
+
+    Attributes:
+      kind: what it counts: "flops", "hbm" (bytes read and written), "sent", or a kind of memory held (see MEMORY).
+      part: of the model. coefficient: in FLOPs or bytes per device and step. basis: a key of `bases`.
+      cap: the most the addend may be (buffers of fixed size).
+      axes, collective: for "sent": mesh axes and kind of collective; calls: how often it runs a step; least: share of the bytes that
+        any program with this layout must send.
+    """
+
+    kind: str
+    part: str
+    coefficient: float
+    basis: str = "one"
+    axes: tuple[str, ...] = ()
+    collective: str = ""
+    calls: float = 0
+    least: float = 1
+    cap: float = math.inf
+
+    def value(self, values: Mapping[str, float]) -> float:
+        return min(self.coefficient * values[self.basis], self.cap)
+
+
+class Constants(NamedTuple):
+    """What `bases` needs to know of model and mesh."""
+
+    batch_shards: int
+    seq_shards: int
+    topk: int
+    gather_from: int = GATHER_FROM
+
+
+def constants_of(cfg: ModelConfig, rules: AxisRules, sizes: Mapping[str, int]) -> Constants:
+    batch, seq = (math.prod(sizes[axis] for axis in rules.mesh_axes(name)) for name in ("act_batch", "act_seq"))
+    return Constants(batch, seq, cfg.index_topk)
+
+
+def bases(k: Constants, seq: int, batch: int) -> dict[str, float]:
+    """The functions' values, of one device: page.html has the same lines in JavaScript."""
+    rows, tokens = batch / k.batch_shards, batch * seq / (k.batch_shards * k.seq_shards)
+    csa, hca = seq // CSA, seq // HCA
+    choice = csa > k.topk
+    used = k.topk if csa >= k.gather_from * k.topk else csa
+    return {
+        "one": 1,
+        "tokens": tokens,
+        "rows": rows,
+        "csa_used": tokens * used,  # entries that queries meet: all of them under a mask, or those gathered
+        "csa_gathered": tokens * (used if used < csa else 0),
+        "csa_scored": tokens * csa if choice else 0,
+        "csa_choice": tokens if choice else 0,
+        "csa_entries": rows * csa,
+        "hca_used": tokens * hca,
+        "hca_entries": rows * hca,
+    }
+
+
+def total(terms: Iterable[Term], values: Mapping[str, float]) -> float:
+    return sum(term.value(values) for term in terms)

@@ -1,0 +1,179 @@
+"""What one device sends in a training step, from layout and mesh alone: bytes by mesh axis and kind of collective.
+
+The rules restate what the program asks for (sharding/rules.py gathers weights, sharding/experts.py and exchange.py move tokens,
+sharding/matrices.py moves matrices) and what XLA makes of it, as seen in compiled programs: benchmarks/layout_accuracy.py compares.
+Bytes are counted as in sharding/audit.py.
+
+Shapes: B rows, S tokens a row, D hidden, N heads, H head dim; lower case = this device's share.
+Next file to read: v4jax/layout/memory.py.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+from sharding.exchange import HEADROOM
+from sharding.rules import MESH_AXES, AxisRules
+from v4jax.config import CSA, HCA
+from v4jax.layout.terms import Term
+from v4jax.layout.weights import Cut, Weight, cut_of, weights_of
+from v4jax.layout.work import collections_of, part_of, spread
+from v4jax.train.config import TrainConfig
+
+
+FEW = 4
+"""Devices among which XLA:TPU still scatters a sum of experts' gradients (seen: 2 yes, 8 no)."""
+
+
+def traffic(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str) -> list[Term]:
+    """Terms of kind "sent". platform: "tpu", "gpu" or "cpu" (simulated devices: an exchange is a gather there)."""
+    axes = {name: [a for a in rules.mesh_axes(name) if sizes[a] > 1] for name in ("act_batch", "act_seq", "act_heads", "experts", "vocab")}
+    tokens = [axis for axis in MESH_AXES if axis in axes["act_batch"] + axes["act_seq"]]
+    terms = []
+    for weight in weights_of(cfg.model):
+        terms += _weight(cfg, weight, cut_of(weight, rules, sizes), tokens, sizes, platform)
+    terms += _experts(cfg, rules, axes["experts"], sizes, platform)
+    terms += _tensor(cfg, rules, axes["act_heads"], sizes)
+    terms += _sequence(cfg, axes["act_seq"], sizes)
+    return [term for term in terms + _embedding(cfg, rules, axes, sizes) if term.coefficient]
+
+
+def _sent(part: str, axes: Iterable[str], kind: str, coefficient: float, basis: str = "one", calls: float = 1, least: float = 1) -> Term:
+    return Term("sent", part, coefficient, basis, tuple(axes), kind, calls, least)
+
+
+def _weight(cfg: TrainConfig, weight: Weight, cut: Cut, tokens: list[str], sizes, platform: str) -> list[Term]:
+    """One weight: gathered where it is used, its gradient summed, its matrices moved by Muon."""
+    if weight.optimizer == "none":
+        return []
+    item = 4 if weight.float32 or cfg.dtype == "float32" else 2
+    times = 1 if weight.name.startswith("head/") or not cfg.remat else 2
+    # Rows of the table are looked up where they lie.
+    cut_tokens = [] if weight.name.startswith("embed/") else [axis for axis in tokens if axis in cut.token_axes]
+    terms = weight_gathered(weight, cut, cut_tokens, item, sizes, times)
+    if weight.optimizer == "frozen":
+        return terms + _muon(weight, cut, sizes)
+    terms += _gradient(cfg, weight, cut, cut_tokens, tokens, sizes, platform)
+    return terms + _muon(weight, cut, sizes)
+
+
+def weight_gathered(weight: Weight, cut: Cut, axes: list[str], item: float, sizes, times: int = 1) -> list[Term]:
+    """A weight gathered `times` over `axes`: the outermost moves the whole weight, each further one a part of it."""
+    whole, terms = weight.size / cut.others * item, []
+    for step in [axes] if weight.is_expert and axes else [[axis] for axis in axes]:
+        n = math.prod(sizes[axis] for axis in step)
+        terms.append(_sent(part_of(weight.name), step, "all-gather", times * whole * (n - 1) / n, calls=times * weight.layers))
+        whole /= n
+    return terms
+
+
+def _gradient(cfg, weight: Weight, cut: Cut, scattered: list[str], tokens: list[str], sizes, platform: str) -> list[Term]:
+    """The gradient's sum over devices that saw other tokens: scattered where the weight is cut, else in full."""
+    part, numbers = part_of(weight.name), weight.size / cut.others
+    table = weight.name.startswith("embed/")
+    item = 4 if weight.float32 or weight.is_expert or table or cfg.dtype == "float32" else 2
+    held = [axis for part_ in cut.parts for axis in part_]
+    rest = [axis for axis in tokens if axis not in scattered and axis not in held]
+    n, r = (math.prod(sizes[axis] for axis in axes) for axes in (scattered, rest))
+    if platform == "cpu" and not weight.is_expert and not table:  # XLA:CPU sums over all of them at once, and cuts afterwards
+        both = [axis for axis in tokens if axis in scattered + rest]
+        return [_sent(part, both, "all-reduce", 2 * numbers * item * (n * r - 1) / (n * r), calls=weight.layers)]
+    terms = []
+    if scattered:
+        # In full, of which a part is kept, at twice the bytes: the head's everywhere, experts' by XLA:TPU among many devices.
+        full = (weight.is_expert and platform == "tpu" and n > FEW) or weight.name.startswith("head/")
+        kind = "all-reduce" if full else "reduce-scatter"
+        terms.append(_sent(part, scattered, kind, (1 + full) * numbers * item * (n - 1) / n, "one", weight.layers, 1 / (1 + full)))
+    if rest:  # experts are summed over the other axes while they are whole
+        left = numbers * item / (cut.tokens if table else 1 if weight.is_expert else n)
+        terms.append(_sent(part, rest, "all-reduce", 2 * left * (r - 1) / r, calls=weight.layers))
+    return terms
+
+
+def _muon(weight: Weight, cut: Cut, sizes) -> list[Term]:
+    if weight.optimizer != "muon":
+        return []
+    return [_sent("optimizer", [axis], kind, size) for axis, kind, size in spread(weight, cut.parts, sizes)[1]]
+
+
+def _experts(cfg: TrainConfig, rules: AxisRules, holders: list[str], sizes, platform: str) -> list[Term]:
+    """Rows to experts and back, forward, again where layers are rematerialised, and once each way as gradients."""
+    n = math.prod(sizes[axis] for axis in holders)
+    ways = 3 if cfg.remat else 2
+    if n > 1 and rules.exchange and platform == "cpu":  # every device gathers all rows, with the headroom on the way back
+        model, layers = cfg.model, sum(collections_of(cfg.model).values())
+        row = layers * ways * model.hidden_size * (4 if cfg.dtype == "float32" else 2) * model.num_experts_per_tok * (n - 1)
+        return [_sent("routed experts", holders, "all-gather", row * (1 + HEADROOM), "tokens", 2 * ways * layers)]
+    return experts_sent(cfg, rules, sizes, ways)
+
+
+def experts_sent(cfg: TrainConfig, rules: AxisRules, sizes, ways: int) -> list[Term]:
+    """Rows there and back `ways` times; of one new token a row where `ways` is 1 (decoding)."""
+    model, basis = cfg.model, "rows" if ways == 1 else "tokens"
+    holders = [axis for axis in rules.mesh_axes("experts") if sizes[axis] > 1]
+    n = math.prod(sizes[axis] for axis in holders)
+    if n == 1:
+        return []
+    layers = sum(collections_of(model).values())
+    row = layers * ways * model.hidden_size * (4 if cfg.dtype == "float32" else 2)
+    if not rules.exchange:
+        kinds = ("all-gather", "reduce-scatter")
+        return [_sent("routed experts", holders, kind, row * (n - 1), basis, ways * layers) for kind in kinds]
+    sent = 2 * row * model.num_experts_per_tok * (n - 1) / n
+    return [_sent("routed experts", holders, "ragged-all-to-all", sent, basis, 2 * ways * layers)]
+
+
+def _tensor(cfg: TrainConfig, rules: AxisRules, tensor: list[str], sizes) -> list[Term]:
+    """Partial sums of heads, experts and words, added over the devices that share a token."""
+    n = math.prod(sizes[axis] for axis in tensor)
+    if n == 1:
+        return []
+    model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
+    layers = collections_of(model)
+    count = sum(layers.values())
+    # Forward: attention, routed and shared experts; backward: inputs of the three, w1 and w3 of the shared expert apart.
+    forward, backward = 3, 4
+    again = (1 + 2 * _inner(cfg)) if cfg.remat else 0
+    wide = (forward + again + backward) * model.hidden_size + model.q_lora_rank * 2 + model.head_dim
+    last = 2 * (1 + model.num_nextn_predict_layers) * model.hidden_size
+    ring = 2 * (n - 1) / n * item
+    terms = [_sent("tensor sums", tensor, "all-reduce", ring * (wide * count + last), "tokens", 6 * count)]
+    entries = ((layers[CSA], "csa_entries"), (layers[HCA], "hca_entries"))
+    return terms + [_sent("attention", tensor, "all-reduce", ring * model.head_dim * k, basis, k) for k, basis in entries if k]
+
+
+def _inner(cfg: TrainConfig) -> float:
+    """Share of layers whose expert sums the backward pass computes anew: all but the last of each pattern."""
+    groups = cfg.model.layer_groups
+    layers = sum(len(group.kinds) * group.repeats for group in groups) + cfg.model.num_nextn_predict_layers
+    return 1 - (sum(group.repeats for group in groups) + cfg.model.num_nextn_predict_layers) / layers
+
+
+def _sequence(cfg: TrainConfig, axes: list[str], sizes) -> list[Term]:
+    """Stretches of a row: the window's rows from the neighbour, entries of all devices, sums of their gradients."""
+    n = math.prod(sizes[axis] for axis in axes)
+    if n == 1:
+        return []
+    model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
+    layers = collections_of(model)
+    times = 2 if cfg.remat else 1
+    halo = model.sliding_window * model.head_dim * item * sum(layers.values()) * (times + 1)
+    terms = [_sent("attention", axes, "collective-permute", halo, "rows", (times + 1) * sum(layers.values()))]
+    share = (n - 1) / n * item
+    for ratio, basis in ((CSA, "csa_entries"), (HCA, "hca_entries")):
+        terms.append(_sent("compressors", axes, "all-gather", share * times * model.head_dim * layers[ratio], basis, times * layers[ratio]))
+        terms.append(_sent("compressors", axes, "all-reduce", 2 * share * model.head_dim * layers[ratio], basis, layers[ratio]))
+    keys = share * times * model.index_head_dim * layers[CSA]
+    return [*terms, _sent("indexers", axes, "all-gather", keys, "csa_entries", times * layers[CSA])]
+
+
+def _embedding(cfg: TrainConfig, rules: AxisRules, axes: dict[str, list[str]], sizes) -> list[Term]:
+    """Rows of the table, for the tokens and for MTP's next ones: partial rows added, columns swapped."""
+    model = cfg.model
+    width = [axis for axis in rules.mesh_axes("embed") if sizes[axis] > 1 and axis in axes["act_batch"] + axes["act_seq"]]
+    words = axes["vocab"]
+    times, n, v = 1 + model.num_nextn_predict_layers, math.prod(sizes[a] for a in width), math.prod(sizes[a] for a in words)
+    row = times * model.hidden_size * 4
+    return [
+        _sent("embedding", words, "all-reduce", row * 2 * (v - 1) / v, "tokens", times),
+        _sent("embedding", width, "all-to-all", row * (n - 1) / n * (2 if cfg.dtype == "float32" else 1.5), "tokens", 2 * times),
+    ]

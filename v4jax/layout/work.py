@@ -1,0 +1,144 @@
+"""What one device computes and moves through its memory in a training step: terms per part of the model.
+
+FLOPs are those the program executes, not those of the model (v4jax/cost.py): masked entries are computed, layers are
+recomputed in the backward pass, weights that no axis cuts are multiplied on every device. Memory traffic counts each large
+array once per product or fused loop that reads or writes it; it is the rougher of the two.
+
+Shapes: as in v4jax/cost.py.
+Next file to read: v4jax/layout/traffic.py.
+"""
+
+import math
+from collections.abc import Mapping
+
+from sharding.rules import AxisRules
+from v4jax.config import CSA, HCA, ModelConfig
+from v4jax.layout.terms import Term
+from v4jax.layout.weights import Weight, cut_of, weights_of
+from v4jax.train.config import TrainConfig
+from v4jax.train.muon import COEFFICIENTS
+
+
+def part_of(name: str) -> str:
+    """The part of the model a parameter belongs to, as v4jax/cost.py names them."""
+    for mark, part in (("indexer", "indexers"), ("compressor", "compressors"), ("/attn/", "attention"), ("shared_experts", "shared experts"),
+                       ("experts", "routed experts"), ("gate", "gates"), ("hc_", "mHC"), ("head", "head"), ("embed", "embedding"),
+                       ("_proj", "attention")):  # fmt: skip
+        if mark in name:
+            return part
+    return "norms"
+
+
+def passes(cfg: TrainConfig, weight: Weight) -> int:
+    """How often a product runs: forward, twice as long backward, and forward again where layers are rematerialised."""
+    if weight.optimizer == "frozen":
+        return 2 if cfg.remat else 1  # no gradient passes the indexer
+    if weight.name.startswith("head/"):
+        return 4  # the loss keeps no logits, with or without remat
+    return 4 if cfg.remat else 3
+
+
+def work(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list[Term]:
+    """Terms of kind "flops" and "hbm" of one device and step."""
+    model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
+    terms = []
+    for weight in weights_of(model):
+        cut, part = cut_of(weight, rules, sizes), part_of(weight.name)
+        held = weight.size / cut.devices * 4
+        if weight.optimizer != "none":
+            # Gradient and parameter read and written, two moments or one.
+            terms.append(Term("hbm", "optimizer", held * (7 if weight.optimizer == "adamw" else 5)))
+        if weight.uses:
+            n = passes(cfg, weight)
+            here = weight.size / math.prod(sizes[axis] for axis in cut.other_axes if axis in rules.mesh_axes("expert_hidden")) if weight.is_expert else weight.size / cut.others
+            terms.append(Term("flops", part, 2 * here * weight.uses * n, "tokens"))
+            terms.append(Term("hbm", part, weight.size / cut.others * item * n))
+        if weight.optimizer == "muon":
+            terms += _orthogonalise(weight, cut.parts, sizes)
+    layers = collections_of(model)
+    terms += _scores(cfg, layers, _parts(rules, sizes, "act_heads"), _parts(rules, sizes, "index_heads"))
+    return terms + _rows(cfg, rules, sizes, item)
+
+
+def collections_of(model: ModelConfig) -> dict[int, int]:
+    """Compress ratio -> layers of that kind, MTP's included."""
+    return {ratio: model.compress_ratios.count(ratio) for ratio in (0, CSA, HCA)}
+
+
+def _parts(rules: AxisRules, sizes: Mapping[str, int], name: str) -> int:
+    return math.prod(sizes[axis] for axis in rules.mesh_axes(name))
+
+
+def _scores(cfg: TrainConfig, layers: dict[int, int], tensor: int, index_parts: int) -> list[Term]:
+    """Attention over window and entries, and the indexer's scores. Chunks of queries are recomputed on their own."""
+    model = cfg.model
+    again = 5 if cfg.remat else 4
+    heads, wide = model.num_attention_heads / tensor, model.num_attention_heads * model.head_dim / tensor
+    index = 2 * model.index_n_heads * (model.index_head_dim + 1) / index_parts * (3 if cfg.remat else 2)
+    # Score rows are float32 and pass memory about four times each way: product, mask and exponent, sum, product.
+    moved = 4 * 4 * heads * again / 2
+    window = 2 * model.sliding_window * sum(layers.values())
+    return [
+        Term("flops", "attention", 4 * wide * window * again, "tokens"),
+        Term("flops", "attention", 4 * wide * layers[CSA] * again, "csa_used"),
+        Term("flops", "attention", 4 * wide * layers[HCA] * again, "hca_used"),
+        Term("flops", "indexers", index * layers[CSA], "csa_scored"),
+        Term("hbm", "attention", moved * window, "tokens"),
+        Term("hbm", "attention", moved * layers[CSA], "csa_used"),
+        Term("hbm", "attention", moved * layers[HCA], "hca_used"),
+        Term("hbm", "attention", 2 * 2 * model.head_dim * layers[CSA] * again, "csa_gathered"),
+        Term("hbm", "indexers", 4 * 3 * 3 * layers[CSA], "csa_scored"),
+    ]
+
+
+def _rows(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], item: int) -> list[Term]:
+    """Memory traffic of activations outside of scores: residual streams, rows of attention and experts, logits."""
+    model, n = cfg.model, 4 if cfg.remat else 3
+    layers = sum(collections_of(model).values())
+    tensor = _parts(rules, sizes, "act_heads")
+    streams = 2 * 5 * model.hc_mult * model.hidden_size  # two sites: mixing logits, collapse, and expand reads and writes
+    attention = 6 * model.num_attention_heads * model.head_dim / tensor + 12 * model.hidden_size
+    hidden = _parts(rules, sizes, "expert_hidden")
+    experts = model.num_experts_per_tok * (4 * model.hidden_size + 5 * model.moe_intermediate_size / hidden)
+    logits = 3 * 4 * model.vocab_size / _parts(rules, sizes, "vocab") * 4 * (1 + model.num_nextn_predict_layers)
+    return [
+        Term("hbm", "mHC", streams * item * n * layers, "tokens"),
+        Term("hbm", "attention", attention * item * n * layers, "tokens"),
+        Term("hbm", "routed experts", experts * item * n * layers, "tokens"),
+        Term("hbm", "head", logits, "tokens"),
+    ]
+
+
+def _orthogonalise(weight: Weight, parts, sizes: Mapping[str, int]) -> list[Term]:
+    """Newton-Schulz on this device's share of whole matrices (sharding/matrices.py): per step 4 m^2 n + 2 m^3, m <= n."""
+    *_, rows, columns = weight.shape
+    count, _ = spread(weight, parts, sizes)
+    m, n = min(rows, columns), max(rows, columns)
+    flops = len(COEFFICIENTS) * (4 * m * m * n + 2 * m**3) * count
+    moved = len(COEFFICIENTS) * 4 * (5 * m * n + 4 * m * m) * count
+    return [Term("flops", "optimizer", flops), Term("hbm", "optimizer", moved)]
+
+
+def spread(weight: Weight, parts, sizes: Mapping[str, int]) -> tuple[int, list[tuple[str, str, float]]]:
+    """(whole matrices this device works on, what it sends: mesh axis, collective, bytes), as sharding/matrices.py does it."""
+    sent = []
+    matrix = 4 * math.prod(weight.shape[-2:]) / math.prod(sizes[a] for part in parts[-2:] for a in part)
+    stack = weight.size // math.prod(weight.shape[-2:]) // math.prod(sizes[a] for part in parts[:-2] for a in part)
+    used = [axis for part in parts for axis in part]
+    for axis in (axis for axis, size in sizes.items() if size > 1 and axis not in used):
+        if stack >= sizes[axis]:
+            stack = -(-stack // sizes[axis])
+            sent.append((axis, "all-gather", None, stack * (sizes[axis] - 1)))
+    for part in parts[-2:]:
+        for axis in reversed(part):
+            size = sizes[axis]
+            if stack < size:
+                matrix *= size
+                sent.append((axis, "all-gather", matrix * stack * (size - 1) / size, 0))
+            else:
+                stack = -(-stack // size)
+                sent.append((axis, "all-to-all", 2 * matrix * stack * (size - 1), 0))
+                matrix *= size
+    # Results of copies are gathered last to first, in pieces as large as they were when they were shared out.
+    piece = 4 * math.prod(weight.shape[-2:]) / math.prod(sizes[a] for part in parts[-2:] for a in part)
+    return stack, [(axis, kind, piece * copies if size is None else size) for axis, kind, size, copies in sent]

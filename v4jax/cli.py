@@ -138,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     layout.add_argument("--chips", type=int, help="chips to search on (default: as many as the target names)")
     layout.add_argument("--confirm", type=int, default=0, metavar="K", help="compile the best K of the search")
     layout.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two layouts side by side, each LAYOUT:MESH")
+    layout.add_argument("--report", metavar="OUT.html", help="write one page that works offline (of a search: of its winner)")
     layout.add_argument("--measure", metavar="OUT.json", help="measure this machine and write it as a hardware profile; no CONFIG")
 
     launch = command("launch", _launch, "Run -- COMMAND as one JAX job of local processes on simulated CPU devices.")
@@ -273,11 +274,13 @@ def _layout(arguments, _):
         return _measure(arguments.measure)
     if arguments.config is None:
         raise BadInput("layout needs a CONFIG.py or config.json; see v4jax layout --help")
+    is_file = pathlib.Path(arguments.config).suffix == ".py"
+    config = _read_config_file(arguments.config) if is_file else arguments.config
     from v4jax.layout import command
 
-    cfg = _layout_config(arguments)
     names = ("target", "what", "paper", "lower_only", "fp8", "released")
     request = command.Request(**{name: getattr(arguments, name) for name in names})
+    cfg = command.config_of(config, arguments)
     if arguments.target == "cpu" and not (arguments.search or arguments.compare):
         _start(cfg.mesh)
     if arguments.compare:
@@ -286,6 +289,10 @@ def _layout(arguments, _):
         result = command.look_for(cfg, request, arguments.chips, arguments.confirm)
     else:
         result = command.look(cfg, request)
+    if arguments.report:
+        from v4jax.layout.page import report
+
+        report(arguments.report, cfg, request, result)
     if arguments.json:
         return result.to_dict()
     _print_rows(result.rows())
@@ -302,32 +309,6 @@ def _measure(path: str) -> dict:
     found = measure()
     pathlib.Path(path).write_text(json.dumps(found, indent=1) + "\n")
     return found
-
-
-def _layout_config(arguments):
-    """The training config that mesh, layout, lengths of the command line make of CONFIG."""
-    import dataclasses
-
-    path = pathlib.Path(arguments.config)
-    if path.suffix == ".py":
-        cfg = _read_config_file(path)
-    else:
-        from v4jax.config import ModelConfig
-        from v4jax.train.config import TrainConfig
-
-        model = ModelConfig.from_json(path)
-        cfg = TrainConfig(model=model, run_dir="", steps=1, batch_size=1, seq_len=4096, learning_rate=1e-4, warmup_steps=0)
-    changes = {"mesh": arguments.mesh, "layout": arguments.layout, "seq_len": arguments.seq}
-    cfg = dataclasses.replace(cfg, **{name: value for name, value in changes.items() if value is not None})
-    from sharding.mesh import parse_mesh
-
-    meshes = [text.partition(":")[2] for text in arguments.compare or ()] or [cfg.mesh]
-    devices = math.lcm(*(math.prod(parse_mesh(mesh).values()) for mesh in meshes))
-    if arguments.search:
-        from v4jax.layout.command import devices_of
-
-        devices = devices_of(arguments.target, arguments.chips)
-    return dataclasses.replace(cfg, batch_size=arguments.batch or devices)
 
 
 def _launch(arguments, command: list[str]) -> int:

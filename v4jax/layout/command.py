@@ -1,6 +1,6 @@
 """What `v4jax layout` does: an estimate, a compiled report, a comparison of two layouts, or a search, as one printable result.
 
-Next file to read: v4jax/layout/search.py.
+Next file to read: v4jax/layout/page.py.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from sharding.mesh import parse_mesh
 from sharding.rules import MESH_AXES, layout_for
+from v4jax.config import ModelConfig
 from v4jax.layout.compiled import LayoutReport, report_layout
 from v4jax.layout.estimate import Estimate, estimate, gigabytes, platform_of
 from v4jax.layout.hardware import Target, target_of
@@ -84,6 +85,20 @@ class Comparison:
 
     def lines(self) -> list[str]:
         return []
+
+
+def config_of(config: TrainConfig | str, options) -> TrainConfig:
+    """The training config that the command line's mesh, layout, seq and batch make of a TrainConfig or of a config.json."""
+    if isinstance(config, str):
+        model = ModelConfig.from_json(config)
+        config = TrainConfig(model=model, run_dir="", steps=1, batch_size=1, seq_len=4096, learning_rate=1e-4, warmup_steps=0)
+    changes = {"mesh": options.mesh, "layout": options.layout, "seq_len": options.seq}
+    config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
+    meshes = [text.partition(":")[2] for text in options.compare or ()] or [config.mesh]
+    devices = math.lcm(*(math.prod(parse_mesh(mesh).values()) for mesh in meshes))
+    if options.search:
+        devices = devices_of(options.target, options.chips)
+    return dataclasses.replace(config, batch_size=options.batch or devices)
 
 
 def look(cfg: TrainConfig, request: Request) -> Result:

@@ -1,0 +1,105 @@
+"""A report as one self-contained page: the paper model's terms as data, and the few lines of JavaScript that evaluate them.
+
+The page needs no network and no server. Its sliders change tokens a row and rows a step; it recomputes memory, time and traffic from
+the same terms as v4jax/layout/estimate.py (tests/test_page.py compares the two in a browser).
+
+Next file to read: v4jax/layout/page.html.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+from sharding.mesh import parse_mesh
+from sharding.rules import layout_for
+from v4jax.cost import cost
+from v4jax.layout.command import Request, Result, Searched
+from v4jax.layout.estimate import platform_of, terms_of
+from v4jax.layout.hardware import Hardware, target_of
+from v4jax.layout.memory import MEMORY, WORKING
+from v4jax.layout.notes import notes, parameters
+from v4jax.layout.terms import Term, constants_of
+from v4jax.train.config import TrainConfig
+
+TEMPLATE = pathlib.Path(__file__).parent / "page.html"
+_STEPS = 7
+"""Doublings of rows that the slider offers each way."""
+
+
+def report(path: str, cfg: TrainConfig, request: Request, result: Result | Searched) -> None:
+    """Writes the page of a look at one layout, or of a search's winner, to `path`.
+
+    Raises:
+      ValueError: a comparison, which has no page.
+    """
+    if isinstance(result, Searched):
+        best = result.found.ranked[0]
+        cfg = dataclasses.replace(cfg, mesh=best.mesh, layout=best.layout)
+        hardware = target_of(request.target).hardware
+        lines = (result.found.why(), *notes(cfg, best, platform_of(hardware)))
+        result = Result(best, next(iter(result.confirmed), None), lines)
+    elif not isinstance(result, Result):
+        raise ValueError("--report: shows one layout; leave out --compare")
+    hardware = target_of(request.target, result.estimate.devices).hardware
+    text = json.dumps(page_data(cfg, hardware, result, request)).replace("<", "\\u003c")
+    pathlib.Path(path).write_text(TEMPLATE.read_text().replace(">DATA<", f">{text}<"))
+
+
+def page_data(cfg: TrainConfig, hardware: Hardware, result: Result, request: Request) -> dict[str, Any]:
+    """Everything the page shows, as plain values."""
+    sizes = parse_mesh(cfg.mesh)
+    rules = layout_for(cfg.layout, sizes)
+    found, devices = result.estimate, math.prod(sizes.values())
+    seqs, batches = _lengths(cfg, rules, sizes)
+    terms = terms_of(cfg, rules, sizes, platform_of(hardware), found.what, request.released)
+    cuts = collections.defaultdict(list)
+    for name, axes in rules.table:
+        for axis in axes:
+            cuts[axis].append(name)
+    return {
+        "title": f"{cfg.layout} on {cfg.mesh or 'one device'}",
+        "subtitle": f"{found.what}, {devices} devices of {hardware.name}, {_compiled(result)}",
+        "what": found.what, "seq": cfg.seq_len, "batch": cfg.batch_size, "seqs": seqs, "batches": batches, "fp8": request.fp8, "sizes": sizes,
+        "hardware": dataclasses.asdict(hardware.of_a_device(devices)), "constants": constants_of(cfg.model, rules, sizes)._asdict(),
+        "terms": [term._asdict() | {"cap": None if math.isinf(term.cap) else term.cap} for term in merged(terms)],
+        "kinds": MEMORY, "working": WORKING, "notes": result.notes, "parameters": parameters(cfg), "cuts": cuts,
+        "model_flops": {seq: _flops(cfg, seq, found.what) for seq in seqs}, "experts": cfg.model.n_routed_experts,
+        "heads": cfg.model.num_attention_heads, "weights": found.memory["weights"],
+        "rules": {name: rules.mesh_axes(name) for name in ("experts", "act_batch", "act_seq", "act_heads")},
+    }  # fmt: skip
+
+
+def merged(terms: list[Term]) -> list[Term]:
+    """The same sums with fewer addends: memory by kind, the rest by part. Addends with a cap stay apart."""
+    table: dict[Any, Term] = {}
+    for term in terms:
+        part = "" if term.kind in (*MEMORY, *WORKING) else term.part
+        key = (term.kind, part, term.basis, term.axes, term.collective, term.least, term.cap if math.isinf(term.cap) else object())
+        known = table.get(key, term._replace(part=part, coefficient=0, calls=0))
+        table[key] = known._replace(coefficient=known.coefficient + term.coefficient, calls=known.calls + term.calls)
+    return list(table.values())
+
+
+def _lengths(cfg: TrainConfig, rules, sizes) -> tuple[list[int], list[int]]:
+    """Tokens a row and rows a step that the sliders offer: doublings that divide over the mesh, the asked ones among them."""
+    cut, rows = (math.prod(sizes[axis] for axis in rules.mesh_axes(name)) for name in ("act_seq", "act_batch"))
+    seqs = {cfg.seq_len} | {2**n for n in range(9, 21) if 2**n % cut == 0 and 2**n <= cfg.model.max_position_embeddings}
+    return sorted(seqs), sorted({cfg.batch_size} | {rows * 2**n for n in range(_STEPS)})
+
+
+def _flops(cfg: TrainConfig, seq: int, what: str) -> float:
+    found = cost(cfg.model, seq)
+    return found.train_flops if what == "train" else found.total.flops
+
+
+def _compiled(result: Result) -> str:
+    report = result.compiled
+    if report is None:
+        return "on paper: nothing was compiled"
+    if report.temporary_bytes is None:
+        return f"on paper, and lowered: {report.state_bytes / 1e9:.2f} GB of state"
+    sent = sum(row[3] for row in report.collectives)
+    return f"on paper; compiled: {report.state_bytes / 1e9:.2f} GB of state, {report.temporary_bytes / 1e9:.2f} GB temporary, {sent / 1e9:.2f} GB sent"

@@ -20,7 +20,7 @@ demo: $(VENV)/demo.done
 	JAX_PLATFORMS=cpu $(BIN)/v4jax train configs/demo.py
 
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile  # mostly compiling, one core a process
 
 clean:
 	rm -rf $(VENV) runs

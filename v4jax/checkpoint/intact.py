@@ -2,7 +2,7 @@
 
 Orbax does not notice a flipped byte or a file cut short by a full disk.
 
-Next file to read: v4jax/checkpoint/store.py.
+Next file to read: v4jax/checkpoint/note.py.
 """
 
 import concurrent.futures

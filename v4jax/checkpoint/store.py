@@ -2,14 +2,15 @@
 
     RUN/config.json            architecture, official style
     RUN/tokenizer.json         how text becomes tokens
-    RUN/checkpoints/STEP/      params (the public dict), optimizer, data position, and a checksum of every file
+    RUN/checkpoints/STEP/      params (the public dict), optimizer, data position, record (train/stability.py), a checksum of every file
     RUN/damaged/STEP/          checkpoints that a run found damaged when it was resumed
+    RUN/abandoned/STEP/        checkpoints that a run went back behind after a loss spike
     RUN/metrics.jsonl, ...     written by the training loop
 
 A checkpoint appears under its name only when it is complete (Orbax renames it), so a crash leaves nothing half-written. One
 that is not what was written (checkpoint/intact.py) is passed over, loudly.
 
-Next file to read: v4jax/train/loop.py.
+Next file to read: v4jax/train/stability.py.
 """
 
 import concurrent.futures
@@ -29,7 +30,7 @@ from v4jax.checkpoint.intact import damage, write_sums
 from v4jax.checkpoint.text import write_text
 from v4jax.config import ModelConfig
 
-CHECKPOINTS, DAMAGED = "checkpoints", "damaged"
+CHECKPOINTS, DAMAGED, ABANDONED = "checkpoints", "damaged", "abandoned"
 logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it touches at INFO
 
 
@@ -72,17 +73,18 @@ class Store:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
-    def latest_intact(self, items: Sequence[str] | None = None, strict: bool = False) -> int | None:
+    def latest_intact(self, items: Sequence[str] | None = None, strict: bool = False, newest: int | None = None) -> int | None:
         """Step of the newest checkpoint whose files are what was written; those passed over are named in the log.
 
         Args:
           items: parts that matter ("params"); None: all.
           strict: refuse instead of passing over.
+          newest: look at checkpoints of this step and before it only.
 
         Raises:
           ValueError: all are damaged; or, with `strict`, the newest one is. Names the file.
         """
-        steps = sorted((one.step for one in self._checkpointer.checkpoints), reverse=True)
+        steps = sorted((one.step for one in self._checkpointer.checkpoints if newest is None or one.step <= newest), reverse=True)
         for step in steps:
             wrong = damage(self.path(step), items, jax.process_index(), jax.process_count())
             if anywhere(wrong is not None):
@@ -94,14 +96,14 @@ class Store:
             logging.getLogger("v4jax").warning("%s is damaged: %s; trying the one before it", self.path(step), wrong)
         return None
 
-    def put_aside_after(self, step: int) -> None:
-        """Moves checkpoints newer than `step`, which are damaged, out of the way of those to come."""
+    def put_aside_after(self, step: int, folder: str) -> None:
+        """Moves checkpoints newer than `step` to DAMAGED or ABANDONED, out of the way of those to come."""
         newer = [one.step for one in self._checkpointer.checkpoints if one.step > step]
         for one in newer if is_first() else ():
-            aside = self._directory / DAMAGED / f"{one}-{uuid.uuid4().hex[:8]}"
+            aside = self._directory / folder / f"{one}-{uuid.uuid4().hex[:8]}"
             aside.parent.mkdir(exist_ok=True)
             self.path(one).rename(aside)
-        wait_for_all("damaged checkpoints are out of the way")
+        wait_for_all("checkpoints are out of the way")
         self._checkpointer.reload()
 
     def path(self, step: int) -> pathlib.Path:
@@ -122,6 +124,17 @@ class Store:
         if saving is None:
             raise RuntimeError(f"checkpoint {step} was not saved to {self._checkpointer.directory}")
         self._summed.append(self._summing.submit(self._sum, saving, step))
+
+    def wait(self) -> None:
+        """Returns when no save is under way.
+
+        Raises:
+          OSError: one failed.
+        """
+        with self._writing():
+            self._checkpointer.wait()
+        concurrent.futures.wait(self._summed)
+        self._raise_failed()
 
     def _raise_failed(self) -> None:
         for one in [one for one in self._summed if one.done()]:

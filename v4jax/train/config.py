@@ -12,6 +12,7 @@ from v4jax.config import ModelConfig
 from v4jax.quant.fake import check_quant
 from v4jax.data.config import DataConfig
 from v4jax.train.loss import LossWeights
+from v4jax.train.stability import StabilityConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class TrainConfig:
     """One run. Every field can be overridden on the command line.
 
     Attributes:
-      model: architecture. data: text and tokenizer. loss: weights of the loss's parts.
+      model: architecture. data: text and tokenizer. loss: weights of the loss's parts. stability: what is done about spikes.
       run_dir: where everything is written; an existing run of the same model is resumed.
       mesh: axis sizes such as "data=2,expert=4"; empty: one device. layout: name of the sharding layout.
       steps, batch_size, seq_len: optimizer steps, rows per step (global), tokens per row.
@@ -39,6 +40,7 @@ class TrainConfig:
     model: ModelConfig
     data: DataConfig = DataConfig()
     loss: LossWeights = LossWeights()
+    stability: StabilityConfig = StabilityConfig()
     run_dir: str
     mesh: str = ""
     layout: str = "full"
@@ -87,6 +89,10 @@ class TrainConfig:
         _require(self, "final_lr_ratio", 0 <= self.final_lr_ratio <= 1, "in [0, 1]")
         _require(self, "decay_steps", self.warmup_steps + self.decay_steps <= self.steps,
                  f"at most steps - warmup_steps = {self.steps - self.warmup_steps}")  # fmt: skip
+        if self.stability.rollbacks:  # the newest checkpoint may not be known to be good yet
+            _require(self, "keep", self.keep >= 2, "at least 2 with stability.rollbacks")
+            _require(self, "checkpoint_every", self.checkpoint_every > self.stability.proven,
+                     f"above stability.proven={self.stability.proven}")  # fmt: skip
         _require(self, "seq_len", self.seq_len <= self.model.max_position_embeddings,
                  f"at most max_position_embeddings={self.model.max_position_embeddings}")  # fmt: skip
 

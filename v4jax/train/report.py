@@ -4,8 +4,10 @@ Next file to read: v4jax/generate/plain.py.
 """
 
 import json
+import math
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sharding.mesh import make_mesh, parse_mesh
 from v4jax.checkpoint.text import write_text
 from v4jax.train.config import TrainConfig
+from v4jax.train.stability import Record
 
 METRICS = "metrics.jsonl"
 
@@ -49,14 +52,9 @@ def matmul_rate(dtype: jnp.dtype, size: int = 2048, repeats: int = 3) -> float:
 class Reporter:
     """Collects metrics of one run. A resumed run drops the lines after its checkpoint, so no step stands twice."""
 
-    def __init__(self, run: pathlib.Path, cfg: TrainConfig, first: int, flops_per_token: float):
-        from tensorboardX import SummaryWriter
-
-        self._cfg, self._path = cfg, run / METRICS
-        lines = read_metrics(run)
-        write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= first))
-        self._file = self._path.open("a")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first + 1)
+    def __init__(self, run: pathlib.Path, cfg: TrainConfig, first: int, record: Record, flops_per_token: float):
+        self._cfg, self._run = cfg, run
+        self._open(first, record.rollbacks)
         self._tokens = cfg.batch_size * cfg.seq_len
         self._flops = flops_per_token * self._tokens
         self._peak = matmul_rate(jnp.dtype(cfg.dtype))
@@ -68,14 +66,26 @@ class Reporter:
         )  # fmt: skip
         self._task = self._bar.add_task("train", total=cfg.steps, completed=first, line="compiling")
 
+    def _open(self, step: int, rollbacks: int) -> None:
+        """Files to go on writing to, less what came after `step` and after so many rollbacks."""
+        from tensorboardX import SummaryWriter
+
+        lines = [line for line in read_metrics(self._run) if line["step"] <= step and line.get("rollback", 0) <= rollbacks]
+        write_text(self._run / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+        self._file = (self._run / METRICS).open("a")
+        self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=step + 1)
+
+    def _close(self) -> None:
+        self._board.close()
+        self._file.close()
+
     def __enter__(self) -> "Reporter":
         self._bar.start()
         return self
 
     def __exit__(self, *error) -> None:
         self._bar.stop()
-        self._board.close()
-        self._file.close()
+        self._close()
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Adds speed and utilisation to a step's metrics and shows them."""
@@ -99,6 +109,19 @@ class Reporter:
         self._show(step, "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
         self._last = (step, time.perf_counter())  # do not count evaluation as training time
 
+    def rollback(self, step: int, record: Record, at: int, why: str, trace: Sequence[float]) -> None:
+        """The run went back from step `at` to `step`. One line says so, and the losses in between, the last of `trace`."""
+        self._close()
+        self._open(step, record.rollbacks)
+        given_up = [loss if math.isfinite(loss) else None for loss in trace[-(at - step) :]]
+        event = {"step": step, "event": "rollback", "rollback": record.rollbacks, "at": at, "why": why}
+        self._file.write(json.dumps(event | {"skipped": record.skipped[-1], "losses_given_up": given_up}) + "\n")
+        self._file.flush()
+        self._board.add_text("rollback", f"step {at}: {why}; back to step {step}", step)
+        self._last = (step, None)
+        first, last = record.skipped[-1]
+        self._show(step, f"rollback {record.rollbacks}: step {at}: {why}; batches {first} to {last} skipped")
+
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
@@ -116,7 +139,7 @@ class Reporter:
         """The newest value of each metric in the run's file."""
         newest: dict[str, Any] = {}
         for line in read_metrics(run):
-            newest |= line
+            newest |= {} if "event" in line else line
         return newest
 
 
@@ -135,9 +158,12 @@ class Silent:
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         pass
 
+    def rollback(self, step: int, record: Record, at: int, why: str, trace: Sequence[float]) -> None:
+        pass
 
-def read_metrics(run) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl; a last line cut short by a crash is left out."""
+
+def read_metrics(run) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, metrics of a step or an "event"; a last line cut short by a crash is left out."""
     path = pathlib.Path(run) / METRICS
     if not path.exists():
         return []

@@ -1,0 +1,230 @@
+"""Spikes are found, gone back behind and survived; what is remembered of them outlives the process."""
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from trees import small_config
+
+import v4jax
+from v4jax.checkpoint.store import Store
+from v4jax.data.config import DataConfig
+from v4jax.train import loop
+from v4jax.train.config import TrainConfig
+from v4jax.train.stability import Record, StabilityConfig, TrainingFailed, gone_back, remember, spike
+
+MODEL = small_config(
+    vocab_size=260, num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1, hidden_size=32, moe_intermediate_size=32,
+    num_attention_heads=4, o_groups=2, q_lora_rank=16, n_routed_experts=4,
+)  # fmt: skip
+GUARD = StabilityConfig(rollbacks=3, window=8, least=4, loss_rise=0.5, norm_rise=8.0)
+KEPT = ("step", "loss", "grad_norm", "held_out_nll", "event", "rollback", "at", "why", "skipped", "losses_given_up")
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    """Each letter is followed by one of three, at random: soon learnt, and a floor of ln 3 nats."""
+    folder, rng = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
+    for i in range(40):
+        letters = itertools.accumulate(rng.integers(0, 3, 1500), lambda letter, turn: (3 * letter + turn + 1) % 8)
+        (folder / f"{i}.txt").write_text("".join("abcdefgh"[letter] for letter in letters))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """One program per mesh for the whole file: mesh -> what compile_step gave."""
+    return {}
+
+
+class Harmed:
+    """Stands for the jitted step: makes noise of batches, and inflates the updates of others; both are known by their first row."""
+
+    def __init__(self, key, real, compiled, noise=(), inflate=()):
+        self.key, self.real, self.compiled, self.noise, self.inflate = key, real, compiled, noise, inflate
+
+    def lower(self, state, batch):
+        self.arguments = state, batch
+        return self
+
+    def compile(self):
+        if self.key not in self.compiled:
+            self.compiled[self.key] = self.real.lower(*self.arguments).compile()
+        return self
+
+    def __call__(self, state, batch):
+        step, row = self.compiled[self.key], np.asarray(batch["tokens"])[0]
+        if any(np.array_equal(row, bad) for bad in self.noise):
+            noise = np.random.default_rng(0).integers(0, 256, batch["tokens"].shape, np.int32)
+            batch = batch | {"tokens": jax.device_put(noise, batch["tokens"].sharding)}
+        if not any(np.array_equal(row, bad) for bad in self.inflate):
+            return step(state, batch)
+        before = jax.tree.map(jnp.copy, state.params)
+        state, metrics = step(state, batch)
+        inflated = jax.tree.map(lambda new, old: old + 100 * (new - old), state.params, before)
+        return dataclasses.replace(state, params=inflated), metrics
+
+
+@pytest.fixture
+def train(monkeypatch, compiled):
+    """train(cfg, noise=, inflate=): a run with harm done at those batches."""
+    real = loop.compile_step
+
+    def run(cfg, **harm):
+        def harmed(*arguments):
+            return Harmed(cfg.mesh, real(*arguments), compiled, **harm)
+
+        monkeypatch.setattr(loop, "compile_step", harmed)
+        return loop.train(cfg)
+
+    return run
+
+
+def config(text_folder, run, **changes) -> TrainConfig:
+    fields = dict(
+        model=MODEL, data=DataConfig(source=str(text_folder), held_out=0.1), run_dir=str(run), steps=40, batch_size=4, seq_len=48,
+        learning_rate=1e-2, warmup_steps=2, decay_steps=20, log_every=5, eval_every=40, eval_batches=4, checkpoint_every=5, remat=False,
+        export="none", stability=GUARD,
+    )  # fmt: skip
+    return TrainConfig(**fields | changes)
+
+
+def lines(cfg):
+    text = (pathlib.Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [{name: line[name] for name in KEPT if name in line} for line in map(json.loads, text)]
+
+
+def rows(cfg, count: int):
+    """The first row of each of the run's first batches."""
+    data = loop._data(cfg, loop.tokenizer_of(cfg.data), None)
+    return [next(data)["tokens"][0] for _ in range(count)]
+
+
+def same_weights(a, b):
+    for x, y in zip(jax.tree.leaves(v4jax.load(a)[1]), jax.tree.leaves(v4jax.load(b)[1]), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def clean(text_folder, tmp_path_factory, compiled):
+    cfg = config(text_folder, tmp_path_factory.mktemp("clean") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        real = loop.compile_step
+        patch.setattr(loop, "compile_step", lambda *a: Harmed(cfg.mesh, real(*a), compiled))
+        return cfg, loop.train(cfg)
+
+
+def test_what_counts_as_a_spike():
+    record = Record()
+    for i in range(16):
+        assert spike(GUARD, record, 1e9, 1.0) is None or i >= 4  # too few steps to say
+        record = remember(GUARD, record, 4 + 0.01 * (-1) ** i, 1.0)
+    assert spike(GUARD, record, 4.4, 1.0) is None and spike(GUARD, record, 3.0, 1e-9) is None
+    assert spike(GUARD, record, 4.6, 1.0) == "loss is 4.6, above 4.5"
+    assert spike(GUARD, record, 4.0, 8.1) == "grad_norm is 8.1, above 8"
+    assert spike(GUARD, Record(), math.nan, 1.0) == "loss is nan"
+    assert spike(GUARD, Record(), 1.0, math.inf) == "grad_norm is inf"
+    noisy = Record(losses=tuple(4 + 0.2 * (-1) ** i for i in range(16)), grad_norms=(1.0,) * 16)
+    assert spike(GUARD, noisy, 7.3, 1.0) is None and spike(GUARD, noisy, 7.4, 1.0)  # 8 deviations of 0.42
+    falling = Record(losses=tuple(8 - 0.05 * i for i in range(16)), grad_norms=(1.0,) * 16)
+    assert spike(GUARD, falling, 8.2, 1.0)
+    off = StabilityConfig()
+    assert spike(off, record, 1e9, 1e9) is None and spike(off, record, math.nan, 1.0) and remember(off, record, 1.0, 1.0) is record
+
+
+def test_batches_are_counted_past_what_was_skipped():
+    record = gone_back(Record(), Record(), 10, drawn=14)
+    assert record.skipped == ((11, 14),) and record.batch(11) == 15
+    again = gone_back(record, Record(), 10, drawn=record.batch(12))
+    assert again.skipped == ((11, 16),) and again.rollbacks == 2
+    later = gone_back(again, again, 20, drawn=again.batch(23))
+    assert later.skipped == ((11, 16), (27, 29)) and later.batch(21) == 30 and Record.from_json(json.loads(json.dumps(later.to_json()))) == later
+
+
+@pytest.mark.parametrize(
+    "mesh", ["", pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.slow)], ids=["one device", "eight devices"]
+)
+def test_spikes_are_survived(clean, train, tmp_path, mesh):
+    """A batch of noise at step 18, and an update 100 times too long at step 32, which shows at 33: the end is that of a clean run."""
+    cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), mesh=mesh)
+    order = rows(cfg, 40)
+    summary = train(cfg, noise=order[17:18], inflate=order[34:35])  # step 16 trains on batch 19 then, step 32 on 35
+    events = [line for line in lines(cfg) if "event" in line]
+    assert [(event["step"], event["at"], event["skipped"]) for event in events] == [(15, 18, [16, 18]), (30, 33, [34, 36])]
+    assert len(events[0]["losses_given_up"]) == 3 and max(events[0]["losses_given_up"]) == events[0]["losses_given_up"][-1]
+    steps = [line["step"] for line in lines(cfg) if "loss" in line]
+    assert steps == sorted(set(steps)) and steps[-1] == 40
+    assert summary["held_out_nll"] == pytest.approx(clean[1]["held_out_nll"], rel=0.01)
+    note = json.loads((tmp_path / "run/checkpoints/40/record/note.json").read_text())
+    assert note["rollbacks"] == 2 and note["skipped"] == [[16, 18], [34, 36]]
+
+
+@pytest.mark.slow
+def test_without_rollbacks_the_harm_stays(clean, train, tmp_path):
+    """So the test above can fail."""
+    off = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), stability=StabilityConfig())
+    order = rows(off, 40)
+    summary = train(off, noise=order[17:18], inflate=order[31:32])
+    assert summary["held_out_nll"] > 1.05 * clean[1]["held_out_nll"] and not [line for line in lines(off) if "event" in line]
+
+
+def test_a_checkpoint_that_was_already_bad_is_left_behind(clean, train, tmp_path, monkeypatch):
+    """The update of step 10 does the harm, which step 11 shows: the checkpoint of step 10 is no good. Killed and resumed on the way,
+    before and after the next checkpoint, the run ends with the same bits."""
+    whole = dataclasses.replace(clean[0], run_dir=str(tmp_path / "whole"), steps=20, decay_steps=0, eval_batches=0)
+    order = rows(whole, 20)
+    train(whole, inflate=order[9:10])
+    (event,) = [line for line in lines(whole) if "event" in line]
+    assert (event["step"], event["at"], event["skipped"]) == (5, 11, [6, 11])
+    assert [path.name.split("-")[0] for path in (tmp_path / "whole/abandoned").iterdir()] == ["10"]
+
+    killed = dataclasses.replace(whole, run_dir=str(tmp_path / "killed"))
+    load, save, deaths = Store.load, Store.save, ["going back", 10]
+
+    def load_or_die(store, step, items):
+        if "data" not in items and deaths[0] == "going back":
+            raise KeyboardInterrupt(deaths.pop(0))
+        return load(store, step, items)
+
+    def save_then_die(store, step, items, loss):
+        save(store, step, items, loss)
+        if deaths[0] == step and items["record"].value["rollbacks"]:
+            raise KeyboardInterrupt(deaths.pop(0))
+
+    monkeypatch.setattr(Store, "load", load_or_die)
+    monkeypatch.setattr(Store, "save", save_then_die)
+    for words in ("going back", "10"):
+        with pytest.raises(KeyboardInterrupt, match=words):
+            train(killed, inflate=order[9:10])
+    deaths.append(None)
+    train(killed, inflate=order[9:10])
+    same_weights(whole.run_dir, killed.run_dir)
+    assert [line for line in lines(killed) if "event" in line or line["step"] % 5 == 0 or line["step"] == 1] == lines(whole)
+
+
+def test_rollbacks_are_bounded(clean, train, tmp_path):
+    """Noise without end is no accident: the run stops, and what it had is there."""
+    cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), eval_batches=0)
+    with pytest.raises(TrainingFailed, match=r"step 26: loss is .* after 3 rollback\(s\); last checkpoint: 25"):
+        train(cfg, noise=rows(cfg, 31)[27:])
+    assert [line["rollback"] for line in lines(cfg) if "event" in line] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"keep": 1}, "keep: got 1; must be at least 2 with stability.rollbacks"),
+        ({"checkpoint_every": 1}, "checkpoint_every: got 1; must be above stability.proven=1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(clean, changes, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(clean[0], **changes)
+    with pytest.raises(ValueError, match="stability.least: got 99; must be in \\[2, window=64\\]"):
+        StabilityConfig(least=99)

@@ -1,0 +1,100 @@
+"""Where a run begins: at its newest checkpoint, at weights it is given, or fresh; and where it begins again after a spike.
+
+Next file to read: v4jax/train/loop.py.
+"""
+
+import dataclasses
+import functools
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+
+from sharding.processes import anywhere
+from v4jax.api import load_onto
+from v4jax.checkpoint.note import Note
+from v4jax.checkpoint.store import ABANDONED, DAMAGED, Store, check_same_arrays
+from v4jax.config import ModelConfig
+from v4jax.train.config import TrainConfig
+from v4jax.train.stability import Record, TrainingFailed, gone_back
+from v4jax.train.step import TrainState, init_state, state_from
+
+
+def start(cfg: TrainConfig, shardings: TrainState, store: Store, data) -> tuple[TrainState, int, Record]:
+    """(state, steps already done, record): the newest intact checkpoint with the data iterator set to its place, or a fresh state."""
+    step = store.latest_intact(strict=cfg.strict)
+    if step is None:
+        return _fresh(cfg, shardings), 0, Record()
+    store.put_aside_after(step, DAMAGED)
+    if step > cfg.steps:
+        raise ValueError(f"steps: got {cfg.steps}; {cfg.run_dir} has already done {step}")
+    return _load(cfg, shardings, store, step, {"data": data})
+
+
+def items_of(state: TrainState, record: Record) -> dict[str, Any]:
+    """What a checkpoint holds of a run, but for the data's position."""
+    return {"params": state.public, "optimizer": state.optimizer, "record": Note(record.to_json())}
+
+
+def go_back(
+    cfg: TrainConfig, shardings, store: Store, state: TrainState, record: Record, step: int, drawn: int, why: str
+) -> tuple[TrainState, int, Record]:
+    """`start` after a spike at `step`, with the data left where it is; newer checkpoints are moved to abandoned/.
+
+    Args:
+      state: of the spike; its memory is freed. record: of the run up to there. drawn: the last batch taken from the data.
+      why: the spike, in words.
+
+    Raises:
+      TrainingFailed: no rollback is left, or no checkpoint from long enough before the spike.
+    """
+    if record.rollbacks >= cfg.stability.rollbacks:
+        spent = f" after {record.rollbacks} rollback(s)" if record.rollbacks else ""
+        raise TrainingFailed(f"step {step}: {why}{spent}; last checkpoint: {store.latest}")
+    store.wait()  # a save may still read the state
+    jax.tree.map(lambda leaf: leaf.delete(), state)
+    newest = max(step - 1 - cfg.stability.proven, record.base)
+    good_step = store.latest_intact(newest=newest)
+    if good_step is None and newest >= cfg.checkpoint_every:
+        raise TrainingFailed(f"step {step}: {why}; no checkpoint of step {newest} or before it to go back to; last: {store.latest}")
+    logging.getLogger("v4jax").warning("step %d: %s; going back to step %d", step, why, good_step or 0)
+    store.put_aside_after(good_step or 0, ABANDONED)
+    state, good_step, good = (_fresh(cfg, shardings), 0, Record()) if good_step is None else _load(cfg, shardings, store, good_step, {})
+    return state, good_step, gone_back(record, good, good_step, drawn)
+
+
+def _load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, Any]) -> tuple[TrainState, int, Record]:
+    """A checkpoint's state and record; `more`: items that set themselves."""
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        jax.eval_shape(functools.partial(init_state, cfg, shardings)),
+        shardings,
+    )
+    check_same_arrays(store.path(step), abstract.public)
+    note = Note(Record().to_json())
+    if not anywhere(not (store.path(step) / "record").is_dir()):  # runs from before there were records go on too
+        more = more | {"record": note}
+    items = store.load(step, {"params": abstract.public, "optimizer": abstract.optimizer} | more)
+    router = items["params"].pop("router")
+    count = jax.make_array_from_callback((), shardings.step, lambda _: np.asarray(step, np.int32))
+    state = dataclasses.replace(abstract, params=items["params"], router=router, optimizer=items["optimizer"], step=count)
+    return state, step, Record.from_json(note.value)
+
+
+def _fresh(cfg: TrainConfig, shardings) -> TrainState:
+    return _from_weights(cfg, shardings) if cfg.init_from else init_state(cfg, shardings)
+
+
+def _from_weights(cfg: TrainConfig, shardings) -> TrainState:
+    """A state whose weights and router tables are those of `cfg.init_from`; everything else is fresh.
+
+    Raises:
+      ValueError: no checkpoint, or one of another model (names the first field that differs).
+    """
+    found = ModelConfig.from_json(cfg.init_from).to_dict()
+    for name, ours in cfg.model.to_dict().items():
+        if found.get(name) != ours:
+            raise ValueError(f"init_from: {cfg.init_from} is another model: {name} is {found.get(name)} there, {ours} here")
+    params = load_onto(cfg.init_from, cfg.model, "float32", shardings.public)
+    return jax.jit(functools.partial(state_from, cfg), out_shardings=shardings, donate_argnums=0)(params)

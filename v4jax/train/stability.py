@@ -1,0 +1,135 @@
+"""Loss spikes: when a step counts as one, and what a run remembers so that it can go back and pass by what caused it.
+
+A step is a spike when its loss or gradient norm is not finite, or stands far above those of the steps before it:
+
+    loss          > median + max(sigmas * spread, loss_rise)         over the last `window` steps;
+    log grad_norm > median + max(sigmas * spread, log(norm_rise))    spread = 1.05 * median |x_i - x_(i-1)|
+
+The spread is a normal's standard deviation, taken from step to step so that a loss that falls does not look like one that scatters; while
+it falls steeply, in the first hundred steps, little is called a spike all the same.
+
+The loss of step t is that of the weights after step t-1. So a checkpoint of step c is taken for good only when `proven` steps after it
+were no spikes, and a run goes back to the newest such one. Batches are not gone back over: all that were drawn since the checkpoint are
+skipped, since the one that did the harm may lie before the one that showed it.
+
+Next file to read: v4jax/train/resume.py.
+"""
+
+import dataclasses
+import itertools
+import math
+import statistics
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on (a loss that is not finite, or spikes without end). The last checkpoint is intact."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StabilityConfig:
+    """When to go back, and how often.
+
+    Attributes:
+      rollbacks: most rollbacks of a run; 0: none, and a loss that is not finite ends it. Above 0 every step's loss is read, so that
+        the host no longer runs ahead of the device.
+      window, least: steps that a step is compared with; fewer than `least` of them say nothing yet.
+      sigmas: deviations from the median that are ordinary. loss_rise: nats above the median that are, at least.
+      norm_rise: times the median gradient norm that are, at least.
+      proven: steps without a spike that make the checkpoint before them a good one.
+
+    Raises:
+      ValueError: naming the field, the value and the rule.
+    """
+
+    rollbacks: int = 0
+    window: int = 64
+    least: int = 16
+    sigmas: float = 8.0
+    loss_rise: float = 0.5
+    norm_rise: float = 20.0
+    proven: int = 1
+
+    def __post_init__(self):
+        rules = {
+            "rollbacks": (self.rollbacks >= 0, "0 or above"),
+            "least": (2 <= self.least <= self.window, f"in [2, window={self.window}]"),
+            "sigmas": (self.sigmas > 0, "above 0"),
+            "loss_rise": (self.loss_rise > 0, "above 0"),
+            "norm_rise": (self.norm_rise > 1, "above 1"),
+            "proven": (self.proven >= 1, "at least 1"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"stability.{name}: got {getattr(self, name)}; must be {rule}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a run remembers beside its weights; it is in every checkpoint, as JSON.
+
+    Attributes:
+      rollbacks: how often it went back.
+      base: the step it last went back to, whose checkpoint was good then.
+      skipped: first and last of the batches it passed by, counted from 1 in the order of the data.
+      losses, grad_norms: of the last steps that were no spikes, oldest first.
+    """
+
+    rollbacks: int = 0
+    base: int = 0
+    skipped: tuple[tuple[int, int], ...] = ()
+    losses: tuple[float, ...] = ()
+    grad_norms: tuple[float, ...] = ()
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(value: dict) -> "Record":
+        tuples = {name: tuple(value[name]) for name in ("losses", "grad_norms")}
+        return Record(**value | tuples | {"skipped": tuple(map(tuple, value["skipped"]))})
+
+    def batch(self, step: int) -> int:
+        """Which batch of the data this step trains on. Example: skipped (5, 9), step 5 -> batch 10."""
+        return step + sum(last - first + 1 for first, last in self.skipped)
+
+
+def spike(cfg: StabilityConfig, record: Record, loss: float, grad_norm: float) -> str | None:
+    """Why a step is a spike, in words; None if it is none. Without rollbacks only what is not finite is one."""
+    for name, value in (("loss", loss), ("grad_norm", grad_norm)):
+        if not math.isfinite(value):
+            return f"{name} is {value}"
+    if not cfg.rollbacks or len(record.losses) < cfg.least:
+        return None
+    if loss > (limit := _limit(record.losses, cfg.sigmas, cfg.loss_rise)):
+        return f"loss is {loss:.4g}, above {limit:.4g}"
+    logs = [math.log(max(norm, 1e-30)) for norm in record.grad_norms]
+    if grad_norm > (limit := math.exp(_limit(logs, cfg.sigmas, math.log(cfg.norm_rise)))):
+        return f"grad_norm is {grad_norm:.4g}, above {limit:.4g}"
+    return None
+
+
+def _limit(values, sigmas: float, rise: float) -> float:
+    middle = statistics.median(values)
+    spread = 1.05 * statistics.median(abs(b - a) for a, b in itertools.pairwise(values))
+    return middle + max(sigmas * spread, rise)
+
+
+def remember(cfg: StabilityConfig, record: Record, loss: float, grad_norm: float) -> Record:
+    """The record after a step that was no spike; as it was, without rollbacks."""
+    if not cfg.rollbacks:
+        return record
+    keep = lambda values, new: (*values, new)[-cfg.window :]  # noqa: E731
+    return dataclasses.replace(record, losses=keep(record.losses, loss), grad_norms=keep(record.grad_norms, grad_norm))
+
+
+def gone_back(record: Record, good: Record, good_step: int, drawn: int) -> Record:
+    """The record of a run that goes on from a good checkpoint.
+
+    Args:
+      record: of the run as it was. good, good_step: of the checkpoint. drawn: the last batch taken from the data.
+
+    Example: checkpoint of step 10, spike at step 14 -> batches 11 to 14 are skipped and step 11 trains on batch 15. Another one at
+    step 12, with no checkpoint between: 11 to 16 are skipped.
+    """
+    skipped = (*good.skipped, (good.batch(good_step) + 1, drawn))
+    return dataclasses.replace(good, rollbacks=record.rollbacks + 1, base=good_step, skipped=skipped)

@@ -1,16 +1,19 @@
 """`v4jax layout`: full-size models lower on hundreds of devices that do not exist, with every large weight cut."""
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
 
+import jax.export
 import pytest
 from test_mesh import CFG
 
 from v4jax.layout import report_layout
 from v4jax.layout.estimate import estimate
 from v4jax.layout.hardware import hardware_of
+from v4jax.layout.portable import write_stablehlo
 
 
 def run(*arguments, code=0):
@@ -57,9 +60,21 @@ def test_a_small_step_reports_what_it_sends():
         (["--target", "v5p:4x4"], "mesh has 8 devices; target v5p:4x4 has 16; nearest mesh: data=2,expert=4,tensor=2"),
         (["--target", "gb200:8"], "nearest: b200"),
         (["--search", "--target", "h100"], "--search needs --chips"),
-        (["--stablehlo", "x.bin"], "unknown argument"),
     ],
 )
 def test_bad_input_is_one_line(arguments, line):
     error = run("configs/demo.py", *arguments, code=2)
     assert line in error and error.count("\n") == 1, error
+
+
+def test_a_portable_module_says_what_it_lacks_or_reads_back(tmp_path):
+    small = dataclasses.replace(CFG, mesh="fsdp=2,expert=2", model=CFG.model.replace(num_hidden_layers=2, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(4, 128)))
+    path = tmp_path / "step.bin"
+    if importlib.util.find_spec("flatbuffers") is None:
+        with pytest.raises(ValueError, match="extra `export`"):
+            write_stablehlo(str(path), small, hardware_of("v5p"))
+        return
+    said = write_stablehlo(str(path), small, hardware_of("v5p"))
+    module = jax.export.deserialize(path.read_bytes())
+    assert (module.nr_devices, module.platforms, said["platform"]) == (4, ("tpu",), "tpu")
+    assert "stablehlo.all_gather" in module.mlir_module() and "sdy.mesh" in module.mlir_module()

@@ -139,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     layout.add_argument("--confirm", type=int, default=0, metavar="K", help="compile the best K of the search")
     layout.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two layouts side by side, each LAYOUT:MESH")
     layout.add_argument("--report", metavar="OUT.html", help="write one page that works offline (of a search: of its winner)")
+    layout.add_argument("--stablehlo", metavar="OUT", help="write the step as a portable module (extra `export`); nothing else is done")
     layout.add_argument("--measure", metavar="OUT.json", help="measure this machine and write it as a hardware profile; no CONFIG")
 
     launch = command("launch", _launch, "Run -- COMMAND as one JAX job of local processes on simulated CPU devices.")
@@ -281,8 +282,12 @@ def _layout(arguments, _):
     names = ("target", "what", "paper", "lower_only", "fp8", "released")
     request = command.Request(**{name: getattr(arguments, name) for name in names})
     cfg = command.config_of(config, arguments)
-    if arguments.target == "cpu" and not (arguments.search or arguments.compare):
+    if arguments.stablehlo or (arguments.target == "cpu" and not (arguments.search or arguments.compare)):
         _start(cfg.mesh)
+    if arguments.stablehlo:
+        from v4jax.layout.portable import write_stablehlo
+
+        return write_stablehlo(arguments.stablehlo, cfg, command.checked(cfg, request).hardware)
     if arguments.compare:
         result = command.compare(cfg, request, arguments.compare)
     elif arguments.search:

@@ -79,8 +79,10 @@ def _gradient(cfg, weight: Weight, cut: Cut, scattered: list[str], tokens: list[
         return [_sent(part, both, "all-reduce", 2 * numbers * item * (n * r - 1) / (n * r), calls=weight.layers)]
     terms = []
     if scattered:
-        # In full, of which a part is kept, at twice the bytes: the head's everywhere, experts' by XLA:TPU among many devices.
-        full = (weight.is_expert and platform == "tpu" and n > FEW) or weight.name.startswith("head/")
+        # In full, of which a part is kept, at twice the bytes: the head's everywhere; by XLA:TPU experts' among many devices, and
+        # other weights' over several axes.
+        odd = n > FEW if weight.is_expert else len(scattered) > 1
+        full = (platform == "tpu" and odd and not table) or weight.name.startswith("head/")
         kind = "all-reduce" if full else "reduce-scatter"
         terms.append(_sent(part, scattered, kind, (1 + full) * numbers * item * (n - 1) / n, "one", weight.layers, 1 / (1 + full)))
     if rest:  # experts are summed over the other axes while they are whole

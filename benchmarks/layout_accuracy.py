@@ -1,0 +1,111 @@
+"""The paper model beside compiled programs: bytes of weights and optimizer, of everything held, and of everything sent, per device.
+
+Bars: weights and optimizer within 10%, everything within 25%, sent within 10%. "Everything" is compared for TPU targets only: XLA:CPU
+plans its temporary memory for no device one could buy. Full models take 10 minutes and 6 GB to compile for a TPU, so most cases
+have Flash's pattern with fewer layers and narrower ones. Results are appended to a file, so that cases can be run one by one.
+
+    python benchmarks/layout_accuracy.py run tpu-fsdp cpu-full ...     # extra `tpu` for the tpu- cases; without names: all
+    python benchmarks/layout_accuracy.py table
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+RESULTS = pathlib.Path(__file__).parent / "layout_accuracy.jsonl"
+MID = dict(hidden_size=2048, moe_intermediate_size=1024, n_routed_experts=32, num_attention_heads=32, q_lora_rank=512, o_groups=8)
+SMALL = dict(
+    hidden_size=256, moe_intermediate_size=192, n_routed_experts=16, num_attention_heads=8, q_lora_rank=96, o_groups=4, o_lora_rank=80,
+    head_dim=64, qk_rope_head_dim=16, index_n_heads=8, index_head_dim=32, index_topk=64, vocab_size=1024,
+)  # fmt: skip
+CASES = {  # name: (layers, MTP, sizes, mesh, layout, target, tokens a row, rows, dtype)
+    "tpu-fsdp": (8, 0, MID, "fsdp=8", "fsdp", "v5p:2x2x2", 4096, 8),
+    "tpu-full": (8, 0, MID, "fsdp=2,expert=2,tensor=2", "full", "v5p:2x2x2", 4096, 4),
+    "tpu-pod": (8, 0, MID, "context=2,expert=2,tensor=2", "pod", "v5p:2x2x2", 8192, 2),
+    "tpu-ep": (8, 1, MID, "data=2,expert=4", "ep", "v5p:2x2x2", 4096, 8),
+    "tpu-v6e": (8, 0, MID, "fsdp=4,expert=4", "full", "v6e:4x4", 4096, 16),
+    "tpu-v5e": (8, 0, MID, "data=2,expert=4,tensor=2", "ep_tp", "v5e:4x4", 2048, 8),
+    "tpu-7x": (8, 0, MID, "fsdp=4,expert=4", "pod", "tpu7x:2x2x2", 4096, 16),
+    "tpu-flash": (43, 1, {}, "fsdp=8,expert=16", "pod", "v5p:4x4x8", 4096, 128),
+    "cpu-full": (8, 1, SMALL, "fsdp=2,expert=2,tensor=2", "full", "cpu", 512, 8),
+    "cpu-pod": (8, 1, SMALL, "context=2,expert=2,tensor=2", "pod", "cpu", 512, 4),
+    "cpu-ep-fsdp": (8, 1, SMALL, "data=2,fsdp=2,expert=2", "ep_fsdp", "cpu", 512, 8),
+    "cpu-dp": (4, 0, SMALL, "data=8", "dp", "cpu", 512, 8),
+    "cpu-fsdp": (4, 0, SMALL, "fsdp=8", "fsdp", "cpu", 512, 8),
+    "cpu-cp": (4, 0, SMALL, "context=4,expert=2", "cp_ep", "cpu", 1024, 4),
+    "cpu-ep-tp": (4, 0, SMALL, "expert=4,tensor=2", "ep_tp", "cpu", 512, 8),
+    "cpu-pod-8": (4, 0, SMALL, "fsdp=2,expert=4", "pod", "cpu", 512, 8),
+}  # fmt: skip
+
+
+def main() -> None:
+    command, names = (sys.argv[1:] or ["table"])[0], sys.argv[2:]
+    if command not in ("run", "table") or (unknown := [name for name in names if name not in CASES]):
+        raise SystemExit(f"usage: layout_accuracy.py run [CASE ...] | table; cases: {', '.join(CASES)}; unknown: {locals().get('unknown')}")
+    if command == "run":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        from sharding.mesh import simulate_devices
+
+        simulate_devices(8)
+        for name in names or CASES:
+            run(name)
+    table()
+
+
+def config(name: str):
+    """(training config, target)."""
+    from configs import models
+    from v4jax.train.config import TrainConfig
+
+    layers, mtp, sizes, mesh, layout, target, seq, rows = CASES[name]
+    model = models.flash()
+    if layers != model.num_hidden_layers:
+        ratios = (4, 128) * (layers // 2) + (0,) * mtp
+        model = model.replace(**sizes, num_hidden_layers=layers, num_hash_layers=0, num_nextn_predict_layers=mtp, compress_ratios=ratios)
+    dtype = "float32" if target == "cpu" else "bfloat16"
+    cfg = TrainConfig(
+        model=model, run_dir="", mesh=mesh, layout=layout, steps=1, batch_size=rows, seq_len=seq, learning_rate=1e-4, warmup_steps=0, dtype=dtype
+    )
+    return cfg, target
+
+
+def run(name: str) -> None:
+    """Compiles one case and appends what was found."""
+    from v4jax.layout.compiled import report_layout
+
+    cfg, target = config(name)
+    found = report_layout(cfg, target)
+    sent = {f"{axes}: {kind}": size for axes, kind, _, size in found.collectives}
+    row = {"case": name, "state": found.state_bytes, "temporary": found.temporary_bytes, "sent": sent, "seconds": found.compile_seconds}
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def table() -> None:
+    """Prints every case that was run; ratios are paper / compiled."""
+    from sharding.mesh import parse_mesh
+    from v4jax.layout.estimate import estimate
+    from v4jax.layout.hardware import target_of
+
+    rows = {row["case"]: row for row in map(json.loads, RESULTS.read_text().splitlines())}
+    print("| case | layers | mesh | layout | target | weights + optimizer | ratio | all held | ratio | sent | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for name in (name for name in CASES if name in rows):
+        cfg, target = config(name)
+        found = rows[name]
+        devices = math.prod(parse_mesh(cfg.mesh).values())
+        paper = estimate(dataclasses.replace(cfg), target_of(target, devices).hardware)
+        state, sent = paper.memory["weights"] + paper.memory["optimizer"], sum(row[0] for row in paper.sent.values())
+        held, moved = found["state"] + found["temporary"], sum(found["sent"].values())
+        whole = "- | -" if target == "cpu" else f"{held / 1e9:.2f} GB | {paper.memory_bytes / held:.2f}"
+        print(f"| {name} | {cfg.model.num_hidden_layers} | {cfg.mesh} | {cfg.layout} | {target} | {found['state'] / 1e9:.3f} GB | {state / found['state']:.3f} "
+              f"| {whole} | {moved / 1e9:.3f} GB | {sent / moved:.3f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Does the paper model order layouts as the machine does? Steps of one global batch on meshes of 8 simulated devices, predicted with
+this machine's measured profile and timed; Kendall's tau of the two orders.
+
+All programs are compiled first and then timed in turns, the fastest turn of each counting, so that what else the machine does hits
+all of them alike. The model is the demo's with two layers, one CSA and one HCA: compiling is what takes time here.
+
+    JAX_PLATFORMS=cpu python benchmarks/layout_order.py [--turns 8] [--profile cpu.json]
+"""
+
+import argparse
+import dataclasses
+import itertools
+import pathlib
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+CASES = [
+    "dp:data=8", "fsdp:fsdp=8", "ep:expert=8", "full:data=2,tensor=4", "ep_tp:expert=4,tensor=2", "ep_fsdp:data=2,fsdp=2,expert=2",
+    "cp_ep:context=8", "cp_ep:context=4,expert=2", "full:fsdp=2,context=2,tensor=2", "pod:expert=8",
+]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=8, help="each mesh is timed so often; the fastest counts")
+    parser.add_argument("--profile", default="cpu", help="hardware profile: a name or a JSON file (v4jax layout --measure writes one)")
+    parser.add_argument("--paper", action="store_true", help="predict only")
+    arguments = parser.parse_args()
+    from sharding.mesh import simulate_devices
+
+    simulate_devices(8)
+    from v4jax.layout.estimate import estimate
+    from v4jax.layout.hardware import hardware_of
+
+    configs = {case: config(case) for case in CASES}
+    paper = {case: estimate(cfg, hardware_of(arguments.profile)) for case, cfg in configs.items()}
+    took = {} if arguments.paper else measure(configs, arguments.turns)
+    print("| layout: mesh | paper ms | measured ms | measured / paper | bound by |\n|---|---|---|---|---|")
+    for case in sorted(CASES, key=lambda case: paper[case].step_seconds):
+        ms, real = paper[case].step_seconds * 1e3, took.get(case, float("nan")) * 1e3
+        print(f"| {case} | {ms:.0f} | {real:.0f} | {real / ms:.2f} | {paper[case].bound} |")
+    if took:
+        print(f"\nKendall's tau: {kendall([paper[c].step_seconds for c in CASES], [took[c] for c in CASES]):.2f} over {len(CASES)} layouts")
+
+
+def config(case: str):
+    from configs import demo
+
+    layout, _, mesh = case.partition(":")
+    model = demo.get_model().replace(num_hidden_layers=2, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(4, 128))
+    return dataclasses.replace(demo.get_config(), model=model, batch_size=8, mesh=mesh, layout=layout)
+
+
+def measure(configs: dict, turns: int) -> dict[str, float]:
+    """Seconds of the fastest step of each, timed in turns."""
+    import jax
+
+    steps = {case: prepared(cfg) for case, cfg in configs.items()}
+    best = dict.fromkeys(configs, float("inf"))
+    for _, case in itertools.product(range(turns + 1), configs):
+        mesh, step, state, batch = steps[case]
+        with jax.set_mesh(mesh):
+            start = time.perf_counter()
+            state, metrics = step(state, batch)
+            jax.block_until_ready((state, metrics))
+        best[case] = min(best[case], time.perf_counter() - start)
+        steps[case] = (mesh, step, state, batch)
+    return best
+
+
+def prepared(cfg):
+    """(mesh, compiled step, state, batch)."""
+    import jax
+    import numpy as np
+
+    from sharding.mesh import make_mesh, parse_mesh
+    from sharding.rules import layout_for
+    from v4jax.train.step import batch_sharding, compile_step, init_state, state_shardings
+
+    sizes = parse_mesh(cfg.mesh)
+    mesh, rules = make_mesh(sizes), layout_for(cfg.layout, sizes)
+    with jax.set_mesh(mesh):
+        places = state_shardings(cfg, rules, mesh)
+        state = init_state(cfg, places)
+        tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (cfg.batch_size, cfg.seq_len), dtype=np.int32)
+        batch = jax.device_put({"tokens": tokens, "segment_ids": np.ones_like(tokens)}, batch_sharding(rules, mesh))
+        return mesh, compile_step(cfg, rules, places, mesh).lower(state, batch).compile(), state, batch
+
+
+def kendall(a: list[float], b: list[float]) -> float:
+    """(pairs in the same order - pairs in the other) / pairs."""
+    pairs = list(itertools.combinations(range(len(a)), 2))
+    return sum(1 if (a[i] - a[j]) * (b[i] - b[j]) > 0 else -1 for i, j in pairs) / len(pairs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Tables of docs/layout-tables.md, made by the search of v4jax layout on paper: the smallest TPU slices that hold the full models, and
+published training runs beside what the model predicts for them.
+
+    python benchmarks/layout_slices.py slices | published
+"""
+
+import dataclasses
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+
+
+def main() -> None:
+    if sys.argv[1:] not in (["slices"], ["published"]):
+        raise SystemExit("usage: layout_slices.py slices | published")
+    slices() if sys.argv[1] == "slices" else published()
+
+
+def slices() -> None:
+    print("| model | step | chip | chips | layout: mesh | memory of a device | step | bound by | MFU |\n|---|---|---|---|---|---|---|---|---|")
+    for model in ("flash", "pro"):
+        for what, seq, per_device in (("train", 4096, 1), ("train", 65536, 1 / 16), ("decode", 2**20, 1)):
+            for chip in ("v5p", "tpu7x"):
+                chips, best = smallest(model, what, seq, per_device, chip)
+                length = "1M context, released formats" if what == "decode" else f"S {seq}"
+                print(f"| V4-{model.capitalize()} | {what}, {length} | {chip} | {chips} | {best.layout}: {best.mesh} | {best.memory_bytes / 1e9:.0f} of "
+                      f"{best.hbm / 1e9:.0f} GB | {best.step_seconds * 1e3:,.0f} ms | {best.bound} | {best.mfu:.1%} |", flush=True)  # fmt: skip
+
+
+def smallest(model: str, what: str, seq: int, per_device: float, chip: str):
+    """(chips, best estimate) of the smallest slice on which some layout fits; rows grow with the devices."""
+    from v4jax.layout.hardware import hardware_of
+    from v4jax.layout.search import search
+
+    hardware = hardware_of(chip)
+    for chips in SIZES:
+        devices = chips * hardware.devices_per_chip
+        cfg = dataclasses.replace(training(model), seq_len=seq, batch_size=max(1, int(devices * per_device)))
+        try:
+            return chips, search(cfg, hardware, devices, what, released=what == "decode").ranked[0]
+        except ValueError:
+            continue
+    raise SystemExit(f"{model}, {what}, {seq} fits no {chip} slice up to {SIZES[-1]} chips")
+
+
+def published() -> None:
+    """V4-Pro as NVIDIA/Megatron-Bridge #4808 ran it, and as the Ascend post-training run is reported."""
+    from v4jax.cost import cost
+    from v4jax.layout.estimate import estimate
+    from v4jax.layout.hardware import hardware_of
+
+    print("| run | mesh on paper | predicted step | predicted | published | gap | bound by |\n|---|---|---|---|---|---|---|")
+    cfg = dataclasses.replace(training("pro"), seq_len=4096, batch_size=4096, layout="pod", mesh="fsdp=4,expert=64")
+    found = estimate(cfg, hardware_of("gb300"), fp8=True)
+    flops = cost(cfg.model, 4096).train_flops * 4096 * 4096 / 256
+    print(f"| 256 GB300, 4096 x 4K, MXFP8, step | {found.mesh} | {found.step_seconds:.1f} s | {found.step_seconds:.1f} s | 21.5 s | {found.step_seconds / 21.5 - 1:+.0%} | {found.bound} |")
+    rate = flops / found.step_seconds / 1e12
+    print(f"| the same, TFLOP/s a GPU | | | {rate:.0f} | 996 | {rate / 996 - 1:+.0%} | |")
+    # What the published figures say of each other: FLOPs a token that 996 TFLOP/s in 21.5 s imply, and ours.
+    print(f"| the same, model FLOPs a token | | | {flops * 256 / 4096**2 / 1e9:.0f} G | {996e12 * 21.5 * 256 / 4096**2 / 1e9:.0f} G | {flops / (996e12 * 21.5) - 1:+.0%} | |")
+    for rows in (4096, 1024):  # the run's batch is not published
+        cfg = dataclasses.replace(cfg, batch_size=rows, mesh="data=2,fsdp=8,expert=64")
+        found = estimate(cfg, hardware_of("cloudmatrix384"))
+        print(f"| 1,024 Ascend 910C, {rows} x 4K, bf16, MFU | {found.mesh} | {found.step_seconds:.1f} s | {found.mfu:.1%} | 34.9% | {found.mfu / 0.349 - 1:+.0%} | {found.bound} |")
+
+
+def training(model: str):
+    from configs import flash, pro
+
+    return {"flash": flash, "pro": pro}[model].get_config()
+
+
+if __name__ == "__main__":
+    main()

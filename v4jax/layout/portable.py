@@ -1,0 +1,55 @@
+"""The training step as a portable StableHLO module with its shardings, for those who bring a compiler that JAX does not know.
+
+The file is what jax.export writes: jax.export.deserialize(bytes) gives it back, .mlir_module() its text, and on devices of the platform
+it was lowered for .call runs it: (leaves of the state, batch) -> (leaves, metrics). Experts run as a grouped product for TPUs and as a loop over blocks elsewhere.
+
+Next file to read: docs/ascend.md.
+"""
+
+import functools
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from sharding.mesh import make_mesh, parse_mesh
+from sharding.rules import layout_for
+from v4jax.layout.estimate import platform_of
+from v4jax.layout.hardware import Hardware
+from v4jax.model.transformer import abstract_params
+from v4jax.train.config import TrainConfig
+from v4jax.train.step import batch_sharding, check_batch, state_from, state_shardings, train_step
+
+_LOWERED_AS = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}
+
+
+def write_stablehlo(path: str, cfg: TrainConfig, hardware: Hardware) -> dict[str, object]:
+    """Writes the step of `cfg`, lowered for the kind of chip `hardware` is; needs as many (simulated) devices as the mesh has.
+
+    Raises:
+      ValueError: flatbuffers (extra `export`) is missing, or mesh and batch do not fit.
+    """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ValueError("--stablehlo needs the extra `export`: pip install 'v4jax[export]'")
+    from jax import export
+
+    sizes = parse_mesh(cfg.mesh)
+    rules, mesh = layout_for(cfg.layout, sizes), make_mesh(sizes)
+    check_batch(cfg, rules, sizes)
+    places = state_shardings(cfg, rules, mesh)
+    abstract = jax.eval_shape(functools.partial(state_from, cfg), abstract_params(cfg.model))
+    state = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), abstract, places)
+    rows = jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len), jnp.int32, sharding=batch_sharding(rules, mesh))
+    platform = _LOWERED_AS[platform_of(hardware)]
+    leaves, tree = jax.tree.flatten(state)
+
+    def step(leaves, batch):  # plain lists and dicts: what reads the file needs none of our classes
+        state, metrics = train_step(cfg, rules, tree.unflatten(leaves), batch)
+        return jax.tree.leaves(state), metrics
+
+    with jax.set_mesh(mesh):
+        exported = export.export(jax.jit(step, donate_argnums=0), platforms=(platform,))(leaves, {"tokens": rows, "segment_ids": rows})
+    data = exported.serialize()
+    pathlib.Path(path).write_bytes(data)
+    return {"file": path, "bytes": len(data), "platform": platform, "devices": exported.nr_devices, "inputs": len(exported.in_avals)}

@@ -1,9 +1,11 @@
 """Claims about v4jax/convert.py: every format both ways, bytes kept where numbers are, nothing half-written."""
 
+import contextlib
 import json
 import logging
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from safetensors import safe_open
 from trees import random_params, small_config
 
 import v4jax.convert
+from v4jax import cli
 from v4jax.checkpoint import load_safetensors, official_names, save_safetensors, to_official
 from v4jax.checkpoint.files import headers_of, read_tensor
 from v4jax.checkpoint.formats import FORMATS, decode
@@ -54,6 +57,17 @@ def test_release_to_store_to_release_is_byte_identical(sources, tmp_path, format
     before, after = (json.loads((d / "config.json").read_text()) for d in (sources / format, tmp_path / "back"))
     assert after == before and after["note"] == "kept"
     assert open_checkpoint(tmp_path / "store").format == format
+
+
+def test_matrices_larger_than_a_chunk(sources, tmp_path, monkeypatch):
+    """As every real model's embedding is: 64 MB at a time, the last band shorter."""
+    from v4jax.checkpoint import stream
+
+    monkeypatch.setattr(stream, "_CHUNK_BYTES", 9_000)
+    convert(sources / "official", tmp_path / "store", format="orbax")
+    leaf = stream.open_leaves(tmp_path / "store", CFG)["embed", "weight"]
+    assert 1 < leaf.chunk_layout.write_chunk.shape[0] < CFG.vocab_size and CFG.vocab_size % leaf.chunk_layout.write_chunk.shape[0]
+    assert compare(sources / "official", tmp_path / "store")["equal"] == len(official_names(CFG))
 
 
 def test_a_scale_that_does_not_follow_from_the_numbers_is_kept(tmp_path):
@@ -214,23 +228,37 @@ def test_another_conversion_to_the_same_place_waits_for_nobody(sources, tmp_path
             convert(sources / "official", tmp_path / "out")
 
 
-def test_a_full_disk_leaves_what_is_done(sources, tmp_path, monkeypatch):
-    from v4jax.checkpoint import export
+@contextlib.contextmanager
+def full_disk(limit: int):
+    """No file may become longer: what writing says then is what it says when a disk is full (OSError, its number apart)."""
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
-    real = export.write_file
 
-    def full(path, *rest):
-        if "00004" in path.name:
-            raise OSError(28, "No space left on device")
-        real(path, *rest)
+@pytest.mark.parametrize("format", ["safetensors", "orbax"])
+def test_a_full_disk_is_an_error_and_the_next_try_goes_on(sources, tmp_path, format, capsys):
+    arguments = ["convert", str(sources / "official"), str(tmp_path / "out"), "--format", format, "--workers", "1"]
+    with full_disk(100_000 if format == "safetensors" else 10_000):
+        assert cli.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("v4jax: failed: ") and said.count("\n") == 1 and "could not be written" in said and "too large" in said.lower(), said
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    assert cli.main([*arguments, "--verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["equal"] == len(official_names(CFG))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
-    monkeypatch.setattr(export, "write_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        convert(sources / "float32", tmp_path / "out", max_file_bytes=300_000, workers=1)
-    assert not (tmp_path / "out").exists() and len(list((tmp_path / ".out.partial").glob("*.safetensors"))) == 3
-    monkeypatch.undo()
-    convert(sources / "float32", tmp_path / "out", max_file_bytes=300_000)
-    assert compare(sources / "float32", tmp_path / "out")["equal"] == len(official_names(CFG))
+
+def test_a_full_disk_during_an_export_leaves_the_earlier_one(tmp_path):
+    save_safetensors(CFG, PARAMS, tmp_path / "out", dtype="official")
+    before = tensors_of(tmp_path / "out")
+    with full_disk(1_000_000), pytest.raises(OSError, match="model.safetensors.tmp could not be written: File too large"):
+        save_safetensors(CFG, PARAMS, tmp_path / "out", dtype="float32", overwrite=True)
+    assert tensors_of(tmp_path / "out") == before and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_logits_of_a_store_are_those_of_its_source(sources, tmp_path, caplog):

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # A file may import what stands on an earlier line (packages: also their own files in the order the text gives).
 ORDER = [
     "sharding.rules", "sharding.mesh", "sharding.targets", "sharding.processes", "sharding.params", "sharding.embedding",
-    "sharding.manual", "sharding.counting", "sharding.exchange", "sharding.experts", "sharding.matrices", "sharding.audit", "v4jax.config",
+    "sharding.manual", "sharding.counting", "sharding.exchange", "sharding.experts", "sharding.matrices", "sharding.audit", "v4jax.foreign", "v4jax.config",
     "v4jax.cost", "v4jax.tokenizer", "v4jax.chat.tokens", "v4jax.chat.dsml", "v4jax.chat.encoding",
     "v4jax.chat.parse", "v4jax.data.config", "v4jax.data.documents", "v4jax.data.pieces", "v4jax.data.rows",
     "v4jax.quant.scales", "v4jax.quant.fp8", "v4jax.quant.mxfp4", "v4jax.quant.fake",
@@ -18,7 +18,7 @@ ORDER = [
     "v4jax.model.documents", "v4jax.model.hyper", "v4jax.model.compressor", "v4jax.model.indexer", "v4jax.model.attention",
     "v4jax.model.grouped", "v4jax.model.moe", "v4jax.model.block", "v4jax.model.mtp", "v4jax.model.transformer",
     "v4jax.checkpoint.formats", "v4jax.checkpoint.files",
-    "v4jax.checkpoint.names", "v4jax.checkpoint.load", "v4jax.checkpoint.export", "v4jax.checkpoint.text", "v4jax.checkpoint.intact", "v4jax.checkpoint.note", "v4jax.checkpoint.store", "v4jax.checkpoint.stream",
+    "v4jax.checkpoint.names", "v4jax.checkpoint.load", "v4jax.checkpoint.room", "v4jax.checkpoint.export", "v4jax.checkpoint.text", "v4jax.checkpoint.intact", "v4jax.checkpoint.note", "v4jax.checkpoint.store", "v4jax.checkpoint.stream",
     "v4jax.api", "v4jax.train.data", "v4jax.train.loss", "v4jax.train.balance", "v4jax.train.schedule",
     "v4jax.train.muon", "v4jax.train.stability", "v4jax.train.config", "v4jax.train.step", "v4jax.train.resume", "v4jax.train.report", "v4jax.train.loop",
     "v4jax.generate.cache", "v4jax.generate.plain", "v4jax.score", "v4jax.layout.hardware", "v4jax.layout.measure", "v4jax.layout.weights",

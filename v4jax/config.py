@@ -7,11 +7,12 @@ Next file to read: v4jax/model/transformer.py.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 import re
 from typing import Any, NamedTuple
+
+from v4jax.foreign import file_in, read_json
 
 WINDOW_ONLY, CSA, HCA = 0, 4, 128
 """Compress ratios: sliding window only, compressed sparse attention, heavily compressed attention (report 2.3)."""
@@ -26,6 +27,10 @@ _SIZES = (
     "q_lora_rank o_groups o_lora_rank n_routed_experts num_experts_per_tok sliding_window hc_mult "
     "hc_sinkhorn_iters max_position_embeddings"
 ).split()
+_AT_MOST = {"num_hidden_layers": 1000, "n_routed_experts": 16384, "hc_mult": 64, "hc_sinkhorn_iters": 1000, "max_position_embeddings": 2**31}
+"""Larger values can only be mistakes, and would keep a reader busy for ever; other sizes: `_LARGEST_SIZE`."""
+_LARGEST_SIZE = 2**24
+_ABSURD = 1e30
 _INDEX_SIZES = ("index_n_heads", "index_head_dim", "index_topk")
 _FIXED = {  # the only value V4 was published with; another one would be another architecture
     "num_key_value_heads": 1,
@@ -157,15 +162,8 @@ class ModelConfig:
     def from_json(cls, path) -> "ModelConfig":
         """Reads config.json (or a directory that holds one), official or transformers 5 style."""
         path = pathlib.Path(path)
-        path = path / "config.json" if path.is_dir() else path
-        try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise ValueError(f"{path}: no such file; expected a config.json of a deepseek_v4 model") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+        path = path / "config.json" if path.is_dir() else path.resolve()
+        raw = read_config_json(path)
         try:
             return cls.from_dict(raw)
         except ValueError as error:
@@ -217,6 +215,23 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
 
+def read_config_json(path: pathlib.Path) -> dict[str, Any]:
+    """The contents of a config.json.
+
+    Raises:
+      ValueError: no such file, a link out of its directory, or no JSON object.
+    """
+    try:
+        raw = read_json(file_in(path.parent, path.name))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; expected a config.json of a deepseek_v4 model") from None
+    except ValueError as error:
+        raise ValueError(f"{path.parent}/{error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    return raw
+
+
 def _longest_repeat(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
     """(period, repeats) of the pattern that covers most layers from the start; the shortest pattern on a tie."""
     best = (1, 1)
@@ -230,7 +245,7 @@ def _longest_repeat(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_ABSURD < value < _ABSURD
 
 
 def _check_sizes(cfg: ModelConfig) -> None:
@@ -238,6 +253,8 @@ def _check_sizes(cfg: ModelConfig) -> None:
         value = getattr(cfg, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: got {value!r}; must be a positive integer")
+        if value > (most := _AT_MOST.get(name, _LARGEST_SIZE)):
+            raise ValueError(f"{name}: got {str(value)[:40]}; must be at most {most}")
     for name in ("routed_scaling_factor", "hc_eps", "rms_norm_eps", "swiglu_limit", "rope_theta", "initializer_range"):
         value = getattr(cfg, name)
         if not _is_number(value) or not value > 0:

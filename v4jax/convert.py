@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import json
 import pathlib
-import re
 import shutil
 import threading
 import zlib
@@ -25,25 +24,28 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from v4jax.checkpoint.export import (
     MAX_FILE_BYTES,
+    ROOM,
+    carried_files,
     config_json,
     kinds_for,
     plan_files,
     scale_name,
     store_slot,
     total_bytes,
+    working_bytes,
     write_json,
     write_tensors,
 )
 from v4jax.checkpoint.files import Header, headers_of, read_tensor, write_file
-from v4jax.checkpoint.formats import DTYPES, FLOAT32, Kind, Stored, check_format, encode, format_of, kind_in, scale_of, shapes_of
+from v4jax.checkpoint.formats import DTYPES, FLOAT32, Kind, Stored, allowed_kinds, check_format, encode, format_of, kind_in, scale_of, shapes_of
 from v4jax.checkpoint.load import Source, open_safetensors
 from v4jax.checkpoint.names import official_names, official_shapes, plain_dtype
+from v4jax.checkpoint.room import Room
 from v4jax.checkpoint.store import is_run
 from v4jax.checkpoint.stream import StoreWriter, open_leaves
-from v4jax.config import ModelConfig
+from v4jax.config import ModelConfig, read_config_json
+from v4jax.foreign import file_in, read_json
 
-_CARRIED = re.compile(r"(tokenizer|generation_config|special_tokens_map|chat_template|vocab|merges|added_tokens)[\w.]*\.(json|txt|model|jinja)$")
-"""Files that travel with a checkpoint."""
 _RELEASED = "released"
 """Directory of a store that keeps what its numbers do not say: how the source stored each tensor, and its scales."""
 
@@ -68,15 +70,15 @@ def convert(source, target, format: str = "safetensors", dtype: str = "float32",
         if value < 1:
             raise ValueError(f"{name}: got {value}; must be at least 1")
     opened = open_checkpoint(source)
+    carried = carried_files(source)
     plan = {"source": _fingerprint(source), "format": format, "dtype": dtype, "max_file_bytes": max_file_bytes}
     with _begun(target.with_name(f".{target.name}.partial"), plan) as partial:
         if format == "safetensors":
             size = _to_safetensors(opened, partial, dtype, max_file_bytes, workers)
         else:
             size = _to_store(opened, partial, dtype, workers)
-        for path in sorted(source.iterdir()):
-            if _CARRIED.match(path.name) and path.is_file():
-                shutil.copyfile(path, partial / path.name)
+        for path in carried:
+            shutil.copyfile(path, partial / path.name)
         with contextlib.suppress(FileNotFoundError):
             target.rmdir()
         partial.rename(target)
@@ -151,14 +153,34 @@ def open_checkpoint(directory) -> Source | StoreSource:
     if not is_run(directory):
         return open_safetensors(directory)
     cfg = ModelConfig.from_json(directory)
-    leaves, kept = open_leaves(directory, cfg), directory / _RELEASED
-    kinds = kinds_for(cfg, "bfloat16" if any(leaf.dtype.numpy_dtype == DTYPES["BF16"] for leaf in leaves.values()) else "float32")
-    scales = {}
-    if kept.is_dir():
-        kinds = {name: Kind(*kind) for name, kind in json.loads((kept / "kinds.json").read_text()).items()}
-    if (kept / "scales.safetensors").exists():
-        scales = {one.stored.removesuffix("scale") + "weight": one for one in headers_of(kept / "scales.safetensors")}
-    return StoreSource(directory, cfg, json.loads((directory / "config.json").read_text()), kinds, leaves, scales)
+    leaves = open_leaves(directory, cfg)
+    kinds, scales = kinds_for(cfg, "bfloat16" if any(leaf.dtype.numpy_dtype == DTYPES["BF16"] for leaf in leaves.values()) else "float32"), {}
+    if (directory / _RELEASED).is_dir():
+        try:
+            kinds, scales = _read_form(directory / _RELEASED, official_shapes(cfg))
+        except ValueError as error:
+            raise ValueError(f"{directory / _RELEASED}: {error}") from None
+    return StoreSource(directory, cfg, read_config_json(directory / "config.json"), kinds, leaves, scales)
+
+
+def _read_form(directory: pathlib.Path, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Kind], dict[str, Header]]:
+    """What `_keep_form` wrote: official name -> how the source stored it, and where its scales are, if it has some.
+
+    Raises:
+      ValueError: not that.
+    """
+    try:
+        raw = read_json(file_in(directory, "kinds.json"))
+        kinds = {name: next(kind for kind in allowed_kinds(name) if list(kind) == raw[name]) for name in shapes}
+        low = {name: shapes_of(kind, shapes[name])[1] for name, kind in kinds.items() if kind.scale is not None}
+        scales = {one.stored: one for one in headers_of(file_in(directory, "scales.safetensors"))} if low else {}
+    except (FileNotFoundError, KeyError, TypeError, StopIteration) as error:
+        raise ValueError(f"kinds.json, or scales.safetensors, does not belong to this model ({type(error).__name__}: {error})") from None
+    for name, shape in low.items():
+        one = scales.get(scale_name(name))
+        if one is None or (one.dtype, one.shape) != (kinds[name].scale, shape):
+            raise ValueError(f"scales.safetensors: {scale_name(name)} is not {kinds[name].scale} {list(shape)}")
+    return kinds, {name: scales[scale_name(name)] for name in low}
 
 
 # ---- targets ---------------------------------------------------------------------------------------------------------
@@ -178,7 +200,7 @@ def _to_safetensors(source: Source | StoreSource, partial: pathlib.Path, dtype: 
 
     files = plan_files(source.cfg, kinds, max_file_bytes)
     with _progress("converting", total_bytes(files)) as wrote:
-        write_tensors(partial, files, stored, wrote, workers)
+        write_tensors(partial, official_shapes(source.cfg), files, stored, wrote, workers)
     write_json(partial / "config.json", config_json(source.cfg, dtype, source.raw))
     if open_safetensors(partial).kinds != kinds:
         raise OSError(f"{partial}: reads back with other tensors than were written")
@@ -186,24 +208,26 @@ def _to_safetensors(source: Source | StoreSource, partial: pathlib.Path, dtype: 
 
 
 def _to_store(source: Source | StoreSource, partial: pathlib.Path, dtype: str, workers: int) -> int:
-    store = StoreWriter(partial, source.cfg, plain_dtype(dtype))
+    store = StoreWriter(partial, source.cfg, plain_dtype(dtype), compress=source.format in ("fp8", "official"))
     shapes = official_shapes(source.cfg)
     sizes = {name: int(np.prod(shape)) * DTYPES[kind_in(dtype, name).dtype].itemsize for name, shape in shapes.items()}
     log = partial / "written.txt"
     sums = dict(line.split() for line in log.read_text().splitlines() if line.count(" ") == 1) if log.exists() else {}
-    lock = threading.Lock()
+    lock, room = threading.Lock(), Room(ROOM)
 
     def write(name: str) -> int:
         if name not in sums:
-            found = store.write(name, source.numbers(name))
+            with room.take(working_bytes(shapes[name])):
+                found = _sum(store.write(name, source.numbers(name)))
             with lock, open(log, "a") as file:
-                file.write(f"{name} {_sum(found)}\n")
-                sums[name] = _sum(found)
+                file.write(f"{name} {found}\n")
+                sums[name] = found
         return sizes[name]
 
     def check(name: str) -> int:
-        if _sum(store.read(name)) != sums[name]:
-            raise OSError(f"{partial}: {name} reads back other than it was written")
+        with room.take(working_bytes(shapes[name])):
+            if _sum(store.read(name)) != sums[name]:
+                raise OSError(f"{partial}: {name} reads back other than it was written")
         return sizes[name]
 
     for what, step in (("converting", write), ("checking", check)):
@@ -270,6 +294,7 @@ def _sum(array: np.ndarray) -> str:
 @contextlib.contextmanager
 def _progress(what: str, total: int, bytes_: bool = True) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn(what), BarColumn(), *([DownloadColumn()] if bytes_ else [TextColumn("{task.completed:.0f}/{task.total:.0f}")]), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda size: bar.advance(task, size)

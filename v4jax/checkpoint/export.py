@@ -7,9 +7,11 @@ Next file to read: v4jax/checkpoint/names.py.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import math
 import pathlib
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,9 +23,15 @@ from sharding.processes import gather, is_first
 from v4jax.checkpoint.files import INDEX_FILE, write_file
 from v4jax.checkpoint.formats import DTYPES, Kind, Stored, check_format, encode, kind_in, quantization_config, shapes_of
 from v4jax.checkpoint.names import check_table, check_tree, official_names, official_shapes, read_slot
-from v4jax.config import ModelConfig
+from v4jax.checkpoint.room import Room
+from v4jax.config import ModelConfig, read_config_json
+from v4jax.foreign import file_in
 
 MAX_FILE_BYTES = 5 * 10**9
+ROOM = 10**9
+"""Bytes that all workers of a conversion take for small tensors; a tensor that wants more is worked on alone."""
+_CARRIED = re.compile(r"(tokenizer|generation_config|special_tokens_map|chat_template|vocab|merges|added_tokens)[\w.]*\.(json|txt|model|jinja)$")
+"""Files that travel with a checkpoint."""
 Files = dict[str, dict[str, tuple[str, tuple[int, ...]]]]
 """File name -> its tensors, scales included -> (dtype, shape)."""
 
@@ -35,6 +43,7 @@ def save_safetensors(
     dtype: Any = "bfloat16",
     max_file_bytes: int = MAX_FILE_BYTES,
     overwrite: bool = False,
+    source: Any = None,
 ) -> None:
     """Writes `params` (NumPy or JAX arrays) to `directory` in the official format, which transformers opens too.
 
@@ -43,6 +52,8 @@ def save_safetensors(
         "fp8", experts fp8 too as in -Base releases. hc_*, attn_sink, ape and gate.bias stay float32, tid2eid int64.
       max_file_bytes: tensor bytes per file (a larger tensor gets its own); one tensor is in memory at a time.
       overwrite: replace an earlier export; other files beside it (a tokenizer) stay, a directory in it is refused.
+      source: the checkpoint that these weights come from, if any: its config.json, where it is of this model, is the start of
+        the new one, and its tokenizer, generation_config and the like go along.
 
     Raises:
       ValueError: a directory that may not be replaced, another dtype, or a tree that is not one of `cfg`.
@@ -52,6 +63,7 @@ def save_safetensors(
         raise ValueError(f"max_file_bytes: got {max_file_bytes!r}; must be a positive integer")
     target = pathlib.Path(directory).resolve()
     _check_target(target, overwrite)
+    raw, carried = (None, []) if source is None else (read_config_json(pathlib.Path(source) / "config.json"), carried_files(source))
     leaves, slots = check_tree(cfg, params), official_names(cfg)
 
     def stored(name: str) -> Stored | None:
@@ -66,11 +78,13 @@ def save_safetensors(
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir()
     try:
-        write_tensors(partial, plan_files(cfg, kinds, max_file_bytes), stored)
-        write_json(partial / "config.json", config_json(cfg, check_format(dtype)))
+        write_tensors(partial, official_shapes(cfg), plan_files(cfg, kinds, max_file_bytes), stored)
+        write_json(partial / "config.json", config_json(cfg, check_format(dtype), raw))
         for path in target.iterdir() if target.exists() else ():
             if not _is_ours(path):
                 shutil.copy2(path, partial)
+        for path in carried:
+            shutil.copyfile(path, partial / path.name)
         replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -119,6 +133,20 @@ def config_json(cfg: ModelConfig, format: str, raw: Mapping[str, Any] | None = N
     return found | {"dtype" if "dtype" in found else "torch_dtype": "float32" if format == "float32" else "bfloat16"}
 
 
+def carried_files(directory) -> list[pathlib.Path]:
+    """The files that travel with a checkpoint: tokenizer, generation_config and the like.
+
+    Raises:
+      ValueError: one is no regular file of the directory.
+    """
+    directory = pathlib.Path(directory)
+    names = sorted(path.name for path in directory.iterdir() if _CARRIED.match(path.name))
+    try:
+        return [file_in(directory, name) for name in names]
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{directory}: {error}") from None
+
+
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
@@ -139,6 +167,11 @@ def plan_files(cfg: ModelConfig, kinds: Mapping[str, Kind], max_file_bytes: int 
     return files
 
 
+def working_bytes(shape: tuple[int, ...]) -> int:
+    """Memory that one tensor takes while it is converted: as stored, as float32, and turned over."""
+    return 3 * 4 * math.prod(shape)
+
+
 def total_bytes(files: Files) -> int:
     """Bytes of all tensors of a plan."""
     return sum(_size(*one) for tensors in files.values() for one in tensors.values())
@@ -146,6 +179,7 @@ def total_bytes(files: Files) -> int:
 
 def write_tensors(
     directory: pathlib.Path,
+    shapes: Mapping[str, tuple[int, ...]],
     files: Files,
     stored: Callable[[str], Stored],
     wrote: Callable[[int], None] = lambda size: None,
@@ -154,16 +188,24 @@ def write_tensors(
     """The files of a plan and, if there are several, their index; files that are there already are taken to be whole.
 
     Args:
+      shapes: official name -> shape, by which memory is shared out among the workers.
       stored: official name -> its tensor. wrote: called with the bytes of each piece written (or found).
       workers: how many files are written at once.
     """
+
+    room = Room(ROOM)
+
+    @contextlib.contextmanager
+    def held(name: str) -> Iterator[Stored]:
+        with room.take(working_bytes(shapes[name])):
+            yield stored(name)
 
     def write(file: str, tensors) -> None:
         if (directory / file).exists():
             wrote(total_bytes({file: tensors}))
         else:
             names = (name for name in tensors if not _is_scale(name, tensors))
-            write_file(directory / file, tensors, _parts(names, stored), wrote)
+            write_file(directory / file, tensors, _parts(names, held), wrote)
 
     if workers == 1:
         for file, tensors in files.items():
@@ -182,12 +224,13 @@ def write_tensors(
         write_json(directory / INDEX_FILE, {"metadata": {"total_size": total_bytes(files)}, "weight_map": weight_map})
 
 
-def _parts(names: Iterable[str], stored: Callable[[str], Stored]) -> Iterator[tuple[str, np.ndarray]]:
+def _parts(names: Iterable[str], held: Callable[[str], Any]) -> Iterator[tuple[str, np.ndarray]]:
     for name in names:
-        tensor = stored(name)
-        yield name, tensor.data
-        if tensor.scale is not None:
-            yield scale_name(name), tensor.scale
+        with held(name) as tensor:
+            yield name, tensor.data
+            if tensor.scale is not None:
+                yield scale_name(name), tensor.scale
+        del tensor  # before the next one is made
 
 
 def scale_name(name: str) -> str:

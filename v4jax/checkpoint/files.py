@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from v4jax.checkpoint.formats import DTYPES
+from v4jax.foreign import file_in, parse_json, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -40,14 +41,14 @@ def read_headers(directory: pathlib.Path) -> dict[str, Header]:
     """
     weight_map = _read_index(directory)
     if weight_map is None:
-        files = sorted(path.name for path in directory.glob("*.safetensors"))
+        files = sorted(path.name for path in directory.iterdir() if path.name.endswith(".safetensors"))
         if len(files) != 1:
             raise ValueError(f"got {len(files)} *.safetensors files and no {INDEX_FILE}; expected one, or an index")
     else:
         files = sorted(set(weight_map.values()))
     tensors = {}
     for name in files:
-        for header in headers_of(directory / name):
+        for header in headers_of(_file(directory, name)):
             if weight_map is not None and weight_map.get(header.stored) != name:
                 raise ValueError(f"{name}: holds {header.stored}, which {INDEX_FILE} places in {weight_map.get(header.stored)}")
             tensors[header.stored] = header
@@ -68,8 +69,8 @@ def headers_of(path: pathlib.Path) -> list[Header]:
             pass
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            raw = json.loads(file.read(size))
-    except (SafetensorError, OSError) as error:
+            raw = parse_json(file.read(size))  # the library takes a name that stands twice
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path.name}: not a readable safetensors file: {error}") from None
     raw.pop("__metadata__", None)
     return [Header(path, name, tuple(one["shape"]), one["dtype"], 8 + size + one["data_offsets"][0]) for name, one in raw.items()]
@@ -104,17 +105,21 @@ def write_file(
     head = json.dumps(table, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     partial, sums = path.with_name(path.name + ".tmp"), {}
-    with open(partial, "wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for (name, planned), (got, array) in zip(tensors.items(), arrays, strict=True):
-            if (got, dtype_name(array), array.shape) != (name, *planned):
-                raise AssertionError(f"got {got} {dtype_name(array)} {array.shape}; planned was {name} {planned}")
-            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            data.tofile(file)
-            sums[name] = zlib.crc32(data)
-            wrote(data.size)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(partial, "wb") as file:
+            file.write(len(head).to_bytes(8, "little") + head)
+            for (name, planned), (got, array) in zip(tensors.items(), arrays, strict=True):
+                if (got, dtype_name(array), array.shape) != (name, *planned):
+                    raise AssertionError(f"got {got} {dtype_name(array)} {array.shape}; planned was {name} {planned}")
+                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+                file.write(data)
+                sums[name] = zlib.crc32(data)
+                wrote(data.size)
+                del array, data  # before the next one is made
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, f"{partial} could not be written: {error.strerror or error}") from error
     for header in headers_of(partial):
         if zlib.crc32(read_tensor(header).reshape(-1).view(np.uint8)) != sums.pop(header.stored):
             raise OSError(f"{partial}: {header.stored} reads back other than it was written")
@@ -130,19 +135,28 @@ def dtype_name(array: np.ndarray) -> str:
 
 def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
     """Tensor -> file of model.safetensors.index.json, or None where there is none."""
-    path = directory / INDEX_FILE
-    if not path.exists():
-        return None
     try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f'{INDEX_FILE}: expected a JSON object with "weight_map": tensor -> file') from None
-    for name in files:
-        if not isinstance(name, str) or pathlib.PurePath(name).name != name:
+        raw = read_json(file_in(directory, INDEX_FILE))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f'{INDEX_FILE}: expected a JSON object with "weight_map": tensor -> file; {error}') from None
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ValueError(f'{INDEX_FILE}: expected a JSON object with "weight_map": tensor -> file')
+    for name in weight_map.values():
+        if not isinstance(name, str):
             raise ValueError(f"{INDEX_FILE}: got file {name!r}; must be a file name in this directory")
-        if not (directory / name).is_file():
-            raise ValueError(f"{INDEX_FILE}: names {name}, which does not exist")
+    files = set(weight_map.values())
+    for name in sorted(files):
+        _file(directory, name)
     if "model.safetensors" not in files and (directory / "model.safetensors").exists():
         raise ValueError(f"got model.safetensors, and {INDEX_FILE} that does not name it; remove the one not meant")
     return weight_map
+
+
+def _file(directory: pathlib.Path, name: str) -> pathlib.Path:
+    try:
+        return file_in(directory, name)
+    except FileNotFoundError:
+        raise ValueError(f"{INDEX_FILE}: names {name}, which does not exist") from None

@@ -116,6 +116,21 @@ def shapes_of(kind: Kind, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tupl
     return shape, fp8.scale_shape(shape)
 
 
+def check_stored(kind: Kind, stored: Stored) -> None:
+    """Refuses a tensor of low precision that holds something else than finite numbers; reads it, and computes nothing.
+
+    Raises:
+      ValueError: NaN codes, scales that are no positive finite numbers, products that float32 cannot hold.
+    """
+    if kind.scale is None:
+        return
+    scale = scale_of(kind, stored)
+    if kind.dtype == "F8_E4M3":
+        fp8.check_codes(stored.data)
+    if scale.size and scale.max() > np.finfo(np.float32).max / (2 * fp8.LARGEST):  # so far out that every product is looked at
+        decode(kind, stored)
+
+
 def decode(kind: Kind, stored: Stored) -> np.ndarray:
     """The numbers: float32 [O,I] of low precision, otherwise the tensor as it is.
 

@@ -1,6 +1,8 @@
 """Whether a checkpoint's files are still what was written: a checksum of each, kept beside them.
 
-Orbax does not notice a flipped byte or a file cut short by a full disk.
+Orbax does not notice a flipped byte or a file cut short by a full disk. A checkpoint without checksums proves nothing: its process was
+killed between Orbax's last rename and the last checksum, somebody else wrote it, or they were lost. So it counts as damaged as
+long as an older one is proven (a run repeats those steps bit for bit), and is used, with a warning, only where there is no other.
 
 Next file to read: v4jax/checkpoint/note.py.
 """
@@ -14,31 +16,34 @@ from collections.abc import Sequence
 from v4jax.checkpoint.text import write_text
 
 SUMS_FILE = "checksums.json"
+"""Of several processes each notes its share, in checksums-0-of-2.json and so on."""
+NOT_NOTED = "it has no checksums, so nothing proves it whole"
 _PIECE = 16 * 2**20
 _READERS = 4
 
 
-def write_sums(directory: pathlib.Path) -> None:
-    """Notes size and CRC-32 of every file below `directory`, which must be complete."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != SUMS_FILE)
+def write_sums(directory: pathlib.Path, turn: int = 0, turns: int = 1) -> None:
+    """Notes size and CRC-32 of every `turns`-th file below `directory`, which must be complete, from file number `turn` on."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and not _is_sums(path))[turn::turns]
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
         sums = dict(zip((str(path.relative_to(directory)) for path in files), pool.map(_sum, files), strict=True))
-    write_text(directory / SUMS_FILE, json.dumps(sums, indent=0) + "\n")
+    name = SUMS_FILE if turns == 1 else f"checksums-{turn}-of-{turns}.json"
+    write_text(directory / name, json.dumps(sums, indent=0) + "\n")
 
 
 def damage(directory: pathlib.Path, items: Sequence[str] | None = None, turn: int = 0, turns: int = 1) -> str | None:
-    """What is wrong with a checkpoint, in words; None if all is as written, or nothing was noted (it was killed just then).
+    """What is wrong with a checkpoint, in words: NOT_NOTED, or the first file that is not as written; None if all are.
 
     Args:
       items: subdirectories to look at ("params"); None: everything.
       turn, turns: looks at every `turns`-th file only, from this one on: processes share the work.
     """
     try:
-        sums = json.loads((directory / SUMS_FILE).read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        return f"{SUMS_FILE} is not JSON"
+        sums = _noted(directory)
+    except (OSError, ValueError, AttributeError):
+        return "its checksums cannot be read"
+    if sums is None:
+        return NOT_NOTED
     wanted = {name: one for name, one in sums.items() if items is None or pathlib.PurePath(name).parts[0] in items}
     wanted = dict(list(wanted.items())[turn::turns])
     missing = [name for name in wanted if not (directory / name).is_file()]
@@ -51,6 +56,19 @@ def damage(directory: pathlib.Path, items: Sequence[str] | None = None, turn: in
             if found_crc != crc:
                 return f"{name} holds other bytes than were written"
     return None
+
+
+def _noted(directory: pathlib.Path) -> dict[str, tuple[int, int]] | None:
+    """File -> (size, CRC-32) of all processes; None where one's share is missing."""
+    found = {path.name: json.loads(path.read_text()) for path in sorted(directory.iterdir()) if _is_sums(path)}
+    parts = {int(name.split("-of-")[1].removesuffix(".json")) for name in found if "-of-" in name}
+    if not found or (parts and parts != {len(found)}):
+        return None
+    return {name: tuple(one) for sums in found.values() for name, one in sums.items()}
+
+
+def _is_sums(path: pathlib.Path) -> bool:
+    return path.name.startswith("checksums") and path.suffix == ".json"
 
 
 def _sum(path: pathlib.Path) -> tuple[int, int]:

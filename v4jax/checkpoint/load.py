@@ -6,7 +6,6 @@ and MXFP4. All names, shapes and dtypes are compared with what config.json impli
 Next file to read: v4jax/checkpoint/export.py.
 """
 
-import json
 import logging
 import pathlib
 from collections.abc import Callable
@@ -15,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from v4jax.checkpoint.files import Header, read_headers, read_tensor
-from v4jax.checkpoint.formats import Kind, Stored, allowed_kinds, decode, format_of, scale_of, shapes_of
+from v4jax.checkpoint.formats import Kind, Stored, allowed_kinds, check_stored, decode, format_of, scale_of, shapes_of
 from v4jax.checkpoint.names import Path, check_table, fill_tree, official_shapes, plain_dtype, same_names, transformers_to_official
-from v4jax.config import ModelConfig
+from v4jax.config import ModelConfig, read_config_json
 
 
 class Source(NamedTuple):
@@ -41,26 +40,33 @@ class Source(NamedTuple):
         return format_of(self.kinds)
 
     def stored(self, name: str) -> Stored:
-        """The tensor as its file has it."""
-        return Stored(read_tensor(self.headers[name]), read_tensor(self.scales[name]) if name in self.scales else None)
+        """The tensor as its file has it, once it is known to mean something.
+
+        Raises:
+          ValueError: naming the tensor: NaN codes or scales, expert ids that no expert has.
+        """
+        return self._read(name, lambda kind, found: (check_stored(kind, found), found)[1])
 
     def numbers(self, name: str) -> np.ndarray:
         """The tensor's numbers: float32 of low precision, otherwise as stored.
 
         Raises:
-          ValueError: naming the tensor: NaN codes or scales, expert ids that no expert has.
+          ValueError: see `stored`.
         """
+        return self._read(name, decode)
+
+    def _read(self, name: str, use: Callable[[Kind, Stored], Any]) -> Any:
+        found = Stored(read_tensor(self.headers[name]), read_tensor(self.scales[name]) if name in self.scales else None)
+        if name.endswith(".tid2eid"):
+            check_table(self.cfg, f"{self.directory}: {name}", found.data)
         try:
-            array = decode(self.kinds[name], self.stored(name))
+            return use(self.kinds[name], found)
         except ValueError as error:
             raise ValueError(f"{self.directory}: {name}: {error}") from None
-        if name.endswith(".tid2eid"):
-            check_table(self.cfg, f"{self.directory}: {name}", array)
-        return array
 
     def scale(self, name: str) -> np.ndarray | None:
         """The tensor's scales, float32; None in plain precision."""
-        return scale_of(self.kinds[name], self.stored(name))
+        return scale_of(self.kinds[name], Stored(None, read_tensor(self.scales[name]))) if name in self.scales else None
 
 
 def open_safetensors(directory) -> Source:
@@ -119,7 +125,13 @@ def _check_headers(directory: pathlib.Path, cfg: ModelConfig, found: dict[str, H
         if official in headers:
             raise ValueError(f"got both {headers[official].stored} and {name}, two names of {official}")
         headers[official] = header
+    mixed = [name for name in found if from_transformers and not name.startswith(("model.", "head."))]
+    if mixed:
+        raise ValueError(f"got tensor {mixed[0]} beside names that begin with model.; must be all official, or all as transformers names them")
     cfg = _check_mtp(cfg, headers, from_transformers)
+    implied = cfg.num_hidden_layers * (21 + 3 * cfg.n_routed_experts)
+    if implied > max(4 * len(headers), 2000):  # a model of such size is not even to be named
+        raise ValueError(f"got {len(headers)} tensors; config.json implies more than {implied}")
     shapes = official_shapes(cfg)
     scales = {
         weight: headers.pop(name)
@@ -128,7 +140,7 @@ def _check_headers(directory: pathlib.Path, cfg: ModelConfig, found: dict[str, H
     }
     same_names(shapes, {name: header.shape for name, header in headers.items()}, "tensor")
     kinds = {name: _check_kind(name, shape, headers[name], scales.get(name)) for name, shape in shapes.items()}
-    return Source(directory, cfg, json.loads((directory / "config.json").read_text()), kinds, headers, scales)
+    return Source(directory, cfg, read_config_json(directory / "config.json"), kinds, headers, scales)
 
 
 def _check_kind(name: str, shape: tuple[int, ...], header: Header, scale: Header | None) -> Kind:

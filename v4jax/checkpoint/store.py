@@ -26,11 +26,13 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from sharding.processes import anywhere, is_first, wait_for_all
-from v4jax.checkpoint.intact import damage, write_sums
+from v4jax.checkpoint.intact import NOT_NOTED, damage, write_sums
 from v4jax.checkpoint.text import write_text
-from v4jax.config import ModelConfig
+from v4jax.config import ModelConfig, read_config_json
 
 CHECKPOINTS, DAMAGED, ABANDONED = "checkpoints", "damaged", "abandoned"
+_CHUNK_BYTES = 64 * 2**20
+"""Of a stored array: Orbax would make each device's share one chunk, and reading one expert would decode them all."""
 logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it touches at INFO
 
 
@@ -50,6 +52,7 @@ class Store:
             kept.append(policies[1].BestN(get_metric_fn=loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False))
         self._checkpointer = ocp.training.Checkpointer(
             self._directory / CHECKPOINTS,
+            context=_context(),
             # The default policy skips a save, silently, while another one runs; the caller decides when to save.
             save_decision_policy=policies[0].FixedIntervalPolicy(1),
             preservation_policy=policies[1].AnyPreservationPolicy(kept),
@@ -82,19 +85,25 @@ class Store:
           newest: look at checkpoints of this step and before it only.
 
         Raises:
-          ValueError: all are damaged; or, with `strict`, the newest one is. Names the file.
+          ValueError: all are damaged; or, with `strict`, the newest one is, or nothing proves it whole. Names the file.
         """
         steps = sorted((one.step for one in self._checkpointer.checkpoints if newest is None or one.step <= newest), reverse=True)
+        unproven = None
         for step in steps:
             wrong = damage(self.path(step), items, jax.process_index(), jax.process_count())
-            if anywhere(wrong is not None):
-                wrong = wrong or "another process has found it so"
-            if wrong is None:
+            if not anywhere(wrong is not None):
                 return step
-            if strict or step == steps[-1]:
-                raise ValueError(f"{self.path(step)} is damaged: {wrong}")
-            logging.getLogger("v4jax").warning("%s is damaged: %s; trying the one before it", self.path(step), wrong)
-        return None
+            error = f"{self.path(step)} is damaged: {wrong or 'another process has found it so'}"
+            if strict:
+                raise ValueError(error)
+            logging.getLogger("v4jax").warning("%s; trying the one before it", error)
+            if unproven is None and not anywhere(wrong not in (None, NOT_NOTED)):
+                unproven = step
+        if unproven is not None:
+            logging.getLogger("v4jax").warning("%s is used all the same, as there is no better one", self.path(unproven))
+        elif steps:
+            raise ValueError(error)
+        return unproven
 
     def put_aside_after(self, step: int, folder: str) -> None:
         """Moves checkpoints newer than `step` to DAMAGED or ABANDONED, out of the way of those to come."""
@@ -153,12 +162,21 @@ class Store:
         with self._writing():
             saving.result()
         with contextlib.suppress(FileNotFoundError):  # a newer save has removed it meanwhile
-            if is_first():
-                write_sums(self.path(step))
+            write_sums(self.path(step), jax.process_index(), jax.process_count())
 
     def load(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
         """The named items of a checkpoint; trees of jax.ShapeDtypeStruct say shapes, dtypes and shardings."""
         return self._checkpointer.load_checkpointables(step, items)
+
+
+def _context() -> ocp.Context:
+    """Orbax's settings: arrays cut into chunks, stacked axes (layers, experts) first, so that `stream` reads matrix by matrix."""
+    context = ocp.Context()
+    options = context.array.saving.StorageOptions
+    context.array.saving.scoped_storage_options_creator = lambda path, leaf: options(
+        chunk_byte_size=_CHUNK_BYTES, shard_axes=tuple(range(max(0, len(leaf.shape) - 2)))
+    )
+    return context
 
 
 def is_run(directory) -> bool:
@@ -216,8 +234,11 @@ def check_config(directory, cfg: ModelConfig) -> None:
         raise ValueError(f"{directory} is not empty and holds no v4jax run; choose another run directory")
 
 
-def write_config(directory, cfg: ModelConfig) -> None:
+def write_config(directory, cfg: ModelConfig, source: str = "") -> None:
     """Writes config.json, or finds that the one there describes the same model.
+
+    Args:
+      source: checkpoint of this model that the weights come from; its config.json says more than `cfg` does.
 
     Raises:
       ValueError: see check_config.
@@ -226,4 +247,5 @@ def write_config(directory, cfg: ModelConfig) -> None:
     path = pathlib.Path(directory) / "config.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(cfg.to_dict(), indent=2) + "\n")
+        raw = read_config_json(pathlib.Path(source) / "config.json") if source else cfg.to_dict()
+        write_text(path, json.dumps(raw, indent=2) + "\n")

@@ -6,6 +6,7 @@ itself uses) opens directly. A store written here is one that Orbax opens, with 
 Next file to read: v4jax/convert.py.
 """
 
+import os
 import pathlib
 from typing import Any
 
@@ -14,11 +15,12 @@ import tensorstore as ts
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from v4jax.checkpoint.intact import write_sums
-from v4jax.checkpoint.names import Path, leaf_dtype, official_names
+from v4jax.checkpoint.names import Path, leaf_dtype, official_names, turned
 from v4jax.checkpoint.store import CHECKPOINTS, Store, check_same_arrays
 from v4jax.config import ModelConfig
 from v4jax.model.transformer import abstract_params
 
+_CHUNK_BYTES = 64 * 2**20
 _CACHE = {"cache_pool": {"total_bytes_limit": 256 * 2**20}}
 """Experts of one layer may lie in one chunk, which is then decoded once and not for every expert."""
 
@@ -43,8 +45,8 @@ def open_leaves(directory, cfg: ModelConfig) -> dict[Path, Any]:
 class StoreWriter:
     """A new store at `directory`, whose arrays start as zeros and are filled slice by slice."""
 
-    def __init__(self, directory: pathlib.Path, cfg: ModelConfig, dtype: np.dtype):
-        """`dtype`: of every *.weight. A directory where this began before is taken up again, with what it holds."""
+    def __init__(self, directory: pathlib.Path, cfg: ModelConfig, dtype: np.dtype, compress: bool = True):
+        """`dtype`: of every *.weight. `compress`: worth it for numbers that came from low precision only. A directory where this began before is taken up again, with what it holds."""
         slots = official_names(cfg)
         dtypes = {slot.path: leaf_dtype(name, dtype) for name, slot in slots.items()}
         stacked = {slot.path: len(slot.index) for slot in slots.values()}
@@ -54,21 +56,32 @@ class StoreWriter:
             with Store(directory, writes=True) as store:  # gives Orbax's own files; the arrays are replaced by full ones
                 store.save(0, {"params": unflatten_dict({path: np.zeros((1,) * len(shape), dtypes[path]) for path, shape in shapes.items()})})
         self._slots, self._leaves = slots, {}
+        context = ts.Context({"file_io_sync": False})  # not after each matrix: `finish` does it for all
         for where, shape in shapes.items():
             begun = ts.open(_spec(path, where)).result().shape == shape
-            create = {} if begun else _create(shape, dtypes[where], stacked[where])
-            self._leaves[where] = ts.open(_spec(path, where) | create).result()
+            create = {} if begun else _create(shape, dtypes[where], stacked[where], compress)
+            self._leaves[where] = ts.open(_spec(path, where) | create, context=context).result()
 
     def write(self, name: str, array: np.ndarray) -> np.ndarray:
         """Puts one official tensor where it belongs; gives it as the store holds it."""
         slot = self._slots[name]
         leaf = self._leaves[slot.path]
-        held = np.ascontiguousarray(array.T if slot.transpose else array, leaf.dtype.numpy_dtype)
-        leaf[slot.index].write(held).result()
+        dtype = leaf.dtype.numpy_dtype
+        held = turned(array, dtype) if slot.transpose else np.ascontiguousarray(array, dtype)
+        place, rows = leaf[slot.index], len(held) if held.ndim < 2 else leaf.chunk_layout.write_chunk.shape[-2]
+        try:
+            for start in range(0, len(held), rows):  # chunk by chunk: each is copied and compressed in memory
+                band = slice(start, min(start + rows, len(held)))
+                place[band].write(held[band]).result()
+        except ValueError as error:  # so TensorStore calls a full disk too
+            raise OSError(f"{name} could not be written to {self._path}: {error}") from error
         return held
 
     def finish(self) -> None:
-        """Call when all is written: notes the checksums of the files."""
+        """Call when all is written: puts the files on the disk and notes their checksums."""
+        for file in (file for file in self._path.rglob("*") if file.is_file()):
+            with open(file) as opened:
+                os.fsync(opened.fileno())
         write_sums(self._path)
 
     def read(self, name: str) -> np.ndarray:
@@ -82,9 +95,13 @@ def _spec(path: pathlib.Path, where: Path) -> dict[str, Any]:
     return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(where) + "/"}}
 
 
-def _create(shape: tuple[int, ...], dtype: np.dtype, stacked: int) -> dict[str, Any]:
-    chunk = [1] * stacked + list(shape[stacked:])
-    codecs = [{"name": "bytes"}, {"name": "zstd", "configuration": {"level": 1}}, {"name": "crc32c"}]
+def _create(shape: tuple[int, ...], dtype: np.dtype, stacked: int, compress: bool) -> dict[str, Any]:
+    matrix = list(shape[stacked:])
+    if len(matrix) > 1:
+        matrix[0] = min(matrix[0], max(1, _CHUNK_BYTES // (dtype.itemsize * matrix[1])))
+    chunk = [1] * stacked + matrix
+    zstd = [{"name": "zstd", "configuration": {"level": 1}}] if compress else []
+    codecs = [{"name": "bytes"}, *zstd, {"name": "crc32c"}]
     grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
     metadata = {"shape": list(shape), "data_type": dtype.name, "chunk_grid": grid, "codecs": codecs, "fill_value": 0.0}
     return {"create": True, "delete_existing": True, "metadata": metadata}

@@ -17,6 +17,7 @@ LEAST_AMAX = 1e-4
 """Official act_quant and DeepGEMM's block cast treat a block as having at least this magnitude."""
 
 _VALUE = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
+_IS_NAN = np.isnan(_VALUE)
 
 
 def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
@@ -48,18 +49,25 @@ def quantise(x_OI: np.ndarray, scale_PQ: np.ndarray | None = None) -> tuple[np.n
     return np.clip(y_OI, -LARGEST, LARGEST, out=y_OI).astype(E4M3), scale_PQ
 
 
+def check_codes(code_OI: np.ndarray) -> None:
+    """Raises ValueError for a NaN code (byte 127 or 255)."""
+    for row in range(0, len(code_OI), BLOCK):
+        if _IS_NAN[code_OI[row : row + BLOCK].view(np.uint8)].any():
+            raise ValueError("got an e4m3 NaN; must be a number")
+
+
 def dequantise(code_OI: np.ndarray, scale_PQ: np.ndarray) -> np.ndarray:
     """float32 [O, I]: code times its block's scale, rounded once (not at all for powers of two).
 
     Raises:
       ValueError: a NaN code (byte 127 or 255), or a product that float32 cannot hold.
     """
-    code_OI = code_OI.view(np.uint8)
-    if ((code_OI & 0x7F) == 0x7F).any():
-        raise ValueError("got an e4m3 NaN; must be a number")
-    x_OI = _VALUE[code_OI]
+    check_codes(code_OI)
+    x_OI = np.empty(code_OI.shape, np.float32)
     with np.errstate(over="ignore"):
-        x_OI *= spread(scale_PQ, x_OI.shape)
+        for row, scale_Q in zip(range(0, len(x_OI), BLOCK), scale_PQ, strict=True):  # a band at a time stays in the cache
+            band_OI = _VALUE[code_OI[row : row + BLOCK].view(np.uint8)]
+            np.multiply(band_OI, np.repeat(scale_Q, BLOCK)[: x_OI.shape[1]][None], out=x_OI[row : row + BLOCK])
     if scale_PQ.size and scale_PQ.max() * 2.0 > np.finfo(np.float32).max / LARGEST:
         check_finite(x_OI)
     return x_OI

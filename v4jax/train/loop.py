@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 import pathlib
+import shutil
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.processes import check_whole, from_rows, is_first, local_rows, stop_requests, wait_for_all
 from sharding.rules import AxisRules, layout_for
-from v4jax.checkpoint.export import kinds_for, save_safetensors
+from v4jax.checkpoint.export import carried_files, kinds_for, save_safetensors
 from v4jax.checkpoint.store import Store, check_config, write_config
 from v4jax.cost import train_flops_per_token
 from v4jax.data.config import tokenizer_of
@@ -30,7 +31,7 @@ from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_batches, train_batches, unigram_loss
 from v4jax.train.loss import loss_and_routing
 from v4jax.train.report import Reporter, Silent, plot_losses, require_plots
-from v4jax.train.resume import go_back, items_of, start
+from v4jax.train.resume import check_source, go_back, items_of, start
 from v4jax.train.stability import Record, remember, spike
 from v4jax.train.step import batch_sharding, check_batch, compile_step, state_shardings
 
@@ -92,9 +93,14 @@ def _held_out(cfg: TrainConfig, tokenizer, rows: list[int] | None) -> list:
 def _prepare(run: pathlib.Path, cfg: TrainConfig, tokenizer) -> None:
     """The run directory, written by one process after all have found that it may be."""
     check_config(run, cfg.model)
+    source = "" if (run / "config.json").exists() else cfg.init_from
+    if source:
+        check_source(cfg)
     wait_for_all("the run directory is checked")
     if is_first():
-        write_config(run, cfg.model)
+        write_config(run, cfg.model, source)
+        for path in carried_files(source) if source else ():
+            shutil.copyfile(path, run / path.name)
         tokenizer.save(run)
     wait_for_all("the run directory is there")
 
@@ -170,7 +176,7 @@ def _finish(cfg: TrainConfig, run: pathlib.Path, tokenizer, state) -> dict[str, 
     summary: dict[str, Any] = {"run_dir": str(run), "steps": cfg.steps}
     if cfg.export != "none":
         target = run / "export"
-        save_safetensors(cfg.model, state.public, target, dtype=cfg.export, overwrite=True)
+        save_safetensors(cfg.model, state.public, target, dtype=cfg.export, overwrite=True, source=run)
         summary["export"] = str(target)
     if not is_first():
         return {}

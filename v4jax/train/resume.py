@@ -86,15 +86,20 @@ def _fresh(cfg: TrainConfig, shardings) -> TrainState:
     return _from_weights(cfg, shardings) if cfg.init_from else init_state(cfg, shardings)
 
 
-def _from_weights(cfg: TrainConfig, shardings) -> TrainState:
-    """A state whose weights and router tables are those of `cfg.init_from`; everything else is fresh.
-
-    Raises:
-      ValueError: no checkpoint, or one of another model (names the first field that differs).
-    """
+def check_source(cfg: TrainConfig) -> None:
+    """Refuses weights of another model to start from (names the first field that differs)."""
     found = ModelConfig.from_json(cfg.init_from).to_dict()
     for name, ours in cfg.model.to_dict().items():
         if found.get(name) != ours:
             raise ValueError(f"init_from: {cfg.init_from} is another model: {name} is {found.get(name)} there, {ours} here")
+
+
+def _from_weights(cfg: TrainConfig, shardings) -> TrainState:
+    """A state whose weights and router tables are those of `cfg.init_from`; everything else is fresh.
+
+    Raises:
+      ValueError: no checkpoint, or one of another model.
+    """
+    check_source(cfg)
     params = load_onto(cfg.init_from, cfg.model, "float32", shardings.public)
     return jax.jit(functools.partial(state_from, cfg), out_shardings=shardings, donate_argnums=0)(params)

@@ -1,0 +1,146 @@
+"""Throughput and peak memory of `v4jax convert` beside a plain copy of the same files on the same disk.
+
+    python benchmarks/convert.py [--gigabytes 4] [--folder DIR]
+
+Writes a synthetic checkpoint of that size in bfloat16 (V4's parts, random numbers) below DIR, converts it to a store and back, to
+an official release, and that to a store and to bfloat16, each in a fresh process whose time (without start-up) and largest resident
+memory are taken, and removes it all. Rates are bytes of the larger side per second: every one of them is read or written. The last
+rows are the bound of the processor: rounding to and from low precision alone, on as many threads.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import ml_dtypes
+import numpy as np
+
+from v4jax.checkpoint.export import config_json, kinds_for, plan_files, total_bytes, write_json, write_tensors
+from v4jax.checkpoint.formats import DTYPES, Stored
+from v4jax.checkpoint.names import official_shapes
+from v4jax.config import ModelConfig
+from v4jax.quant import fp8, mxfp4
+
+WORKERS = 2
+CHILD = """
+import json, sys, time
+from v4jax.convert import convert
+from v4jax.checkpoint.names import official_shapes
+from v4jax.config import ModelConfig
+official_shapes(ModelConfig.from_json(sys.argv[1]))  # start-up: tracing the model for its shapes, once a process
+begin = time.perf_counter()
+convert(sys.argv[1], sys.argv[2], format=sys.argv[3], dtype=sys.argv[4], max_file_bytes=10**9, workers=int(sys.argv[5]))
+seconds = time.perf_counter() - begin
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
+print(json.dumps([seconds, int(peak) * 1024]))
+"""
+
+
+def model(gigabytes: float) -> ModelConfig:
+    """V4's parts at about that many bytes in bfloat16, most of them experts; the vocabulary is the real one."""
+    experts = max(2, round((gigabytes * 1e9 / 2 - 2 * 129280 * 1024) / (4 * 3 * 1024 * 1024)))
+    return ModelConfig(
+        vocab_size=129280, hidden_size=1024, moe_intermediate_size=1024, num_hidden_layers=3, num_attention_heads=16, head_dim=128,
+        qk_rope_head_dim=64, q_lora_rank=512, o_groups=4, o_lora_rank=512, n_routed_experts=experts, num_experts_per_tok=2,
+        routed_scaling_factor=1.5, compress_ratios=(128, 4, 128, 0), num_hash_layers=1, index_n_heads=16, compress_rope_theta=160000.0,
+    )  # fmt: skip
+
+
+def make(cfg: ModelConfig, directory: pathlib.Path) -> int:
+    """Writes the synthetic checkpoint; its bytes."""
+    kinds, shapes = kinds_for(cfg, "bfloat16"), official_shapes(cfg)
+    rng = np.random.default_rng(0)
+    pool = rng.standard_normal(2 * 10**8, np.float32).astype(ml_dtypes.bfloat16)
+
+    def stored(name: str) -> Stored:
+        if name.endswith("tid2eid"):
+            return Stored(rng.permuted(np.tile(np.arange(cfg.n_routed_experts), (shapes[name][0], 1)), axis=1)[:, : shapes[name][1]].copy())
+        size = math.prod(shapes[name])
+        start = int(rng.integers(len(pool) - size))
+        return Stored(pool[start : start + size].reshape(shapes[name]).astype(DTYPES[kinds[name].dtype]))
+
+    directory.mkdir()
+    files = plan_files(cfg, kinds, 10**9)
+    write_tensors(directory, shapes, files, stored)
+    write_json(directory / "config.json", config_json(cfg, "bfloat16"))
+    return total_bytes(files)
+
+
+def copy(source: pathlib.Path, target: pathlib.Path) -> float:
+    """Seconds of a plain copy that is on the disk at the end, as a conversion is."""
+    begin = time.perf_counter()
+    target.mkdir()
+    for path in source.iterdir():
+        shutil.copyfile(path, target / path.name)
+        with open(target / path.name) as file:
+            os.fsync(file.fileno())
+    return time.perf_counter() - begin
+
+
+def convert(source, target, format: str, dtype: str) -> tuple[float, int]:
+    """(seconds, peak resident bytes) of one conversion in a process of its own."""
+    command = [sys.executable, "-c", CHILD, source, target, format, dtype, str(WORKERS)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    return tuple(json.loads(done.stdout))
+
+
+def processor_bound(action, size: int) -> float:
+    """float32 bytes per second of `action` on WORKERS threads."""
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(lambda _: action(), range(WORKERS)))
+        begin = time.perf_counter()
+        list(pool.map(lambda _: action(), range(4 * WORKERS)))
+    return 4 * WORKERS * size / (time.perf_counter() - begin)
+
+
+def size_of(directory: pathlib.Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=4)
+    parser.add_argument("--folder", default=tempfile.gettempdir())
+    arguments = parser.parse_args()
+    root = pathlib.Path(tempfile.mkdtemp(dir=arguments.folder, prefix="v4jax-convert-"))
+    try:
+        cfg = model(arguments.gigabytes)
+        size = make(cfg, root / "bf16")
+        rate = size / copy(root / "bf16", root / "copy")
+        shutil.rmtree(root / "copy")
+        largest = max(4 * math.prod(shape) for shape in official_shapes(cfg).values())
+        bound = 1.5e9 + 2 * largest
+        print(f"{size / 1e9:.2f} GB in bfloat16; largest slice {largest / 1e9:.2f} GB in float32: at most {bound / 1e9:.2f} GB of memory")
+        print("| conversion | from, to GB | seconds | MB/s | of the copy's | peak GB |\n|---|---|---|---|---|---|")
+        print(f"| plain copy, fsync | {size / 1e9:.2f} | {size / rate:.1f} | {rate / 1e6:.0f} | 1.00 | |", flush=True)
+        for source, target, format, dtype in (
+            ("bf16", "store", "orbax", "bfloat16"), ("store", "back", "safetensors", "bfloat16"), ("bf16", "official", "safetensors", "official"),
+            ("official", "again", "safetensors", "official"), ("official", "low", "orbax", "bfloat16"), ("low", "out", "safetensors", "official"),
+            ("official", "wide", "safetensors", "bfloat16"),
+        ):  # fmt: skip
+            seconds, peak = convert(root / source, root / target, format, dtype)
+            sizes = size_of(root / source), size_of(root / target)
+            moved = max(*sizes, size if "bfloat16" in dtype or source in ("bf16", "low") else 0)
+            print(f"| {source} -> {target} ({format}, {dtype}) | {sizes[0] / 1e9:.2f}, {sizes[1] / 1e9:.2f} | {seconds:.1f} | {moved / seconds / 1e6:.0f} "
+                  f"| {moved / seconds / rate:.2f} | {peak / 1e9:.2f}{'' if peak <= bound else ' ABOVE THE BOUND'} |", flush=True)  # fmt: skip
+            if target in ("back", "again", "out", "wide"):
+                shutil.rmtree(root / target)
+        x = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
+        for code in (fp8, mxfp4):
+            stored = code.quantise(x)
+            for what, action in (("to", lambda: code.quantise(x)), ("from", lambda: code.dequantise(*stored))):  # noqa: B023
+                print(f"| processor alone: {what} {code.__name__.split('.')[-1]}, as bfloat16 bytes | | | {processor_bound(action, x.nbytes) / 2e6:.0f} | | |")
+    finally:
+        shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Memory for tensors at work: several small ones at a time, a large one alone. Next file to read: v4jax/checkpoint/export.py."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+
+class Room:
+    """So many bytes, shared by threads. Who wants more than is free waits; who wants more than there are waits to be alone."""
+
+    def __init__(self, size: int):
+        self._size, self._taken, self._changed = size, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, wanted: int) -> Iterator[None]:
+        """Holds `wanted` bytes for as long as it is entered."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._taken == 0 or self._taken + wanted <= self._size)
+            self._taken += wanted
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= wanted
+                self._changed.notify_all()

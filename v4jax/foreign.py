@@ -1,0 +1,77 @@
+"""Files that others made: regular files of their own directory, and JSON that says everything once; anything else is refused in words.
+
+Next file to read: v4jax/config.py.
+"""
+
+import json
+import pathlib
+import stat
+from typing import Any
+
+_LONGEST_JSON = 256 * 2**20
+"""Bytes; the index of V4-Pro has about 8 million."""
+
+
+def file_in(directory: pathlib.Path, name: str) -> pathlib.Path:
+    """`directory / name`, which must be a regular file that lies there.
+
+    A link may lead to another file of the directory or, in the cache of huggingface_hub, from snapshots/REVISION to ../../blobs.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: a name that leads elsewhere, a link to somewhere else, or something that is no file (a pipe would never end).
+    """
+    path = directory / name
+    if pathlib.PurePath(name).name != name or "\0" in name:
+        raise ValueError(f"got file {name!r}; must be a file name in this directory")
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # a name that no file system takes, a circle of links
+        raise ValueError(f"{name[:80]!r}: not a file that can be opened: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{name}: is not a regular file")
+    if path.is_symlink():
+        real, home = path.resolve(), directory.resolve()
+        allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+        if real.parent not in allowed:
+            raise ValueError(f"{name}: is a link to {real}, outside of {directory}; put the file itself there")
+    return path
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """What a JSON file says.
+
+    Raises:
+      ValueError: not JSON, a key that stands twice in one object, brackets without end.
+    """
+    if (size := path.stat().st_size) > _LONGEST_JSON:
+        raise ValueError(f"{path.name}: got {size} bytes; must be at most {_LONGEST_JSON}")
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
+def parse_json(text: bytes) -> Any:
+    """What JSON text says.
+
+    Raises:
+      ValueError: see read_json.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("not JSON that can be read: brackets within brackets without end") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} stands twice")
+    return found

@@ -10,6 +10,7 @@ Next file to read: v4jax/layout/weights.py.
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import pathlib
@@ -70,7 +71,7 @@ class Hardware:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A chip and how many devices of it; `topology` is what libtpu is asked for, "" where JAX cannot compile for it."""
+    """A chip and how many devices of it; `topology` is what JAX is asked for, "" where JAX cannot compile for it."""
 
     hardware: Hardware
     devices: int
@@ -112,8 +113,9 @@ def target_of(text: str, devices: int | None = None) -> Target:
     if not re.fullmatch(r"\d+(x\d+)*", size) or math.prod(map(int, size.split("x"))) < 1:
         raise ValueError(f"target: got size {size!r} in {text!r}; must be chips, as 64 or 4x4x8")
     chips = math.prod(map(int, size.split("x")))
-    is_tpu = bool(hardware.tiers[0].torus) and not name.endswith(".json")
-    return Target(hardware, chips * hardware.devices_per_chip, text if is_tpu and "x" in size else "")
+    is_tpu = bool(hardware.tiers[0].torus) and not name.endswith(".json") and "x" in size
+    is_gpu = name == "h100" and importlib.util.find_spec("jax_cuda13_plugin") is not None  # sharding/targets.py has its description
+    return Target(hardware, chips * hardware.devices_per_chip, text if is_tpu or is_gpu else "")
 
 
 def nearest(word: str, words) -> str:

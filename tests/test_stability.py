@@ -24,7 +24,8 @@ MODEL = small_config(
     num_attention_heads=4, o_groups=2, q_lora_rank=16, n_routed_experts=4,
 )  # fmt: skip
 GUARD = StabilityConfig(rollbacks=3, window=8, least=4, loss_rise=0.5, norm_rise=8.0)
-KEPT = ("step", "loss", "grad_norm", "held_out_nll", "event", "rollback", "at", "why", "skipped", "losses_given_up")
+AHEAD = dataclasses.replace(GUARD, anticipate=4, anticipate_lag=2)
+KEPT = ("step", "loss", "grad_norm", "held_out_nll", "event", "rollback", "at", "why", "skipped", "losses_given_up", "anticipating")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def text_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiled():
-    """One program per mesh for the whole file: mesh -> what compile_step gave."""
+    """One program per mesh and kind for the whole file."""
     return {}
 
 
@@ -49,8 +50,8 @@ class Harmed:
     def __init__(self, key, real, compiled, noise=(), inflate=()):
         self.key, self.real, self.compiled, self.noise, self.inflate = key, real, compiled, noise, inflate
 
-    def lower(self, state, batch):
-        self.arguments = state, batch
+    def lower(self, *arguments):
+        self.arguments = arguments
         return self
 
     def compile(self):
@@ -58,15 +59,15 @@ class Harmed:
             self.compiled[self.key] = self.real.lower(*self.arguments).compile()
         return self
 
-    def __call__(self, state, batch):
+    def __call__(self, state, batch, *chosen):
         step, row = self.compiled[self.key], np.asarray(batch["tokens"])[0]
         if any(np.array_equal(row, bad) for bad in self.noise):
             noise = np.random.default_rng(0).integers(0, 256, batch["tokens"].shape, np.int32)
             batch = batch | {"tokens": jax.device_put(noise, batch["tokens"].sharding)}
         if not any(np.array_equal(row, bad) for bad in self.inflate):
-            return step(state, batch)
+            return step(state, batch, *chosen)
         before = jax.tree.map(jnp.copy, state.params)
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, *chosen)
         inflated = jax.tree.map(lambda new, old: old + 100 * (new - old), state.params, before)
         return dataclasses.replace(state, params=inflated), metrics
 
@@ -77,8 +78,8 @@ def train(monkeypatch, compiled):
     real = loop.compile_step
 
     def run(cfg, **harm):
-        def harmed(*arguments):
-            return Harmed(cfg.mesh, real(*arguments), compiled, **harm)
+        def harmed(*arguments, **kind):
+            return Harmed((cfg.mesh, *kind.values()), real(*arguments, **kind), compiled, **harm)
 
         monkeypatch.setattr(loop, "compile_step", harmed)
         return loop.train(cfg)
@@ -116,7 +117,7 @@ def clean(text_folder, tmp_path_factory, compiled):
     cfg = config(text_folder, tmp_path_factory.mktemp("clean") / "run")
     with pytest.MonkeyPatch.context() as patch:
         real = loop.compile_step
-        patch.setattr(loop, "compile_step", lambda *a: Harmed(cfg.mesh, real(*a), compiled))
+        patch.setattr(loop, "compile_step", lambda *a, **kind: Harmed((cfg.mesh, *kind.values()), real(*a, **kind), compiled))
         return cfg, loop.train(cfg)
 
 
@@ -139,11 +140,11 @@ def test_what_counts_as_a_spike():
 
 
 def test_batches_are_counted_past_what_was_skipped():
-    record = gone_back(Record(), Record(), 10, drawn=14)
-    assert record.skipped == ((11, 14),) and record.batch(11) == 15
-    again = gone_back(record, Record(), 10, drawn=record.batch(12))
-    assert again.skipped == ((11, 16),) and again.rollbacks == 2
-    later = gone_back(again, again, 20, drawn=again.batch(23))
+    record = gone_back(AHEAD, Record(), 14, Record(), 10, drawn=14)
+    assert record.skipped == ((11, 14),) and record.batch(11) == 15 and record.anticipate_until == 18
+    again = gone_back(AHEAD, record, 12, Record(), 10, drawn=record.batch(12))
+    assert again.skipped == ((11, 16),) and again.rollbacks == 2 and again.anticipate_until == 18
+    later = gone_back(AHEAD, again, 23, again, 20, drawn=again.batch(23))
     assert later.skipped == ((11, 16), (27, 29)) and later.batch(21) == 30 and Record.from_json(json.loads(json.dumps(later.to_json()))) == later
 
 
@@ -152,7 +153,7 @@ def test_batches_are_counted_past_what_was_skipped():
 )
 def test_spikes_are_survived(clean, train, tmp_path, mesh):
     """A batch of noise at step 18, and an update 100 times too long at step 32, which shows at 33: the end is that of a clean run."""
-    cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), mesh=mesh)
+    cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), mesh=mesh, stability=AHEAD if mesh else GUARD)
     order = rows(cfg, 40)
     summary = train(cfg, noise=order[17:18], inflate=order[34:35])  # step 16 trains on batch 19 then, step 32 on 35
     events = [line for line in lines(cfg) if "event" in line]
@@ -176,12 +177,13 @@ def test_without_rollbacks_the_harm_stays(clean, train, tmp_path):
 
 def test_a_checkpoint_that_was_already_bad_is_left_behind(clean, train, tmp_path, monkeypatch):
     """The update of step 10 does the harm, which step 11 shows: the checkpoint of step 10 is no good. Killed and resumed on the way,
-    before and after the next checkpoint, the run ends with the same bits."""
-    whole = dataclasses.replace(clean[0], run_dir=str(tmp_path / "whole"), steps=20, decay_steps=0, eval_batches=0)
+    before the next checkpoint and just after it, with batches drawn ahead and their experts chosen, it ends with the same bits."""
+    whole = dataclasses.replace(clean[0], run_dir=str(tmp_path / "whole"), steps=20, decay_steps=0, eval_batches=0, stability=AHEAD)
     order = rows(whole, 20)
     train(whole, inflate=order[9:10])
     (event,) = [line for line in lines(whole) if "event" in line]
     assert (event["step"], event["at"], event["skipped"]) == (5, 11, [6, 11])
+    assert {line["step"] for line in lines(whole) if line.get("anticipating")} == {10, 15}  # of the logged steps: 6 to 15
     assert [path.name.split("-")[0] for path in (tmp_path / "whole/abandoned").iterdir()] == ["10"]
 
     killed = dataclasses.replace(whole, run_dir=str(tmp_path / "killed"))

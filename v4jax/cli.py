@@ -73,7 +73,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="v4jax", description="DeepSeek-V4 in JAX: train, generate, score, convert, cost, layout, launch.")
+    parser = _Parser(prog="v4jax", description="DeepSeek-V4 in JAX: train, plot, generate, score, convert, cost, layout, launch.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
     def command(name, run, text):
@@ -89,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "Train, or resume, the run that CONFIG.py describes.")
     train.add_argument("config", nargs="?")
+
+    plot = command("plot", _plot, "Write RUN/summary.html, one page about a run, also while it runs.")
+    plot.add_argument("run_dir", metavar="RUN")
 
     generate = command("generate", _generate, "Continue a prompt.")
     generate.add_argument("checkpoint")
@@ -197,6 +200,12 @@ def _sample(cfg) -> dict:
         return {}
     (pathlib.Path(cfg.run_dir) / "sample.txt").write_text(text)
     return {"sample": text}
+
+
+def _plot(arguments, _):
+    from v4jax.train.picture import write_summary
+
+    return {"picture": str(write_summary(arguments.run_dir))}
 
 
 def _generate(arguments, _):

@@ -135,7 +135,7 @@ class Store:
         self._summed.append(self._summing.submit(self._sum, saving, step))
 
     def wait(self) -> None:
-        """Returns when no save is under way.
+        """Returns when no save is under way in any process; all call it.
 
         Raises:
           OSError: one failed.
@@ -144,6 +144,7 @@ class Store:
             self._checkpointer.wait()
         concurrent.futures.wait(self._summed)
         self._raise_failed()
+        wait_for_all("checkpoints are written")
 
     def _raise_failed(self) -> None:
         for one in [one for one in self._summed if one.done()]:

@@ -15,6 +15,7 @@ from v4jax.model.hyper import HyperConnection, expand
 from v4jax.model.moe import MoE, Routing
 from v4jax.model.norm import RMSNorm
 from v4jax.model.state import Kept
+from v4jax.model.watch import both, look
 from v4jax.model.weights import Weights
 
 
@@ -30,15 +31,18 @@ class Block(Weights):
     ) -> tuple[jax.Array, Routing, Kept | None]:
         cfg, own = self.cfg, self.own
         with jax.named_scope("attention"):
-            u_BSD, mix = HyperConnection(*own, cfg, name="hc_attn")(x_BSXD)
+            u_BSD, pre_BSX, mix = HyperConnection(*own, cfg, name="hc_attn")(x_BSXD)
             u_BSD = RMSNorm(*own, cfg.rms_norm_eps, name="attn_norm")(u_BSD)
             y_BSD, kept = Attention(*own, cfg, self.kind.compress_ratio, name="attn")(u_BSD, documents, kept)
             x_BSXD = self._place(expand(y_BSD, x_BSXD, mix))
+            seen = look(pre_BSX, mix, y_BSD, x_BSXD) if documents.ask.watch else None
         with jax.named_scope("experts"):
-            u_BSD, mix = HyperConnection(*own, cfg, name="hc_ffn")(x_BSXD)
+            u_BSD, pre_BSX, mix = HyperConnection(*own, cfg, name="hc_ffn")(x_BSXD)
             u_BSD = RMSNorm(*own, cfg.rms_norm_eps, name="ffn_norm")(u_BSD)
             y_BSD, routing = MoE(*own, cfg, self.kind.hash_routed, name="ffn")(u_BSD, tokens_BS, documents)
             x_BSXD = self._place(expand(y_BSD, x_BSXD, mix))
+            if seen is not None:
+                routing = routing._replace(seen=both(seen, look(pre_BSX, mix, y_BSD, x_BSXD)))
         return x_BSXD, routing, kept
 
     def _place(self, x_BSXD: jax.Array) -> jax.Array:
@@ -68,7 +72,7 @@ def stack(rules, dtype: jnp.dtype, quant: str, cfg: ModelConfig, kinds, repeats:
     body = nn.remat(Pattern, prevent_cse=False) if remat else Pattern
     scanned = nn.scan(
         body,
-        variable_axes={"params": 0, "router": 0},
+        variable_axes={"params": 0, "router": 0, "chosen": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, nn.broadcast),
         length=repeats,

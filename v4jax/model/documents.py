@@ -13,6 +13,7 @@ Shapes: B batch, S positions, C slots for compressed entries (S // ratio in an u
 Next file to read: v4jax/model/rotary.py.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -40,8 +41,17 @@ class Entries(NamedTuple):
     turn: Rotation | None
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What layers are to give besides what they compute (see moe.Routing): the indices of chosen experts; how they are doing."""
+
+    index: bool = False
+    watch: bool = False
+
+
 class Documents(NamedTuple):
-    """What attention must know about rows.
+    """What layers must know about rows.
 
     Attributes:
       segment_BS: document id of each token, 0 for padding; None where each row is one document.
@@ -50,6 +60,7 @@ class Documents(NamedTuple):
       turn: rotation of tokens in layers of ratio 0 [B,S,R/2] (batch 1 for rows of one document).
       compressed_turn: the same for CSA and HCA layers.
       entries: compress ratio -> Entries, for the ratios that give any entry at this length.
+      ask: static.
     """
 
     segment_BS: jax.Array | None
@@ -58,6 +69,7 @@ class Documents(NamedTuple):
     turn: Rotation
     compressed_turn: Rotation | None
     entries: dict[int, Entries]
+    ask: Ask = Ask()
 
 
 def read_documents(cfg: ModelConfig, seq: int, segment_BS: jax.Array | None, shards: int = 1) -> Documents:

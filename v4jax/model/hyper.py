@@ -104,7 +104,8 @@ class HyperConnection(Weights):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BSXD: jax.Array) -> tuple[jax.Array, Mix]:
+    def __call__(self, x_BSXD: jax.Array) -> tuple[jax.Array, jax.Array, Mix]:
+        """(what the streams collapse to [B,S,D], by which weights [B,S,X], Mix)."""
         n, size = self.cfg.hc_mult, x_BSXD.shape[2] * x_BSXD.shape[3]
         # Static start: read the mean of the streams, write to each, keep them mostly apart.
         static = jnp.concatenate((jnp.full(n, -jnp.log(n - 1.0 + 1e-9)), jnp.zeros(n), 4 * jnp.eye(n).reshape(-1)))
@@ -113,7 +114,7 @@ class HyperConnection(Weights):
         base = self.weight("base", ((2 + n) * n,), ("mix",), constant(static), True)
         scale = self.weight("scale", (3,), (None,), constant(DYNAMIC_SCALE), True)
         pre, mix = _stream_weights(self.cfg, x_BSXD, fn, base, scale)
-        return collapse(pre, x_BSXD), mix
+        return collapse(pre, x_BSXD), pre, mix
 
 
 class HyperHead(Weights):

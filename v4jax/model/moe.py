@@ -20,6 +20,7 @@ from v4jax.config import ModelConfig
 from v4jax.model.dense import dense
 from v4jax.model.documents import Documents
 from v4jax.model.grouped import Activation, ExpertWeights, clamped_swiglu, expert_ffn
+from v4jax.model.watch import Seen
 from v4jax.model.weights import Weights
 from v4jax.quant.fake import mxfp4_weight
 
@@ -31,10 +32,14 @@ class Routing(NamedTuple):
       load_E: float32, how many tokens of the whole batch chose each expert; sums to K * tokens that count.
       balance: float32 scalar, sequence-wise balance loss (deepseek-v4.md section 6); 0 where a table routes, since
         nothing the gate learns would move a token there.
+      index_BSK: the experts the scores chose, int32, where Ask.index asks for them and no table routes.
+      seen: how the whole layer is doing, where Ask.watch asks for it (model/watch.py).
     """
 
     load_E: jax.Array
     balance: jax.Array
+    index_BSK: jax.Array | None = None
+    seen: Seen | None = None
 
 
 def router_scores(x_BSD: jax.Array, gate_DE: jax.Array) -> jax.Array:
@@ -129,7 +134,10 @@ def balanced_table(key: jax.Array, vocab: int, experts: int, active: int) -> jax
 
 
 class MoE(Weights):
-    """Routed experts plus the shared expert; gives (y [B,S,D], Routing)."""
+    """Routed experts plus the shared expert; gives (y [B,S,D], Routing).
+
+    A variable "index" [B,S,K] in the collection "chosen" stands in for the experts that scores would choose (train/anticipate.py).
+    """
 
     cfg: ModelConfig
     hash_routed: bool
@@ -147,7 +155,9 @@ class MoE(Weights):
         else:
             init = nn.with_logical_partitioning(jnp.zeros, ("routes",))
             bias_E = self.variable("router", "bias", lambda: init((experts,), jnp.float32)).value
-            index_BSK = choose(self.rules, jax.lax.stop_gradient(score_BSE + bias_E[None, None]), active)
+            index_BSK = self.get_variable("chosen", "index")
+            if index_BSK is None:
+                index_BSK = choose(self.rules, jax.lax.stop_gradient(score_BSE + bias_E[None, None]), active)
         weight_BSK = gate_weights(score_BSE, index_BSK, cfg.routed_scaling_factor)
         balance = jnp.zeros(())
         if not self.hash_routed:
@@ -155,7 +165,8 @@ class MoE(Weights):
         chosen_BSE = _chosen(index_BSK, experts)
         if documents.counts_BS is not None:
             chosen_BSE = chosen_BSE * documents.counts_BS[..., None]
-        routing = Routing(jnp.sum(chosen_BSE, axis=(0, 1)), balance)
+        asked = documents.ask.index and not self.hash_routed
+        routing = Routing(jnp.sum(chosen_BSE, axis=(0, 1)), balance, index_BSK if asked else None)
         x_BSD = self.act_quant(x_BSD)
         y_BSD = Experts(*self.own, cfg, name="experts")(x_BSD, index_BSK, weight_BSK)
         y_BSD = y_BSD + SharedExpert(*self.own, cfg, name="shared_experts")(x_BSD)

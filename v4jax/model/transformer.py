@@ -20,7 +20,7 @@ from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.model.block import stack
 from v4jax.model.dense import dense
-from v4jax.model.documents import read_documents, without_last_tokens
+from v4jax.model.documents import Ask, read_documents, without_last_tokens
 from v4jax.model.hyper import HyperHead
 from v4jax.model.moe import Routing
 from v4jax.model.mtp import MTP
@@ -60,11 +60,11 @@ class Transformer(Weights):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, tokens_BS: jax.Array, segment_BS: jax.Array | None = None) -> Hidden:
+    def __call__(self, tokens_BS: jax.Array, segment_BS: jax.Array | None = None, ask: Ask = Ask()) -> Hidden:
         cfg, own = self.cfg, self.own
         table_VD = Embedding(*own, cfg, name="embed")()
         head_DV = Head(*own, cfg, name="head")()
-        documents = read_documents(cfg, tokens_BS.shape[1], segment_BS, self.rules.shards("act_seq"))
+        documents = read_documents(cfg, tokens_BS.shape[1], segment_BS, self.rules.shards("act_seq"))._replace(ask=ask)
         with jax.named_scope("embed"):
             x_BSD = embed_lookup(self.rules, table_VD, tokens_BS).astype(self.dtype)
         x_BSXD = jnp.broadcast_to(x_BSD[:, :, None], (*x_BSD.shape[:2], cfg.hc_mult, cfg.hidden_size))
@@ -124,8 +124,14 @@ def apply(
     dtype: jnp.dtype = jnp.float32,
     remat: bool = False,
     quant: str = "none",
+    ask: Ask = Ask(),
+    chosen=None,
 ) -> Hidden:
     """Runs the network up to the head; `params` is the public dict, "router" included.
+
+    Args:
+      ask: what routing holds besides loads. chosen: group -> block -> indices of experts [L,B,S,K], as routing gives them when asked;
+        None: the scores choose.
 
     Raises:
       ValueError: rows that do not divide over the devices that cut the sequence, or sizes that `quant` cannot hold.
@@ -136,7 +142,10 @@ def apply(
         raise ValueError(f"tokens: got rows of {tokens_BS.shape[1]}; must divide by {shards}, the mesh axes that cut the sequence")
     weights = {name: value for name, value in params.items() if name != "router"}
     model = Transformer(rules, jnp.dtype(dtype), quant, cfg, remat)
-    return model.apply({"params": weights, "router": params["router"]}, tokens_BS, segment_BS)
+    variables = {"params": weights, "router": params["router"]}
+    if chosen is not None:
+        variables["chosen"] = {group: {block: {"ffn": {"index": index}} for block, index in blocks.items()} for group, blocks in chosen.items()}
+    return model.apply(variables, tokens_BS, segment_BS, ask)
 
 
 def forward(

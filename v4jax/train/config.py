@@ -28,6 +28,7 @@ class TrainConfig:
         with the low-precision numbers of the served model (QAT). remat: recompute layers in the backward pass.
       learning_rate: peak. warmup_steps, decay_steps: linear up, cosine down to final_lr_ratio at the end.
       clip_norm: largest global gradient norm. bias_rate: speed of the router's selection bias.
+      watch_every: steps between looks inside (train/watch.py); 0: none.
       log_every, eval_every, checkpoint_every: steps. eval_batches: held-out batches per evaluation. keep: newest checkpoints kept;
         keep_every: and those of every so many steps; keep_best: and so many of the least held-out loss.
       init_from: weights to start from, of a checkpoint of any kind (a run that has checkpoints resumes from its own).
@@ -59,6 +60,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     bias_rate: float = 1e-3
     log_every: int = 10
+    watch_every: int = 0
     eval_every: int = 100
     eval_batches: int = 8
     checkpoint_every: int = 100
@@ -81,7 +83,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         _require(self, "seq_len", self.seq_len >= 2, "at least 2")
-        for name in ("warmup_steps", "decay_steps", "eval_batches", "sample_tokens", "bias_rate", "weight_decay", "keep_every", "keep_best"):
+        for name in ("warmup_steps", "decay_steps", "eval_batches", "sample_tokens", "bias_rate", "weight_decay", "keep_every", "keep_best",
+                     "watch_every"):
             _require(self, name, getattr(self, name) >= 0, "0 or above")
         for name in ("learning_rate", "clip_norm"):
             _require(self, name, getattr(self, name) > 0, "above 0")

@@ -27,13 +27,15 @@ from v4jax.checkpoint.export import carried_files, kinds_for, save_safetensors
 from v4jax.checkpoint.store import Store, check_config, write_config
 from v4jax.cost import train_flops_per_token
 from v4jax.data.config import tokenizer_of
+from v4jax.train.anticipate import Feed, compile_choice
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_batches, train_batches, unigram_loss
 from v4jax.train.loss import loss_and_routing
 from v4jax.train.report import Reporter, Silent, plot_losses, require_plots
 from v4jax.train.resume import check_source, go_back, items_of, start
 from v4jax.train.stability import Record, remember, spike
-from v4jax.train.step import batch_sharding, check_batch, compile_step, state_shardings
+from v4jax.train.step import Steps, batch_sharding, check_batch, compile_step, state_shardings
+from v4jax.train.watch import plain
 
 UNIGRAM_BATCHES = 64
 """Training batches that the unigram model is counted from."""
@@ -68,8 +70,8 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         held_out = _held_out(cfg, tokenizer, rows)
         _prepare(run, cfg, tokenizer)
         with Store(run, cfg.keep, cfg.keep_every, cfg.keep_best, writes=True) as store:
-            begin = start(cfg, shardings, store, data)
-            with _reporter(run, cfg, *begin[1:]) as report:
+            begin = start(cfg, rules, shardings, store, data)
+            with _reporter(run, cfg, begin.step, begin.record) as report:
                 put = functools.partial(_put, place, rows, cfg.batch_size)
                 state, last = _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store, report)
         if last < cfg.steps:
@@ -111,40 +113,44 @@ def _reporter(run: pathlib.Path, cfg: TrainConfig, first: int, record: Record) -
 
 def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store, report):
     """(state, step it stands at): trains from `begin` (see resume.start) to the last step, or until the job is asked to end."""
-    state, step, record = begin
-    first = step
-    step_function = compile_step(cfg, rules, shardings, mesh)
+    state, step, record, ahead = begin
+    first, stop = step, False
+    take_step = Steps(functools.partial(compile_step, cfg, rules, shardings, mesh))
+    feed = Feed(data, put, compile_choice(cfg, rules, shardings, mesh), cfg.stability.anticipate_lag, ahead)
     evaluate = _evaluator(cfg, rules, put)
     with stop_requests() as asked_to_stop:
         for turn in itertools.count(first + 1):  # goes on where a rollback sets `step` back: processes agree on a turn to end at
             if step == cfg.steps:
                 return state, step
-            batch, step = put(next(data)), step + 1
-            if turn == first + 1:  # gloo's reduce-scatter gives up when a process comes more than 30 s late: compile first
-                step_function = step_function.lower(jax.block_until_ready(state), batch).compile()
-                wait_for_all("the step is compiled")
-            state, metrics = step_function(state, batch)
-            last = asked_to_stop(turn) or step == cfg.steps
+            step += 1
+            batch, chosen = feed.next(state.public, on=step <= record.anticipate_until)
+            state, metrics = take_step(state, batch, chosen, watch=cfg.watch_every > 0 and step % cfg.watch_every == 0)
+            inside = metrics.pop("watch", None)
+            stop = asked_to_stop(turn) or stop  # several processes are asked at one turn, which may be that of a spike
+            last = stop or step == cfg.steps
             log = step % cfg.log_every == 0 or turn == first + 1 or last
             save = step % cfg.checkpoint_every == 0 or last
             if log or save or cfg.stability.rollbacks:  # a state that is not finite is never saved
                 metrics = {name: float(value) for name, value in metrics.items()}
                 seen = metrics["loss"], metrics["grad_norm"]
                 if why := spike(cfg.stability, record, *seen):
-                    at, before = step, record
-                    state, step, record = go_back(cfg, shardings, store, state, before, at, before.batch(at), why)
+                    at, before, drawn = step, record, record.batch(step) + len(feed)
+                    feed.drop()
+                    state, step, record, _ = go_back(cfg, shardings, store, state, before, at, drawn, why)
                     report.rollback(step, record, at, why, trace=(*before.losses, seen[0]))
                     continue
                 record = remember(cfg.stability, record, *seen)
             if log:
-                report.step(step, metrics)
+                report.step(step, metrics | ({"anticipating": float(chosen is not None)} if cfg.stability.anticipate else {}))
+            if inside is not None:
+                report.inside(step, plain(jax.device_get(inside)))
             held_out_nll = None
             if held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
                 held_out_nll = evaluate(state.public, held_out)
                 report.evaluation(step, {"held_out_nll": held_out_nll})
             if save:
                 jax.block_until_ready(state)
-                store.save(step, items_of(state, record) | {"data": data}, held_out_nll)
+                store.save(step, items_of(state, record) | feed.items() | {"data": data}, held_out_nll)
             if last:
                 return state, step
 

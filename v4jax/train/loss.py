@@ -18,6 +18,7 @@ from sharding.manual import vary, vary_like
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.model.dense import dense
+from v4jax.model.documents import Ask
 from v4jax.model.transformer import apply
 
 LOGIT_BYTES = 2**27
@@ -101,10 +102,12 @@ def loss_and_routing(
     dtype: jnp.dtype = jnp.float32,
     remat: bool = False,
     quant: str = "none",
+    ask: Ask = Ask(),
+    chosen=None,
 ):
     """(loss, (metrics, routing)): nll + mtp weight * mtp_nll + balance weight * sum over layers of the balance loss."""
     tokens_BS, segment_BS = batch["tokens"], batch.get("segment_ids")
-    hidden = apply(cfg, params, tokens_BS, segment_BS, rules=rules, dtype=dtype, remat=remat, quant=quant)
+    hidden = apply(cfg, params, tokens_BS, segment_BS, rules=rules, dtype=dtype, remat=remat, quant=quant, ask=ask, chosen=chosen)
 
     def mean_nll(x_BSD, ahead):
         label_BS, counts_BS = targets(tokens_BS, segment_BS, ahead)

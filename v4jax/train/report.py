@@ -1,6 +1,6 @@
 """What a run shows: a progress bar, metrics as JSON lines and TensorBoard, and the picture of its losses.
 
-Next file to read: v4jax/generate/plain.py.
+Next file to read: v4jax/train/picture.py.
 """
 
 import json
@@ -109,6 +109,18 @@ class Reporter:
         self._show(step, "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
         self._last = (step, time.perf_counter())  # do not count evaluation as training time
 
+    def inside(self, step: int, found: dict[str, dict[str, Any]]) -> None:
+        """A look inside (train/watch.py): all of it as one line, extremes over layers to TensorBoard."""
+        self._file.write(json.dumps({"step": step, "inside": found}) + "\n")
+        self._file.flush()
+        for name, values in found["layers"].items():
+            finite = [value for value in values if value is not None]
+            for word, extreme in (("least", min), ("most", max)) if finite else ():
+                self._board.add_scalar(f"layers/{name}/{word}", extreme(finite), step)
+        for kind in ("grad_rms", "update_rms"):
+            for group, value in found[kind].items():
+                self._board.add_scalar(f"{kind}/{group}", math.nan if value is None else value, step)
+
     def rollback(self, step: int, record: Record, at: int, why: str, trace: Sequence[float]) -> None:
         """The run went back from step `at` to `step`. One line says so, and the losses in between, the last of `trace`."""
         self._close()
@@ -139,7 +151,7 @@ class Reporter:
         """The newest value of each metric in the run's file."""
         newest: dict[str, Any] = {}
         for line in read_metrics(run):
-            newest |= {} if "event" in line else line
+            newest |= {} if "event" in line or "inside" in line else line
         return newest
 
 
@@ -156,6 +168,9 @@ class Silent:
         pass
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        pass
+
+    def inside(self, step: int, found: dict[str, dict[str, Any]]) -> None:
         pass
 
     def rollback(self, step: int, record: Record, at: int, why: str, trace: Sequence[float]) -> None:

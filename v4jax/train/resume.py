@@ -6,30 +6,45 @@ Next file to read: v4jax/train/loop.py.
 import dataclasses
 import functools
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from orbax.checkpoint import v1 as ocp
 
 from sharding.processes import anywhere
+from sharding.rules import AxisRules
 from v4jax.api import load_onto
 from v4jax.checkpoint.note import Note
 from v4jax.checkpoint.store import ABANDONED, DAMAGED, Store, check_same_arrays
 from v4jax.config import ModelConfig
+from v4jax.train.anticipate import ahead_placed
 from v4jax.train.config import TrainConfig
 from v4jax.train.stability import Record, TrainingFailed, gone_back
 from v4jax.train.step import TrainState, init_state, state_from
 
 
-def start(cfg: TrainConfig, shardings: TrainState, store: Store, data) -> tuple[TrainState, int, Record]:
-    """(state, steps already done, record): the newest intact checkpoint with the data iterator set to its place, or a fresh state."""
+class Begin(NamedTuple):
+    """The state, how many steps it has done, what is remembered, and batches that were drawn ahead (anticipate.Feed.items)."""
+
+    state: TrainState
+    step: int
+    record: Record
+    ahead: dict[str, Any]
+
+
+def start(cfg: TrainConfig, rules: AxisRules, shardings: TrainState, store: Store, data) -> Begin:
+    """The newest intact checkpoint with the data iterator set to its place, or a fresh state."""
     step = store.latest_intact(strict=cfg.strict)
     if step is None:
-        return _fresh(cfg, shardings), 0, Record()
+        return Begin(_fresh(cfg, shardings), 0, Record(), {})
     store.put_aside_after(step, DAMAGED)
     if step > cfg.steps:
         raise ValueError(f"steps: got {cfg.steps}; {cfg.run_dir} has already done {step}")
-    return _load(cfg, shardings, store, step, {"data": data})
+    ahead, path = {}, store.path(step) / "ahead"
+    if anywhere(path.is_dir()):
+        ahead = {"ahead": ahead_placed(ocp.metadata(store.path(step), "ahead").metadata, rules, shardings.step.mesh)}
+    return _load(cfg, shardings, store, step, {"data": data} | ahead)
 
 
 def items_of(state: TrainState, record: Record) -> dict[str, Any]:
@@ -39,7 +54,7 @@ def items_of(state: TrainState, record: Record) -> dict[str, Any]:
 
 def go_back(
     cfg: TrainConfig, shardings, store: Store, state: TrainState, record: Record, step: int, drawn: int, why: str
-) -> tuple[TrainState, int, Record]:
+) -> Begin:
     """`start` after a spike at `step`, with the data left where it is; newer checkpoints are moved to abandoned/.
 
     Args:
@@ -60,12 +75,12 @@ def go_back(
         raise TrainingFailed(f"step {step}: {why}; no checkpoint of step {newest} or before it to go back to; last: {store.latest}")
     logging.getLogger("v4jax").warning("step %d: %s; going back to step %d", step, why, good_step or 0)
     store.put_aside_after(good_step or 0, ABANDONED)
-    state, good_step, good = (_fresh(cfg, shardings), 0, Record()) if good_step is None else _load(cfg, shardings, store, good_step, {})
-    return state, good_step, gone_back(record, good, good_step, drawn)
+    good = Begin(_fresh(cfg, shardings), 0, Record(), {}) if good_step is None else _load(cfg, shardings, store, good_step, {})
+    return good._replace(record=gone_back(cfg.stability, record, step, good.record, good.step, drawn))
 
 
-def _load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, Any]) -> tuple[TrainState, int, Record]:
-    """A checkpoint's state and record; `more`: items that set themselves."""
+def _load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, Any]) -> Begin:
+    """A checkpoint's state and record; `more`: its other items, as Store.load takes them."""
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         jax.eval_shape(functools.partial(init_state, cfg, shardings)),
@@ -79,7 +94,7 @@ def _load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, 
     router = items["params"].pop("router")
     count = jax.make_array_from_callback((), shardings.step, lambda _: np.asarray(step, np.int32))
     state = dataclasses.replace(abstract, params=items["params"], router=router, optimizer=items["optimizer"], step=count)
-    return state, step, Record.from_json(note.value)
+    return Begin(state, step, Record.from_json(note.value), items.get("ahead", {}))
 
 
 def _fresh(cfg: TrainConfig, shardings) -> TrainState:

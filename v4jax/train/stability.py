@@ -36,6 +36,8 @@ class StabilityConfig:
       sigmas: deviations from the median that are ordinary. loss_rise: nats above the median that are, at least.
       norm_rise: times the median gradient norm that are, at least.
       proven: steps without a spike that make the checkpoint before them a good one.
+      anticipate: after a rollback experts are chosen ahead (train/anticipate.py) until so many steps past the spike; 0: never.
+      anticipate_lag: how many steps ahead.
 
     Raises:
       ValueError: naming the field, the value and the rule.
@@ -48,6 +50,8 @@ class StabilityConfig:
     loss_rise: float = 0.5
     norm_rise: float = 20.0
     proven: int = 1
+    anticipate: int = 0
+    anticipate_lag: int = 1
 
     def __post_init__(self):
         rules = {
@@ -57,6 +61,8 @@ class StabilityConfig:
             "loss_rise": (self.loss_rise > 0, "above 0"),
             "norm_rise": (self.norm_rise > 1, "above 1"),
             "proven": (self.proven >= 1, "at least 1"),
+            "anticipate": (self.anticipate >= 0, "0 or above"),
+            "anticipate_lag": (self.anticipate_lag >= 1, "at least 1"),
         }
         for name, (holds, rule) in rules.items():
             if not holds:
@@ -71,12 +77,14 @@ class Record:
       rollbacks: how often it went back.
       base: the step it last went back to, whose checkpoint was good then.
       skipped: first and last of the batches it passed by, counted from 1 in the order of the data.
+      anticipate_until: the last step with experts chosen ahead.
       losses, grad_norms: of the last steps that were no spikes, oldest first.
     """
 
     rollbacks: int = 0
     base: int = 0
     skipped: tuple[tuple[int, int], ...] = ()
+    anticipate_until: int = 0
     losses: tuple[float, ...] = ()
     grad_norms: tuple[float, ...] = ()
 
@@ -122,14 +130,15 @@ def remember(cfg: StabilityConfig, record: Record, loss: float, grad_norm: float
     return dataclasses.replace(record, losses=keep(record.losses, loss), grad_norms=keep(record.grad_norms, grad_norm))
 
 
-def gone_back(record: Record, good: Record, good_step: int, drawn: int) -> Record:
+def gone_back(cfg: StabilityConfig, record: Record, step: int, good: Record, good_step: int, drawn: int) -> Record:
     """The record of a run that goes on from a good checkpoint.
 
     Args:
-      record: of the run as it was. good, good_step: of the checkpoint. drawn: the last batch taken from the data.
+      record: of the run as it was, at the spike of `step`. good, good_step: of the checkpoint. drawn: the last batch taken from the data.
 
     Example: checkpoint of step 10, spike at step 14 -> batches 11 to 14 are skipped and step 11 trains on batch 15. Another one at
     step 12, with no checkpoint between: 11 to 16 are skipped.
     """
     skipped = (*good.skipped, (good.batch(good_step) + 1, drawn))
-    return dataclasses.replace(good, rollbacks=record.rollbacks + 1, base=good_step, skipped=skipped)
+    until = max(record.anticipate_until, step + cfg.anticipate) if cfg.anticipate else 0
+    return dataclasses.replace(good, rollbacks=record.rollbacks + 1, base=good_step, skipped=skipped, anticipate_until=until)

@@ -6,7 +6,7 @@ Next file to read: v4jax/train/loop.py.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,13 +15,16 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.params import named_shardings
+from sharding.processes import wait_for_all
 from sharding.rules import AxisRules
+from v4jax.model.documents import Ask
 from v4jax.model.transformer import abstract_params, init_params, param_axes
 from v4jax.train.balance import load_metrics, update_bias
 from v4jax.train.config import TrainConfig
 from v4jax.train.loss import loss_and_routing
 from v4jax.train.muon import optimizer
 from v4jax.train.schedule import learning_rate
+from v4jax.train.watch import watched
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("params", "router", "optimizer", "step"), meta_fields=())
@@ -58,17 +61,19 @@ def state_from(cfg: TrainConfig, params) -> TrainState:
     return TrainState(trained, params["router"], optimizer_of(cfg).init(trained), jnp.zeros((), jnp.int32))
 
 
-def train_step(cfg: TrainConfig, rules: AxisRules, state: TrainState, batch: Mapping[str, jax.Array]):
-    """(state, batch) -> (state, metrics). Pure; jit it with cfg and rules static and state donated.
+def train_step(cfg: TrainConfig, rules: AxisRules, state: TrainState, batch: Mapping[str, jax.Array], chosen=None, *, watch: bool = False):
+    """(state, batch) -> (state, metrics). Pure; jit it with cfg, rules and watch static and state donated.
 
-    Metrics are float32 scalars: loss, nll, mtp_nll, balance, grad_norm, learning_rate, expert_load_max, expert_load_mean.
+    Metrics are float32 scalars: loss, nll, mtp_nll, balance, grad_norm, learning_rate, expert_load_max, expert_load_mean; with `watch`
+    also "watch", a tree (train/watch.py). `chosen`: experts chosen beforehand (train/anticipate.py).
     """
 
     def objective(params):
         public = dict(params) | {"router": state.router}
         dtype = jnp.dtype(cfg.dtype)
         return loss_and_routing(
-            cfg.model, public, batch, weights=cfg.loss, rules=rules, dtype=dtype, remat=cfg.remat, quant=cfg.quant
+            cfg.model, public, batch, weights=cfg.loss, rules=rules, dtype=dtype, remat=cfg.remat, quant=cfg.quant,
+            ask=Ask(watch=watch), chosen=chosen,
         )
 
     grads, (metrics, routing) = jax.grad(objective, has_aux=True)(state.params)
@@ -77,6 +82,8 @@ def train_step(cfg: TrainConfig, rules: AxisRules, state: TrainState, batch: Map
         params = optax.apply_updates(state.params, updates)
     metrics |= load_metrics(routing)
     metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule_of(cfg)(state.step)}
+    if watch:
+        metrics["watch"] = watched(cfg.model, routing, state.router, grads, updates)
     router = update_bias(state.router, routing, cfg.bias_rate)
     return TrainState(params, router, opt_state, state.step + 1), metrics
 
@@ -124,13 +131,44 @@ def init_state(cfg: TrainConfig, shardings: TrainState) -> TrainState:
     return init(jax.random.key(cfg.seed))
 
 
-def compile_step(cfg: TrainConfig, rules: AxisRules, shardings: TrainState, mesh: Mesh):
-    """The jitted step: state donated, outputs placed like inputs; metrics replicated."""
+def compile_step(
+    cfg: TrainConfig, rules: AxisRules, shardings: TrainState, mesh: Mesh, *, watch: bool = False, ahead: bool = False
+):
+    """The jitted step: state donated, outputs placed like inputs; metrics replicated. `ahead`: it takes chosen experts too."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     place = batch_sharding(rules, mesh)
     return jax.jit(
-        functools.partial(train_step, cfg, rules),
-        in_shardings=(shardings, place),
+        functools.partial(train_step, cfg, rules, watch=watch),
+        in_shardings=(shardings, place, None) if ahead else (shardings, place),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
+
+
+class Steps:
+    """The steps of a run, each kind compiled when it is first needed: plain, watched, with experts chosen ahead."""
+
+    def __init__(self, compile_step: Callable):
+        """`compile_step`: the function above, but for watch and ahead."""
+        self._kind = functools.cache(lambda watch, ahead: compiled_together(compile_step(watch=watch, ahead=ahead)))
+
+    def __call__(self, state: TrainState, batch, chosen=None, *, watch: bool = False):
+        """(state, metrics), as train_step."""
+        return self._kind(watch, chosen is not None)(state, batch, *(() if chosen is None else (chosen,)))
+
+
+def compiled_together(jitted) -> Callable:
+    """The function, compiled at its first call for any shapes but the first argument's; no process runs it before all have.
+
+    gloo's reduce-scatter gives up when a process comes more than 30 s late.
+    """
+    compiled = {}
+
+    def call(state, *rest):
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(rest))
+        if shapes not in compiled:
+            compiled[shapes] = jitted.lower(*jax.block_until_ready((state, *rest))).compile()
+            wait_for_all(f"a program for {shapes} is compiled")
+        return compiled[shapes](state, *rest)
+
+    return call

@@ -1,0 +1,97 @@
+"""Anticipatory routing: which experts step t uses is decided by the weights of step t - lag, with what weight by those of step t.
+
+Router and network then no longer chase each other, which settles a run after a loss spike (report, section 6 here). Nothing of the
+older weights is kept: the batch of step t is read `lag` steps ahead and its experts are chosen then, by a forward pass of the weights
+as they are; only the indices wait. In the first `lag` steps the choice is that of the weights with which it began.
+
+    step t:  draw batch t + lag, choose its experts with the weights of step t  ->  train on batch t with what was chosen for it
+
+Shapes: L layers of a group, B batch, S positions, K active experts.
+Next file to read: v4jax/train/resume.py.
+"""
+
+import collections
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sharding.rules import AxisRules
+from v4jax.model.documents import Ask
+from v4jax.model.transformer import apply
+from v4jax.train.config import TrainConfig
+from v4jax.train.step import TrainState, batch_sharding, compiled_together
+
+Chosen = dict[str, dict[str, jax.Array]]
+"""Group -> block -> experts of each token, int32 [L,B,S,K] ("mtp": [B,S,K]), of score-routed layers."""
+
+
+def choose_experts(cfg: TrainConfig, rules: AxisRules, params, batch: Mapping[str, jax.Array]) -> Chosen:
+    """The experts that `params` (the public dict) choose for a batch. XLA leaves out what no index depends on."""
+    hidden = apply(
+        cfg.model, params, batch["tokens"], batch.get("segment_ids"), rules=rules, dtype=jnp.dtype(cfg.dtype), quant=cfg.quant,
+        ask=Ask(index=True),
+    )  # fmt: skip
+    found = {
+        group: {block: route.index_BSK for block, route in blocks.items() if route.index_BSK is not None}
+        for group, blocks in hidden.routing.items()
+    }
+    place = lambda x: rules.constrain(x, *[None] * (x.ndim - 3), "act_batch", "act_seq", None)  # noqa: E731
+    return jax.tree.map(place, {group: blocks for group, blocks in found.items() if blocks})
+
+
+def compile_choice(cfg: TrainConfig, rules: AxisRules, shardings: TrainState, mesh: Mesh) -> Callable:
+    """`choose_experts` of (public params, batch), compiled when it is first needed."""
+    function = functools.partial(choose_experts, cfg, rules)
+    return compiled_together(jax.jit(function, in_shardings=(shardings.public, batch_sharding(rules, mesh))))
+
+
+class Feed:
+    """The batches of a run, in order; while it is on, some are drawn ahead and their experts chosen.
+
+    Args:
+      data: host batches. put: places one on the mesh. choose: (public params, batch) -> Chosen, compiled. lag: steps ahead.
+      ahead: what a checkpoint had (see `items`).
+    """
+
+    def __init__(self, data: Iterator, put: Callable, choose: Callable, lag: int, ahead: Mapping[str, Any] | None = None):
+        self._data, self._put, self._choose, self._lag = data, put, choose, lag
+        waiting = sorted((ahead or {}).items(), key=lambda item: int(item[0]))
+        self._waiting = collections.deque((one["batch"], one["chosen"]) for _, one in waiting)
+
+    def __len__(self) -> int:
+        """How many batches are drawn and not given out."""
+        return len(self._waiting)
+
+    def next(self, params, on: bool) -> tuple[dict[str, jax.Array], Chosen | None]:
+        """The next batch, and while `on` the experts chosen for it; `params`: the weights as they are now."""
+        while on and len(self._waiting) <= self._lag:
+            batch = self._put(next(self._data))
+            # Not two programs at a time on CPU (sharding/processes.py); elsewhere the step after it waits for it anyway.
+            self._waiting.append((batch, jax.block_until_ready(self._choose(params, batch))))
+        batch, chosen = self._waiting.popleft() if self._waiting else (self._put(next(self._data)), None)
+        return batch, chosen if on else None
+
+    def drop(self) -> None:
+        """Forgets the batches drawn ahead; they count as drawn."""
+        self._waiting.clear()
+
+    def items(self) -> dict[str, Any]:
+        """What a checkpoint needs besides the data's position, which is that of the last batch drawn."""
+        waiting = {str(i): {"batch": batch, "chosen": chosen} for i, (batch, chosen) in enumerate(self._waiting)}
+        return {"ahead": waiting} if waiting else {}
+
+
+def ahead_placed(stored, rules: AxisRules, mesh: Mesh):
+    """Shapes, types and places of a checkpoint's `ahead` from its metadata: [B,S] of batches, [..., B,S,K] of indices."""
+
+    def placed(path, leaf):
+        names = ("act_batch", "act_seq") + (None,) * (path[1].key == "chosen")
+        lead = (None,) * (len(leaf.shape) - len(names))
+        spec = rules.spec((*lead, *names)) if rules else PartitionSpec()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(placed, stored)

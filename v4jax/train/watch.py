@@ -1,0 +1,88 @@
+"""What a run shows of its inside: experts' loads, router bias, gates and mixing, activations, gradients and updates by group.
+
+Values of layers stand in the model's order, MTP last; a hash-routed layer has no bias (NaN, written as null).
+
+Shapes: L layers, E experts.
+Next file to read: v4jax/train/step.py.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from v4jax.config import ModelConfig
+
+_GROUPS = ("indexer", "compressor", "experts", "shared_experts", "gate")
+
+
+def watched(cfg: ModelConfig, routing, router, grads, updates) -> dict[str, dict[str, jax.Array]]:
+    """{"layers": name -> float32 [L], "grad_rms": group -> scalar, "update_rms": group -> scalar}.
+
+    Names of layers: load_max (busiest expert over the mean; 1 is perfect), load_entropy (over that of an even load; 1 is perfect),
+    load_dead (experts no token of the batch chose), bias_min, bias_max, and those of model/watch.Seen. An update is what is added
+    to the weights.
+    """
+    load_LE = _by_layer(cfg, routing, lambda route: route.load_E)
+    share_LE = load_LE / jnp.maximum(load_LE.sum(-1, keepdims=True), 1)
+    entropy_L = -jnp.sum(share_LE * jnp.log(jnp.maximum(share_LE, 1e-30)), axis=-1)
+    bias_LE = _by_layer(cfg, router, lambda state: state["ffn"].get("bias"))
+    layers = {
+        "load_max": share_LE.max(-1) * load_LE.shape[-1],
+        "load_entropy": entropy_L / math.log(load_LE.shape[-1]),
+        "load_dead": jnp.sum(load_LE == 0, axis=-1).astype(jnp.float32),
+        "bias_min": bias_LE.min(-1),
+        "bias_max": bias_LE.max(-1),
+    }
+    first = next(iter(next(iter(routing.values())).values())).seen
+    layers |= {name: _by_layer(cfg, routing, lambda route, name=name: getattr(route.seen, name)) for name in first._fields}
+    return {"layers": layers, "grad_rms": rms_by_group(grads), "update_rms": rms_by_group(updates)}
+
+
+def _by_layer(cfg: ModelConfig, tree, read) -> jax.Array:
+    """[L, ...] in the model's order from group -> block -> values stacked over repeats; NaN where there is none."""
+    rows = []
+    for group in cfg.layer_groups:
+        blocks = [read(tree[group.name][f"block_{i}"]) for i in range(len(group.kinds))]
+        rows += [None if block is None else block[repeat] for repeat in range(group.repeats) for block in blocks]
+    if cfg.num_nextn_predict_layers:
+        rows.append(read(tree["mtp"]["block"]))
+    some = next((row for row in rows if row is not None), jnp.full(1, jnp.nan))
+    return jnp.stack([jnp.full_like(some, jnp.nan) if row is None else row for row in rows])
+
+
+def group_of(path: tuple[str, ...]) -> str:
+    """The group of a parameter by its path: embed, head, attention, compressor, indexer, gate, experts, shared_experts, hyper, norm.
+
+    Example: ("layers_2", "block_0", "attn", "indexer", "compressor", "norm", "weight") -> "indexer".
+    """
+    if path[0] in ("embed", "head"):
+        return path[0]
+    for name in _GROUPS:
+        if name in path:
+            return name
+    if any(part.startswith("hc_") for part in path):
+        return "hyper"
+    return "norm" if path[-1] == "weight" else "attention" if "attn" in path else "mtp_projection"
+
+
+def rms_by_group(tree) -> dict[str, jax.Array]:
+    """Root mean square over all entries of each group of parameters."""
+    total: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = group_of(tuple(key.key for key in path))
+        square, count = total.get(name, (0.0, 0))
+        total[name] = (square + jnp.sum(jnp.square(leaf.astype(jnp.float32))), count + leaf.size)
+    return {name: jnp.sqrt(square / count) for name, (square, count) in total.items()}
+
+
+def plain(tree) -> Any:
+    """Arrays as numbers and lists that JSON can hold: null for what is not finite."""
+    if isinstance(tree, dict):
+        return {name: plain(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [plain(value) for value in tree]
+    if hasattr(tree, "tolist"):
+        return plain(tree.tolist())
+    return float(f"{tree:.6g}") if math.isfinite(tree) else None

@@ -15,7 +15,7 @@ from v4jax.cost import cost
 from v4jax.layout.terms import Term
 from v4jax.layout.traffic import experts_sent, weight_gathered
 from v4jax.layout.weights import Weight, cut_of, weights_of
-from v4jax.layout.work import collections_of, part_of
+from v4jax.layout.work import layers_by_ratio, part_of
 from v4jax.train.config import TrainConfig
 
 RELEASED = {"experts": 0.53, "matrices": 1.0, "rest": 2.0}
@@ -33,7 +33,8 @@ def decode_terms(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], r
         cut, part, item = cut_of(weight, rules, sizes), part_of(weight.name), bytes_held(weight, "released" if released else cfg.dtype)
         terms.append(Term("weights", weight.name, item * weight.size / cut.devices))
         if weight.uses and not weight.name.startswith("mtp"):
-            own = math.prod(sizes[axis] for axis in cut.other_axes if axis in rules.mesh_axes("expert_hidden")) if weight.is_expert else cut.others
+            hidden = math.prod(sizes[axis] for axis in rules.mesh_axes("expert_hidden"))
+            own = hidden if weight.is_expert else cut.others
             terms.append(Term("flops", part, 2 * weight.size / own * weight.uses, "rows"))
             holders = math.prod(sizes[axis] for axis in rules.mesh_axes("experts"))
             touched = min(1.0, rows * holders * weight.uses) if weight.is_expert else 1.0
@@ -57,7 +58,7 @@ def _caches(cfg: TrainConfig, rules: AxisRules, sizes, seq: int) -> list[Term]:
     found = cost(model, cfg.seq_len)
     kept = found.total.cache + found.mtp.cache
     entry = model.head_dim - model.qk_rope_head_dim + -(-(model.head_dim - model.qk_rope_head_dim) // 64) + 2 * model.qk_rope_head_dim
-    skipped = collections_of(model)[CSA] * max(0, cfg.seq_len // CSA - model.index_topk) * entry
+    skipped = layers_by_ratio(model)[CSA] * max(0, cfg.seq_len // CSA - model.index_topk) * entry
     heads = math.prod(sizes[axis] for axis in rules.mesh_axes("act_heads"))
     flops = found.total.flops - 2 * sum(w.size * w.uses for w in weights_of(model) if not w.name.startswith("mtp"))
     return [
@@ -70,6 +71,6 @@ def _caches(cfg: TrainConfig, rules: AxisRules, sizes, seq: int) -> list[Term]:
 def _sums(cfg: TrainConfig, rules: AxisRules, sizes) -> list[Term]:
     axes = tuple(axis for axis in rules.mesh_axes("act_heads") if sizes[axis] > 1)
     n = math.prod(sizes[axis] for axis in axes)
-    layers = sum(collections_of(cfg.model).values())
+    layers = sum(layers_by_ratio(cfg.model).values())
     size = 2 * 2 * (n - 1) / n * 3 * cfg.model.hidden_size * layers
     return [Term("sent", "tensor sums", size, "rows", axes, "all-reduce", 3 * layers)] if axes else []

@@ -45,7 +45,8 @@ def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platfor
             muon = max(muon, 4.0 * spread(weight, cut.parts, sizes)[0] * (3 * m * n + 2 * m * m))
     gradients = sum(term.coefficient for term in terms if term.kind == "gradients")
     terms.append(Term("muon", "updates", gradients + muon))
-    return terms + _activations(cfg, item) + _experts(cfg, rules, sizes, item, platform) + _attention(cfg, rules, sizes, item) + _head(cfg, rules, sizes, item)
+    terms += _activations(cfg, item) + _experts(cfg, rules, sizes, item, platform)
+    return terms + _attention(cfg, rules, sizes, item) + _head(cfg, rules, sizes, item)
 
 
 def _activations(cfg: TrainConfig, item: int) -> list[Term]:

@@ -79,11 +79,13 @@ def _padded(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platfo
             if weight.optimizer == "muon" and cut_of(weight, rules, sizes).parts[-1] and shares[-1] % LANES:
                 narrow[weight.name.split("/")[-1]] = shares[-1]
         by_share = {share: [name for name, other in narrow.items() if other == share] for share in narrow.values()}
-        lines += [f"The last axis of {' and '.join(names)} is cut to {share}, which a TPU pads to a multiple of {LANES}." for share, names in by_share.items()]
+        pads = f"which a TPU pads to a multiple of {LANES}"
+        lines += [f"The last axis of {' and '.join(names)} is cut to {share}, {pads}." for share, names in by_share.items()]
     shards = math.prod(sizes[axis] for axis in rules.mesh_axes("act_seq"))
     uneven = sorted({ratio for ratio in cfg.model.compress_ratios if ratio and cfg.seq_len // shards % ratio})
     if shards > 1 and uneven:
-        lines.append(f"A stretch of {cfg.seq_len // shards} tokens is no multiple of {uneven[0]}: every device keeps a slot for an entry that may not be there.")
+        lines.append(f"A stretch of {cfg.seq_len // shards} tokens is no multiple of {uneven[0]}: every device keeps a slot for an entry that "
+                     "may not be there.")  # fmt: skip
     return lines
 
 

@@ -1,7 +1,8 @@
 """The training step as a portable StableHLO module with its shardings, for those who bring a compiler that JAX does not know.
 
 The file is what jax.export writes: jax.export.deserialize(bytes) gives it back, .mlir_module() its text, and on devices of the platform
-it was lowered for .call runs it: (leaves of the state, batch) -> (leaves, metrics). Experts run as a grouped product for TPUs and as a loop over blocks elsewhere.
+it was lowered for .call runs it: (leaves of the state, batch) -> (leaves, metrics). Experts run as a grouped product for TPUs and as
+a loop over blocks elsewhere.
 
 Next file to read: docs/ascend.md.
 """

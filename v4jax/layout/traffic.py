@@ -16,7 +16,7 @@ from sharding.rules import MESH_AXES, AxisRules
 from v4jax.config import CSA, HCA
 from v4jax.layout.terms import Term
 from v4jax.layout.weights import Cut, Weight, cut_of, weights_of
-from v4jax.layout.work import collections_of, part_of, spread
+from v4jax.layout.work import layers_by_ratio, part_of, spread
 from v4jax.train.config import TrainConfig
 
 
@@ -102,7 +102,7 @@ def _experts(cfg: TrainConfig, rules: AxisRules, holders: list[str], sizes, plat
     n = math.prod(sizes[axis] for axis in holders)
     ways = 3 if cfg.remat else 2
     if n > 1 and rules.exchange and platform == "cpu":  # every device gathers all rows, with the headroom on the way back
-        model, layers = cfg.model, sum(collections_of(cfg.model).values())
+        model, layers = cfg.model, sum(layers_by_ratio(cfg.model).values())
         row = layers * ways * model.hidden_size * (4 if cfg.dtype == "float32" else 2) * model.num_experts_per_tok * (n - 1)
         return [_sent("routed experts", holders, "all-gather", row * (1 + HEADROOM), "tokens", 2 * ways * layers)]
     return experts_sent(cfg, rules, sizes, ways)
@@ -115,7 +115,7 @@ def experts_sent(cfg: TrainConfig, rules: AxisRules, sizes, ways: int) -> list[T
     n = math.prod(sizes[axis] for axis in holders)
     if n == 1:
         return []
-    layers = sum(collections_of(model).values())
+    layers = sum(layers_by_ratio(model).values())
     row = layers * ways * model.hidden_size * (4 if cfg.dtype == "float32" else 2)
     if not rules.exchange:
         kinds = ("all-gather", "reduce-scatter")
@@ -130,7 +130,7 @@ def _tensor(cfg: TrainConfig, rules: AxisRules, tensor: list[str], sizes) -> lis
     if n == 1:
         return []
     model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
-    layers = collections_of(model)
+    layers = layers_by_ratio(model)
     count = sum(layers.values())
     # Forward: attention, routed and shared experts; backward: inputs of the three, w1 and w3 of the shared expert apart.
     forward, backward = 3, 4
@@ -156,7 +156,7 @@ def _sequence(cfg: TrainConfig, axes: list[str], sizes) -> list[Term]:
     if n == 1:
         return []
     model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
-    layers = collections_of(model)
+    layers = layers_by_ratio(model)
     times = 2 if cfg.remat else 1
     halo = model.sliding_window * model.head_dim * item * sum(layers.values()) * (times + 1)
     terms = [_sent("attention", axes, "collective-permute", halo, "rows", (times + 1) * sum(layers.values()))]

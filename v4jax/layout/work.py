@@ -50,17 +50,18 @@ def work(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list[T
             terms.append(Term("hbm", "optimizer", held * (7 if weight.optimizer == "adamw" else 5)))
         if weight.uses:
             n = passes(cfg, weight)
-            here = weight.size / math.prod(sizes[axis] for axis in cut.other_axes if axis in rules.mesh_axes("expert_hidden")) if weight.is_expert else weight.size / cut.others
+            # Experts' axis leaves FLOPs as they are: fewer experts, as many more rows each.
+            here = weight.size / (_parts(rules, sizes, "expert_hidden") if weight.is_expert else cut.others)
             terms.append(Term("flops", part, 2 * here * weight.uses * n, "tokens"))
             terms.append(Term("hbm", part, weight.size / cut.others * item * n))
         if weight.optimizer == "muon":
             terms += _orthogonalise(weight, cut.parts, sizes)
-    layers = collections_of(model)
+    layers = layers_by_ratio(model)
     terms += _scores(cfg, layers, _parts(rules, sizes, "act_heads"), _parts(rules, sizes, "index_heads"))
     return terms + _rows(cfg, rules, sizes, item)
 
 
-def collections_of(model: ModelConfig) -> dict[int, int]:
+def layers_by_ratio(model: ModelConfig) -> dict[int, int]:
     """Compress ratio -> layers of that kind, MTP's included."""
     return {ratio: model.compress_ratios.count(ratio) for ratio in (0, CSA, HCA)}
 
@@ -94,7 +95,7 @@ def _scores(cfg: TrainConfig, layers: dict[int, int], tensor: int, index_parts: 
 def _rows(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], item: int) -> list[Term]:
     """Memory traffic of activations outside of scores: residual streams, rows of attention and experts, logits."""
     model, n = cfg.model, 4 if cfg.remat else 3
-    layers = sum(collections_of(model).values())
+    layers = sum(layers_by_ratio(model).values())
     tensor = _parts(rules, sizes, "act_heads")
     streams = 2 * 5 * model.hc_mult * model.hidden_size  # two sites: mixing logits, collapse, and expand reads and writes
     attention = 6 * model.num_attention_heads * model.head_dim / tensor + 12 * model.hidden_size

@@ -13,7 +13,7 @@ from v4jax.train.config import TrainConfig
 def get_model() -> ModelConfig:
     """SWA and CSA with hash routing, then HCA and CSA with score routing, and MTP."""
     return ModelConfig(
-        vocab_size=264,  # 258 byte tokens, rounded up to divide over the mesh
+        vocab_size=280,  # 258 byte tokens and room for those of chat (sft_demo.py), rounded up to divide over the mesh
         hidden_size=128,
         moe_intermediate_size=128,
         num_hidden_layers=5,

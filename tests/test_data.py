@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 
-from v4jax.data.config import DataConfig, tokenizer_of
+from v4jax.data.config import DataConfig, Source, tokenizer_of
 from v4jax.data.documents import Document, read_documents, split_documents
 from v4jax.data.pieces import Pieces
 from v4jax.tokenizer import ByteTokenizer
@@ -80,14 +80,14 @@ def test_documents_are_all_files_that_hold_text_sorted(folder, cfg):
     (folder / "empty.txt").touch()
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "x.txt").write_bytes(b"\xff")
-    documents = read_documents(cfg)
+    documents = read_documents(cfg.sources[0])
     assert [document.name for document in documents] == sorted(f"d{i % 3}/{i:02}.txt" for i in range(40))
     assert all(document.size == document.path.stat().st_size for document in documents)
-    assert len(read_documents(dataclasses.replace(cfg, glob="d0/*.txt"))) == 14
+    assert len(read_documents(dataclasses.replace(cfg, glob="d0/*.txt").sources[0])) == 14
 
 
 def test_stdlib_documents_are_its_sources_without_tests():
-    documents = read_documents(DataConfig())
+    documents = read_documents(Source(path="stdlib"))
     names = {document.name for document in documents}
     assert {"ast.py", "json/decoder.py", "asyncio/events.py"} <= names
     assert not any(part in name.split("/") for name in names for part in ("test", "tests", "site-packages"))
@@ -97,27 +97,27 @@ def test_stdlib_documents_are_its_sources_without_tests():
 def test_a_file_that_is_not_utf8_is_refused_by_name(folder, cfg):
     (folder / "bad.bin").write_bytes(b"fine" * 300_000 + b"\xc3")
     with pytest.raises(ValueError, match=r"bad\.bin is not UTF-8 text .*glob='\*\*/\*'"):
-        read_documents(cfg)
-    assert len(read_documents(dataclasses.replace(cfg, glob="**/*.txt"))) == 40
+        read_documents(cfg.sources[0])
+    assert len(read_documents(dataclasses.replace(cfg, glob="**/*.txt").sources[0])) == 40
 
 
 def test_a_folder_without_text_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"gone is no folder; expected a folder of UTF-8"):
-        read_documents(DataConfig(source=str(tmp_path / "gone")))
+        read_documents(Source(path=str(tmp_path / "gone")))
     with pytest.raises(ValueError) as caught:
-        read_documents(DataConfig(source=str(tmp_path)))
+        read_documents(Source(path=str(tmp_path)))
     assert str(tmp_path) in str(caught.value) and "expected UTF-8 text files" in str(caught.value)
     (tmp_path / "one.txt").write_text("alone")
-    with pytest.raises(ValueError, match="at least 2 files"):
+    with pytest.raises(ValueError, match="at least 2 are needed"):
         train_batches(DataConfig(source=str(tmp_path)), BYTES, **SIZES)
 
 
 def test_split_follows_the_name_alone(folder, cfg):
-    train, held_out = split_documents(cfg, read_documents(cfg))
+    train, held_out = split_documents(cfg, read_documents(cfg.sources[0]))
     assert 2 <= len(held_out) <= 16 and not set(train) & set(held_out) and len(train) + len(held_out) == 40
     for i in range(40, 200):
         (folder / f"{i}.txt").write_text("more")
-    _, more = split_documents(dataclasses.replace(cfg, seed=5), read_documents(cfg))
+    _, more = split_documents(dataclasses.replace(cfg, seed=5), read_documents(cfg.sources[0]))
     assert {document.name for document in held_out} == {d.name for d in more if d.name.startswith("d")}
 
 
@@ -157,13 +157,13 @@ def test_short_documents_are_packed_whole_as_bos_text_eos(tmp_path):
     cfg = DataConfig(source=str(tmp_path))
     batches = list(itertools.islice(train_batches(cfg, BYTES, 1024, 1, vocab_size=258), 1))
     found = {BYTES.decode(ids) for ids in segments(batches) if ids[0] == 0 and ids[-1] == 1}
-    train, _ = split_documents(cfg, read_documents(cfg))
+    train, _ = split_documents(cfg, read_documents(cfg.sources[0]))
     assert found == {document.path.read_text() for document in train}
 
 
 @pytest.mark.parametrize("seq_len", [2, 5, 16])
 def test_pieces_put_together_are_the_documents(cfg, seq_len):
-    documents = read_documents(cfg)
+    documents = read_documents(cfg.sources[0])
     pieces = Pieces(documents, BYTES, seq_len)
     tokens = np.concatenate([pieces[i]["tokens"] for i in range(len(pieces))]).tolist()
     expected = [[0, *BYTES.encode(document.path.read_bytes().decode()), 1] for document in documents]
@@ -172,7 +172,7 @@ def test_pieces_put_together_are_the_documents(cfg, seq_len):
 
 
 def test_an_epoch_holds_every_token_once_and_the_next_has_another_order(cfg):
-    train, _ = split_documents(cfg, read_documents(cfg))
+    train, _ = split_documents(cfg, read_documents(cfg.sources[0]))
     pieces = Pieces(train, BYTES, 16)
     total = sum(len(pieces[i]["tokens"]) for i in range(len(pieces)))
     tokens = np.concatenate([b["tokens"][0] for b in itertools.islice(
@@ -307,7 +307,7 @@ def test_resume_on_other_data_or_sizes_is_refused(folder, cfg):
 
 def test_held_out_batches_hold_every_held_out_token_once(cfg):
     batches = held_out_batches(cfg, BYTES, **SIZES)
-    _, documents = split_documents(cfg, read_documents(cfg))
+    _, documents = split_documents(cfg, read_documents(cfg.sources[0]))
     expected = sum(document.size + 2 for document in documents)
     ids = np.concatenate([batch["segment_ids"] for batch in batches])
     tokens = np.concatenate([batch["tokens"] for batch in batches])

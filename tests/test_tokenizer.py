@@ -13,6 +13,7 @@ from v4jax.tokenizer import (
     HuggingFaceTokenizer,
     check_tokens,
     load_tokenizer,
+    require_tokens,
 )
 
 TEXTS = [
@@ -88,6 +89,31 @@ def test_decode_replaces_broken_bytes_and_ids_of_no_byte():
 def test_half_a_surrogate_pair_is_refused_by_its_place():
     with pytest.raises(ValueError, match=r"surrogate pair .* at character 2"):
         ByteTokenizer().encode("ab\ud800")
+
+
+SPECIALS = ("<think>", "</think>", "<｜User｜>")
+
+
+def test_special_tokens_follow_the_bytes():
+    tokenizer = ByteTokenizer(SPECIALS)
+    assert tokenizer.vocab_size == 261 and tokenizer.encode(f"a</think>b<think{BOS_TOKEN}") == [
+        99, 259, 100, *ByteTokenizer().encode("<think"), 0
+    ]  # fmt: skip
+    assert tokenizer.decode([99, 259, 100, 261, 0]) == "ab\ufffd"
+    require_tokens(tokenizer, SPECIALS, "a test")
+    with pytest.raises(ValueError, match="tokenizer: has no token <think>, which a test needs"):
+        require_tokens(ByteTokenizer(), SPECIALS, "a test")
+
+
+def test_special_tokens_are_saved_and_read_by_both(tmp_path):
+    ours = ByteTokenizer(SPECIALS)
+    ours.save(tmp_path)
+    again, theirs = load_tokenizer(tmp_path), HuggingFaceTokenizer(tmp_path / "tokenizer.json")
+    assert isinstance(again, ByteTokenizer) and again.fingerprint == ours.fingerprint == theirs.fingerprint
+    assert again.fingerprint != ByteTokenizer().fingerprint
+    for text in (*TEXTS, f"<think>é</think>{EOS_TOKEN}<｜User｜><｜User"):
+        assert again.encode(text) == theirs.encode(text) == ours.encode(text)
+        assert theirs.decode(theirs.encode(text)) == ours.decode(ours.encode(text))
 
 
 # ---- the same as a Hugging Face file ---------------------------------------------------------------------------------

@@ -1,15 +1,17 @@
 """Text to token ids and back: one token per byte, or a Hugging Face tokenizer.json.
 
-Both kinds answer to the same names: vocab_size, bos_token_id, eos_token_id, bytes_per_token, encode, decode, save.
+Both kinds answer to the same names: vocab_size, bos_token_id, eos_token_id, bytes_per_token, fingerprint, encode, decode, save.
 
 Next file to read: v4jax/chat/tokens.py.
 """
 
+import hashlib
 import itertools
 import json
 import operator
 import pathlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -22,43 +24,62 @@ _TEXT_PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "trim_off
 
 
 class ByteTokenizer:
-    """One token per UTF-8 byte: id 0 is bos, id 1 is eos, id 2 + b is byte b.
+    """One token per UTF-8 byte: id 0 is bos, id 1 is eos, id 2 + b is byte b; then the special tokens given, if any.
 
-    Example: "é!" is the bytes C3 A9 21, so encode("é!") == [197, 171, 35].
+    With special tokens their literal text, and that of bos and eos, encodes to them; without any, all text is bytes.
+
+    Example: "é!" is the bytes C3 A9 21, so encode("é!") == [197, 171, 35]; ByteTokenizer(["<a>"]).encode("<a>") == [258].
     """
 
-    vocab_size = _SPECIALS + 256
     bos_token_id = 0
     eos_token_id = 1
     bytes_per_token = 1
 
+    def __init__(self, special_tokens: Sequence[str] = ()):
+        self._names = (BOS_TOKEN, EOS_TOKEN, *special_tokens)
+        self.vocab_size = _SPECIALS + 256 + len(special_tokens)
+        ids = [0, 1, *range(_SPECIALS + 256, self.vocab_size)]
+        self._ids = dict(zip(self._names, ids, strict=True)) if special_tokens else {}
+        self._split = re.compile("(" + "|".join(re.escape(name) for name in sorted(self._ids, key=len, reverse=True)) + ")")
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give the same ids."""
+        return _digest(self._json())
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of the UTF-8 bytes of text, without bos and eos; `decode` gives the text back exactly.
+        """Token ids of the UTF-8 bytes of text, without bos and eos added; `decode` gives text without special tokens back exactly.
 
         Raises:
           ValueError: text holds half of a surrogate pair, which no UTF-8 file can hold.
         """
-        return (np.frombuffer(_utf8(text), np.uint8).astype(np.int32) + _SPECIALS).tolist()
+        if not self._ids:
+            return _byte_ids(text)
+        parts = [[self._ids[part]] if part in self._ids else _byte_ids(part) for part in self._split.split(text)]
+        return list(itertools.chain.from_iterable(parts))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; bos and eos give nothing, broken UTF-8 and ids of no byte give U+FFFD.
+        """The text of ids; special tokens give nothing, broken UTF-8 and ids of no token give U+FFFD.
 
-        A model's vocabulary may be wider than the tokenizer's, so a sampled id of no byte is not an error.
+        A model's vocabulary may be wider than the tokenizer's, so a sampled id of no token is not an error.
         """
         data = bytearray()
         for token in _whole_numbers(ids):
             if token >= self.vocab_size:
                 data += _REPLACEMENT.encode()
-            elif token >= _SPECIALS:
+            elif _SPECIALS <= token < _SPECIALS + 256:
                 data.append(token - _SPECIALS)
         return data.decode("utf-8", errors="replace")
 
     def save(self, directory) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which `tokenizers` and transformers open as well.
 
-        Same ids there, except that they read the literal text of BOS_TOKEN or EOS_TOKEN as that special token.
+        Same ids there, except that they always read the literal text of BOS_TOKEN or EOS_TOKEN as that special token.
         """
-        _write(directory, json.dumps(_byte_tokenizer_json(), ensure_ascii=False, indent=1), _config_json())
+        _write(directory, self._json(), _config_json())
+
+    def _json(self) -> str:
+        return json.dumps(_byte_tokenizer_json(self._names[_SPECIALS:]), ensure_ascii=False, indent=1)
 
 
 class HuggingFaceTokenizer:
@@ -85,6 +106,11 @@ class HuggingFaceTokenizer:
         names = _parse(config, self._config_text)
         self.bos_token_id = self._special_id(path, names, "bos_token")
         self.eos_token_id = self._special_id(path, names, "eos_token")
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give the same ids."""
+        return _digest(self._text)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text, without bos and eos added. Raises ValueError as ByteTokenizer.encode does."""
@@ -125,9 +151,17 @@ def load_tokenizer(path) -> Tokenizer:
     """
     path = pathlib.Path(path).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path
-    if _is_byte_tokenizer(_parse(path, _read_text(path))):
-        return ByteTokenizer()
-    return HuggingFaceTokenizer(path)
+    raw = _parse(path, _read_text(path))
+    return ByteTokenizer(_further_specials(raw)) if _is_byte_tokenizer(raw) else HuggingFaceTokenizer(path)
+
+
+def require_tokens(tokenizer: Tokenizer, names: Iterable[str], purpose: str) -> None:
+    """Raises ValueError unless each name is one token of the tokenizer; `purpose` is what needs it."""
+    for name in names:
+        if len(tokenizer.encode(name)) != 1:
+            raise ValueError(
+                f"tokenizer: has no token {name}, which {purpose} needs; take that of a DeepSeek-V4 release, or 'byte-chat'"
+            )
 
 
 def check_tokens(tokens, vocab_size: int, name: str = "tokens") -> None:
@@ -161,15 +195,16 @@ def _byte_alphabet() -> list[str]:
     return [chr(byte) if byte in prints else chr(next(spare)) for byte in range(256)]
 
 
-def _byte_tokenizer_json() -> dict:
+def _byte_tokenizer_json(further: Sequence[str] = ()) -> dict:
     """ByteTokenizer in the format of tokenizer.json: byte-pair encoding with no pair to merge."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     tokens = [BOS_TOKEN, EOS_TOKEN, *_byte_alphabet()]
+    specials = list(enumerate(tokens[:_SPECIALS])) + list(enumerate(further, len(tokens)))
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": tokens[i]} | flags for i in range(_SPECIALS)],
+        "added_tokens": [{"id": i, "content": name} | flags for i, name in specials],
         "normalizer": None,
         "pre_tokenizer": _TEXT_PRE_TOKENIZER,
         "post_processor": None,
@@ -199,8 +234,25 @@ def _is_byte_tokenizer(raw: dict) -> bool:
         and all(model.get(key) == ours["model"][key] for key in ("type", "vocab", "merges"))
         and all(split.get(key) == _TEXT_PRE_TOKENIZER[key] for key in ("type", "add_prefix_space", "use_regex"))
         and raw.get("normalizer") is None
-        and [token.get("id") for token in raw.get("added_tokens") or ()] == list(range(_SPECIALS))
+        and [token.get("id") for token in raw.get("added_tokens") or ()][:_SPECIALS] == list(range(_SPECIALS))
+        and all(token.get("special") and token.get("id") == i for i, token in enumerate(_further(raw), _SPECIALS + 256))
     )
+
+
+def _further(raw: dict) -> list[dict]:
+    return (raw.get("added_tokens") or [])[_SPECIALS:]
+
+
+def _further_specials(raw: dict) -> list[str]:
+    return [token["content"] for token in _further(raw)]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _byte_ids(text: str) -> list[int]:
+    return (np.frombuffer(_utf8(text), np.uint8).astype(np.int32) + _SPECIALS).tolist()
 
 
 def _config_json() -> str:

@@ -41,11 +41,13 @@ _SCHEMA = "## Response Format:\n\nYou MUST strictly adhere to the following sche
 
 
 class Span(NamedTuple):
-    """Text of one author. written: by the model, its end token included; current: after the last user message."""
+    """Text of one author. written: by the model, its end token included; current: and after the last user message;
+    place: of the message it comes from, -1 for what opens a conversation."""
 
     text: str
     written: bool
     current: bool
+    place: int
 
 
 class _Block(NamedTuple):
@@ -100,15 +102,15 @@ def encode_spans(
     drop = drop_thinking and not any(turn.get("tools") for turn in turns)
     if thinking and drop:
         turns, context = _without_old_developers(turns), _without_old_developers(context)
-    spans = [Span(BOS, False, False)] if add_default_bos_token and not context else []
+    spans = [Span(BOS, False, False, -1)] if add_default_bos_token and not context else []
     if thinking and not context and turns and efforts[reasoning_effort]:
-        spans.append(Span(efforts[reasoning_effort], False, False))
+        spans.append(Span(efforts[reasoning_effort], False, False, -1))
     last_user = _last_user(turns)
     for index in range(len(context), len(turns)):
         keeps = thinking and (not drop or index >= last_user)
-        written = turns[index]["role"] == "assistant"
-        spans.append(Span(_body(turns, index, keeps), written, written and index > last_user))
-        spans.append(Span(_opening(turns, index, thinking, keeps), False, False))
+        written, place = turns[index]["role"] == "assistant", turns[index]["place"]
+        spans.append(Span(_body(turns, index, keeps), written, written and index > last_user, place))
+        spans.append(Span(_opening(turns, index, thinking, keeps), False, False, place))
     return [span for span in spans if span.text]
 
 

@@ -1,19 +1,85 @@
-"""Pieces of documents as tokens, read on demand.
+"""Pieces of documents as tokens: read on demand from files, or out of a store.
 
 Axes: T tokens of one piece.
 
-Next file to read: v4jax/data/rows.py.
+Next file to read: v4jax/data/mixture.py.
 """
 
 import pathlib
+import zlib
 
 import numpy as np
 
-from v4jax.data.documents import Document
+from v4jax.data.config import DataConfig, Source
+from v4jax.data.documents import Document, fingerprint, held_out_of, read_documents, split_documents
+from v4jax.data.store import TokenStore, open_store
 from v4jax.tokenizer import Tokenizer
 
 READ_ROWS = 4
-"""Rows of tokens that one piece of a long document fills, about."""
+"""Rows of tokens that one piece of a long document fills, about, where rows cut documents."""
+
+
+def open_pieces(cfg: DataConfig, source: Source, tokenizer: Tokenizer, seq_len: int, part: str):
+    """(pieces, fingerprint of them) of a source's documents to "train" on, those "held_out", or "all".
+
+    Raises:
+      ValueError: anything wrong with the source; names it.
+    """
+    if source.format == "text" and not cfg.cache and cfg.packing == "split" and cfg.fim_rate == 0:
+        documents = read_documents(source)
+        train, held_out = (documents, documents) if part == "all" else split_documents(cfg, documents)
+        documents = held_out if part == "held_out" else train
+        return Pieces(documents, tokenizer, seq_len), fingerprint(documents)
+    store = open_store(cfg, source, tokenizer)
+    chosen_D = np.ones(len(store.ends), bool) if part == "all" else held_out_of(store.hashes, cfg.held_out) == (part == "held_out")
+    if source.format == "chat":
+        chosen_D = _short_enough(cfg, source, store, chosen_D, seq_len)
+    step = seq_len if cfg.packing == "best_fit" else READ_ROWS * seq_len
+    pieces = StoredPieces(store, np.flatnonzero(chosen_D), step, cfg.masked, first_only=source.format == "chat")
+    return pieces, f"{store.fingerprint}-{zlib.crc32(chosen_D.tobytes()):08x}"
+
+
+def _short_enough(cfg: DataConfig, source: Source, store: TokenStore, chosen_D: np.ndarray, seq_len: int) -> np.ndarray:
+    """The chosen conversations that are used, by cfg.chat.too_long."""
+    sizes_D = np.diff(store.ends, prepend=0)
+    if cfg.chat.too_long == "error" and (sizes_D > seq_len).any():
+        longest = int(np.argmax(sizes_D))
+        raise ValueError(
+            f"source: conversation {longest} of {source.path} (counted from 0) has {sizes_D[longest]} tokens, a row {seq_len}; "
+            "raise seq_len, or set too_long to drop or cut"
+        )
+    if cfg.chat.too_long == "drop":
+        chosen_D = chosen_D & (sizes_D <= seq_len)
+    if not chosen_D.any():
+        raise ValueError(f"source: every conversation of {source.path} is longer than seq_len={seq_len}")
+    return chosen_D
+
+
+class StoredPieces:
+    """Random access to documents of a store, cut every `step` tokens: piece i is tokens int32 [T], and with `masked` also
+    loss_mask int32 [T]. first_only: of each document only its first piece."""
+
+    def __init__(self, store: TokenStore, documents: np.ndarray, step: int, masked: bool, first_only: bool):
+        self._store, self._step, self._masked = store, step, masked
+        self._begins = np.concatenate([[0], store.ends[:-1]])[documents]
+        self._stops = np.asarray(store.ends)[documents]
+        if first_only:
+            self._stops = np.minimum(self._stops, self._begins + step)
+        self._ends = np.cumsum(-(-(self._stops - self._begins) // step))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        begin = int(self._begins[which]) + (index - (int(self._ends[which - 1]) if which else 0)) * self._step
+        end = min(begin + self._step, int(self._stops[which]))
+        piece = {"tokens": np.array(self._store.tokens[begin:end], np.int32)}
+        return piece | {"loss_mask": np.array(self._store.learned[begin:end], np.int32)} if self._masked else piece
+
+    @property
+    def mean_tokens(self) -> float:
+        return float((self._stops - self._begins).sum()) / len(self)
 
 
 class Pieces:
@@ -42,6 +108,11 @@ class Pieces:
         eos = [self._tokenizer.eos_token_id] if end == document.size else []
         ids = bos + self._tokenizer.encode(_read_between(document.path, begin, end)) + eos
         return {"tokens": np.array(ids, np.int32)}
+
+    @property
+    def mean_tokens(self) -> float:
+        """About; for the shares of a mixture."""
+        return sum(document.size for document in self._documents) / self._tokenizer.bytes_per_token / len(self)
 
 
 def _read_between(path: pathlib.Path, begin: int, end: int) -> str:

@@ -13,16 +13,25 @@ import jax
 import numpy as np
 
 Batch = dict[str, np.ndarray]
-"""tokens int32 [B,S], and segment_ids int32 [B,S]: 1, 2, ... per document of the row, 0 where a row is padded."""
+"""tokens int32 [B,S], and segment_ids int32 [B,S]: 1, 2, ... per document of the row, 0 where a row is padded. Of
+conversations also loss_mask int32 [B,S]: 1 on the tokens to be learned."""
+
+_BINS = 16
+"""Rows that best-fit packing fills at a time, for each row of the batch."""
 
 
-def packed(pieces: grain.MapDataset, seq_len: int) -> grain.IterDataset:
-    """Rows of seq_len tokens; each row counts its segments from 1, also where it goes on with a piece cut before it."""
+def packed(pieces: grain.MapDataset, seq_len: int, packing: str, masked: bool) -> grain.IterDataset:
+    """Rows of seq_len tokens; each row counts its segments from 1, also where it goes on with a piece cut before it.
+
+    packing "split" cuts pieces where a row ends; "best_fit" puts each, whole, into the fullest row that has room.
+    """
     # No read-ahead threads: reading a piece takes microseconds, and every row would start 16 of them.
     in_line = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return grain.experimental.ConcatThenSplitIterDataset(
-        pieces.to_iter_dataset(in_line), length_struct={"tokens": seq_len}
-    )
+    stream = pieces.to_iter_dataset(in_line)
+    lengths = {"tokens": seq_len} | ({"loss_mask": seq_len} if masked else {})
+    if packing == "best_fit":
+        return grain.experimental.BestFitPackIterDataset(stream, length_struct=lengths, num_packing_bins=_BINS)
+    return grain.experimental.ConcatThenSplitIterDataset(stream, length_struct=lengths)
 
 
 class StackedRows(grain.IterDataset):
@@ -42,8 +51,7 @@ class _StackedRowsIterator(grain.DatasetIterator):
         self._numbers, self._settings = numbers, settings
 
     def __next__(self) -> Batch:
-        rows = [next(row) for row in self._parents]
-        return stack([(row["tokens"], row["tokens_segment_ids"]) for row in rows])
+        return stack([next(row) for row in self._parents])
 
     def get_state(self) -> dict:
         """Small and free of arrays, so that JSON keeps it. Rows go by their number in the global batch."""
@@ -61,10 +69,11 @@ class _StackedRowsIterator(grain.DatasetIterator):
             if str(number) not in state["rows"]:
                 raise ValueError(f"data position: has no row {number}; a file of the checkpoint is missing")
             saved = state["rows"][str(number)]
-            # Orbax keeps the state as JSON, which makes lists of tuples. grain 0.2.18 compares these slices with a
-            # tuple, takes an empty remainder for a real one, and silently drops a whole document.
-            slices = {name: tuple(ends) for name, ends in saved["remainder_slices"].items()}
-            row.set_state(saved | {"remainder_slices": slices})
+            if "remainder_slices" in saved:
+                # Orbax keeps the state as JSON, which makes lists of tuples. grain 0.2.18 compares these slices with a
+                # tuple, takes an empty remainder for a real one, and silently drops a whole document.
+                saved = saved | {"remainder_slices": {name: tuple(ends) for name, ends in saved["remainder_slices"].items()}}
+            row.set_state(saved)
 
     # Orbax calls these two. grain's own would want one file per process again, from the same number of processes.
 
@@ -92,6 +101,7 @@ class _StackedRowsIterator(grain.DatasetIterator):
         return read()
 
 
-def stack(rows: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
-    tokens, segment_ids = zip(*rows, strict=True)
-    return {"tokens": np.stack(tokens), "segment_ids": np.stack(segment_ids)}
+def stack(rows: list[dict[str, np.ndarray]]) -> Batch:
+    """Packed rows as a batch."""
+    names = {"tokens": "tokens", "segment_ids": "tokens_segment_ids", "loss_mask": "loss_mask"}
+    return {name: np.stack([row[key] for row in rows]) for name, key in names.items() if key in rows[0]}

@@ -27,7 +27,8 @@ class TrainConfig:
       dtype: compute dtype; weights and optimizer are float32. quant: "official" trains
         with the low-precision numbers of the served model (QAT). remat: recompute layers in the backward pass.
       learning_rate: peak. warmup_steps, decay_steps: linear up, cosine down to final_lr_ratio at the end.
-      clip_norm: largest global gradient norm. bias_rate: speed of the router's selection bias.
+      clip_norm: largest global gradient norm. bias_rate: speed of the router's selection bias (None: 1e-3, and 0 where
+        conversations are trained on: fine-tuning keeps the balance it was given).
       watch_every: steps between looks inside (train/watch.py); 0: none.
       log_every, eval_every, checkpoint_every: steps. eval_batches: held-out batches per evaluation. keep: newest checkpoints kept;
         keep_every: and those of every so many steps; keep_best: and so many of the least held-out loss.
@@ -58,7 +59,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     momentum: float = 0.95
     clip_norm: float = 1.0
-    bias_rate: float = 1e-3
+    bias_rate: float | None = None
     log_every: int = 10
     watch_every: int = 0
     eval_every: int = 100
@@ -83,7 +84,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         _require(self, "seq_len", self.seq_len >= 2, "at least 2")
-        for name in ("warmup_steps", "decay_steps", "eval_batches", "sample_tokens", "bias_rate", "weight_decay", "keep_every", "keep_best",
+        for name in ("warmup_steps", "decay_steps", "eval_batches", "sample_tokens", "router_bias_rate", "weight_decay", "keep_every", "keep_best",
                      "watch_every"):
             _require(self, name, getattr(self, name) >= 0, "0 or above")
         for name in ("learning_rate", "clip_norm"):
@@ -98,6 +99,10 @@ class TrainConfig:
                      f"above stability.proven={self.stability.proven}")  # fmt: skip
         _require(self, "seq_len", self.seq_len <= self.model.max_position_embeddings,
                  f"at most max_position_embeddings={self.model.max_position_embeddings}")  # fmt: skip
+
+    @property
+    def router_bias_rate(self) -> float:
+        return (0.0 if self.data.masked else 1e-3) if self.bias_rate is None else self.bias_rate
 
 
 def _allow(cfg: TrainConfig, name: str, allowed: tuple[str, ...]) -> None:

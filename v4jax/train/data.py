@@ -1,13 +1,14 @@
-"""Text files to packed batches of tokens: the same batches on every machine, resumable at any step.
+"""Sources to packed batches of tokens: the same batches on every machine, resumable at any step.
 
 Axes: B batch, S query positions, T tokens of one piece.
 
-    files -> documents -> train | held out          by a hash of each file's path
-    train documents -> pieces, shuffled anew each epoch; row r of the global batch takes pieces r, r + B, r + 2B, ...
-    pieces of one row -> bos + tokens + eos, concatenated, cut every S tokens -> [B, S]
+    sources -> documents -> train | held out        by a hash of each file's path, or of each record
+    train documents -> pieces, shuffled anew each epoch, sources mixed; row r of the batch takes pieces r, r + B, r + 2B, ...
+    pieces of one row -> concatenated and cut every S tokens, or fitted whole into rows -> [B, S]
 
 Every row being a stream of its own, a batch mixes B documents, and what row r holds does not depend on the number of
 processes. Long documents are read in pieces of a few rows, so that B rows at a time do not dwell on B long files.
+Another length or batch size is another call of `train_batches`.
 
 Next file to read: v4jax/train/loss.py.
 """
@@ -18,9 +19,9 @@ from collections.abc import Iterable, Sequence
 import grain
 import numpy as np
 
-from v4jax.data.config import DataConfig
-from v4jax.data.documents import fingerprint, read_documents, split_documents
-from v4jax.data.pieces import Pieces
+from v4jax.data.config import DataConfig, Source
+from v4jax.data.mixture import Joined, shuffled
+from v4jax.data.pieces import open_pieces
 from v4jax.data.rows import Batch, StackedRows, packed, stack
 from v4jax.tokenizer import Tokenizer
 
@@ -44,16 +45,22 @@ def train_batches(
       ValueError: sizes that do not fit one another, a tokenizer wider than the model, or as read_documents does.
     """
     rows = _check_sizes(tokenizer, seq_len, batch_size, vocab_size, rows)
-    documents, _ = split_documents(cfg, read_documents(cfg))
-    pieces = grain.MapDataset.source(Pieces(documents, tokenizer, seq_len)).seed(cfg.seed).shuffle().repeat()
+    parts, marks = zip(*(open_pieces(cfg, source, tokenizer, seq_len, "train") for source in cfg.sources), strict=True)
+    weights, names = [source.weight for source in cfg.sources], [source.label for source in cfg.sources]
+    pieces = shuffled(parts, weights, names, cfg.seed)
     settings = {
-        "documents": fingerprint(documents),
+        "documents": " ".join(marks),
         "tokenizer": f"{type(tokenizer).__name__} of {tokenizer.vocab_size}",
         "seed": cfg.seed,
         "seq_len": seq_len,
         "batch_size": batch_size,
     }
-    return iter(StackedRows([packed(pieces[row::batch_size], seq_len) for row in rows], rows, settings))
+    if cfg.packing != "split":
+        settings["packing"] = cfg.packing
+    if cfg.mixture:
+        settings["weights"] = weights
+    streams = [packed(pieces[row::batch_size], seq_len, cfg.packing, cfg.masked) for row in rows]
+    return iter(StackedRows(streams, rows, settings))
 
 
 def held_out_batches(
@@ -65,11 +72,12 @@ def held_out_batches(
     vocab_size: int,
     rows: Sequence[int] | None = None,
     max_batches: int | None = None,
+    of: Sequence[tuple[Source, str]] | None = None,
 ) -> list[Batch]:
-    """The held-out documents once, in a fixed mixed order; the last batch is filled up with rows of segment 0.
+    """The held-out documents of all sources once, in a fixed mixed order; the last batch is filled up with rows of segment 0.
 
     `rows` of each batch (None: all); the number of batches does not depend on them. max_batches bounds the list (None:
-    all of it).
+    all of it). of: instead, sources and the part of each, "held_out" or "all".
 
     Raises:
       ValueError: as train_batches does.
@@ -77,14 +85,22 @@ def held_out_batches(
     rows = _check_sizes(tokenizer, seq_len, batch_size, vocab_size, rows)
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches: got {max_batches}; must be at least 1, or None")
-    _, documents = split_documents(cfg, read_documents(cfg))
-    pieces = grain.MapDataset.source(Pieces(documents, tokenizer, seq_len)).seed(0).shuffle()
+    parts = [open_pieces(cfg, source, tokenizer, seq_len, part)[0] for source, part in of or [(s, "held_out") for s in cfg.sources]]
+    pieces = grain.MapDataset.source(Joined(parts)).seed(0).shuffle()
     limit = None if max_batches is None else max_batches * batch_size
-    rows_read = itertools.islice(packed(pieces, seq_len), limit)
-    every = [(row["tokens"], row["tokens_segment_ids"]) for row in rows_read]
-    empty = np.zeros(seq_len, np.int32)
-    every += [(empty, empty)] * (-len(every) % batch_size)
+    every = list(itertools.islice(packed(pieces, seq_len, cfg.packing, cfg.masked), limit))
+    empty = {name: np.zeros_like(value) for name, value in every[0].items()}
+    every += [empty] * (-len(every) % batch_size)
     return [stack([every[begin + row] for row in rows]) for begin in range(0, len(every), batch_size)]
+
+
+def held_out_sets(cfg: DataConfig, *args, **kwargs) -> dict[str, list[Batch]]:
+    """`held_out_batches` by name: "held_out", of all sources; of several, each source's by its label; and cfg.evaluate_on."""
+    named = {"held_out": None}
+    if len(cfg.sources) > 1:
+        named |= {source.label: [(source, "held_out")] for source in cfg.sources}
+    named |= {source.label: [(source, "all")] for source in cfg.evaluate_on}
+    return {name: held_out_batches(cfg, *args, of=of, **kwargs) for name, of in named.items()}
 
 
 def unigram_loss(train: Iterable[Batch], held_out: Iterable[Batch], vocab_size: int) -> float:
@@ -92,7 +108,8 @@ def unigram_loss(train: Iterable[Batch], held_out: Iterable[Batch], vocab_size: 
 
         - mean over held-out targets of ln((count[target] + 1) / (sum(count) + vocab_size))
 
-    Both count the tokens a model is asked to predict: those that have a predecessor in their segment. Pass a bounded
+    Both count the tokens a model is asked to predict: those that have a predecessor in their segment, and of conversations
+    those to be learned. Pass a bounded
     train, such as itertools.islice(train_batches(...), 100).
 
     Raises:
@@ -112,9 +129,11 @@ def unigram_loss(train: Iterable[Batch], held_out: Iterable[Batch], vocab_size: 
 
 
 def _targets(batch: Batch) -> np.ndarray:
-    """The tokens of a batch that have a predecessor in their segment, [number of them]."""
+    """The tokens of a batch that a model is asked to predict, [number of them]."""
     tokens_BS, segment_ids_BS = np.asarray(batch["tokens"]), np.asarray(batch["segment_ids"])
     follows = (segment_ids_BS[:, 1:] == segment_ids_BS[:, :-1]) & (segment_ids_BS[:, 1:] > 0)
+    if "loss_mask" in batch:
+        follows &= np.asarray(batch["loss_mask"])[:, 1:] > 0
     return tokens_BS[:, 1:][follows]
 
 

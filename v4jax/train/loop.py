@@ -27,10 +27,11 @@ from v4jax.checkpoint.export import carried_files, kinds_for, save_safetensors
 from v4jax.checkpoint.store import Store, check_config, write_config
 from v4jax.cost import train_flops_per_token
 from v4jax.data.config import tokenizer_of
+from v4jax.data.store import prepare_cache
 from v4jax.train.anticipate import Feed, compile_choice
 from v4jax.train.config import TrainConfig
-from v4jax.train.data import held_out_batches, train_batches, unigram_loss
-from v4jax.train.loss import loss_and_routing
+from v4jax.train.data import held_out_sets, train_batches, unigram_loss
+from v4jax.train.loss import loss_and_routing, targets
 from v4jax.train.report import Reporter, Silent, plot_losses, require_plots
 from v4jax.train.resume import check_source, go_back, items_of, start
 from v4jax.train.stability import Record, remember, spike
@@ -66,6 +67,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         shardings = state_shardings(cfg, rules, mesh)
         place = batch_sharding(rules, mesh)
         rows = local_rows(place, (cfg.batch_size, cfg.seq_len))
+        _cache(cfg, tokenizer)
         data = _data(cfg, tokenizer, rows)
         held_out = _held_out(cfg, tokenizer, rows)
         _prepare(run, cfg, tokenizer)
@@ -79,14 +81,22 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         return _finish(cfg, run, tokenizer, state)
 
 
+def _cache(cfg: TrainConfig, tokenizer) -> None:
+    """The token cache, made by one process before the others look for it (one on another disk makes its own)."""
+    if cfg.data.cache:
+        if is_first():
+            prepare_cache(cfg.data, tokenizer)
+        wait_for_all("the token cache is there")
+
+
 def _data(cfg: TrainConfig, tokenizer, rows: list[int] | None):
     return train_batches(cfg.data, tokenizer, cfg.seq_len, cfg.batch_size, vocab_size=cfg.model.vocab_size, rows=rows)
 
 
-def _held_out(cfg: TrainConfig, tokenizer, rows: list[int] | None) -> list:
+def _held_out(cfg: TrainConfig, tokenizer, rows: list[int] | None) -> dict:
     if cfg.eval_batches == 0:
-        return []
-    return held_out_batches(
+        return {}
+    return held_out_sets(
         cfg.data, tokenizer, cfg.seq_len, cfg.batch_size, vocab_size=cfg.model.vocab_size, rows=rows,
         max_batches=cfg.eval_batches,
     )  # fmt: skip
@@ -146,8 +156,9 @@ def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store
                 report.inside(step, plain(jax.device_get(inside)))
             held_out_nll = None
             if held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
-                held_out_nll = evaluate(state.public, held_out)
-                report.evaluation(step, {"held_out_nll": held_out_nll})
+                nll = {f"{name}_nll": evaluate(state.public, batches) for name, batches in held_out.items()}
+                held_out_nll = nll["held_out_nll"]
+                report.evaluation(step, nll)
             if save:
                 jax.block_until_ready(state)
                 store.save(step, items_of(state, record) | feed.items() | {"data": data}, held_out_nll)
@@ -164,8 +175,7 @@ def _evaluator(cfg: TrainConfig, rules: AxisRules, put):
     @jax.jit
     def nll(params, batch):
         _, (metrics, _) = loss_and_routing(cfg.model, params, batch, rules=rules, dtype=jnp.dtype(cfg.dtype), quant=cfg.quant)
-        same = (batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]) & (batch["segment_ids"][:, 1:] > 0)
-        return metrics["nll"], same.sum()
+        return metrics["nll"], targets(batch, 1)[1].sum()
 
     def evaluate(params, batches: Iterable) -> float:
         """Mean nats per token over all batches."""
@@ -190,6 +200,6 @@ def _finish(cfg: TrainConfig, run: pathlib.Path, tokenizer, state) -> dict[str, 
         tokenizer.save(target)
     if held_out := _held_out(cfg, tokenizer, None):
         train_rows = itertools.islice(_data(cfg, tokenizer, None), UNIGRAM_BATCHES)
-        summary["unigram_nll"] = unigram_loss(train_rows, held_out, cfg.model.vocab_size)
+        summary["unigram_nll"] = unigram_loss(train_rows, held_out["held_out"], cfg.model.vocab_size)
     summary["picture"] = str(plot_losses(run, summary.get("unigram_nll")))
     return summary | Reporter.last(run)

@@ -38,14 +38,17 @@ class LossWeights:
                 raise ValueError(f"loss weight {name}: got {getattr(self, name)}; must be 0 or above")
 
 
-def targets(tokens_BS: jax.Array, segment_BS: jax.Array | None, ahead: int) -> tuple[jax.Array, jax.Array]:
-    """The token `ahead` positions later and whether it counts (same document, not padding), int32 and bool [B,S]."""
+def targets(batch: Mapping[str, jax.Array], ahead: int) -> tuple[jax.Array, jax.Array]:
+    """The token `ahead` positions later and whether it counts (same document, not padding, to be learned), int32 and bool [B,S]."""
+    tokens_BS, segment_BS = batch["tokens"], batch.get("segment_ids")
     seq = tokens_BS.shape[1]
     shift = lambda x: jnp.pad(x[:, ahead:], ((0, 0), (0, min(ahead, seq))))  # noqa: E731
     if segment_BS is None:
-        return shift(tokens_BS), jnp.broadcast_to(jnp.arange(seq) < seq - ahead, tokens_BS.shape)
-    # Segments do not interleave, so equal ids at both ends mean that everything between is the same document.
-    return shift(tokens_BS), (shift(segment_BS) == segment_BS) & (segment_BS > 0)
+        counts_BS = jnp.broadcast_to(jnp.arange(seq) < seq - ahead, tokens_BS.shape)
+    else:
+        # Segments do not interleave, so equal ids at both ends mean that everything between is the same document.
+        counts_BS = (shift(segment_BS) == segment_BS) & (segment_BS > 0)
+    return shift(tokens_BS), counts_BS & (shift(batch["loss_mask"]) > 0) if "loss_mask" in batch else counts_BS
 
 
 def token_nll(rules: AxisRules, x_BSD: jax.Array, head_DV: jax.Array, label_BS: jax.Array) -> jax.Array:
@@ -110,7 +113,7 @@ def loss_and_routing(
     hidden = apply(cfg, params, tokens_BS, segment_BS, rules=rules, dtype=dtype, remat=remat, quant=quant, ask=ask, chosen=chosen)
 
     def mean_nll(x_BSD, ahead):
-        label_BS, counts_BS = targets(tokens_BS, segment_BS, ahead)
+        label_BS, counts_BS = targets(batch, ahead)
         nll_BS = token_nll(rules, x_BSD, hidden.head_DV, label_BS)
         return jnp.sum(jnp.where(counts_BS, nll_BS, 0)) / jnp.maximum(counts_BS.sum(), 1)
 
@@ -139,7 +142,8 @@ def loss(
 
     Args:
       params: the nested dict of `v4jax.load` or `init_params`.
-      batch: "tokens" int [B,S]; optionally "segment_ids" int [B,S], 0 for padding. Labels are the row's own next tokens.
+      batch: "tokens" int [B,S]; optionally "segment_ids" int [B,S], 0 for padding, and "loss_mask" int [B,S], 1 on tokens to
+        be learned. Labels are the row's own next tokens.
       quant: "official" computes with low-precision numbers (QAT); gradients pass their rounding.
 
     Returns:

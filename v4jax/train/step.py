@@ -84,7 +84,7 @@ def train_step(cfg: TrainConfig, rules: AxisRules, state: TrainState, batch: Map
     metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule_of(cfg)(state.step)}
     if watch:
         metrics["watch"] = watched(cfg.model, routing, state.router, grads, updates)
-    router = update_bias(state.router, routing, cfg.bias_rate)
+    router = update_bias(state.router, routing, cfg.router_bias_rate)
     return TrainState(params, router, opt_state, state.step + 1), metrics
 
 

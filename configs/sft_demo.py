@@ -1,0 +1,45 @@
+"""Fine-tuning the demo's model on conversations: 160 short ones in configs/sft_demo.jsonl, which come with the repository.
+
+Command: JAX_PLATFORMS=cpu v4jax train configs/sft_demo.py --init-from runs/demo      (after make demo; without --init-from
+from fresh weights, the sooner forgotten)
+Hardware: 2 CPU cores, 4 GB; 8 simulated devices as data=2, expert=2, tensor=2.
+Time: TIME. Expected result: held-out loss of what the assistant says below 1 nat per byte.
+Next file to read: v4jax/data/conversations.py.
+"""
+
+import pathlib
+
+from configs.demo import get_model
+from v4jax.data.config import ChatFormat, DataConfig
+from v4jax.train.config import TrainConfig
+
+
+def get_config() -> TrainConfig:
+    """60 steps of 8 rows of 256 bytes; the router's bias stays as it was."""
+    return TrainConfig(
+        model=get_model(),
+        data=DataConfig(
+            source=str(pathlib.Path(__file__).with_name("sft_demo.jsonl")),
+            format="chat",
+            column="messages",
+            tokenizer="byte-chat",
+            held_out=0.1,
+            packing="best_fit",
+            chat=ChatFormat(thinking_mode="thinking", drop_thinking=True),
+        ),
+        run_dir="runs/sft_demo",
+        mesh="data=2,expert=2,tensor=2",
+        steps=60,
+        batch_size=8,
+        seq_len=256,
+        learning_rate=2e-3,
+        warmup_steps=5,
+        decay_steps=30,
+        log_every=5,
+        eval_every=20,
+        eval_batches=4,
+        checkpoint_every=60,
+        remat=False,
+        sample_prompt="<｜User｜>Is 351 odd or even?<｜Assistant｜><think>",
+        sample_tokens=60,
+    )

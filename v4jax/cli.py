@@ -99,8 +99,15 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--prompt", help="text (needs tokenizer.json in the checkpoint)")
     source.add_argument("--tokens", help="token ids, for example 0,17,4")
     generate.add_argument("--max-new-tokens", type=int, default=64)
-    generate.add_argument("--temperature", type=float, default=0.0)
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--top-k", type=int, default=0)
+    generate.add_argument("--min-p", type=float, default=0.0)
+    generate.add_argument("--seed", type=int, default=0, help="of the first sample; the others count up from it")
+    generate.add_argument("--samples", type=int, default=1, help="continuations of the prompt")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)")
+    generate.add_argument("--stop-tokens", help="end before one of these ids instead of the end-of-text token")
+    generate.add_argument("--cache-tokens", type=int, help="room of the cache (default: what prompt and continuation need)")
     generate.add_argument("--speculative", action="store_true", help="draft with MTP (not built yet)")
     on_mesh(generate)
 
@@ -184,7 +191,9 @@ def _sample(cfg) -> dict:
 
     from sharding.processes import is_first
     from v4jax.api import load, place_on
-    from v4jax.generate.plain import generate
+    from v4jax.generate.decode import generate
+    from v4jax.generate.sampling import Sampling
+    from v4jax.generate.text import TextStop
     from v4jax.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(cfg.run_dir)
@@ -192,10 +201,11 @@ def _sample(cfg) -> dict:
     mesh, rules = place_on(cfg.mesh, cfg.layout)
     prompt = [tokenizer.bos_token_id] + tokenizer.encode(cfg.sample_prompt)
     with jax.set_mesh(mesh):
-        ids = generate(
-            model, params, prompt, cfg.sample_tokens, temperature=0.7, seed=cfg.seed, rules=rules, dtype=cfg.dtype
-        )
-    text = cfg.sample_prompt + tokenizer.decode(ids)
+        (completion,) = generate(
+            model, params, [prompt], cfg.sample_tokens, sampling=Sampling(temperature=0.7), seeds=[cfg.seed], rules=rules,
+            dtype=cfg.dtype,
+        )  # fmt: skip
+    text = cfg.sample_prompt + TextStop([model.eos_token_id], tokenizer=tokenizer).text(completion.tokens)
     if not is_first():
         return {}
     (pathlib.Path(cfg.run_dir) / "sample.txt").write_text(text)
@@ -212,35 +222,9 @@ def _generate(arguments, _):
     if arguments.speculative:
         raise BadInput("--speculative is not built yet; leave it out")
     _start(arguments.mesh)
-    import jax
+    from v4jax.generate.command import run
 
-    from sharding.processes import is_first
-    from v4jax.api import load, place_on
-    from v4jax.generate.plain import generate
-    from v4jax.tokenizer import load_tokenizer
-
-    tokenizer = None
-    if arguments.prompt is not None:
-        tokenizer = load_tokenizer(arguments.checkpoint)
-        prompt = [tokenizer.bos_token_id] + tokenizer.encode(arguments.prompt)
-    else:
-        prompt = _ids(arguments.tokens)
-    cfg, params = load(arguments.checkpoint, arguments.dtype, arguments.mesh, arguments.layout)
-    mesh, rules = place_on(arguments.mesh, arguments.layout)
-    with jax.set_mesh(mesh):
-        ids = generate(
-            cfg, params, prompt, arguments.max_new_tokens, temperature=arguments.temperature, seed=arguments.seed,
-            rules=rules, dtype=arguments.dtype,
-        )  # fmt: skip
-    if not is_first():
-        return None
-    result = {"tokens": ids}
-    if tokenizer is not None:
-        result["text"] = tokenizer.decode(ids)
-        if not arguments.json:
-            print(arguments.prompt + result["text"])
-            return None
-    return result
+    return run(arguments)
 
 
 def _score(arguments, _):
@@ -372,13 +356,6 @@ def _start(mesh: str | None, preemptible: bool = False) -> None:
 
     simulate_devices(math.prod(parse_mesh(mesh).values()))
     start(preemptible)
-
-
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise BadInput(f"--tokens: got {text!r}; must be integers separated by commas") from None
 
 
 def _print(result: dict, as_json: bool) -> None:

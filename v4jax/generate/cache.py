@@ -13,6 +13,7 @@ Shapes: B batch, T positions of a chunk, X streams, D hidden, V vocabulary.
 Next file to read: v4jax/model/state.py.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -54,7 +55,17 @@ class Chunk(NamedTuple):
     streams_BTXD: jax.Array
 
 
-def empty_cache(cfg: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype = jnp.float32) -> Cache:
+def decoding_rules(rules: AxisRules) -> AxisRules:
+    """The layout with devices that cut sequences cutting the batch instead: a token cannot be cut."""
+    if not rules:
+        return rules
+    moved = {"act_batch": rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq"), "act_seq": ()}
+    return dataclasses.replace(rules, table=tuple((name, moved.get(name, axes)) for name, axes in rules.table))
+
+
+def empty_cache(
+    cfg: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype = jnp.float32, rules: AxisRules = AxisRules()
+) -> Cache:
     """Room for `batch` rows of `capacity` tokens, rounded up to whole blocks of 128."""
     capacity = -(-capacity // BLOCK) * BLOCK
     layers = {
@@ -65,6 +76,7 @@ def empty_cache(cfg: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype = 
         for group in cfg.layer_groups
     }
     mtp = empty_layer(cfg, WINDOW_ONLY, 1, batch, capacity, dtype) if cfg.num_nextn_predict_layers else None
+    layers, mtp = jax.tree.map(lambda x: rules.constrain(x, None, "act_batch", None, None), (layers, mtp))
     return Cache(jnp.zeros(batch, jnp.int32), layers, mtp)
 
 

@@ -1,0 +1,77 @@
+"""What `v4jax generate` does with its flags (declared in v4jax/cli.py): checks, loads, continues, gives or streams the text.
+
+Next file to read: v4jax/generate/decode.py.
+"""
+
+import functools
+import pathlib
+
+import jax
+
+from sharding.processes import is_first
+from v4jax.api import load, place_on
+from v4jax.config import ModelConfig
+from v4jax.generate.decode import Completion, check_request, generate
+from v4jax.generate.sampling import Sampling
+from v4jax.generate.text import TextStop
+from v4jax.tokenizer import load_tokenizer
+
+
+def run(flags) -> dict | None:
+    """The result to print, or None where the text was streamed (or another process prints).
+
+    Raises:
+      ValueError: anything that does not fit, before the checkpoint is read where that is possible.
+    """
+    sampling = Sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, min_p=flags.min_p)
+    if flags.samples < 1 or (flags.samples > 1 and sampling.temperature == 0):
+        raise ValueError(f"--samples: got {flags.samples}; must be 1 or more, and 1 without --temperature (all would be the same)")
+    tokenizer, prompt = _read_prompt(flags)
+    prompts, seeds = [prompt] * flags.samples, list(range(flags.seed, flags.seed + flags.samples))
+    if pathlib.Path(flags.checkpoint).is_dir():
+        check_request(ModelConfig.from_json(flags.checkpoint), prompts, seeds, flags.max_new_tokens, flags.cache_tokens)
+    given = None if flags.stop_tokens is None else _ids(flags.stop_tokens, "--stop-tokens")
+    TextStop(given or [], flags.stop, tokenizer)
+    cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout)
+    stream = tokenizer is not None and is_first() and not flags.json and flags.samples == 1
+    write = functools.partial(print, end="", flush=True) if stream else None
+    stop = TextStop([cfg.eos_token_id] if given is None else given, flags.stop, tokenizer, write)
+    mesh, rules = place_on(flags.mesh, flags.layout)
+    if stream:
+        write(flags.prompt)
+    with jax.set_mesh(mesh):
+        completions = generate(
+            cfg, params, prompts, flags.max_new_tokens, sampling=sampling, seeds=seeds, stop=stop, room=flags.cache_tokens,
+            rules=rules, dtype=flags.dtype,
+        )  # fmt: skip
+    if stream:
+        stop.close(completions[0].tokens)
+        print()
+    if stream or not is_first():
+        return None
+    results = [_result(completion, stop, tokenizer is not None) for completion in completions]
+    if tokenizer is not None and not flags.json:
+        print("\n\n".join(flags.prompt + result["text"] for result in results))
+        return None
+    return results[0] if len(results) == 1 else {"samples": results}
+
+
+def _read_prompt(flags):
+    """(tokenizer, or None where ids are given; the prompt's ids)"""
+    if flags.prompt is None:
+        return None, _ids(flags.tokens, "--tokens")
+    tokenizer = load_tokenizer(flags.checkpoint)
+    return tokenizer, [tokenizer.bos_token_id] + tokenizer.encode(flags.prompt)
+
+
+def _ids(text: str, flag: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{flag}: got {text!r}; must be integers separated by commas") from None
+
+
+def _result(completion: Completion, stop: TextStop, is_text: bool) -> dict:
+    ids = stop.without_stop(completion.tokens)
+    text = {"text": stop.text(completion.tokens)} if is_text else {}
+    return {"tokens": ids, "log_probs": completion.log_probs[: len(ids)], "ended": completion.ended} | text

@@ -10,8 +10,11 @@ from reference.weights import random_weights
 from trees import small_config
 
 import v4jax
+from configs import models as models_of_configs
+from v4jax.cost import cost, deepseek_v32, gqa8
 from v4jax.checkpoint.names import from_official
 from v4jax.generate.cache import draft, empty_cache, extend, logits_of
+from v4jax.model import indexer
 from v4jax.model.state import Stretch
 
 PATTERNS = {
@@ -115,3 +118,64 @@ def test_rows_of_different_lengths_are_rows_alone(models, pattern):
     alone_more, _ = run(cfg, params, cache, rows[1:2], np.array([6]), 1)
     np.testing.assert_allclose(got[1][0], alone[0][0], atol=TOLERANCE)
     np.testing.assert_allclose(more[1][0], alone_more[0][0], atol=TOLERANCE)
+
+
+def test_long_rows_are_scored_in_blocks_and_searched_by_maxima(models, monkeypatch):
+    """Blocks that do not divide the cache, and a search by way of maxima, at lengths the other tests have checked."""
+    cfg, params, tokens, logits, mtp = models("flash")
+    monkeypatch.setattr(indexer, "SCORE_BLOCK", 50)
+    monkeypatch.setattr(indexer, "LONG_ROW", 2)
+    cfg = cfg.replace(bos_token_id=2)  # another program
+    got, cache = run(cfg, params, empty_cache(cfg, 1, LENGTH), tokens, np.array([387]), 129)
+    check(got[0], logits[0], mtp[0], 0)
+    got, cache = run(cfg, params, cache, tokens, np.array([3]), 1)
+    check(got[0], logits[0], mtp[0], 387)
+
+
+@pytest.mark.parametrize(("slots", "k"), [(700, 3), (4096, 16), (1000, 31)])
+def test_the_search_by_maxima_is_top_k(slots, k):
+    """Ties inside stretches and between them, and rows that are mostly masked."""
+    rng = np.random.default_rng(slots)
+    score = rng.integers(0, 9, (2, 6, slots)).astype(np.float32)
+    score[1, 3:] = -np.inf
+    score[1, 4, rng.integers(0, slots, k // 2)] = 1
+    expected = jax.lax.top_k(jnp.asarray(score), k)[1]
+    np.testing.assert_array_equal(indexer.largest(jnp.asarray(score), k), expected)
+
+
+def test_packed_storage_changes_nothing():
+    """bfloat16, quant="official": what fp8 and MXFP4 hold is what the model computed with; states are equal bit for bit."""
+    cfg = small_config(
+        compress_ratios=(4, 128, 0), num_hidden_layers=2, num_hash_layers=0, hidden_size=32, moe_intermediate_size=32, head_dim=88,
+        index_head_dim=32, qk_rope_head_dim=8,
+    )  # fmt: skip
+    params = jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 0)))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 70)))
+
+    @jax.jit
+    def go(cache, count_B):
+        chunk, cache = extend(cfg, params, cache, tokens, count_B, dtype=jnp.bfloat16, quant="official")
+        return chunk.x_BTD, cache
+
+    states, sizes = [], []
+    for storage in ("dtype", "official"):
+        cache = empty_cache(cfg, 2, 256, jnp.bfloat16, storage)
+        _, cache = go(cache, jnp.array([70, 61]))
+        x_BTD, cache = go(cache, jnp.array([70, 70]))
+        states.append(x_BTD)
+        (slots,) = [block.entry.slots for group in cache.layers.values() for block in group.values() if block.index is not None]
+        sizes.append(sum(leaf.nbytes for leaf in jax.tree.leaves(slots)))
+    np.testing.assert_array_equal(*states)
+    assert sizes == [2 * 64 * 88 * 2, 2 * 64 * (80 + 2 + 2 * 8)]
+
+
+@pytest.mark.parametrize(("name", "most"), [("flash", 0.074), ("pro", 0.106)])
+def test_a_million_tokens_take_the_bytes_the_report_says(name, most):
+    """The real pytree of the full model, without computing it: official storage beside DeepSeek-V3.2 and a bf16 GQA-8 model."""
+    cfg, tokens = getattr(models_of_configs, name)(), 2**20
+    cache = jax.eval_shape(lambda: empty_cache(cfg, 1, tokens, jnp.bfloat16, "official"))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache.layers, cache.mtp)))
+    assert size <= most * deepseek_v32(tokens).cache
+    assert 0.015 < size / gqa8(cfg, tokens).cache < 0.022
+    # cost.py counts the same from the configuration alone, less the rings' spare rows and MTP.
+    assert size == pytest.approx(cost(cfg, tokens).total.cache, rel=2e-3)

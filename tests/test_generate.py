@@ -9,7 +9,7 @@ from trees import small_config
 
 import v4jax
 from v4jax.checkpoint.names import from_official
-from v4jax.generate.decode import generate
+from v4jax.generate.decode import Setting, generate
 from v4jax.generate.sampling import Sampling, shaped_logits
 from v4jax.generate.text import TextStop
 from v4jax.tokenizer import ByteTokenizer
@@ -49,12 +49,39 @@ def test_greedy_is_the_argmax_and_log_probs_are_the_forwards(model):
 def test_what_a_sequence_samples_depends_on_its_seed_alone(model):
     cfg, params = model
     warm = Sampling(temperature=1.5)
-    together = generate(cfg, params, [[3, 5, 7], [9], [3, 5, 7]], 12, sampling=warm, seeds=[4, 0, 5], stop=never)
-    alone = generate(cfg, params, [[3, 5, 7]], 12, sampling=warm, seeds=[5], stop=never)
+    together = generate(cfg, params, [[3, 5, 7], [9], [3, 5, 7]], 12, setting=Setting(sampling=warm), seeds=[4, 0, 5], stop=never)
+    alone = generate(cfg, params, [[3, 5, 7]], 12, setting=Setting(sampling=warm), seeds=[5], stop=never)
     assert together[2].tokens == alone[0].tokens
     assert together[0].tokens != together[2].tokens
-    stopped = generate(cfg, params, [[3, 5, 7]], 12, sampling=warm, seeds=[5], stop=lambda _, tokens: len(tokens) == 4)
+    stopped = generate(cfg, params, [[3, 5, 7]], 12, setting=Setting(sampling=warm), seeds=[5], stop=lambda _, tokens: len(tokens) == 4)
     assert (stopped[0].tokens, stopped[0].ended) == (alone[0].tokens[:4], "stop")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_speculation_changes_no_token(model, temperature):
+    """Across windows of both ratios, rows of different lengths; drafts of both fates."""
+    cfg, params = model
+    prompts = [np.random.default_rng(7).integers(0, cfg.vocab_size, n).tolist() for n in (118, 1, 9)]
+    plain = Setting(sampling=Sampling(temperature=temperature))
+    expected = generate(cfg, params, prompts, 20, stop=never, setting=plain)
+    got = generate(cfg, params, prompts, 20, stop=never, setting=plain._replace(speculative=True))
+    for a, b in zip(got, expected, strict=True):
+        assert a.tokens == b.tokens
+        np.testing.assert_allclose(a.log_probs, b.log_probs, atol=2e-4)
+    assert sum(row.drafted for row in got) > sum(row.accepted for row in got)
+
+
+def test_accepted_drafts_are_taken(model):
+    """A head of few columns makes MTP agree often: what stays must be as good as what is taken back."""
+    cfg, params = model
+    params = params | {"head": {"weight": params["head"]["weight"].at[:, 3:].set(0) * jnp.where(jnp.arange(97) < 3, 1, 0)[None]}}
+    few = Setting(sampling=Sampling(temperature=0.5, top_k=3))
+    expected = generate(cfg, params, [[5, 6, 7], [8]], 40, stop=never, setting=few)
+    got = generate(cfg, params, [[5, 6, 7], [8]], 40, stop=never, setting=few._replace(speculative=True))
+    assert [row.tokens for row in got] == [row.tokens for row in expected]
+    assert sum(row.accepted for row in got) >= 5
+    ended = generate(cfg, params, [[5, 6, 7]], 40, stop=lambda _, ids: len(ids) == 9, setting=few._replace(speculative=True))
+    assert ended[0].tokens == expected[0].tokens[:9]
 
 
 def test_filters_keep_what_they_say():

@@ -16,7 +16,7 @@ ORDER = [
     "v4jax.data.config", "v4jax.data.documents", "v4jax.data.records", "v4jax.data.conversations", "v4jax.data.store",
     "v4jax.data.pieces", "v4jax.data.mixture", "v4jax.data.rows",
     "v4jax.quant.scales", "v4jax.quant.fp8", "v4jax.quant.mxfp4", "v4jax.quant.fake",
-    "v4jax.model.dense", "v4jax.model.weights", "v4jax.model.norm", "v4jax.model.rotary", "v4jax.model.state",
+    "v4jax.model.dense", "v4jax.model.weights", "v4jax.model.norm", "v4jax.model.rotary", "v4jax.model.packed", "v4jax.model.state",
     "v4jax.model.documents", "v4jax.model.hyper", "v4jax.model.watch", "v4jax.model.compressor", "v4jax.model.indexer", "v4jax.model.attention",
     "v4jax.model.grouped", "v4jax.model.moe", "v4jax.model.block", "v4jax.model.mtp", "v4jax.model.transformer",
     "v4jax.checkpoint.formats", "v4jax.checkpoint.files",

@@ -108,7 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)")
     generate.add_argument("--stop-tokens", help="end before one of these ids instead of the end-of-text token")
     generate.add_argument("--cache-tokens", type=int, help="room of the cache (default: what prompt and continuation need)")
-    generate.add_argument("--speculative", action="store_true", help="draft with MTP (not built yet)")
+    generate.add_argument("--speculative", action="store_true", help="draft with MTP: the same tokens in fewer steps")
+    generate.add_argument("--quant", default="none", choices=("none", "official"), help="official: compute as the served model does")
+    generate.add_argument("--cache", default="dtype", choices=("dtype", "official"),
+                          help="storage: as --dtype, or (with --quant official) fp8 and MXFP4")  # fmt: skip
     on_mesh(generate)
 
     score = command("score", _score, "Logits and loss of every token of a .npy file.")
@@ -191,7 +194,7 @@ def _sample(cfg) -> dict:
 
     from sharding.processes import is_first
     from v4jax.api import load, place_on
-    from v4jax.generate.decode import generate
+    from v4jax.generate.decode import Setting, generate
     from v4jax.generate.sampling import Sampling
     from v4jax.generate.text import TextStop
     from v4jax.tokenizer import load_tokenizer
@@ -202,8 +205,8 @@ def _sample(cfg) -> dict:
     prompt = [tokenizer.bos_token_id] + tokenizer.encode(cfg.sample_prompt)
     with jax.set_mesh(mesh):
         (completion,) = generate(
-            model, params, [prompt], cfg.sample_tokens, sampling=Sampling(temperature=0.7), seeds=[cfg.seed], rules=rules,
-            dtype=cfg.dtype,
+            model, params, [prompt], cfg.sample_tokens, seeds=[cfg.seed],
+            setting=Setting(rules=rules, dtype=cfg.dtype, sampling=Sampling(temperature=0.7)),
         )  # fmt: skip
     text = cfg.sample_prompt + TextStop([model.eos_token_id], tokenizer=tokenizer).text(completion.tokens)
     if not is_first():
@@ -219,8 +222,6 @@ def _plot(arguments, _):
 
 
 def _generate(arguments, _):
-    if arguments.speculative:
-        raise BadInput("--speculative is not built yet; leave it out")
     _start(arguments.mesh)
     from v4jax.generate.command import run
 

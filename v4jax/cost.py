@@ -48,7 +48,7 @@ class Cost:
       mtp: the MTP module, in no total; its flops contain the head applied once more, its cache one more window.
       buffers: numbers in selection biases and hash tables, which are not parameters.
       train_flops: forward and backward FLOPs of a token, averaged over a training row of `context` tokens, with MTP.
-      v32: DeepSeek-V3.2 at the same context (flops and cache only).
+      v32: DeepSeek-V3.2 at the same context (flops and cache only). gqa8: grouped-query attention, 8 heads, bf16 (cache only).
     """
 
     context: int
@@ -57,6 +57,7 @@ class Cost:
     buffers: int
     train_flops: float
     v32: Part
+    gqa8: Part
 
     @property
     def total(self) -> Part:
@@ -71,13 +72,15 @@ class Cost:
         training = ("training, mean", "", "", _short(self.train_flops), "")
         peer = (v32.name, "", "", _short(v32.flops), _short(v32.cache))
         ratio = ("ratio to it", "", "", f"{total.flops / v32.flops:.1%}", f"{total.cache / v32.cache:.1%}")
-        return [head, *body, training, peer, ratio]
+        grouped = (self.gqa8.name, "", "", "", f"{_short(self.gqa8.cache)} ({total.cache / self.gqa8.cache:.1%})")
+        return [head, *body, training, peer, ratio, grouped]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain numbers, for --json."""
         plain = dataclasses.asdict(self)
         plain["parts"] = [part._asdict() for part in self.parts]
         plain |= {"total": self.total._asdict(), "mtp": self.mtp._asdict(), "v32": self.v32._asdict()}
+        plain["gqa8"] = self.gqa8._asdict()
         return plain
 
 
@@ -100,6 +103,7 @@ def cost(cfg: ModelConfig, context: int | None = None) -> Cost:
         buffers=scored * cfg.n_routed_experts + cfg.num_hash_layers * cfg.vocab_size * cfg.num_experts_per_tok,
         train_flops=train_flops_per_token(cfg, context),
         v32=deepseek_v32(context),
+        gqa8=gqa8(cfg, context),
     )
 
 
@@ -127,6 +131,11 @@ def deepseek_v32(context: int) -> Part:
     scores = 2 * heads * (2 * latent + rope) * min(context, 2048) + 2 * index_heads * (128 + 1) * context
     cache = layers * context * (512 + 16 + 2 * 64 + 128 + 4)
     return Part("DeepSeek-V3.2", flops=2 * matrices + layers * scores, cache=cache)
+
+
+def gqa8(cfg: ModelConfig, context: int) -> Part:
+    """The cache the report compares with: as many layers of 8 key/value heads of 128 dims, bf16."""
+    return Part("bf16 GQA-8", cache=cfg.num_hidden_layers * context * 2 * 8 * 128 * 2)
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------

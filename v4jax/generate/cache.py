@@ -28,6 +28,7 @@ from v4jax.model.documents import read_stretch
 from v4jax.model.hyper import HyperHead
 from v4jax.model.mtp import MTP
 from v4jax.model.norm import RMSNorm
+from v4jax.model.packed import STORAGES
 from v4jax.model.state import Kept, LayerCache, Stretch, empty_layer
 from v4jax.model.transformer import project_logits
 
@@ -63,19 +64,28 @@ def decoding_rules(rules: AxisRules) -> AxisRules:
     return dataclasses.replace(rules, table=tuple((name, moved.get(name, axes)) for name, axes in rules.table))
 
 
+def check_storage(storage: str, quant: str) -> None:
+    """Raises ValueError for a storage that does not exist, or would round what the model does not."""
+    if storage not in STORAGES:
+        raise ValueError(f"cache: got {storage!r}; allowed: {', '.join(map(repr, STORAGES))}")
+    if storage == "official" and quant != "official":
+        raise ValueError(f"cache: got 'official' with quant {quant!r}; it holds rows that quant 'official' has rounded")
+
+
 def empty_cache(
-    cfg: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype = jnp.float32, rules: AxisRules = AxisRules()
-) -> Cache:
-    """Room for `batch` rows of `capacity` tokens, rounded up to whole blocks of 128."""
+    cfg: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype = jnp.float32, storage: str = "dtype",
+    rules: AxisRules = AxisRules(),
+) -> Cache:  # fmt: skip
+    """Room for `batch` rows of `capacity` tokens, rounded up to whole blocks of 128; storage: "dtype", or "official" (packed)."""
     capacity = -(-capacity // BLOCK) * BLOCK
     layers = {
         group.name: {
-            f"block_{i}": empty_layer(cfg, kind.compress_ratio, group.repeats, batch, capacity, dtype)
+            f"block_{i}": empty_layer(cfg, kind.compress_ratio, group.repeats, batch, capacity, dtype, storage)
             for i, kind in enumerate(group.kinds)
         }
         for group in cfg.layer_groups
     }
-    mtp = empty_layer(cfg, WINDOW_ONLY, 1, batch, capacity, dtype) if cfg.num_nextn_predict_layers else None
+    mtp = empty_layer(cfg, WINDOW_ONLY, 1, batch, capacity, dtype, storage) if cfg.num_nextn_predict_layers else None
     layers, mtp = jax.tree.map(lambda x: rules.constrain(x, None, "act_batch", None, None), (layers, mtp))
     return Cache(jnp.zeros(batch, jnp.int32), layers, mtp)
 

@@ -5,13 +5,14 @@ Next file to read: v4jax/generate/decode.py.
 
 import functools
 import pathlib
+import sys
 
 import jax
 
 from sharding.processes import is_first
 from v4jax.api import load, place_on
 from v4jax.config import ModelConfig
-from v4jax.generate.decode import Completion, check_request, generate
+from v4jax.generate.decode import Completion, Setting, check_request, generate
 from v4jax.generate.sampling import Sampling
 from v4jax.generate.text import TextStop
 from v4jax.tokenizer import load_tokenizer
@@ -26,10 +27,11 @@ def run(flags) -> dict | None:
     sampling = Sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, min_p=flags.min_p)
     if flags.samples < 1 or (flags.samples > 1 and sampling.temperature == 0):
         raise ValueError(f"--samples: got {flags.samples}; must be 1 or more, and 1 without --temperature (all would be the same)")
+    setting = Setting(dtype=flags.dtype, quant=flags.quant, storage=flags.cache, sampling=sampling, speculative=flags.speculative)
     tokenizer, prompt = _read_prompt(flags)
     prompts, seeds = [prompt] * flags.samples, list(range(flags.seed, flags.seed + flags.samples))
     if pathlib.Path(flags.checkpoint).is_dir():
-        check_request(ModelConfig.from_json(flags.checkpoint), prompts, seeds, flags.max_new_tokens, flags.cache_tokens)
+        check_request(ModelConfig.from_json(flags.checkpoint), prompts, seeds, flags.max_new_tokens, flags.cache_tokens, setting)
     given = None if flags.stop_tokens is None else _ids(flags.stop_tokens, "--stop-tokens")
     TextStop(given or [], flags.stop, tokenizer)
     cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout)
@@ -41,12 +43,14 @@ def run(flags) -> dict | None:
         write(flags.prompt)
     with jax.set_mesh(mesh):
         completions = generate(
-            cfg, params, prompts, flags.max_new_tokens, sampling=sampling, seeds=seeds, stop=stop, room=flags.cache_tokens,
-            rules=rules, dtype=flags.dtype,
+            cfg, params, prompts, flags.max_new_tokens, seeds=seeds, stop=stop, room=flags.cache_tokens,
+            setting=setting._replace(rules=rules),
         )  # fmt: skip
     if stream:
         stop.close(completions[0].tokens)
         print()
+        if flags.speculative:
+            print(f"v4jax: {completions[0].accepted} of {completions[0].drafted} drafts accepted", file=sys.stderr)
     if stream or not is_first():
         return None
     results = [_result(completion, stop, tokenizer is not None) for completion in completions]
@@ -73,5 +77,7 @@ def _ids(text: str, flag: str) -> list[int]:
 
 def _result(completion: Completion, stop: TextStop, is_text: bool) -> dict:
     ids = stop.without_stop(completion.tokens)
-    text = {"text": stop.text(completion.tokens)} if is_text else {}
-    return {"tokens": ids, "log_probs": completion.log_probs[: len(ids)], "ended": completion.ended} | text
+    result = {"tokens": ids, "log_probs": completion.log_probs[: len(ids)], "ended": completion.ended}
+    if completion.drafted:
+        result |= {"drafted": completion.drafted, "accepted": completion.accepted}
+    return result | ({"text": stop.text(completion.tokens)} if is_text else {})

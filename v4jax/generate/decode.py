@@ -1,9 +1,14 @@
-"""Prompts in, continuations out: prefill in chunks, then a token at a time for all sequences together.
+"""Prompts in, continuations out: prefill in chunks, then all sequences together, a token at a time or speculatively.
 
-Two programs run, whatever the lengths: one continues all rows by a chunk of their prompts (rows whose prompt is over wait), one by a
-token. The cache is donated to each, so nothing of it is copied.
+Two programs run, whatever the lengths: one continues all rows by a chunk of their prompts (rows whose prompt is over wait), one goes
+on from there. The cache is donated to each, so nothing of it is copied.
 
-Shapes: B batch (padded to what the mesh cuts), T positions of a chunk, D hidden.
+Speculation: MTP drafts one token behind the newest, both run through the model at once, and the draft stays if it is the very token
+that the model chooses there. Draft and choice use the same random key (that of the position), which makes them agree as often as
+coupled Gumbel noise does, and the result is token for token that of plain decoding, greedy or sampled. A draft that does not stay is
+taken back by a smaller length: the cache is addressed by position, so what it wrote is overwritten before it can be seen.
+
+Shapes: B batch (padded to what the mesh cuts), T positions of a chunk, N new tokens of a step (1, or 2), X streams, D hidden.
 Next file to read: v4jax/generate/text.py.
 """
 
@@ -18,8 +23,10 @@ import numpy as np
 from sharding.processes import gather
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
-from v4jax.generate.cache import Cache, decoding_rules, empty_cache, extend, logits_of
+from v4jax.generate.cache import Cache, check_storage, decoding_rules, draft, empty_cache, extend, logits_of
 from v4jax.generate.sampling import Sampling, choose_token
+from v4jax.model.state import Stretch
+from v4jax.quant.fake import check_quant
 from v4jax.tokenizer import check_tokens
 
 PREFILL_CHUNK = 512
@@ -30,22 +37,50 @@ StopRule = Callable[[int, Sequence[int]], bool]
 
 
 class Completion(NamedTuple):
-    """What followed one prompt: tokens, the log of each one's probability under the model, and why it ended: "stop" or "length".
+    """What followed one prompt.
 
-    The token that stopped it is the last one.
+    Attributes:
+      tokens: the token that stopped it included. log_probs: of each one under the model (not as shaped for sampling).
+      ended: "stop" or "length". drafted, accepted: tokens that MTP proposed, and those of them that stayed.
     """
 
     tokens: list[int]
     log_probs: list[float]
     ended: str
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Setting(NamedTuple):
     """What compiled programs depend on besides the model."""
 
-    rules: AxisRules
-    dtype: str
-    sampling: Sampling
+    rules: AxisRules = AxisRules()
+    dtype: str = "float32"
+    quant: str = "none"
+    storage: str = "dtype"
+    sampling: Sampling = Sampling()
+    speculative: bool = False
+
+    @property
+    def compute(self) -> dict:
+        """Keyword arguments of `extend` and `draft`."""
+        return {"rules": self.rules, "dtype": self.dtype, "quant": self.quant}
+
+
+class State(NamedTuple):
+    """Between steps: the cache, each row's newest token, which is not in it yet, and what MTP drafts to follow."""
+
+    cache: Cache
+    token_B: jax.Array
+    draft_B: jax.Array | None
+
+
+class News(NamedTuple):
+    """What a step brings: `count_B` tokens of each row, and the logs of their probabilities."""
+
+    token_BN: jax.Array
+    score_BN: jax.Array
+    count_B: jax.Array
 
 
 def generate(
@@ -54,51 +89,73 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    sampling: Sampling = Sampling(),
     seeds: Sequence[int] | None = None,
     stop: StopRule | None = None,
     room: int | None = None,
-    rules: AxisRules = AxisRules(),
-    dtype: str = "float32",
+    setting: Setting = Setting(),
 ) -> list[Completion]:
     """Continues each prompt by at most max_new_tokens.
 
     Args:
       seeds: one per prompt; default 0, 1, 2, ... stop: default, the end-of-text token.
       room: tokens the cache has room for in each row; default: what the longest prompt needs.
-      rules: a layout, with its mesh ambient (jax.set_mesh).
+      setting: its rules are a layout, with the mesh ambient (jax.set_mesh).
 
     Raises:
-      ValueError: no prompt, an empty one, ids outside the vocabulary, lengths beyond the cache or the model.
+      ValueError: no prompt, an empty one, ids outside the vocabulary, lengths beyond the cache or the model, no MTP to draft with.
     """
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-    check_request(cfg, prompts, seeds, max_new_tokens, room)
+    check_request(cfg, prompts, seeds, max_new_tokens, room, setting)
     stop = stop or (lambda _, tokens: tokens[-1] == cfg.eos_token_id)
-    setting = Setting(decoding_rules(rules), dtype, sampling)
+    setting = setting._replace(rules=decoding_rules(setting.rules))
     rows = -(-len(prompts) // setting.rules.shards("act_batch")) * setting.rules.shards("act_batch")
     padded = [*prompts, *[prompts[0][:1]] * (rows - len(prompts))]  # every device must hold a row
     seed_B = np.array([*seeds, *[0] * (rows - len(prompts))], np.uint32)
     room = max(map(len, prompts)) + max_new_tokens if room is None else room
-    cache, x_BD = prefill(cfg, setting, params, padded, room)
-    tokens, scores = [[] for _ in prompts], [[] for _ in prompts]
-    ended = ["length"] * len(prompts)
-    active_B = np.arange(rows) < len(prompts)
-    token_B, score_B = _first(setting, params, cache, x_BD, seed_B)
-    for turn in range(max_new_tokens):
-        for b, (token, score) in enumerate(zip(gather(token_B).tolist(), gather(score_B).tolist(), strict=True)):
-            if active_B[b]:
-                tokens[b].append(token)
-                scores[b].append(score)
-                if stop(b, tokens[b]):
-                    active_B[b], ended[b] = False, "stop"
-        if turn + 1 == max_new_tokens or not active_B.any():
-            break
-        token_B, score_B, cache = _next(cfg, setting, params, cache, token_B, active_B.astype(np.int32), seed_B)
-    return [Completion(*parts) for parts in zip(tokens, scores, ended, strict=True)]
+    state, news = prefill(cfg, setting, params, padded, seed_B, room)
+    sequences = [_Sequence(b, stop, max_new_tokens) for b in range(len(prompts))]
+    while True:
+        token_BN, score_BN, count_B = (gather(array).tolist() for array in news)
+        for b, sequence in enumerate(sequences):
+            sequence.take(token_BN[b][: count_B[b]], score_BN[b])
+        active_B = np.array([b < len(prompts) and sequences[b].ended is None for b in range(rows)])
+        if not active_B.any():
+            return [sequence.completion() for sequence in sequences]
+        state, news = _advance(cfg, setting, params, state, active_B, seed_B)
 
 
-def check_request(cfg: ModelConfig, prompts, seeds, max_new_tokens: int, room: int | None) -> None:
+class _Sequence:
+    """What one sequence has brought so far, and whether it goes on."""
+
+    def __init__(self, number: int, stop: StopRule, most: int):
+        self.number, self.stop, self.most = number, stop, most
+        self.tokens, self.scores, self.ended, self.drafted, self.accepted = [], [], None, 0, 0
+
+    def take(self, tokens: Sequence[int], scores: Sequence[float]) -> None:
+        if self.ended is not None:
+            return
+        self.drafted += len(scores) - 1
+        self.accepted += len(tokens) - 1
+        for token, score in zip(tokens, scores, strict=False):
+            self.tokens.append(token)
+            self.scores.append(score)
+            if self.stop(self.number, self.tokens):
+                self.ended = "stop"
+            elif len(self.tokens) == self.most:
+                self.ended = "length"
+            if self.ended is not None:
+                return
+
+    def completion(self) -> Completion:
+        return Completion(self.tokens, self.scores, self.ended, self.drafted, self.accepted)
+
+
+def check_request(cfg: ModelConfig, prompts, seeds, max_new_tokens: int, room: int | None, setting: Setting) -> None:
     """Raises ValueError for what `generate` cannot do."""
+    check_storage(setting.storage, setting.quant)
+    check_quant(cfg, setting.quant)
+    if setting.speculative and not cfg.num_nextn_predict_layers:
+        raise ValueError("speculative: the model has no MTP layer to draft with")
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("prompt: got no tokens; at least one is needed (the begin-of-text token, for example)")
     for prompt in prompts:
@@ -115,42 +172,88 @@ def check_request(cfg: ModelConfig, prompts, seeds, max_new_tokens: int, room: i
         raise ValueError(f"{text} max_position_embeddings={limit}")
 
 
-def prefill(cfg: ModelConfig, setting: Setting, params, prompts, room: int) -> tuple[Cache, jax.Array]:
-    """(the cache with every prompt in it, the state [B,D] behind each one's last token)."""
+def prefill(cfg: ModelConfig, setting: Setting, params, prompts, seed_B, room: int) -> tuple[State, News]:
+    """The state with every prompt in the cache, and each row's first new token."""
     length_B = np.array([len(prompt) for prompt in prompts])
     chunk = min(PREFILL_CHUNK, 1 << int(length_B.max() - 1).bit_length())
-    cache, x_BD = _start(cfg, setting, len(prompts), room)
+    plain = setting._replace(sampling=Sampling())  # one program however tokens are chosen
+    cache, last = _start(cfg, plain, len(prompts), room)
     for start in range(0, length_B.max(), chunk):
-        tokens_BT = np.zeros((len(prompts), chunk), np.int32)
-        count_B = np.clip(length_B - start, 0, chunk).astype(np.int32)
+        tokens_BV = np.zeros((len(prompts), chunk + 1), np.int32)  # and the token behind the chunk, for MTP
         for b, prompt in enumerate(prompts):
-            tokens_BT[b, : count_B[b]] = prompt[start : start + count_B[b]]
-        cache, x_BD = _continue(cfg, setting, params, cache, tokens_BT, count_B, x_BD)
-    return cache, x_BD
+            part = prompt[start : start + chunk + 1]
+            tokens_BV[b, : len(part)] = part
+        cache, last = _continue(cfg, plain, params, cache, tokens_BV, (length_B - start).astype(np.int32), last)
+    return _first(cfg, setting, params, cache, last, seed_B)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _start(cfg, setting: Setting, batch: int, room: int):
+    """An empty cache, and no last state: normalised for the head [B,D], and (for MTP) its streams [B,X,D]."""
     dtype = jnp.dtype(setting.dtype)
-    return empty_cache(cfg, batch, room, dtype, setting.rules), jnp.zeros((batch, cfg.hidden_size), dtype)
+    cache = empty_cache(cfg, batch, room, dtype, setting.storage, setting.rules)
+    streams_BXD = jnp.zeros((batch, cfg.hc_mult, cfg.hidden_size), dtype) if setting.speculative else None
+    return cache, (jnp.zeros((batch, cfg.hidden_size), dtype), streams_BXD)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 6))
+def _continue(cfg, setting: Setting, params, cache, tokens_BV, left_B, last):
+    """The cache and the last state of each row, which stays where the chunk brings nothing; left_B counts tokens from here on."""
+    size, start_B = tokens_BV.shape[1] - 1, cache.length_B
+    count_B = jnp.clip(left_B, 0, size)
+    chunk, cache = extend(cfg, params, cache, tokens_BV[:, :-1], count_B, **setting.compute)
+    states = (chunk.x_BTD, chunk.streams_BTXD if setting.speculative else None)
+    if setting.speculative:
+        known = Stretch(start_B, jnp.clip(left_B - 1, 0, size))
+        _, cache = draft(cfg, params, cache, chunk.streams_BTXD, tokens_BV[:, 1:], known, **setting.compute)
+    pick = lambda new, old: jnp.where(_spread(count_B > 0, old), _at(new, jnp.maximum(count_B - 1, 0)), old)  # noqa: E731
+    return cache, jax.tree.map(pick, states, last)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _continue(cfg, setting: Setting, params, cache, tokens_BT, count_B, x_BD):
-    """The last real state of each row, or the one before where the chunk brings nothing."""
-    chunk, cache = extend(cfg, params, cache, tokens_BT, count_B, rules=setting.rules, dtype=setting.dtype)
-    last_BD = jnp.take_along_axis(chunk.x_BTD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)[:, 0]
-    return cache, jnp.where((count_B > 0)[:, None], last_BD, x_BD)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _first(setting: Setting, params, cache, x_BD, seed_B):
+def _first(cfg, setting: Setting, params, cache, last, seed_B):
+    x_BD, streams_BXD = last
     logits_BV = logits_of(params, x_BD[:, None], setting.rules)[:, 0]
-    return choose_token(setting.sampling, logits_BV, seed_B, cache.length_B)
+    token_B, score_B = choose_token(setting.sampling, logits_BV, seed_B, cache.length_B)
+    news = News(token_B[:, None], score_B[:, None], jnp.ones_like(token_B))
+    if not setting.speculative:
+        return State(cache, token_B, None), news
+    stretch = Stretch(cache.length_B - 1, jnp.ones_like(token_B))
+    draft_B, cache = _draft(cfg, setting, params, cache, streams_BXD[:, None], token_B[:, None], stretch, seed_B)
+    return State(cache, token_B, draft_B), news
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _next(cfg, setting: Setting, params, cache, token_B, count_B, seed_B):
-    chunk, cache = extend(cfg, params, cache, token_B[:, None], count_B, rules=setting.rules, dtype=setting.dtype)
-    logits_BV = logits_of(params, chunk.x_BTD, setting.rules)[:, 0]
-    return *choose_token(setting.sampling, logits_BV, seed_B, cache.length_B), cache
+def _advance(cfg, setting: Setting, params, state: State, active_B, seed_B) -> tuple[State, News]:
+    """A step of every active row."""
+    start_B, token_B = state.cache.length_B, state.token_B
+    tokens_BN = jnp.stack((token_B, state.draft_B), axis=1) if setting.speculative else token_B[:, None]
+    size = tokens_BN.shape[1]
+    chunk, cache = extend(cfg, params, state.cache, tokens_BN, size * active_B.astype(jnp.int32), **setting.compute)
+    logits_BNV = logits_of(params, chunk.x_BTD, setting.rules)
+    chosen = [choose_token(setting.sampling, logits_BNV[:, n], seed_B, start_B + 1 + n) for n in range(size)]
+    news_BN, score_BN = (jnp.stack(parts, axis=1) for parts in zip(*chosen, strict=True))
+    if not setting.speculative:
+        return State(cache, news_BN[:, 0], None), News(news_BN, score_BN, active_B.astype(jnp.int32))
+    count_B = jnp.where(active_B, 1 + (news_BN[:, 0] == state.draft_B), 0)
+    cache = cache._replace(length_B=start_B + count_B)
+    stretch = Stretch(start_B, count_B)
+    draft_B, cache = _draft(cfg, setting, params, cache, chunk.streams_BTXD, news_BN, stretch, seed_B)
+    return State(cache, _at(news_BN, jnp.maximum(count_B - 1, 0)), draft_B), News(news_BN, score_BN, count_B)
+
+
+def _draft(cfg, setting: Setting, params, cache, streams_BTXD, next_BT, stretch: Stretch, seed_B) -> tuple[jax.Array, Cache]:
+    """What MTP would choose behind the last real one of `next_BT`."""
+    x_BTD, cache = draft(cfg, params, cache, streams_BTXD, next_BT, stretch, **setting.compute)
+    x_BD = _at(x_BTD, jnp.maximum(stretch.count_B - 1, 0))
+    logits_BV = logits_of(params, x_BD[:, None], setting.rules)[:, 0]
+    return choose_token(setting.sampling, logits_BV, seed_B, stretch.start_B + stretch.count_B + 1)[0], cache
+
+
+def _at(x_BT: jax.Array, index_B: jax.Array) -> jax.Array:
+    """x[b, index[b]], whatever axes follow."""
+    return jnp.take_along_axis(x_BT, _spread(index_B, x_BT), axis=1)[:, 0]
+
+
+def _spread(x_B: jax.Array, like: jax.Array) -> jax.Array:
+    return x_B.reshape((-1,) + (1,) * (like.ndim - 1))

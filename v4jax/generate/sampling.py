@@ -43,7 +43,8 @@ class Sampling:
             raise ValueError(f"min_p: got {self.min_p}; must be in [0, 1]")
         used = [name for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)) if getattr(self, name) != off]
         if self.temperature == 0 and used:
-            raise ValueError(f"{used[0]}: got {getattr(self, used[0])} with temperature 0, which takes the likeliest token; set a temperature")
+            value = getattr(self, used[0])
+            raise ValueError(f"{used[0]}: got {value} with temperature 0, which takes the likeliest token; set a temperature")
 
 
 def shaped_logits(sampling: Sampling, logits_BV: jax.Array) -> jax.Array:

@@ -25,8 +25,9 @@ from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 from v4jax.model.compressor import Compressor
 from v4jax.model.dense import dense
 from v4jax.model.documents import Documents, Entries, whole_windows
-from v4jax.model.indexer import Indexer, IndexInputs, index_scores, top_k_mask
+from v4jax.model.indexer import Indexer, IndexInputs, index_scores, largest, top_k_mask
 from v4jax.model.norm import RMSNorm, rms_norm
+from v4jax.model.packed import as_kept
 from v4jax.model.rotary import rotate
 from v4jax.model.state import Kept, LayerCache, Slots, all_rows, chosen_rows, keep_rows, rows_before
 from v4jax.model.weights import Weights
@@ -117,13 +118,20 @@ def attend(
         rules.spec((batch, seq, None)),
         rules.spec((heads,)),
         spec(documents.segment_BS, batch, seq),
-        None if far is None else _Far(*(spec(x, batch, *[None] * (x.ndim - 1)) if x is not None else None for x in far)),
+        None if far is None else _Far(_rows_spec(rules, far.entry_BCH), *(spec(x, batch, None) for x in far[1:])),
         None if index is None else IndexInputs(
-            rules.spec((batch, seq, "index_heads", None)), rules.spec((batch, seq, "index_heads")), rules.spec((batch, None, None))
+            rules.spec((batch, seq, "index_heads", None)), rules.spec((batch, seq, "index_heads")), _rows_spec(rules, index.key_BCJ)
         ),
         None if past is None else Past(rules.spec((batch, None, None)), rules.spec((batch,))),
     )  # fmt: skip
     return jax.shard_map(functools.partial(_attend, cfg, split), in_specs=specs, out_specs=specs[0])(*arguments)
+
+
+def _rows_spec(rules: AxisRules, rows: jax.Array | Slots):
+    """Where entries or index keys of all devices are: cut with the batch only."""
+    if not isinstance(rows, Slots):
+        return rules.spec(("act_batch", None, None))
+    return Slots(jax.tree.map(lambda _: rules.spec((None, "act_batch", None, None)), rows.stack), rules.spec(()), rules.spec(()))
 
 
 def _attend(cfg: ModelConfig, split: _Split, q_BSNH, kv_BSH, sink_N, segment_BS, far: _Far | None, index, past) -> jax.Array:
@@ -222,11 +230,12 @@ def _attend_chunk(cfg: ModelConfig, split: _Split, chunk: Queries, sink_N, entri
                 score_BTC = jax.lax.psum(score_BTC, split.index_heads)
             score_BTC = jnp.where(visible_BTC, score_BTC, -jnp.inf)
             if gathered:
-                index_BTK = jax.lax.top_k(score_BTC, cfg.index_topk)[1]
+                index_BTK = largest(score_BTC, cfg.index_topk)
                 visible_BTC = jnp.take_along_axis(visible_BTC, index_BTK, axis=-1)
             else:
                 visible_BTC &= top_k_mask(score_BTC, cfg.index_topk)
-        entry_BCH = chosen_rows(entries.entry_BCH, index_BTK) if gathered else all_rows(entries.entry_BCH)
+        dtype = chunk.q_BTNH.dtype
+        entry_BCH = chosen_rows(entries.entry_BCH, index_BTK, dtype) if gathered else all_rows(entries.entry_BCH, dtype)
         keys = "BTKH" if gathered else "BKH"
         far = _einsum(f"BTNH,{keys}->BTNK", q_BUWNH.reshape(batch, rows, heads, dim), entry_BCH)
         far = jnp.where(visible_BTC[:, :, None], far, -jnp.inf)
@@ -304,9 +313,10 @@ class Attention(Weights):
             indexer = Indexer(*self.own, cfg, name="indexer")
             index, index_kept = indexer(x_BSD, qr_BSQ, turn, entries, kept and kept.part(kept.cache.index))
         if kept is not None:
+            kv_BSH = as_kept(kept.cache.window, kv_BSH)
             past, window = _continue(cfg, kv_BSH, kept)
             kept = kept.part(LayerCache(window, *(part and part.cache for part in (entry_kept, index_kept))))
-            entries = entry_BCH and whole_windows(self.ratio, entry_BCH.stack.shape[2])
+            entries = entry_BCH and whole_windows(self.ratio, entry_BCH.count)
         out_BSNH = attend(self.rules, cfg, q_BSNH, kv_BSH, sink_N, documents, entries, entry_BCH, index, past)
         # Keys are values too, so each value came rotated; turning back by the query's angle leaves relative angles.
         out_BSNH = rotate(out_BSNH, turn.heads(), inverse=True)
@@ -316,7 +326,7 @@ class Attention(Weights):
 def _continue(cfg: ModelConfig, kv_BSH: jax.Array, kept: Kept) -> tuple[Past, jax.Array]:
     """(the rows before this chunk, the ring of window rows with this chunk in it)."""
     ring, start_B = kept.cache.window, kept.stretch.start_B
-    before_BWH = rows_before(ring, kept.layer, start_B, cfg.sliding_window)
+    before_BWH = rows_before(ring, kept.layer, start_B, cfg.sliding_window, kv_BSH.dtype)
     return Past(before_BWH, start_B), keep_rows(ring, kept.layer, kv_BSH, kept.stretch)
 
 

@@ -30,7 +30,8 @@ def pool(
 ) -> jax.Array:
     """Entry = sum over rows of softmax(z + ape) * c, per channel; float32 [B,C,H] (H halves for CSA).
 
-    continued: rows begin anywhere (see read_stretch). A sequence cut over devices: each pools the entries that end in its shard, with the rows before it from its neighbour.
+    continued: rows begin anywhere (see read_stretch). A sequence cut over devices: each pools the entries that end in its
+    shard, with the rows before it from its neighbour.
     """
     batch, seq = "act_batch", "act_seq"
     # Windows stand back to back in every shard if rows are one document and shards are whole windows.
@@ -117,7 +118,7 @@ class Compressor(Weights):
 def _continue(kept: Kept, c_BSH: jax.Array, z_BSH: jax.Array, ratio: int):
     """(c and z behind the rows before them, the rings with these rows in them)."""
     ring, rows = kept.cache, (c_BSH, z_BSH)
-    before = [rows_before(x, kept.layer, kept.stretch.start_B, tail_rows(ratio)) for x in (ring.c, ring.z)]
+    before = [rows_before(x, kept.layer, kept.stretch.start_B, tail_rows(ratio), x.dtype) for x in (ring.c, ring.z)]
     c, z = (keep_rows(x, kept.layer, new, kept.stretch) for x, new in zip((ring.c, ring.z), rows, strict=True))
     longer = [jnp.concatenate(pair, axis=1) for pair in zip(before, rows, strict=True)]
     return longer, kept.part(ring._replace(c=c, z=z))

@@ -8,6 +8,7 @@ Shapes: B batch, T query positions of a chunk, C compressed entries, I index hea
 Next file to read: v4jax/model/moe.py.
 """
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,13 +16,21 @@ import jax
 import jax.numpy as jnp
 
 from sharding.counting import running_sum
+from sharding.manual import vary_like
 from v4jax.config import CSA, ModelConfig
 from v4jax.model.compressor import Compressor
 from v4jax.model.documents import Entries
 from v4jax.model.rotary import Rotation, rotate
-from v4jax.model.state import Kept, Slots, all_rows
+from v4jax.model.state import Kept, Slots, all_rows, slot_count, some_rows
 from v4jax.model.weights import Weights
 from v4jax.quant.fake import mxfp4_rotated
+
+
+SCORE_BLOCK = 4096
+"""Slots of a cache that are scored at once; blocks that nothing was written to are left out."""
+
+LONG_ROW = 32
+"""Rows of so many times k are searched by way of maxima (benchmarks/topk.py)."""
 
 
 class IndexInputs(NamedTuple):
@@ -34,8 +43,40 @@ class IndexInputs(NamedTuple):
 
 def index_scores(index: IndexInputs) -> jax.Array:
     """I[t,c], float32 [B,T,C], before any mask. The only array with heads and entries lives inside this call."""
-    dots = jnp.einsum("BTIJ,BCJ->BTIC", index.q_BTIJ, all_rows(index.key_BCJ), preferred_element_type=jnp.float32)
-    return jnp.einsum("BTIC,BTI->BTC", jax.nn.relu(dots), index.w_BTI)
+    q_BTIJ, w_BTI, keys = index
+    if not isinstance(keys, Slots) or keys.count <= SCORE_BLOCK:
+        return _scores(q_BTIJ, w_BTI, all_rows(keys, q_BTIJ.dtype))
+
+    def one_block(n, score_BTC):
+        first = jnp.minimum(n * SCORE_BLOCK, keys.count - SCORE_BLOCK)
+        part = _scores(q_BTIJ, w_BTI, some_rows(keys, first, SCORE_BLOCK, q_BTIJ.dtype))
+        return jax.lax.dynamic_update_slice_in_dim(score_BTC, part, first, axis=2)
+
+    score_BTC = vary_like(jnp.zeros((*q_BTIJ.shape[:2], keys.count), jnp.float32), q_BTIJ)
+    return jax.lax.fori_loop(0, -(-keys.used // SCORE_BLOCK), one_block, score_BTC)
+
+
+def _scores(q_BTIJ: jax.Array, w_BTI: jax.Array, key_BCJ: jax.Array) -> jax.Array:
+    dots = jnp.einsum("BTIJ,BCJ->BTIC", q_BTIJ, key_BCJ, preferred_element_type=jnp.float32)
+    return jnp.einsum("BTIC,BTI->BTC", jax.nn.relu(dots), w_BTI)
+
+
+def largest(score_BTC: jax.Array, k: int) -> jax.Array:
+    """lax.top_k(score, k)[1], exactly, ties included; long rows by way of the maxima of short stretches.
+
+    The k largest scores lie in the k stretches with the largest maxima (of equal ones the first). With stretches of about
+    (C/k)^0.5 the two small searches look at 2 (C k)^0.5 numbers instead of C; a search costs 100 times what a maximum does.
+    """
+    slots = score_BTC.shape[-1]
+    if slots < LONG_ROW * k:
+        return jax.lax.top_k(score_BTC, k)[1]
+    size = 1 << round(math.log2(slots / k) / 2)
+    padded = jnp.pad(score_BTC, ((0, 0), (0, 0), (0, -slots % size)), constant_values=-jnp.inf)
+    score_BTPU = padded.reshape(*score_BTC.shape[:2], -1, size)
+    stretch_BTK = jnp.sort(jax.lax.top_k(jnp.max(score_BTPU, axis=-1), k)[1], axis=-1)  # in order, so that ties stay in order
+    candidate_BTN = jnp.take_along_axis(score_BTPU, stretch_BTK[..., None], axis=2).reshape(*score_BTC.shape[:2], -1)
+    place_BTK = jax.lax.top_k(candidate_BTN, k)[1]
+    return jnp.take_along_axis(stretch_BTK, place_BTK // size, axis=-1) * size + place_BTK % size
 
 
 def top_k_mask(score_BTC: jax.Array, k: int) -> jax.Array:
@@ -62,7 +103,7 @@ class Indexer(Weights):
         init = nn.initializers.normal(cfg.initializer_range)
         wq_b = self.weight("wq_b", (qr_BSQ.shape[-1], heads * dim), ("q_lora_in", "index_heads"), init, low=True)
         weights_proj = self.weight("weights_proj", (x_BSD.shape[-1], heads), ("embed", "index_heads"), init)
-        slots = 0 if entries is None else entries.first_BC.shape[1] if kept is None else kept.cache.slots.shape[2]
+        slots = 0 if entries is None else entries.first_BC.shape[1] if kept is None else slot_count(kept.cache.slots)
         choice = slots > cfg.index_topk
         x_BSD, qr_BSQ = jax.lax.stop_gradient((x_BSD, qr_BSQ))
         compressor = Compressor(*self.own, cfg, CSA, dim, True, name="compressor")

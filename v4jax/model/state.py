@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
+from v4jax.model.packed import Rows, empty_index_keys, empty_keys, pack, unpack
 
 SPARE_ROWS = 8
 """How many tokens may be taken back: rings are longer by so many rows."""
@@ -35,13 +36,13 @@ class Compressed(NamedTuple):
 
     c: jax.Array
     z: jax.Array
-    slots: jax.Array
+    slots: Rows
 
 
 class LayerCache(NamedTuple):
     """One kind of layer, all its repeats: the ring of window rows [L,B,R,H], entries and index keys where the kind has them."""
 
-    window: jax.Array
+    window: Rows
     entry: Compressed | None = None
     index: Compressed | None = None
 
@@ -61,9 +62,19 @@ class Kept(NamedTuple):
 class Slots(NamedTuple):
     """Slots of one layer: stack [L,B,C,H], and how many are in use in the longest row."""
 
-    stack: jax.Array
+    stack: Rows
     layer: jax.Array
     used: jax.Array
+
+    @property
+    def count(self) -> int:
+        """C."""
+        return slot_count(self.stack)
+
+
+def slot_count(slots: Rows) -> int:
+    """C of [L,B,C,H]."""
+    return jax.tree.leaves(slots)[0].shape[2]
 
 
 def tail_rows(ratio: int) -> int:
@@ -71,67 +82,90 @@ def tail_rows(ratio: int) -> int:
     return 2 * ratio if ratio == CSA else ratio
 
 
-def empty_layer(cfg: ModelConfig, ratio: int, layers: int, batch: int, capacity: int, dtype: jnp.dtype) -> LayerCache:
-    """Nothing kept yet, room for `capacity` tokens (a multiple of the ratio)."""
+def empty_layer(
+    cfg: ModelConfig, ratio: int, layers: int, batch: int, capacity: int, dtype: jnp.dtype, storage: str
+) -> LayerCache:
+    """Nothing kept yet, room for `capacity` tokens (a multiple of the ratio); storage: see v4jax/model/packed.py."""
 
-    def zeros(*shape, dtype=dtype):
-        return jnp.zeros((layers, batch, *shape), dtype)
+    def compressed(dim, slots):
+        ring = (layers, batch, tail_rows(ratio) + SPARE_ROWS, 2 * dim if ratio == CSA else dim)
+        return Compressed(jnp.zeros(ring, jnp.float32), jnp.zeros(ring, jnp.float32), slots)
 
-    def compressed(dim):
-        ring = (tail_rows(ratio) + SPARE_ROWS, 2 * dim if ratio == CSA else dim)
-        c, z = zeros(*ring, dtype=jnp.float32), zeros(*ring, dtype=jnp.float32)
-        return Compressed(c, z, zeros(capacity // ratio, dim))
-
-    return LayerCache(
-        zeros(cfg.sliding_window + SPARE_ROWS, cfg.head_dim),
-        None if ratio == WINDOW_ONLY else compressed(cfg.head_dim),
-        compressed(cfg.index_head_dim) if ratio == CSA else None,
-    )
+    window = empty_keys(cfg, (layers, batch, cfg.sliding_window + SPARE_ROWS), dtype, storage)
+    if ratio == WINDOW_ONLY:
+        return LayerCache(window)
+    lead = (layers, batch, capacity // ratio)
+    entry = compressed(cfg.head_dim, empty_keys(cfg, lead, dtype, storage))
+    if ratio != CSA:
+        return LayerCache(window, entry)
+    return LayerCache(window, entry, compressed(cfg.index_head_dim, empty_index_keys(cfg, lead, dtype, storage)))
 
 
-def rows_before(ring_LBRH: jax.Array, layer: jax.Array, start_B: jax.Array, rows: int) -> jax.Array:
+def rows_before(ring: Rows, layer: jax.Array, start_B: jax.Array, rows: int, dtype: jnp.dtype) -> jax.Array:
     """[B,rows,H], the rows before position `start_B`, oldest first; anything where positions are negative."""
-    ring_BRH = jax.lax.dynamic_index_in_dim(ring_LBRH, layer, keepdims=False)
-    place_BS = (start_B[:, None] - rows + jnp.arange(rows)[None]) % ring_BRH.shape[1]
-    return jnp.take_along_axis(ring_BRH, place_BS[..., None], axis=1)
+
+    def take(ring_LBRH):
+        ring_BRH = jax.lax.dynamic_index_in_dim(ring_LBRH, layer, keepdims=False)
+        place_BS = (start_B[:, None] - rows + jnp.arange(rows)[None]) % ring_BRH.shape[1]
+        return jnp.take_along_axis(ring_BRH, place_BS[..., None], axis=1)
+
+    return unpack(jax.tree.map(take, ring), dtype)
 
 
-def keep_rows(ring_LBRH: jax.Array, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch) -> jax.Array:
+def keep_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch) -> Rows:
     """The ring with the real rows of a chunk in it: every place takes the newest row that belongs there."""
-    ring_BRH = jax.lax.dynamic_index_in_dim(ring_LBRH, layer, keepdims=False)
-    size = ring_BRH.shape[1]
-    last_B1 = (stretch.start_B + stretch.count_B - 1)[:, None]
-    row_BR = last_B1 - (last_B1 - jnp.arange(size)[None]) % size - stretch.start_B[:, None]
-    new_BRH = jnp.take_along_axis(x_BSH, jnp.maximum(row_BR, 0)[..., None], axis=1)
-    ring_BRH = jnp.where((row_BR >= 0)[..., None], new_BRH.astype(ring_BRH.dtype), ring_BRH)
-    return jax.lax.dynamic_update_index_in_dim(ring_LBRH, ring_BRH, layer, 0)
+
+    def keep(ring_LBRH, x_BSH):
+        ring_BRH = jax.lax.dynamic_index_in_dim(ring_LBRH, layer, keepdims=False)
+        size = ring_BRH.shape[1]
+        last_B1 = (stretch.start_B + stretch.count_B - 1)[:, None]
+        row_BR = last_B1 - (last_B1 - jnp.arange(size)[None]) % size - stretch.start_B[:, None]
+        new_BRH = jnp.take_along_axis(x_BSH, jnp.maximum(row_BR, 0)[..., None], axis=1)
+        ring_BRH = jnp.where((row_BR >= 0)[..., None], new_BRH, ring_BRH)
+        return jax.lax.dynamic_update_index_in_dim(ring_LBRH, ring_BRH, layer, 0)
+
+    return jax.tree.map(keep, ring, pack(ring, x_BSH))
 
 
-def fill_slots(slots_LBCH: jax.Array, layer: jax.Array, x_BSH: jax.Array, first_B: jax.Array) -> jax.Array:
+def fill_slots(slots: Rows, layer: jax.Array, x_BSH: jax.Array, first_B: jax.Array) -> Rows:
     """Slots from `first_B` on hold x; rows that would fall off the end are dropped."""
-    x_BSH = x_BSH[:, : slots_LBCH.shape[2]].astype(slots_LBCH.dtype)
-    rows = x_BSH.shape[1]
 
     def one(slots_LCH, x_SH, first):
         # A slice that would stick out is moved left by XLA: move the rows inside it right by as much.
+        rows, width = min(x_SH.shape[0], slots_LCH.shape[1]), slots_LCH.shape[2]
         place = jnp.minimum(first, slots_LCH.shape[1] - rows)
-        old_SH = jax.lax.dynamic_slice(slots_LCH, (layer, place, 0), (1, rows, slots_LCH.shape[2]))[0]
+        old_SH = jax.lax.dynamic_slice(slots_LCH, (layer, place, 0), (1, rows, width))[0]
         source_S = jnp.arange(rows) - (first - place)
         x_SH = jnp.where((source_S >= 0)[:, None], x_SH[jnp.maximum(source_S, 0)], old_SH)
         return jax.lax.dynamic_update_slice(slots_LCH, x_SH[None], (layer, place, 0))
 
-    return jax.vmap(one, in_axes=(1, 0, 0), out_axes=1)(slots_LBCH, x_BSH, first_B)
+    def fill(slots_LBCH, x_BSH):
+        return jax.vmap(one, in_axes=(1, 0, 0), out_axes=1)(slots_LBCH, x_BSH, first_B)
+
+    return jax.tree.map(fill, slots, pack(slots, x_BSH))
 
 
-def all_rows(rows: jax.Array | Slots) -> jax.Array:
+def all_rows(rows: jax.Array | Slots, dtype: jnp.dtype) -> jax.Array:
     """[B,C,H] of a layer; an array passes."""
     if not isinstance(rows, Slots):
         return rows
-    return jax.lax.dynamic_index_in_dim(rows.stack, rows.layer, keepdims=False)
+    take = lambda stack_LBCH: jax.lax.dynamic_index_in_dim(stack_LBCH, rows.layer, keepdims=False)  # noqa: E731
+    return unpack(jax.tree.map(take, rows.stack), dtype)
 
 
-def chosen_rows(rows: jax.Array | Slots, index_BTK: jax.Array) -> jax.Array:
+def some_rows(rows: Slots, first: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:
+    """[B,size,H], the slots from `first` on."""
+
+    def take(stack_LBCH):
+        _, batch, _, width = stack_LBCH.shape
+        return jax.lax.dynamic_slice(stack_LBCH, (rows.layer, 0, first, 0), (1, batch, size, width))[0]
+
+    return unpack(jax.tree.map(take, rows.stack), dtype)
+
+
+def chosen_rows(rows: jax.Array | Slots, index_BTK: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """[B,T,K,H], rows[index]; of a stack nothing else is read."""
     if not isinstance(rows, Slots):
         return jax.vmap(lambda rows_CH, index_TK: rows_CH[index_TK])(rows, index_BTK)
-    return jax.vmap(lambda rows_LCH, index_TK: rows_LCH[rows.layer, index_TK], in_axes=(1, 0))(rows.stack, index_BTK)
+    one = jax.vmap(lambda rows_LCH, index_TK: rows_LCH[rows.layer, index_TK], in_axes=(1, 0))
+    return unpack(jax.tree.map(lambda stack: one(stack, index_BTK), rows.stack), dtype)

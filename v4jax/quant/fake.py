@@ -99,7 +99,7 @@ def _fake(form: Format, sizes: tuple[int, int], x: jax.Array) -> jax.Array:
     x32 = jnp.pad(x.astype(jnp.float32), [(0, 0)] * len(lead) + [(0, pad) for pad in pads])
     blocks = x32.reshape(*lead, -1, sizes[0], x32.shape[-1] // sizes[1], sizes[1])
     amax = jnp.max(jnp.abs(blocks), axis=(-3, -1), keepdims=True)
-    scale = _power_of_two(jnp.maximum(amax, np.float32(form.least_amax)), form.largest)
+    scale = power_of_two(jnp.maximum(amax, np.float32(form.least_amax)), form.largest)
     rounded = _round(form, jnp.clip(blocks / scale, -form.largest, form.largest)) * scale
     return rounded.reshape(x32.shape)[..., :rows, :columns].astype(x.dtype)
 
@@ -107,7 +107,7 @@ def _fake(form: Format, sizes: tuple[int, int], x: jax.Array) -> jax.Array:
 _fake.defvjp(lambda form, sizes, x: (_fake(form, sizes, x), None), lambda form, sizes, _, ct: (ct,))
 
 
-def _power_of_two(amax: jax.Array, largest: float) -> jax.Array:
+def power_of_two(amax: jax.Array, largest: float) -> jax.Array:
     """2^ceil(log2(amax / largest)): `scales.power_of_two` on the bits of float32."""
     bits = jax.lax.bitcast_convert_type(amax * np.float32(1 / largest), jnp.int32)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)

@@ -1,6 +1,6 @@
 """One page about a run, from its metrics.jsonl alone: works while it runs, after a crash, and without a network.
 
-Next file to read: v4jax/generate/plain.py.
+Next file to read: v4jax/generate/cache.py.
 """
 
 import base64

@@ -1,0 +1,108 @@
+"""Rows as the served model keeps them: keys/values in fp8 with rotary dims in bf16, indexer keys in MXFP4, scales as exponents.
+
+Only rows that quant="official" has rounded already (v4jax/quant/fake.py) are packed, so packing loses nothing but what bf16 does to
+rotary dims. A kept array is a plain one or one of the two NamedTuples here, all of whose arrays have the same leading axes.
+
+Bytes of a row, V4: 448 + 7 + 2*64 = 583 a key/value, 64 + 4 an indexer key.
+
+Shapes: H key/value dims, R rope dims, J index dims; `...` any leading axes.
+Next file to read: v4jax/model/state.py.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from v4jax.config import ModelConfig
+from v4jax.quant import fp8, mxfp4
+from v4jax.quant.fake import KEY_BLOCK, power_of_two
+
+STORAGES = ("dtype", "official")
+"""Arrays in the compute dtype, or packed."""
+
+
+class KeyRows(NamedTuple):
+    """e4m3 [..., H-R], scale bytes [..., (H-R)/64], bf16 [..., R]."""
+
+    code: jax.Array
+    scale: jax.Array
+    rope: jax.Array
+
+
+class IndexRows(NamedTuple):
+    """Two e2m1 to a byte, the even dim low [..., J/2], scale bytes [..., J/32]."""
+
+    code: jax.Array
+    scale: jax.Array
+
+
+Rows = jax.Array | KeyRows | IndexRows
+
+
+def empty_keys(cfg: ModelConfig, lead: tuple[int, ...], dtype: jnp.dtype, storage: str) -> Rows:
+    """Zeros for keys/values [*lead, H]."""
+    if storage != "official":
+        return jnp.zeros((*lead, cfg.head_dim), dtype)
+    rope, plain = cfg.qk_rope_head_dim, cfg.head_dim - cfg.qk_rope_head_dim
+    code, scale = jnp.zeros((*lead, plain), jnp.float8_e4m3fn), jnp.zeros((*lead, -(-plain // KEY_BLOCK)), jnp.uint8)
+    return KeyRows(code, scale, jnp.zeros((*lead, rope), jnp.bfloat16))
+
+
+def empty_index_keys(cfg: ModelConfig, lead: tuple[int, ...], dtype: jnp.dtype, storage: str) -> Rows:
+    """Zeros for indexer keys [*lead, J]."""
+    dim = cfg.index_head_dim
+    if storage != "official":
+        return jnp.zeros((*lead, dim), dtype)
+    return IndexRows(jnp.zeros((*lead, dim // 2), jnp.uint8), jnp.zeros((*lead, dim // mxfp4.BLOCK), jnp.uint8))
+
+
+def pack(like: Rows, x: jax.Array) -> Rows:
+    """`x` in the form of `like`."""
+    if isinstance(like, KeyRows):
+        rope = like.rope.shape[-1]
+        y, scale = _scaled(x[..., :-rope], KEY_BLOCK, fp8.LARGEST, fp8.LEAST_AMAX)
+        return KeyRows(y.astype(jnp.float8_e4m3fn), scale, x[..., -rope:].astype(jnp.bfloat16))
+    if isinstance(like, IndexRows):
+        y, scale = _scaled(x, mxfp4.BLOCK, mxfp4.LARGEST, mxfp4.LEAST_AMAX)
+        size = jnp.abs(y)
+        code = jnp.where(size < 2, 2 * size, jnp.where(size < 4, size + 2, size / 2 + 4)).astype(jnp.uint8)
+        code = code | (jnp.signbit(y).astype(jnp.uint8) << 3)
+        return IndexRows(code[..., 0::2] | (code[..., 1::2] << 4), scale)
+    return x.astype(like.dtype)
+
+
+def unpack(rows: Rows, dtype: jnp.dtype) -> jax.Array:
+    """The numbers, in `dtype` (a plain array stays what it is)."""
+    if isinstance(rows, KeyRows):
+        plain = _unscaled(rows.code.astype(jnp.float32), rows.scale, KEY_BLOCK)
+        return jnp.concatenate((plain.astype(dtype), rows.rope.astype(dtype)), axis=-1)
+    if isinstance(rows, IndexRows):
+        code = jnp.stack((rows.code & 15, rows.code >> 4), axis=-1).reshape(*rows.code.shape[:-1], -1)
+        n = (code & 7).astype(jnp.float32)
+        size = jnp.where(n < 4, n / 2, jnp.where(n < 6, n - 2, 2 * n - 8))
+        return _unscaled(jnp.where(code >= 8, -size, size), rows.scale, mxfp4.BLOCK).astype(dtype)
+    return rows
+
+
+def as_kept(like: Rows, x: jax.Array) -> jax.Array:
+    """`x` as it will be read back, so that a token meets its own chunk as later ones will."""
+    if not isinstance(like, KeyRows):
+        return x
+    rope = like.rope.shape[-1]
+    return jnp.concatenate((x[..., :-rope], jax.lax.reduce_precision(x[..., -rope:], 8, 7)), axis=-1)
+
+
+def _scaled(x: jax.Array, block: int, largest: float, least: float) -> tuple[jax.Array, jax.Array]:
+    """(x / scale, the scales' exponents uint8); the last block may be partial."""
+    x = x.astype(jnp.float32)
+    blocks = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)]).reshape(*x.shape[:-1], -1, block)
+    scale = power_of_two(jnp.maximum(jnp.max(jnp.abs(blocks), axis=-1), np.float32(least)), largest)
+    y = (blocks / scale[..., None]).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    return y, (jax.lax.bitcast_convert_type(scale, jnp.int32) >> 23).astype(jnp.uint8)
+
+
+def _unscaled(y: jax.Array, exponent: jax.Array, block: int) -> jax.Array:
+    scale = jax.lax.bitcast_convert_type(exponent.astype(jnp.int32) << 23, jnp.float32)
+    return y * jnp.repeat(scale, block, axis=-1)[..., : y.shape[-1]]

@@ -46,6 +46,7 @@ def test_greedy_is_the_argmax_and_log_probs_are_the_forwards(model):
         assert completion.ended == "length"
 
 
+@pytest.mark.slow
 def test_what_a_sequence_samples_depends_on_its_seed_alone(model):
     cfg, params = model
     warm = Sampling(temperature=1.5)
@@ -57,7 +58,7 @@ def test_what_a_sequence_samples_depends_on_its_seed_alone(model):
     assert (stopped[0].tokens, stopped[0].ended) == (alone[0].tokens[:4], "stop")
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.2])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.2])
 def test_speculation_changes_no_token(model, temperature):
     """Across windows of both ratios, rows of different lengths; drafts of both fates."""
     cfg, params = model
@@ -71,6 +72,7 @@ def test_speculation_changes_no_token(model, temperature):
     assert sum(row.drafted for row in got) > sum(row.accepted for row in got)
 
 
+@pytest.mark.slow
 def test_accepted_drafts_are_taken(model):
     """A head of few columns makes MTP agree often: what stays must be as good as what is taken back."""
     cfg, params = model

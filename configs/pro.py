@@ -2,7 +2,7 @@
 
 Command: v4jax train configs/pro.py --mesh fsdp=...,expert=...; v4jax cost configs/pro.py
 Hardware: a TPU pod. Nobody has run it; `v4jax cost` and the tests read it. The report's batch grows to the size below from a
-small one and its sequence from 4K to 1M: those stages are not built yet.
+small one and its sequence from 4K to 1M; how long those stages last is unpublished: add them as `stages` (v4jax/train/stages.py).
 Next file to read: configs/models.py.
 """
 

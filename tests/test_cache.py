@@ -24,7 +24,7 @@ PATTERNS = {
 }
 LENGTH = 712
 TOLERANCE = 2e-4
-"""Issue 6; other chunks sum in another order. Measured 2e-5."""
+"""Issue 6; other chunks sum in another order."""
 
 
 @pytest.fixture(scope="module")
@@ -130,17 +130,6 @@ def test_long_rows_are_scored_in_blocks_and_searched_by_maxima(models, monkeypat
     check(got[0], logits[0], mtp[0], 0)
     got, cache = run(cfg, params, cache, tokens, np.array([3]), 1)
     check(got[0], logits[0], mtp[0], 387)
-
-
-@pytest.mark.parametrize(("slots", "k"), [(700, 3), (4096, 16), (1000, 31)])
-def test_the_search_by_maxima_is_top_k(slots, k):
-    """Ties inside stretches and between them, and rows that are mostly masked."""
-    rng = np.random.default_rng(slots)
-    score = rng.integers(0, 9, (2, 6, slots)).astype(np.float32)
-    score[1, 3:] = -np.inf
-    score[1, 4, rng.integers(0, slots, k // 2)] = 1
-    expected = jax.lax.top_k(jnp.asarray(score), k)[1]
-    np.testing.assert_array_equal(indexer.largest(jnp.asarray(score), k), expected)
 
 
 def test_packed_storage_changes_nothing():

@@ -10,7 +10,7 @@ from trees import random_params, small_config
 from v4jax.checkpoint.names import official_names
 from v4jax.model.moe import Routing
 from v4jax.train.balance import update_bias
-from v4jax.train.muon import newton_schulz, optimizer, optimizer_of
+from v4jax.train.muon import clip_apart, newton_schulz, optimizer, optimizer_of
 from v4jax.train.schedule import learning_rate
 
 SHAPES = {"square": (24, 24), "tall": (40, 16), "wide": (16, 40), "experts": (2, 3, 24, 16)}
@@ -50,6 +50,18 @@ def test_singular_values_become_one_and_updates_have_rms_018(shape):
     assert np.sqrt(np.mean(scaled**2)) == pytest.approx(0.18, rel=0.01)
 
 
+@pytest.mark.parametrize("shape", SHAPES.values())
+def test_a_step_moves_a_matrix_by_018_times_the_learning_rate(shape):
+    """Root mean square of the whole update, momentum and learning rate included; weight decay off, since it adds its own."""
+    params = {"wq_a": jnp.zeros(shape)}
+    tx = optimizer(lambda step: 0.01, weight_decay=0.0)
+    state = tx.init(params)
+    for seed in range(2):
+        updates, state = tx.update({"wq_a": jax.random.normal(jax.random.key(seed), shape)}, state, params)
+        for matrix in np.asarray(updates["wq_a"]).reshape(-1, *shape[-2:]):
+            assert np.sqrt(np.mean(matrix**2)) == pytest.approx(0.18 * 0.01, rel=0.01)
+
+
 def test_no_gradient_gives_no_update():
     assert not np.asarray(newton_schulz(jnp.zeros((4, 6)))).any()
 
@@ -59,8 +71,21 @@ def test_every_parameter_gets_the_optimizer_of_its_official_tensor():
     for name, slot in official_names(cfg).items():
         if slot.path[0] == "router":
             continue
-        expected = "frozen" if ".indexer." in name else reference.optimizer_of(name)
-        assert optimizer_of(slot.path) == expected, name
+        expected, index = reference.optimizer_of(name), ".indexer." in name
+        assert optimizer_of(slot.path) == ("frozen" if index else expected), name
+        assert optimizer_of(slot.path, trains_index=True) == (f"index_{expected}" if index else expected), name
+
+
+def test_clipping_the_indexer_leaves_the_main_model_alone():
+    grads = {"a": {"wq_a": jnp.full((2, 2), 3.0)}, "indexer": {"wq_b": jnp.full((2, 2), 0.1)}}
+    small, large = (grads | {"indexer": {"wq_b": jnp.full((2, 2), x)}} for x in (0.1, 1e6))
+    clip = clip_apart(2.0)
+    for given, index in ((small, 0.1), (large, 1.0)):
+        clipped, _ = clip.update(given, clip.init(given))
+        np.testing.assert_allclose(clipped["a"]["wq_a"], 1.0, rtol=1e-6)
+        np.testing.assert_allclose(clipped["indexer"]["wq_b"], index, rtol=1e-6)
+    plain, _ = clip.update({"a": grads["a"]}, clip.init(grads))  # a model without an indexer
+    np.testing.assert_allclose(plain["a"]["wq_a"], 1.0, rtol=1e-6)
 
 
 def test_schedule_warms_up_stays_and_falls_to_a_tenth():

@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "Train, or resume, the run that CONFIG.py describes.")
     train.add_argument("config", nargs="?")
+    train.add_argument("--dry-run", action="store_true", help="print the plan, stage by stage, and run nothing")
 
     plot = command("plot", _plot, "Write RUN/summary.html, one page about a run, also while it runs.")
     plot.add_argument("run_dir", metavar="RUN")
@@ -170,6 +171,8 @@ def _train(arguments, rest):
     if arguments.config is None or arguments.config in ("-h", "--help"):
         raise BadInput("train needs a CONFIG.py; see v4jax train CONFIG.py --help for its overrides")
     cfg = _override(_read_config_file(arguments.config), rest, f"v4jax train {arguments.config}")
+    if arguments.dry_run:
+        return _plan(cfg, arguments.json)
     _start(cfg.mesh, preemptible=True)
     from v4jax.train.loop import train
 
@@ -179,6 +182,15 @@ def _train(arguments, rest):
     if "run_dir" not in summary:  # not the first of several processes
         return None
     return summary | {"peak_memory": f"{_peak_memory() / 1e9:.1f} GB"}
+
+
+def _plan(cfg, as_json: bool) -> dict | None:
+    from v4jax.layout.plan import HEAD, as_dict, plan
+
+    if as_json:
+        return as_dict(cfg)
+    _print_rows([HEAD, *(stage.row() for stage in plan(cfg))])
+    return None
 
 
 def _peak_memory() -> int:

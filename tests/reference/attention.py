@@ -16,16 +16,8 @@ from . import compressor, hyper, indexer, low, rotary
 
 def attention(cfg: ModelConfig, weights: dict, name: str, compress_ratio: int, x_SD: np.ndarray) -> np.ndarray:
     """The attention sublayer on one document at positions 0..S-1, [S, D]; name is for example "layers.3.attn"."""
-    positions = np.arange(len(x_SD))
-    freqs = rotary.frequencies(cfg, compress_ratio)
-    qr_SQ = hyper.rms_norm(low.linear(weights, f"{name}.wq_a", x_SD), cfg.rms_norm_eps, weights[f"{name}.q_norm.weight"])
-    q_SNH = low.linear(weights, f"{name}.wq_b", qr_SQ).reshape(len(x_SD), cfg.num_attention_heads, cfg.head_dim)
-    q_SNH = rotary.rotate(hyper.rms_norm(q_SNH, cfg.rms_norm_eps), positions, freqs)  # this norm has no weight
-    kv_SH = hyper.rms_norm(low.linear(weights, f"{name}.wkv", x_SD), cfg.rms_norm_eps, weights[f"{name}.kv_norm.weight"])
-    kv_SH = low.keys(cfg, weights, rotary.rotate(kv_SH, positions, freqs))
-    entries_CH = np.zeros((0, cfg.head_dim))
-    if compress_ratio != WINDOW_ONLY:
-        entries_CH = low.keys(cfg, weights, compressor.entries(cfg, weights, f"{name}.compressor", compress_ratio, x_SD))
+    positions, freqs = np.arange(len(x_SD)), rotary.frequencies(cfg, compress_ratio)
+    qr_SQ, q_SNH, kv_SH, entries_CH = projections(cfg, weights, name, compress_ratio, x_SD)
     seen = seen_entries(cfg, weights, name, compress_ratio, x_SD, qr_SQ)
 
     o_SNH = np.empty_like(q_SNH)
@@ -37,6 +29,21 @@ def attention(cfg: ModelConfig, weights: dict, name: str, compress_ratio: int, x
     # position leaves a function of the distance (pitfall 8).
     o_SNH = rotary.rotate(o_SNH, positions, freqs, inverse=True)
     return grouped_output(cfg, weights, name, o_SNH)
+
+
+def projections(cfg, weights, name, compress_ratio, x_SD) -> tuple[np.ndarray, ...]:
+    """Query latent [S, Q], queries [S, N, H], window keys [S, H] and entries [C, H], normalised and rotated."""
+    positions = np.arange(len(x_SD))
+    freqs = rotary.frequencies(cfg, compress_ratio)
+    qr_SQ = hyper.rms_norm(low.linear(weights, f"{name}.wq_a", x_SD), cfg.rms_norm_eps, weights[f"{name}.q_norm.weight"])
+    q_SNH = low.linear(weights, f"{name}.wq_b", qr_SQ).reshape(len(x_SD), cfg.num_attention_heads, cfg.head_dim)
+    q_SNH = rotary.rotate(hyper.rms_norm(q_SNH, cfg.rms_norm_eps), positions, freqs)  # this norm has no weight
+    kv_SH = hyper.rms_norm(low.linear(weights, f"{name}.wkv", x_SD), cfg.rms_norm_eps, weights[f"{name}.kv_norm.weight"])
+    kv_SH = low.keys(cfg, weights, rotary.rotate(kv_SH, positions, freqs))
+    entries_CH = np.zeros((0, cfg.head_dim))
+    if compress_ratio != WINDOW_ONLY:
+        entries_CH = low.keys(cfg, weights, compressor.entries(cfg, weights, f"{name}.compressor", compress_ratio, x_SD))
+    return qr_SQ, q_SNH, kv_SH, entries_CH
 
 
 def seen_entries(cfg, weights, name, compress_ratio, x_SD, qr_SQ) -> list[np.ndarray]:
@@ -65,3 +72,28 @@ def grouped_output(cfg: ModelConfig, weights: dict, name: str, o_SNH: np.ndarray
         group = o_SNH[:, g * heads : (g + 1) * heads].reshape(len(o_SNH), -1)
         parts.append(group @ wo_a[g * rank : (g + 1) * rank].T)
     return low.linear(weights, f"{name}.wo_b", np.concatenate(parts, axis=1))
+
+
+def index_loss(cfg: ModelConfig, weights: dict, name: str, x_SD: np.ndarray, dense: bool) -> np.ndarray:
+    """KL of the indexer and of choosing blindly, [queries that see an entry, 2] (pitfalls.md, "Indexer loss").
+
+    C = all visible entries (dense) or the chosen ones. Z_h = exp(a_h) + sum of exp over the window + sum of exp over C;
+    P[j] = sum_h exp(c[h, j]) / Z_h, divided by its sum; KL( P || softmax over C of I ).
+    """
+    qr_SQ, q_SNH, kv_SH, entries_CH = projections(cfg, weights, name, CSA, x_SD)
+    scores_SC = indexer.scores(cfg, weights, f"{name}.indexer", x_SD, qr_SQ)
+    chosen = indexer.selected(cfg, scores_SC)
+    result = []
+    for t in range(len(x_SD)):
+        c = np.arange(compressor.visible(t, CSA)) if dense else chosen[t]
+        if len(c) == 0:
+            continue
+        window_TH = kv_SH[max(0, t - cfg.sliding_window + 1) : t + 1]
+        near = np.exp(q_SNH[t] @ window_TH.T * cfg.head_dim**-0.5).sum(axis=1)
+        far_NC = np.exp(q_SNH[t] @ entries_CH[c].T * cfg.head_dim**-0.5)
+        z_N = np.exp(weights[f"{name}.attn_sink"]) + near + far_NC.sum(axis=1)
+        p_C = (far_NC / z_N[:, None]).sum(axis=0)
+        p_C /= p_C.sum()
+        log_q_C = scores_SC[t, c] - np.log(np.exp(scores_SC[t, c]).sum())
+        result.append((p_C @ (np.log(p_C) - log_q_C), p_C @ np.log(p_C * len(c))))
+    return np.array(result).reshape(-1, 2)

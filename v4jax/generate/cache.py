@@ -31,6 +31,7 @@ from v4jax.model.norm import RMSNorm
 from v4jax.model.packed import STORAGES
 from v4jax.model.state import Kept, LayerCache, Stretch, empty_layer
 from v4jax.model.transformer import project_logits
+from v4jax.model.weights import Csa
 
 BLOCK = math.lcm(CSA, HCA)
 """Capacity comes in whole windows of both ratios."""
@@ -98,7 +99,7 @@ def extend(
 
     The caller sees to it that no row outgrows the cache: entries that find no place are dropped.
     """
-    stretch, own = Stretch(cache.length_B, count_B), (rules, jnp.dtype(dtype), quant)
+    stretch, own = Stretch(cache.length_B, count_B), (rules, jnp.dtype(dtype), quant, Csa())
     documents = read_stretch(cfg, tokens_BT.shape[1], stretch)
     x_BTD = embed_lookup(rules, params["embed"]["weight"], tokens_BT).astype(dtype)
     x_BTXD = jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], cfg.hc_mult, cfg.hidden_size))
@@ -127,7 +128,7 @@ def draft(
     next_BTD = embed_lookup(rules, params["embed"]["weight"], next_BT).astype(dtype)
     weights = {"params": params["mtp"], "router": params["router"]["mtp"]}
     kept = Kept(cache.mtp, jnp.int32(0), stretch)
-    x_BTD, _, kept = MTP(rules, jnp.dtype(dtype), quant, cfg).apply(weights, streams_BTXD, next_BTD, next_BT, documents, kept)
+    x_BTD, _, kept = MTP(rules, jnp.dtype(dtype), quant, Csa(), cfg).apply(weights, streams_BTXD, next_BTD, next_BT, documents, kept)
     return x_BTD, cache._replace(mtp=kept.cache)
 
 

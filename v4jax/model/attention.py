@@ -25,12 +25,12 @@ from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 from v4jax.model.compressor import Compressor
 from v4jax.model.dense import dense
 from v4jax.model.documents import Documents, Entries, whole_windows
-from v4jax.model.indexer import Indexer, IndexInputs, index_scores, largest, top_k_mask
+from v4jax.model.indexer import Indexer, IndexInputs, IndexLoss, index_loss, index_scores, top_k_mask
 from v4jax.model.norm import RMSNorm, rms_norm
 from v4jax.model.packed import as_kept
 from v4jax.model.rotary import rotate
 from v4jax.model.state import Kept, LayerCache, Slots, all_rows, chosen_rows, keep_rows, rows_before
-from v4jax.model.weights import Weights
+from v4jax.model.weights import Csa, Weights
 from v4jax.quant.fake import fp8_keys
 
 CHUNK_BYTES = 2**26
@@ -46,7 +46,7 @@ GATHER_FROM = 8
 class Queries(NamedTuple):
     """A chunk of queries with the raw rows they may see: blocks of W queries over 2W rows (their own W and the W before).
 
-    row [B or 1,T]; segments are None for rows of one document; index is None unless CSA must choose. A chunk shorter than W
+    row [B or 1,T]; segments are None for rows of one document; real: does not only fill up a chunk; index is None unless asked for. A chunk shorter than W
     that continues a row is one block of T queries over W + T rows.
     """
 
@@ -55,6 +55,7 @@ class Queries(NamedTuple):
     row_BT: jax.Array
     segment_BT: jax.Array | None
     segment_BUW: jax.Array | None
+    real_T: jax.Array
     index_q: jax.Array | None
     index_w: jax.Array | None
 
@@ -75,10 +76,12 @@ class _Far(NamedTuple):
 
 
 class _Split(NamedTuple):
-    """Mesh axes that cut the sequence (None: whole) and the indexer's heads."""
+    """Mesh axes that cut the sequence (None: whole), the indexer's heads, the heads, the queries (batch and sequence)."""
 
     seq: str | None = None
     index_heads: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    queries: tuple[str, ...] = ()
 
 
 def attend(
@@ -92,22 +95,25 @@ def attend(
     entry_BCH: jax.Array | None = None,
     index: IndexInputs | None = None,
     past: Past | None = None,
-) -> jax.Array:
+    csa: Csa = Csa(),
+) -> tuple[jax.Array, IndexLoss | None]:
     """softmax over (window keys, visible or chosen entries, sink) of q.k * H^-0.5, times the same keys; [B,S,N,H].
+
+    And the loss of the indexer, if csa.teach.
 
     Args:
       q_BSNH, kv_BSH, entry_BCH: normalised and rotated. sink_N: float32 logit per head, in the denominator only.
       entries: what entry_BCH stands for, or None in layers of ratio 0 and in rows shorter than a window.
-      index: given when only index_topk of the entries may be attended to.
+      index: given when only index_topk of the entries may be attended to, or the indexer is taught.
       past: given when rows continue others; entry_BCH is then all that is kept, and may be Slots.
     """
     far = None if entries is None else _Far(entry_BCH, entries.last_BC, entries.segment_BC)
     arguments = (q_BSNH, kv_BSH, sink_N, documents.segment_BS, far, index, past)
     if not rules:
-        return _attend(cfg, _Split(), *arguments)
+        return _attend(cfg, csa, _Split(), *arguments)
     (axis,) = rules.mesh_axes("act_seq") or (None,)
-    split = _Split(axis, rules.mesh_axes("index_heads"))
     batch, seq, heads = "act_batch", "act_seq", "act_heads"
+    split = _Split(axis, *(rules.mesh_axes(name) for name in ("index_heads", heads)), rules.mesh_axes(batch) + rules.mesh_axes(seq))
 
     def spec(x, *names):
         """None for what is absent; rows of one document have a batch of 1, which is not cut."""
@@ -124,7 +130,8 @@ def attend(
         ),
         None if past is None else Past(rules.spec((batch, None, None)), rules.spec((batch,))),
     )  # fmt: skip
-    return jax.shard_map(functools.partial(_attend, cfg, split), in_specs=specs, out_specs=specs[0])(*arguments)
+    loss = IndexLoss(*[rules.spec(())] * 3) if csa.teach and index is not None else None
+    return jax.shard_map(functools.partial(_attend, cfg, csa, split), in_specs=specs, out_specs=(specs[0], loss))(*arguments)
 
 
 def _rows_spec(rules: AxisRules, rows: jax.Array | Slots):
@@ -134,11 +141,14 @@ def _rows_spec(rules: AxisRules, rows: jax.Array | Slots):
     return Slots(jax.tree.map(lambda _: rules.spec((None, "act_batch", None, None)), rows.stack), rules.spec(()), rules.spec(()))
 
 
-def _attend(cfg: ModelConfig, split: _Split, q_BSNH, kv_BSH, sink_N, segment_BS, far: _Far | None, index, past) -> jax.Array:
+def _attend(cfg: ModelConfig, csa: Csa, split: _Split, q_BSNH, kv_BSH, sink_N, segment_BS, far: _Far | None, index, past):
     """`attend` for one device's rows and heads, in chunks of queries."""
     batch, seq, heads, _ = q_BSNH.shape
     window = cfg.sliding_window
-    sink_N, kv_BSH, far = jax.tree.map(lambda x: vary_like(x, q_BSNH), (sink_N, kv_BSH, far))
+    # Numbers that gradients flow to, not positions: what is seen must be known to be the same on devices with other heads.
+    entry_BCH = None if far is None else far.entry_BCH
+    sink_N, kv_BSH, entry_BCH = jax.tree.map(lambda x: vary_like(x, q_BSNH), (sink_N, kv_BSH, entry_BCH))
+    far = far and far._replace(entry_BCH=entry_BCH)
     if past is None:
         block, first_B = window, jnp.reshape(first_row(split.seq, seq), 1)
         kv_BSH = with_rows_before(kv_BSH, window, split.seq)
@@ -146,31 +156,32 @@ def _attend(cfg: ModelConfig, split: _Split, q_BSNH, kv_BSH, sink_N, segment_BS,
         block, first_B = min(window, seq), past.start_B
         kv_BSH = jnp.concatenate((past.before_BWH.astype(kv_BSH.dtype), kv_BSH), axis=1)
     segment_BV = None if segment_BS is None else with_rows_before(segment_BS, window, split.seq)
-    blocks, chunks = _chunks(cfg, q_BSNH.shape, block, far, index)
+    blocks, chunks = _chunks(cfg, csa, q_BSNH.shape, block, far, index)
     queries = _cut(q_BSNH, kv_BSH, first_B, segment_BS, segment_BV, index, block, blocks, chunks)
     keys = None if index is None else index.key_BCJ
 
-    def one(chunk: Queries) -> jax.Array:
-        return _attend_chunk(cfg, split, chunk, sink_N, far, keys)
+    def one(chunk: Queries) -> tuple[jax.Array, IndexLoss | None]:
+        return _attend_chunk(cfg, csa, split, chunk, sink_N, far, keys)
 
     if chunks == 1:
-        out = one(jax.tree.map(lambda x: x[0], queries))
+        out, loss = one(jax.tree.map(lambda x: x[0], queries))
     else:
-        out = jax.lax.map(jax.checkpoint(one, prevent_cse=False), queries)
+        out, loss = jax.lax.map(jax.checkpoint(one, prevent_cse=False), queries)
         out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, *out.shape[3:])
-    return out[:, :seq]
+    loss = jax.tree.map(lambda x: jax.lax.psum(x.sum(), split.queries) if split.queries else x.sum(), loss)
+    return out[:, :seq], loss
 
 
-def _gathers(cfg: ModelConfig, slots: int, rows: int) -> bool:
+def _gathers(cfg: ModelConfig, csa: Csa, slots: int, rows: int) -> bool:
     """Whether CSA gathers what it chose; for few queries (decoding) as soon as there is a choice."""
-    return slots >= (GATHER_FROM if rows >= SHORT else 1) * cfg.index_topk
+    return not csa.dense and slots >= (GATHER_FROM if rows >= SHORT else 1) * cfg.index_topk
 
 
-def _chunks(cfg: ModelConfig, q_shape, block: int, far: _Far | None, index: IndexInputs | None) -> tuple[int, int]:
+def _chunks(cfg: ModelConfig, csa: Csa, q_shape, block: int, far: _Far | None, index: IndexInputs | None) -> tuple[int, int]:
     """(blocks of queries in a chunk, chunks), so that a chunk's scores stay within CHUNK_BYTES."""
     batch, seq, heads, dim = q_shape
     slots = chosen = 0 if far is None else far.last_BC.shape[1]
-    if index is not None and _gathers(cfg, slots, seq):
+    if index is not None and _gathers(cfg, csa, slots, seq):
         # Gathered rows are H wide and belong to one query: they weigh more than their scores.
         chosen = cfg.index_topk * (1 + dim // heads)
     per_query = heads * (2 * cfg.sliding_window + chosen)
@@ -207,36 +218,24 @@ def _cut(q_BSNH, kv_BVH, first_B, segment_BS, segment_BV, index, block: int, blo
         jnp.moveaxis((first_B[:, None] + jnp.arange(total, dtype=jnp.int32)[None]).reshape(-1, chunks, blocks * block), 1, 0),
         chunked(segment_BS) if packed else None,
         banded(segment_BV) if packed else None,
+        (jnp.arange(total) < q_BSNH.shape[1]).reshape(chunks, -1),
         None if index is None else chunked(index.q_BTIJ),
         None if index is None else chunked(index.w_BTI),
     )
 
 
-def _attend_chunk(cfg: ModelConfig, split: _Split, chunk: Queries, sink_N, entries: _Far | None, index_key) -> jax.Array:
-    """Attention of one chunk of queries [B,T,N,H]."""
+def _attend_chunk(cfg: ModelConfig, csa: Csa, split: _Split, chunk: Queries, sink_N, entries: _Far | None, index_key):
+    """(attention of one chunk of queries [B,T,N,H], loss of its indexer or None)."""
     batch, rows, heads, dim = chunk.q_BTNH.shape
     q_BUWNH = (chunk.q_BTNH * dim**-0.5).reshape(batch, chunk.window_BUWH.shape[1], -1, heads, dim)
     near = _einsum("BUWNH,BUVH->BUWNV", q_BUWNH, chunk.window_BUWH)
     near = jnp.where(_window_mask(chunk, cfg.sliding_window)[:, :, :, None], near, -jnp.inf).reshape(batch, rows, heads, -1)
     sink_11N = sink_N[None, None]
     peak = jnp.maximum(near.max(-1), sink_11N)
-    far = None
+    far = loss = None
     if entries is not None:
-        visible_BTC = _visible(chunk, entries)
-        gathered = index_key is not None and _gathers(cfg, visible_BTC.shape[-1], rows)
-        if index_key is not None:
-            score_BTC = index_scores(IndexInputs(chunk.index_q, chunk.index_w, index_key))
-            if split.index_heads:
-                score_BTC = jax.lax.psum(score_BTC, split.index_heads)
-            score_BTC = jnp.where(visible_BTC, score_BTC, -jnp.inf)
-            if gathered:
-                index_BTK = largest(score_BTC, cfg.index_topk)
-                visible_BTC = jnp.take_along_axis(visible_BTC, index_BTK, axis=-1)
-            else:
-                visible_BTC &= top_k_mask(score_BTC, cfg.index_topk)
-        dtype = chunk.q_BTNH.dtype
-        entry_BCH = chosen_rows(entries.entry_BCH, index_BTK, dtype) if gathered else all_rows(entries.entry_BCH, dtype)
-        keys = "BTKH" if gathered else "BKH"
+        visible_BTC, entry_BCH, score_BTC = _choose(cfg, csa, split, chunk, entries, index_key)
+        keys = "BTKH" if entry_BCH.ndim == 4 else "BKH"
         far = _einsum(f"BTNH,{keys}->BTNK", q_BUWNH.reshape(batch, rows, heads, dim), entry_BCH)
         far = jnp.where(visible_BTC[:, :, None], far, -jnp.inf)
         peak = jnp.maximum(peak, far.max(-1))
@@ -248,8 +247,31 @@ def _attend_chunk(cfg: ModelConfig, split: _Split, chunk: Queries, sink_N, entri
     if far is not None:
         far = jnp.exp(far - peak)
         total = total + far.sum(-1)
+        if csa.teach and index_key is not None:
+            mass_BTC = jnp.sum(far / total[..., None], axis=2)
+            mass_BTC = jax.lax.psum(mass_BTC, split.heads) if split.heads else mass_BTC
+            loss = index_loss(mass_BTC, score_BTC, visible_BTC, chunk.real_T)
         out = out + _einsum(f"BTNK,{keys}->BTNH", far.astype(chunk.q_BTNH.dtype), entry_BCH)
-    return (out / total[..., None]).astype(chunk.q_BTNH.dtype)
+    return (out / total[..., None]).astype(chunk.q_BTNH.dtype), loss
+
+
+def _choose(cfg: ModelConfig, csa: Csa, split: _Split, chunk: Queries, entries: _Far, index_key):
+    """(which entries each query attends to [B or 1,T,C], their rows [B,C,H], their index scores [B,T,C] or None): all that it
+    sees, or the chosen ones of these. Where the chosen ones are gathered: [B,T,K], [B,T,K,H], [B,T,K]."""
+    visible_BTC, dtype = _visible(chunk, entries), chunk.q_BTNH.dtype
+    if index_key is None:
+        return visible_BTC, all_rows(entries.entry_BCH, dtype), None
+    score_BTC = index_scores(IndexInputs(chunk.index_q, chunk.index_w, index_key))
+    if split.index_heads:
+        score_BTC = jax.lax.psum(score_BTC, split.index_heads)
+    score_BTC = jnp.where(visible_BTC, score_BTC, -jnp.inf)
+    slots = score_BTC.shape[-1]
+    if csa.dense or slots <= cfg.index_topk:
+        return visible_BTC, all_rows(entries.entry_BCH, dtype), score_BTC
+    if not _gathers(cfg, csa, slots, score_BTC.shape[1]):
+        return visible_BTC & top_k_mask(score_BTC, cfg.index_topk), all_rows(entries.entry_BCH, dtype), score_BTC
+    score_BTK, index_BTK = jax.lax.top_k(score_BTC, cfg.index_topk)
+    return jnp.take_along_axis(visible_BTC, index_BTK, axis=-1), chosen_rows(entries.entry_BCH, index_BTK, dtype), score_BTK
 
 
 def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -284,8 +306,8 @@ class Attention(Weights):
     ratio: int
 
     @nn.compact
-    def __call__(self, x_BSD: jax.Array, documents: Documents, kept: Kept | None = None) -> tuple[jax.Array, Kept | None]:
-        """Hidden rows -> hidden rows, and what is kept, with these rows in it."""
+    def __call__(self, x_BSD: jax.Array, documents: Documents, kept: Kept | None = None):
+        """Hidden rows -> (hidden rows, what is kept, with these rows in it, the indexer's IndexLoss where it is taught)."""
         cfg, dim, hidden = self.cfg, self.cfg.head_dim, x_BSD.shape[-1]
         heads, groups, rank = cfg.num_attention_heads, cfg.o_groups, cfg.o_lora_rank
         init = nn.initializers.normal(cfg.initializer_range)
@@ -317,10 +339,10 @@ class Attention(Weights):
             past, window = _continue(cfg, kv_BSH, kept)
             kept = kept.part(LayerCache(window, *(part and part.cache for part in (entry_kept, index_kept))))
             entries = entry_BCH and whole_windows(self.ratio, entry_BCH.count)
-        out_BSNH = attend(self.rules, cfg, q_BSNH, kv_BSH, sink_N, documents, entries, entry_BCH, index, past)
+        out_BSNH, loss = attend(self.rules, cfg, q_BSNH, kv_BSH, sink_N, documents, entries, entry_BCH, index, past, self.csa)
         # Keys are values too, so each value came rotated; turning back by the query's angle leaves relative angles.
         out_BSNH = rotate(out_BSNH, turn.heads(), inverse=True)
-        return dense(self.act_quant(_narrow(out_BSNH, wo_a, groups)), wo_b), kept
+        return dense(self.act_quant(_narrow(out_BSNH, wo_a, groups)), wo_b), kept, loss
 
 
 def _continue(cfg: ModelConfig, kv_BSH: jax.Array, kept: Kept) -> tuple[Past, jax.Array]:

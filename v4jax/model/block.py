@@ -12,15 +12,16 @@ from v4jax.config import LayerKind, ModelConfig
 from v4jax.model.attention import Attention
 from v4jax.model.documents import Documents
 from v4jax.model.hyper import HyperConnection, expand
+from v4jax.model.indexer import IndexLoss
 from v4jax.model.moe import MoE, Routing
 from v4jax.model.norm import RMSNorm
 from v4jax.model.state import Kept
 from v4jax.model.watch import both, look
-from v4jax.model.weights import Weights
+from v4jax.model.weights import Csa, Weights
 
 
 class Block(Weights):
-    """streams -> streams, what the router did, and what is kept of rows that go on."""
+    """streams -> streams, what the router did, what is kept of rows that go on, and the indexer's loss where it is taught."""
 
     cfg: ModelConfig
     kind: LayerKind
@@ -28,12 +29,12 @@ class Block(Weights):
     @nn.compact
     def __call__(
         self, x_BSXD: jax.Array, tokens_BS: jax.Array, documents: Documents, kept: Kept | None = None
-    ) -> tuple[jax.Array, Routing, Kept | None]:
+    ) -> tuple[jax.Array, Routing, Kept | None, IndexLoss | None]:
         cfg, own = self.cfg, self.own
         with jax.named_scope("attention"):
             u_BSD, pre_BSX, mix = HyperConnection(*own, cfg, name="hc_attn")(x_BSXD)
             u_BSD = RMSNorm(*own, cfg.rms_norm_eps, name="attn_norm")(u_BSD)
-            y_BSD, kept = Attention(*own, cfg, self.kind.compress_ratio, name="attn")(u_BSD, documents, kept)
+            y_BSD, kept, loss = Attention(*own, cfg, self.kind.compress_ratio, name="attn")(u_BSD, documents, kept)
             x_BSXD = self._place(expand(y_BSD, x_BSXD, mix))
             seen = look(pre_BSX, mix, y_BSD, x_BSXD) if documents.ask.watch else None
         with jax.named_scope("experts"):
@@ -43,7 +44,7 @@ class Block(Weights):
             x_BSXD = self._place(expand(y_BSD, x_BSXD, mix))
             if seen is not None:
                 routing = routing._replace(seen=both(seen, look(pre_BSX, mix, y_BSD, x_BSXD)))
-        return x_BSXD, routing, kept
+        return x_BSXD, routing, kept, loss
 
     def _place(self, x_BSXD: jax.Array) -> jax.Array:
         return self.rules.constrain(x_BSXD, "act_batch", "act_seq", "act_streams", "act_embed")
@@ -56,18 +57,23 @@ class Pattern(Weights):
     kinds: tuple[LayerKind, ...]
 
     @nn.compact
-    def __call__(self, carry, tokens_BS, documents: Documents) -> tuple[tuple[jax.Array, Kept | None], dict[str, Routing]]:
-        """carry: the streams, and Kept with a dict block name -> LayerCache (None where nothing is kept)."""
-        (x_BSXD, kept), routing, cache = carry, {}, {}
+    def __call__(self, carry, tokens_BS, documents: Documents):
+        """(carry, (block name -> Routing, block name -> IndexLoss where an indexer is taught)).
+
+        carry: the streams, and Kept with a dict block name -> LayerCache (None where nothing is kept).
+        """
+        (x_BSXD, kept), routing, cache, index = carry, {}, {}, {}
         for i, kind in enumerate(self.kinds):
             name = f"block_{i}"
             block = Block(*self.own, self.cfg, kind, name=name)
-            x_BSXD, routing[name], own = block(x_BSXD, tokens_BS, documents, kept and kept.part(kept.cache[name]))
+            x_BSXD, routing[name], own, loss = block(x_BSXD, tokens_BS, documents, kept and kept.part(kept.cache[name]))
             cache[name] = own and own.cache
-        return (x_BSXD, kept and Kept(cache, kept.layer + 1, kept.stretch)), routing
+            if loss is not None:
+                index[name] = loss
+        return (x_BSXD, kept and Kept(cache, kept.layer + 1, kept.stretch)), (routing, index)
 
 
-def stack(rules, dtype: jnp.dtype, quant: str, cfg: ModelConfig, kinds, repeats: int, remat: bool, name: str) -> nn.Module:
+def stack(rules, dtype: jnp.dtype, quant: str, csa: Csa, cfg: ModelConfig, kinds, repeats: int, remat: bool, name: str) -> nn.Module:
     """`repeats` Patterns in a row as one scanned module; weights gain a first axis "layers"."""
     body = nn.remat(Pattern, prevent_cse=False) if remat else Pattern
     scanned = nn.scan(
@@ -79,4 +85,4 @@ def stack(rules, dtype: jnp.dtype, quant: str, cfg: ModelConfig, kinds, repeats:
         unroll=repeats if repeats <= 2 else 1,  # two layers in a loop cost more in slicing than they save in compiling
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scanned(rules, dtype, quant, cfg, kinds, name=name)
+    return scanned(rules, dtype, quant, csa, cfg, kinds, name=name)

@@ -2,13 +2,14 @@
 
     I[t,c] = sum_h w[t,h] * relu(q[t,h] . K[c]),  w = (x @ weights_proj) * J^-0.5 * I^-0.5          (float32)
 
-No gradient passes the choice; the indexer has its own loss (not built yet), so here its inputs are constants.
+No gradient passes the choice: the indexer learns from a loss of its own, how far softmax(I) is from where the attention's
+mass lies. The sink and the window take part in that mass, so a head that looks at its window votes less. The indexer's inputs and
+its teacher are constants: it never moves the main model.
 
 Shapes: B batch, T query positions of a chunk, C compressed entries, I index heads, J index dim, K chosen entries.
 Next file to read: v4jax/model/moe.py.
 """
 
-import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -29,8 +30,13 @@ from v4jax.quant.fake import mxfp4_rotated
 SCORE_BLOCK = 4096
 """Slots of a cache that are scored at once; blocks that nothing was written to are left out."""
 
-LONG_ROW = 32
-"""Rows of so many times k are searched by way of maxima (benchmarks/topk.py)."""
+
+class IndexLoss(NamedTuple):
+    """Sums over the queries that see an entry, float32 scalars: KL of the indexer, KL of the uniform distribution, queries."""
+
+    kl: jax.Array
+    uniform: jax.Array
+    count: jax.Array
 
 
 class IndexInputs(NamedTuple):
@@ -61,22 +67,27 @@ def _scores(q_BTIJ: jax.Array, w_BTI: jax.Array, key_BCJ: jax.Array) -> jax.Arra
     return jnp.einsum("BTIC,BTI->BTC", jax.nn.relu(dots), w_BTI)
 
 
-def largest(score_BTC: jax.Array, k: int) -> jax.Array:
-    """lax.top_k(score, k)[1], exactly, ties included; long rows by way of the maxima of short stretches.
+def index_loss(mass_BTC: jax.Array, score_BTC: jax.Array, seen_BTC: jax.Array, real_T: jax.Array) -> IndexLoss:
+    """Sum over queries of KL( P || softmax(I) ) over the entries they see; P is the mass divided by its sum (pitfalls.md).
 
-    The k largest scores lie in the k stretches with the largest maxima (of equal ones the first). With stretches of about
-    (C/k)^0.5 the two small searches look at 2 (C k)^0.5 numbers instead of C; a search costs 100 times what a maximum does.
+    Args:
+      mass_BTC: what all heads together give to each entry, sum_h exp(c_h) / Z_h; 0 where it is not seen.
+      score_BTC: I. seen_BTC: entries that take part. real_T: queries that are there (chunks are filled up).
     """
-    slots = score_BTC.shape[-1]
-    if slots < LONG_ROW * k:
-        return jax.lax.top_k(score_BTC, k)[1]
-    size = 1 << round(math.log2(slots / k) / 2)
-    padded = jnp.pad(score_BTC, ((0, 0), (0, 0), (0, -slots % size)), constant_values=-jnp.inf)
-    score_BTPU = padded.reshape(*score_BTC.shape[:2], -1, size)
-    stretch_BTK = jnp.sort(jax.lax.top_k(jnp.max(score_BTPU, axis=-1), k)[1], axis=-1)  # in order, so that ties stay in order
-    candidate_BTN = jnp.take_along_axis(score_BTPU, stretch_BTK[..., None], axis=2).reshape(*score_BTC.shape[:2], -1)
-    place_BTK = jax.lax.top_k(candidate_BTN, k)[1]
-    return jnp.take_along_axis(stretch_BTK, place_BTK // size, axis=-1) * size + place_BTK % size
+    tiny = jnp.finfo(jnp.float32).tiny
+    mass_BTC = jax.lax.stop_gradient(mass_BTC)
+    p_BTC = mass_BTC / jnp.maximum(mass_BTC.sum(-1, keepdims=True), tiny)
+    score_BTC = jnp.where(seen_BTC, score_BTC, jnp.finfo(jnp.float32).min)
+    log_q_BTC = jnp.where(seen_BTC, jax.nn.log_softmax(score_BTC), 0)
+    number_BT = jnp.broadcast_to(seen_BTC, p_BTC.shape).sum(-1)
+    counts_BT = (p_BTC.sum(-1) > 0) & real_T[None]
+
+    def total(each_BT):
+        return jnp.sum(jnp.where(counts_BT, each_BT, 0))
+
+    entropy_BT = jnp.sum(p_BTC * jnp.log(jnp.maximum(p_BTC, tiny)), axis=-1)
+    uniform_BT = entropy_BT + jnp.log(jnp.maximum(number_BT, 1).astype(jnp.float32))
+    return IndexLoss(total(entropy_BT - jnp.sum(p_BTC * log_q_BTC, axis=-1)), total(uniform_BT), counts_BT.sum().astype(jnp.float32))
 
 
 def top_k_mask(score_BTC: jax.Array, k: int) -> jax.Array:
@@ -91,7 +102,7 @@ def top_k_mask(score_BTC: jax.Array, k: int) -> jax.Array:
 
 
 class Indexer(Weights):
-    """Declares the indexer and gives its queries, head weights and keys; None where no choice has to be made."""
+    """Declares the indexer and gives its queries, head weights and keys; None where nothing asks for its scores."""
 
     cfg: ModelConfig
 
@@ -104,14 +115,15 @@ class Indexer(Weights):
         wq_b = self.weight("wq_b", (qr_BSQ.shape[-1], heads * dim), ("q_lora_in", "index_heads"), init, low=True)
         weights_proj = self.weight("weights_proj", (x_BSD.shape[-1], heads), ("embed", "index_heads"), init)
         slots = 0 if entries is None else entries.first_BC.shape[1] if kept is None else slot_count(kept.cache.slots)
-        choice = slots > cfg.index_topk
+        needed = slots > 0 if self.csa.teach else slots > cfg.index_topk and not self.csa.dense
         x_BSD, qr_BSQ = jax.lax.stop_gradient((x_BSD, qr_BSQ))
         compressor = Compressor(*self.own, cfg, CSA, dim, True, name="compressor")
-        key_BCJ, kept = compressor(x_BSD, entries if choice else None, kept)
-        if not choice:
+        key_BCJ, kept = compressor(x_BSD, entries if needed else None, kept)
+        if not needed:
             return None, kept
         q_BSIJ = (self.act_quant(qr_BSQ) @ wq_b).reshape(*qr_BSQ.shape[:2], heads, dim)
         w_BSI = (x_BSD @ weights_proj).astype(jnp.float32) * (dim**-0.5 * heads**-0.5)
         q_BSIJ = rotate(q_BSIJ, turn.heads())
         q_BSIJ = mxfp4_rotated(q_BSIJ) if self.quant == "official" else q_BSIJ
-        return jax.lax.stop_gradient(IndexInputs(q_BSIJ, w_BSI, key_BCJ)), kept
+        index = IndexInputs(q_BSIJ, w_BSI, key_BCJ)
+        return (index if self.csa.teach else jax.lax.stop_gradient(index)), kept

@@ -36,6 +36,6 @@ class MTP(Weights):
         h_BSXD = RMSNorm(*own, cfg.rms_norm_eps, name="hnorm")(x_BSXD)
         x_BSXD = dense(self.act_quant(e_BSD), e_proj)[:, :, None] + dense(self.act_quant(h_BSXD), h_proj)
         kind = LayerKind(WINDOW_ONLY, hash_routed=False)
-        x_BSXD, routing, kept = Block(*own, cfg, kind, name="block")(x_BSXD, next_BS, documents, kept)
+        x_BSXD, routing, kept, _ = Block(*own, cfg, kind, name="block")(x_BSXD, next_BS, documents, kept)
         x_BSD = HyperHead(*own, cfg, name="hc_head")(x_BSXD)
         return RMSNorm(*own, cfg.rms_norm_eps, name="norm")(x_BSD), routing, kept

@@ -22,10 +22,11 @@ from v4jax.model.block import stack
 from v4jax.model.dense import dense
 from v4jax.model.documents import Ask, read_documents, without_last_tokens
 from v4jax.model.hyper import HyperHead
+from v4jax.model.indexer import IndexLoss
 from v4jax.model.moe import Routing
 from v4jax.model.mtp import MTP
 from v4jax.model.norm import RMSNorm
-from v4jax.model.weights import Weights
+from v4jax.model.weights import Csa, Weights
 from v4jax.quant.fake import check_quant
 
 
@@ -37,12 +38,14 @@ class Hidden(NamedTuple):
       mtp_x_BSD: the same for the token after the next, or None without MTP; the last position of a document means nothing.
       head_DV: the head's matrix in the compute dtype, so that a loss can apply it piece by piece.
       routing: group name -> block name -> Routing with a first axis for layers; "mtp" -> "block" -> Routing.
+      index: group name -> block name -> IndexLoss with a first axis for layers, of CSA layers whose indexer is taught.
     """
 
     x_BSD: jax.Array
     mtp_x_BSD: jax.Array | None
     head_DV: jax.Array
     routing: dict[str, dict[str, Routing]]
+    index: dict[str, dict[str, IndexLoss]]
 
 
 class Output(NamedTuple):
@@ -69,10 +72,10 @@ class Transformer(Weights):
             x_BSD = embed_lookup(self.rules, table_VD, tokens_BS).astype(self.dtype)
         x_BSXD = jnp.broadcast_to(x_BSD[:, :, None], (*x_BSD.shape[:2], cfg.hc_mult, cfg.hidden_size))
         x_BSXD = self.rules.constrain(x_BSXD, "act_batch", "act_seq", "act_streams", "act_embed")
-        routing = {}
+        routing, index = {}, {}
         for group in cfg.layer_groups:
             layers = stack(*own, cfg, group.kinds, group.repeats, self.remat, group.name)
-            (x_BSXD, _), routing[group.name] = layers((x_BSXD, None), tokens_BS, documents)
+            (x_BSXD, _), (routing[group.name], index[group.name]) = layers((x_BSXD, None), tokens_BS, documents)
         mtp_x_BSD = None
         if cfg.num_nextn_predict_layers:
             with jax.named_scope("mtp"):
@@ -83,7 +86,7 @@ class Transformer(Weights):
                 mtp_x_BSD, route, _ = mtp(*own, cfg, name="mtp")(x_BSXD, next_BSD, next_BS, counted)
                 routing["mtp"] = {"block": route}
         x_BSD = HyperHead(*own, cfg, name="hc_head")(x_BSXD)
-        return Hidden(RMSNorm(*own, cfg.rms_norm_eps, name="norm")(x_BSD), mtp_x_BSD, head_DV, routing)
+        return Hidden(RMSNorm(*own, cfg.rms_norm_eps, name="norm")(x_BSD), mtp_x_BSD, head_DV, routing, index)
 
 
 class Embedding(Weights):
@@ -126,6 +129,7 @@ def apply(
     quant: str = "none",
     ask: Ask = Ask(),
     chosen=None,
+    csa: Csa = Csa(),
 ) -> Hidden:
     """Runs the network up to the head; `params` is the public dict, "router" included.
 
@@ -141,7 +145,7 @@ def apply(
     if tokens_BS.shape[1] % shards:
         raise ValueError(f"tokens: got rows of {tokens_BS.shape[1]}; must divide by {shards}, the mesh axes that cut the sequence")
     weights = {name: value for name, value in params.items() if name != "router"}
-    model = Transformer(rules, jnp.dtype(dtype), quant, cfg, remat)
+    model = Transformer(rules, jnp.dtype(dtype), quant, csa, cfg, remat)
     variables = {"params": weights, "router": params["router"]}
     if chosen is not None:
         variables["chosen"] = {group: {block: {"ffn": {"index": index}} for block, index in blocks.items()} for group, blocks in chosen.items()}
@@ -213,5 +217,5 @@ def _abstract_boxed(cfg: ModelConfig):
 
 def _boxed(cfg: ModelConfig, key: jax.Array):
     """Parameters in Flax's boxes, which carry the logical axes."""
-    variables = Transformer(AxisRules(), jnp.dtype(jnp.float32), "none", cfg).init(key, jnp.zeros((1, 1), jnp.int32))
+    variables = Transformer(AxisRules(), jnp.dtype(jnp.float32), "none", Csa(), cfg).init(key, jnp.zeros((1, 1), jnp.int32))
     return dict(variables["params"]) | {"router": dict(variables["router"])}

@@ -5,6 +5,8 @@ Linen is a thin shell here: arithmetic lives in pure functions, modules only dec
 Next file to read: v4jax/model/hyper.py.
 """
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,21 +15,29 @@ from sharding.rules import AxisRules
 from v4jax.quant.fake import fp8_input, fp8_weight
 
 
+class Csa(NamedTuple):
+    """How CSA layers attend. dense: to every visible entry, not to the chosen ones. teach: compute the indexer's loss too."""
+
+    dense: bool = False
+    teach: bool = False
+
+
 class Weights(nn.Module):
     """Base of modules that own weights.
 
     `dtype` is the compute dtype; weights themselves are float32 by default. `quant`: "none", or "official" to compute with the
-    low-precision numbers of the served model (v4jax/quant/fake.py).
+    low-precision numbers of the served model (v4jax/quant/fake.py). `csa`: how CSA layers attend.
     """
 
     rules: AxisRules
     dtype: jnp.dtype
     quant: str
+    csa: Csa
 
     @property
-    def own(self) -> tuple[AxisRules, jnp.dtype, str]:
+    def own(self) -> tuple[AxisRules, jnp.dtype, str, Csa]:
         """What every module hands to those inside it."""
-        return self.rules, self.dtype, self.quant
+        return self.rules, self.dtype, self.quant, self.csa
 
     def weight(self, name: str, shape, axes, init, keep_float32: bool = False, low: bool = False) -> jax.Array:
         """Declares a weight, then gives it in the compute dtype (or float32), gathered over FSDP axes.

@@ -8,11 +8,12 @@ import dataclasses
 from sharding.mesh import parse_mesh
 from sharding.rules import LAYOUTS
 from v4jax.checkpoint.formats import FORMATS
-from v4jax.config import ModelConfig
+from v4jax.config import CSA, ModelConfig
 from v4jax.quant.fake import check_quant
 from v4jax.data.config import DataConfig
 from v4jax.train.loss import LossWeights
 from v4jax.train.stability import StabilityConfig
+from v4jax.train.stages import Stage, check_stages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class TrainConfig:
       steps, batch_size, seq_len: optimizer steps, rows per step (global), tokens per row.
       dtype: compute dtype; weights and optimizer are float32. quant: "official" trains
         with the low-precision numbers of the served model (QAT). remat: recompute layers in the backward pass.
+      attention: of CSA layers: "sparse", "dense" (every visible entry) or "indexer" (dense, and nothing but the indexer learns).
+      index_learning_rate: the indexer's peak, on the same schedule; 0: nothing trains it. "dense" leaves it as it is.
       learning_rate: peak. warmup_steps, decay_steps: linear up, cosine down to final_lr_ratio at the end.
       clip_norm: largest global gradient norm. bias_rate: speed of the router's selection bias (None: 1e-3, and 0 where
         conversations are trained on: fine-tuning keeps the balance it was given).
@@ -37,6 +40,7 @@ class TrainConfig:
       export: write official safetensors at the end ("float32", "bfloat16", "fp8", "official" or "none").
       sample_prompt, sample_tokens: continued at the end, as a look at the model; 0 tokens: no sample.
       seed: of the initial weights.
+      stages: what changes later, in order (train/stages.py); evaluation keeps the first stage's rows.
     """
 
     model: ModelConfig
@@ -52,7 +56,9 @@ class TrainConfig:
     dtype: str = "float32"
     quant: str = "none"
     remat: bool = True
+    attention: str = "sparse"
     learning_rate: float
+    index_learning_rate: float = 0.0
     warmup_steps: int = 2000
     decay_steps: int = 0
     final_lr_ratio: float = 0.1
@@ -74,21 +80,27 @@ class TrainConfig:
     sample_prompt: str = ""
     sample_tokens: int = 0
     seed: int = 0
+    stages: tuple[Stage, ...] = ()
 
     def __post_init__(self):
         parse_mesh(self.mesh)
         _allow(self, "layout", tuple(LAYOUTS))
         _allow(self, "dtype", ("float32", "bfloat16"))
         _allow(self, "export", (*FORMATS, "none"))
+        _allow(self, "attention", ("sparse", "dense", "indexer"))
         check_quant(self.model, self.quant)
         for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         _require(self, "seq_len", self.seq_len >= 2, "at least 2")
         for name in ("warmup_steps", "decay_steps", "eval_batches", "sample_tokens", "router_bias_rate", "weight_decay", "keep_every", "keep_best",
-                     "watch_every"):
+                     "watch_every", "index_learning_rate"):
             _require(self, name, getattr(self, name) >= 0, "0 or above")
         for name in ("learning_rate", "clip_norm"):
             _require(self, name, getattr(self, name) > 0, "above 0")
+        if self.attention == "indexer":
+            _require(self, "index_learning_rate", self.index_learning_rate > 0, "above 0 with attention 'indexer'")
+        if self.index_learning_rate:
+            _require(self, "index_learning_rate", CSA in self.model.compress_ratios, "0 for a model without CSA layers, which has no indexer")
         _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
         _require(self, "final_lr_ratio", 0 <= self.final_lr_ratio <= 1, "in [0, 1]")
         _require(self, "decay_steps", self.warmup_steps + self.decay_steps <= self.steps,
@@ -97,6 +109,9 @@ class TrainConfig:
             _require(self, "keep", self.keep >= 2, "at least 2 with stability.rollbacks")
             _require(self, "checkpoint_every", self.checkpoint_every > self.stability.proven,
                      f"above stability.proven={self.stability.proven}")  # fmt: skip
+        if self.stages:  # batches drawn ahead may belong to another stage
+            _require(self, "stages", not self.stability.anticipate, "empty with stability.anticipate")
+        check_stages(self)
         _require(self, "seq_len", self.seq_len <= self.model.max_position_embeddings,
                  f"at most max_position_embeddings={self.model.max_position_embeddings}")  # fmt: skip
 

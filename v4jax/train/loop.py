@@ -25,9 +25,9 @@ from sharding.processes import check_whole, from_rows, is_first, local_rows, sto
 from sharding.rules import AxisRules, layout_for
 from v4jax.checkpoint.export import carried_files, kinds_for, save_safetensors
 from v4jax.checkpoint.store import Store, check_config, write_config
-from v4jax.cost import train_flops_per_token
 from v4jax.data.config import tokenizer_of
 from v4jax.data.store import prepare_cache
+from v4jax.model.weights import Csa
 from v4jax.train.anticipate import Feed, compile_choice
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_sets, train_batches, unigram_loss
@@ -35,6 +35,7 @@ from v4jax.train.loss import loss_and_routing, targets
 from v4jax.train.report import Reporter, Silent, plot_losses, require_plots
 from v4jax.train.resume import check_source, go_back, items_of, start
 from v4jax.train.stability import Record, remember, spike
+from v4jax.train.stages import Batches, at_stage, number_at, stage_at, starts
 from v4jax.train.step import Steps, batch_sharding, check_batch, compile_step, state_shardings
 from v4jax.train.watch import plain
 
@@ -58,7 +59,8 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     mesh = make_mesh(sizes)
     check_whole(mesh)
     require_plots()
-    check_batch(cfg, rules, sizes)
+    for done in starts(cfg):
+        check_batch(stage_at(cfg, done), rules, sizes)
     if cfg.export != "none":
         kinds_for(cfg.model, cfg.export)
     run = pathlib.Path(cfg.run_dir)
@@ -68,7 +70,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         place = batch_sharding(rules, mesh)
         rows = local_rows(place, (cfg.batch_size, cfg.seq_len))
         _cache(cfg, tokenizer)
-        data = _data(cfg, tokenizer, rows)
+        data = Batches(cfg, lambda view: _data(view, tokenizer, local_rows(place, (view.batch_size, view.seq_len))))
         held_out = _held_out(cfg, tokenizer, rows)
         _prepare(run, cfg, tokenizer)
         with Store(run, cfg.keep, cfg.keep_every, cfg.keep_best, writes=True) as store:
@@ -118,20 +120,25 @@ def _prepare(run: pathlib.Path, cfg: TrainConfig, tokenizer) -> None:
 
 
 def _reporter(run: pathlib.Path, cfg: TrainConfig, first: int, record: Record) -> Reporter | Silent:
-    return Reporter(run, cfg, first, record, train_flops_per_token(cfg.model, cfg.seq_len)) if is_first() else Silent()
+    return Reporter(run, cfg, first, record) if is_first() else Silent()
 
 
 def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store, report):
     """(state, step it stands at): trains from `begin` (see resume.start) to the last step, or until the job is asked to end."""
     state, step, record, ahead = begin
-    first, stop = step, False
-    take_step = Steps(functools.partial(compile_step, cfg, rules, shardings, mesh))
-    feed = Feed(data, put, compile_choice(cfg, rules, shardings, mesh), cfg.stability.anticipate_lag, ahead)
-    evaluate = _evaluator(cfg, rules, put)
+    first, stop, stage, place = step, False, None, batch_sharding(rules, mesh)
     with stop_requests() as asked_to_stop:
         for turn in itertools.count(first + 1):  # goes on where a rollback sets `step` back: processes agree on a turn to end at
             if step == cfg.steps:
                 return state, step
+            if stage != number_at(cfg, step):
+                stage, view = number_at(cfg, step), stage_at(cfg, step)
+                take_step = Steps(functools.partial(compile_step, view, rules, shardings, mesh))
+                choose = compile_choice(view, rules, shardings, mesh)
+                feed, ahead = Feed(data, _putter(place, view), choose, cfg.stability.anticipate_lag, ahead), None
+                evaluate, record = _evaluator(view, rules, put), at_stage(cfg, record, step)
+                report.stage(step, view)
+            data.at(step)
             step += 1
             batch, chosen = feed.next(state.public, on=step <= record.anticipate_until)
             state, metrics = take_step(state, batch, chosen, watch=cfg.watch_every > 0 and step % cfg.watch_every == 0)
@@ -151,7 +158,8 @@ def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store
                     continue
                 record = remember(cfg.stability, record, *seen)
             if log:
-                report.step(step, metrics | ({"anticipating": float(chosen is not None)} if cfg.stability.anticipate else {}))
+                now = {"anticipating": float(chosen is not None)} if cfg.stability.anticipate else {}
+                report.step(step, metrics | now | ({"stage": stage} if cfg.stages else {}))
             if inside is not None:
                 report.inside(step, plain(jax.device_get(inside)))
             held_out_nll = None
@@ -166,6 +174,11 @@ def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store
                 return state, step
 
 
+def _putter(place, view: TrainConfig):
+    """What puts the batches of a stage on the mesh."""
+    return functools.partial(_put, place, local_rows(place, (view.batch_size, view.seq_len)), view.batch_size)
+
+
 def _put(place, rows: list[int], count: int, batch):
     """This process's rows of a batch -> the global batch on its devices."""
     return {name: from_rows(place, value, rows, count) for name, value in batch.items()}
@@ -174,7 +187,7 @@ def _put(place, rows: list[int], count: int, batch):
 def _evaluator(cfg: TrainConfig, rules: AxisRules, put):
     @jax.jit
     def nll(params, batch):
-        _, (metrics, _) = loss_and_routing(cfg.model, params, batch, rules=rules, dtype=jnp.dtype(cfg.dtype), quant=cfg.quant)
+        _, (metrics, _) = loss_and_routing(cfg.model, params, batch, rules=rules, dtype=jnp.dtype(cfg.dtype), quant=cfg.quant, csa=Csa(cfg.attention != "sparse"))
         return metrics["nll"], targets(batch, 1)[1].sum()
 
     def evaluate(params, batches: Iterable) -> float:

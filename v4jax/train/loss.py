@@ -19,7 +19,9 @@ from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.model.dense import dense
 from v4jax.model.documents import Ask
+from v4jax.model.indexer import IndexLoss
 from v4jax.model.transformer import apply
+from v4jax.model.weights import Csa
 
 LOGIT_BYTES = 2**27
 """Float32 logits one device holds at a time."""
@@ -27,13 +29,14 @@ LOGIT_BYTES = 2**27
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Weights of the parts of the loss (deepseek-v4.md section 6)."""
+    """Weights of the parts of the loss (deepseek-v4.md section 6; that of the indexer's, sum over CSA layers, is unpublished)."""
 
     mtp: float = 0.3
     balance: float = 1e-4
+    index: float = 1.0
 
     def __post_init__(self):
-        for name in ("mtp", "balance"):
+        for name in ("mtp", "balance", "index"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"loss weight {name}: got {getattr(self, name)}; must be 0 or above")
 
@@ -107,10 +110,14 @@ def loss_and_routing(
     quant: str = "none",
     ask: Ask = Ask(),
     chosen=None,
+    csa: Csa = Csa(),
 ):
-    """(loss, (metrics, routing)): nll + mtp weight * mtp_nll + balance weight * sum over layers of the balance loss."""
+    """(loss, (metrics, routing)): nll + mtp weight * mtp_nll + balance weight * sum over layers of the balance loss.
+
+    With csa.teach also + index weight * sum over CSA layers of the indexer's loss, which has gradients for the indexer only.
+    """
     tokens_BS, segment_BS = batch["tokens"], batch.get("segment_ids")
-    hidden = apply(cfg, params, tokens_BS, segment_BS, rules=rules, dtype=dtype, remat=remat, quant=quant, ask=ask, chosen=chosen)
+    hidden = apply(cfg, params, tokens_BS, segment_BS, rules=rules, dtype=dtype, remat=remat, quant=quant, csa=csa, ask=ask, chosen=chosen)
 
     def mean_nll(x_BSD, ahead):
         label_BS, counts_BS = targets(batch, ahead)
@@ -123,7 +130,21 @@ def loss_and_routing(
     if hidden.mtp_x_BSD is not None:
         metrics["mtp_nll"] = mean_nll(hidden.mtp_x_BSD, 2)
         total = total + weights.mtp * metrics["mtp_nll"]
+    if csa.teach:
+        metrics |= index_metrics(hidden.index)
+        total = total + weights.index * metrics["index_kl"]
     return total, (metrics | {"loss": total}, hidden.routing)
+
+
+def index_metrics(index: Mapping[str, Mapping[str, IndexLoss]]) -> dict[str, jax.Array]:
+    """index_kl, the indexers' loss: its mean over queries, summed over layers; index_kl_uniform, that of choosing blindly;
+    index_captured = 1 - index_kl / index_kl_uniform."""
+    layers = [loss for blocks in index.values() for loss in blocks.values()]
+    kl, uniform = (
+        sum((jnp.sum(getattr(loss, name) / jnp.maximum(loss.count, 1)) for loss in layers), jnp.zeros(())) for name in ("kl", "uniform")
+    )
+    captured = 1 - kl / jnp.maximum(uniform, jnp.finfo(jnp.float32).tiny)
+    return {"index_kl": kl, "index_kl_uniform": uniform, "index_captured": captured}
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("weights", "rules", "dtype", "remat", "quant"))

@@ -68,32 +68,71 @@ def scale_by_muon(mu: float = 0.95, specs: Specs | None = None) -> optax.Gradien
     return optax.GradientTransformation(init, update)
 
 
-def optimizer_of(path: tuple[str, ...]) -> str:
-    """Which optimizer a parameter gets, by its path: "muon", "adamw", or "frozen".
+def is_index(path: tuple[str, ...]) -> bool:
+    """Whether a parameter belongs to an indexer."""
+    return "indexer" in path
 
-    The indexer is frozen: no gradient passes its top-k, and weight decay alone would only shrink it. Its own loss is not
-    built yet.
+
+def optimizer_of(path: tuple[str, ...], trains_index: bool = False) -> str:
+    """Which optimizer a parameter gets, by its path: "muon" or "adamw", for the indexer "index_muon" or "index_adamw".
+
+    Where nothing trains the indexer it is "frozen": no gradient passes its top-k, and weight decay alone would only shrink it.
     """
-    if "indexer" in path:
+    if is_index(path) and not trains_index:
         return "frozen"
     vector = path[-1] == "weight" and path[0] not in ("embed", "head")  # norms
-    return "adamw" if vector or path[0] in ("embed", "head") or path[-1] in _ADAMW_LEAVES else "muon"
+    kind = "adamw" if vector or path[0] in ("embed", "head") or path[-1] in _ADAMW_LEAVES else "muon"
+    return f"index_{kind}" if is_index(path) else kind
 
 
 def optimizer(
-    schedule: optax.Schedule, weight_decay: float = 0.1, mu: float = 0.95, specs: Specs | None = None
-) -> optax.GradientTransformation:
-    """Muon for matrices, AdamW (0.9, 0.95, eps 1e-20) for the rest, one learning-rate schedule and decay for both."""
-    transforms = {
-        "muon": optax.chain(
-            scale_by_muon(mu, specs), optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(schedule)
-        ),
-        "adamw": optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-20, weight_decay=weight_decay),
-        "frozen": optax.set_to_zero(),
-    }
-    return optax.partition(transforms, label_parameters)
+    schedule: optax.Schedule, weight_decay: float = 0.1, mu: float = 0.95, specs: Specs | None = None,
+    index_schedule: optax.Schedule | None = None,
+) -> optax.GradientTransformation:  # fmt: skip
+    """Muon for matrices, AdamW (0.9, 0.95, eps 1e-20) for the rest, one learning-rate schedule and decay for both.
+
+    index_schedule: the indexer's learning rate; None: it stays as it is.
+    """
+
+    def both(schedule):
+        matrices = scale_by_muon(mu, specs), optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(schedule)
+        return optax.chain(*matrices), optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-20, weight_decay=weight_decay)
+
+    transforms = dict(zip(("muon", "adamw"), both(schedule), strict=True))
+    if index_schedule is None:
+        transforms["frozen"] = optax.set_to_zero()
+    else:
+        transforms |= zip(("index_muon", "index_adamw"), both(index_schedule), strict=True)
+    return optax.partition(transforms, lambda params: label_parameters(params, index_schedule is not None))
 
 
-def label_parameters(params):
+def label_parameters(params, trains_index: bool = False):
     """The tree of optimizer names."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: optimizer_of(tuple(key.key for key in path)), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: optimizer_of(tuple(key.key for key in path), trains_index), params)
+
+
+def clip_apart(largest: float) -> optax.GradientTransformation:
+    """Clips the gradient of the main model and that of the indexers to norm `largest`, each by itself: teaching an indexer changes
+    no step of the main model."""
+    clip = optax.clip_by_global_norm(largest)
+
+    def update(grads, state, params=None):
+        leaves, tree = jax.tree_util.tree_flatten_with_path(grads)
+        index = [is_index(tuple(key.key for key in path)) for path, _ in leaves]
+        parts = [iter(clip.update([g for (_, g), i in zip(leaves, index, strict=True) if i == kind], state)[0]) for kind in (False, True)]
+        return jax.tree.unflatten(tree, [next(parts[i]) for i in index]), state
+
+    return optax.GradientTransformation(clip.init, update)
+
+
+def hold(new, old, is_held):
+    """The tree `new` with the arrays of parameters that are held as in `old`: their weights, momenta, moments. Counts go on.
+
+    is_held: path of a parameter -> bool.
+    """
+
+    def choose(path, new, old):
+        keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        return old if new.ndim and is_held(keys) else new
+
+    return jax.tree_util.tree_map_with_path(choose, new, old)

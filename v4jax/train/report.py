@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sharding.mesh import make_mesh, parse_mesh
 from v4jax.checkpoint.text import write_text
+from v4jax.cost import train_flops_per_token
 from v4jax.train.config import TrainConfig
 from v4jax.train.stability import Record
 
@@ -52,11 +53,10 @@ def matmul_rate(dtype: jnp.dtype, size: int = 2048, repeats: int = 3) -> float:
 class Reporter:
     """Collects metrics of one run. A resumed run drops the lines after its checkpoint, so no step stands twice."""
 
-    def __init__(self, run: pathlib.Path, cfg: TrainConfig, first: int, record: Record, flops_per_token: float):
+    def __init__(self, run: pathlib.Path, cfg: TrainConfig, first: int, record: Record):
         self._cfg, self._run = cfg, run
         self._open(first, record.rollbacks)
-        self._tokens = cfg.batch_size * cfg.seq_len
-        self._flops = flops_per_token * self._tokens
+        self._tokens = self._flops = 0
         self._peak = matmul_rate(jnp.dtype(cfg.dtype))
         self._last = (first, None)
         self._console = Console()
@@ -86,6 +86,12 @@ class Reporter:
     def __exit__(self, *error) -> None:
         self._bar.stop()
         self._close()
+
+    def stage(self, step: int, view: TrainConfig) -> None:
+        """From the step after `step` on the run is as `view` says. Compiling that step does not count as training time."""
+        self._tokens = view.batch_size * view.seq_len
+        self._flops = train_flops_per_token(view.model, view.seq_len) * self._tokens
+        self._last = (step, None)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Adds speed and utilisation to a step's metrics and shows them."""
@@ -162,6 +168,9 @@ class Silent:
         return self
 
     def __exit__(self, *error) -> None:
+        pass
+
+    def stage(self, step: int, view: TrainConfig) -> None:
         pass
 
     def step(self, step: int, metrics: dict[str, float]) -> None:

@@ -41,6 +41,7 @@ def start(cfg: TrainConfig, rules: AxisRules, shardings: TrainState, store: Stor
     store.put_aside_after(step, DAMAGED)
     if step > cfg.steps:
         raise ValueError(f"steps: got {cfg.steps}; {cfg.run_dir} has already done {step}")
+    data.at(step - 1).check(store.path(step) / "data")
     ahead, path = {}, store.path(step) / "ahead"
     if anywhere(path.is_dir()):
         ahead = {"ahead": ahead_placed(ocp.metadata(store.path(step), "ahead").metadata, rules, shardings.step.mesh)}

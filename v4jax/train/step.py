@@ -19,10 +19,11 @@ from sharding.processes import wait_for_all
 from sharding.rules import AxisRules
 from v4jax.model.documents import Ask
 from v4jax.model.transformer import abstract_params, init_params, param_axes
+from v4jax.model.weights import Csa
 from v4jax.train.balance import load_metrics, update_bias
 from v4jax.train.config import TrainConfig
 from v4jax.train.loss import loss_and_routing
-from v4jax.train.muon import optimizer
+from v4jax.train.muon import clip_apart, hold, is_index, optimizer
 from v4jax.train.schedule import learning_rate
 from v4jax.train.watch import watched
 
@@ -51,8 +52,15 @@ def optimizer_of(cfg: TrainConfig, rules: AxisRules = AxisRules()) -> optax.Grad
     """Clipping by global norm, then Muon and AdamW. The layout changes where Muon works, not its state."""
     axes = jax.tree_util.tree_leaves_with_path(param_axes(cfg.model), is_leaf=lambda x: isinstance(x, tuple)) if rules else ()
     specs = {tuple(key.key for key in path): rules.spec(names) for path, names in axes}
-    inner = optimizer(schedule_of(cfg), cfg.weight_decay, cfg.momentum, specs)
-    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), inner)
+    main, ratio = schedule_of(cfg), cfg.index_learning_rate / cfg.learning_rate
+    inner = optimizer(main, cfg.weight_decay, cfg.momentum, specs, (lambda step: ratio * main(step)) if ratio else None)
+    return optax.chain(clip_apart(cfg.clip_norm), inner)
+
+
+def csa_of(cfg: TrainConfig) -> Csa:
+    """How CSA layers attend, and whether their indexer is taught, in the stage that `cfg` describes."""
+    alone = cfg.attention == "indexer"
+    return Csa(dense=cfg.attention != "sparse", teach=alone or (cfg.attention == "sparse" and cfg.index_learning_rate > 0))
 
 
 def state_from(cfg: TrainConfig, params) -> TrainState:
@@ -66,25 +74,32 @@ def train_step(cfg: TrainConfig, rules: AxisRules, state: TrainState, batch: Map
 
     Metrics are float32 scalars: loss, nll, mtp_nll, balance, grad_norm, learning_rate, expert_load_max, expert_load_mean; with `watch`
     also "watch", a tree (train/watch.py). `chosen`: experts chosen beforehand (train/anticipate.py).
+    Where the indexer is taught also index_kl, index_kl_uniform, index_captured. With attention="indexer" everything else stays.
     """
+
+    csa, alone = csa_of(cfg), cfg.attention == "indexer"
 
     def objective(params):
         public = dict(params) | {"router": state.router}
         dtype = jnp.dtype(cfg.dtype)
-        return loss_and_routing(
+        loss, aux = loss_and_routing(
             cfg.model, public, batch, weights=cfg.loss, rules=rules, dtype=dtype, remat=cfg.remat, quant=cfg.quant,
-            ask=Ask(watch=watch), chosen=chosen,
-        )
+            csa=csa, ask=Ask(watch=watch), chosen=chosen,
+        )  # fmt: skip
+        return (cfg.loss.index * aux[0]["index_kl"] if alone else loss), aux
 
     grads, (metrics, routing) = jax.grad(objective, has_aux=True)(state.params)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer_of(cfg, rules).update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
+        if alone or (cfg.index_learning_rate and not csa.teach):  # one of the two is not trained in this stage
+            held = lambda path: is_index(path) != alone  # noqa: E731
+            params, opt_state = hold(params, state.params, held), hold(opt_state, state.optimizer, held)
     metrics |= load_metrics(routing)
     metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule_of(cfg)(state.step)}
     if watch:
         metrics["watch"] = watched(cfg.model, routing, state.router, grads, updates)
-    router = update_bias(state.router, routing, cfg.router_bias_rate)
+    router = state.router if alone else update_bias(state.router, routing, cfg.router_bias_rate)
     return TrainState(params, router, opt_state, state.step + 1), metrics
 
 

@@ -1,0 +1,74 @@
+"""What a training run will do, stage by stage, from its configuration alone: `v4jax train CONFIG.py --dry-run`.
+
+Next file to read: v4jax/train/stages.py.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+from sharding.mesh import parse_mesh
+from sharding.rules import layout_for
+from v4jax.layout.estimate import gigabytes, memory_of
+from v4jax.layout.hardware import hardware_of
+from v4jax.train.config import TrainConfig
+from v4jax.train.stages import stage_at, starts
+from v4jax.train.step import check_batch, csa_of, schedule_of
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """One stage: its steps (from 1, both included), tokens in it and up to its end, learning rate of its first and last step,
+    what the batch and the attention are, weight of the MTP loss, bytes of a device (an estimate)."""
+
+    first_step: int
+    last_step: int
+    tokens: int
+    tokens_by_then: int
+    learning_rate: tuple[float, float]
+    batch_size: int
+    seq_len: int
+    attention: str
+    trains_indexer: bool
+    mtp: float
+    memory_bytes: float
+
+    def row(self) -> tuple[str, ...]:
+        """As a line for people."""
+        first, last = self.learning_rate
+        return (
+            f"{self.first_step} to {self.last_step}", f"{self.tokens:,}", f"{self.tokens_by_then:,}", f"{first:.2e} to {last:.2e}",
+            f"{self.batch_size} x {self.seq_len}", self.attention + (", learning indexer" if self.trains_indexer else ""), f"{self.mtp:g}",
+            gigabytes(self.memory_bytes),
+        )  # fmt: skip
+
+
+HEAD = ("steps", "tokens", "by then", "learning rate", "batch", "attention", "MTP weight", "memory of a device")
+
+
+def plan(cfg: TrainConfig) -> list[StagePlan]:
+    """Every stage of `cfg`, checked as train would.
+
+    Raises:
+      ValueError: a mesh, layout, batch or length that do not fit one another.
+    """
+    sizes = parse_mesh(cfg.mesh)
+    rules, rate, hardware = layout_for(cfg.layout, sizes), schedule_of(cfg), hardware_of("cpu")
+    stages, tokens = [], 0
+    for start, stop in itertools.pairwise((*starts(cfg), cfg.steps)):
+        view = stage_at(cfg, start)
+        check_batch(view, rules, sizes)
+        own = (stop - start) * view.batch_size * view.seq_len
+        tokens += own
+        stages.append(
+            StagePlan(
+                start + 1, stop, own, tokens, (float(rate(start)), float(rate(stop - 1))), view.batch_size, view.seq_len,
+                view.attention, csa_of(view).teach, view.loss.mtp, memory_of(view, hardware),
+            )
+        )  # fmt: skip
+    return stages
+
+
+def as_dict(cfg: TrainConfig) -> dict[str, Any]:
+    """The plan as one JSON object."""
+    return {"run_dir": cfg.run_dir, "mesh": cfg.mesh, "layout": cfg.layout, "stages": [dataclasses.asdict(stage) for stage in plan(cfg)]}

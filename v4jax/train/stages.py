@@ -1,0 +1,112 @@
+"""The stages of a run: what changes after how many steps, and the batches of whichever stage a step belongs to.
+
+A stage changes fields of the configuration and nothing else: weights, optimizer state, router bias and step go on. Where the
+shape of a batch changes, reading goes on in another stream of the same documents, with a shuffle of its own: every step's
+batch follows from the configuration alone, but a document may be met again. All other changes go on in the same stream.
+
+Example: TrainConfig(batch_size=8, seq_len=4096, steps=900, stages=(Stage(after=100, batch_size=32), Stage(after=500, attention="sparse")))
+has three stages and two streams; step 101 is the first of the second one.
+
+Next file to read: v4jax/train/config.py.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What changes when `after` steps are done; None: stays as it is.
+
+    Attributes:
+      batch_size, seq_len: rows per step, tokens per row. attention: see TrainConfig. mtp: weight of the MTP loss.
+    """
+
+    after: int
+    batch_size: int | None = None
+    seq_len: int | None = None
+    attention: str | None = None
+    mtp: float | None = None
+
+
+def check_stages(cfg) -> None:
+    """Raises ValueError for stages out of order or out of the run, or one whose own fields do not fit."""
+    before = 0
+    for i, stage in enumerate(cfg.stages):
+        if not before < stage.after < cfg.steps:
+            raise ValueError(f"stages[{i}].after: got {stage.after}; must be above {before} and below steps={cfg.steps}")
+        before = stage.after
+        try:
+            stage_at(cfg, stage.after)
+        except ValueError as error:
+            raise ValueError(f"stages[{i}]: {error}") from None
+
+
+def starts(cfg) -> tuple[int, ...]:
+    """Steps done when a stage begins, ascending, 0 first."""
+    return 0, *(stage.after for stage in cfg.stages)
+
+
+def number_at(cfg, done: int) -> int:
+    """Which stage, counted from 0, the step after `done` steps belongs to."""
+    return sum(start <= done for start in starts(cfg)) - 1
+
+
+def stage_at(cfg, done: int):
+    """The configuration without stages that holds for the step after `done` steps; itself for a run without stages."""
+    changes: dict[str, Any] = {}
+    weights = cfg.loss
+    for stage in cfg.stages[: number_at(cfg, done)]:
+        fields = {name: getattr(stage, name) for name in ("batch_size", "seq_len", "attention")}
+        changes |= {name: value for name, value in fields.items() if value is not None}
+        weights = weights if stage.mtp is None else dataclasses.replace(weights, mtp=stage.mtp)
+    return dataclasses.replace(cfg, stages=(), loss=weights, **changes) if cfg.stages else cfg
+
+
+def stream_at(cfg, done: int) -> int:
+    """Which stream of batches the step after `done` steps reads: how often their shape has changed."""
+    shapes = [(view.batch_size, view.seq_len) for view in (stage_at(cfg, start) for start in starts(cfg) if start <= done)]
+    return sum(a != b for a, b in zip(shapes, shapes[1:], strict=False))
+
+
+def at_stage(cfg, record, done: int):
+    """The run's record where a later stage begins: losses and gradients of the stage before tell nothing of this one's."""
+    return dataclasses.replace(record, losses=(), grad_norms=()) if done in starts(cfg)[1:] else record
+
+
+class Batches:
+    """The batches of a run, stage by stage. Orbax saves and loads the stream in use; `at` says which one that is."""
+
+    def __init__(self, cfg, read: Callable[[Any], Iterator]):
+        """`read`: configuration of a stage -> its endless batches, which can be saved and loaded."""
+        self._cfg, self._read, self._streams = cfg, read, {}
+        self.at(0)
+
+    def at(self, done: int) -> "Batches":
+        """Turns to the stream of the step after `done` steps; one that was read before goes on where it stopped."""
+        self._now = stream_at(self._cfg, done)
+        if self._now not in self._streams:
+            view = stage_at(self._cfg, done)
+            data = dataclasses.replace(view.data, seed=(view.data.seed + self._now) % 2**32)
+            self._streams[self._now] = self._read(dataclasses.replace(view, data=data))
+        return self
+
+    def check(self, directory: pathlib.Path) -> None:
+        """Raises ValueError if the position saved in `directory` is of another stream than the one in use."""
+        for path in sorted(directory.glob("*.json"))[:1]:
+            saved, ours = json.loads(path.read_text())["settings"], self._streams[self._now].get_state()["settings"]
+            for name, value in ours.items():
+                if saved.get(name) != value:
+                    raise ValueError(f"data position: was saved with {name} {saved.get(name)}, this run has {value}; only the same can go on")
+
+    def __next__(self):
+        return next(self._streams[self._now])
+
+    async def save(self, directory):
+        return await self._streams[self._now].save(directory)
+
+    async def load(self, directory):
+        return await self._streams[self._now].load(directory)

@@ -124,7 +124,6 @@ def test_long_rows_are_scored_in_blocks_and_searched_by_maxima(models, monkeypat
     """Blocks that do not divide the cache, and a search by way of maxima, at lengths the other tests have checked."""
     cfg, params, tokens, logits, mtp = models("flash")
     monkeypatch.setattr(indexer, "SCORE_BLOCK", 50)
-    monkeypatch.setattr(indexer, "LONG_ROW", 2)
     cfg = cfg.replace(bos_token_id=2)  # another program
     got, cache = run(cfg, params, empty_cache(cfg, 1, LENGTH), tokens, np.array([387]), 129)
     check(got[0], logits[0], mtp[0], 0)

@@ -7,7 +7,6 @@ Next file to read: v4jax/model/transformer.py.
 """
 
 import dataclasses
-import math
 import pathlib
 import re
 from typing import Any, NamedTuple

@@ -120,7 +120,8 @@ def test_rows_of_different_lengths_are_rows_alone(models, pattern):
     np.testing.assert_allclose(more[1][0], alone_more[0][0], atol=TOLERANCE)
 
 
-def test_long_rows_are_scored_in_blocks_and_searched_by_maxima(models, monkeypatch):
+@pytest.mark.slow
+def test_long_rows_are_scored_in_blocks(models, monkeypatch):
     """Blocks that do not divide the cache, and a search by way of maxima, at lengths the other tests have checked."""
     cfg, params, tokens, logits, mtp = models("flash")
     monkeypatch.setattr(indexer, "SCORE_BLOCK", 50)
@@ -131,6 +132,7 @@ def test_long_rows_are_scored_in_blocks_and_searched_by_maxima(models, monkeypat
     check(got[0], logits[0], mtp[0], 387)
 
 
+@pytest.mark.slow
 def test_packed_storage_changes_nothing():
     """bfloat16, quant="official": what fp8 and MXFP4 hold is what the model computed with; states are equal bit for bit."""
     cfg = small_config(

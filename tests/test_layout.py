@@ -35,6 +35,7 @@ def test_full_models_lower_on_512_devices(name, parameters):
     assert report["temporary_bytes"] is None and report["collectives"] == []
 
 
+@pytest.mark.slow
 def test_a_small_step_reports_what_it_sends():
     report = report_layout(dataclasses.replace(CFG, mesh="fsdp=2,expert=4"))
     sent = {(axes, kind): size for axes, kind, _, size in report.collectives}

@@ -38,7 +38,8 @@ def states(cfg):
     return found
 
 
-@pytest.mark.parametrize("mesh", ["", pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.slow)], ids=["one device", "eight devices"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["", "data=2,expert=2,tensor=2"], ids=["one device", "eight devices"])
 def test_two_runs_are_the_same(mesh, tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "text").mkdir()

@@ -206,6 +206,7 @@ def test_unigram_loss_counts_learned_tokens():
     assert unigram_loss([one], [one], 10) == pytest.approx(-np.log(2 / 11))
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_weights_learns_and_keeps_the_router_bias(cfg, tmp_path):
     model = small_config(vocab_size=280, num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1, hidden_size=32, moe_intermediate_size=16)
     params = jax.tree.map(lambda a: jnp.asarray(a * 0.1 if a.ndim >= 2 and a.shape[-1] != 2 else a), random_params(model))

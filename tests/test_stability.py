@@ -175,6 +175,7 @@ def test_without_rollbacks_the_harm_stays(clean, train, tmp_path):
     assert summary["held_out_nll"] > 1.05 * clean[1]["held_out_nll"] and not [line for line in lines(off) if "event" in line]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_already_bad_is_left_behind(clean, train, tmp_path, monkeypatch):
     """The update of step 10 does the harm, which step 11 shows: the checkpoint of step 10 is no good. Killed and resumed on the way,
     before the next checkpoint and just after it, with batches drawn ahead and their experts chosen, it ends with the same bits."""

@@ -73,7 +73,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="v4jax", description="DeepSeek-V4 in JAX: train, plot, generate, score, convert, cost, layout, launch.")
+    parser = _Parser(prog="v4jax", description="DeepSeek-V4 in JAX: train, plot, generate, chat, score, convert, cost, layout, launch.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
     def command(name, run, text):
@@ -87,6 +87,17 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--layout", help="sharding layout (default: full)")
         sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
 
+    def continues(sub, tokens):
+        sub.add_argument("--max-new-tokens", type=int, default=tokens)
+        sub.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
+        sub.add_argument("--top-p", type=float, default=1.0)
+        sub.add_argument("--top-k", type=int, default=0)
+        sub.add_argument("--min-p", type=float, default=0.0)
+        sub.add_argument("--quant", default="none", choices=("none", "official"), help="official: compute as the served model does")
+        sub.add_argument("--cache", default="dtype", choices=("dtype", "official"), help="official (and --quant so): fp8 and MXFP4")
+        sub.add_argument("--cache-tokens", type=int, help="room of the cache (default: what is needed; of a chat, 4096)")
+        on_mesh(sub)
+
     train = command("train", _train, "Train, or resume, the run that CONFIG.py describes.")
     train.add_argument("config", nargs="?")
     train.add_argument("--dry-run", action="store_true", help="print the plan, stage by stage, and run nothing")
@@ -99,21 +110,21 @@ def _parser() -> argparse.ArgumentParser:
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text (needs tokenizer.json in the checkpoint)")
     source.add_argument("--tokens", help="token ids, for example 0,17,4")
-    generate.add_argument("--max-new-tokens", type=int, default=64)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--top-k", type=int, default=0)
-    generate.add_argument("--min-p", type=float, default=0.0)
     generate.add_argument("--seed", type=int, default=0, help="of the first sample; the others count up from it")
     generate.add_argument("--samples", type=int, default=1, help="continuations of the prompt")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)")
     generate.add_argument("--stop-tokens", help="end before one of these ids instead of the end-of-text token")
-    generate.add_argument("--cache-tokens", type=int, help="room of the cache (default: what prompt and continuation need)")
     generate.add_argument("--speculative", action="store_true", help="draft with MTP: the same tokens in fewer steps")
-    generate.add_argument("--quant", default="none", choices=("none", "official"), help="official: compute as the served model does")
-    generate.add_argument("--cache", default="dtype", choices=("dtype", "official"),
-                          help="storage: as --dtype, or (with --quant official) fp8 and MXFP4")  # fmt: skip
-    on_mesh(generate)
+    continues(generate, 64)
+
+    chat = command("chat", _chat, "Talk: a line of the input is a turn, its end (Ctrl-D) ends.")
+    chat.add_argument("checkpoint", help="with the tokenizer of a DeepSeek-V4 release, or 'byte-chat'")
+    chat.add_argument("--thinking", default="chat", choices=("chat", "thinking"))
+    chat.add_argument("--effort", help="of thinking: high, max (0731: low, high, max)")
+    chat.add_argument("--release", default="v4", choices=("v4", "0731"), help="whose words ask for effort")
+    chat.add_argument("--system", metavar="TEXT", help="opens the conversation")
+    chat.add_argument("--seed", type=int, default=0)
+    continues(chat, 512)
 
     score = command("score", _score, "Logits and loss of every token of a .npy file.")
     score.add_argument("checkpoint")
@@ -236,6 +247,13 @@ def _plot(arguments, _):
 def _generate(arguments, _):
     _start(arguments.mesh)
     from v4jax.generate.command import run
+
+    return run(arguments)
+
+
+def _chat(arguments, _):
+    _start(arguments.mesh)
+    from v4jax.generate.chat import run
 
     return run(arguments)
 

@@ -113,14 +113,21 @@ def generate(
     seed_B = np.array([*seeds, *[0] * (rows - len(prompts))], np.uint32)
     room = max(map(len, prompts)) + max_new_tokens if room is None else room
     state, news = prefill(cfg, setting, params, padded, seed_B, room)
-    sequences = [_Sequence(b, stop, max_new_tokens) for b in range(len(prompts))]
+    return decode(cfg, setting, params, state, news, seed_B, stop, max_new_tokens, len(prompts))[0]
+
+
+def decode(
+    cfg: ModelConfig, setting: Setting, params, state: State, news: News, seed_B, stop: StopRule, max_new_tokens: int, count: int
+) -> tuple[list[Completion], Cache]:  # fmt: skip
+    """What follows the first `count` rows, and the cache, which lacks the newest token of each."""
+    sequences = [_Sequence(b, stop, max_new_tokens) for b in range(count)]
     while True:
         token_BN, score_BN, count_B = (gather(array).tolist() for array in news)
         for b, sequence in enumerate(sequences):
             sequence.take(token_BN[b][: count_B[b]], score_BN[b])
-        active_B = np.array([b < len(prompts) and sequences[b].ended is None for b in range(rows)])
+        active_B = np.array([b < count and sequences[b].ended is None for b in range(len(count_B))])
         if not active_B.any():
-            return [sequence.completion() for sequence in sequences]
+            return [sequence.completion() for sequence in sequences], state.cache
         state, news = _advance(cfg, setting, params, state, active_B, seed_B)
 
 
@@ -172,12 +179,15 @@ def check_request(cfg: ModelConfig, prompts, seeds, max_new_tokens: int, room: i
         raise ValueError(f"{text} max_position_embeddings={limit}")
 
 
-def prefill(cfg: ModelConfig, setting: Setting, params, prompts, seed_B, room: int) -> tuple[State, News]:
-    """The state with every prompt in the cache, and each row's first new token."""
+def prefill(
+    cfg: ModelConfig, setting: Setting, params, prompts, seed_B, room: int, cache: Cache | None = None
+) -> tuple[State, News]:  # fmt: skip
+    """The state with every prompt in the cache, and each row's first new token. cache: what the prompts continue; donated."""
     length_B = np.array([len(prompt) for prompt in prompts])
     chunk = min(PREFILL_CHUNK, 1 << int(length_B.max() - 1).bit_length())
     plain = setting._replace(sampling=Sampling())  # one program however tokens are chosen
-    cache, last = _start(cfg, plain, len(prompts), room)
+    cache = _start(cfg, plain, len(prompts), room) if cache is None else cache
+    last = _no_state(cfg, plain, len(prompts))
     for start in range(0, length_B.max(), chunk):
         tokens_BV = np.zeros((len(prompts), chunk + 1), np.int32)  # and the token behind the chunk, for MTP
         for b, prompt in enumerate(prompts):
@@ -188,12 +198,16 @@ def prefill(cfg: ModelConfig, setting: Setting, params, prompts, seed_B, room: i
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _start(cfg, setting: Setting, batch: int, room: int):
-    """An empty cache, and no last state: normalised for the head [B,D], and (for MTP) its streams [B,X,D]."""
+def _start(cfg, setting: Setting, batch: int, room: int) -> Cache:
+    return empty_cache(cfg, batch, room, jnp.dtype(setting.dtype), setting.storage, setting.rules)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _no_state(cfg, setting: Setting, batch: int):
+    """In the place of each row's last state: normalised for the head [B,D], and (for MTP) its streams [B,X,D]."""
     dtype = jnp.dtype(setting.dtype)
-    cache = empty_cache(cfg, batch, room, dtype, setting.storage, setting.rules)
     streams_BXD = jnp.zeros((batch, cfg.hc_mult, cfg.hidden_size), dtype) if setting.speculative else None
-    return cache, (jnp.zeros((batch, cfg.hidden_size), dtype), streams_BXD)
+    return jnp.zeros((batch, cfg.hidden_size), dtype), streams_BXD
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 6))

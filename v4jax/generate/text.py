@@ -1,6 +1,6 @@
 """Where a text ends, and its way to the terminal as it grows.
 
-Next file to read: v4jax/cli.py.
+Next file to read: v4jax/generate/row.py.
 """
 
 from collections.abc import Callable, Sequence

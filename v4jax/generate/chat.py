@@ -1,0 +1,114 @@
+"""What `v4jax chat` does: reads a line, encodes the conversation as released, streams the answer, reads it back into the history.
+
+Next file to read: v4jax/cli.py.
+"""
+
+import functools
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+
+import jax
+
+from v4jax.api import load, place_on
+from v4jax.chat.encoding import Message, encode_messages
+from v4jax.chat.parse import parse_message
+from v4jax.chat.tokens import BOS, CHAT_TOKENS, END_THINK, EOS
+from v4jax.config import ModelConfig
+from v4jax.generate.decode import Setting, check_request
+from v4jax.generate.row import Row
+from v4jax.generate.sampling import Sampling
+from v4jax.generate.text import TextStop
+from v4jax.tokenizer import Tokenizer, load_tokenizer, require_tokens
+
+CACHE_TOKENS = 4096
+"""Room of the cache where none is asked for and the model reaches so far."""
+REASONING, ANSWER = "[reasoning]\n", "\n[answer]\n"
+"""What stands before them on the terminal, in thinking mode."""
+
+
+def run(flags) -> dict | None:
+    """Talks until the end of the input. The conversation, where flags.json asks for it; otherwise it was streamed.
+
+    Raises:
+      ValueError: anything that does not fit, before the checkpoint is read.
+    """
+    if jax.process_count() > 1:
+        raise ValueError("chat: reads one terminal; it must run in one process")
+    if flags.effort is not None and flags.thinking != "thinking":
+        raise ValueError(f"--effort: got {flags.effort!r} with --thinking {flags.thinking}; only --thinking thinking has an effort")
+    sampling = Sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, min_p=flags.min_p)
+    setting = Setting(dtype=flags.dtype, quant=flags.quant, storage=flags.cache, sampling=sampling)
+    tokenizer = load_tokenizer(flags.checkpoint)
+    require_tokens(tokenizer, (BOS, EOS, *CHAT_TOKENS), "a chat")
+    history = [] if flags.system is None else [{"role": "system", "content": flags.system}]
+    cfg = ModelConfig.from_json(flags.checkpoint)
+    room = min(CACHE_TOKENS, cfg.max_position_embeddings) if flags.cache_tokens is None else flags.cache_tokens
+    shortest = tokenizer.encode(_encode(flags, [*history, {"role": "user", "content": ""}]))
+    check_request(cfg, [shortest], [flags.seed], flags.max_new_tokens, room, setting)
+    cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout)
+    mesh, rules = place_on(flags.mesh, flags.layout)
+    with jax.set_mesh(mesh):
+        row = Row(cfg, params, setting._replace(rules=rules), room)
+        for line in _lines("" if flags.json else "> "):
+            _turn(flags, row, tokenizer, history, line)
+    return {"messages": history} if flags.json else None
+
+
+def _turn(flags, row: Row, tokenizer: Tokenizer, history: list[Message], line: str) -> None:
+    """Adds the line and its answer to the history; neither, where the cache may have no room for them."""
+    turns = [*history, {"role": "user", "content": line}]
+    write = (lambda _: None) if flags.json else functools.partial(print, end="", flush=True)
+    shown = _AllText(tokenizer, REASONING, {END_THINK: ANSWER}) if flags.thinking == "thinking" else _AllText(tokenizer)
+    stop = TextStop(tokenizer.encode(EOS), (), shown, write)
+    try:
+        completion = row.answer(tokenizer.encode(_encode(flags, turns)), flags.max_new_tokens, flags.seed, stop)
+    except ValueError as error:
+        print(f"v4jax: this turn is left out: {error}", file=sys.stderr)
+        return
+    stop.close(completion.tokens)
+    write("\n")
+    history[:] = [*turns, _read(_AllText(tokenizer).decode(completion.tokens), flags.thinking)]
+
+
+class _AllText:
+    """Decodes with the format's special tokens as their text, or what stands for it; a tokenizer's `decode` leaves them out.
+
+    Example: with names {"</think>": "|"} and head ">", the tokens of "Easy.</think>4" give ">Easy.|4".
+    """
+
+    def __init__(self, tokenizer: Tokenizer, head: str = "", names: Mapping[str, str] | None = None):
+        texts = {name: name for name in (BOS, EOS, *CHAT_TOKENS)} | dict(names or {})
+        self._texts = {tokenizer.encode(name)[0]: text for name, text in texts.items()}
+        self._tokenizer, self._head = tokenizer, head
+
+    def decode(self, ids: Iterable[int]) -> str:
+        runs = itertools.groupby(ids, key=self._texts.get)
+        return self._head + "".join(self._tokenizer.decode(run) if text is None else text * len(list(run)) for text, run in runs)
+
+
+def _encode(flags, messages: list[Message]) -> str:
+    return encode_messages(messages, flags.thinking, reasoning_effort=flags.effort, release=flags.release)
+
+
+def _read(text: str, mode: str) -> Message:
+    """The answer as a message; as it stands, where it is none of the format."""
+    try:
+        return parse_message(text, mode)
+    except ValueError as error:
+        print(f"v4jax: kept as plain text: {' '.join(str(error).split())}", file=sys.stderr)
+        return {"role": "assistant", "content": text.removesuffix(EOS)}
+
+
+def _lines(mark: str) -> Iterator[str]:
+    """What the user says, a line at a time, without empty ones; asked for with a mark where this is a terminal."""
+    mark = mark if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(mark)
+        except EOFError:
+            if mark:
+                print()
+            return
+        if line.strip():
+            yield line

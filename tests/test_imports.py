@@ -27,7 +27,7 @@ ORDER = [
     "v4jax.layout.terms", "v4jax.layout.work", "v4jax.layout.traffic", "v4jax.layout.memory", "v4jax.layout.decode", "v4jax.layout.estimate",
     "v4jax.layout.search", "v4jax.layout.compiled", "v4jax.layout.notes", "v4jax.layout.command", "v4jax.layout.page", "v4jax.layout.portable",
     "v4jax.layout.plan",
-    "v4jax.convert", "v4jax.launch", "v4jax.cli", "v4jax.__main__",
+    "v4jax.convert", "v4jax.launch", "v4jax.arguments", "v4jax.cli", "v4jax.__main__",
 ]  # fmt: skip
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

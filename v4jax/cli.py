@@ -3,7 +3,6 @@
 Next file to read: README.md, which shows every command.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import io
@@ -14,14 +13,7 @@ import re
 import sys
 import traceback
 
-
-class BadInput(Exception):
-    """A line for stderr, and exit code 2."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(f"{message}; see {self.prog} --help")
+from v4jax.arguments import BadInput, parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,12 +49,12 @@ def _run(argv: list[str]) -> int:
     if argv[:1] == ["launch"] and "--" in argv:  # what follows is not ours to parse
         command = argv[argv.index("--") + 1 :]
         argv = argv[: argv.index("--")]
-    arguments, rest = _parser().parse_known_args(argv)
+    arguments, rest = parser().parse_known_args(argv)
     if rest and arguments.command != "train":
         raise BadInput(f"unknown argument {rest[0]!r}; see v4jax {arguments.command} --help")
     if arguments.command == "launch":
         return _launch(arguments, command)
-    result = arguments.run(arguments, rest)
+    result = RUNS[arguments.command](arguments, rest)
     if result is not None:
         _print(result, arguments.json)
     return 0
@@ -70,109 +62,6 @@ def _run(argv: list[str]) -> int:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="v4jax", description="DeepSeek-V4 in JAX: train, plot, generate, chat, score, convert, cost, layout, launch.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-
-    def command(name, run, text):
-        sub = commands.add_parser(name, help=text, description=text, add_help=name != "train")
-        sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
-        sub.set_defaults(run=run)
-        return sub
-
-    def on_mesh(sub):
-        sub.add_argument("--mesh", help="for example data=2,expert=4 (axes: slice, data, fsdp, context, expert, tensor)")
-        sub.add_argument("--layout", help="sharding layout (default: full)")
-        sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
-
-    def continues(sub, tokens):
-        sub.add_argument("--max-new-tokens", type=int, default=tokens)
-        sub.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
-        sub.add_argument("--top-p", type=float, default=1.0)
-        sub.add_argument("--top-k", type=int, default=0)
-        sub.add_argument("--min-p", type=float, default=0.0)
-        sub.add_argument("--quant", default="none", choices=("none", "official"), help="official: compute as the served model does")
-        sub.add_argument("--cache", default="dtype", choices=("dtype", "official"), help="official (and --quant so): fp8 and MXFP4")
-        sub.add_argument("--cache-tokens", type=int, help="room of the cache (default: what is needed; of a chat, 4096)")
-        on_mesh(sub)
-
-    train = command("train", _train, "Train, or resume, the run that CONFIG.py describes.")
-    train.add_argument("config", nargs="?")
-    train.add_argument("--dry-run", action="store_true", help="print the plan, stage by stage, and run nothing")
-
-    plot = command("plot", _plot, "Write RUN/summary.html, one page about a run, also while it runs.")
-    plot.add_argument("run_dir", metavar="RUN")
-
-    generate = command("generate", _generate, "Continue a prompt.")
-    generate.add_argument("checkpoint")
-    source = generate.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="text (needs tokenizer.json in the checkpoint)")
-    source.add_argument("--tokens", help="token ids, for example 0,17,4")
-    generate.add_argument("--seed", type=int, default=0, help="of the first sample; the others count up from it")
-    generate.add_argument("--samples", type=int, default=1, help="continuations of the prompt")
-    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)")
-    generate.add_argument("--stop-tokens", help="end before one of these ids instead of the end-of-text token")
-    generate.add_argument("--speculative", action="store_true", help="draft with MTP: the same tokens in fewer steps")
-    continues(generate, 64)
-
-    chat = command("chat", _chat, "Talk: a line of the input is a turn, its end (Ctrl-D) ends.")
-    chat.add_argument("checkpoint", help="with the tokenizer of a DeepSeek-V4 release, or 'byte-chat'")
-    chat.add_argument("--thinking", default="chat", choices=("chat", "thinking"))
-    chat.add_argument("--effort", help="of thinking: high, max (0731: low, high, max)")
-    chat.add_argument("--release", default="v4", choices=("v4", "0731"), help="whose words ask for effort")
-    chat.add_argument("--system", metavar="TEXT", help="opens the conversation")
-    chat.add_argument("--seed", type=int, default=0)
-    continues(chat, 512)
-
-    score = command("score", _score, "Logits and loss of every token of a .npy file.")
-    score.add_argument("checkpoint")
-    score.add_argument("--tokens", required=True, help=".npy file, integers [B, S]")
-    score.add_argument("--out", required=True, help=".npz file to write")
-    score.add_argument("--quant", default="none", choices=("none", "official"))
-    on_mesh(score)
-
-    convert = command("convert", _convert, "Convert between safetensors and the v4jax store.")
-    convert.add_argument("source")
-    convert.add_argument("target")
-    convert.add_argument("--format", choices=("orbax", "safetensors"), default="safetensors")
-    convert.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "fp8", "official"))
-    convert.add_argument("--verify", action="store_true", help="compare TARGET with SOURCE tensor by tensor (made first if it is not there)")
-    convert.add_argument("--max-file-bytes", type=int, default=5 * 10**9, help="of a safetensors file")
-    convert.add_argument("--workers", type=int, default=2, help="tensors or files converted at a time; each takes memory for one")
-
-    cost = command("cost", _cost, "Parameters, FLOPs per token and cache bytes, from the configuration alone.")
-    cost.add_argument("config", help="CONFIG.py or config.json")
-    cost.add_argument("--context", type=int, help="tokens in the sequence (default: max_position_embeddings)")
-
-    layout = command("layout", _layout, "What a layout holds, sends and takes: on paper, and compiled for devices that need not exist.")
-    layout.add_argument("config", nargs="?", help="CONFIG.py or config.json")
-    layout.add_argument("--mesh", help="for example fsdp=8,expert=16 (default: that of CONFIG.py)")
-    layout.add_argument("--layout", help="sharding layout (default: that of CONFIG.py, or full)")
-    layout.add_argument("--target", default="cpu", help="cpu; a TPU topology such as v5p:4x4x8 (extra `tpu`); h100:N (extra `gpu`); on paper "
-                        "cloudmatrix384:1024, my-chip.json:16 and others (v4jax/layout/hardware.json)")  # fmt: skip
-    layout.add_argument("--what", choices=("train", "decode"), default="train", help="the step: training, or one new token a row (on paper)")
-    layout.add_argument("--seq", type=int, help="tokens a row")
-    layout.add_argument("--batch", type=int, help="rows a step (default: one a device)")
-    layout.add_argument("--fp8", action="store_true", help="estimate with products at the fp8 rate")
-    layout.add_argument("--released", action="store_true", help="decode from weights in the released formats (fp8, MXFP4)")
-    layout.add_argument("--paper", action="store_true", help="compile nothing")
-    layout.add_argument("--lower-only", action="store_true", help="stop before compiling: seconds instead of minutes for a full model")
-    layout.add_argument("--search", action="store_true", help="rank every layout and mesh of --chips chips on paper")
-    layout.add_argument("--chips", type=int, help="chips to search on (default: as many as the target names)")
-    layout.add_argument("--confirm", type=int, default=0, metavar="K", help="compile the best K of the search")
-    layout.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two layouts side by side, each LAYOUT:MESH")
-    layout.add_argument("--report", metavar="OUT.html", help="write one page that works offline (of a search: of its winner)")
-    layout.add_argument("--stablehlo", metavar="OUT", help="write the step as a portable module (extra `export`); nothing else is done")
-    layout.add_argument("--measure", metavar="OUT.json", help="measure this machine and write it as a hardware profile; no CONFIG")
-
-    launch = command("launch", _launch, "Run -- COMMAND as one JAX job of local processes on simulated CPU devices.")
-    launch.add_argument("--processes", type=int, required=True, help="local processes")
-    launch.add_argument("--devices", type=int, required=True, help="simulated devices of each process")
-    launch.add_argument("--output", choices=("all", "first"), default="all",
-                        help="all: every process's lines after [i]; first: those of process 0, as they are")  # fmt: skip
-    return parser
 
 
 # ---- commands: everything heavy is imported inside, so that --help and bad flags answer at once -------------------------
@@ -338,6 +227,13 @@ def _measure(path: str) -> dict:
     found = measure()
     pathlib.Path(path).write_text(json.dumps(found, indent=1) + "\n")
     return found
+
+
+RUNS = {
+    "train": _train, "plot": _plot, "generate": _generate, "chat": _chat, "score": _score, "convert": _convert, "cost": _cost,
+    "layout": _layout,
+}  # fmt: skip
+"""Command -> what runs it, given the flags and what of the command line it did not know (train's overrides)."""
 
 
 def _launch(arguments, command: list[str]) -> int:

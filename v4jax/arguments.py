@@ -1,0 +1,142 @@
+"""The flags of every command of v4jax, and nothing else.
+
+Next file to read: v4jax/cli.py.
+"""
+
+import argparse
+
+
+class BadInput(Exception):
+    """A line for stderr, and exit code 2."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(f"{message}; see {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Parses a command line; the result's `command` is one of COMMANDS."""
+    whole = _Parser(prog="v4jax", description=f"DeepSeek-V4 in JAX: {', '.join(COMMANDS)}.")
+    commands = whole.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    for name, (text, declare) in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text, add_help=name != "train")  # CONFIG.py adds to train's
+        sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
+        declare(sub)
+    return whole
+
+
+def _on_mesh(sub):
+    sub.add_argument("--mesh", help="for example data=2,expert=4 (axes: slice, data, fsdp, context, expert, tensor)")
+    sub.add_argument("--layout", help="sharding layout (default: full)")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
+
+
+def _continues(sub, tokens):
+    sub.add_argument("--max-new-tokens", type=int, default=tokens)
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
+    sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--top-k", type=int, default=0)
+    sub.add_argument("--min-p", type=float, default=0.0)
+    sub.add_argument("--quant", default="none", choices=("none", "official"), help="official: compute as the served model does")
+    sub.add_argument("--cache", default="dtype", choices=("dtype", "official"), help="official (and --quant so): fp8 and MXFP4")
+    sub.add_argument("--cache-tokens", type=int, help="room of the cache (default: what is needed; of a chat, 4096)")
+    _on_mesh(sub)
+
+
+def _train(sub):
+    sub.add_argument("config", nargs="?")
+    sub.add_argument("--dry-run", action="store_true", help="print the plan, stage by stage, and run nothing")
+
+
+def _plot(sub):
+    sub.add_argument("run_dir", metavar="RUN")
+
+
+def _generate(sub):
+    sub.add_argument("checkpoint")
+    source = sub.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="text (needs tokenizer.json in the checkpoint)")
+    source.add_argument("--tokens", help="token ids, for example 0,17,4")
+    sub.add_argument("--seed", type=int, default=0, help="of the first sample; the others count up from it")
+    sub.add_argument("--samples", type=int, default=1, help="continuations of the prompt")
+    sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)")
+    sub.add_argument("--stop-tokens", help="end before one of these ids instead of the end-of-text token")
+    sub.add_argument("--speculative", action="store_true", help="draft with MTP: the same tokens in fewer steps")
+    _continues(sub, 64)
+
+
+def _chat(sub):
+    sub.add_argument("checkpoint", help="with the tokenizer of a DeepSeek-V4 release, or 'byte-chat'")
+    sub.add_argument("--thinking", default="chat", choices=("chat", "thinking"))
+    sub.add_argument("--effort", help="of thinking: high, max (0731: low, high, max)")
+    sub.add_argument("--release", default="v4", choices=("v4", "0731"), help="whose words ask for effort")
+    sub.add_argument("--system", metavar="TEXT", help="opens the conversation")
+    sub.add_argument("--seed", type=int, default=0)
+    _continues(sub, 512)
+
+
+def _score(sub):
+    sub.add_argument("checkpoint")
+    sub.add_argument("--tokens", required=True, help=".npy file, integers [B, S]")
+    sub.add_argument("--out", required=True, help=".npz file to write")
+    sub.add_argument("--quant", default="none", choices=("none", "official"))
+    _on_mesh(sub)
+
+
+def _convert(sub):
+    sub.add_argument("source")
+    sub.add_argument("target")
+    sub.add_argument("--format", choices=("orbax", "safetensors"), default="safetensors")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "fp8", "official"))
+    sub.add_argument("--verify", action="store_true", help="compare TARGET with SOURCE tensor by tensor (made first if it is not there)")
+    sub.add_argument("--max-file-bytes", type=int, default=5 * 10**9, help="of a safetensors file")
+    sub.add_argument("--workers", type=int, default=2, help="tensors or files converted at a time; each takes memory for one")
+
+
+def _cost(sub):
+    sub.add_argument("config", help="CONFIG.py or config.json")
+    sub.add_argument("--context", type=int, help="tokens in the sequence (default: max_position_embeddings)")
+
+
+def _layout(sub):
+    sub.add_argument("config", nargs="?", help="CONFIG.py or config.json")
+    sub.add_argument("--mesh", help="for example fsdp=8,expert=16 (default: that of CONFIG.py)")
+    sub.add_argument("--layout", help="sharding layout (default: that of CONFIG.py, or full)")
+    sub.add_argument("--target", default="cpu", help="cpu; a TPU topology such as v5p:4x4x8 (extra `tpu`); h100:N (extra `gpu`); on paper "
+                        "cloudmatrix384:1024, my-chip.json:16 and others (v4jax/layout/hardware.json)")  # fmt: skip
+    sub.add_argument("--what", choices=("train", "decode"), default="train", help="the step: training, or one new token a row (on paper)")
+    sub.add_argument("--seq", type=int, help="tokens a row")
+    sub.add_argument("--batch", type=int, help="rows a step (default: one a device)")
+    sub.add_argument("--fp8", action="store_true", help="estimate with products at the fp8 rate")
+    sub.add_argument("--released", action="store_true", help="decode from weights in the released formats (fp8, MXFP4)")
+    sub.add_argument("--paper", action="store_true", help="compile nothing")
+    sub.add_argument("--lower-only", action="store_true", help="stop before compiling: seconds instead of minutes for a full model")
+    sub.add_argument("--search", action="store_true", help="rank every layout and mesh of --chips chips on paper")
+    sub.add_argument("--chips", type=int, help="chips to search on (default: as many as the target names)")
+    sub.add_argument("--confirm", type=int, default=0, metavar="K", help="compile the best K of the search")
+    sub.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two layouts side by side, each LAYOUT:MESH")
+    sub.add_argument("--report", metavar="OUT.html", help="write one page that works offline (of a search: of its winner)")
+    sub.add_argument("--stablehlo", metavar="OUT", help="write the step as a portable module (extra `export`); nothing else is done")
+    sub.add_argument("--measure", metavar="OUT.json", help="measure this machine and write it as a hardware profile; no CONFIG")
+
+
+def _launch(sub):
+    sub.add_argument("--processes", type=int, required=True, help="local processes")
+    sub.add_argument("--devices", type=int, required=True, help="simulated devices of each process")
+    sub.add_argument("--output", choices=("all", "first"), default="all",
+                        help="all: every process's lines after [i]; first: those of process 0, as they are")  # fmt: skip
+
+
+COMMANDS = {
+    "train": ("Train, or resume, the run that CONFIG.py describes.", _train),
+    "plot": ("Write RUN/summary.html, one page about a run, also while it runs.", _plot),
+    "generate": ("Continue a prompt.", _generate),
+    "chat": ("Talk: a line of the input is a turn, its end (Ctrl-D) ends.", _chat),
+    "score": ("Logits and loss of every token of a .npy file.", _score),
+    "convert": ("Convert between safetensors and the v4jax store.", _convert),
+    "cost": ("Parameters, FLOPs per token and cache bytes, from the configuration alone.", _cost),
+    "layout": ("What a layout holds, sends and takes: on paper, and compiled for devices that need not exist.", _layout),
+    "launch": ("Run -- COMMAND as one JAX job of local processes on simulated CPU devices.", _launch),
+}
+"""Name -> what it does, in a sentence; the function that declares its flags."""

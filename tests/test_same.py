@@ -15,6 +15,7 @@ from v4jax.train import loop
 from v4jax.train.config import TrainConfig
 from v4jax.train.report import read_metrics
 from v4jax.train.resume import start
+from v4jax.train.stages import Batches
 from v4jax.train.step import batch_sharding, compile_step, init_state, state_shardings
 
 MODEL = small_config(vocab_size=260, num_hidden_layers=1, compress_ratios=(4,), num_hash_layers=0, num_nextn_predict_layers=0, hidden_size=32,
@@ -32,7 +33,7 @@ def states(cfg):
     found = {}
     with jax.set_mesh(mesh), Store(cfg.run_dir) as store:
         for step in (4, 2):
-            data = loop._data(cfg, loop.tokenizer_of(cfg.data), None)
+            data = Batches(cfg, lambda view: loop._data(view, loop.tokenizer_of(cfg.data), None))
             found[step] = jax.tree.map(np.asarray, start(dataclasses.replace(cfg, steps=step), rules, state_shardings(cfg, rules, mesh), store, data).state)
             store.put_aside_after(step - 1, "seen")
     return found

@@ -43,16 +43,16 @@ def simulate_devices(count: int) -> None:
     A count the user has fixed (JAX_NUM_CPU_DEVICES or XLA_FLAGS) is left alone.
     """
     if not any(importlib.util.find_spec(name) for name in ("libtpu", "jax_plugins")):
-        _keep_freed_memory()
+        keep_freed_memory()
     fixed = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if count > 1 and not fixed:
         with contextlib.suppress(RuntimeError):  # JAX has started already: make_mesh will say whether there are enough
             jax.config.update("jax_num_cpu_devices", count)
 
 
-def _keep_freed_memory() -> None:
-    """Tells glibc to keep what a step frees for the next step. XLA:CPU asks for its temporary memory anew at every step, and
-    having the kernel clear 1 GB of new pages each time took a quarter of a step of benchmarks/train_step.py.
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what is freed. XLA:CPU asks for its temporary memory anew at every step, and having the kernel clear 1 GB
+    of new pages each time took a quarter of a step of benchmarks/train_step.py; a conversion, a third.
 
     Works only before JAX starts its threads: they would have taken heaps of their own.
     """

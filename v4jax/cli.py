@@ -160,8 +160,10 @@ def _score(arguments, _):
 
 
 def _convert(arguments, _):
+    from sharding.mesh import keep_freed_memory
     from v4jax.convert import compare, convert
 
+    keep_freed_memory()
     result = {}
     if not arguments.verify or not pathlib.Path(arguments.target).exists():
         result = convert(

@@ -36,8 +36,8 @@ from v4jax.checkpoint.export import (
     write_json,
     write_tensors,
 )
-from v4jax.checkpoint.files import Header, headers_of, read_tensor, write_file
-from v4jax.checkpoint.formats import DTYPES, FLOAT32, Kind, Stored, allowed_kinds, check_format, encode, format_of, kind_in, scale_of, shapes_of
+from v4jax.checkpoint.files import Header, dtype_name, headers_of, read_tensor, write_file
+from v4jax.checkpoint.formats import DTYPES, Kind, Stored, allowed_kinds, check_format, encode, format_of, kind_in, scale_of, shapes_of
 from v4jax.checkpoint.load import Source, open_safetensors
 from v4jax.checkpoint.names import official_names, official_shapes, plain_dtype
 from v4jax.checkpoint.room import Room
@@ -132,8 +132,9 @@ class StoreSource(NamedTuple):
 
     def numbers(self, name: str) -> np.ndarray:
         slot = official_names(self.cfg)[name]
-        kind = Kind("I64") if name.endswith(".tid2eid") else FLOAT32
-        return store_slot(self.cfg, name, kind, self.leaves[slot.path], slot).data
+        leaf = self.leaves[slot.path]
+        kind = Kind("I64" if name.endswith(".tid2eid") else dtype_name(leaf.dtype.numpy_dtype))
+        return store_slot(self.cfg, name, kind, leaf, slot).data
 
     def scale(self, name: str) -> np.ndarray | None:
         if name not in self.scales:

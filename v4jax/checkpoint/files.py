@@ -109,8 +109,8 @@ def write_file(
         with open(partial, "wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)
             for (name, planned), (got, array) in zip(tensors.items(), arrays, strict=True):
-                if (got, dtype_name(array), array.shape) != (name, *planned):
-                    raise AssertionError(f"got {got} {dtype_name(array)} {array.shape}; planned was {name} {planned}")
+                if (got, dtype_name(array.dtype), array.shape) != (name, *planned):
+                    raise AssertionError(f"got {got} {dtype_name(array.dtype)} {array.shape}; planned was {name} {planned}")
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
                 file.write(data)
                 sums[name] = zlib.crc32(data)
@@ -128,9 +128,9 @@ def write_file(
     partial.rename(path)
 
 
-def dtype_name(array: np.ndarray) -> str:
-    """What safetensors calls the dtype of `array`."""
-    return next(name for name, dtype in DTYPES.items() if dtype == array.dtype)
+def dtype_name(dtype: np.dtype) -> str:
+    """What safetensors calls a dtype."""
+    return next(name for name, own in DTYPES.items() if own == dtype)
 
 
 def _read_index(directory: pathlib.Path) -> dict[str, str] | None:

@@ -84,7 +84,7 @@ _FROM_TRANSFORMERS = (
 )
 
 Path = tuple[str, ...]
-_TILE = 256
+_ROWS, _COLUMNS = 16, 1024
 
 
 class Slot(NamedTuple):
@@ -181,12 +181,15 @@ def read_slot(name: str, leaf: Any, slot: Slot, dtype: np.dtype | None = None) -
 
 
 def turned(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The transposed matrix, contiguous, tile by tile: four times as fast as whole where it exceeds the cache."""
+    """The transposed matrix, contiguous: bands of few rows, two to four times as fast as square tiles. Moved as integers, since NumPy copies
+    its own kinds of numbers faster than bfloat16."""
     out = np.empty(array.shape[::-1], dtype)
-    for row in range(0, array.shape[0], _TILE):
-        for column in range(0, array.shape[1], _TILE):
-            tile = slice(row, row + _TILE), slice(column, column + _TILE)
-            out[tile[::-1]] = array[tile].T
+    bits = np.dtype(f"u{out.itemsize}")
+    moved = out.view(bits)
+    for column in range(0, array.shape[1], _COLUMNS):
+        for row in range(0, array.shape[0], _ROWS):
+            rows, columns = slice(row, row + _ROWS), slice(column, column + _COLUMNS)
+            moved[columns, rows] = array[rows, columns].astype(dtype, copy=False).view(bits).T
     return out
 
 

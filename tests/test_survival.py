@@ -1,0 +1,126 @@
+"""Claims about whole runs: killed at any moment, moved to other devices, layouts and process counts, they go on as if nothing had been."""
+
+import collections
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from test_intact import losses, text_folder  # noqa: F401  (a fixture)
+from test_processes import MODEL as WIDE
+
+from v4jax.data.config import DataConfig
+from v4jax.train.config import TrainConfig
+from v4jax.train.loop import train
+
+KILLS = 20
+TESTS = pathlib.Path(__file__).parent
+CONFIG = """
+from {module} import config
+def get_config():
+    return config({text!r}, {run!r}{more})
+"""
+
+
+def job(tmp_path, name: str, code: str, *arguments: str, processes: int = 1, **environment: str) -> subprocess.Popen:
+    """A fresh process, or several, that trains what `code` configures; one device each."""
+    file = tmp_path / f"{name}.py"
+    file.write_text(code)
+    command = [sys.executable, "-m", "v4jax", "train", str(file), *arguments]
+    if processes > 1:
+        command = [sys.executable, "-m", "v4jax", "launch", "--processes", str(processes), "--devices", "1", "--", *command]
+    paths = {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "JAX_NUM_CPU_DEVICES": "1"}
+    return subprocess.Popen(command, env=os.environ | paths | environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process: subprocess.Popen) -> None:
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err[-2000:]
+
+
+def lines_of(run: pathlib.Path) -> list[dict]:
+    """Whole lines of metrics.jsonl, which may be being written."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def kill_at_a_random_moment(process, run, dice: random.Random, during_a_save: bool) -> dict[int, float]:
+    """Waits for a step that this process took, then for a moment or for a save to begin; gives the losses written until then."""
+    begun = len(lines_of(run))
+    deadline = time.time() + 120
+    is_there = lambda: len(lines_of(run)) != begun  # a resumed run drops lines first  # noqa: E731
+    while not is_there() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    saving = lambda: any("tmp" in path.name for path in (run / "checkpoints").iterdir())  # noqa: E731
+    until = time.time() + (3 if during_a_save else dice.uniform(0, 0.6))
+    while time.time() < until and not (during_a_save and saving()):
+        time.sleep(0.001)
+    time.sleep(dice.uniform(0, 0.05))
+    assert process.poll() is None, process.communicate()[1][-2000:]
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return {line["step"]: line["loss"] for line in lines_of(run)}
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_every_loss_is_that_of_the_run_left_alone(text_folder, tmp_path):  # noqa: F811
+    run, alone, dice = tmp_path / "run", tmp_path / "alone", random.Random(0)
+    more = ", steps=100_000, eval_batches=0, checkpoint_every=3"
+    code = CONFIG.format(module="test_intact", text=str(text_folder), run=str(run), more=more)
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    seen = collections.defaultdict(set)
+    for i in range(KILLS):
+        found = kill_at_a_random_moment(job(tmp_path, "killed", code, **cache), run, dice, during_a_save=i % 2 == 0)
+        for step, loss in found.items():
+            seen[step].add(loss)
+    last = max(seen) + 3
+    assert max(seen) > 3  # at least one checkpoint was gone on from
+    finished(job(tmp_path, "killed", code, "--steps", str(last), **cache))
+    finished(job(tmp_path, "alone", code.replace(repr(str(run)), repr(str(alone))), "--steps", str(last), **cache))
+    assert [line["step"] for line in lines_of(run)] == list(range(1, last + 1))
+    assert losses(run) == losses(alone)
+    assert all(seen[step] == {loss} for step, loss in losses(alone).items() if step in seen)
+    for name in ("config.json", "tokenizer.json", "tensorboard", "loss.png"):
+        assert (run / name).exists(), name
+    assert not any("tmp" in path.name for path in (run / "checkpoints").iterdir())
+
+
+def config(text, run, **changes) -> TrainConfig:
+    """A run whose model divides over 8 devices in every layout."""
+    fields = dict(
+        model=WIDE, data=DataConfig(source=str(text), held_out=0.2), run_dir=str(run), steps=8, batch_size=8, seq_len=24,
+        learning_rate=1e-3, warmup_steps=0, log_every=1, eval_batches=0, checkpoint_every=2, remat=False, export="none",
+    )  # fmt: skip
+    return TrainConfig(**fields | changes)
+
+
+STAGES = (("data=2,expert=2,tensor=2", "full", 2), ("fsdp=4", "fsdp", 4), ("expert=2", "ep", 6), ("context=2,expert=4", "cp_ep", 8))
+
+
+@pytest.mark.slow
+def test_eight_devices_then_four_then_two_then_eight(text_folder, tmp_path):  # noqa: F811
+    for mesh, layout, steps in STAGES:
+        train(config(text_folder, tmp_path / "moved", mesh=mesh, layout=layout, steps=steps))
+    train(config(text_folder, tmp_path / "one"))
+    moved, one = losses(tmp_path / "moved"), losses(tmp_path / "one")
+    assert list(moved) == list(range(1, 9))
+    np.testing.assert_allclose([moved[step] for step in one], list(one.values()), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_then_one_then_two(text_folder, tmp_path):  # noqa: F811
+    code = CONFIG.format(module="test_survival", text=str(text_folder), run=str(tmp_path / "moved"), more=", mesh='data=2', layout='dp'")
+    finished(job(tmp_path, "two", code, "--steps", "3", processes=2))
+    train(config(text_folder, tmp_path / "moved", steps=5))
+    finished(job(tmp_path, "two", code, processes=2))
+    train(config(text_folder, tmp_path / "one"))
+    moved, one = losses(tmp_path / "moved"), losses(tmp_path / "one")
+    assert list(moved) == list(range(1, 9))
+    np.testing.assert_allclose([moved[step] for step in one], list(one.values()), rtol=1e-5)

@@ -101,7 +101,10 @@ def _whole(rules: AxisRules, tokens: tuple[str, ...], w: jax.Array, names: tuple
 
 
 def _run(expert, weights, num_experts, x_BSD, index_BSK, gate_BSK) -> jax.Array:
-    """Dispatches to the experts in `weights`; assignments outside [0, E) are other devices' and give 0."""
+    """Dispatches to the experts in `weights`; assignments outside [0, E) are other devices' and give 0.
+
+    num_experts: how many experts share the assignments, of this device and of others.
+    """
     batch, seq, width = x_BSD.shape
     here, active = jax.tree.leaves(weights)[0].shape[0], index_BSK.shape[-1]
     assignments = batch * seq * active
@@ -121,19 +124,20 @@ def _run_exchanged(expert, weights, num_experts, holders, x_bsd, index_bsk, gate
     index_TK = index_bsk.reshape(-1, active)
     path = route(index_TK, num_experts, holders)
     rows = round_rows(index_TK.size)
-    one = functools.partial(_one_round, expert, num_experts, holders, rows)
+    one = functools.partial(_one_round, expert, holders, rows)
     inputs = (weights, x_bsd.reshape(-1, width), gate_bsk.reshape(-1, 1))
     return sum_rounds(one, rounds_needed(path, rows), path, inputs).reshape(batch, seq, width)
 
 
-def _one_round(expert, num_experts, holders, rows, turn, path: Route, inputs) -> jax.Array:
+def _one_round(expert, holders, rows, turn, path: Route, inputs) -> jax.Array:
     weights, x_TD, gate_N1 = inputs
     moves, every = window(path, turn, rows), jnp.ones_like(path.token_N, bool)
     x_ND = _spread(x_TD, path.token_N, every, path.slot_TK)
     x_QD = exchange(x_ND, rows, moves, holders)
     gate_Q1 = exchange(_spread(gate_N1, path.assignment_N, every, path.slot_TK.reshape(-1, 1)), rows, moves, holders)
     index_Q = expert_of_rows(path, turn, rows, holders)
-    y_QD = _run(expert, weights, num_experts, x_QD[None], index_Q[None, :, None], gate_Q1[None])[0]
+    here = jax.tree.leaves(weights)[0].shape[0]  # all rows that came are for these
+    y_QD = _run(expert, weights, here, x_QD[None], index_Q[None, :, None], gate_Q1[None])[0]
     y_ND = exchange(y_QD, x_ND.shape[0], moves.back(), holders)
     return _collect(y_ND, path.token_N, every, path.slot_TK)
 

@@ -9,8 +9,9 @@ Next file to read: v4jax/train/muon.py.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,37 +19,64 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 
-def on_whole_matrices(f: Callable[[jax.Array], jax.Array], x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
-    """f(x) for a function of stacks [N, A, Z] that treats every matrix by itself; x [..., A, Z] lies as `spec` says.
+TOGETHER = 2**29
+"""Bytes of stacks of one shape that are worked on as one: each call of f is a program of its own, which takes a compiler seconds,
+but stacks that are joined are held twice."""
 
-    `spec` None: x is whole, nothing moves. Otherwise needs an ambient mesh. Not differentiable.
+
+def on_whole_matrices(f: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array], specs: Sequence[PartitionSpec] | None) -> list[jax.Array]:
+    """f(x) of each array [..., A, Z], for a function of stacks [N, A, Z] that treats every matrix by itself; arrays lie as `specs` say.
+
+    `specs` None: all are whole, nothing moves. Otherwise needs an ambient mesh. Not differentiable.
     """
-    if spec is None:
-        return f(x.reshape(-1, *x.shape[-2:])).reshape(x.shape)
+    if specs is None:
+        outs = _together(f, [x.reshape(-1, *x.shape[-2:]) for x in arrays])
+        return [out.reshape(x.shape) for out, x in zip(outs, arrays, strict=True)]
+    # Results of copies are gathered to equal values, which the type system of shard_map cannot see.
+    local = functools.partial(_local, f, specs)
+    return jax.shard_map(local, in_specs=(list(specs),), out_specs=list(specs), check_vma=False)(list(arrays))
+
+
+def _local(f, specs, arrays: list[jax.Array]) -> list[jax.Array]:
+    stacks, undo = zip(*(_whole(x, spec) for x, spec in zip(arrays, specs, strict=True)), strict=True)
+    outs = _together(f, stacks)
+    return [back(out).reshape(x.shape) for back, out, x in zip(undo, outs, arrays, strict=True)]
+
+
+def _together(f, stacks: Sequence[jax.Array]) -> list[jax.Array]:
+    """f of each stack; small stacks of one shape are joined."""
+    groups: dict[tuple[int, ...], list[list[int]]] = {}
+    for i, stack in enumerate(stacks):
+        groups.setdefault(stack.shape[1:], [[]])
+        last = groups[stack.shape[1:]][-1]
+        if last and stack.nbytes + sum(stacks[j].nbytes for j in last) > TOGETHER:
+            groups[stack.shape[1:]].append([i])
+        else:
+            last.append(i)
+    outs: list[jax.Array | None] = [None] * len(stacks)
+    for group in itertools.chain(*groups.values()):
+        out, start = f(jnp.concatenate([stacks[i] for i in group])), 0
+        for i in group:
+            outs[i] = out[start : start + len(stacks[i])]
+            start += len(stacks[i])
+    return outs
+
+
+def _whole(x: jax.Array, spec: PartitionSpec):
+    """This device's share of the matrices of x, whole, and how to give the results back."""
     sizes = {axis: size for axis, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1}
     parts = [part if isinstance(part, tuple) else (part,) for part in spec] + [()] * (x.ndim - len(spec))
     cut = [tuple(axis for axis in part if axis in sizes) for part in parts]
-    copies = tuple(axis for axis in sizes if not any(axis in part for part in cut))
-    local = functools.partial(_local, f, sizes, cut[-2], cut[-1], copies)
-    # Results of copies are gathered to equal values, which the type system of shard_map cannot see.
-    return jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False)(x)
-
-
-def _local(f, sizes: dict[str, int], rows: tuple[str, ...], columns: tuple[str, ...], copies: tuple[str, ...], x: jax.Array):
-    stack = x.reshape(-1, *x.shape[-2:])
-    undo = []
-    for axis in copies:
+    stack, undo = x.reshape(-1, *x.shape[-2:]), []
+    for axis in (axis for axis in sizes if not any(axis in part for part in cut)):
         if len(stack) >= sizes[axis]:
             stack, back = _share(stack, axis, sizes[axis])
             undo.append(back)
-    for dim, axes in ((1, rows), (2, columns)):
+    for dim, axes in ((1, cut[-2]), (2, cut[-1])):
         for axis in reversed(axes):  # the innermost axis has neighbouring pieces
             stack, back = _collect(stack, axis, sizes[axis], dim)
             undo.append(back)
-    stack = f(stack)
-    for back in reversed(undo):
-        stack = back(stack)
-    return stack.reshape(x.shape)
+    return stack, lambda out: functools.reduce(lambda out, back: back(out), reversed(undo), out)
 
 
 def _share(stack, axis: str, size: int):

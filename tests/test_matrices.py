@@ -35,7 +35,7 @@ def test_cut_matrices_are_orthogonalised_once(shape, spec, seen):
 
     with jax.set_mesh(mesh):
         place = NamedSharding(mesh, spec)
-        run = jax.jit(lambda x: on_whole_matrices(f, x, spec), in_shardings=place, out_shardings=place)
+        run = jax.jit(lambda x: on_whole_matrices(f, [x], [spec])[0], in_shardings=place, out_shardings=place)
         got = run(jax.device_put(x, place))
     # Ten iterations of a cubic amplify the rounding of differently ordered sums.
     np.testing.assert_allclose(got, newton_schulz(x), atol=2e-5)
@@ -47,6 +47,27 @@ def test_a_stack_that_fills_the_devices_moves_by_all_to_all_only():
     spec = P(None, "expert", "fsdp", "tensor")
     with jax.set_mesh(mesh):
         x = jax.ShapeDtypeStruct((4, 4, 16, 24), jnp.float32, sharding=NamedSharding(mesh, spec))
-        text = jax.jit(lambda x: on_whole_matrices(newton_schulz, x, spec)).lower(x).compile().as_text()
+        text = jax.jit(lambda x: on_whole_matrices(newton_schulz, [x], [spec])).lower(x).compile().as_text()
     assert text.count(" all-to-all(") == 4
     assert not any(kind in text for kind in ("all-gather", "all-reduce", "collective-permute", "reduce-scatter"))
+
+
+def test_small_stacks_of_one_shape_are_one(monkeypatch):
+    """Whole and cut arrays; those that are too large together are not joined."""
+    monkeypatch.setattr("sharding.matrices.TOGETHER", 4 * 4 * 16 * 24)  # four matrices
+    keys = jax.random.split(jax.random.key(0), 5)
+    xs = [jax.random.normal(key, shape) for key, shape in zip(keys, [(2, 16, 24), (24, 16), (1, 2, 16, 24), (5, 16, 24), (16, 24)], strict=True)]
+    seen = []
+
+    def f(stack):
+        seen.append(stack.shape)
+        return stack * jnp.sum(stack, axis=(1, 2), keepdims=True)
+
+    want = [x * jnp.sum(x, axis=(-2, -1), keepdims=True) for x in xs]
+    for got, expected in zip(on_whole_matrices(f, xs, None), want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert sorted(seen) == [(1, 16, 24), (1, 24, 16), (4, 16, 24), (5, 16, 24)]
+    mesh, specs = make_mesh(parse_mesh("fsdp=4,expert=2")), [P(None, "fsdp"), P("expert"), P(None, "expert"), P(), P(None, "fsdp")]
+    with jax.set_mesh(mesh):
+        for got, expected in zip(jax.jit(lambda *xs: on_whole_matrices(f, xs, specs))(*xs), want, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)

@@ -29,7 +29,7 @@ _COPIES = {"muon": 1, "adamw": 2, "frozen": 0, "none": 0}
 _BLOCK = 128
 
 
-def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str) -> list[Term]:
+def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list[Term]:
     """Terms of the kinds MEMORY (held) and WORKING (the largest is)."""
     item = 4 if cfg.dtype == "float32" else 2
     terms, muon = [], 0.0
@@ -45,7 +45,7 @@ def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platfor
             muon = max(muon, 4.0 * spread(weight, cut.parts, sizes)[0] * (3 * m * n + 2 * m * m))
     gradients = sum(term.coefficient for term in terms if term.kind == "gradients")
     terms.append(Term("muon", "updates", gradients + muon))
-    terms += _activations(cfg, item) + _experts(cfg, rules, sizes, item, platform)
+    terms += _activations(cfg, item) + _experts(cfg, rules, sizes, item)
     return terms + _attention(cfg, rules, sizes, item) + _head(cfg, rules, sizes, item)
 
 
@@ -63,12 +63,8 @@ def _activations(cfg: TrainConfig, item: int) -> list[Term]:
     return [Term("activations", "every layer", row * layers, "tokens")]
 
 
-def _experts(cfg: TrainConfig, rules: AxisRules, sizes, item: int, platform: str) -> list[Term]:
-    """Weights in the compute dtype, rows in blocks with their hidden values and gradients, one matrix's gradient.
-
-    XLA:TPU of jax 0.10 makes the gradient of a grouped product by masking all rows for every expert: E times the rows, and
-    part of the mask itself (seen: 1.5 to 1.8 such arrays at once).
-    """
+def _experts(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
+    """Weights in the compute dtype, rows in blocks with their hidden values and gradients, one matrix's gradient."""
     model = cfg.model
     holders, cut = (math.prod(sizes[axis] for axis in rules.mesh_axes(name)) for name in ("experts", "expert_hidden"))
     here, hidden = model.n_routed_experts / holders, model.moe_intermediate_size / cut
@@ -77,10 +73,9 @@ def _experts(cfg: TrainConfig, rules: AxisRules, sizes, item: int, platform: str
     if holders > 1 and not rules.exchange:  # all tokens of the group are gathered, a share of their rows is filled
         rows *= holders
     row = (2 * model.hidden_size + 2 * hidden + model.hidden_size) * item
-    mask = 1.7 * here * max(model.hidden_size, hidden) * 2 if platform == "tpu" else 0
     return [
-        Term("experts", "matrices and blocks", matrices + here * model.hidden_size * hidden * 4 + here * _BLOCK * (row + mask)),
-        Term("experts", "rows", rows * (row + mask), "tokens"),
+        Term("experts", "matrices and blocks", matrices + here * model.hidden_size * hidden * 4 + here * _BLOCK * row),
+        Term("experts", "rows", rows * row, "tokens"),
         Term("experts", "streams", 3 * model.hc_mult * model.hidden_size * item, "tokens"),
     ]
 

@@ -20,10 +20,6 @@ from v4jax.layout.work import layers_by_ratio, part_of, spread
 from v4jax.train.config import TrainConfig
 
 
-FEW = 4
-"""Devices among which XLA:TPU still scatters a sum of experts' gradients (seen: 2 yes, 8 no)."""
-
-
 def traffic(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str) -> list[Term]:
     """Terms of kind "sent". platform: "tpu", "gpu" or "cpu" (simulated devices: an exchange is a gather there)."""
     axes = {name: [a for a in rules.mesh_axes(name) if sizes[a] > 1] for name in ("act_batch", "act_seq", "act_heads", "experts", "vocab")}
@@ -79,10 +75,9 @@ def _gradient(cfg, weight: Weight, cut: Cut, scattered: list[str], tokens: list[
         return [_sent(part, both, "all-reduce", 2 * numbers * item * (n * r - 1) / (n * r), calls=weight.layers)]
     terms = []
     if scattered:
-        # In full, of which a part is kept, at twice the bytes: the head's everywhere; by XLA:TPU experts' among many devices, and
-        # other weights' over several axes.
-        odd = n > FEW if weight.is_expert else len(scattered) > 1
-        full = (platform == "tpu" and odd and not table) or weight.name.startswith("head/")
+        # In full, of which a part is kept, at twice the bytes: the head's everywhere; by XLA:TPU also all but experts' over several axes.
+        odd = len(scattered) > 1 and not weight.is_expert and not table
+        full = (platform == "tpu" and odd) or weight.name.startswith("head/")
         kind = "all-reduce" if full else "reduce-scatter"
         terms.append(_sent(part, scattered, kind, (1 + full) * numbers * item * (n - 1) / n, "one", weight.layers, 1 / (1 + full)))
     if rest:  # experts are summed over the other axes while they are whole

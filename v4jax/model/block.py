@@ -75,14 +75,17 @@ class Pattern(Weights):
 
 def stack(rules, dtype: jnp.dtype, quant: str, csa: Csa, cfg: ModelConfig, kinds, repeats: int, remat: bool, name: str) -> nn.Module:
     """`repeats` Patterns in a row as one scanned module; weights gain a first axis "layers"."""
-    body = nn.remat(Pattern, prevent_cse=False) if remat else Pattern
+    # Two layers in a loop cost more in slicing than they save in compiling; models that need remat are large, there it is the other way.
+    loop = repeats > (1 if remat else 2)
+    # Without a loop between the two, XLA would find the second computation equal to the first and keep everything instead.
+    body = nn.remat(Pattern, prevent_cse=not loop) if remat else Pattern
     scanned = nn.scan(
         body,
         variable_axes={"params": 0, "router": 0, "chosen": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, nn.broadcast),
         length=repeats,
-        unroll=repeats if repeats <= 2 else 1,  # two layers in a loop cost more in slicing than they save in compiling
+        unroll=1 if loop else repeats,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(rules, dtype, quant, csa, cfg, kinds, name=name)

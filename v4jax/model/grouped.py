@@ -1,6 +1,6 @@
 """The experts' feed-forward over rows sorted by expert: grouped matrix products, with a backend per platform.
 
-TPU: lax.ragged_dot (a grouped GEMM) on all rows at once. CPU and GPU: one loop over blocks of rows that belong to one expert,
+TPU: lax.ragged_dot (a grouped GEMM) on all rows at once, with a kernel for its weight gradient (model/outer.py). CPU and GPU: one loop over blocks of rows that belong to one expert,
 as long as there are blocks in use; there XLA's ragged_dot does E times the work (30-50 times slower on CPU), and a block's
 intermediate values stay in cache. Both run the same two formulas below, which take the products as arguments.
 
@@ -17,6 +17,7 @@ from jax import lax
 
 from sharding.experts import Groups
 from sharding.manual import vary_like
+from v4jax.model.outer import grouped_outer
 from v4jax.quant.fake import fp8_input
 
 
@@ -110,12 +111,7 @@ def _ragged_forward(form, w, x_PD, gate_P, groups):
 
 
 def _ragged_backward(form, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
-    experts = w.w1.shape[0]
-
-    def outer(x_PA, ct_PZ):
-        zero = vary_like(jnp.zeros((experts, x_PA.shape[1], ct_PZ.shape[1]), w.w1.dtype), x_PA)
-        return jax.vjp(lambda w_EAZ: _ragged_dot(groups)(x_PA, w_EAZ), zero)[1](ct_PZ)[0]
-
+    outer = lambda x_PA, ct_PZ: grouped_outer(x_PA, ct_PZ, groups).astype(w.w1.dtype)  # noqa: E731
     return _ffn_backward(form, _ragged_dot(groups), outer, w, x_PD, gate_P, h1_PF, h3_PF, ct_PD)
 
 

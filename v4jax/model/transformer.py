@@ -81,7 +81,7 @@ class Transformer(Weights):
             with jax.named_scope("mtp"):
                 next_BS = jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1)))
                 next_BSD = embed_lookup(self.rules, table_VD, next_BS).astype(self.dtype)
-                mtp = nn.remat(MTP, prevent_cse=False) if self.remat else MTP
+                mtp = nn.remat(MTP) if self.remat else MTP
                 counted = without_last_tokens(documents, next_BS)
                 mtp_x_BSD, route, _ = mtp(*own, cfg, name="mtp")(x_BSXD, next_BSD, next_BS, counted)
                 routing["mtp"] = {"block": route}

@@ -56,14 +56,13 @@ def scale_by_muon(mu: float = 0.95, specs: Specs | None = None) -> optax.Gradien
     def init(params):
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
-    def direction(path, m, g):
-        scale = max(g.shape[-2:]) ** 0.5 * UPDATE_RMS
-        return on_whole_matrices(newton_schulz, mu * m + g, specs.get(tuple(key.key for key in path))) * scale
-
     def update(grads, state, params=None):
         del params
         momentum = jax.tree.map(lambda m, g: mu * m + g, state.momentum, grads)
-        return jax.tree_util.tree_map_with_path(direction, momentum, grads), MuonState(momentum)
+        ahead, tree = jax.tree_util.tree_flatten_with_path(jax.tree.map(lambda m, g: mu * m + g, momentum, grads))
+        places = [specs[tuple(key.key for key in path)] for path, _ in ahead] if specs else None
+        outs = on_whole_matrices(newton_schulz, [x for _, x in ahead], places)
+        return jax.tree.unflatten(tree, [out * (max(out.shape[-2:]) ** 0.5 * UPDATE_RMS) for out in outs]), MuonState(momentum)
 
     return optax.GradientTransformation(init, update)
 

@@ -1,0 +1,67 @@
+"""The weight gradient of a grouped product on TPU, as a kernel: the sum of x^T ct over each expert's rows.
+
+XLA:TPU of jax 0.10 makes this gradient of lax.ragged_dot by masking all rows for every expert: E times the FLOPs, and arrays of E x
+rows x width, the largest of a training step. Rows lie in whole blocks of one expert each (sharding/experts.py), so that the kernel
+only has to add up blocks: the grid walks a tile of the result through all blocks, which come in the order of their experts.
+
+Shapes: P rows in blocks, E experts, A and Z widths of the two factors.
+Next file to read: v4jax/model/grouped.py.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from sharding.experts import Groups
+from sharding.manual import vary_like
+
+LANES = 128
+"""A TPU's vectors are this wide: tiles are cut in multiples of it."""
+
+TILE = 1024
+"""Widest tile: 1024 x 1024 numbers in float32 are 4 MB, twice, of a TPU core's fast memory (16 MB are a kernel's by default)."""
+
+
+def grouped_outer(x_PA: jax.Array, ct_PZ: jax.Array, groups: Groups, interpret: bool = False) -> jax.Array:
+    """out[e] = sum over the rows p of expert e of x[p]^T ct[p], float32 [E,A,Z]; 0 for an expert without rows.
+
+    interpret: run the kernel step by step on any platform (tests).
+    """
+    blocks, widths = groups.block_expert.shape[0], (x_PA.shape[1], ct_PZ.shape[1])
+    size, tiles = x_PA.shape[0] // blocks, tuple(_tile(width) for width in widths)
+    zeros = vary_like(jnp.zeros((groups.group_sizes.shape[0], *widths), jnp.float32), x_PA)  # for experts that no block is of
+    rows = lambda place: lambda a, z, block, *_: (block, (a, z)[place])  # noqa: E731
+    return pl.pallas_call(
+        _add_block,
+        out_shape=jax.ShapeDtypeStruct(zeros.shape, zeros.dtype, manual_axis_type=jax.typeof(x_PA).manual_axis_type),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(widths[0] // tiles[0], widths[1] // tiles[1], blocks),
+            in_specs=[*(pl.BlockSpec((size, tile), rows(i)) for i, tile in enumerate(tiles)), pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=pl.BlockSpec((None, *tiles), lambda a, z, block, expert, in_use: (expert[block], a, z)),
+        ),
+        input_output_aliases={4: 0},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        interpret=interpret,
+    )(groups.block_expert, groups.blocks_in_use[None], x_PA, ct_PZ, zeros)
+
+
+def _add_block(expert, in_use, x, ct, zeros, out):
+    """One block's share of one tile. A tile stays in fast memory as long as its expert does."""
+    del zeros  # already there
+    block = pl.program_id(2)
+
+    @pl.when((block == 0) | (expert[block] != expert[jnp.maximum(block - 1, 0)]))
+    def _start():
+        out[...] = jnp.zeros_like(out)
+
+    @pl.when(block < in_use[0])
+    def _add():
+        out[...] += lax.dot_general(x[...], ct[...], (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _tile(width: int) -> int:
+    """The widest tile of whole vectors that cuts `width` evenly, or all of it."""
+    return max((tile for tile in range(LANES, TILE + 1, LANES) if width % tile == 0), default=width)

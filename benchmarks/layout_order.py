@@ -2,9 +2,11 @@
 this machine's measured profile and timed; Kendall's tau of the two orders.
 
 All programs are compiled first and then timed in turns, the fastest turn of each counting, so that what else the machine does hits
-all of them alike. The model is the demo's with two layers, one CSA and one HCA: compiling is what takes time here.
+all of them alike. The model is the demo's with two layers, one CSA and one HCA: compiling is what takes time here, so programs stay in
+a cache, and a run that was stopped goes on with those that are missing.
 
-    JAX_PLATFORMS=cpu python benchmarks/layout_order.py [--turns 8] [--profile cpu.json]
+    JAX_PLATFORMS=cpu python benchmarks/layout_order.py --compile                               # at any load; again, if it was stopped
+    JAX_PLATFORMS=cpu python benchmarks/layout_order.py [--turns 8] [--profile cpu.json]        # on a quiet machine
 """
 
 import argparse
@@ -12,6 +14,7 @@ import dataclasses
 import itertools
 import pathlib
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
@@ -27,10 +30,20 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8, help="each mesh is timed so often; the fastest counts")
     parser.add_argument("--profile", default="cpu", help="hardware profile: a name or a JSON file (v4jax layout --measure writes one)")
     parser.add_argument("--paper", action="store_true", help="predict only")
+    parser.add_argument("--compile", action="store_true", help="compile only, into the cache")
+    parser.add_argument("--cache", default=pathlib.Path(tempfile.gettempdir()) / "v4jax-layout-order", help="where compiled programs stay")
     arguments = parser.parse_args()
+    import jax
+
     from sharding.mesh import simulate_devices
 
     simulate_devices(8)
+    jax.config.update("jax_compilation_cache_dir", str(arguments.cache))
+    if arguments.compile:
+        for case in CASES:
+            prepared(config(case))
+            print(f"{case} is compiled", flush=True)
+        return
     from v4jax.layout.estimate import estimate
     from v4jax.layout.hardware import hardware_of
 

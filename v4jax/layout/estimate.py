@@ -91,7 +91,7 @@ def estimate(cfg: TrainConfig, hardware: Hardware, what: str = "train", fp8: boo
 
     Args:
       what: "train", or "decode": one new token for each of batch_size rows of seq_len tokens.
-      fp8: products of routed and shared experts and of attention run at the fp8 rate. released: decode from the released formats.
+      fp8: products of routed and shared experts and attention's with its weights run at the fp8 rate, scores do not. released: decode from the released formats.
 
     Raises:
       ValueError: mesh, layout or batch that do not fit together.

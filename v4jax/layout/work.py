@@ -71,7 +71,8 @@ def _parts(rules: AxisRules, sizes: Mapping[str, int], name: str) -> int:
 
 
 def _scores(cfg: TrainConfig, layers: dict[int, int], tensor: int, index_parts: int) -> list[Term]:
-    """Attention over window and entries, and the indexer's scores. Chunks of queries are recomputed on their own."""
+    """Attention over window and entries (a part of its own: fp8 recipes leave it in bf16), and the indexer's scores. Chunks of queries
+    are recomputed on their own."""
     model = cfg.model
     again = 5 if cfg.remat else 4
     heads, wide = model.num_attention_heads / tensor, model.num_attention_heads * model.head_dim / tensor
@@ -80,14 +81,14 @@ def _scores(cfg: TrainConfig, layers: dict[int, int], tensor: int, index_parts: 
     moved = 4 * 4 * heads * again / 2
     window = 2 * model.sliding_window * sum(layers.values())
     return [
-        Term("flops", "attention", 4 * wide * window * again, "tokens"),
-        Term("flops", "attention", 4 * wide * layers[CSA] * again, "csa_used"),
-        Term("flops", "attention", 4 * wide * layers[HCA] * again, "hca_used"),
+        Term("flops", "attention scores", 4 * wide * window * again, "tokens"),
+        Term("flops", "attention scores", 4 * wide * layers[CSA] * again, "csa_used"),
+        Term("flops", "attention scores", 4 * wide * layers[HCA] * again, "hca_used"),
         Term("flops", "indexers", index * layers[CSA], "csa_scored"),
-        Term("hbm", "attention", moved * window, "tokens"),
-        Term("hbm", "attention", moved * layers[CSA], "csa_used"),
-        Term("hbm", "attention", moved * layers[HCA], "hca_used"),
-        Term("hbm", "attention", 2 * 2 * model.head_dim * layers[CSA] * again, "csa_gathered"),
+        Term("hbm", "attention scores", moved * window, "tokens"),
+        Term("hbm", "attention scores", moved * layers[CSA], "csa_used"),
+        Term("hbm", "attention scores", moved * layers[HCA], "hca_used"),
+        Term("hbm", "attention scores", 2 * 2 * model.head_dim * layers[CSA] * again, "csa_gathered"),
         Term("hbm", "indexers", 4 * 3 * 3 * layers[CSA], "csa_scored"),
     ]
 

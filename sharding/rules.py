@@ -100,7 +100,7 @@ _gathered.defvjp(
 _LOGICAL_AXES = (
     "layers vocab embed norm streams_embed mix q_lora q_lora_in heads head_dim sinks group_in groups index_heads entry "
     "ape_rows expert_embed experts expert_hidden hidden routes table_rows table_slots embed_out "
-    "act_batch act_seq act_streams act_embed act_heads act_hidden act_vocab act_routes"
+    "act_batch act_seq act_streams act_embed act_heads act_hidden act_vocab act_routes cache_slots"
 ).split()
 
 

@@ -63,6 +63,8 @@ def _generate(sub):
     sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)")
     sub.add_argument("--stop-tokens", help="end before one of these ids instead of the end-of-text token")
     sub.add_argument("--speculative", action="store_true", help="draft with MTP: the same tokens in fewer steps")
+    sub.add_argument("--prefix-cache", metavar="DIR", help="keep the cache of the prompt's beginning here, and use what is kept")
+    sub.add_argument("--prefix-cache-bytes", type=int, default=10 * 10**9, help="that DIR may take; the least recently used go first")
     _continues(sub, 64)
 
 

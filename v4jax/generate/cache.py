@@ -14,6 +14,7 @@ Next file to read: v4jax/model/state.py.
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from sharding.embedding import embed_lookup
 from sharding.rules import AxisRules
 from v4jax.config import CSA, HCA, WINDOW_ONLY, ModelConfig
-from v4jax.model.block import stack
+from v4jax.model.block import Pattern, stack
 from v4jax.model.documents import read_stretch
 from v4jax.model.hyper import HyperHead
 from v4jax.model.mtp import MTP
@@ -35,6 +36,10 @@ from v4jax.model.weights import Csa
 
 BLOCK = math.lcm(CSA, HCA)
 """Capacity comes in whole windows of both ratios."""
+
+
+APART = 8
+"""A group that repeats its layers at most so often is run one by one."""
 
 
 class Cache(NamedTuple):
@@ -58,11 +63,27 @@ class Chunk(NamedTuple):
 
 
 def decoding_rules(rules: AxisRules) -> AxisRules:
-    """The layout with devices that cut sequences cutting the batch instead: a token cannot be cut."""
-    if not rules:
-        return rules
-    moved = {"act_batch": rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq"), "act_seq": ()}
-    return dataclasses.replace(rules, table=tuple((name, moved.get(name, axes)) for name, axes in rules.table))
+    """The layout with devices that cut sequences cutting what is kept of them instead: a token cannot be cut.
+
+    Entries and index keys lie in stretches, one a device. All these devices compute every token, from whole weights. The mesh is ambient.
+    """
+    cut = rules.mesh_axes("act_seq")
+    slots = cut if rules.shards("act_seq") > 1 else ()
+    rest = ((name, tuple(axis for axis in axes if axis not in cut)) for name, axes in rules.table)
+    return dataclasses.replace(rules, table=tuple((name, slots if name == "cache_slots" else axes) for name, axes in rest))
+
+
+def split_layers(cfg: ModelConfig, params):
+    """The parameters with the layers of short groups as arrays of their own, a tuple for a group, for `extend` and `draft`.
+
+    A loop over stacked layers takes each layer's weights off the stack, a copy of all its experts, where a token needs a few.
+    """
+    params = dict(params, router=dict(params["router"]))
+    for group in cfg.layer_groups:
+        for tree in (params, params["router"]):
+            if group.repeats <= APART and not isinstance(tree[group.name], tuple):
+                tree[group.name] = tuple(jax.tree.map(lambda x, n=n: x[n], tree[group.name]) for n in range(group.repeats))
+    return params
 
 
 def check_storage(storage: str, quant: str) -> None:
@@ -77,18 +98,19 @@ def empty_cache(
     cfg: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype = jnp.float32, storage: str = "dtype",
     rules: AxisRules = AxisRules(),
 ) -> Cache:  # fmt: skip
-    """Room for `batch` rows of `capacity` tokens, rounded up to whole blocks of 128; storage: "dtype", or "official" (packed)."""
-    capacity = -(-capacity // BLOCK) * BLOCK
+    """Room for `batch` rows of `capacity` tokens, rounded up to whole blocks of 128 on each of the devices that cut the cache.
+
+    storage: "dtype", or "official" (packed).
+    """
+    block = BLOCK * rules.shards("cache_slots")
+    layer = functools.partial(empty_layer, rules, cfg, batch=batch, capacity=-(-capacity // block) * block, dtype=dtype, storage=storage)
     layers = {
         group.name: {
-            f"block_{i}": empty_layer(cfg, kind.compress_ratio, group.repeats, batch, capacity, dtype, storage)
-            for i, kind in enumerate(group.kinds)
+            f"block_{i}": layer(kind.compress_ratio, group.repeats) for i, kind in enumerate(group.kinds)
         }
         for group in cfg.layer_groups
     }
-    mtp = empty_layer(cfg, WINDOW_ONLY, 1, batch, capacity, dtype, storage) if cfg.num_nextn_predict_layers else None
-    layers, mtp = jax.tree.map(lambda x: rules.constrain(x, None, "act_batch", None, None), (layers, mtp))
-    return Cache(jnp.zeros(batch, jnp.int32), layers, mtp)
+    return Cache(jnp.zeros(batch, jnp.int32), layers, layer(WINDOW_ONLY, 1) if cfg.num_nextn_predict_layers else None)
 
 
 def extend(
@@ -97,6 +119,7 @@ def extend(
 ) -> tuple[Chunk, Cache]:  # fmt: skip
     """Continues each row by the first `count_B` of its tokens; positions behind those mean nothing.
 
+    params: as everywhere, or as `split_layers` gives them.
     The caller sees to it that no row outgrows the cache: entries that find no place are dropped.
     """
     stretch, own = Stretch(cache.length_B, count_B), (rules, jnp.dtype(dtype), quant, Csa())
@@ -105,10 +128,14 @@ def extend(
     x_BTXD = jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], cfg.hc_mult, cfg.hidden_size))
     layers = {}
     for group in cfg.layer_groups:
-        weights = {"params": params[group.name], "router": params["router"][group.name]}
+        weights, router = params[group.name], params["router"][group.name]
         kept = Kept(cache.layers[group.name], jnp.int32(0), stretch)
-        run = stack(*own, cfg, group.kinds, group.repeats, False, group.name)
-        ((x_BTXD, kept), _) = run.apply(weights, (x_BTXD, kept), tokens_BT, documents)
+        if isinstance(weights, tuple):
+            run = Pattern(*own, cfg, group.kinds)
+        else:
+            run, weights, router = stack(*own, cfg, group.kinds, group.repeats, False, group.name), (weights,), (router,)
+        for part in zip(weights, router, strict=True):
+            ((x_BTXD, kept), _) = run.apply(dict(zip(("params", "router"), part, strict=True)), (x_BTXD, kept), tokens_BT, documents)
         layers[group.name] = kept.cache
     x_BTD = HyperHead(*own, cfg).apply({"params": params["hc_head"]}, x_BTXD)
     x_BTD = RMSNorm(*own, cfg.rms_norm_eps).apply({"params": params["norm"]}, x_BTD)

@@ -13,6 +13,7 @@ from sharding.processes import is_first
 from v4jax.api import load, place_on
 from v4jax.config import ModelConfig
 from v4jax.generate.decode import Completion, Setting, check_request, generate
+from v4jax.generate.prefix import PrefixStore
 from v4jax.generate.sampling import Sampling
 from v4jax.generate.text import TextStop
 from v4jax.tokenizer import load_tokenizer
@@ -41,11 +42,14 @@ def run(flags) -> dict | None:
     mesh, rules = place_on(flags.mesh, flags.layout)
     if stream:
         write(flags.prompt)
+    prefixes = flags.prefix_cache and PrefixStore(flags.prefix_cache, flags.prefix_cache_bytes, cfg, params, setting.formats)
     with jax.set_mesh(mesh):
         completions = generate(
             cfg, params, prompts, flags.max_new_tokens, seeds=seeds, stop=stop, room=flags.cache_tokens,
-            setting=setting._replace(rules=rules),
+            setting=setting._replace(rules=rules), prefixes=prefixes or None,
         )  # fmt: skip
+    if prefixes and is_first():
+        print(f"v4jax: prefix cache: {prefixes.reused} tokens read, {prefixes.kept} written", file=sys.stderr)
     if stream:
         stop.close(completions[0].tokens)
         print()

@@ -23,7 +23,8 @@ import numpy as np
 from sharding.processes import gather
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
-from v4jax.generate.cache import Cache, check_storage, decoding_rules, draft, empty_cache, extend, logits_of
+from v4jax.generate.cache import Cache, check_storage, decoding_rules, draft, empty_cache, extend, logits_of, split_layers
+from v4jax.generate.prefix import PrefixStore
 from v4jax.generate.sampling import Sampling, choose_token
 from v4jax.model.state import Stretch
 from v4jax.quant.fake import check_quant
@@ -34,6 +35,9 @@ PREFILL_CHUNK = 512
 
 StopRule = Callable[[int, Sequence[int]], bool]
 """(sequence, its new tokens) -> whether it ends here. Called once for every new token."""
+
+Listener = Callable[[int, Sequence[int], Sequence[float]], None]
+"""(sequence, the tokens that a step brought, their log probabilities)."""
 
 
 class Completion(NamedTuple):
@@ -66,6 +70,11 @@ class Setting(NamedTuple):
         """Keyword arguments of `extend` and `draft`."""
         return {"rules": self.rules, "dtype": self.dtype, "quant": self.quant}
 
+    @property
+    def formats(self) -> list:
+        """What the contents of a cache depend on besides model, weights and tokens."""
+        return [self.dtype, self.quant, self.storage, self.speculative]
+
 
 class State(NamedTuple):
     """Between steps: the cache, each row's newest token, which is not in it yet, and what MTP drafts to follow."""
@@ -87,19 +96,23 @@ def generate(
     cfg: ModelConfig,
     params,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     *,
     seeds: Sequence[int] | None = None,
     stop: StopRule | None = None,
+    tell: Listener | None = None,
     room: int | None = None,
+    rows: int = 1,
     setting: Setting = Setting(),
+    prefixes: PrefixStore | None = None,
 ) -> list[Completion]:
-    """Continues each prompt by at most max_new_tokens.
+    """Continues each prompt by at most max_new_tokens (a number for all, or for each).
 
     Args:
-      seeds: one per prompt; default 0, 1, 2, ... stop: default, the end-of-text token.
-      room: tokens the cache has room for in each row; default: what the longest prompt needs.
+      seeds: one per prompt; default 0, 1, 2, ... stop: default, the end-of-text token. tell: hears every step.
+      room: tokens the cache has room for in each row; default: what the longest prompt needs. rows: of the batch, at least.
       setting: its rules are a layout, with the mesh ambient (jax.set_mesh).
+      prefixes: where beginnings of prompts are looked up and kept.
 
     Raises:
       ValueError: no prompt, an empty one, ids outside the vocabulary, lengths beyond the cache or the model, no MTP to draft with.
@@ -107,20 +120,26 @@ def generate(
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     check_request(cfg, prompts, seeds, max_new_tokens, room, setting)
     stop = stop or (lambda _, tokens: tokens[-1] == cfg.eos_token_id)
-    setting = setting._replace(rules=decoding_rules(setting.rules))
-    rows = -(-len(prompts) // setting.rules.shards("act_batch")) * setting.rules.shards("act_batch")
+    setting, params = setting._replace(rules=decoding_rules(setting.rules)), split_layers(cfg, params)
+    shards, most = setting.rules.shards("act_batch"), _each(max_new_tokens, prompts)
+    rows = -(-max(rows, len(prompts)) // shards) * shards
     padded = [*prompts, *[prompts[0][:1]] * (rows - len(prompts))]  # every device must hold a row
     seed_B = np.array([*seeds, *[0] * (rows - len(prompts))], np.uint32)
-    room = max(map(len, prompts)) + max_new_tokens if room is None else room
-    state, news = prefill(cfg, setting, params, padded, seed_B, room)
-    return decode(cfg, setting, params, state, news, seed_B, stop, max_new_tokens, len(prompts))[0]
+    room = max(len(prompt) + new for prompt, new in zip(prompts, most, strict=True)) if room is None else room
+    cache, known, keep = None, [0] * rows, None
+    if prefixes is not None:
+        cache, known = prefixes.begin(_start(cfg, setting._replace(sampling=Sampling()), rows, room), padded)
+        keep = functools.partial(prefixes.keep, padded, known)
+    state, news = prefill(cfg, setting, params, [row[n:] for row, n in zip(padded, known, strict=True)], seed_B, room, cache, keep)
+    return decode(cfg, setting, params, state, news, seed_B, stop, most, tell)[0]
 
 
 def decode(
-    cfg: ModelConfig, setting: Setting, params, state: State, news: News, seed_B, stop: StopRule, max_new_tokens: int, count: int
+    cfg: ModelConfig, setting: Setting, params, state: State, news: News, seed_B, stop: StopRule, most: Sequence[int],
+    tell: Listener | None = None,
 ) -> tuple[list[Completion], Cache]:  # fmt: skip
-    """What follows the first `count` rows, and the cache, which lacks the newest token of each."""
-    sequences = [_Sequence(b, stop, max_new_tokens) for b in range(count)]
+    """What follows the first rows, at most so many tokens each, and the cache, which lacks the newest token of each."""
+    sequences, count = [_Sequence(b, stop, tell, new) for b, new in enumerate(most)], len(most)
     while True:
         token_BN, score_BN, count_B = (gather(array).tolist() for array in news)
         for b, sequence in enumerate(sequences):
@@ -134,8 +153,8 @@ def decode(
 class _Sequence:
     """What one sequence has brought so far, and whether it goes on."""
 
-    def __init__(self, number: int, stop: StopRule, most: int):
-        self.number, self.stop, self.most = number, stop, most
+    def __init__(self, number: int, stop: StopRule, tell: Listener | None, most: int):
+        self.number, self.stop, self.tell, self.most = number, stop, tell, most
         self.tokens, self.scores, self.ended, self.drafted, self.accepted = [], [], None, 0, 0
 
     def take(self, tokens: Sequence[int], scores: Sequence[float]) -> None:
@@ -143,6 +162,12 @@ class _Sequence:
             return
         self.drafted += len(scores) - 1
         self.accepted += len(tokens) - 1
+        before = len(self.tokens)
+        self._append(tokens, scores)
+        if self.tell is not None:
+            self.tell(self.number, self.tokens[before:], self.scores[before:])
+
+    def _append(self, tokens: Sequence[int], scores: Sequence[float]) -> None:
         for token, score in zip(tokens, scores, strict=False):
             self.tokens.append(token)
             self.scores.append(score)
@@ -157,7 +182,11 @@ class _Sequence:
         return Completion(self.tokens, self.scores, self.ended, self.drafted, self.accepted)
 
 
-def check_request(cfg: ModelConfig, prompts, seeds, max_new_tokens: int, room: int | None, setting: Setting) -> None:
+def _each(max_new_tokens: int | Sequence[int], prompts) -> list[int]:
+    return [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+
+
+def check_request(cfg: ModelConfig, prompts, seeds, max_new_tokens: int | Sequence[int], room: int | None, setting: Setting) -> None:
     """Raises ValueError for what `generate` cannot do."""
     check_storage(setting.storage, setting.quant)
     check_quant(cfg, setting.quant)
@@ -169,10 +198,11 @@ def check_request(cfg: ModelConfig, prompts, seeds, max_new_tokens: int, room: i
         check_tokens(np.asarray(prompt), cfg.vocab_size, "prompt")
     if len(seeds) != len(prompts) or not all(0 <= seed < 2**32 for seed in seeds):
         raise ValueError(f"seeds: got {seeds}; must be one number in [0, 2^32) for each of {len(prompts)} prompt(s)")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: got {max_new_tokens}; must be at least 1")
-    needed, limit = max(map(len, prompts)) + max_new_tokens, cfg.max_position_embeddings
-    text = f"prompt of {needed - max_new_tokens} tokens + max_new_tokens {max_new_tokens} is longer than"
+    most = _each(max_new_tokens, prompts)
+    if min(most) < 1:
+        raise ValueError(f"max_new_tokens: got {min(most)}; must be at least 1")
+    needed, new = max((len(prompt) + new, new) for prompt, new in zip(prompts, most, strict=True))
+    text, limit = f"prompt of {needed - new} tokens + max_new_tokens {new} is longer than", cfg.max_position_embeddings
     if room is not None and needed > room:
         raise ValueError(f"{text} the cache, which has room for {room}")
     if needed > limit:
@@ -180,9 +210,13 @@ def check_request(cfg: ModelConfig, prompts, seeds, max_new_tokens: int, room: i
 
 
 def prefill(
-    cfg: ModelConfig, setting: Setting, params, prompts, seed_B, room: int, cache: Cache | None = None
+    cfg: ModelConfig, setting: Setting, params, prompts, seed_B, room: int, cache: Cache | None = None,
+    after: Callable[[Cache, int], None] | None = None,
 ) -> tuple[State, News]:  # fmt: skip
-    """The state with every prompt in the cache, and each row's first new token. cache: what the prompts continue; donated."""
+    """The state with every prompt in the cache, and each row's first new token.
+
+    cache: what the prompts continue; donated. after: told of the cache behind every chunk, and how many tokens were run.
+    """
     length_B = np.array([len(prompt) for prompt in prompts])
     chunk = min(PREFILL_CHUNK, 1 << int(length_B.max() - 1).bit_length())
     plain = setting._replace(sampling=Sampling())  # one program however tokens are chosen
@@ -194,6 +228,8 @@ def prefill(
             part = prompt[start : start + chunk + 1]
             tokens_BV[b, : len(part)] = part
         cache, last = _continue(cfg, plain, params, cache, tokens_BV, (length_B - start).astype(np.int32), last)
+        if after is not None:
+            after(cache, start + chunk)
     return _first(cfg, setting, params, cache, last, seed_B)
 
 

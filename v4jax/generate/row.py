@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4jax.config import ModelConfig
-from v4jax.generate.cache import Cache, decoding_rules
+from v4jax.generate.cache import Cache, decoding_rules, split_layers
 from v4jax.generate.decode import Completion, Setting, StopRule, check_request, decode, prefill
 from v4jax.model.state import SPARE_ROWS
 
@@ -32,7 +32,7 @@ class Row:
     def __init__(self, cfg: ModelConfig, params, setting: Setting, room: int):
         if setting.speculative:
             raise ValueError("speculative: a kept row is continued a token at a time")
-        self._cfg, self._params, self._room = cfg, params, room
+        self._cfg, self._params, self._room = cfg, split_layers(cfg, params), room
         self._setting = setting._replace(rules=decoding_rules(setting.rules))
         self._cache: Cache | None = None
         self._reach = 0  # positions that were ever written: rings have lost what is a whole turn before them
@@ -57,7 +57,7 @@ class Row:
         prompts, seed_B = [prompt[known:], *[prompt[:1]] * (rows - 1)], np.array([seed] * rows, np.uint32)
         own = (self._cfg, self._setting, self._params)
         state, news = prefill(*own, prompts, seed_B, self._room, cache)
-        (completion,), self._cache = decode(*own, state, news, seed_B, stop, max_new_tokens, 1)
+        (completion,), self._cache = decode(*own, state, news, seed_B, stop, [max_new_tokens])
         self.tokens = [*prompt, *completion.tokens[:-1]]
         self._reach = max(self._reach if known else 0, len(self.tokens))
         return completion

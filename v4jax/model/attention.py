@@ -6,6 +6,7 @@ ones, whichever is cheaper at that length; both give the same result.
 
 On a mesh every device attends for its own rows and heads: a stretch of the sequence needs the W rows before it from its
 neighbour and the compressed entries of all; what indexer heads on other devices score is added before entries are chosen.
+A cache that is cut along the sequence stays where it is: every device attends to its own entries, and the parts are added.
 
 Shapes: B batch, S positions, T query positions of a chunk, N heads, H head dim, Q query rank, G output groups, O output
 rank, D hidden, W window, U blocks of W queries, C compressed entries, K chosen entries, R rope dims.
@@ -25,11 +26,11 @@ from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 from v4jax.model.compressor import Compressor
 from v4jax.model.dense import dense
 from v4jax.model.documents import Documents, Entries, whole_windows
-from v4jax.model.indexer import Indexer, IndexInputs, IndexLoss, index_loss, index_scores, top_k_mask
+from v4jax.model.indexer import Indexer, IndexInputs, IndexLoss, best_slots, index_loss, index_scores, may_search, top_k_mask
 from v4jax.model.norm import RMSNorm, rms_norm
 from v4jax.model.packed import as_kept
 from v4jax.model.rotary import rotate
-from v4jax.model.state import Kept, LayerCache, Slots, all_rows, chosen_rows, keep_rows, rows_before
+from v4jax.model.state import Kept, LayerCache, Slots, all_rows, chosen_rows, keep_rows, rows_before, slots_spec
 from v4jax.model.weights import Csa, Weights
 from v4jax.quant.fake import fp8_keys
 
@@ -76,12 +77,13 @@ class _Far(NamedTuple):
 
 
 class _Split(NamedTuple):
-    """Mesh axes that cut the sequence (None: whole), the indexer's heads, the heads, the queries (batch and sequence)."""
+    """Mesh axes that cut the sequence (None: whole), the indexer's heads, the heads, the queries (batch and sequence), and kept entries."""
 
     seq: str | None = None
     index_heads: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     queries: tuple[str, ...] = ()
+    slots: str | None = None
 
 
 def attend(
@@ -113,7 +115,10 @@ def attend(
         return _attend(cfg, csa, _Split(), *arguments)
     (axis,) = rules.mesh_axes("act_seq") or (None,)
     batch, seq, heads = "act_batch", "act_seq", "act_heads"
-    split = _Split(axis, *(rules.mesh_axes(name) for name in ("index_heads", heads)), rules.mesh_axes(batch) + rules.mesh_axes(seq))
+    (slots,) = rules.mesh_axes("cache_slots") or (None,)
+    split = _Split(
+        axis, *(rules.mesh_axes(name) for name in ("index_heads", heads)), rules.mesh_axes(batch) + rules.mesh_axes(seq), slots
+    )  # fmt: skip
 
     def spec(x, *names):
         """None for what is absent; rows of one document have a batch of 1, which is not cut."""
@@ -124,7 +129,7 @@ def attend(
         rules.spec((batch, seq, None)),
         rules.spec((heads,)),
         spec(documents.segment_BS, batch, seq),
-        None if far is None else _Far(_rows_spec(rules, far.entry_BCH), *(spec(x, batch, None) for x in far[1:])),
+        None if far is None else _Far(_rows_spec(rules, far.entry_BCH), *(spec(x, batch, "cache_slots") for x in far[1:])),
         None if index is None else IndexInputs(
             rules.spec((batch, seq, "index_heads", None)), rules.spec((batch, seq, "index_heads")), _rows_spec(rules, index.key_BCJ)
         ),
@@ -135,10 +140,10 @@ def attend(
 
 
 def _rows_spec(rules: AxisRules, rows: jax.Array | Slots):
-    """Where entries or index keys of all devices are: cut with the batch only."""
+    """Where entries or index keys of all devices are: cut with the batch, and kept ones as they are kept."""
     if not isinstance(rows, Slots):
         return rules.spec(("act_batch", None, None))
-    return Slots(jax.tree.map(lambda _: rules.spec((None, "act_batch", None, None)), rows.stack), rules.spec(()), rules.spec(()))
+    return Slots(slots_spec(rules, rows.stack), rules.spec(()), rules.spec(()))
 
 
 def _attend(cfg: ModelConfig, csa: Csa, split: _Split, q_BSNH, kv_BSH, sink_N, segment_BS, far: _Far | None, index, past):
@@ -156,9 +161,11 @@ def _attend(cfg: ModelConfig, csa: Csa, split: _Split, q_BSNH, kv_BSH, sink_N, s
         block, first_B = min(window, seq), past.start_B
         kv_BSH = jnp.concatenate((past.before_BWH.astype(kv_BSH.dtype), kv_BSH), axis=1)
     segment_BV = None if segment_BS is None else with_rows_before(segment_BS, window, split.seq)
-    blocks, chunks = _chunks(cfg, csa, q_BSNH.shape, block, far, index)
+    blocks, chunks = _chunks(cfg, csa, split, q_BSNH.shape, block, far, index)
     queries = _cut(q_BSNH, kv_BSH, first_B, segment_BS, segment_BV, index, block, blocks, chunks)
     keys = None if index is None else index.key_BCJ
+    if split.slots and keys is not None:
+        keys = keys._replace(used=keys.used - first_row(split.slots, keys.count))
 
     def one(chunk: Queries) -> tuple[jax.Array, IndexLoss | None]:
         return _attend_chunk(cfg, csa, split, chunk, sink_N, far, keys)
@@ -177,11 +184,11 @@ def _gathers(cfg: ModelConfig, csa: Csa, slots: int, rows: int) -> bool:
     return not csa.dense and slots >= (GATHER_FROM if rows >= SHORT else 1) * cfg.index_topk
 
 
-def _chunks(cfg: ModelConfig, csa: Csa, q_shape, block: int, far: _Far | None, index: IndexInputs | None) -> tuple[int, int]:
+def _chunks(cfg: ModelConfig, csa: Csa, split: _Split, q_shape, block: int, far: _Far | None, index: IndexInputs | None) -> tuple[int, int]:
     """(blocks of queries in a chunk, chunks), so that a chunk's scores stay within CHUNK_BYTES."""
     batch, seq, heads, dim = q_shape
     slots = chosen = 0 if far is None else far.last_BC.shape[1]
-    if index is not None and _gathers(cfg, csa, slots, seq):
+    if index is not None and (split.slots or _gathers(cfg, csa, slots, seq)):
         # Gathered rows are H wide and belong to one query: they weigh more than their scores.
         chosen = cfg.index_topk * (1 + dim // heads)
     per_query = heads * (2 * cfg.sliding_window + chosen)
@@ -239,6 +246,7 @@ def _attend_chunk(cfg: ModelConfig, csa: Csa, split: _Split, chunk: Queries, sin
         far = _einsum(f"BTNH,{keys}->BTNK", q_BUWNH.reshape(batch, rows, heads, dim), entry_BCH)
         far = jnp.where(visible_BTC[:, :, None], far, -jnp.inf)
         peak = jnp.maximum(peak, far.max(-1))
+        peak = jax.lax.pmax(peak, split.slots) if split.slots else peak
     peak = jax.lax.stop_gradient(peak)[..., None]
     near = jnp.exp(near - peak)
     total = near.sum(-1) + jnp.exp(sink_11N - peak[..., 0])
@@ -246,32 +254,50 @@ def _attend_chunk(cfg: ModelConfig, csa: Csa, split: _Split, chunk: Queries, sin
     out = _einsum("BUWNV,BUVH->BUWNH", near, chunk.window_BUWH).reshape(batch, rows, heads, dim)
     if far is not None:
         far = jnp.exp(far - peak)
-        total = total + far.sum(-1)
+        add = functools.partial(jax.lax.psum, axis_name=split.slots) if split.slots else lambda x: x
+        total = total + add(far.sum(-1))
         if csa.teach and index_key is not None:
             mass_BTC = jnp.sum(far / total[..., None], axis=2)
             mass_BTC = jax.lax.psum(mass_BTC, split.heads) if split.heads else mass_BTC
             loss = index_loss(mass_BTC, score_BTC, visible_BTC, chunk.real_T)
-        out = out + _einsum(f"BTNK,{keys}->BTNH", far.astype(chunk.q_BTNH.dtype), entry_BCH)
+        out = out + add(_einsum(f"BTNK,{keys}->BTNH", far.astype(chunk.q_BTNH.dtype), entry_BCH))
     return (out / total[..., None]).astype(chunk.q_BTNH.dtype), loss
 
 
 def _choose(cfg: ModelConfig, csa: Csa, split: _Split, chunk: Queries, entries: _Far, index_key):
     """(which entries each query attends to [B or 1,T,C], their rows [B,C,H], their index scores [B,T,C] or None): all that it
-    sees, or the chosen ones of these. Where the chosen ones are gathered: [B,T,K], [B,T,K,H], [B,T,K]."""
-    visible_BTC, dtype = _visible(chunk, entries), chunk.q_BTNH.dtype
+    sees, or the chosen ones of these. Where these are gathered: [B,T,K], [B,T,K,H], [B,T,K]."""
+    visible_BTC, dtype, most = _visible(chunk, entries), chunk.q_BTNH.dtype, cfg.index_topk
     if index_key is None:
         return visible_BTC, all_rows(entries.entry_BCH, dtype), None
-    score_BTC = index_scores(IndexInputs(chunk.index_q, chunk.index_w, index_key))
-    if split.index_heads:
-        score_BTC = jax.lax.psum(score_BTC, split.index_heads)
-    score_BTC = jnp.where(visible_BTC, score_BTC, -jnp.inf)
-    slots = score_BTC.shape[-1]
-    if csa.dense or slots <= cfg.index_topk:
-        return visible_BTC, all_rows(entries.entry_BCH, dtype), score_BTC
-    if not _gathers(cfg, csa, slots, score_BTC.shape[1]):
-        return visible_BTC & top_k_mask(score_BTC, cfg.index_topk), all_rows(entries.entry_BCH, dtype), score_BTC
-    score_BTK, index_BTK = jax.lax.top_k(score_BTC, cfg.index_topk)
-    return jnp.take_along_axis(visible_BTC, index_BTK, axis=-1), chosen_rows(entries.entry_BCH, index_BTK, dtype), score_BTK
+    index = IndexInputs(chunk.index_q, chunk.index_w, index_key)
+    if not split.index_heads and may_search(index_key, most):
+        score_BTK, index_BTK = best_slots(index, chunk.row_BT - CSA * first_row(split.slots, index_key.count), most)
+    else:
+        score_BTC = index_scores(index)
+        if split.index_heads:
+            score_BTC = jax.lax.psum(score_BTC, split.index_heads)
+        score_BTC = jnp.where(visible_BTC, score_BTC, -jnp.inf)
+        slots = score_BTC.shape[-1]
+        if csa.dense or (slots <= most and not split.slots):
+            return visible_BTC, all_rows(entries.entry_BCH, dtype), score_BTC
+        if not split.slots and not _gathers(cfg, csa, slots, score_BTC.shape[1]):
+            return visible_BTC & top_k_mask(score_BTC, most), all_rows(entries.entry_BCH, dtype), score_BTC
+        score_BTK, index_BTK = jax.lax.top_k(score_BTC, min(most, slots))
+    chosen_BTK = score_BTK > -jnp.inf
+    if split.slots:
+        chosen_BTK &= _among_all(score_BTK, most, split.slots)
+    return chosen_BTK, chosen_rows(entries.entry_BCH, index_BTK, dtype), score_BTK
+
+
+def _among_all(score_BTK: jax.Array, most: int, axis: str) -> jax.Array:
+    """Which of the best scores of this device are among the `most` best of all, where every device holds a stretch of the entries.
+
+    Stretches follow each other, so of equal scores the smaller index wins here too. K numbers a query travel.
+    """
+    best = top_k_mask(jax.lax.all_gather(score_BTK, axis, axis=2, tiled=True), most)
+    count = score_BTK.shape[-1]
+    return jax.lax.dynamic_slice_in_dim(best, jax.lax.axis_index(axis) * count, count, axis=2)
 
 
 def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -112,7 +112,7 @@ class Compressor(Weights):
         entry = rotate(norm(entry.astype(self.dtype)), entries.turn)
         if self.quant == "official":
             entry = mxfp4_rotated(entry) if self.index else fp8_keys(entry, self.cfg.qk_rope_head_dim)
-        return (entry, None) if kept is None else _fill(kept, entry, self.ratio)
+        return (entry, None) if kept is None else _fill(self.rules, kept, entry, self.ratio)
 
 
 def _continue(kept: Kept, c_BSH: jax.Array, z_BSH: jax.Array, ratio: int):
@@ -124,7 +124,7 @@ def _continue(kept: Kept, c_BSH: jax.Array, z_BSH: jax.Array, ratio: int):
     return longer, kept.part(ring._replace(c=c, z=z))
 
 
-def _fill(kept: Kept, entry_BCH: jax.Array, ratio: int) -> tuple[Slots, Kept]:
+def _fill(rules: AxisRules, kept: Kept, entry_BCH: jax.Array, ratio: int) -> tuple[Slots, Kept]:
     start_B, count_B = kept.stretch
-    slots = fill_slots(kept.cache.slots, kept.layer, entry_BCH, start_B // ratio)
+    slots = fill_slots(rules, kept.cache.slots, kept.layer, entry_BCH, start_B // ratio)
     return Slots(slots, kept.layer, jnp.max((start_B + count_B) // ratio)), kept.part(kept.cache._replace(slots=slots))

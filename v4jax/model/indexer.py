@@ -28,7 +28,10 @@ from v4jax.quant.fake import mxfp4_rotated
 
 
 SCORE_BLOCK = 4096
-"""Slots of a cache that are scored at once; blocks that nothing was written to are left out."""
+"""Slots of a cache that are scored at once (for few queries 4 times as many); blocks that nothing was written to are left out."""
+
+GROUP = 32
+"""Neighbouring slots of which a search looks at the highest score first; divides SCORE_BLOCK and every cache."""
 
 
 class IndexLoss(NamedTuple):
@@ -53,17 +56,61 @@ def index_scores(index: IndexInputs) -> jax.Array:
     if not isinstance(keys, Slots) or keys.count <= SCORE_BLOCK:
         return _scores(q_BTIJ, w_BTI, all_rows(keys, q_BTIJ.dtype))
 
-    def one_block(n, score_BTC):
-        first = jnp.minimum(n * SCORE_BLOCK, keys.count - SCORE_BLOCK)
-        part = _scores(q_BTIJ, w_BTI, some_rows(keys, first, SCORE_BLOCK, q_BTIJ.dtype))
+    def one_block(first, part, score_BTC):
         return jax.lax.dynamic_update_slice_in_dim(score_BTC, part, first, axis=2)
 
-    score_BTC = vary_like(jnp.zeros((*q_BTIJ.shape[:2], keys.count), jnp.float32), q_BTIJ)
-    return jax.lax.fori_loop(0, -(-keys.used // SCORE_BLOCK), one_block, score_BTC)
+    return _by_blocks(index, one_block, jnp.zeros((*q_BTIJ.shape[:2], keys.count), jnp.float32))
+
+
+def _by_blocks(index: IndexInputs, use, totals):
+    """use(first, scores [B,T,block] of the slots from `first` on, totals) -> totals, for every block of slots in use."""
+    q_BTIJ, w_BTI, keys = index
+    block = min(keys.count, SCORE_BLOCK * (4 if q_BTIJ.shape[1] < 8 else 1))
+
+    def one_block(n, totals):
+        first = jnp.minimum(n * block, keys.count - block)
+        return use(first, _scores(q_BTIJ, w_BTI, some_rows(keys, first, block, q_BTIJ.dtype)), totals)
+
+    totals = jax.tree.map(lambda x: vary_like(vary_like(x, q_BTIJ), jax.tree.leaves(keys.stack)[0]), totals)
+    blocks = jnp.minimum(-(-keys.used // block), -(-keys.count // block))
+    return jax.lax.fori_loop(0, blocks, one_block, totals)
+
+
+def may_search(keys: jax.Array | Slots, k: int) -> bool:
+    """Whether `best_slots` is worth it: lax.top_k of a whole row takes as long as scoring it."""
+    return isinstance(keys, Slots) and keys.count >= max(SCORE_BLOCK, 4 * k * GROUP)
+
+
+def best_slots(index: IndexInputs, row_BT: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """(scores, slots) of the k best of those that queries see, float32 and int32 [B,T,K]; -inf where there are fewer.
+
+    row_BT: positions of the queries, counted from the first token of slot 0. The result is that of lax.top_k over all scores, ties
+    included, without another pass over these: the highest of every GROUP neighbours is noted as they are scored, and the k
+    groups with the highest ones hold the k best slots.
+    """
+    (batch, rows), slots = index.q_BTIJ.shape[:2], index.key_BCJ.count
+
+    def one_block(first, part, totals):
+        score_BTC, peak_BTP = totals
+        last_C = (first + jnp.arange(part.shape[2], dtype=jnp.int32)) * CSA + CSA - 1
+        part = jnp.where(last_C[None, None] <= row_BT[..., None], part, -jnp.inf)
+        peaks = part.reshape(batch, rows, -1, GROUP).max(axis=-1)
+        score_BTC = jax.lax.dynamic_update_slice_in_dim(score_BTC, part, first, axis=2)
+        return score_BTC, jax.lax.dynamic_update_slice_in_dim(peak_BTP, peaks, first // GROUP, axis=2)
+
+    nothing = [jnp.full((batch, rows, size), -jnp.inf) for size in (slots, slots // GROUP)]
+    score_BTC, peak_BTP = _by_blocks(index, one_block, tuple(nothing))
+    group_BTK = jnp.sort(jax.lax.top_k(peak_BTP, k)[1], axis=-1)
+    near = jnp.take_along_axis(score_BTC.reshape(batch, rows, -1, GROUP), group_BTK[..., None], axis=2)
+    score_BTK, place_BTK = jax.lax.top_k(near.reshape(batch, rows, -1), k)
+    return score_BTK, jnp.take_along_axis(group_BTK, place_BTK // GROUP, axis=-1) * GROUP + place_BTK % GROUP
 
 
 def _scores(q_BTIJ: jax.Array, w_BTI: jax.Array, key_BCJ: jax.Array) -> jax.Array:
-    dots = jnp.einsum("BTIJ,BCJ->BTIC", q_BTIJ, key_BCJ, preferred_element_type=jnp.float32)
+    if len(q_BTIJ) == 1:  # XLA:CPU takes 5 times as long for one query and many keys where the product has a batch axis
+        dots = jnp.einsum("TIJ,CJ->TIC", q_BTIJ[0], key_BCJ[0], preferred_element_type=jnp.float32)[None]
+    else:
+        dots = jnp.einsum("BTIJ,BCJ->BTIC", q_BTIJ, key_BCJ, preferred_element_type=jnp.float32)
     return jnp.einsum("BTIC,BTI->BTC", jax.nn.relu(dots), w_BTI)
 
 

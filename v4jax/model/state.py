@@ -1,5 +1,7 @@
 """What a layer keeps of the tokens it has seen, so that a row can be continued: explicit arrays, stacked over scanned layers.
 
+Slots may be cut over the devices that cut sequences (logical axis "cache_slots"), each holding a stretch of them; rings are not.
+
 Everything is addressed by absolute position, so that taking tokens back is nothing but a smaller length:
 - rings hold the newest rows (the window; what a coming entry will pool): position p lies at p mod R;
 - slots hold one compressed entry, or its index key, each: window w lies at w. A slot is seen only by queries at or behind the
@@ -12,11 +14,14 @@ Shapes: L layers, B batch, S positions of a chunk, R rows of a ring, C slots, H 
 Next file to read: v4jax/model/compressor.py.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from sharding.manual import first_row
+from sharding.rules import AxisRules
 from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 from v4jax.model.packed import Rows, empty_index_keys, empty_keys, pack, unpack
 
@@ -83,15 +88,19 @@ def tail_rows(ratio: int) -> int:
 
 
 def empty_layer(
-    cfg: ModelConfig, ratio: int, layers: int, batch: int, capacity: int, dtype: jnp.dtype, storage: str
+    rules: AxisRules, cfg: ModelConfig, ratio: int, layers: int, batch: int, capacity: int, dtype: jnp.dtype, storage: str
 ) -> LayerCache:
     """Nothing kept yet, room for `capacity` tokens (a multiple of the ratio); storage: see v4jax/model/packed.py."""
 
+    def placed(rows, slots: str | None = None):
+        return jax.tree.map(lambda x: rules.constrain(x, None, "act_batch", slots, None), rows)
+
     def compressed(dim, slots):
         ring = (layers, batch, tail_rows(ratio) + SPARE_ROWS, 2 * dim if ratio == CSA else dim)
-        return Compressed(jnp.zeros(ring, jnp.float32), jnp.zeros(ring, jnp.float32), slots)
+        c, z = (placed(jnp.zeros(ring, jnp.float32)) for _ in "cz")
+        return Compressed(c, z, placed(slots, "cache_slots"))
 
-    window = empty_keys(cfg, (layers, batch, cfg.sliding_window + SPARE_ROWS), dtype, storage)
+    window = placed(empty_keys(cfg, (layers, batch, cfg.sliding_window + SPARE_ROWS), dtype, storage))
     if ratio == WINDOW_ONLY:
         return LayerCache(window)
     lead = (layers, batch, capacity // ratio)
@@ -127,22 +136,37 @@ def keep_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch) 
     return jax.tree.map(keep, ring, pack(ring, x_BSH))
 
 
-def fill_slots(slots: Rows, layer: jax.Array, x_BSH: jax.Array, first_B: jax.Array) -> Rows:
-    """Slots from `first_B` on hold x; rows that would fall off the end are dropped."""
+def fill_slots(rules: AxisRules, slots: Rows, layer: jax.Array, x_BSH: jax.Array, first_B: jax.Array) -> Rows:
+    """Slots from `first_B` on hold x; rows that would fall off an end are dropped."""
 
-    def one(slots_LCH, x_SH, first):
-        # A slice that would stick out is moved left by XLA: move the rows inside it right by as much.
+    def one(layer, slots_LCH, x_SH, first):
+        # A slice that would stick out is moved inside: move the rows in it the other way by as much.
         rows, width = min(x_SH.shape[0], slots_LCH.shape[1]), slots_LCH.shape[2]
-        place = jnp.minimum(first, slots_LCH.shape[1] - rows)
+        place = jnp.clip(first, 0, slots_LCH.shape[1] - rows)
         old_SH = jax.lax.dynamic_slice(slots_LCH, (layer, place, 0), (1, rows, width))[0]
         source_S = jnp.arange(rows) - (first - place)
-        x_SH = jnp.where((source_S >= 0)[:, None], x_SH[jnp.maximum(source_S, 0)], old_SH)
+        real_S1 = ((source_S >= 0) & (source_S < x_SH.shape[0]))[:, None]
+        x_SH = jnp.where(real_S1, x_SH[jnp.clip(source_S, 0, x_SH.shape[0] - 1)], old_SH)
         return jax.lax.dynamic_update_slice(slots_LCH, x_SH[None], (layer, place, 0))
 
-    def fill(slots_LBCH, x_BSH):
-        return jax.vmap(one, in_axes=(1, 0, 0), out_axes=1)(slots_LBCH, x_BSH, first_B)
+    def fill(slots, layer, x, first_B, axis=None):
+        first_B = first_B - first_row(axis, slot_count(slots))
+        each = jax.vmap(one, in_axes=(None, 1, 0, 0), out_axes=1)
+        return jax.tree.map(lambda slots_LBCH, x_BSH: each(layer, slots_LBCH, x_BSH, first_B), slots, x)
 
-    return jax.tree.map(fill, slots, pack(slots, x_BSH))
+    x = pack(slots, x_BSH)
+    if not rules.mesh_axes("cache_slots"):
+        return fill(slots, layer, x, first_B)
+    (axis,) = rules.mesh_axes("cache_slots")
+    kept = slots_spec(rules, slots)
+    new = jax.tree.map(lambda _: rules.spec(("act_batch", None, None)), x)
+    local = functools.partial(fill, axis=axis)
+    return jax.shard_map(local, in_specs=(kept, rules.spec(()), new, rules.spec(("act_batch",))), out_specs=kept)(slots, layer, x, first_B)
+
+
+def slots_spec(rules: AxisRules, slots: Rows):
+    """Where slots are: cut with the batch and, over devices that cut sequences, in stretches."""
+    return jax.tree.map(lambda _: rules.spec((None, "act_batch", "cache_slots", None)), slots)
 
 
 def all_rows(rows: jax.Array | Slots, dtype: jnp.dtype) -> jax.Array:

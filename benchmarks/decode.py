@@ -1,0 +1,121 @@
+"""Decoding and prefill beside transformers' generate: one checkpoint, float32, two cores.
+
+    python benchmarks/decode.py [--tokens 64] [--prompt 4096] [--only 64] [--ours-only]      # the peer needs extra parity
+
+The floor of decoding is reading every active weight once a step at the machine's measured rate; that of prefill is its matrix
+products at the measured matmul rate. Bars: 5 times the peer's tokens per second at batch 1 and 8, 3 times its prefill of 4K tokens.
+"""
+
+import argparse
+import os
+import pathlib
+import tempfile
+import time
+
+THREADS = 2
+
+
+def make_checkpoint(folder):
+    """A 7-layer model of every kind, 15M parameters; random weights decode as fast as trained ones."""
+    import jax
+
+    import v4jax
+    from v4jax.config import ModelConfig
+    from v4jax.model.transformer import init_params
+
+    cfg = ModelConfig(
+        vocab_size=8192, hidden_size=256, moe_intermediate_size=256, num_hidden_layers=7, num_attention_heads=8, head_dim=64,
+        qk_rope_head_dim=16, q_lora_rank=128, o_groups=4, o_lora_rank=64, n_routed_experts=16, num_experts_per_tok=4,
+        routed_scaling_factor=1.5, compress_ratios=(0, 0, 4, 128, 4, 128, 4, 0), num_hash_layers=3, sliding_window=128,
+        index_n_heads=8, index_head_dim=32, index_topk=128, compress_rope_theta=160000.0, max_position_embeddings=16384,
+    )  # fmt: skip
+    v4jax.save_safetensors(cfg, init_params(cfg, jax.random.key(0)), folder, dtype="float32")
+
+
+def rates() -> tuple[float, float]:
+    """(bytes read per second, float32 operations of a matrix product per second), best of five."""
+    import jax
+    import jax.numpy as jnp
+
+    x, w = jnp.ones(2**26), jnp.ones((2048, 2048))
+    add, dot = jax.jit(jnp.sum), jax.jit(jnp.dot)
+    return x.nbytes / _best(lambda: add(x).block_until_ready()), 2 * 2048**3 / _best(lambda: dot(w, w).block_until_ready())
+
+
+def _best(run, times: int = 5, warm: bool = True) -> float:
+    if warm:
+        run()
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def ours(folder, prompts, tokens: int) -> tuple[float, float]:
+    """(seconds of prefill and the first token, seconds of each further token)"""
+    import v4jax
+    from v4jax.generate.decode import generate
+
+    cfg, params = v4jax.load(folder)
+    room = len(prompts[0]) + tokens
+    go = lambda n: generate(cfg, params, prompts, n, stop=lambda *_: False, room=room)  # noqa: E731
+    go(2)  # compiles
+    first = _best(lambda: go(1), 2, False)
+    return first, (_best(lambda: go(tokens), 2, False) - first) / (tokens - 1)
+
+
+def theirs(folder, prompts, tokens: int) -> tuple[float, float]:
+    import torch
+    from transformers import DeepseekV4ForCausalLM
+
+    torch.set_num_threads(THREADS)
+    model = DeepseekV4ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    rows = torch.tensor(prompts)
+
+    def go(n):
+        with torch.no_grad():
+            model.generate(rows, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+
+    go(2)
+    first = _best(lambda: go(1), 1, False)
+    return first, (_best(lambda: go(tokens), 1, False) - first) / (tokens - 1)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=4096)
+    parser.add_argument("--only", type=int, help="cases of this prompt length")
+    parser.add_argument("--ours-only", action="store_true")
+    arguments = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from sharding.mesh import simulate_devices
+
+    simulate_devices(1)  # as the command line does: keeps freed memory
+    import numpy as np
+
+    from v4jax.config import ModelConfig
+    from v4jax.cost import cost
+
+    with tempfile.TemporaryDirectory() as folder:
+        make_checkpoint(pathlib.Path(folder))
+        cfg = ModelConfig.from_json(folder)
+        read, products = rates()
+        print(f"measured: {read / 1e9:.1f} GB/s read, {products / 1e9:.0f} GFLOP/s")
+        print("case                      floor ms   v4jax ms   transformers ms   times as fast")
+        for batch, length in [case for case in ((1, 64), (8, 64), (1, arguments.prompt)) if arguments.only in (None, case[1])]:
+            prompts = np.random.default_rng(0).integers(2, cfg.vocab_size, (batch, length)).tolist()
+            tokens = arguments.tokens if length < 1024 else arguments.tokens // 4
+            found = ours(folder, prompts, tokens)
+            peer = None if arguments.ours_only else theirs(folder, prompts, tokens)
+            total = cost(cfg, length).total
+            floors = (batch * length * total.flops / products, max(4 * total.active / read, batch * total.flops / products))
+            for i, what in enumerate((f"prefill {length}", f"decode at {length}, a step")):
+                last = f"{1000 * peer[i]:15.2f}   {peer[i] / found[i]:13.1f}" if peer else ""
+                print(f"batch {batch}, {what:24s} {1000 * floors[i]:9.2f} {1000 * found[i]:10.2f} {last}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

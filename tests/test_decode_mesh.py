@@ -1,0 +1,99 @@
+"""Rows continued on a mesh give what one full forward gives, and a cache that is cut along the sequence stays where it is."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.weights import random_weights
+from trees import small_config
+
+import v4jax
+from sharding.mesh import make_mesh, parse_mesh
+from sharding.params import named_shardings
+from sharding.rules import layout_for
+from v4jax.checkpoint.names import from_official
+from v4jax.generate.cache import decoding_rules, empty_cache, extend, logits_of, split_layers
+from v4jax.generate.decode import Setting, generate
+from v4jax.model import indexer
+from v4jax.model.transformer import abstract_params, param_axes
+
+CFG = small_config(
+    compress_ratios=(0, 4, 128, 0), num_hidden_layers=3, num_hash_layers=1, hidden_size=40, moe_intermediate_size=24, vocab_size=96,
+    num_attention_heads=8, o_groups=8, o_lora_rank=5, q_lora_rank=40, n_routed_experts=8, index_n_heads=8, index_head_dim=24, index_topk=7,
+)  # fmt: skip
+CHUNK, LENGTH, ROOM = 150, 451, 1024
+SLOTS = ROOM // 4
+"""Of CSA. No other axis of the model is so long, or a half, a quarter or an eighth of it."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    """(parameters, tokens of two rows, their logits by one full forward)"""
+    params = jax.tree.map(jnp.asarray, from_official(CFG, random_weights(CFG, 0)))
+    tokens = np.random.default_rng(0).integers(0, CFG.vocab_size, (8, LENGTH))
+    return params, tokens, np.asarray(v4jax.forward(CFG, params, jnp.asarray(tokens)).logits)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def step(rules, params, cache, tokens_BT):
+    chunk, cache = extend(CFG, params, cache, tokens_BT, jnp.full(len(tokens_BT), tokens_BT.shape[1], jnp.int32), rules=rules)
+    return logits_of(params, chunk.x_BTD, rules), cache
+
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "layout"),
+    [("data=2,context=4", None), slow("context=8", "cp_ep"), slow("context=2,expert=2,tensor=2", None)]
+    + [slow("tensor=8", None), slow("expert=8", None), slow("data=2,fsdp=4", None), slow("context=2,expert=4", "pod")],
+)
+def test_rows_continued_on_a_mesh_are_those_of_one_device(model, mesh, layout, monkeypatch):
+    """Three chunks and one token. Scores come in blocks of 24 keys, which do not divide what devices hold."""
+    monkeypatch.setattr(indexer, "SCORE_BLOCK", 24)
+    monkeypatch.setattr(indexer, "GROUP", 1)  # cp_ep, which does not cut index heads, searches
+    params, tokens, expected = model
+    sizes = parse_mesh(mesh)
+    device_mesh, own = make_mesh(sizes), layout_for(layout, sizes)
+    rows = 8 if sizes["expert"] * sizes["fsdp"] > 2 else 2
+    with jax.set_mesh(device_mesh):
+        rules = decoding_rules(own)
+        params = jax.device_put(params, named_shardings(device_mesh, own, abstract_params(CFG), param_axes(CFG)))
+        params, cache, got = split_layers(CFG, params), jax.jit(lambda: empty_cache(CFG, rows, ROOM, rules=rules))(), []
+        for start in range(0, LENGTH, CHUNK):
+            logits, cache = step(rules, params, cache, jnp.asarray(tokens[:rows, start : start + CHUNK]))
+            got.append(np.asarray(logits))
+        np.testing.assert_allclose(np.concatenate(got, axis=1), expected[:rows], atol=2e-4)  # issue 6: sums in another order
+        if sizes["context"] > 1:
+            check_traffic(step.lower(rules, params, cache, jnp.asarray(tokens[:rows, :1])).compile().as_text(), cache, sizes["context"])
+
+
+def check_traffic(program: str, cache, parts: int) -> None:
+    """Every device holds its stretch of the entries, and what travels is the scores of the best of each, never a stretch."""
+    slots = cache.layers["layers_1_1"]["block_0"].entry.slots
+    assert {shard.data.shape[2] for shard in slots.addressable_shards} == {SLOTS // parts}
+    found = re.findall(r"= \w+\[([\d,]+)\]\S* (all-gather|all-to-all|collective-permute|all-reduce)\(", program)
+    sizes = [([int(size) for size in shape.split(",")], kind) for shape, kind in found]
+    assert any(parts * CFG.index_topk in shape for shape, _ in sizes), "where are the scores of all?"
+    for shape, kind in sizes:
+        # What index heads on other devices score of a stretch is added, a number a key: no rows.
+        assert SLOTS not in shape and (SLOTS // parts not in shape or (kind == "all-reduce" and np.prod(shape) <= 2 * SLOTS)), (shape, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("speculative", [False, True])
+def test_generate_on_a_cut_cache(model, speculative):
+    """Of one row there is nothing to cut but its cache."""
+    params, tokens, _ = model
+    prompt = tokens[0, :130].tolist()
+    never = lambda *_: False  # noqa: E731
+    (expected,) = generate(CFG, params, [prompt], 8, stop=never, room=ROOM)
+    sizes = parse_mesh("context=4")
+    with jax.set_mesh(make_mesh(sizes)):
+        setting = Setting(rules=layout_for(None, sizes), speculative=speculative)
+        (got,) = generate(CFG, params, [prompt], 8, stop=never, room=ROOM, setting=setting)
+    assert got.tokens == expected.tokens
+    np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=2e-4)

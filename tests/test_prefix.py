@@ -1,0 +1,122 @@
+"""Beginnings of prompts on disk: what is read gives what is computed; damage, kills, limits and other weights are survived."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.weights import random_weights
+from test_generate import SMALL, never
+from trees import small_config
+
+from v4jax.checkpoint.names import from_official
+from v4jax.generate import decode, prefix
+from v4jax.generate.decode import Setting, generate
+from v4jax.generate.prefix import PrefixStore
+
+SETTING = Setting(speculative=True)  # MTP's window is kept too: the drafts that stay are the same ones
+
+
+@pytest.fixture(scope="module")
+def model():
+    cfg = small_config(**SMALL)
+    return cfg, jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 0)))
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(prefix, "STRETCH", 128)
+    monkeypatch.setattr(decode, "PREFILL_CHUNK", 128)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """Prompts (the second shares 150 tokens with the first), and what follows them without a store."""
+    first = np.random.default_rng(3).integers(0, 97, 300).tolist()
+    prompts = [first, [*first[:150], *first[:60]], first[:128]]
+    chunk, decode.PREFILL_CHUNK = decode.PREFILL_CHUNK, 128
+    found = [run(model, prompt) for prompt in prompts]
+    decode.PREFILL_CHUNK = chunk
+    return list(zip(prompts, found, strict=True))
+
+
+def run(model, prompt, store=None):
+    return generate(*model, [prompt], 6, stop=never, room=384, setting=SETTING, prefixes=store)[0]
+
+
+def open_store(model, folder, limit=10**9):
+    return PrefixStore(folder, limit, *model, SETTING.formats)
+
+
+def same(got, expected):
+    assert (got.tokens, got.drafted, got.accepted) == (expected.tokens, expected.drafted, expected.accepted)
+    np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=2e-4)  # as logits of a cache, issue 6
+
+
+def test_what_is_shared_is_computed_once(model, expected, tmp_path):
+    """300 tokens are two stretches; 150 shared ones are one; 128 alone are none, since what follows them is not known."""
+    store = open_store(model, tmp_path)
+    for (prompt, completion), reused, kept in zip([*expected, expected[0]], (0, 128, 0, 256), (256, 0, 0, 0), strict=True):
+        before = store.reused, store.kept
+        same(run(model, prompt, store), completion)
+        assert (store.reused - before[0], store.kept - before[1]) == (reused, kept)
+    again = open_store(model, tmp_path)  # another process
+    prompts = [prompt for prompt, _ in expected]
+    together = generate(*model, prompts, 6, stop=never, room=384, setting=SETTING, prefixes=again)
+    assert again.reused == 256 + 128
+    for got, (_, completion) in zip(together, expected, strict=True):
+        assert got.tokens == completion.tokens
+    other = (model[0], model[1] | {"norm": {"weight": model[1]["norm"]["weight"] * 1.001}})
+    assert open_store(other, tmp_path).begin(None, prompts)[1] == [0, 0, 0]
+    assert PrefixStore(tmp_path, 1, *model, Setting().formats).begin(None, prompts)[1] == [0, 0, 0]
+
+
+def test_damage_is_noticed_and_mended(model, expected, tmp_path, capsys):
+    (prompt, completion), *_ = expected
+    run(model, prompt, open_store(model, tmp_path))
+    files = sorted(tmp_path.iterdir(), key=os.path.getmtime)
+    for harm in (lambda content: content[:-1], lambda content: content[:99] + bytes([content[99] ^ 1]) + content[100:], lambda content: b""):
+        files[0].write_bytes(harm(files[0].read_bytes()))
+        store = open_store(model, tmp_path)
+        same(run(model, prompt, store), completion)
+        assert "is damaged" in capsys.readouterr().err and store.reused + store.kept in (128, 256)
+    assert open_store(model, tmp_path)._chain(prompt) and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_killed_or_failed_write_leaves_nothing_to_read(model, expected, tmp_path, monkeypatch, capsys):
+    (prompt, completion), *_ = expected
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefix.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, prompt, open_store(model, tmp_path))
+    store = open_store(model, tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"] and not store._chain(prompt)
+    with monkeypatch.context() as patch:
+        patch.setattr(prefix.os, "fsync", full)
+        same(run(model, prompt, store), completion)
+    assert store.kept == 0 and "No space left" in capsys.readouterr().err
+
+
+def test_the_least_recently_used_go_first(model, expected, tmp_path):
+    """Room for two files: the first stretch of a chain in use outlives its second, and everything older."""
+    (prompt, _), (other, _), *_ = expected
+    run(model, prompt, open_store(model, tmp_path))
+    size = next(tmp_path.iterdir()).stat().st_size
+    (tmp_path / "left.tmp").write_bytes(b"x" * size)  # of a killed run
+    os.utime(tmp_path / "left.tmp", (1, 1))
+    store = open_store(model, tmp_path, 2 * size)
+    changed = [prompt[0] + 1, *prompt[1:]]
+    assert len(store._chain(prompt)) == 2
+    run(model, changed[:140], store)
+    assert store.kept == 128 and len(store._chain(prompt)) == 1 and len(store._chain(changed)) == 1
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 2 * size
+    with pytest.raises(ValueError, match="limit of 0 bytes"):
+        open_store(model, tmp_path, 0)

@@ -1,0 +1,92 @@
+"""Samples for reinforcement learning: log probabilities of the training forward, and a batch that goes on where it was killed."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.weights import random_weights
+from test_generate import SMALL
+from trees import small_config
+
+import v4jax
+from v4jax.checkpoint.names import from_official
+from v4jax.generate import rollout as module
+from v4jax.generate.decode import Setting
+from v4jax.generate.rollout import Plan, rollout
+from v4jax.generate.sampling import Sampling
+
+PROMPTS = [[3, 5, 7], [9], list(range(20, 31))]
+PLAN = Plan(samples=2, max_new_tokens=10, rows=4, stop_tokens=(4,), seed=11)
+WARM = Setting(sampling=Sampling(temperature=1.0))
+
+
+@pytest.fixture(scope="module")
+def model():
+    cfg = small_config(**SMALL)
+    return cfg, jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 0)))
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """What comes of an uninterrupted batch, and its log."""
+    log = tmp_path_factory.mktemp("rollout") / "log.jsonl"
+    return rollout(*model, PROMPTS, PLAN, log, setting=WARM), log
+
+
+def test_log_probabilities_are_those_of_the_training_forward(model, whole):
+    samples, _ = whole
+    assert [len(own) for own in samples] == [2, 2, 2] and samples[0][0].tokens != samples[0][1].tokens
+    rows = np.zeros((6, 24), np.int32)
+    flat = [(prompt, sample) for prompt, own in zip(PROMPTS, samples, strict=True) for sample in own]
+    for row, (prompt, sample) in zip(rows, flat, strict=True):
+        row[: len(prompt) + len(sample.tokens)] = prompt + sample.tokens
+    scores = np.asarray(jax.nn.log_softmax(v4jax.forward(*model, jnp.asarray(rows)).logits))
+    for score, (prompt, sample) in zip(scores, flat, strict=True):
+        n = len(sample.tokens)
+        expected = score[len(prompt) - 1 :][np.arange(n), sample.tokens]
+        np.testing.assert_allclose(sample.log_probs, expected, atol=2e-4)  # as logits of a cache, issue 6
+        assert sample.ended == ("stop" if sample.tokens[-1] == 4 else "length") and (n == 10 or sample.ended == "stop")
+
+
+def test_an_interrupted_batch_goes_on_where_it_was(model, whole, tmp_path, monkeypatch):
+    """Killed at its 9th, then at its 5th line, each time with a line half written; then read alone."""
+    samples, _ = whole
+    log, write, written = tmp_path / "runs" / "log.jsonl", module._Log.write, []
+
+    def until(most):
+        def one(self, job, tokens, scores):
+            if len(written) == most:
+                self._file.write(json.dumps([job, tokens, scores])[:-3].encode())
+                raise KeyboardInterrupt
+            written.append(job)
+            write(self, job, tokens, scores)
+
+        written.clear()
+        return one
+
+    total = sum(len(sample.tokens) for own in samples for sample in own)
+    for most in (9, 5):
+        monkeypatch.setattr(module._Log, "write", until(most))
+        with pytest.raises(KeyboardInterrupt):
+            rollout(*model, PROMPTS, PLAN, log, setting=WARM)
+    monkeypatch.setattr(module._Log, "write", until(-1))
+    again = rollout(*model, PROMPTS, PLAN, log, setting=WARM)
+    assert len(written) == total - 9 - 5, "what was logged was computed again, or lost"
+    for got, expected in zip(sum(again, []), sum(samples, []), strict=True):
+        assert (got.tokens, got.ended) == (expected.tokens, expected.ended)
+        np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=2e-4)
+    monkeypatch.setattr(module, "generate", None)
+    assert rollout(*model, PROMPTS, PLAN, log, setting=WARM) == again
+
+
+def test_another_batch_is_refused(model, whole):
+    _, log = whole
+    for prompts, plan, setting in (
+        (PROMPTS[:2], PLAN, WARM), (PROMPTS, Plan(samples=2, max_new_tokens=11), WARM), (PROMPTS, PLAN, Setting()),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="the log of another batch"):
+            rollout(*model, prompts, plan, log, setting=setting)
+    with pytest.raises(ValueError, match="rows: got 0; must be an integer of at least 1"):
+        Plan(samples=1, max_new_tokens=1, rows=0)

@@ -1,0 +1,181 @@
+"""Caches of the beginnings of prompts on disk, so that what prompts share is computed once (report 3.6.2).
+
+A beginning is kept in stretches of STRETCH tokens, a file each: the entries and index keys that the stretch brought, and a checkpoint of
+the newest rows (window, rows not yet pooled) at its end. A prompt goes on from the last stretch that it shares with an earlier one;
+of those before that only entries are used.
+
+A file's name is the hash of all that its numbers depend on: model, weights, formats, and every token up to the one behind the stretch,
+which MTP has seen. It begins with a checksum and is renamed when it is complete, so a killed run leaves nothing that would be read, and
+a damaged file is removed and computed again. Above `limit` bytes the least recently used go, later stretches before earlier ones.
+
+Shapes: L layers, B batch, R rows of a ring, C slots, H width.
+Next file to read: v4jax/generate/rollout.py.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from v4jax.config import ModelConfig
+from v4jax.generate.cache import Cache
+from v4jax.model.state import LayerCache
+
+STRETCH = 512
+"""Tokens of a file; a multiple of every compress ratio, and the chunk of prefill."""
+
+_VERSION = 1
+_SUM = hashlib.sha256().digest_size
+
+
+class PrefixStore:
+    """A folder of stretches.
+
+    Args:
+      limit: bytes that the files may take. formats: what numbers depend on besides model, weights and tokens (any JSON value).
+
+    Attributes:
+      reused, kept: tokens that were read, and written, so far.
+    """
+
+    def __init__(self, folder, limit: int, cfg: ModelConfig, params, formats):
+        if limit < 1:
+            raise ValueError(f"prefix cache: got a limit of {limit} bytes; must be at least 1")
+        if jax.process_count() > 1:
+            raise ValueError(f"prefix cache: it serves one process; this job has {jax.process_count()}")
+        self._folder, self._limit, self._cfg = pathlib.Path(folder), limit, cfg
+        self._folder.mkdir(parents=True, exist_ok=True)
+        known = json.dumps([_VERSION, STRETCH, cfg.to_dict(), formats], sort_keys=True)
+        self._base = hashlib.sha256(known.encode() + digest(params))
+        self.reused = self.kept = 0
+
+    def begin(self, cache: Cache, rows: Sequence[Sequence[int]]) -> tuple[Cache, list[int]]:
+        """An empty cache with the beginnings of rows that are on disk, and the tokens of each. The last token always remains to be run."""
+        found = [self._chain(row) for row in rows]
+        known = [STRETCH * len(chain) for chain in found]
+        self.reused += sum(known)
+        if not any(known):
+            return cache, known
+        leaves, tree = jax.tree.flatten((cache.layers, cache.mtp))
+        ratios, arrays = _ratios(self._cfg, cache), [np.array(leaf) for leaf in leaves]
+        for b, chain in enumerate(found):
+            for n, content in enumerate(chain):
+                for array, ratio, piece in zip(arrays, ratios, _split(ratios, leaves, content), strict=True):
+                    size = STRETCH // ratio if ratio else len(piece[0])
+                    first = n * size if ratio else 0
+                    array[:, b, first : first + size] = piece
+        leaves = [jax.device_put(array, leaf.sharding) for array, leaf in zip(arrays, leaves, strict=True)]
+        layers, mtp = jax.tree.unflatten(tree, leaves)
+        return Cache(jax.device_put(np.array(known, np.int32), cache.length_B.sharding), layers, mtp), known
+
+    def keep(self, rows: Sequence[Sequence[int]], known: Sequence[int], cache: Cache, done: int) -> None:
+        """Writes the stretches that end where rows are now, `done` tokens behind those that were known of each."""
+        for b, (row, end) in enumerate(zip(rows, (n + done for n in known), strict=True)):
+            if end % STRETCH == 0 and end < len(row):
+                path = list(self._paths(row[: end + 1]))[-1]
+                if not path.exists():
+                    self._write(path, cache, b, end)
+
+    def _write(self, path: pathlib.Path, cache: Cache, row: int, end: int) -> None:
+        pieces = _pieces(_ratios(self._cfg, cache), jax.tree.leaves((cache.layers, cache.mtp)), row, end // STRETCH - 1)
+        payload = b"".join(np.asarray(piece).tobytes() for piece in pieces)
+        try:
+            with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".tmp", delete=False) as file:
+                file.write(hashlib.sha256(payload).digest() + payload)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(file.name, path)
+            self._shrink()
+        except OSError as error:  # a full disk, for example: the answer does not depend on it
+            print(f"v4jax: prefix cache: {error}", file=sys.stderr)
+            return
+        self.kept += STRETCH
+
+    def _paths(self, tokens: Sequence[int]) -> Iterator[pathlib.Path]:
+        """Files of the whole stretches that have a token behind them."""
+        ids, name = np.asarray(tokens, "<i4"), self._base.copy()
+        name.update(ids[:1].tobytes())
+        for end in range(STRETCH, len(ids), STRETCH):
+            name.update(ids[end - STRETCH + 1 : end + 1].tobytes())
+            yield self._folder / name.hexdigest()
+
+    def _chain(self, tokens: Sequence[int]) -> list[bytes]:
+        """What is kept of the row's first stretches, as far as they are there and whole."""
+        chain, used = [], []
+        for path in self._paths(tokens):
+            if not path.is_file():
+                break
+            content = path.read_bytes()
+            if hashlib.sha256(content[_SUM:]).digest() != content[:_SUM]:
+                print(f"v4jax: prefix cache: {path} is damaged; it is computed again", file=sys.stderr)
+                path.unlink()
+                break
+            chain.append(content[_SUM:])
+            used.append(path)
+        for path in reversed(used):  # so that the earliest is the latest used
+            os.utime(path)
+        return chain
+
+    def _shrink(self) -> None:
+        """Removes the least recently used files (what killed runs left too) until the rest fits the limit."""
+        files = sorted((stat.st_mtime_ns, stat.st_size, path) for path in self._folder.iterdir() for stat in [path.stat()])
+        over = sum(size for _, size, _ in files) - self._limit
+        for _, size, path in files:
+            if over <= 0:
+                return
+            path.unlink()
+            over -= size
+
+
+def _ratios(cfg: ModelConfig, cache: Cache) -> tuple[int, ...]:
+    """Of each leaf of (layers, mtp): tokens of a slot, 0 for a ring."""
+
+    def of(layer: LayerCache, ratio: int) -> LayerCache:
+        marks = jax.tree.map(lambda _: 0, layer)
+        slots = lambda part: part and part._replace(slots=jax.tree.map(lambda _: ratio, part.slots))  # noqa: E731
+        return marks._replace(entry=slots(marks.entry), index=slots(marks.index))
+
+    layers = {
+        group.name: {f"block_{i}": of(cache.layers[group.name][f"block_{i}"], kind.compress_ratio) for i, kind in enumerate(group.kinds)}
+        for group in cfg.layer_groups
+    }
+    return tuple(jax.tree.leaves((layers, jax.tree.map(lambda _: 0, cache.mtp))))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pieces(ratios: tuple[int, ...], leaves: Sequence[jax.Array], row: jax.Array, stretch: jax.Array) -> list[jax.Array]:
+    """What a stretch keeps of a row: rings whole, of slots its own."""
+
+    def piece(ratio, x_LBRH):
+        x_LRH = jax.lax.dynamic_index_in_dim(x_LBRH, row, axis=1, keepdims=False)
+        return jax.lax.dynamic_slice_in_dim(x_LRH, stretch * (STRETCH // ratio), STRETCH // ratio, axis=1) if ratio else x_LRH
+
+    return [piece(ratio, leaf) for ratio, leaf in zip(ratios, leaves, strict=True)]
+
+
+def _split(ratios: tuple[int, ...], leaves: Sequence[jax.Array], content: bytes) -> Iterator[np.ndarray]:
+    """The arrays of a file."""
+    first = 0
+    for ratio, leaf in zip(ratios, leaves, strict=True):
+        layers, _, rows, width = leaf.shape
+        shape = (layers, STRETCH // ratio if ratio else rows, width)
+        size = leaf.dtype.itemsize * layers * shape[1] * width
+        yield np.frombuffer(content, np.uint8, size, first).view(leaf.dtype).reshape(shape)
+        first += size
+
+
+def digest(params) -> bytes:
+    """Equal for equal weights, however they lie on devices."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8))
+    return digest.digest()

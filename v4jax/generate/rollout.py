@@ -1,0 +1,126 @@
+"""Samples for reinforcement learning: several of each of many prompts, with the logs of their probabilities, and a log to go on from.
+
+    samples = rollout(cfg, params, prompts, Plan(samples=8, max_new_tokens=256), "run/rollout.jsonl", setting=Setting(sampling=warm))
+    samples[p][s].tokens, samples[p][s].log_probs
+
+Probabilities are the model's own, at temperature 1 and unfiltered: what the forward pass of training gives for the same tokens, up to
+the rounding of a cache (tests/test_rollout.py).
+
+Every token is handed to the system's file before the next step begins. A batch that was interrupted, at whatever moment, is called again with the
+same arguments: what has ended is read, what had begun goes on behind its last token, with the same random keys (they go by seed and
+position). A log of other arguments is refused.
+
+Next file to read: v4jax/generate/text.py.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+
+import jax
+
+from v4jax.config import ModelConfig
+from v4jax.generate.decode import Completion, Setting, check_request, generate
+from v4jax.generate.prefix import PrefixStore, digest
+
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is sampled.
+
+    Attributes:
+      samples: of each prompt. rows: sequences that run together. seed: of the first sample; the others count up from it.
+      stop_tokens: a sample ends with one of these; None: the end-of-text token.
+
+    Raises:
+      ValueError: a number below 1 (seed: 0).
+    """
+
+    samples: int
+    max_new_tokens: int
+    rows: int = 8
+    seed: int = 0
+    stop_tokens: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        for name, least in (("samples", 1), ("max_new_tokens", 1), ("rows", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}: got {value!r}; must be an integer of at least {least}")
+
+
+def rollout(
+    cfg: ModelConfig, params, prompts: Sequence[Sequence[int]], plan: Plan, log, *,
+    setting: Setting = Setting(), prefixes: PrefixStore | None = None,
+) -> list[list[Completion]]:  # fmt: skip
+    """The samples of each prompt, in order.
+
+    Args:
+      log: path of the file that remembers; made where it is not. setting, prefixes: see v4jax/generate/decode.py.
+
+    Raises:
+      ValueError: see `check_request`; a log of another batch; several processes.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(f"rollout: one process writes the log; this job has {jax.process_count()}")
+    stops = (cfg.eos_token_id,) if plan.stop_tokens is None else plan.stop_tokens
+    jobs = [list(prompt) for prompt in prompts for _ in range(plan.samples)]
+    seeds = [(plan.seed + job) % 2**32 for job in range(len(jobs))]
+    check_request(cfg, jobs, seeds, plan.max_new_tokens, None, setting)
+    room = max(map(len, jobs)) + plan.max_new_tokens
+    numbers = [setting.dtype, setting.quant, setting.storage, dataclasses.asdict(setting.sampling)]
+    with _Log(log, [cfg.to_dict(), digest(params).hex(), jobs, dataclasses.asdict(plan), *numbers], len(jobs)) as done:
+        left = [job for job, tokens in enumerate(done.tokens) if len(tokens) < plan.max_new_tokens and not set(tokens[-1:]) & set(stops)]
+        for first in range(0, len(left), plan.rows):
+            batch = left[first : first + plan.rows]
+            generate(
+                cfg, params, [jobs[job] + done.tokens[job] for job in batch], [plan.max_new_tokens - len(done.tokens[job]) for job in batch],
+                seeds=[seeds[job] for job in batch], stop=lambda _, tokens: tokens[-1] in stops,
+                tell=lambda b, tokens, scores, batch=batch: done.write(batch[b], tokens, scores),
+                room=room, rows=plan.rows, setting=setting, prefixes=prefixes,
+            )  # fmt: skip
+        completions = [
+            Completion(tokens, scores, "stop" if tokens[-1] in stops else "length") for tokens, scores in zip(done.tokens, done.scores, strict=True)
+        ]
+    return [completions[first : first + plan.samples] for first in range(0, len(completions), plan.samples)]
+
+
+class _Log:
+    """Tokens and log probabilities of every sample so far, in memory and in a file: a line that says of what, then one for each
+    step of each sample. A line that a kill cut short is dropped."""
+
+    def __init__(self, path, batch, jobs: int):
+        path = pathlib.Path(path)
+        head = json.dumps({"version": _VERSION, "batch": hashlib.sha256(json.dumps(batch).encode()).hexdigest()})
+        content = path.read_bytes() if path.is_file() else b""
+        whole = content[: content.rfind(b"\n") + 1].decode()
+        lines = whole.splitlines()
+        if lines and lines[0] != head:
+            raise ValueError(f"{path}: the log of another batch (model, weights, prompts, plan or setting differ); remove it, or name another file")
+        self.tokens, self.scores = ([[] for _ in range(jobs)] for _ in "ts")
+        for line in lines[1:]:
+            self._add(*json.loads(line))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("r+b" if content else "wb", buffering=0)
+        self._file.truncate(len(whole.encode()))
+        self._file.seek(0, 2)
+        if not lines:
+            self._file.write(head.encode() + b"\n")
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._file.close()
+
+    def write(self, job: int, tokens: Sequence[int], scores: Sequence[float]) -> None:
+        self._file.write(json.dumps([job, list(tokens), list(scores)]).encode() + b"\n")
+        self._add(job, tokens, scores)
+
+    def _add(self, job: int, tokens: Sequence[int], scores: Sequence[float]) -> None:
+        self.tokens[job] += tokens
+        self.scores[job] += scores

@@ -42,9 +42,8 @@ def rates() -> tuple[float, float]:
     return x.nbytes / _best(lambda: add(x).block_until_ready()), 2 * 2048**3 / _best(lambda: dot(w, w).block_until_ready())
 
 
-def _best(run, times: int = 5, warm: bool = True) -> float:
-    if warm:
-        run()
+def _best(run, times: int = 5) -> float:
+    run()
     seconds = []
     for _ in range(times):
         start = time.perf_counter()
@@ -53,17 +52,27 @@ def _best(run, times: int = 5, warm: bool = True) -> float:
     return min(seconds)
 
 
+def steps_of(run, tokens: int) -> tuple[float, float]:
+    """(seconds to the first token, seconds of each further one) of run(tokens, tell), which calls `tell` for every token."""
+    times = []
+    run(2, lambda: None)  # compiles
+    start = time.perf_counter()
+    run(tokens, lambda: times.append(time.perf_counter()))
+    return times[0] - start, (times[-1] - times[0]) / (tokens - 1)
+
+
 def ours(folder, prompts, tokens: int) -> tuple[float, float]:
-    """(seconds of prefill and the first token, seconds of each further token)"""
     import v4jax
+    from v4jax.generate.cache import split_layers
     from v4jax.generate.decode import generate
 
     cfg, params = v4jax.load(folder)
-    room = len(prompts[0]) + tokens
-    go = lambda n: generate(cfg, params, prompts, n, stop=lambda *_: False, room=room)  # noqa: E731
-    go(2)  # compiles
-    first = _best(lambda: go(1), 2, False)
-    return first, (_best(lambda: go(tokens), 2, False) - first) / (tokens - 1)
+    params, room = split_layers(cfg, params), len(prompts[0]) + tokens
+
+    def run(count, tell):
+        generate(cfg, params, prompts, count, stop=lambda row, _: bool(row == 0 and tell()), room=room)
+
+    return steps_of(run, tokens)
 
 
 def theirs(folder, prompts, tokens: int) -> tuple[float, float]:
@@ -74,18 +83,20 @@ def theirs(folder, prompts, tokens: int) -> tuple[float, float]:
     model = DeepseekV4ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = torch.tensor(prompts)
 
-    def go(n):
-        with torch.no_grad():
-            model.generate(rows, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+    def run(count, tell):
+        def heard(ids, scores, **_):
+            tell()
+            return torch.zeros(len(ids), dtype=torch.bool)
 
-    go(2)
-    first = _best(lambda: go(1), 1, False)
-    return first, (_best(lambda: go(tokens), 1, False) - first) / (tokens - 1)
+        with torch.no_grad():
+            model.generate(rows, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0, stopping_criteria=[heard])
+
+    return steps_of(run, tokens)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=64, help="decoded after the first; a quarter of it after long prompts")
     parser.add_argument("--prompt", type=int, default=4096)
     parser.add_argument("--only", type=int, help="cases of this prompt length")
     parser.add_argument("--ours-only", action="store_true")
@@ -108,8 +119,8 @@ def main():
         for batch, length in [case for case in ((1, 64), (8, 64), (1, arguments.prompt)) if arguments.only in (None, case[1])]:
             prompts = np.random.default_rng(0).integers(2, cfg.vocab_size, (batch, length)).tolist()
             tokens = arguments.tokens if length < 1024 else arguments.tokens // 4
-            found = ours(folder, prompts, tokens)
-            peer = None if arguments.ours_only else theirs(folder, prompts, tokens)
+            found = ours(folder, prompts, tokens + 1)
+            peer = None if arguments.ours_only else theirs(folder, prompts, tokens + 1)
             total = cost(cfg, length).total
             floors = (batch * length * total.flops / products, max(4 * total.active / read, batch * total.flops / products))
             for i, what in enumerate((f"prefill {length}", f"decode at {length}, a step")):

@@ -13,7 +13,7 @@ import os
 import resource
 import time
 
-TOKENS, SHORT, NEW, STRETCH = 2**20, 2**14, 32, 2**16
+TOKENS, SHORT, NEW, STEPS, STRETCH = 2**20, 2**14, 32, 8, 2**16
 LIMIT = 8e9
 """Bytes the process may hold."""
 
@@ -25,7 +25,7 @@ def get_model(official: bool):
         vocab_size=512, hidden_size=64, moe_intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, head_dim=32,
         qk_rope_head_dim=16, q_lora_rank=32, o_groups=2, o_lora_rank=32, n_routed_experts=8, num_experts_per_tok=2,
         routed_scaling_factor=1.5, compress_ratios=(0, 4, 128), num_hash_layers=1, num_nextn_predict_layers=0, sliding_window=128,
-        index_n_heads=1, index_head_dim=32, index_topk=128, compress_rope_theta=160000.0, max_position_embeddings=TOKENS + 2 * NEW,
+        index_n_heads=1, index_head_dim=32, index_topk=128, compress_rope_theta=160000.0, max_position_embeddings=TOKENS + 4 * NEW,
     )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ class Run:
         self.cfg = get_model(storage == "official")
         self.params = split_layers(self.cfg, init_params(self.cfg, jax.random.key(0)))
         self.setting = Setting(storage=storage, quant="official" if storage == "official" else "none")
-        self.room, self.seed_B = tokens + 2 * NEW, np.zeros(1, np.uint32)
+        self.room, self.seed_B = tokens + 4 * NEW, np.zeros(1, np.uint32)
         self.tokens = np.random.default_rng(0).integers(2, self.cfg.vocab_size, tokens).tolist()
         self.done, self.state, self.news = 0, None, None
 
@@ -99,7 +99,7 @@ class Run:
             part = self.tokens[self.done : min(self.done + STRETCH, until)]
             cache = None if self.state is None else self.state.cache
             self.state, self.news = prefill(self.cfg, self.setting, self.params, [part], self.seed_B, self.room, cache)
-            self.news.token_BN.block_until_ready()
+            self.news.token_PBN.block_until_ready()
             self.done += len(part)
             spent = time.perf_counter() - start
             print(f"prefill: {self.done:8d} of {len(self.tokens)} tokens, {spent:6.1f} s, {1e6 * spent / (self.done - first):5.0f} us a token, "
@@ -149,8 +149,8 @@ def main():
             run.skip(until)
         else:
             run.prefill(until)
-        run.decode(2)  # the first time compiles
-        seconds[until] = run.decode(NEW - 2 if until > SHORT else NEW)
+        run.decode(STEPS)  # the first time compiles
+        seconds[until] = run.decode(NEW)
         rows.append((until, seconds[until], traffic(run.cfg, run.state.cache, until)))
     print(f"all in {time.perf_counter() - start:.0f} s; read rate {rate / 1e9:.1f} GB/s; peak {peak() / 1e9:.2f} GB")
     names = list(rows[0][2])

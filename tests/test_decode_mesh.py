@@ -62,7 +62,7 @@ def test_rows_continued_on_a_mesh_are_those_of_one_device(model, mesh, layout, m
     with jax.set_mesh(device_mesh):
         rules = decoding_rules(own)
         params = jax.device_put(params, named_shardings(device_mesh, own, abstract_params(CFG), param_axes(CFG)))
-        params, cache, got = split_layers(CFG, params), jax.jit(lambda: empty_cache(CFG, rows, ROOM, rules=rules))(), []
+        params, cache, got = split_layers(CFG, params, rules), jax.jit(lambda: empty_cache(CFG, rows, ROOM, rules=rules))(), []
         for start in range(0, LENGTH, CHUNK):
             logits, cache = step(rules, params, cache, jnp.asarray(tokens[:rows, start : start + CHUNK]))
             got.append(np.asarray(logits))

@@ -73,17 +73,31 @@ def decoding_rules(rules: AxisRules) -> AxisRules:
     return dataclasses.replace(rules, table=tuple((name, slots if name == "cache_slots" else axes) for name, axes in rest))
 
 
-def split_layers(cfg: ModelConfig, params):
-    """The parameters with the layers of short groups as arrays of their own, a tuple for a group, for `extend` and `draft`.
+def split_layers(cfg: ModelConfig, params, rules: AxisRules = AxisRules()):
+    """The parameters as `extend` and `draft` are fastest with them: the layers of short groups as arrays of their own, a tuple for a group.
 
-    A loop over stacked layers takes each layer's weights off the stack, a copy of all its experts, where a token needs a few.
+    A loop over stacked layers takes each layer's weights off the stack, a copy of all its experts, where a token needs a few. On one
+    device w1 and w3 of experts become one array: taking one expert of both, and the product with it, then use two cores.
     """
     params = dict(params, router=dict(params["router"]))
     for group in cfg.layer_groups:
-        for tree in (params, params["router"]):
-            if group.repeats <= APART and not isinstance(tree[group.name], tuple):
+        if group.repeats <= APART and not isinstance(params[group.name], tuple):
+            for tree in (params, params["router"]):
                 tree[group.name] = tuple(jax.tree.map(lambda x, n=n: x[n], tree[group.name]) for n in range(group.repeats))
+            if not rules:
+                params[group.name] = tuple(jax.tree.map(_join, layer, is_leaf=_is_swiglu) for layer in params[group.name])
     return params
+
+
+def _is_swiglu(tree) -> bool:
+    return isinstance(tree, dict) and "w3" in tree
+
+
+def _join(leaf):
+    """w1 and w3 of routed experts side by side; anything else passes."""
+    if not _is_swiglu(leaf) or leaf["w1"].ndim == 2:
+        return leaf
+    return {"w1": jnp.concatenate((leaf["w1"], leaf["w3"]), axis=-1), "w2": leaf["w2"]}
 
 
 def check_storage(storage: str, quant: str) -> None:

@@ -1,14 +1,14 @@
 """Prompts in, continuations out: prefill in chunks, then all sequences together, a token at a time or speculatively.
 
 Two programs run, whatever the lengths: one continues all rows by a chunk of their prompts (rows whose prompt is over wait), one goes
-on from there. The cache is donated to each, so nothing of it is copied.
+on from there, a few steps at a time. The cache is donated to each, so nothing of it is copied.
 
 Speculation: MTP drafts one token behind the newest, both run through the model at once, and the draft stays if it is the very token
 that the model chooses there. Draft and choice use the same random key (that of the position), which makes them agree as often as
 coupled Gumbel noise does, and the result is token for token that of plain decoding, greedy or sampled. A draft that does not stay is
 taken back by a smaller length: the cache is addressed by position, so what it wrote is overwritten before it can be seen.
 
-Shapes: B batch (padded to what the mesh cuts), T positions of a chunk, N new tokens of a step (1, or 2), X streams, D hidden.
+Shapes: B batch (padded to what the mesh cuts), T positions of a chunk, P steps, N new tokens of a step (1, or 2), X streams, D hidden.
 Next file to read: v4jax/generate/text.py.
 """
 
@@ -32,6 +32,9 @@ from v4jax.tokenizer import check_tokens
 
 PREFILL_CHUNK = 512
 """Tokens of each prompt that are run at once."""
+
+STEPS = 8
+"""Steps of a call: starting a small model's program takes as long as a fifth of a step. What comes behind a stop is dropped."""
 
 StopRule = Callable[[int, Sequence[int]], bool]
 """(sequence, its new tokens) -> whether it ends here. Called once for every new token."""
@@ -64,6 +67,7 @@ class Setting(NamedTuple):
     storage: str = "dtype"
     sampling: Sampling = Sampling()
     speculative: bool = False
+    steps: int = STEPS
 
     @property
     def compute(self) -> dict:
@@ -85,11 +89,11 @@ class State(NamedTuple):
 
 
 class News(NamedTuple):
-    """What a step brings: `count_B` tokens of each row, and the logs of their probabilities."""
+    """What steps bring: `count` tokens of each row, and the logs of their probabilities; P steps."""
 
-    token_BN: jax.Array
-    score_BN: jax.Array
-    count_B: jax.Array
+    token_PBN: jax.Array
+    score_PBN: jax.Array
+    count_PB: jax.Array
 
 
 def generate(
@@ -120,7 +124,8 @@ def generate(
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     check_request(cfg, prompts, seeds, max_new_tokens, room, setting)
     stop = stop or (lambda _, tokens: tokens[-1] == cfg.eos_token_id)
-    setting, params = setting._replace(rules=decoding_rules(setting.rules)), split_layers(cfg, params)
+    setting = setting._replace(rules=decoding_rules(setting.rules))
+    params = split_layers(cfg, params, setting.rules)
     shards, most = setting.rules.shards("act_batch"), _each(max_new_tokens, prompts)
     rows = -(-max(rows, len(prompts)) // shards) * shards
     padded = [*prompts, *[prompts[0][:1]] * (rows - len(prompts))]  # every device must hold a row
@@ -141,10 +146,10 @@ def decode(
     """What follows the first rows, at most so many tokens each, and the cache, which lacks the newest token of each."""
     sequences, count = [_Sequence(b, stop, tell, new) for b, new in enumerate(most)], len(most)
     while True:
-        token_BN, score_BN, count_B = (gather(array).tolist() for array in news)
-        for b, sequence in enumerate(sequences):
-            sequence.take(token_BN[b][: count_B[b]], score_BN[b])
-        active_B = np.array([b < count and sequences[b].ended is None for b in range(len(count_B))])
+        for token_BN, score_BN, count_B in zip(*(gather(array).tolist() for array in news), strict=True):
+            for b, sequence in enumerate(sequences):
+                sequence.take(token_BN[b][: count_B[b]], score_BN[b])
+        active_B = np.array([b < count and sequences[b].ended is None for b in range(len(seed_B))])
         if not active_B.any():
             return [sequence.completion() for sequence in sequences], state.cache
         state, news = _advance(cfg, setting, params, state, active_B, seed_B)
@@ -265,7 +270,7 @@ def _first(cfg, setting: Setting, params, cache, last, seed_B):
     x_BD, streams_BXD = last
     logits_BV = logits_of(params, x_BD[:, None], setting.rules)[:, 0]
     token_B, score_B = choose_token(setting.sampling, logits_BV, seed_B, cache.length_B)
-    news = News(token_B[:, None], score_B[:, None], jnp.ones_like(token_B))
+    news = News(token_B[None, :, None], score_B[None, :, None], jnp.ones_like(token_B)[None])
     if not setting.speculative:
         return State(cache, token_B, None), news
     stretch = Stretch(cache.length_B - 1, jnp.ones_like(token_B))
@@ -275,7 +280,11 @@ def _first(cfg, setting: Setting, params, cache, last, seed_B):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _advance(cfg, setting: Setting, params, state: State, active_B, seed_B) -> tuple[State, News]:
-    """A step of every active row."""
+    """Steps of every active row."""
+    return jax.lax.scan(lambda state, _: _step(cfg, setting, params, state, active_B, seed_B), state, length=setting.steps)
+
+
+def _step(cfg, setting: Setting, params, state: State, active_B, seed_B) -> tuple[State, News]:
     start_B, token_B = state.cache.length_B, state.token_B
     tokens_BN = jnp.stack((token_B, state.draft_B), axis=1) if setting.speculative else token_B[:, None]
     size = tokens_BN.shape[1]

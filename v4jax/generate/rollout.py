@@ -6,7 +6,7 @@
 Probabilities are the model's own, at temperature 1 and unfiltered: what the forward pass of training gives for the same tokens, up to
 the rounding of a cache (tests/test_rollout.py).
 
-Every token is handed to the system's file before the next step begins. A batch that was interrupted, at whatever moment, is called again with the
+Tokens are handed to the system's file before the next steps begin. A batch that was interrupted, at whatever moment, is called again with the
 same arguments: what has ended is read, what had begun goes on behind its last token, with the same random keys (they go by seed and
 position). A log of other arguments is refused.
 
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import jax
 
 from v4jax.config import ModelConfig
+from v4jax.generate.cache import split_layers
 from v4jax.generate.decode import Completion, Setting, check_request, generate
 from v4jax.generate.prefix import PrefixStore, digest
 
@@ -74,6 +75,7 @@ def rollout(
     room = max(map(len, jobs)) + plan.max_new_tokens
     numbers = [setting.dtype, setting.quant, setting.storage, dataclasses.asdict(setting.sampling)]
     with _Log(log, [cfg.to_dict(), digest(params).hex(), jobs, dataclasses.asdict(plan), *numbers], len(jobs)) as done:
+        params = split_layers(cfg, params, setting.rules)
         left = [job for job, tokens in enumerate(done.tokens) if len(tokens) < plan.max_new_tokens and not set(tokens[-1:]) & set(stops)]
         for first in range(0, len(left), plan.rows):
             batch = left[first : first + plan.rows]

@@ -32,8 +32,9 @@ class Row:
     def __init__(self, cfg: ModelConfig, params, setting: Setting, room: int):
         if setting.speculative:
             raise ValueError("speculative: a kept row is continued a token at a time")
-        self._cfg, self._params, self._room = cfg, split_layers(cfg, params), room
-        self._setting = setting._replace(rules=decoding_rules(setting.rules))
+        self._cfg, self._params, self._room = cfg, split_layers(cfg, params, setting.rules), room
+        # A step at a time: what comes behind a stop would have to be taken back.
+        self._setting = setting._replace(rules=decoding_rules(setting.rules), steps=1)
         self._cache: Cache | None = None
         self._reach = 0  # positions that were ever written: rings have lost what is a whole turn before them
         self.tokens: list[int] = []

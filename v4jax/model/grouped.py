@@ -22,10 +22,10 @@ from v4jax.quant.fake import fp8_input
 
 
 class ExpertWeights(NamedTuple):
-    """w1, w3 [E,D,F] and w2 [E,F,D]; of one expert without the first axis."""
+    """w1, w3 [E,D,F] and w2 [E,F,D]; of one expert without the first axis. w3 None: it stands behind w1, [E,D,2F] (forward only)."""
 
     w1: jax.Array
-    w3: jax.Array
+    w3: jax.Array | None
     w2: jax.Array
 
 
@@ -87,7 +87,7 @@ def _gated(form: Activation, h1, h3, gate_P):
 
 
 def _ffn(form, dot, w: ExpertWeights, x, gate_P):
-    h1, h3 = dot(x, w.w1), dot(x, w.w3)
+    h1, h3 = jnp.split(dot(x, w.w1), 2, axis=-1) if w.w3 is None else (dot(x, w.w1), dot(x, w.w3))
     return dot(_gated(form, h1, h3, gate_P), w.w2), h1, h3
 
 
@@ -127,7 +127,7 @@ def _store(total, part, n, size):
 
 
 def _one(w: ExpertWeights, expert, dtype) -> ExpertWeights:
-    return ExpertWeights(*(lax.dynamic_index_in_dim(m, expert, keepdims=False).astype(dtype) for m in w))
+    return jax.tree.map(lambda m: lax.dynamic_index_in_dim(m, expert, keepdims=False).astype(dtype), w)
 
 
 def _blocked_forward(form, w, x_PD, gate_P, groups):
@@ -138,7 +138,7 @@ def _blocked_forward(form, w, x_PD, gate_P, groups):
         parts = _ffn(form, jnp.matmul, own, _rows(x_PD, n, size), _rows(gate_P, n, size))
         return tuple(_store(total, part, n, size) for total, part in zip(totals, parts, strict=True))
 
-    widths = (x_PD.shape[1], w.w1.shape[2], w.w1.shape[2])
+    widths = (x_PD.shape[1], w.w2.shape[1], w.w2.shape[1])
     zeros = tuple(vary_like(jnp.zeros((x_PD.shape[0], width), x_PD.dtype), x_PD) for width in widths)
     return lax.fori_loop(0, groups.blocks_in_use, one_block, zeros)
 

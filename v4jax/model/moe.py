@@ -174,7 +174,10 @@ class MoE(Weights):
 
 
 class Experts(Weights):
-    """The routed experts' matrices. They stay sharded and float32 until the device that runs them casts its own."""
+    """The routed experts' matrices. They stay sharded and float32 until the device that runs them casts its own.
+
+    Given without w3, w1 holds both (v4jax/generate/cache.py, split_layers).
+    """
 
     cfg: ModelConfig
 
@@ -184,20 +187,23 @@ class Experts(Weights):
         into, out = ("experts", "expert_embed", "expert_hidden"), ("experts", "expert_hidden", "expert_embed")
         axes = {"w1": into, "w3": into, "w2": out}
         shapes = {"w1": (hidden, width), "w3": (hidden, width), "w2": (width, hidden)}
-        weights = {
-            name: self.param(
-                name,
-                nn.with_logical_partitioning(_normal(cfg), axes[name]),
-                (cfg.n_routed_experts, *shapes[name]),
-                jnp.float32,
-            )
-            for name in axes
-        }
+        if self.has_variable("params", "w1") and not self.has_variable("params", "w3"):
+            weights = {name: self.get_variable("params", name) for name in ("w1", "w2")}
+        else:
+            weights = {
+                name: self.param(
+                    name,
+                    nn.with_logical_partitioning(_normal(cfg), axes[name]),
+                    (cfg.n_routed_experts, *shapes[name]),
+                    jnp.float32,
+                )
+                for name in axes
+            }
         if self.quant == "official":
             weights = {name: mxfp4_weight(w) for name, w in weights.items()}
 
         def expert(weights, x_PD, gate_P, groups: Groups):
-            return expert_ffn(Activation(cfg.swiglu_limit, self.quant), ExpertWeights(**weights), x_PD, gate_P, groups)
+            return expert_ffn(Activation(cfg.swiglu_limit, self.quant), ExpertWeights(**{"w3": None} | weights), x_PD, gate_P, groups)
 
         return apply_experts(self.rules, expert, weights, axes, x_BSD, index_BSK, weight_BSK)
 

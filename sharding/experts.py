@@ -108,7 +108,7 @@ def _run(expert, weights, num_experts, x_BSD, index_BSK, gate_BSK) -> jax.Array:
     batch, seq, width = x_BSD.shape
     here, active = jax.tree.leaves(weights)[0].shape[0], index_BSK.shape[-1]
     assignments = batch * seq * active
-    block = _block_size(assignments, num_experts)
+    block = min(_block_size(assignments, num_experts), 1 << (batch * seq - 1).bit_length())  # an expert gets a token once at most
     plan = _plan(index_BSK.reshape(-1), here, block)
     x_PD = _spread(x_BSD.reshape(-1, width), plan.row // active, plan.used, plan.slot.reshape(-1, active))
     gate_P1 = _spread(gate_BSK.reshape(-1, 1), plan.row, plan.used, plan.slot[:, None])

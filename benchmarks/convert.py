@@ -5,7 +5,7 @@
 Writes a synthetic checkpoint of that size in bfloat16 (V4's parts, random numbers) below DIR, converts it to a store and back, to
 an official release, and that to a store and to bfloat16, each in a fresh process whose time (without start-up) and largest resident
 memory are taken, and removes it all. Rates are bytes of the larger side per second: every one of them is read or written. The last
-rows are the bound of the processor: rounding to and from low precision, and compressing, alone, on as many threads.
+rows are the bound of the processor: rounding to and from low precision, transposing and compressing, alone, on as many threads.
 """
 
 import argparse
@@ -26,25 +26,27 @@ import tensorstore as ts
 
 from v4jax.checkpoint.export import config_json, kinds_for, plan_files, total_bytes, write_json, write_tensors
 from v4jax.checkpoint.formats import DTYPES, Stored
-from v4jax.checkpoint.names import official_shapes
+from v4jax.checkpoint.names import official_shapes, turned
 from v4jax.checkpoint.stream import create
 from v4jax.config import ModelConfig
 from v4jax.quant import fp8, mxfp4
 
 WORKERS = 2
 CHILD = """
-import json, sys, time
+import json, resource, sys, time
 from sharding.mesh import keep_freed_memory
 keep_freed_memory()  # as the command does
 from v4jax.convert import convert
 from v4jax.checkpoint.names import official_shapes
 from v4jax.config import ModelConfig
 official_shapes(ModelConfig.from_json(sys.argv[1]))  # start-up: tracing the model for its shapes, once a process
-begin = time.perf_counter()
+used = resource.getrusage(resource.RUSAGE_SELF)
+begin, before = time.perf_counter(), used.ru_utime + used.ru_stime
 convert(sys.argv[1], sys.argv[2], format=sys.argv[3], dtype=sys.argv[4], max_file_bytes=10**9, workers=int(sys.argv[5]))
 seconds = time.perf_counter() - begin
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
-print(json.dumps([seconds, int(peak) * 1024]))
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps([seconds, int(peak) * 1024, (used.ru_utime + used.ru_stime - before) / seconds]))
 """
 
 
@@ -91,8 +93,8 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> float:
     return seconds
 
 
-def convert(source, target, format: str, dtype: str) -> tuple[float, int]:
-    """(seconds, peak resident bytes) of one conversion in a process of its own."""
+def convert(source, target, format: str, dtype: str) -> tuple[float, int, float]:
+    """(seconds, peak resident bytes, cores in use on average) of one conversion in a process of its own."""
     command = [sys.executable, "-c", CHILD, source, target, format, dtype, str(WORKERS)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     return tuple(json.loads(done.stdout))
@@ -130,27 +132,29 @@ def main() -> None:
         largest = max(4 * math.prod(shape) for shape in official_shapes(cfg).values())
         bound = 1.5e9 + 2 * largest
         print(f"{size / 1e9:.2f} GB in bfloat16; largest slice {largest / 1e9:.2f} GB in float32: at most {bound / 1e9:.2f} GB of memory")
-        print("| conversion | from, to GB | seconds | MB/s | of the copy's | peak GB |\n|---|---|---|---|---|---|")
-        print(f"| plain copy, fsync, median of 3 | {size / 1e9:.2f} | {size / rate:.1f} | {rate / 1e6:.0f} | 1.00 | |", flush=True)
+        print("| conversion | from, to GB | seconds | MB/s | of the copy's | cores | peak GB |\n|---|---|---|---|---|---|---|")
+        print(f"| plain copy, fsync, median of 3 | {size / 1e9:.2f} | {size / rate:.1f} | {rate / 1e6:.0f} | 1.00 | | |", flush=True)
         for source, target, format, dtype in (
             ("bf16", "store", "orbax", "bfloat16"), ("store", "back", "safetensors", "bfloat16"), ("bf16", "official", "safetensors", "official"),
             ("official", "again", "safetensors", "official"), ("official", "low", "orbax", "bfloat16"), ("low", "out", "safetensors", "official"),
             ("official", "wide", "safetensors", "bfloat16"),
         ):  # fmt: skip
-            seconds, peak = convert(root / source, root / target, format, dtype)
+            seconds, peak, cores = convert(root / source, root / target, format, dtype)
             sizes = size_of(root / source), size_of(root / target)
             moved = max(*sizes, size if "bfloat16" in dtype or source in ("bf16", "low") else 0)
             print(f"| {source} -> {target} ({format}, {dtype}) | {sizes[0] / 1e9:.2f}, {sizes[1] / 1e9:.2f} | {seconds:.1f} | {moved / seconds / 1e6:.0f} "
-                  f"| {moved / seconds / rate:.2f} | {peak / 1e9:.2f}{'' if peak <= bound else ' ABOVE THE BOUND'} |", flush=True)  # fmt: skip
+                  f"| {moved / seconds / rate:.2f} | {cores:.1f} | {peak / 1e9:.2f}{'' if peak <= bound else ' ABOVE THE BOUND'} |", flush=True)  # fmt: skip
             if target in ("back", "again", "out", "wide"):
                 shutil.rmtree(root / target)
         x = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
         for code in (fp8, mxfp4):
             stored = code.quantise(x)
             for what, action in (("to", lambda: code.quantise(x)), ("from", lambda: code.dequantise(*stored))):  # noqa: B023
-                print(f"| processor alone: {what} {code.__name__.split('.')[-1]}, as bfloat16 bytes | | | {processor_bound(action, x.nbytes) / 2e6:.0f} | | |")
+                print(f"| processor alone: {what} {code.__name__.split('.')[-1]}, as bfloat16 bytes | | | {processor_bound(action, x.nbytes) / 2e6:.0f} | | | |")
+        half = x.astype(ml_dtypes.bfloat16)
+        print(f"| processor alone: transposing bfloat16 | | | {processor_bound(lambda: turned(half, half.dtype), half.nbytes) / 1e6:.0f} | | | |")
         numbers = mxfp4.dequantise(*mxfp4.quantise(x)).astype(ml_dtypes.bfloat16)
-        print(f"| processor alone: a store's compression | | | {processor_bound(lambda: compress(numbers), numbers.nbytes) / 1e6:.0f} | | |")
+        print(f"| processor alone: a store's compression | | | {processor_bound(lambda: compress(numbers), numbers.nbytes) / 1e6:.0f} | | | |")
     finally:
         shutil.rmtree(root)
 

@@ -18,7 +18,7 @@ LIMIT = 8e9
 """Bytes the process may hold."""
 
 
-def get_model(official: bool):
+def get_model():
     from v4jax.config import ModelConfig
 
     return ModelConfig(
@@ -83,7 +83,7 @@ class Run:
         from v4jax.generate.decode import Setting
         from v4jax.model.transformer import init_params
 
-        self.cfg = get_model(storage == "official")
+        self.cfg = get_model()
         self.params = split_layers(self.cfg, init_params(self.cfg, jax.random.key(0)))
         self.setting = Setting(storage=storage, quant="official" if storage == "official" else "none")
         self.room, self.seed_B = tokens + 4 * NEW, np.zeros(1, np.uint32)

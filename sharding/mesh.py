@@ -52,7 +52,7 @@ def simulate_devices(count: int) -> None:
 
 def keep_freed_memory() -> None:
     """Tells glibc to keep what is freed. XLA:CPU asks for its temporary memory anew at every step, and having the kernel clear 1 GB
-    of new pages each time took a quarter of a step of benchmarks/train_step.py; a conversion, a third.
+    of new pages each time took a quarter of a step of benchmarks/train_step.py. Conversions allocate as much.
 
     Works only before JAX starts its threads: they would have taken heaps of their own.
     """

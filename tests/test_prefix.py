@@ -1,4 +1,4 @@
-"""Beginnings of prompts on disk: what is read gives what is computed; damage, kills, limits and other weights are survived."""
+"""Beginnings of prompts on disk: what is read gives what is computed; damage, broken writes, limits and other weights are survived."""
 
 import os
 

@@ -181,8 +181,8 @@ def read_slot(name: str, leaf: Any, slot: Slot, dtype: np.dtype | None = None) -
 
 
 def turned(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The transposed matrix, contiguous: bands of few rows, two to four times as fast as square tiles. Moved as integers, since NumPy copies
-    its own kinds of numbers faster than bfloat16."""
+    """The transposed matrix, contiguous: in bands of few rows, which write whole cache lines. Moved as integers, since NumPy copies its own
+    kinds of numbers faster than bfloat16."""
     out = np.empty(array.shape[::-1], dtype)
     bits = np.dtype(f"u{out.itemsize}")
     moved = out.view(bits)

@@ -173,9 +173,9 @@ def _split(ratios: tuple[int, ...], leaves: Sequence[jax.Array], content: bytes)
 
 def digest(params) -> bytes:
     """Equal for equal weights, however they lie on devices."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8))
-    return digest.digest()
+        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        found.update(np.ascontiguousarray(array).view(np.uint8))
+    return found.digest()

@@ -1,8 +1,8 @@
 """The experts' feed-forward over rows sorted by expert: grouped matrix products, with a backend per platform.
 
-TPU: lax.ragged_dot (a grouped GEMM) on all rows at once, with a kernel for its weight gradient (model/outer.py). CPU and GPU: one loop over blocks of rows that belong to one expert,
-as long as there are blocks in use; there XLA's ragged_dot does E times the work (30-50 times slower on CPU), and a block's
-intermediate values stay in cache. Both run the same two formulas below, which take the products as arguments.
+TPU: lax.ragged_dot (a grouped GEMM) on all rows at once, with a kernel for its weight gradient (model/outer.py). CPU and GPU: one
+loop over blocks of rows that belong to one expert, as long as there are blocks in use; there XLA's ragged_dot does E times the work
+(30-50 times slower on CPU), and a block's intermediate values stay in cache. Both run the same two formulas below, which take the products as arguments.
 
 Shapes: P rows (of all blocks, or of one), D width, F expert hidden, E experts.
 Next file to read: sharding/experts.py.

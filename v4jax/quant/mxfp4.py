@@ -70,7 +70,7 @@ def quantise(x_OI: np.ndarray, scale_OQ: np.ndarray | None = None) -> tuple[np.n
 
 def codes(y: np.ndarray) -> np.ndarray:
     """Codes 0 to 15 of float32 numbers, rounded to nearest even and saturated: how many of the seven midpoints lie below, and the sign.
-    A fourth of the time of a cast to ml_dtypes' float4."""
+    A cast to ml_dtypes' float4 gives the same, number by number; comparisons run over many at once."""
     magnitude = np.abs(y)
     code = (y.view(np.uint32) >> np.uint32(28)).astype(np.uint8) & np.uint8(8)
     for low, high in ((0.25, 0.75), (1.25, 1.75), (2.5, 3.5)):  # a tie goes to the even code: down at the first, up at the second

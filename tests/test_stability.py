@@ -1,5 +1,6 @@
 """Spikes are found, gone back behind and survived; what is remembered of them outlives the process."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -246,3 +247,22 @@ def test_a_spike_soon_after_a_change_of_stage_goes_back_before_it(train, text_fo
     assert stages == {step: int(step > 10) for step in range(1, 21)}
     losses = [line["loss"] for line in raw if "loss" in line and line["step"] > 15]
     assert np.isfinite(losses).all() and max(losses) < math.log(260)
+
+
+def test_a_run_ended_after_going_back_across_a_change_of_stage_goes_on_past_the_skipped_batches(train, text_folder, tmp_path, monkeypatch):
+    """As above, experts chosen ahead from step 10 to step 19. One of two runs is asked to end at step 10, where it still is in the first stage
+    but has drawn from both streams: it must come to the same weights, and so neither meet the noise again nor lose what it drew."""
+    cfg = config(text_folder, tmp_path / "run", steps=20, decay_steps=5, checkpoint_every=9, log_every=1, eval_batches=0, stability=AHEAD, stages=(Stage(after=10, batch_size=8),))
+    later = dataclasses.replace(cfg, stages=(), batch_size=8, data=dataclasses.replace(cfg.data, seed=cfg.data.seed + 1))
+    noise = rows(later, 5)[-1:]
+    train(cfg, noise=noise)
+    ended = dataclasses.replace(cfg, run_dir=str(tmp_path / "ended"))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "stop_requests", lambda: contextlib.nullcontext(lambda turn: turn == 16))
+        assert train(ended, noise=noise)["stopped_at"] == 10
+    assert (tmp_path / "ended/checkpoints/10/data/stream-1").is_dir()
+    train(ended, noise=noise)
+    for one in (cfg, ended):
+        ahead = {line["step"]: line["anticipating"] for line in lines(one) if "anticipating" in line}
+        assert ahead == {step: float(10 <= step <= 19) for step in range(1, 21)}
+    same_weights(cfg.run_dir, ended.run_dir)

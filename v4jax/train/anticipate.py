@@ -2,7 +2,7 @@
 
 Router and network then no longer chase each other, which settles a run after a loss spike (report, section 6 here). Nothing of the
 older weights is kept: the batch of step t is read `lag` steps ahead and its experts are chosen then, by a forward pass of the weights
-as they are; only the indices wait. In the first `lag` steps the choice is that of the weights with which it began.
+as they are; only the indices wait. In the first `lag` steps, of every stage anew, the choice is that of the weights with which it began.
 
     step t:  draw batch t + lag, choose its experts with the weights of step t  ->  train on batch t with what was chosen for it
 
@@ -12,6 +12,7 @@ Next file to read: v4jax/train/resume.py.
 
 import collections
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -66,9 +67,13 @@ class Feed:
         """How many batches are drawn and not given out."""
         return len(self._waiting)
 
-    def next(self, params, on: bool) -> tuple[dict[str, jax.Array], Chosen | None]:
-        """The next batch, and while `on` the experts chosen for it; `params`: the weights as they are now."""
-        while on and len(self._waiting) <= self._lag:
+    def next(self, params, on: bool, left: float = math.inf) -> tuple[dict[str, jax.Array], Chosen | None]:
+        """The next batch, and while `on` the experts chosen for it.
+
+        Args:
+          params: the weights as they are now. left: batches that the data has of this kind, the next one included: no more are drawn.
+        """
+        while on and len(self._waiting) < min(self._lag + 1, left):
             batch = self._put(next(self._data))
             # Not two programs at a time on CPU (sharding/processes.py); elsewhere the step after it waits for it anyway.
             self._waiting.append((batch, jax.block_until_ready(self._choose(params, batch))))

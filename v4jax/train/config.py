@@ -109,8 +109,6 @@ class TrainConfig:
             _require(self, "keep", self.keep >= 2, "at least 2 with stability.rollbacks")
             _require(self, "checkpoint_every", self.checkpoint_every > self.stability.proven,
                      f"above stability.proven={self.stability.proven}")  # fmt: skip
-        if self.stages:  # batches drawn ahead may belong to another stage
-            _require(self, "stages", not self.stability.anticipate, "empty with stability.anticipate")
         check_stages(self)
         _require(self, "seq_len", self.seq_len <= self.model.max_position_embeddings,
                  f"at most max_position_embeddings={self.model.max_position_embeddings}")  # fmt: skip

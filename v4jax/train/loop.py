@@ -35,7 +35,7 @@ from v4jax.train.loss import loss_and_routing, targets
 from v4jax.train.report import Reporter, Silent, plot_losses, require_plots
 from v4jax.train.resume import check_source, go_back, items_of, start
 from v4jax.train.stability import Record, remember, spike
-from v4jax.train.stages import Batches, at_stage, number_at, stage_at, starts
+from v4jax.train.stages import Batches, at_stage, number_at, stage_at, starts, steps_left
 from v4jax.train.step import Steps, batch_sharding, check_batch, compile_step, state_shardings
 from v4jax.train.watch import plain
 
@@ -140,7 +140,7 @@ def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store
                 report.stage(step, view)
             data.at(step)
             step += 1
-            batch, chosen = feed.next(state.public, on=step <= record.anticipate_until)
+            batch, chosen = feed.next(state.public, step <= record.anticipate_until, steps_left(cfg, step - 1))
             state, metrics = take_step(state, batch, chosen, watch=cfg.watch_every > 0 and step % cfg.watch_every == 0)
             inside = metrics.pop("watch", None)
             stop = asked_to_stop(turn) or stop  # several processes are asked at one turn, which may be that of a spike

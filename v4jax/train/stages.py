@@ -12,8 +12,9 @@ Next file to read: v4jax/train/config.py.
 
 import dataclasses
 import json
+import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 
@@ -55,6 +56,11 @@ def number_at(cfg, done: int) -> int:
     return sum(start <= done for start in starts(cfg)) - 1
 
 
+def steps_left(cfg, done: int) -> float:
+    """Steps of the stage that the step after `done` steps belongs to, from that step on; inf for the last stage, which a longer run goes on with."""
+    return min((start for start in starts(cfg) if start > done), default=math.inf) - done
+
+
 def stage_at(cfg, done: int):
     """The configuration without stages that holds for the step after `done` steps; itself for a run without stages."""
     changes: dict[str, Any] = {}
@@ -78,7 +84,11 @@ def at_stage(cfg, record, done: int):
 
 
 class Batches:
-    """The batches of a run, stage by stage. Orbax saves and loads the stream in use; `at` says which one that is."""
+    """The batches of a run, stage by stage. Orbax saves and loads every stream read so far; `at` says which one is in use.
+
+    A checkpoint's directory has the position of the stream in use, and below `stream-N/` those of the others: the run comes back
+    to an earlier one only after a spike, and must not meet again what it has drawn from the later one.
+    """
 
     def __init__(self, cfg, read: Callable[[Any], Iterator]):
         """`read`: configuration of a stage -> its endless batches, which can be saved and loaded."""
@@ -105,8 +115,44 @@ class Batches:
     def __next__(self):
         return next(self._streams[self._now])
 
-    async def save(self, directory):
-        return await self._streams[self._now].save(directory)
+    async def save(self, directory) -> Awaitable[None]:
+        """Writes the positions as they are now; in the background."""
+        writing = [await stream.save(directory if number == self._now else _Below(directory, number)) for number, stream in self._streams.items()]
 
-    async def load(self, directory):
-        return await self._streams[self._now].load(directory)
+        async def write():
+            for one in writing:
+                await one
+
+        return write()
+
+    async def load(self, directory) -> Awaitable[None]:
+        """Sets the positions of the stream in use and of all others that were saved."""
+        now, reading = self._now, [await self._streams[self._now].load(directory)]
+        for done in starts(self._cfg):
+            number = stream_at(self._cfg, done)
+            if number != now and (directory / _below(number)).is_dir():
+                self.at(done)
+                reading.append(await self._streams[number].load(directory / _below(number)))
+        self._now = now
+
+        async def read():
+            for one in reading:
+                await one
+
+        return read()
+
+
+class _Below:
+    """A directory below one that Orbax is about to create, for one stream."""
+
+    def __init__(self, directory, number: int):
+        self._directory, self._name = directory, _below(number)
+
+    async def await_creation(self):
+        path = await self._directory.await_creation() / self._name
+        path.mkdir(exist_ok=True)  # of several processes each comes here
+        return path
+
+
+def _below(number: int) -> str:
+    return f"stream-{number}"

@@ -75,7 +75,7 @@ def make(cfg: ModelConfig, directory: pathlib.Path) -> int:
 
     directory.mkdir()
     files = plan_files(cfg, kinds, 10**9)
-    write_tensors(directory, shapes, files, stored)
+    write_tensors(directory, files, stored)
     write_json(directory / "config.json", config_json(cfg, "bfloat16"))
     return total_bytes(files)
 

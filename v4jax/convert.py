@@ -11,10 +11,10 @@ import concurrent.futures
 import contextlib
 import fcntl
 import json
+import math
 import pathlib
 import shutil
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from v4jax.checkpoint.export import (
     kinds_for,
     plan_files,
     scale_name,
+    split,
     store_slot,
     total_bytes,
     working_bytes,
@@ -37,15 +38,17 @@ from v4jax.checkpoint.export import (
     write_tensors,
 )
 from v4jax.checkpoint.files import Header, dtype_name, headers_of, read_tensor, write_file
-from v4jax.checkpoint.formats import DTYPES, Kind, Stored, allowed_kinds, check_format, encode, format_of, kind_in, scale_of, shapes_of
+from v4jax.checkpoint.formats import DTYPES, Kind, Stored, allowed_kinds, check_format, encode, format_of, scale_of, shapes_of
 from v4jax.checkpoint.load import Source, open_safetensors
-from v4jax.checkpoint.names import official_names, official_shapes, plain_dtype
+from v4jax.checkpoint.names import Slot, official_names, official_shapes, plain_dtype
 from v4jax.checkpoint.room import Room
 from v4jax.checkpoint.store import is_run
 from v4jax.checkpoint.stream import StoreWriter, open_leaves
 from v4jax.config import ModelConfig, read_config_json
 from v4jax.foreign import file_in, read_json
 
+_GROUP_BYTES = 32 * 2**20
+"""Of small tensors written to a store in one commit."""
 _RELEASED = "released"
 """Directory of a store that keeps what its numbers do not say: how the source stored each tensor, and its scales."""
 
@@ -123,6 +126,7 @@ class StoreSource(NamedTuple):
     cfg: ModelConfig
     raw: dict[str, Any]
     kinds: dict[str, Kind]
+    slots: dict[str, Slot]
     leaves: dict[tuple[str, ...], Any]
     scales: dict[str, Header]
 
@@ -131,7 +135,7 @@ class StoreSource(NamedTuple):
         return format_of(self.kinds)
 
     def numbers(self, name: str) -> np.ndarray:
-        slot = official_names(self.cfg)[name]
+        slot = self.slots[name]
         leaf = self.leaves[slot.path]
         kind = Kind("I64" if name.endswith(".tid2eid") else dtype_name(leaf.dtype.numpy_dtype))
         return store_slot(self.cfg, name, kind, leaf, slot).data
@@ -139,7 +143,7 @@ class StoreSource(NamedTuple):
     def scale(self, name: str) -> np.ndarray | None:
         if name not in self.scales:
             return None
-        return scale_of(self.kinds[name], Stored(None, read_tensor(self.scales[name])))
+        return scale_of(self.kinds[name], Stored(None, read_tensor(self.scales[name], once=True)))
 
 
 def open_checkpoint(directory) -> Source | StoreSource:
@@ -152,7 +156,7 @@ def open_checkpoint(directory) -> Source | StoreSource:
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory; expected config.json + safetensors, or a v4jax run")
     if not is_run(directory):
-        return open_safetensors(directory)
+        return open_safetensors(directory)._replace(once=True)
     cfg = ModelConfig.from_json(directory)
     leaves = open_leaves(directory, cfg)
     kinds, scales = kinds_for(cfg, "bfloat16" if any(leaf.dtype.numpy_dtype == DTYPES["BF16"] for leaf in leaves.values()) else "float32"), {}
@@ -161,7 +165,7 @@ def open_checkpoint(directory) -> Source | StoreSource:
             kinds, scales = _read_form(directory / _RELEASED, official_shapes(cfg))
         except ValueError as error:
             raise ValueError(f"{directory / _RELEASED}: {error}") from None
-    return StoreSource(directory, cfg, read_config_json(directory / "config.json"), kinds, leaves, scales)
+    return StoreSource(directory, cfg, read_config_json(directory / "config.json"), kinds, official_names(cfg), leaves, scales)
 
 
 def _read_form(directory: pathlib.Path, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Kind], dict[str, Header]]:
@@ -199,9 +203,14 @@ def _to_safetensors(source: Source | StoreSource, partial: pathlib.Path, dtype: 
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
+    shapes = official_shapes(source.cfg)
+
+    def room_for(name: str) -> int:
+        return working_bytes(shapes[name], source.kinds[name], kinds[name])
+
     files = plan_files(source.cfg, kinds, max_file_bytes)
     with _progress("converting", total_bytes(files)) as wrote:
-        write_tensors(partial, official_shapes(source.cfg), files, stored, wrote, workers)
+        write_tensors(partial, files, stored, wrote, workers, room_for)
     write_json(partial / "config.json", config_json(source.cfg, dtype, source.raw))
     if open_safetensors(partial).kinds != kinds:
         raise OSError(f"{partial}: reads back with other tensors than were written")
@@ -211,31 +220,36 @@ def _to_safetensors(source: Source | StoreSource, partial: pathlib.Path, dtype: 
 def _to_store(source: Source | StoreSource, partial: pathlib.Path, dtype: str, workers: int) -> int:
     store = StoreWriter(partial, source.cfg, plain_dtype(dtype), compress=source.format in ("fp8", "official"))
     shapes = official_shapes(source.cfg)
-    sizes = {name: int(np.prod(shape)) * DTYPES[kind_in(dtype, name).dtype].itemsize for name, shape in shapes.items()}
+    kinds = kinds_for(source.cfg, dtype)
+    sizes = {name: math.prod(shape) * DTYPES[kinds[name].dtype].itemsize for name, shape in shapes.items()}
     log = partial / "written.txt"
     sums = dict(line.split() for line in log.read_text().splitlines() if line.count(" ") == 1) if log.exists() else {}
     lock, room = threading.Lock(), Room(ROOM)
 
-    def write(name: str) -> int:
-        if name not in sums:
-            with room.take(working_bytes(shapes[name])):
-                found = _sum(store.write(name, source.numbers(name)))
-            with lock, open(log, "a") as file:
-                file.write(f"{name} {found}\n")
-                sums[name] = found
-        return sizes[name]
+    def room_for(names: list[str]) -> int:
+        return sum(working_bytes(shapes[name], source.kinds[name], kinds[name]) for name in names)
 
-    def check(name: str) -> int:
-        with room.take(working_bytes(shapes[name])):
-            if _sum(store.read(name)) != sums[name]:
+    def write(names: list[str]) -> None:
+        left = [name for name in names if name not in sums]
+        with room.take(room_for(left)):
+            found = store.write((name, source.numbers(name)) for name in left)
+        with lock, open(log, "a") as file:
+            file.writelines(f"{name} {one}\n" for name, one in found.items())
+            sums.update(found)
+
+    def check(names: list[str]) -> None:
+        with room.take(room_for(names)):
+            found = store.read(names)
+        for name, one in found.items():
+            if one != sums[name]:
                 raise OSError(f"{partial}: {name} reads back other than it was written")
-        return sizes[name]
 
+    groups = split(sizes, _GROUP_BYTES)
     for what, step in (("converting", write), ("checking", check)):
         with _progress(what, sum(sizes.values())) as wrote, concurrent.futures.ThreadPoolExecutor(workers) as pool:
             try:
-                for done in pool.map(step, shapes):
-                    wrote(done)
+                for names, _ in zip(groups, pool.map(step, groups), strict=True):
+                    wrote(sum(sizes[name] for name in names))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -286,10 +300,6 @@ def _begun(partial: pathlib.Path, plan: dict[str, Any]) -> Iterator[pathlib.Path
 def _fingerprint(source: pathlib.Path) -> list:
     files = sorted(path for path in source.rglob("*") if path.is_file())
     return [str(source.absolute()), [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]]
-
-
-def _sum(array: np.ndarray) -> str:
-    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)):08x}"
 
 
 @contextlib.contextmanager

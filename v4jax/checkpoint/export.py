@@ -78,7 +78,7 @@ def save_safetensors(
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir()
     try:
-        write_tensors(partial, official_shapes(cfg), plan_files(cfg, kinds, max_file_bytes), stored)
+        write_tensors(partial, plan_files(cfg, kinds, max_file_bytes), stored)
         write_json(partial / "config.json", config_json(cfg, check_format(dtype), raw))
         for path in target.iterdir() if target.exists() else ():
             if not _is_ours(path):
@@ -159,7 +159,7 @@ def plan_files(cfg: ModelConfig, kinds: Mapping[str, Kind], max_file_bytes: int 
         if scale is not None:
             tensors[name][scale_name(name)] = (kinds[name].scale, scale)
     sizes = {name: sum(_size(*one) for one in parts.values()) for name, parts in tensors.items()}
-    pieces = _split(sizes, max_file_bytes)
+    pieces = split(sizes, max_file_bytes)
     files = {}
     for i, names in enumerate(pieces, start=1):
         file = "model.safetensors" if len(pieces) == 1 else f"model-{i:05}-of-{len(pieces):05}.safetensors"
@@ -167,9 +167,10 @@ def plan_files(cfg: ModelConfig, kinds: Mapping[str, Kind], max_file_bytes: int 
     return files
 
 
-def working_bytes(shape: tuple[int, ...]) -> int:
-    """Memory that one tensor takes while it is converted: as stored, as float32, and turned over."""
-    return 3 * 4 * math.prod(shape)
+def working_bytes(shape: tuple[int, ...], before: Kind, after: Kind) -> int:
+    """Memory that one tensor takes while it is converted: before and after; with low precision as float32 too, and turned over."""
+    low = before.scale is not None or after.scale is not None
+    return math.prod(shape) * (12 if low else DTYPES[before.dtype].itemsize + DTYPES[after.dtype].itemsize)
 
 
 def total_bytes(files: Files) -> int:
@@ -179,25 +180,24 @@ def total_bytes(files: Files) -> int:
 
 def write_tensors(
     directory: pathlib.Path,
-    shapes: Mapping[str, tuple[int, ...]],
     files: Files,
     stored: Callable[[str], Stored],
     wrote: Callable[[int], None] = lambda size: None,
     workers: int = 1,
+    room_for: Callable[[str], int] = lambda name: 0,
 ) -> None:
     """The files of a plan and, if there are several, their index; files that are there already are taken to be whole.
 
     Args:
-      shapes: official name -> shape, by which memory is shared out among the workers.
       stored: official name -> its tensor. wrote: called with the bytes of each piece written (or found).
-      workers: how many files are written at once.
+      workers: how many files are written at once. room_for: official name -> memory it takes, which the workers share.
     """
 
     room = Room(ROOM)
 
     @contextlib.contextmanager
     def held(name: str) -> Iterator[Stored]:
-        with room.take(working_bytes(shapes[name])):
+        with room.take(room_for(name)):
             yield stored(name)
 
     def write(file: str, tensors) -> None:
@@ -246,7 +246,7 @@ def _size(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * DTYPES[dtype].itemsize
 
 
-def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Names in order, cut into pieces of at most `limit` bytes; {"a": 3, "b": 3, "c": 9}, 6 -> [[a, b], [c]]."""
     pieces: list[list[str]] = [[]]
     room = limit

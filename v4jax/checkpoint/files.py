@@ -8,7 +8,6 @@ Next file to read: v4jax/checkpoint/names.py.
 
 import json
 import math
-import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from v4jax.checkpoint import disk
 from v4jax.checkpoint.formats import DTYPES
 from v4jax.foreign import file_in, parse_json, read_json
 
@@ -76,11 +76,19 @@ def headers_of(path: pathlib.Path) -> list[Header]:
     return [Header(path, name, tuple(one["shape"]), one["dtype"], 8 + size + one["data_offsets"][0]) for name, one in raw.items()]
 
 
-def read_tensor(header: Header) -> np.ndarray:
-    """One tensor, as it is stored."""
-    dtype = DTYPES[header.dtype]
-    array = np.fromfile(header.path, np.uint8, math.prod(header.shape) * dtype.itemsize, offset=header.start)
-    return array.view(dtype).reshape(header.shape)
+def read_tensor(header: Header, once: bool = False) -> np.ndarray:
+    """One tensor, as it is stored. `once`: nobody reads it again soon (checkpoint/disk.py)."""
+    array = np.empty(header.shape, DTYPES[header.dtype])
+    with open(header.path, "rb", buffering=0) as file:
+        file.seek(header.start)
+        left = memoryview(array.reshape(-1).view(np.uint8))
+        while left and (count := file.readinto(left)):  # at most 2 GB at a time
+            left = left[count:]
+        if left:
+            raise ValueError(f"{header.path.name}: ends within {header.stored}")
+        if once:
+            disk.forget(file.fileno(), header.start, array.nbytes)
+    return array
 
 
 def write_file(
@@ -104,7 +112,7 @@ def write_file(
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     head = json.dumps(table, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    partial, sums = path.with_name(path.name + ".tmp"), {}
+    partial, sums, waiting = path.with_name(path.name + ".tmp"), {}, 0
     try:
         with open(partial, "wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)
@@ -112,17 +120,25 @@ def write_file(
                 if (got, dtype_name(array.dtype), array.shape) != (name, *planned):
                     raise AssertionError(f"got {got} {dtype_name(array.dtype)} {array.shape}; planned was {name} {planned}")
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-                file.write(data)
-                sums[name] = zlib.crc32(data)
+                for piece in (data[start : start + disk.PIECE] for start in range(0, data.size, disk.PIECE)):
+                    file.write(piece)
+                    waiting += piece.size
+                    if waiting >= disk.PIECE:
+                        disk.put(file.fileno())
+                        waiting = 0
+                sums[name] = data.size, zlib.crc32(data)
                 wrote(data.size)
-                del array, data  # before the next one is made
+                del array, data, piece  # before the next one is made
             file.flush()
-            os.fsync(file.fileno())
+            disk.put(file.fileno())
     except OSError as error:
         raise OSError(error.errno, f"{partial} could not be written: {error.strerror or error}") from error
-    for header in headers_of(partial):
-        if zlib.crc32(read_tensor(header).reshape(-1).view(np.uint8)) != sums.pop(header.stored):
-            raise OSError(f"{partial}: {header.stored} reads back other than it was written")
+    with open(partial, "rb", buffering=0) as file:
+        for header in headers_of(partial):
+            file.seek(header.start)
+            written = sums.pop(header.stored)
+            if disk.crc(file, written[0]) != written:
+                raise OSError(f"{partial}: {header.stored} reads back other than it was written")
     if sums:
         raise OSError(f"{partial}: lacks {', '.join(sums)}")
     partial.rename(path)

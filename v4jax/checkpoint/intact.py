@@ -8,35 +8,39 @@ Next file to read: v4jax/checkpoint/note.py.
 """
 
 import concurrent.futures
+import functools
 import json
 import pathlib
-import zlib
 from collections.abc import Sequence
 
+from v4jax.checkpoint.disk import crc_of
 from v4jax.checkpoint.text import write_text
 
 SUMS_FILE = "checksums.json"
 """Of several processes each notes its share, in checksums-0-of-2.json and so on."""
 NOT_NOTED = "it has no checksums, so nothing proves it whole"
-_PIECE = 16 * 2**20
 _READERS = 4
 
 
-def write_sums(directory: pathlib.Path, turn: int = 0, turns: int = 1) -> None:
-    """Notes size and CRC-32 of every `turns`-th file below `directory`, which must be complete, from file number `turn` on."""
+def write_sums(directory: pathlib.Path, turn: int = 0, turns: int = 1, once: bool = False) -> None:
+    """Notes size and CRC-32 of every `turns`-th file below `directory`, which must be complete, from file number `turn` on.
+
+    once: nobody reads them soon (checkpoint/disk.py).
+    """
     files = sorted(path for path in directory.rglob("*") if path.is_file() and not _is_sums(path))[turn::turns]
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        sums = dict(zip((str(path.relative_to(directory)) for path in files), pool.map(_sum, files), strict=True))
+        sums = dict(zip((str(path.relative_to(directory)) for path in files), pool.map(functools.partial(crc_of, once=once), files), strict=True))
     name = SUMS_FILE if turns == 1 else f"checksums-{turn}-of-{turns}.json"
     write_text(directory / name, json.dumps(sums, indent=0) + "\n")
 
 
-def damage(directory: pathlib.Path, items: Sequence[str] | None = None, turn: int = 0, turns: int = 1) -> str | None:
+def damage(directory: pathlib.Path, items: Sequence[str] | None = None, turn: int = 0, turns: int = 1, once: bool = False) -> str | None:
     """What is wrong with a checkpoint, in words: NOT_NOTED, or the first file that is not as written; None if all are.
 
     Args:
       items: subdirectories to look at ("params"); None: everything.
       turn, turns: looks at every `turns`-th file only, from this one on: processes share the work.
+      once: nobody reads them soon (checkpoint/disk.py).
     """
     try:
         sums = _noted(directory)
@@ -50,7 +54,7 @@ def damage(directory: pathlib.Path, items: Sequence[str] | None = None, turn: in
     if missing:
         return f"{missing[0]} is missing"
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        for (name, (size, crc)), (found, found_crc) in zip(wanted.items(), pool.map(lambda name: _sum(directory / name), wanted), strict=True):
+        for (name, (size, crc)), (found, found_crc) in zip(wanted.items(), pool.map(lambda name: crc_of(directory / name, once), wanted), strict=True):
             if found != size:
                 return f"{name} has {found} bytes; {size} were written"
             if found_crc != crc:
@@ -69,11 +73,3 @@ def _noted(directory: pathlib.Path) -> dict[str, tuple[int, int]] | None:
 
 def _is_sums(path: pathlib.Path) -> bool:
     return path.name.startswith("checksums") and path.suffix == ".json"
-
-
-def _sum(path: pathlib.Path) -> tuple[int, int]:
-    size = crc = 0
-    with open(path, "rb") as file:
-        while piece := file.read(_PIECE):
-            size, crc = size + len(piece), zlib.crc32(piece, crc)
-    return size, crc

@@ -25,6 +25,7 @@ class Source(NamedTuple):
     Attributes:
       cfg: the architecture. raw: config.json as it stands there. kinds: official name -> how it is stored.
       headers, scales: official name -> place of the tensor, and of its scales where it has some.
+      once: nobody reads the files again soon (checkpoint/disk.py).
     """
 
     directory: pathlib.Path
@@ -33,6 +34,7 @@ class Source(NamedTuple):
     kinds: dict[str, Kind]
     headers: dict[str, Header]
     scales: dict[str, Header]
+    once: bool = False
 
     @property
     def format(self) -> str:
@@ -56,7 +58,7 @@ class Source(NamedTuple):
         return self._read(name, decode)
 
     def _read(self, name: str, use: Callable[[Kind, Stored], Any]) -> Any:
-        found = Stored(read_tensor(self.headers[name]), read_tensor(self.scales[name]) if name in self.scales else None)
+        found = Stored(read_tensor(self.headers[name], self.once), read_tensor(self.scales[name], self.once) if name in self.scales else None)
         if name.endswith(".tid2eid"):
             check_table(self.cfg, f"{self.directory}: {name}", found.data)
         try:

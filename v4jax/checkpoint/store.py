@@ -76,13 +76,16 @@ class Store:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
-    def latest_intact(self, items: Sequence[str] | None = None, strict: bool = False, newest: int | None = None) -> int | None:
+    def latest_intact(
+        self, items: Sequence[str] | None = None, strict: bool = False, newest: int | None = None, once: bool = False
+    ) -> int | None:
         """Step of the newest checkpoint whose files are what was written; those passed over are named in the log.
 
         Args:
           items: parts that matter ("params"); None: all.
           strict: refuse instead of passing over.
           newest: look at checkpoints of this step and before it only.
+          once: nobody reads the files soon (checkpoint/disk.py).
 
         Raises:
           ValueError: all are damaged; or, with `strict`, the newest one is, or nothing proves it whole. Names the file.
@@ -90,7 +93,7 @@ class Store:
         steps = sorted((one.step for one in self._checkpointer.checkpoints if newest is None or one.step <= newest), reverse=True)
         unproven = None
         for step in steps:
-            wrong = damage(self.path(step), items, jax.process_index(), jax.process_count())
+            wrong = damage(self.path(step), items, jax.process_index(), jax.process_count(), once)
             if not anywhere(wrong is not None):
                 return step
             error = f"{self.path(step)} is damaged: {wrong or 'another process has found it so'}"

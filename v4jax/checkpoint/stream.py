@@ -6,14 +6,18 @@ itself uses) opens directly. A store written here is one that Orbax opens, with 
 Next file to read: v4jax/convert.py.
 """
 
-import os
+import contextlib
 import pathlib
+import threading
+import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from v4jax.checkpoint import disk
 from v4jax.checkpoint.intact import write_sums
 from v4jax.checkpoint.names import Path, leaf_dtype, official_names, turned
 from v4jax.checkpoint.store import CHECKPOINTS, Store, check_same_arrays
@@ -21,8 +25,10 @@ from v4jax.config import ModelConfig
 from v4jax.model.transformer import abstract_params
 
 _CHUNK_BYTES = 64 * 2**20
-_CACHE = {"cache_pool": {"total_bytes_limit": 256 * 2**20}}
-"""Experts of one layer may lie in one chunk, which is then decoded once and not for every expert."""
+_WAIT_BYTES = 256 * 2**20
+"""Written between two waits for the disk."""
+_READ = {"cache_pool": {"total_bytes_limit": 256 * 2**20}, "file_io_mode": {"mode": "direct"}}
+"""Experts of one layer may lie in one chunk, which is then decoded once and not for every expert. Files are read past the kernel's memory (see disk.py)."""
 
 
 def open_leaves(directory, cfg: ModelConfig) -> dict[Path, Any]:
@@ -32,12 +38,12 @@ def open_leaves(directory, cfg: ModelConfig) -> dict[Path, Any]:
       ValueError: no complete checkpoint, or one of another model (naming the first array that differs).
     """
     with Store(directory) as store:
-        step = store.latest_intact(("params",))
+        step = store.latest_intact(("params",), once=True)
         if step is None:
             raise ValueError(f"{directory}: no complete checkpoint")
         path = store.path(step)
     check_same_arrays(path, abstract_params(cfg))
-    context = ts.Context(_CACHE)
+    context = ts.Context(_READ)
     leaves = {where: ts.open(_spec(path, where), context=context) for where in flatten_dict(abstract_params(cfg))}
     return {where: leaf.result() for where, leaf in leaves.items()}
 
@@ -56,38 +62,74 @@ class StoreWriter:
             with Store(directory, writes=True) as store:  # gives Orbax's own files; the arrays are replaced by full ones
                 store.save(0, {"params": unflatten_dict({path: np.zeros((1,) * len(shape), dtypes[path]) for path, shape in shapes.items()})})
         self._slots, self._leaves = slots, {}
-        context = ts.Context({"file_io_sync": False})  # not after each matrix: `finish` does it for all
+        self._waiting, self._on_disk, self._lock = 0, set(), threading.Lock()
+        context = ts.Context({"file_io_sync": False, "file_io_mode": {"mode": "direct"}})  # not after each matrix: `_put` does it for many
         for where, shape in shapes.items():
             begun = ts.open(_spec(path, where)).result().shape == shape
             fresh = {} if begun else create(shape, dtypes[where], stacked[where], compress)
             self._leaves[where] = ts.open(_spec(path, where) | fresh, context=context).result()
 
-    def write(self, name: str, array: np.ndarray) -> np.ndarray:
-        """Puts one official tensor where it belongs; gives it as the store holds it."""
-        slot = self._slots[name]
-        leaf = self._leaves[slot.path]
-        dtype = leaf.dtype.numpy_dtype
-        held = turned(array, dtype) if slot.transpose else np.ascontiguousarray(array, dtype)
-        place, rows = leaf[slot.index], len(held) if held.ndim < 2 else leaf.chunk_layout.write_chunk.shape[-2]
+    def write(self, tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, str]:
+        """Puts official tensors where they belong, in one commit if they come to no more than a chunk or two.
+
+        Returns:
+          Name -> checksum of each as the store holds it (see `checksum`).
+
+        Raises:
+          OSError: the disk is full.
+        """
+        sums, writing, size = {}, [], 0
         try:
-            for start in range(0, len(held), rows):  # chunk by chunk: each is copied and compressed in memory
-                band = slice(start, min(start + rows, len(held)))
-                place[band].write(held[band]).result()
+            for name, array in tensors:
+                slot = self._slots[name]
+                leaf = self._leaves[slot.path]
+                dtype = leaf.dtype.numpy_dtype
+                held = turned(array, dtype) if slot.transpose else np.ascontiguousarray(array, dtype)
+                del array  # a large one, before its chunks are made
+                place, rows = leaf[slot.index], len(held) if held.ndim < 2 else leaf.chunk_layout.write_chunk.shape[-2]
+                for start in range(0, len(held), rows):
+                    band = slice(start, min(start + rows, len(held)))
+                    writing.append(place[band].write(held[band]))
+                    if len(held) > rows:  # one after the other: each is copied and compressed in memory
+                        writing.pop().result()
+                sums[name], size = _sum(held), size + held.nbytes
+            for one in writing:
+                one.result()
         except ValueError as error:  # so TensorStore calls a full disk too
             raise OSError(f"{name} could not be written to {self._path}: {error}") from error
-        return held
+        self._written(size)
+        return sums
+
+    def _written(self, size: int) -> None:
+        with self._lock:
+            self._waiting += size
+            if self._waiting < _WAIT_BYTES:
+                return
+            self._waiting = 0
+        self._put()
+
+    def _put(self) -> None:
+        """Waits until the files written so far are on the disk, and lets go of their pages."""
+        for file in (file for file in self._path.rglob("*") if file not in self._on_disk):
+            with contextlib.suppress(FileNotFoundError), open(file, "rb") if file.is_file() else contextlib.nullcontext() as opened:
+                if opened and not file.name.endswith(".__lock"):  # still being written
+                    disk.put(opened.fileno())
+                    self._on_disk.add(file)
 
     def finish(self) -> None:
         """Call when all is written: puts the files on the disk and notes their checksums."""
-        for file in (file for file in self._path.rglob("*") if file.is_file()):
-            with open(file) as opened:
-                os.fsync(opened.fileno())
-        write_sums(self._path)
+        self._on_disk.clear()
+        self._put()
+        write_sums(self._path, once=True)
 
-    def read(self, name: str) -> np.ndarray:
-        """One official tensor as the store holds it (not in official orientation)."""
-        slot = self._slots[name]
-        return self._leaves[slot.path][slot.index].read().result()
+    def read(self, names: Iterable[str]) -> dict[str, str]:
+        """Checksums of official tensors as the store holds them."""
+        reading = {name: self._leaves[self._slots[name].path][self._slots[name].index].read() for name in names}
+        return {name: _sum(one.result()) for name, one in reading.items()}
+
+
+def _sum(array: np.ndarray) -> str:
+    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)):08x}"
 
 
 def _spec(path: pathlib.Path, where: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import zlib
 
 PIECE = 64 * 2**20
 """Bytes between two waits for the disk."""
-_READ = 8 * 2**20
+_READ = 2**20
 
 
 def put(fd: int) -> None:

@@ -8,10 +8,9 @@ Next file to read: v4jax/checkpoint/note.py.
 """
 
 import concurrent.futures
-import functools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from v4jax.checkpoint.disk import crc_of
 from v4jax.checkpoint.text import write_text
@@ -22,14 +21,15 @@ NOT_NOTED = "it has no checksums, so nothing proves it whole"
 _READERS = 4
 
 
-def write_sums(directory: pathlib.Path, turn: int = 0, turns: int = 1, once: bool = False) -> None:
+def write_sums(directory: pathlib.Path, turn: int = 0, turns: int = 1, known: Mapping[pathlib.Path, tuple[int, int]] | None = None) -> None:
     """Notes size and CRC-32 of every `turns`-th file below `directory`, which must be complete, from file number `turn` on.
 
-    once: nobody reads them soon (checkpoint/disk.py).
+    known: size and CRC-32 of files that need not be read again.
     """
+    known = known or {}
     files = sorted(path for path in directory.rglob("*") if path.is_file() and not _is_sums(path))[turn::turns]
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        sums = dict(zip((str(path.relative_to(directory)) for path in files), pool.map(functools.partial(crc_of, once=once), files), strict=True))
+        sums = dict(zip((str(path.relative_to(directory)) for path in files), pool.map(lambda path: known.get(path) or crc_of(path), files), strict=True))
     name = SUMS_FILE if turns == 1 else f"checksums-{turn}-of-{turns}.json"
     write_text(directory / name, json.dumps(sums, indent=0) + "\n")
 

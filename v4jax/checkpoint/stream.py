@@ -6,7 +6,7 @@ itself uses) opens directly. A store written here is one that Orbax opens, with 
 Next file to read: v4jax/convert.py.
 """
 
-import contextlib
+import os
 import pathlib
 import threading
 import zlib
@@ -62,7 +62,7 @@ class StoreWriter:
             with Store(directory, writes=True) as store:  # gives Orbax's own files; the arrays are replaced by full ones
                 store.save(0, {"params": unflatten_dict({path: np.zeros((1,) * len(shape), dtypes[path]) for path, shape in shapes.items()})})
         self._slots, self._leaves = slots, {}
-        self._waiting, self._on_disk, self._lock = 0, set(), threading.Lock()
+        self._waiting, self._sums, self._lock, self._putting = 0, {}, threading.Lock(), threading.Lock()
         context = ts.Context({"file_io_sync": False, "file_io_mode": {"mode": "direct"}})  # not after each matrix: `_put` does it for many
         for where, shape in shapes.items():
             begun = ts.open(_spec(path, where)).result().shape == shape
@@ -109,18 +109,22 @@ class StoreWriter:
         self._put()
 
     def _put(self) -> None:
-        """Waits until the files written so far are on the disk, and lets go of their pages."""
-        for file in (file for file in self._path.rglob("*") if file not in self._on_disk):
-            with contextlib.suppress(FileNotFoundError), open(file, "rb") if file.is_file() else contextlib.nullcontext() as opened:
-                if opened and not file.name.endswith(".__lock"):  # still being written
-                    disk.put(opened.fileno())
-                    self._on_disk.add(file)
+        """Waits until what was written so far is on the disk; of each file the checksum is taken first, while it is in memory."""
+        with self._putting:
+            for path in _data_files(self._path):
+                if path not in self._sums:
+                    with open(path, "rb", buffering=0) as file:
+                        self._sums[path] = disk.crc(file, once=False)
+                        disk.put(file.fileno())
 
     def finish(self) -> None:
         """Call when all is written: puts the files on the disk and notes their checksums."""
-        self._on_disk.clear()
         self._put()
-        write_sums(self._path, once=True)
+        for path in self._path.rglob("*"):
+            if path.is_file() and path not in self._sums:
+                with open(path) as file:
+                    os.fsync(file.fileno())
+        write_sums(self._path, known=self._sums)
 
     def read(self, names: Iterable[str]) -> dict[str, str]:
         """Checksums of official tensors as the store holds them."""
@@ -130,6 +134,11 @@ class StoreWriter:
 
 def _sum(array: np.ndarray) -> str:
     return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)):08x}"
+
+
+def _data_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files of an OCDBT database that hold its values: each is written once, under a name of its own."""
+    return [file for file in (path / "params" / "d").iterdir() if not file.name.endswith(".__lock")]  # those are being written
 
 
 def _spec(path: pathlib.Path, where: Path) -> dict[str, Any]:

@@ -230,29 +230,20 @@ def _to_store(source: Source | StoreSource, partial: pathlib.Path, dtype: str, w
         return sum(working_bytes(shapes[name], source.kinds[name], kinds[name]) for name in names)
 
     def write(names: list[str]) -> None:
-        left = [name for name in names if name not in sums]
+        left = [name for name in names if name not in sums or not store.holds(name, sums[name])]
         with room.take(room_for(left)):
             found = store.write((name, source.numbers(name)) for name in left)
         with lock, open(log, "a") as file:
             file.writelines(f"{name} {one}\n" for name, one in found.items())
-            sums.update(found)
-
-    def check(names: list[str]) -> None:
-        with room.take(room_for(names)):
-            found = store.read(names)
-        for name, one in found.items():
-            if one != sums[name]:
-                raise OSError(f"{partial}: {name} reads back other than it was written")
 
     groups = split(sizes, _GROUP_BYTES)
-    for what, step in (("converting", write), ("checking", check)):
-        with _progress(what, sum(sizes.values())) as wrote, concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            try:
-                for names, _ in zip(groups, pool.map(step, groups), strict=True):
-                    wrote(sum(sizes[name] for name in names))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    with _progress("converting", sum(sizes.values())) as wrote, concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        try:
+            for names, _ in zip(groups, pool.map(write, groups), strict=True):
+                wrote(sum(sizes[name] for name in names))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     store.finish()
     _keep_form(source, partial / _RELEASED)
     write_json(partial / "config.json", config_json(source.cfg, source.format, source.raw))

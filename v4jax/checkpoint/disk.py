@@ -1,8 +1,8 @@
-"""Bytes that pass through once: put on the disk, and out of the memory that the kernel keeps files in, as a conversion goes.
+"""Bytes that pass through once: put on the disk, read back, and out of the memory that the kernel keeps files in, as a conversion goes.
 
 A checkpoint is larger than memory, and what is read or written once pushes out everything else. Where memory that was free has to be
 asked back from a host, a new page also costs more than the disk: 0.3 GB/s into new pages, 1.7 into pages that are used again
-(measured on a virtual machine). And what is read back afterwards comes from the disk, which is what a check is for.
+(measured on a virtual machine).
 
 Next file to read: v4jax/checkpoint/files.py.
 """
@@ -16,32 +16,72 @@ PIECE = 64 * 2**20
 _READ = 2**20
 
 
-def put(fd: int) -> None:
-    """Waits until what was written to a file is on the disk, and lets go of its pages."""
-    os.fsync(fd)
-    forget(fd)
-
-
 def forget(fd: int, start: int = 0, size: int = 0) -> None:
     """Lets go of the pages of `size` bytes of a file (0: all from `start` on) that are on the disk."""
     if hasattr(os, "posix_fadvise"):  # not on macOS
         os.posix_fadvise(fd, start, size, os.POSIX_FADV_DONTNEED)
 
 
-def crc(file, size: int = -1, once: bool = True) -> tuple[int, int]:
-    """(bytes, CRC-32) of the next `size` bytes of a file opened unbuffered (-1: all that follow). `once`: lets go of their pages."""
-    got = found = 0
-    buffer = memoryview(bytearray(_READ))
-    start = file.tell()
-    while count := file.readinto(buffer[: _READ if size < 0 else min(_READ, size - got)]):
+def crc(file, once: bool = False) -> tuple[int, int]:
+    """(bytes, CRC-32) of what follows in a file opened unbuffered. `once`: nobody reads it again soon."""
+    size = found = 0
+    buffer, start = memoryview(bytearray(_READ)), file.tell()
+    while count := file.readinto(buffer):
         found = zlib.crc32(buffer[:count], found)
         if once:
-            forget(file.fileno(), start + got, count)
-        got += count
-    return got, found
+            forget(file.fileno(), start + size, count)
+        size += count
+    return size, found
 
 
 def crc_of(path: pathlib.Path, once: bool = False) -> tuple[int, int]:
     """(bytes, CRC-32) of a file."""
     with open(path, "rb", buffering=0) as file:
-        return crc(file, once=once)
+        return crc(file, once)
+
+
+def put(path: pathlib.Path) -> tuple[int, int]:
+    """(bytes, CRC-32) of a file just written, which is on the disk afterwards and out of memory."""
+    with open(path, "rb", buffering=0) as file:
+        found = crc(file)
+        os.fsync(file.fileno())
+        forget(file.fileno())
+    return found
+
+
+class NewFile:
+    """A file written from its beginning to its end, and put on the disk piece by piece. Leaving it puts the rest there.
+
+    Raises:
+      OSError: the disk is full, or a piece reads back other than it was written.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._path, self._file, self._back = path, open(path, "wb"), open(path, "rb", buffering=0)
+        self._start = self._size = self._crc = 0
+
+    def __enter__(self) -> "NewFile":
+        return self
+
+    def __exit__(self, kind, *error) -> None:
+        with self._file, self._back:
+            if kind is None:
+                self._put()
+
+    def write(self, data) -> None:
+        """`data`: bytes, or anything like them."""
+        data = memoryview(data)
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+            self._file.write(piece)
+            self._size, self._crc = self._size + len(piece), zlib.crc32(piece, self._crc)
+            if self._size >= PIECE:
+                self._put()
+
+    def _put(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if crc(self._back) != (self._size, self._crc):
+            raise OSError(f"{self._path} reads back other than it was written, from byte {self._start} on")
+        forget(self._file.fileno())
+        self._start, self._size, self._crc = self._start + self._size, 0, 0

@@ -6,6 +6,7 @@ all take part, as each holds only its shards, and the first one writes.
 Next file to read: v4jax/checkpoint/names.py.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import json
@@ -14,7 +15,7 @@ import pathlib
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -195,17 +196,20 @@ def write_tensors(
 
     room = Room(ROOM)
 
-    @contextlib.contextmanager
-    def held(name: str) -> Iterator[Stored]:
-        with room.take(room_for(name)):
-            yield stored(name)
+    def held(name: str) -> tuple[Stored, Callable[[], None]]:
+        """A tensor, and what to call when it is not needed any more."""
+        with contextlib.ExitStack() as hold:
+            hold.enter_context(room.take(room_for(name)))
+            return stored(name), hold.pop_all().close
 
     def write(file: str, tensors) -> None:
         if (directory / file).exists():
             wrote(total_bytes({file: tensors}))
-        else:
-            names = (name for name in tensors if not _is_scale(name, tensors))
-            write_file(directory / file, tensors, _parts(names, held), wrote)
+            return
+        names = [name for name in tensors if not _is_scale(name, tensors)]
+        made = (held(name) for name in names) if workers == 1 else _ahead(held, names)
+        with contextlib.closing(made), contextlib.closing(_parts(names, made)) as parts:  # a failure must not keep what others wait for
+            write_file(directory / file, tensors, parts, wrote)
 
     if workers == 1:
         for file, tensors in files.items():
@@ -224,13 +228,30 @@ def write_tensors(
         write_json(directory / INDEX_FILE, {"metadata": {"total_size": total_bytes(files)}, "weight_map": weight_map})
 
 
-def _parts(names: Iterable[str], held: Callable[[str], Any]) -> Iterator[tuple[str, np.ndarray]]:
+def _ahead(held: Callable, names: list[str]) -> Iterator[tuple[Stored, Callable[[], None]]]:
+    """map(held, names), the next one being made while one is in use."""
+    coming = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            for i in range(len(names)):
+                coming.extend(pool.submit(held, name) for name in names[i + len(coming) : i + 2])
+                yield coming.popleft().result()
+        finally:
+            for one in coming:
+                if not one.cancel() and one.exception() is None:
+                    one.result()[1]()
+
+
+def _parts(names: list[str], made: Iterator[tuple[Stored, Callable[[], None]]]) -> Iterator[tuple[str, np.ndarray]]:
     for name in names:
-        with held(name) as tensor:
+        tensor, done = next(made)
+        try:
             yield name, tensor.data
             if tensor.scale is not None:
                 yield scale_name(name), tensor.scale
-        del tensor  # before the next one is made
+        finally:
+            del tensor  # before the next one is asked for
+            done()
 
 
 def scale_name(name: str) -> str:

@@ -63,20 +63,20 @@ class StoreWriter:
                 store.save(0, {"params": unflatten_dict({path: np.zeros((1,) * len(shape), dtypes[path]) for path, shape in shapes.items()})})
         self._slots, self._leaves = slots, {}
         self._waiting, self._sums, self._lock, self._putting = 0, {}, threading.Lock(), threading.Lock()
-        context = ts.Context({"file_io_sync": False, "file_io_mode": {"mode": "direct"}})  # not after each matrix: `_put` does it for many
+        context = ts.Context({"file_io_sync": False})  # not after each matrix: `_put` does it for many
         for where, shape in shapes.items():
             begun = ts.open(_spec(path, where)).result().shape == shape
             fresh = {} if begun else create(shape, dtypes[where], stacked[where], compress)
             self._leaves[where] = ts.open(_spec(path, where) | fresh, context=context).result()
 
     def write(self, tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, str]:
-        """Puts official tensors where they belong, in one commit if they come to no more than a chunk or two.
+        """Puts official tensors where they belong, in one commit if none is larger than a chunk, and reads them back.
 
         Returns:
-          Name -> checksum of each as the store holds it (see `checksum`).
+          Name -> checksum of each as the store holds it.
 
         Raises:
-          OSError: the disk is full.
+          OSError: the disk is full, or gives back something else.
         """
         sums, writing, size = {}, [], 0
         try:
@@ -97,6 +97,9 @@ class StoreWriter:
                 one.result()
         except ValueError as error:  # so TensorStore calls a full disk too
             raise OSError(f"{name} could not be written to {self._path}: {error}") from error
+        for name, one in sums.items():
+            if not self.holds(name, one):
+                raise OSError(f"{self._path}: {name} reads back other than it was written")
         self._written(size)
         return sums
 
@@ -109,13 +112,11 @@ class StoreWriter:
         self._put()
 
     def _put(self) -> None:
-        """Waits until what was written so far is on the disk; of each file the checksum is taken first, while it is in memory."""
+        """Waits until what was written so far is on the disk, and notes its checksums."""
         with self._putting:
             for path in _data_files(self._path):
                 if path not in self._sums:
-                    with open(path, "rb", buffering=0) as file:
-                        self._sums[path] = disk.crc(file, once=False)
-                        disk.put(file.fileno())
+                    self._sums[path] = disk.put(path)
 
     def finish(self) -> None:
         """Call when all is written: puts the files on the disk and notes their checksums."""
@@ -126,10 +127,13 @@ class StoreWriter:
                     os.fsync(file.fileno())
         write_sums(self._path, known=self._sums)
 
-    def read(self, names: Iterable[str]) -> dict[str, str]:
-        """Checksums of official tensors as the store holds them."""
-        reading = {name: self._leaves[self._slots[name].path][self._slots[name].index].read() for name in names}
-        return {name: _sum(one.result()) for name, one in reading.items()}
+    def holds(self, name: str, checksum: str) -> bool:
+        """Whether an official tensor reads back as `write` gave its checksum."""
+        slot = self._slots[name]
+        try:
+            return _sum(self._leaves[slot.path][slot.index].read().result()) == checksum
+        except ValueError:  # so TensorStore calls a damaged file
+            return False
 
 
 def _sum(array: np.ndarray) -> str:

@@ -110,7 +110,8 @@ def _collapse_fwd(pre_BSX, x_BSXD):
 def _collapse_bwd(saved, ct_BSD):
     pre_BSX, x_BSXD = saved
     ct = ct_BSD.astype(jnp.float32)
-    return jnp.einsum("BSD,BSXD->BSX", ct, x_BSXD.astype(jnp.float32)), (pre_BSX[..., None] * ct[:, :, None]).astype(x_BSXD.dtype)
+    ct_pre = jnp.einsum("BSD,BSXD->BSX", ct, x_BSXD.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return ct_pre, (pre_BSX[..., None] * ct[:, :, None]).astype(x_BSXD.dtype)
 
 
 collapse.defvjp(_collapse_fwd, _collapse_bwd)

@@ -12,7 +12,7 @@ ORDER = [
     "sharding.rules", "sharding.mesh", "sharding.targets", "sharding.processes", "sharding.params", "sharding.embedding",
     "sharding.manual", "sharding.counting", "sharding.exchange", "sharding.experts", "sharding.matrices", "sharding.audit", "v4jax.foreign", "v4jax.config",
     "v4jax.cost", "v4jax.tokenizer", "v4jax.chat.tokens", "v4jax.chat.dsml", "v4jax.chat.encoding",
-    "v4jax.chat.parse", "v4jax.checkpoint.text", "v4jax.checkpoint.intact",
+    "v4jax.chat.parse", "v4jax.checkpoint.text", "v4jax.checkpoint.disk", "v4jax.checkpoint.intact",
     "v4jax.data.config", "v4jax.data.documents", "v4jax.data.records", "v4jax.data.conversations", "v4jax.data.store",
     "v4jax.data.pieces", "v4jax.data.mixture", "v4jax.data.rows",
     "v4jax.quant.scales", "v4jax.quant.fp8", "v4jax.quant.mxfp4", "v4jax.quant.fake",

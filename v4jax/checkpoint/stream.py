@@ -81,27 +81,37 @@ class StoreWriter:
         sums, writing, size = {}, [], 0
         try:
             for name, array in tensors:
-                slot = self._slots[name]
-                leaf = self._leaves[slot.path]
-                dtype = leaf.dtype.numpy_dtype
-                held = turned(array, dtype) if slot.transpose else np.ascontiguousarray(array, dtype)
-                del array  # a large one, before its chunks are made
-                place, rows = leaf[slot.index], len(held) if held.ndim < 2 else leaf.chunk_layout.write_chunk.shape[-2]
-                for start in range(0, len(held), rows):
-                    band = slice(start, min(start + rows, len(held)))
-                    writing.append(place[band].write(held[band]))
-                    if len(held) > rows:  # one after the other: each is copied and compressed in memory
-                        writing.pop().result()
+                held = self._start(name, array, writing)
+                del array  # before the next one is read
                 sums[name], size = _sum(held), size + held.nbytes
-            for one in writing:
-                one.result()
-        except ValueError as error:  # so TensorStore calls a full disk too
-            raise OSError(f"{name} could not be written to {self._path}: {error}") from error
+        finally:
+            self._wait(writing)  # also behind a failure: nothing may be written after it
         for name, one in sums.items():
             if not self.holds(name, one):
                 raise OSError(f"{self._path}: {name} reads back other than it was written")
         self._written(size)
         return sums
+
+    def _start(self, name: str, array: np.ndarray, writing: list[Any]) -> np.ndarray:
+        """Begins to write a tensor, and adds to `writing` what is to be waited for; gives it as the store holds it."""
+        slot = self._slots[name]
+        leaf = self._leaves[slot.path]
+        dtype = leaf.dtype.numpy_dtype
+        held = turned(array, dtype) if slot.transpose else np.ascontiguousarray(array, dtype)
+        place, rows = leaf[slot.index], len(held) if held.ndim < 2 else leaf.chunk_layout.write_chunk.shape[-2]
+        for start in range(0, len(held), rows):
+            band = slice(start, min(start + rows, len(held)))
+            writing.append(place[band].write(held[band]))
+            if len(held) > rows:  # one after the other: each is copied and compressed in memory
+                self._wait(writing)
+        return held
+
+    def _wait(self, writing: list[Any]) -> None:
+        try:
+            while writing:
+                writing.pop().result()
+        except ValueError as error:  # so TensorStore calls a full disk too
+            raise OSError(f"{self._path} could not be written: {error}") from error
 
     def _written(self, size: int) -> None:
         with self._lock:

@@ -3,7 +3,7 @@
 A tensor [..., A, Z] is a stack of matrices. Where the devices along a mesh axis hold pieces of them, an all-to-all gives each
 device some matrices whole and takes them back afterwards: every byte moves once there and once back. Where the devices hold
 copies, each works on its share and the results are gathered. A stack with fewer matrices than an axis has devices is gathered
-along it, and its work repeated there.
+along it; such stacks of one shape are joined and then shared out as copies are, and only what is still too few is repeated.
 
 Next file to read: v4jax/train/muon.py.
 """
@@ -38,43 +38,74 @@ def on_whole_matrices(f: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.
 
 
 def _local(f, specs, arrays: list[jax.Array]) -> list[jax.Array]:
-    stacks, undo = zip(*(_whole(x, spec) for x, spec in zip(arrays, specs, strict=True)), strict=True)
-    outs = _together(f, stacks)
+    stacks, undo, alike = zip(*(_whole(x, spec) for x, spec in zip(arrays, specs, strict=True)), strict=True)
+    groups = _groups(stacks, alike)
+    shares, gather = zip(*(_share_out(_join(stacks, group), alike[group[0]]) for group in groups), strict=True)
+    outs = [back(out) for back, out in zip(gather, _together(f, shares), strict=True)]
+    outs = _part(outs, stacks, groups)
     return [back(out).reshape(x.shape) for back, out, x in zip(undo, outs, arrays, strict=True)]
 
 
 def _together(f, stacks: Sequence[jax.Array]) -> list[jax.Array]:
     """f of each stack; small stacks of one shape are joined."""
-    groups: dict[tuple[int, ...], list[list[int]]] = {}
+    groups = _groups(stacks, [()] * len(stacks))
+    return _part([f(_join(stacks, group)) for group in groups], stacks, groups)
+
+
+def _groups(stacks: Sequence[jax.Array], alike: Sequence[tuple[str, ...]]) -> list[list[int]]:
+    """Which stacks to join: those of one shape, alike along the same mesh axes, up to TOGETHER bytes."""
+    groups: dict[tuple, list[list[int]]] = {}
     for i, stack in enumerate(stacks):
-        groups.setdefault(stack.shape[1:], [[]])
-        last = groups[stack.shape[1:]][-1]
-        if last and stack.nbytes + sum(stacks[j].nbytes for j in last) > TOGETHER:
-            groups[stack.shape[1:]].append([i])
-        else:
-            last.append(i)
-    outs: list[jax.Array | None] = [None] * len(stacks)
-    for group in itertools.chain(*groups.values()):
-        out, start = f(jnp.concatenate([stacks[i] for i in group])), 0
+        parts = groups.setdefault((stack.shape[1:], alike[i]), [[]])
+        if parts[-1] and stack.nbytes + sum(stacks[j].nbytes for j in parts[-1]) > TOGETHER:
+            parts.append([])
+        parts[-1].append(i)
+    return list(itertools.chain(*groups.values()))
+
+
+def _join(stacks: Sequence[jax.Array], group: list[int]) -> jax.Array:
+    return jnp.concatenate([stacks[i] for i in group])
+
+
+def _part(joined: Sequence[jax.Array], stacks: Sequence[jax.Array], groups: list[list[int]]) -> list[jax.Array]:
+    """The results for each stack out of those for each group."""
+    outs = {}
+    for out, group in zip(joined, groups, strict=True):
+        start = 0
         for i in group:
             outs[i] = out[start : start + len(stacks[i])]
             start += len(stacks[i])
-    return outs
+    return [outs[i] for i in range(len(stacks))]
 
 
 def _whole(x: jax.Array, spec: PartitionSpec):
-    """This device's share of the matrices of x, whole, and how to give the results back."""
+    """This device's share of the matrices of x, whole; how to give the results back; and the axes along which devices hold the same."""
     sizes = {axis: size for axis, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1}
     parts = [part if isinstance(part, tuple) else (part,) for part in spec] + [()] * (x.ndim - len(spec))
     cut = [tuple(axis for axis in part if axis in sizes) for part in parts]
-    stack, undo = x.reshape(-1, *x.shape[-2:]), []
+    stack, undo, alike = x.reshape(-1, *x.shape[-2:]), [], []
     for axis in (axis for axis in sizes if not any(axis in part for part in cut)):
         if len(stack) >= sizes[axis]:
             stack, back = _share(stack, axis, sizes[axis])
             undo.append(back)
+        else:
+            alike.append(axis)
     for dim, axes in ((1, cut[-2]), (2, cut[-1])):
         for axis in reversed(axes):  # the innermost axis has neighbouring pieces
+            if len(stack) < sizes[axis]:
+                alike.append(axis)
             stack, back = _collect(stack, axis, sizes[axis], dim)
+            undo.append(back)
+    return stack, lambda out: functools.reduce(lambda out, back: back(out), reversed(undo), out), tuple(alike)
+
+
+def _share_out(stack: jax.Array, alike: tuple[str, ...]):
+    """This device's share of matrices that devices along the axes `alike` hold alike, as far as there are enough, and how to gather."""
+    undo = []
+    for axis in alike:
+        size = lax.axis_size(axis)
+        if len(stack) >= size:
+            stack, back = _share(stack, axis, size)
             undo.append(back)
     return stack, lambda out: functools.reduce(lambda out, back: back(out), reversed(undo), out)
 

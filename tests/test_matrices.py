@@ -42,6 +42,25 @@ def test_cut_matrices_are_orthogonalised_once(shape, spec, seen):
     assert set(stacks) == {seen}
 
 
+def test_stacks_with_too_few_matrices_are_shared_out_together():
+    """Six arrays of one or two matrices, cut or whole: 8 matrices on 8 devices."""
+    mesh = make_mesh(parse_mesh("fsdp=2,expert=2,tensor=2"))
+    specs = [P(None, "fsdp", None), P(), P("fsdp", None), P(None, "tensor"), P(), P(None, None, "fsdp")]
+    shapes = [(1, 16, 24), (16, 24), (16, 24), (16, 24), (2, 16, 24), (2, 16, 24)]
+    xs = [jax.random.normal(key, shape) for key, shape in zip(jax.random.split(jax.random.key(0), 6), shapes, strict=True)]
+    seen = []
+
+    def f(stack):
+        seen.append(len(stack))
+        return stack * jnp.sum(stack, axis=(1, 2), keepdims=True)
+
+    with jax.set_mesh(mesh):
+        outs = jax.jit(lambda xs: on_whole_matrices(f, xs, specs))(xs)
+    for x, out in zip(xs, outs, strict=True):
+        np.testing.assert_allclose(out, x * jnp.sum(x, axis=(-2, -1), keepdims=True), rtol=1e-5, atol=1e-5)
+    assert sum(seen) <= 4, seen  # each by itself: 6, on every device
+
+
 def test_a_stack_that_fills_the_devices_moves_by_all_to_all_only():
     mesh = make_mesh(parse_mesh("fsdp=2,expert=2,tensor=2"))
     spec = P(None, "expert", "fsdp", "tensor")

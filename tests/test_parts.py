@@ -16,8 +16,10 @@ from sharding.rules import layout_for
 from v4jax.model import grouped
 from v4jax.model.dense import dense
 from v4jax.model.grouped import Activation, ExpertWeights, clamped_swiglu, expert_ffn
-from v4jax.model.hyper import Mix, expand, sinkhorn
+from v4jax.model.hyper import Mix, collapse, expand, sinkhorn
+from v4jax.model.indexer import top_k_mask
 from v4jax.model.moe import balanced_table, router_scores
+from v4jax.model.rotary import Rotation, rotate
 
 LIMIT = 2.0
 
@@ -88,6 +90,54 @@ def test_sinkhorn_is_doubly_stochastic():
     np.testing.assert_allclose(comb.sum(0), 1, atol=1e-5)
     np.testing.assert_allclose(comb.sum(1), 1, atol=1e-4)
     assert float(comb.min()) > 0
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_sinkhorn_has_values_and_gradient_of_its_divisions(eps):
+    def divisions(logits):
+        comb = jax.nn.softmax(logits, axis=1) + eps
+        comb = comb / (comb.sum(0, keepdims=True) + eps)
+        for _ in range(5):
+            comb = comb / (comb.sum(1, keepdims=True) + eps)
+            comb = comb / (comb.sum(0, keepdims=True) + eps)
+        return comb
+
+    # Of the second half, columns are nearly empty.
+    logits = 3 * jax.random.normal(jax.random.key(0), (4, 4, 20)) - 20 * jnp.eye(4)[0][None, :, None] * (jnp.arange(20) > 9)[None, None]
+    value, pull = jax.vjp(divisions, logits)
+    got, got_pull = jax.vjp(lambda logits: sinkhorn(logits, 6, eps), logits)
+    ct = jax.random.normal(jax.random.key(1), value.shape)
+    close((got, got_pull(ct)), (value, pull(ct)))
+
+
+def test_collapse_has_the_gradient_of_its_formula():
+    pre, x = jax.random.normal(jax.random.key(0), (2, 3, 4)), jax.random.normal(jax.random.key(1), (2, 3, 4, 8))
+    value, pull = jax.vjp(lambda pre, x: jnp.sum(pre[..., None] * x, axis=2), pre, x)
+    got, got_pull = jax.vjp(collapse, pre, x)
+    close((got, got_pull(value)), (value, pull(value)))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_rotate_has_the_gradient_of_complex_products(inverse):
+    x, angle = jax.random.normal(jax.random.key(0), (2, 5, 3, 10)), jax.random.normal(jax.random.key(1), (1, 5, 1, 2))
+
+    def product(x):
+        pairs = x[..., 6:].reshape(2, 5, 3, 2, 2)
+        turned = jax.lax.complex(pairs[..., 0], pairs[..., 1]) * jnp.exp(1j * (-angle if inverse else angle))
+        return jnp.concatenate((x[..., :6], jnp.stack((turned.real, turned.imag), -1).reshape(2, 5, 3, 4)), axis=-1)
+
+    value, pull = jax.vjp(product, x)
+    got, got_pull = jax.vjp(lambda x: rotate(x, Rotation(jnp.cos(angle), jnp.sin(angle)), inverse), x)
+    ct = jax.random.normal(jax.random.key(2), value.shape)
+    close((got, got_pull(ct)), (value, pull(ct)))
+
+
+def test_the_mask_of_the_largest_at_its_extremes():
+    """Negative scores, two zeros, infinities, and all entries."""
+    score = jnp.array([[[-3.0, 0.0, -0.0, -jnp.inf, 2.5, jnp.inf, -1e-40, 2.5]]])
+    order = np.argsort(-np.asarray(score[0, 0]), kind="stable")  # 0 and -0 are a tie
+    for k in range(1, 9):
+        np.testing.assert_array_equal(np.flatnonzero(top_k_mask(score, k)[0, 0]), np.sort(order[:k]))
 
 
 def test_router_gradient_is_finite_at_any_logit():

@@ -122,7 +122,10 @@ def _orthogonalise(weight: Weight, parts, sizes: Mapping[str, int]) -> list[Term
 
 
 def spread(weight: Weight, parts, sizes: Mapping[str, int]) -> tuple[int, list[tuple[str, str, float]]]:
-    """(whole matrices this device works on, what it sends: mesh axis, collective, bytes), as sharding/matrices.py does it."""
+    """(whole matrices this device works on, what it sends: mesh axis, collective, bytes), as sharding/matrices.py does it.
+
+    But for stacks of fewer matrices than devices: those the program joins and shares out, here each device works on all of them.
+    """
     sent = []
     matrix = 4 * math.prod(weight.shape[-2:]) / math.prod(sizes[a] for part in parts[-2:] for a in part)
     stack = weight.size // math.prod(weight.shape[-2:]) // math.prod(sizes[a] for part in parts[:-2] for a in part)

@@ -6,6 +6,7 @@ Shapes: B batch, S positions, X streams (j source, k target), D hidden, M = (2+X
 Next file to read: v4jax/model/attention.py.
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -38,19 +39,82 @@ def sinkhorn(logits_JKT: jax.Array, iterations: int, eps: float) -> jax.Array:
 
     softmax over targets + eps, divide by column sums, then iterations-1 times by row sums and by column sums.
     """
-
-    def rows_then_columns(comb, _):
-        comb = comb / (comb.sum(axis=1, keepdims=True) + eps)
-        return comb / (comb.sum(axis=0, keepdims=True) + eps), None
-
-    comb = jax.nn.softmax(logits_JKT, axis=1) + eps
-    comb = comb / (comb.sum(axis=0, keepdims=True) + eps)
-    return jax.lax.scan(rows_then_columns, comb, length=iterations - 1)[0]
+    start_JKT = jax.nn.softmax(logits_JKT, axis=1) + eps
+    row_JT, column_KT = _factors(start_JKT, iterations, eps)
+    return row_JT[:, None] * start_JKT * column_KT[None]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _factors(start_JKT: jax.Array, iterations: int, eps: float) -> tuple[jax.Array, jax.Array]:
+    """(r [J,T], c [K,T]) such that r[j] start[j,k] c[k] is what the divisions of `sinkhorn` make of start.
+
+    To divide rows by their sums + eps is r[j] /= r[j] sum_k start[j,k] c[k] + eps. So an iteration writes 2 X numbers a token instead of
+    2 X X, and the gradient keeps no more.
+    """
+    return _factors_fwd(start_JKT, iterations, eps)[0]
+
+
+def _factors_fwd(start_JKT, iterations, eps):
+    def rows_then_columns(before, _):
+        row_JT, column_KT = before
+        row_JT = row_JT / (row_JT * _row_sums(start_JKT, column_KT) + eps)
+        return (row_JT, column_KT / (column_KT * _column_sums(start_JKT, row_JT) + eps)), before
+
+    ones_JT = jnp.ones_like(start_JKT[:, 0])
+    last, before = jax.lax.scan(rows_then_columns, (ones_JT, 1 / (_column_sums(start_JKT, ones_JT) + eps)), length=iterations - 1)
+    return last, (start_JKT, last, before)
+
+
+def _factors_bwd(iterations, eps, saved, ct):
+    """Of y = x / (x s + eps): dy/ds = -y^2, dy/dx = eps (y/x)^2."""
+    start_JKT, last, before = saved
+
+    def undo(carry, before):
+        (ct_row, ct_column), ct_start, (row_JT, column_KT) = carry
+        row_before, column_before = before
+        ct_column_sum = -ct_column * column_KT * column_KT
+        ct_row = ct_row + _row_sums(start_JKT, ct_column_sum)
+        ct_row_sum = -ct_row * row_JT * row_JT
+        ct_column = eps * ct_column * (column_KT / column_before) ** 2 + _column_sums(start_JKT, ct_row_sum)
+        ct_row = eps * ct_row * (row_JT / row_before) ** 2
+        ct_start = ct_start + row_JT[:, None] * ct_column_sum[None] + ct_row_sum[:, None] * column_before[None]
+        return ((ct_row, ct_column), ct_start, before), None
+
+    carry = (ct, jnp.zeros_like(start_JKT), last)
+    ((_, ct_column), ct_start, (_, column_KT)), _ = jax.lax.scan(undo, carry, before, reverse=True)
+    return (ct_start - (ct_column * column_KT * column_KT)[None],)
+
+
+_factors.defvjp(_factors_fwd, _factors_bwd)
+
+
+def _row_sums(start_JKT: jax.Array, column_KT: jax.Array) -> jax.Array:
+    """sum_k start[j,k] c[k], as multiply-adds."""
+    return sum(start_JKT[:, k] * column_KT[k, None] for k in range(column_KT.shape[0]))
+
+
+def _column_sums(start_JKT: jax.Array, row_JT: jax.Array) -> jax.Array:
+    return sum(start_JKT[j] * row_JT[j, None] for j in range(row_JT.shape[0]))
+
+
+@jax.custom_vjp
 def collapse(pre_BSX: jax.Array, x_BSXD: jax.Array) -> jax.Array:
-    """sum_j pre[j] x[j]: the streams read as one, in the dtype of x."""
+    """sum_j pre[j] x[j]: the streams read as one, in the dtype of x. Its gradient is written out for the reason of `expand`."""
     return sum(pre_BSX[..., j, None] * x_BSXD[:, :, j].astype(jnp.float32) for j in range(x_BSXD.shape[2])).astype(x_BSXD.dtype)
+
+
+def _collapse_fwd(pre_BSX, x_BSXD):
+    return collapse(pre_BSX, x_BSXD), (pre_BSX, x_BSXD)
+
+
+def _collapse_bwd(saved, ct_BSD):
+    pre_BSX, x_BSXD = saved
+    ct = ct_BSD.astype(jnp.float32)
+    ct_pre = jnp.einsum("BSD,BSXD->BSX", ct, x_BSXD.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return ct_pre, (pre_BSX[..., None] * ct[:, :, None]).astype(x_BSXD.dtype)
+
+
+collapse.defvjp(_collapse_fwd, _collapse_bwd)
 
 
 @jax.custom_vjp

@@ -142,10 +142,28 @@ def top_k_mask(score_BTC: jax.Array, k: int) -> jax.Array:
 
     Example: scores [3, 1, 3, 3], k 2 -> [True, False, True, False].
     """
-    kth = jax.lax.top_k(score_BTC, k)[0][..., -1:]
-    above, level = score_BTC > kth, score_BTC == kth
+    key_BTC = _sortable(score_BTC)
+    kth = _kth_largest(key_BTC, k)
+    above, level = key_BTC > kth, key_BTC == kth
     room = k - jnp.sum(above, axis=-1, keepdims=True)
     return above | (level & (running_sum(level[..., None])[..., 0] <= room))
+
+
+def _sortable(x: jax.Array) -> jax.Array:
+    """uint32 in the order of the float32 numbers x; 0 and -0 are the same."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits < sign, bits | sign, ~bits)
+
+
+def _kth_largest(key_BTC: jax.Array, k: int) -> jax.Array:
+    """uint32 [B,T,1], bit after bit from the highest: a bit stands if k keys are still as large. A sort takes XLA:CPU 10 times as long."""
+
+    def settle(n, kth):
+        trial = kth | (jnp.uint32(1 << 31) >> n.astype(jnp.uint32))
+        return jnp.where(jnp.sum(key_BTC >= trial, axis=-1, keepdims=True) >= k, trial, kth)
+
+    return jax.lax.fori_loop(0, 32, settle, vary_like(jnp.zeros_like(key_BTC[..., :1]), key_BTC))
 
 
 class Indexer(Weights):

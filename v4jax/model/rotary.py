@@ -8,6 +8,7 @@ Shapes: R rope dims; `...` any leading axes.
 Next file to read: v4jax/model/compressor.py.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -58,8 +59,11 @@ def rotation(cfg: ModelConfig, compressed: bool, positions: jax.Array) -> Rotati
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rotate(x: jax.Array, turn: Rotation, inverse: bool = False) -> jax.Array:
     """Turns pairs (2i, 2i+1) of the last R dims of x by +-angle, in float32; the other dims pass through.
+
+    Its gradient turns back (autodiff pads and adds every slice instead); none goes to the angles.
 
     Args:
       x: [..., H] with H >= R. turn: broadcastable to [..., R/2]. inverse: turn back (the attention output).
@@ -70,3 +74,6 @@ def rotate(x: jax.Array, turn: Rotation, inverse: bool = False) -> jax.Array:
     sin = -turn.sin if inverse else turn.sin
     turned = jnp.stack((even * turn.cos - odd * sin, odd * turn.cos + even * sin), axis=-1)
     return jnp.concatenate((passed, turned.reshape(*x.shape[:-1], rope).astype(x.dtype)), axis=-1)
+
+
+rotate.defvjp(lambda x, turn, inverse: (rotate(x, turn, inverse), turn), lambda inverse, turn, ct: (rotate(ct, turn, not inverse), None))

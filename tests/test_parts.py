@@ -15,7 +15,7 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import layout_for
 from v4jax.model import grouped
 from v4jax.model.dense import dense
-from v4jax.model.grouped import Activation, ExpertWeights, clamped_swiglu, expert_ffn
+from v4jax.model.grouped import FEW_ROWS, Activation, ExpertWeights, clamped_swiglu, every_expert, expert_ffn, pays_every_expert
 from v4jax.model.hyper import Mix, collapse, expand, sinkhorn
 from v4jax.model.indexer import top_k_mask
 from v4jax.model.moe import balanced_table, router_scores
@@ -147,6 +147,22 @@ def test_router_gradient_is_finite_at_any_logit():
     middle = slice(2, -1)
     want = np.sqrt(np.logaddexp(0, np.asarray(logits[middle], np.float64)))
     np.testing.assert_allclose(score[middle], want, rtol=1e-5)
+
+
+def test_all_experts_on_a_few_rows_are_each_row_s_own_experts():
+    """Two wide products against a loop over rows and their experts; 5e-6: the second product adds 20 numbers in another order."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    w1, w3, w2 = normal(4, 6, 5), normal(4, 6, 5), normal(4, 5, 6)
+    x, gate = normal(8, 6), jnp.asarray(rng.random((8, 2)), jnp.float32).at[3, 1].set(0)
+    index = jnp.asarray([rng.permutation(4)[:2] for _ in range(8)])
+    joined = ExpertWeights(jnp.swapaxes(jnp.concatenate((w1, w3), axis=-1), 1, 2), None, w2)
+    got = every_expert(Activation(LIMIT), joined, x, index, gate)
+    for t in range(8):
+        parts = [(clamped_swiglu(x[t] @ w1[e], x[t] @ w3[e], LIMIT) * g) @ w2[e] for e, g in zip(index[t], gate[t], strict=True)]
+        np.testing.assert_allclose(got[t], sum(parts), rtol=5e-6, atol=5e-6)
+    assert pays_every_expert(joined, 2, 2) and not pays_every_expert(joined, 1, 2)  # one row leaves experts out
+    assert not pays_every_expert(joined, FEW_ROWS + 1, 2) and not pays_every_expert(joined._replace(w3=w3), 8, 2)
 
 
 def test_balanced_table_gives_every_expert_its_share():

@@ -77,7 +77,8 @@ def split_layers(cfg: ModelConfig, params, rules: AxisRules = AxisRules()):
     """The parameters as `extend` and `draft` are fastest with them: the layers of short groups as arrays of their own, a tuple for a group.
 
     A loop over stacked layers takes each layer's weights off the stack, a copy of all its experts, where a token needs a few. On one
-    device w1 and w3 of experts become one array: taking one expert of both, and the product with it, then use two cores.
+    device w1 and w3 of experts become one array, [E,2F,D]: taking one expert of both, and the product with it, then use two cores, and
+    a few rows can be run through all experts as two wide products (v4jax/model/grouped.py, `every_expert`).
     """
     params = dict(params, router=dict(params["router"]))
     for group in cfg.layer_groups:
@@ -94,10 +95,10 @@ def _is_swiglu(tree) -> bool:
 
 
 def _join(leaf):
-    """w1 and w3 of routed experts side by side; anything else passes."""
+    """w1 and w3 of routed experts, one above the other with their outputs first; anything else passes."""
     if not _is_swiglu(leaf) or leaf["w1"].ndim == 2:
         return leaf
-    return {"w1": jnp.concatenate((leaf["w1"], leaf["w3"]), axis=-1), "w2": leaf["w2"]}
+    return {"w1": jnp.concatenate([jnp.swapaxes(leaf[name], 1, 2) for name in ("w1", "w3")], axis=1), "w2": leaf["w2"]}
 
 
 def check_storage(storage: str, quant: str) -> None:

@@ -19,7 +19,7 @@ from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.model.dense import dense
 from v4jax.model.documents import Documents
-from v4jax.model.grouped import Activation, ExpertWeights, clamped_swiglu, expert_ffn
+from v4jax.model.grouped import Activation, ExpertWeights, clamped_swiglu, every_expert, expert_ffn, pays_every_expert
 from v4jax.model.watch import Seen
 from v4jax.model.weights import Weights
 from v4jax.quant.fake import mxfp4_weight
@@ -176,7 +176,7 @@ class MoE(Weights):
 class Experts(Weights):
     """The routed experts' matrices. They stay sharded and float32 until the device that runs them casts its own.
 
-    Given without w3, w1 holds both (v4jax/generate/cache.py, split_layers).
+    Given without w3, w1 holds both, outputs first (v4jax/generate/cache.py, split_layers).
     """
 
     cfg: ModelConfig
@@ -200,10 +200,17 @@ class Experts(Weights):
                 for name in axes
             }
         if self.quant == "official":
-            weights = {name: mxfp4_weight(w) for name, w in weights.items()}
+            joined = "w3" not in weights
+            weights = {name: mxfp4_weight(w, inputs_last=joined and name == "w1") for name, w in weights.items()}
+
+        form, own = Activation(cfg.swiglu_limit, self.quant), ExpertWeights(**{"w3": None} | weights)
+        rows, active = index_BSK.size // index_BSK.shape[-1], index_BSK.shape[-1]
+        if pays_every_expert(own, rows, active):
+            flat = (x_BSD.reshape(rows, hidden), index_BSK.reshape(rows, active), weight_BSK.reshape(rows, active))
+            return every_expert(form, own, *flat).reshape(x_BSD.shape)
 
         def expert(weights, x_PD, gate_P, groups: Groups):
-            return expert_ffn(Activation(cfg.swiglu_limit, self.quant), ExpertWeights(**{"w3": None} | weights), x_PD, gate_P, groups)
+            return expert_ffn(form, ExpertWeights(**{"w3": None} | weights), x_PD, gate_P, groups)
 
         return apply_experts(self.rules, expert, weights, axes, x_BSD, index_BSK, weight_BSK)
 

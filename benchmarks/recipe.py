@@ -1,46 +1,48 @@
-"""What each part of the recipe is worth: equal-token runs on the standard library's sources, three seeds, held-out nats per byte.
+"""What each part of the recipe is worth: equal-token runs of a model of the demo's size on the standard library's sources, three
+seeds, held-out nats per byte.
 
     python benchmarks/recipe.py                    # runs what is missing, then writes docs/recipe.md and docs/recipe.png
     python benchmarks/recipe.py --budget 240       # starts no run after so many seconds: finish it in several sittings
+    python benchmarks/recipe.py --side-by-side     # a process per variant, for a GPU, whose time one small model does not fill
     python benchmarks/recipe.py --report           # only the table and the picture of what has been run
 
-Every finished run is a line of docs/recipe.json, so the script goes on where it stopped. The model is the demo's, smaller: one
-device, every mechanism on. All runs train the main model for the same number of steps of the same size at a constant learning rate.
+Every finished run is a line of docs/recipe.jsonl (or --results), so the script goes on where it stopped. All runs train the main
+model for the same number of steps of the same size; the learning rate falls over the last of them.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 import time
 from unittest import mock
 
 import numpy as np
 
-from v4jax.config import CSA, HCA, WINDOW_ONLY, ModelConfig, RopeScaling
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+from configs import demo
 from v4jax.data.config import DataConfig
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
 from v4jax.train.report import read_metrics
 from v4jax.train.stages import Stage
 
-ROOT = pathlib.Path(__file__).parent.parent
-RESULTS, TABLE, PICTURE = (ROOT / "docs" / f"recipe.{kind}" for kind in ("json", "md", "png"))
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+RESULTS, TABLE, PICTURE = DOCS / "recipe.jsonl", DOCS / "recipe.md", DOCS / "recipe.png"
 SEEDS = (0, 1, 2)
-STEPS, DENSE, ALONE = 160, 100, 20
+STEPS, DENSE, ALONE = 300, 180, 40
 """Steps of the main model; after so many of them attention becomes sparse; steps in which the indexer learns alone."""
 
-MODEL = ModelConfig(
-    vocab_size=264, hidden_size=64, moe_intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, head_dim=32,
-    qk_rope_head_dim=16, q_lora_rank=32, o_groups=2, o_lora_rank=32, n_routed_experts=8, num_experts_per_tok=2,
-    routed_scaling_factor=1.5, compress_ratios=(WINDOW_ONLY, CSA, HCA, CSA, WINDOW_ONLY), num_hash_layers=1, sliding_window=16,
-    index_n_heads=4, index_head_dim=32, index_topk=8, compress_rope_theta=160000.0, rope_scaling=RopeScaling(),
-)  # fmt: skip
+# A short window and few entries chosen of many (8 of 128), so that it matters which.
+MODEL = demo.get_model().replace(sliding_window=16, index_topk=8)
 BASE = TrainConfig(
-    model=MODEL, run_dir="", steps=STEPS, batch_size=8, seq_len=256, learning_rate=4e-3, warmup_steps=20, log_every=5, eval_every=10**6,
-    eval_batches=16, checkpoint_every=10**6, keep=1, remat=False, export="none", attention="dense",
+    model=MODEL, run_dir="", steps=STEPS, batch_size=8, seq_len=512, learning_rate=4e-3, warmup_steps=20, decay_steps=100, log_every=5,
+    eval_every=10**6, eval_batches=32, checkpoint_every=10**6, keep=1, remat=False, export="none", attention="dense",
 )  # fmt: skip
 _SPARSE = (Stage(after=DENSE, attention="indexer"), Stage(after=DENSE + ALONE, attention="sparse"))
 VARIANTS = {
@@ -71,27 +73,52 @@ def run(name: str, seed: int) -> dict:
     return result | ({"captured": lines[-1]["index_captured"]} if "index_captured" in lines[-1] else {})
 
 
-def results() -> list[dict]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+def results(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def report() -> None:
+def run_missing(path: pathlib.Path, names: list[str], seeds: list[int], budget: float) -> None:
+    """Adds a line to `path` for each variant and seed that it lacks."""
+    start = time.perf_counter()
+    done = {(line["name"], line["seed"]) for line in results(path)}
+    for name, seed in [(name, seed) for seed in seeds for name in names if (name, seed) not in done]:
+        if time.perf_counter() - start > budget:
+            break
+        line = json.dumps(run(name, seed)) + "\n"
+        with open(path, "a") as file:  # one write: processes side by side do not cut into each other's lines
+            file.write(line)
+
+
+def run_side_by_side(path: pathlib.Path, budget: float) -> None:
+    """A process of this script for each variant; they share the accelerator, and its memory as they need it."""
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    command = [sys.executable, __file__, "--results", str(path), "--budget", str(budget), "--only"]
+    logs = [tempfile.TemporaryFile("w+") for _ in VARIANTS]
+    pairs = zip(VARIANTS, logs, strict=True)
+    processes = [subprocess.Popen([*command, name], env=environment, stdout=log, stderr=subprocess.STDOUT) for name, log in pairs]
+    for name, process, log in zip(VARIANTS, processes, logs, strict=True):
+        if process.wait():
+            log.seek(0)
+            print(f"{name}: failed\n{log.read()[-2000:]}", file=sys.stderr)
+
+
+def report(path: pathlib.Path) -> None:
     """The table, and a picture of every run."""
     from matplotlib.figure import Figure
 
-    found = {name: [line for line in results() if line["name"] == name] for name in VARIANTS}
+    found = {name: [line for line in results(path) if line["name"] == name] for name in VARIANTS}
     found = {name: lines for name, lines in found.items() if lines}
-    base = {line["seed"]: line["held_out_nll"] for line in results() if line["name"] == next(iter(VARIANTS))}
-    rows = ["| run | held out, nats per byte: mean (least to most) | against the first, seed by seed | max/mean load | seeds |", "|---|---|---|---|---|"]
+    base = {line["seed"]: line["held_out_nll"] for line in results(path) if line["name"] == next(iter(VARIANTS))}
+    rows = ["| run | held out, nats per byte: mean (least to most) | against the first, seed by seed | mean | max/mean load |", "|---|---|---|---|---|"]
     for name, lines in found.items():
         nll = np.array([line["held_out_nll"] for line in lines])
-        gap = [f"{line['held_out_nll'] - base[line['seed']]:+.3f}" for line in lines if line["seed"] in base]
+        gap = [line["held_out_nll"] - base[line["seed"]] for line in sorted(lines, key=lambda line: line["seed"]) if line["seed"] in base]
         load = np.mean([line["load"] for line in lines])
-        rows.append(f"| {name} | {nll.mean():.3f} ({nll.min():.3f} to {nll.max():.3f}) | {', '.join(gap)} | {load:.2f} | {len(lines)} |")
+        each = ", ".join(f"{one:+.3f}" for one in gap)
+        rows.append(f"| {name} | {nll.mean():.3f} ({nll.min():.3f} to {nll.max():.3f}) | {each} | {np.mean(gap):+.3f} | {load:.2f} |")
     print("\n".join(rows))
-    head = TABLE.read_text().split("<!-- table -->")[0] if TABLE.exists() else "# The recipe, part by part\n\n"
-    tail = TABLE.read_text().split("<!-- end -->")[1] if TABLE.exists() else "\n"
-    TABLE.write_text(head + "<!-- table -->\n" + "\n".join(rows) + "\n<!-- end -->" + tail)
+    head, rest = TABLE.read_text().split("<!-- table -->")
+    TABLE.write_text(head + "<!-- table -->\n" + "\n".join(rows) + "\n<!-- end -->" + rest.split("<!-- end -->")[1])
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for y, (name, lines) in enumerate(found.items()):
@@ -104,19 +131,20 @@ def report() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no run is started")
+    parser.add_argument("--only", choices=VARIANTS, help="this variant alone; no report")
+    parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=SEEDS)
+    parser.add_argument("--side-by-side", action="store_true", help="all variants at once, a process each")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="file of finished runs")
     parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
-    start = time.perf_counter()
-    done = {(line["name"], line["seed"]) for line in results()}
-    todo = [] if arguments.report else [(name, seed) for seed in SEEDS for name in VARIANTS if (name, seed) not in done]
-    for name, seed in todo:
-        if time.perf_counter() - start > arguments.budget:
-            break
-        lines = [*results(), run(name, seed)]
-        RESULTS.write_text("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
-    report()
+    if arguments.side_by_side:
+        run_side_by_side(arguments.results, arguments.budget)
+    elif not arguments.report:
+        run_missing(arguments.results, [arguments.only] if arguments.only else list(VARIANTS), arguments.seeds, arguments.budget)
+    if not arguments.only:
+        report(arguments.results)
 
 
 if __name__ == "__main__":

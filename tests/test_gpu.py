@@ -3,10 +3,16 @@
 import dataclasses
 import importlib.util
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from test_mesh import CFG
 
+from sharding.experts import Groups
+from sharding.targets import topology_mesh
 from v4jax.layout import report_layout
+from v4jax.model import triton
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,7 +21,7 @@ pytestmark = [
 
 
 def test_a_step_compiles_for_two_hosts_of_h100():
-    model = CFG.model.replace(num_hidden_layers=1, compress_ratios=(4, 0), num_hash_layers=0, hidden_size=256)
+    model = CFG.model.replace(num_hidden_layers=1, compress_ratios=(4, 0), num_hash_layers=0, hidden_size=256, moe_intermediate_size=64)
     cfg = dataclasses.replace(CFG, model=model, batch_size=16, mesh="fsdp=2,expert=4,tensor=2", layout="pod", dtype="bfloat16")
     report = report_layout(cfg, "h100:16")
     sent = {(axes, kind): size for axes, kind, _, size in report.collectives}
@@ -23,6 +29,19 @@ def test_a_step_compiles_for_two_hosts_of_h100():
         assert sent[key] > 0, sent
     sent_bytes, least = report.expert_bytes
     assert least <= sent_bytes <= 1.25 * least
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_kernels_compile(dtype):
+    """In widths of which some are no multiple of a whole tile. Their numbers: test_parts.py, and benchmarks/gpu.py on a GPU."""
+    mesh = topology_mesh("h100:1", {"data": 1})
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))  # noqa: E731
+    for size, narrow, wide in ((16, 48, 160), (128, 1024, 2048)):
+        groups = Groups(array(jnp.int32, 8), array(jnp.int32, 40), array(jnp.int32))
+        x, w, ct = array(dtype, 40 * size, narrow), array(dtype, 8, narrow, wide), array(dtype, 40 * size, wide)
+        with jax.set_mesh(mesh):
+            for kernel, operands in ((triton.grouped_dot, (x, w)), (triton.grouped_outer, (x, ct))):
+                assert "triton" in jax.jit(kernel).lower(*operands, groups).compile().as_text()
 
 
 @pytest.mark.parametrize("target, line", [("h100:12", "must be h100:N with N up to 8, or a multiple of 8"), ("h100:8", "mesh has 4 devices")])

@@ -13,7 +13,7 @@ from sharding.embedding import embed_lookup
 from sharding.experts import Groups
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import layout_for
-from v4jax.model import grouped
+from v4jax.model import grouped, triton
 from v4jax.model.dense import dense
 from v4jax.model.grouped import FEW_ROWS, Activation, ExpertWeights, clamped_swiglu, every_expert, expert_ffn, pays_every_expert
 from v4jax.model.hyper import Mix, collapse, expand, sinkhorn
@@ -31,9 +31,8 @@ def close(got, expected, tolerance=2e-6):
 
 
 @pytest.mark.parametrize("sizes", [(0, 0, 32, 0), (8, 8, 8, 8), (24, 0, 0, 8)])
-def test_grouped_experts_are_a_loop_over_rows(sizes, monkeypatch):
-    """The block loop and ragged_dot with its kernel, however uneven the load, with rows of weight 0 and blocks that are not in use."""
-    monkeypatch.setattr(grouped, "grouped_outer", functools.partial(grouped.grouped_outer, interpret=True))
+def test_grouped_experts_are_a_loop_over_rows(sizes):
+    """The block loop, and the products of TPU and NVIDIA, however uneven the load, with rows of weight 0 and blocks that are not in use."""
     keys = iter(jax.random.split(jax.random.key(0), 9))
     normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
     rows, block = 40, 8
@@ -59,10 +58,12 @@ def test_grouped_experts_are_a_loop_over_rows(sizes, monkeypatch):
     close(jnp.where(used[:, None], got_value, 0), value)
     got = got_pull(ct)
     close((got[0], got[1] * used[:, None], got[2] * used), (want[0], want[1] * used[:, None], want[2] * used))
-    y, h1, h3 = grouped._ragged_forward(Activation(LIMIT), w, x, gate, groups)
-    ragged = grouped._ragged_backward(Activation(LIMIT), w, x, gate, groups, h1, h3, ct)
-    close(jnp.where(used[:, None], y, 0), value)
-    close((ragged[0], ragged[1] * used[:, None], ragged[2] * used), (want[0], want[1] * used[:, None], want[2] * used))
+    tpu = grouped._ragged_dot, functools.partial(grouped.grouped_outer, interpret=True)
+    for products in (tpu, [functools.partial(f, interpret=True) for f in (triton.grouped_dot, triton.grouped_outer)]):
+        y, h1, h3 = grouped._whole_forward(Activation(LIMIT), *products, w, x, gate, groups)
+        got = grouped._whole_backward(Activation(LIMIT), *products, w, x, gate, groups, h1, h3, ct)
+        close(jnp.where(used[:, None], y, 0), value)
+        close((got[0], got[1] * used[:, None], got[2] * used), (want[0], want[1] * used[:, None], want[2] * used))
 
 
 @pytest.mark.parametrize("shape, width", [((7, 12), 5), ((7, 5), 12), ((2, 3, 6), 6)])

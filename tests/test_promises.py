@@ -12,6 +12,7 @@ from sharding.rules import layout_for
 from v4jax.checkpoint.names import from_official
 from v4jax.model import attention
 from v4jax.model.transformer import abstract_params, forward
+from v4jax.model.weights import Csa
 from v4jax.train.loss import loss_and_routing
 
 
@@ -20,13 +21,30 @@ def params():
     return jax.tree.map(jnp.asarray, from_official(MODEL, random_weights(MODEL, 0)))
 
 
-def shapes(jaxpr):
+def equations(jaxpr):
     for equation in jaxpr.eqns:
-        yield from (variable.aval.shape for variable in equation.outvars if hasattr(variable.aval, "shape"))
+        yield equation
         for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                yield from shapes(inner)
+                yield from equations(inner)
+
+
+def shapes(jaxpr):
+    return (variable.aval.shape for equation in equations(jaxpr) for variable in equation.outvars if hasattr(variable.aval, "shape"))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_float32_products_are_float32_on_every_platform(dtype):
+    """TPUs round the operands of a product to bfloat16, and GPUs to TF32, unless it asks for more: router, mHC, compressors."""
+    teach = Csa(teach=True)
+    loss = lambda params, tokens: loss_and_routing(MODEL, params, {"tokens": tokens}, dtype=dtype, csa=teach)[0]  # noqa: E731
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(abstract_params(MODEL), jax.ShapeDtypeStruct((2, 72), jnp.int32)).jaxpr
+    products = [one for one in equations(jaxpr) if one.primitive.name in ("dot_general", "ragged_dot_general")]
+    single = [one for one in products if all(operand.aval.dtype == jnp.float32 for operand in one.invars[:2])]
+    assert len(single) > 20 and (dtype == jnp.float32) == (len(single) == len(products))
+    for one in single:
+        assert one.params["precision"] in (jax.lax.Precision.HIGHEST, (jax.lax.Precision.HIGHEST,) * 2), one
 
 
 def test_no_array_is_quadratic_in_the_length(monkeypatch):

@@ -24,7 +24,7 @@ from sharding.manual import first_row, vary_like, with_rows_before
 from sharding.rules import AxisRules
 from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 from v4jax.model.compressor import Compressor
-from v4jax.model.dense import dense
+from v4jax.model.dense import dense, precision_of
 from v4jax.model.documents import Documents, Entries, whole_windows
 from v4jax.model.indexer import Indexer, IndexInputs, IndexLoss, best_slots, index_loss, index_scores, may_search, top_k_mask
 from v4jax.model.norm import RMSNorm, rms_norm
@@ -301,7 +301,7 @@ def _among_all(score_BTK: jax.Array, most: int, axis: str) -> jax.Array:
 
 
 def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, a, b, precision=precision_of(a), preferred_element_type=jnp.float32)
 
 
 def _window_mask(chunk: Queries, window: int) -> jax.Array:
@@ -381,5 +381,5 @@ def _continue(cfg: ModelConfig, kv_BSH: jax.Array, kept: Kept) -> tuple[Past, ja
 def _narrow(o_BSNH: jax.Array, wo_a: jax.Array, groups: int) -> jax.Array:
     """Each group of heads through its own block of wo_a [(N/G)*H, G*O]; [B,S,G*O]."""
     o_BSGI = o_BSNH.reshape(*o_BSNH.shape[:2], groups, -1)
-    low_BSGO = jnp.einsum("BSGI,IGO->BSGO", o_BSGI, wo_a.reshape(wo_a.shape[0], groups, -1))
+    low_BSGO = jnp.einsum("BSGI,IGO->BSGO", o_BSGI, wo_a.reshape(wo_a.shape[0], groups, -1), precision=precision_of(o_BSNH))
     return low_BSGO.reshape(*o_BSNH.shape[:2], -1)

@@ -15,10 +15,19 @@ import jax.numpy as jnp
 from jax import lax
 
 
+def precision_of(x: jax.Array) -> lax.Precision | None:
+    """Of a product with x: float32 asks for float32. Left to themselves TPUs round its operands to bfloat16, and GPUs to TF32."""
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dense(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
     """x [..., A] @ w [A, Z], in `out_dtype` (default: the dtype of x)."""
-    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out_dtype)
+    return _dot(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out_dtype)
+
+
+def _dot(a, b, dimensions, **options):
+    return lax.dot_general(a, b, dimensions, precision=precision_of(a), **options)
 
 
 def _fwd(x, w, out_dtype):
@@ -29,11 +38,11 @@ def _bwd(out_dtype, saved, ct):
     x, w = saved
     ct = ct.astype(x.dtype)
     rows = tuple(range(x.ndim - 1))
-    ct_x = lax.dot_general(ct, w, (((x.ndim - 1,), (1,)), ((), ())))
+    ct_x = _dot(ct, w, (((x.ndim - 1,), (1,)), ((), ())))
     if w.shape[0] <= w.shape[1]:
-        return ct_x, lax.dot_general(x, ct, ((rows, rows), ((), ())))
+        return ct_x, _dot(x, ct, ((rows, rows), ((), ())))
     # Without the barrier XLA turns this back into the line above.
-    return ct_x, lax.optimization_barrier(lax.dot_general(ct, x, ((rows, rows), ((), ())))).T
+    return ct_x, lax.optimization_barrier(_dot(ct, x, ((rows, rows), ((), ())))).T
 
 
 dense.defvjp(_fwd, _bwd)

@@ -1,8 +1,9 @@
 """The experts' feed-forward over rows sorted by expert: grouped matrix products, with a backend per platform.
 
-TPU: lax.ragged_dot (a grouped GEMM) on all rows at once, with a kernel for its weight gradient (model/outer.py). CPU and GPU: one
-loop over blocks of rows that belong to one expert, as long as there are blocks in use; there XLA's ragged_dot does E times the work
-(30-50 times slower on CPU), and a block's intermediate values stay in cache. Both run the same two formulas below, which take the products as arguments.
+TPU: lax.ragged_dot (a grouped GEMM) on all rows at once, with a kernel for its weight gradient (model/outer.py). NVIDIA GPUs: kernels
+for both (model/triton.py). CPU, other GPUs, and widths that those kernels cannot cut: one loop over blocks of rows that belong to one
+expert, as long as there are blocks in use; there XLA's ragged_dot does E times the work (30-50 times slower on CPU), and a block's
+intermediate values stay in cache. All run the same two formulas below, which take the products as arguments.
 
 Shapes: P rows (of all blocks, or of one), D width, F expert hidden, E experts.
 Next file to read: sharding/experts.py.
@@ -17,6 +18,8 @@ from jax import lax
 
 from sharding.experts import Groups
 from sharding.manual import vary_like
+from v4jax.model import triton
+from v4jax.model.dense import precision_of
 from v4jax.model.outer import grouped_outer
 from v4jax.quant.fake import fp8_input
 
@@ -66,9 +69,8 @@ def _fwd(form, w, x_PD, gate_P, groups):
 
 def _bwd(form, saved, ct_PD):
     w, x_PD, gate_P, groups, h1_PF, h3_PF = saved
-    blocked, ragged = functools.partial(_blocked_backward, form), functools.partial(_ragged_backward, form)
     args = (w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD)
-    ct_w, ct_x, ct_gate = lax.platform_dependent(*args, cpu=blocked, cuda=blocked, rocm=blocked, default=ragged)
+    ct_w, ct_x, ct_gate = _by_platform(form, w, groups, x_PD, _blocked_backward, _whole_backward)(*args)
     return ct_w, ct_x, ct_gate, None
 
 
@@ -77,8 +79,16 @@ expert_ffn.defvjp(_fwd, _bwd)
 
 def _forward(form, w, x_PD, gate_P, groups):
     """(y, h1, h3): what the backward pass needs is returned too."""
-    blocked, ragged = functools.partial(_blocked_forward, form), functools.partial(_ragged_forward, form)
-    return lax.platform_dependent(w, x_PD, gate_P, groups, cpu=blocked, cuda=blocked, rocm=blocked, default=ragged)
+    return _by_platform(form, w, groups, x_PD, _blocked_forward, _whole_forward)(w, x_PD, gate_P, groups)
+
+
+def _by_platform(form: Activation, w: ExpertWeights, groups: Groups, x_PD: jax.Array, blocked, whole):
+    """The function for the platform that it is compiled for: `blocked`, or `whole` with the platform's products."""
+    blocked, ragged = functools.partial(blocked, form), functools.partial(whole, form, _ragged_dot, grouped_outer)
+    cuda = blocked
+    if triton.suits(x_PD.shape[0] // groups.block_expert.shape[0], *w.w2.shape[1:]):
+        cuda = functools.partial(whole, form, triton.grouped_dot, triton.grouped_outer)
+    return functools.partial(lax.platform_dependent, cpu=blocked, cuda=cuda, rocm=blocked, default=ragged)
 
 
 # ---- a few rows, all experts ---------------------------------------------------------------------------------------------
@@ -99,13 +109,17 @@ def every_expert(form: Activation, w: ExpertWeights, x_TD: jax.Array, index_TK: 
     (rows, _), (experts, width, _) = x_TD.shape, w.w2.shape
     gate_TE = jnp.sum(jax.nn.one_hot(index_TK, experts) * gate_TK[..., None], axis=1)
     # Weights first: XLA:CPU then need not rearrange them (13 GB/s against 10 for 8 rows).
-    h_ZT = lax.dot_general(w.w1.reshape(-1, x_TD.shape[1]).astype(x_TD.dtype), x_TD, (((1,), (1,)), ((), ())))
+    h_ZT = lax.dot_general(w.w1.reshape(-1, x_TD.shape[1]).astype(x_TD.dtype), x_TD, (((1,), (1,)), ((), ())), precision=precision_of(x_TD))
     h1_QF, h3_QF = jnp.split(h_ZT.T.reshape(rows * experts, 2 * width), 2, axis=-1)
     h_QF = _gated(form, h1_QF, h3_QF, gate_TE.reshape(-1))
-    return h_QF.reshape(rows, -1) @ w.w2.reshape(-1, x_TD.shape[1]).astype(x_TD.dtype)
+    return _matmul(h_QF.reshape(rows, -1), w.w2.reshape(-1, x_TD.shape[1]).astype(x_TD.dtype))
 
 
 # ---- the formulas; `dot(x, w)` is a product of rows with their experts' matrices, `outer(x, ct)` its gradient for w ----------
+
+
+def _matmul(x, w):
+    return jnp.matmul(x, w, precision=precision_of(x))
 
 
 def _gated(form: Activation, h1, h3, gate_P):
@@ -130,23 +144,29 @@ def _ffn_backward(form, dot, outer, w: ExpertWeights, x, gate_P, h1, h3, ct):
     return ct_w, ct_x, ct_gate
 
 
-# ---- TPU: all rows at once -------------------------------------------------------------------------------------------
+# ---- TPU and NVIDIA: all rows at once ----------------------------------------------------------------------------------
 
 
-def _ragged_dot(groups: Groups):
-    return lambda x_PA, w_EAZ: lax.ragged_dot(x_PA, w_EAZ.astype(x_PA.dtype), groups.group_sizes)
+def _ragged_dot(x_PA, w_EAZ, groups: Groups):
+    return lax.ragged_dot(x_PA, w_EAZ, groups.group_sizes, precision=precision_of(x_PA))
 
 
-def _ragged_forward(form, w, x_PD, gate_P, groups):
-    return _ffn(form, _ragged_dot(groups), w, x_PD, gate_P)
+def _whole_forward(form, dot, outer, w, x_PD, gate_P, groups):
+    """`dot(x, w, groups)` and `outer(x, ct, groups)` are the platform's."""
+    del outer
+    return _ffn(form, _grouped(dot, groups), w, x_PD, gate_P)
 
 
-def _ragged_backward(form, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
-    outer = lambda x_PA, ct_PZ: grouped_outer(x_PA, ct_PZ, groups).astype(w.w1.dtype)  # noqa: E731
-    return _ffn_backward(form, _ragged_dot(groups), outer, w, x_PD, gate_P, h1_PF, h3_PF, ct_PD)
+def _whole_backward(form, dot, outer, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
+    sums = lambda x_PA, ct_PZ: outer(x_PA, ct_PZ, groups).astype(w.w1.dtype)  # noqa: E731
+    return _ffn_backward(form, _grouped(dot, groups), sums, w, x_PD, gate_P, h1_PF, h3_PF, ct_PD)
 
 
-# ---- CPU and GPU: block after block ------------------------------------------------------------------------------------
+def _grouped(dot, groups: Groups):
+    return lambda x_PA, w_EAZ: dot(x_PA, w_EAZ.astype(x_PA.dtype), groups)
+
+
+# ---- CPU, other GPUs: block after block --------------------------------------------------------------------------------
 
 
 def _rows(x, n, size):
@@ -166,7 +186,7 @@ def _blocked_forward(form, w, x_PD, gate_P, groups):
 
     def one_block(n, totals):
         own = _one(w, groups.block_expert[n], x_PD.dtype)
-        parts = _ffn(form, jnp.matmul, own, _rows(x_PD, n, size), _rows(gate_P, n, size))
+        parts = _ffn(form, _matmul, own, _rows(x_PD, n, size), _rows(gate_P, n, size))
         return tuple(_store(total, part, n, size) for total, part in zip(totals, parts, strict=True))
 
     widths = (x_PD.shape[1], w.w2.shape[1], w.w2.shape[1])
@@ -181,8 +201,8 @@ def _blocked_backward(form, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
         ct_w, ct_x, ct_gate = totals
         expert = groups.block_expert[n]
         rows = [_rows(a, n, size) for a in (x_PD, gate_P, h1_PF, h3_PF, ct_PD)]
-        outer = lambda x, ct: x.T @ ct  # noqa: E731
-        part_w, part_x, part_gate = _ffn_backward(form, jnp.matmul, outer, _one(w, expert, x_PD.dtype), *rows)
+        outer = lambda x, ct: _matmul(x.T, ct)  # noqa: E731
+        part_w, part_x, part_gate = _ffn_backward(form, _matmul, outer, _one(w, expert, x_PD.dtype), *rows)
         ct_w = ExpertWeights(*(_add_at(total, part, expert) for total, part in zip(ct_w, part_w, strict=True)))
         return ct_w, _store(ct_x, part_x, n, size), _store(ct_gate, part_gate, n, size)
 

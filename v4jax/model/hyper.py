@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.config import ModelConfig
-from v4jax.model.dense import dense
+from v4jax.model.dense import dense, precision_of
 from v4jax.model.weights import Weights, constant
 
 DYNAMIC_SCALE = 0.01
@@ -110,7 +110,7 @@ def _collapse_fwd(pre_BSX, x_BSXD):
 def _collapse_bwd(saved, ct_BSD):
     pre_BSX, x_BSXD = saved
     ct = ct_BSD.astype(jnp.float32)
-    ct_pre = jnp.einsum("BSD,BSXD->BSX", ct, x_BSXD.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    ct_pre = jnp.einsum("BSD,BSXD->BSX", ct, x_BSXD.astype(jnp.float32), precision=precision_of(ct))
     return ct_pre, (pre_BSX[..., None] * ct[:, :, None]).astype(x_BSXD.dtype)
 
 
@@ -142,8 +142,8 @@ def _expand_bwd(saved, ct_BSKD):
     ct = ct_BSKD.astype(jnp.float32)
     ct_y = jnp.sum(mix.post[..., None] * ct, axis=2).astype(y_BSD.dtype)
     ct_x = _combine(jnp.swapaxes(mix.comb, 2, 3), ct).astype(x_BSXD.dtype)
-    ct_post = jnp.einsum("BSD,BSKD->BSK", y_BSD.astype(jnp.float32), ct)
-    ct_comb = jnp.einsum("BSJD,BSKD->BSJK", x_BSXD.astype(jnp.float32), ct)
+    ct_post = jnp.einsum("BSD,BSKD->BSK", y_BSD.astype(jnp.float32), ct, precision=precision_of(ct))
+    ct_comb = jnp.einsum("BSJD,BSKD->BSJK", x_BSXD.astype(jnp.float32), ct, precision=precision_of(ct))
     return ct_y, ct_x, Mix(ct_post, ct_comb)
 
 

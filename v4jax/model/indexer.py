@@ -20,6 +20,7 @@ from sharding.counting import running_sum
 from sharding.manual import vary_like
 from v4jax.config import CSA, ModelConfig
 from v4jax.model.compressor import Compressor
+from v4jax.model.dense import dense, precision_of
 from v4jax.model.documents import Entries
 from v4jax.model.rotary import Rotation, rotate
 from v4jax.model.state import Kept, Slots, all_rows, slot_count, some_rows
@@ -108,10 +109,10 @@ def best_slots(index: IndexInputs, row_BT: jax.Array, k: int) -> tuple[jax.Array
 
 def _scores(q_BTIJ: jax.Array, w_BTI: jax.Array, key_BCJ: jax.Array) -> jax.Array:
     if len(q_BTIJ) == 1:  # XLA:CPU takes 5 times as long for one query and many keys where the product has a batch axis
-        dots = jnp.einsum("TIJ,CJ->TIC", q_BTIJ[0], key_BCJ[0], preferred_element_type=jnp.float32)[None]
+        dots = jnp.einsum("TIJ,CJ->TIC", q_BTIJ[0], key_BCJ[0], precision=precision_of(q_BTIJ), preferred_element_type=jnp.float32)[None]
     else:
-        dots = jnp.einsum("BTIJ,BCJ->BTIC", q_BTIJ, key_BCJ, preferred_element_type=jnp.float32)
-    return jnp.einsum("BTIC,BTI->BTC", jax.nn.relu(dots), w_BTI)
+        dots = jnp.einsum("BTIJ,BCJ->BTIC", q_BTIJ, key_BCJ, precision=precision_of(q_BTIJ), preferred_element_type=jnp.float32)
+    return jnp.einsum("BTIC,BTI->BTC", jax.nn.relu(dots), w_BTI, precision=precision_of(dots))
 
 
 def index_loss(mass_BTC: jax.Array, score_BTC: jax.Array, seen_BTC: jax.Array, real_T: jax.Array) -> IndexLoss:
@@ -186,8 +187,8 @@ class Indexer(Weights):
         key_BCJ, kept = compressor(x_BSD, entries if needed else None, kept)
         if not needed:
             return None, kept
-        q_BSIJ = (self.act_quant(qr_BSQ) @ wq_b).reshape(*qr_BSQ.shape[:2], heads, dim)
-        w_BSI = (x_BSD @ weights_proj).astype(jnp.float32) * (dim**-0.5 * heads**-0.5)
+        q_BSIJ = dense(self.act_quant(qr_BSQ), wq_b).reshape(*qr_BSQ.shape[:2], heads, dim)
+        w_BSI = dense(x_BSD, weights_proj).astype(jnp.float32) * (dim**-0.5 * heads**-0.5)
         q_BSIJ = rotate(q_BSIJ, turn.heads())
         q_BSIJ = mxfp4_rotated(q_BSIJ) if self.quant == "official" else q_BSIJ
         index = IndexInputs(q_BSIJ, w_BSI, key_BCJ)

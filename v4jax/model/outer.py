@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sharding.experts import Groups
 from sharding.manual import vary_like
+from v4jax.model.dense import precision_of
 
 LANES = 128
 """A TPU's vectors are this wide: tiles are cut in multiples of it."""
@@ -59,7 +60,7 @@ def _add_block(expert, in_use, x, ct, zeros, out):
 
     @pl.when(block < in_use[0])
     def _add():
-        out[...] += lax.dot_general(x[...], ct[...], (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        out[...] += lax.dot_general(x[...], ct[...], (((0,), (0,)), ((), ())), precision=precision_of(x), preferred_element_type=jnp.float32)
 
 
 def _tile(width: int) -> int:

@@ -38,21 +38,21 @@ def get_model() -> ModelConfig:
 
 
 def get_config() -> TrainConfig:
-    """150 steps of 8 rows of 384 bytes."""
+    """120 steps of 8 rows of 384 bytes."""
     return TrainConfig(
         model=get_model(),
         run_dir="runs/demo",
         mesh="data=2,expert=2,tensor=2",
-        steps=150,
+        steps=120,
         batch_size=8,
         seq_len=384,
         learning_rate=4e-3,
         warmup_steps=20,
-        decay_steps=60,
+        decay_steps=50,
         log_every=5,
-        eval_every=25,
+        eval_every=30,
         eval_batches=4,
-        checkpoint_every=50,
+        checkpoint_every=40,
         remat=False,
         sample_prompt="def ",
         sample_tokens=200,

@@ -1,6 +1,6 @@
 """Throughput and peak memory of `v4jax convert` beside a plain copy of the same files on the same disk.
 
-    python benchmarks/convert.py [--gigabytes 4] [--folder DIR]
+    python benchmarks/convert.py [--gigabytes 4] [--folder DIR] [--only store,back]
 
 Writes a synthetic checkpoint of that size in bfloat16 (V4's parts, random numbers) below DIR, converts it to a store and back, to
 an official release, and that to a store and to bfloat16, each in a fresh process whose time (without start-up) and largest resident
@@ -10,7 +10,8 @@ A virtual machine may give free memory back to its host; asking for it again cos
 removed gets the same pages again and is several times as fast as any copy that begins on a machine at rest. So each copy and each
 conversion begins after a pause. The fastest copy without one is shown beside it.
 
-The last rows are the bound of the processor: rounding to and from low precision, transposing and compressing, alone, on as many threads.
+"Of the processor's" says how near a conversion comes to its own user time shared evenly by the workers' cores: what is left of 1.00 is the kernel's time
+(pages, copies) and waiting. The last rows are arithmetic alone, on as many threads: rounding to and from low precision, transposing, compressing.
 """
 
 import argparse
@@ -37,6 +38,12 @@ from v4jax.config import ModelConfig
 from v4jax.quant import fp8, mxfp4
 
 WORKERS = 2
+ROWS = {
+    "store": ("bf16", "orbax", "bfloat16"), "back": ("store", "safetensors", "bfloat16"), "official": ("bf16", "safetensors", "official"),
+    "again": ("official", "safetensors", "official"), "low": ("official", "orbax", "bfloat16"), "out": ("low", "safetensors", "official"),
+    "wide": ("official", "safetensors", "bfloat16"),
+}  # fmt: skip
+"""Target of a conversion -> source, format, dtype; in this order."""
 PAUSE = 15
 """Seconds before each measurement, in which a host takes back what was freed."""
 CHILD = """
@@ -48,12 +55,12 @@ from v4jax.checkpoint.names import official_shapes
 from v4jax.config import ModelConfig
 official_shapes(ModelConfig.from_json(sys.argv[1]))  # start-up: tracing the model for its shapes, once a process
 used = resource.getrusage(resource.RUSAGE_SELF)
-begin, before = time.perf_counter(), used.ru_utime + used.ru_stime
+begin, before = time.perf_counter(), (used.ru_utime, used.ru_stime)
 convert(sys.argv[1], sys.argv[2], format=sys.argv[3], dtype=sys.argv[4], max_file_bytes=10**9, workers=int(sys.argv[5]))
 seconds = time.perf_counter() - begin
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
 used = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps([seconds, int(peak) * 1024, (used.ru_utime + used.ru_stime - before) / seconds]))
+print(json.dumps([seconds, int(peak) * 1024, used.ru_utime - before[0], used.ru_stime - before[1]]))
 """
 
 
@@ -100,8 +107,8 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> float:
     return seconds
 
 
-def convert(source, target, format: str, dtype: str) -> tuple[float, int, float]:
-    """(seconds, peak resident bytes, cores in use on average) of one conversion in a process of its own."""
+def convert(source, target, format: str, dtype: str) -> tuple[float, int, float, float]:
+    """(seconds, peak resident bytes, user and kernel seconds of all threads) of one conversion in a process of its own."""
     command = [sys.executable, "-c", CHILD, source, target, format, dtype, str(WORKERS)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     return tuple(json.loads(done.stdout))
@@ -130,7 +137,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=4)
     parser.add_argument("--folder", default=tempfile.gettempdir())
+    parser.add_argument("--only", default=",".join(ROWS), help="targets; those that they are made from are made too")
     arguments = parser.parse_args()
+    wanted = set(arguments.only.split(","))
+    if not wanted <= ROWS.keys():
+        parser.error(f"--only: got {arguments.only}; allowed: {', '.join(ROWS)}")
+    for target in reversed(ROWS):
+        wanted |= {ROWS[target][0]} if target in wanted else set()
     root = pathlib.Path(tempfile.mkdtemp(dir=arguments.folder, prefix="v4jax-convert-"))
     try:
         cfg = model(arguments.gigabytes)
@@ -143,31 +156,29 @@ def main() -> None:
         largest = max(4 * math.prod(shape) for shape in official_shapes(cfg).values())
         bound = 1.5e9 + 2 * largest
         print(f"{size / 1e9:.2f} GB in bfloat16; largest slice {largest / 1e9:.2f} GB in float32: at most {bound / 1e9:.2f} GB of memory")
-        print("| conversion | from, to GB | seconds | MB/s | of the copy's | cores | peak GB |\n|---|---|---|---|---|---|---|")
-        print(f"| plain copy, fsync, median of 3 | {size / 1e9:.2f} | {size / rate:.1f} | {rate / 1e6:.0f} | 1.00 | | |")
-        print(f"| the same right after another one, best of 3 | {size / 1e9:.2f} | {at_once:.1f} | {size / at_once / 1e6:.0f} | | | |", flush=True)
-        for source, target, format, dtype in (
-            ("bf16", "store", "orbax", "bfloat16"), ("store", "back", "safetensors", "bfloat16"), ("bf16", "official", "safetensors", "official"),
-            ("official", "again", "safetensors", "official"), ("official", "low", "orbax", "bfloat16"), ("low", "out", "safetensors", "official"),
-            ("official", "wide", "safetensors", "bfloat16"),
-        ):  # fmt: skip
+        print("| conversion | from, to GB | seconds | MB/s | of the copy's | user s | kernel s | of the processor's | peak GB |\n|---|---|---|---|---|---|---|---|---|")
+        print(f"| plain copy, fsync, median of 3 | {size / 1e9:.2f} | {size / rate:.1f} | {rate / 1e6:.0f} | 1.00 | | | | |")
+        print(f"| the same right after another one, best of 3 | {size / 1e9:.2f} | {at_once:.1f} | {size / at_once / 1e6:.0f} | | | | | |", flush=True)
+        for target, (source, format, dtype) in ROWS.items():
+            if target not in wanted:
+                continue
             time.sleep(PAUSE)
-            seconds, peak, cores = convert(root / source, root / target, format, dtype)
+            seconds, peak, user, kernel = convert(root / source, root / target, format, dtype)
             sizes = size_of(root / source), size_of(root / target)
             moved = max(*sizes, size if "bfloat16" in dtype or source in ("bf16", "low") else 0)
             print(f"| {source} -> {target} ({format}, {dtype}) | {sizes[0] / 1e9:.2f}, {sizes[1] / 1e9:.2f} | {seconds:.1f} | {moved / seconds / 1e6:.0f} "
-                  f"| {moved / seconds / rate:.2f} | {cores:.1f} | {peak / 1e9:.2f}{'' if peak <= bound else ' ABOVE THE BOUND'} |", flush=True)  # fmt: skip
+                  f"| {moved / seconds / rate:.2f} | {user:.1f} | {kernel:.1f} | {user / WORKERS / seconds:.2f} | {peak / 1e9:.2f}{'' if peak <= bound else ' ABOVE THE BOUND'} |", flush=True)  # fmt: skip
             if target in ("back", "again", "out", "wide"):
                 shutil.rmtree(root / target)
         x = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
         for code in (fp8, mxfp4):
             stored = code.quantise(x)
             for what, action in (("to", lambda: code.quantise(x)), ("from", lambda: code.dequantise(*stored))):  # noqa: B023
-                print(f"| processor alone: {what} {code.__name__.split('.')[-1]}, as bfloat16 bytes | | | {processor_bound(action, x.nbytes) / 2e6:.0f} | | | |")
+                print(f"| processor alone: {what} {code.__name__.split('.')[-1]}, as bfloat16 bytes | | | {processor_bound(action, x.nbytes) / 2e6:.0f} | | | | | |")
         half = x.astype(ml_dtypes.bfloat16)
-        print(f"| processor alone: transposing bfloat16 | | | {processor_bound(lambda: turned(half, half.dtype), half.nbytes) / 1e6:.0f} | | | |")
+        print(f"| processor alone: transposing bfloat16 | | | {processor_bound(lambda: turned(half, half.dtype), half.nbytes) / 1e6:.0f} | | | | | |")
         numbers = mxfp4.dequantise(*mxfp4.quantise(x)).astype(ml_dtypes.bfloat16)
-        print(f"| processor alone: a store's compression | | | {processor_bound(lambda: compress(numbers), numbers.nbytes) / 1e6:.0f} | | | |")
+        print(f"| processor alone: a store's compression | | | {processor_bound(lambda: compress(numbers), numbers.nbytes) / 1e6:.0f} | | | | | |")
     finally:
         shutil.rmtree(root)
 

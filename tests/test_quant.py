@@ -114,3 +114,10 @@ def test_ue8m0_bytes():
 def test_what_has_no_meaning_is_refused(action, message):
     with pytest.raises(ValueError, match=message):
         action()
+
+
+def test_fp8_codes_are_those_of_a_cast():
+    bits = np.arange(2**16, dtype=np.uint32) << np.uint32(16)
+    y = np.concatenate([(bits + np.uint32(low)).view(np.float32) for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
+    y = y[np.isfinite(y)]
+    np.testing.assert_array_equal(fp8.codes(y), np.clip(y, -448, 448).astype(fp8.E4M3).view(np.uint8))

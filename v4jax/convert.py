@@ -138,7 +138,11 @@ class StoreSource(NamedTuple):
         slot = self.slots[name]
         leaf = self.leaves[slot.path]
         kind = Kind("I64" if name.endswith(".tid2eid") else dtype_name(leaf.dtype.numpy_dtype))
-        return store_slot(self.cfg, name, kind, leaf, slot).data
+        try:
+            read = leaf[slot.index].read().result()
+        except ValueError as error:  # so TensorStore calls a chunk whose checksum does not fit
+            raise ValueError(f"{self.directory}: {name} is damaged: {error}") from None
+        return store_slot(self.cfg, name, kind, read, slot._replace(index=())).data
 
     def scale(self, name: str) -> np.ndarray | None:
         if name not in self.scales:
@@ -218,13 +222,12 @@ def _to_safetensors(source: Source | StoreSource, partial: pathlib.Path, dtype: 
 
 
 def _to_store(source: Source | StoreSource, partial: pathlib.Path, dtype: str, workers: int) -> int:
-    store = StoreWriter(partial, source.cfg, plain_dtype(dtype), compress=source.format in ("fp8", "official"))
     shapes = official_shapes(source.cfg)
     kinds = kinds_for(source.cfg, dtype)
     sizes = {name: math.prod(shape) * DTYPES[kinds[name].dtype].itemsize for name, shape in shapes.items()}
     log = partial / "written.txt"
     sums = dict(line.split() for line in log.read_text().splitlines() if line.count(" ") == 1) if log.exists() else {}
-    lock, room = threading.Lock(), Room(ROOM)
+    lock, room, compress = threading.Lock(), Room(ROOM), source.format in ("fp8", "official")
 
     def room_for(names: list[str]) -> int:
         return sum(working_bytes(shapes[name], source.kinds[name], kinds[name]) for name in names)
@@ -237,14 +240,15 @@ def _to_store(source: Source | StoreSource, partial: pathlib.Path, dtype: str, w
             file.writelines(f"{name} {one}\n" for name, one in found.items())
 
     groups = split(sizes, _GROUP_BYTES)
-    with _progress("converting", sum(sizes.values())) as wrote, concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    bar = _progress("converting", sum(sizes.values()))
+    with StoreWriter(partial, source.cfg, plain_dtype(dtype), compress) as store, bar as wrote, concurrent.futures.ThreadPoolExecutor(workers) as pool:
         try:
             for names, _ in zip(groups, pool.map(write, groups), strict=True):
                 wrote(sum(sizes[name] for name in names))
+            store.finish()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    store.finish()
     _keep_form(source, partial / _RELEASED)
     write_json(partial / "config.json", config_json(source.cfg, source.format, source.raw))
     log.unlink()

@@ -6,6 +6,7 @@ itself uses) opens directly. A store written here is one that Orbax opens, with 
 Next file to read: v4jax/convert.py.
 """
 
+import concurrent.futures
 import os
 import pathlib
 import threading
@@ -25,8 +26,10 @@ from v4jax.config import ModelConfig
 from v4jax.model.transformer import abstract_params
 
 _CHUNK_BYTES = 64 * 2**20
-_WAIT_BYTES = 256 * 2**20
+_WAIT_BYTES = 128 * 2**20
 """Written between two waits for the disk."""
+_PUTTING = 4
+"""Files that wait for the disk at a time: a file system takes several in one commit of its journal."""
 _READ = {"cache_pool": {"total_bytes_limit": 256 * 2**20}, "file_io_mode": {"mode": "direct"}}
 """Experts of one layer may lie in one chunk, which is then decoded once and not for every expert. Files are read past the kernel's memory (see disk.py)."""
 
@@ -49,7 +52,10 @@ def open_leaves(directory, cfg: ModelConfig) -> dict[Path, Any]:
 
 
 class StoreWriter:
-    """A new store at `directory`, whose arrays start as zeros and are filled slice by slice."""
+    """A new store at `directory`, whose arrays start as zeros and are filled slice by slice.
+
+    A thread waits for the disk meanwhile. Use as a context manager: leaving it ends what is under way.
+    """
 
     def __init__(self, directory: pathlib.Path, cfg: ModelConfig, dtype: np.dtype, compress: bool = True):
         """`dtype`: of every *.weight. `compress`: worth it for numbers that came from low precision only. A directory where this began before is taken up again, with what it holds."""
@@ -62,12 +68,20 @@ class StoreWriter:
             with Store(directory, writes=True) as store:  # gives Orbax's own files; the arrays are replaced by full ones
                 store.save(0, {"params": unflatten_dict({path: np.zeros((1,) * len(shape), dtypes[path]) for path, shape in shapes.items()})})
         self._slots, self._leaves = slots, {}
-        self._waiting, self._sums, self._lock, self._putting = 0, {}, threading.Lock(), threading.Lock()
+        self._waiting, self._sums, self._lock = 0, {}, threading.Lock()
+        self._thread, self._putting = concurrent.futures.ThreadPoolExecutor(1), None
         context = ts.Context({"file_io_sync": False})  # not after each matrix: `_put` does it for many
         for where, shape in shapes.items():
-            begun = ts.open(_spec(path, where)).result().shape == shape
+            found = ts.open(_spec(path, where)).result()
+            begun = found.shape == shape and found.codec.to_json()["codecs"][-1]["name"] == "crc32c"  # Orbax's array of one number has none
             fresh = {} if begun else create(shape, dtypes[where], stacked[where], compress)
             self._leaves[where] = ts.open(_spec(path, where) | fresh, context=context).result()
+
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._thread.shutdown()
 
     def write(self, tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, str]:
         """Puts official tensors where they belong, in one commit if none is larger than a chunk, and reads them back.
@@ -116,21 +130,25 @@ class StoreWriter:
     def _written(self, size: int) -> None:
         with self._lock:
             self._waiting += size
-            if self._waiting < _WAIT_BYTES:
-                return
-            self._waiting = 0
-        self._put()
+            if self._waiting >= _WAIT_BYTES:
+                self._waiting = 0
+                self._begin_put()
+
+    def _begin_put(self) -> None:
+        if self._putting is not None:  # all workers wait: nobody may write faster than the disk
+            self._putting.result()
+        self._putting = self._thread.submit(self._put)
 
     def _put(self) -> None:
         """Waits until what was written so far is on the disk, and notes its checksums."""
-        with self._putting:
-            for path in _data_files(self._path):
-                if path not in self._sums:
-                    self._sums[path] = disk.put(path)
+        new = [path for path in _data_files(self._path) if path not in self._sums]
+        with concurrent.futures.ThreadPoolExecutor(_PUTTING) as pool:
+            self._sums.update(zip(new, pool.map(disk.put, new), strict=True))
 
     def finish(self) -> None:
         """Call when all is written: puts the files on the disk and notes their checksums."""
-        self._put()
+        self._begin_put()
+        self._putting.result()
         for path in self._path.rglob("*"):
             if path.is_file() and path not in self._sums:
                 with open(path) as file:

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Mapping
 from sharding.exchange import HEADROOM
 from sharding.rules import MESH_AXES, AxisRules
 from v4jax.config import CSA, HCA
+from v4jax.layout.muon import muon
 from v4jax.layout.terms import Term
 from v4jax.layout.weights import Cut, Weight, cut_of, weights_of
-from v4jax.layout.work import layers_by_ratio, part_of, spread
+from v4jax.layout.work import layers_by_ratio, part_of
 from v4jax.train.config import TrainConfig
 
 
@@ -27,6 +28,7 @@ def traffic(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platfo
     terms = []
     for weight in weights_of(cfg.model):
         terms += _weight(cfg, weight, cut_of(weight, rules, sizes), tokens, sizes, platform)
+    terms += [_sent("optimizer", [axis], kind, size) for axis, kind, size in muon(cfg.model, rules, sizes).sent]
     terms += _experts(cfg, rules, axes["experts"], sizes, platform)
     terms += _tensor(cfg, rules, axes["act_heads"], sizes)
     terms += _sequence(cfg, axes["act_seq"], sizes)
@@ -38,7 +40,7 @@ def _sent(part: str, axes: Iterable[str], kind: str, coefficient: float, basis: 
 
 
 def _weight(cfg: TrainConfig, weight: Weight, cut: Cut, tokens: list[str], sizes, platform: str) -> list[Term]:
-    """One weight: gathered where it is used, its gradient summed, its matrices moved by Muon."""
+    """One weight: gathered where it is used, its gradient summed."""
     if weight.optimizer == "none":
         return []
     item = 4 if weight.float32 or cfg.dtype == "float32" else 2
@@ -47,9 +49,8 @@ def _weight(cfg: TrainConfig, weight: Weight, cut: Cut, tokens: list[str], sizes
     cut_tokens = [] if weight.name.startswith("embed/") else [axis for axis in tokens if axis in cut.token_axes]
     terms = weight_gathered(weight, cut, cut_tokens, item, sizes, times)
     if weight.optimizer == "frozen":
-        return terms + _muon(weight, cut, sizes)
-    terms += _gradient(cfg, weight, cut, cut_tokens, tokens, sizes, platform)
-    return terms + _muon(weight, cut, sizes)
+        return terms
+    return terms + _gradient(cfg, weight, cut, cut_tokens, tokens, sizes, platform)
 
 
 def weight_gathered(weight: Weight, cut: Cut, axes: list[str], item: float, sizes, times: int = 1) -> list[Term]:
@@ -84,12 +85,6 @@ def _gradient(cfg, weight: Weight, cut: Cut, scattered: list[str], tokens: list[
         left = numbers * item / (cut.tokens if table else 1 if weight.is_expert else n)
         terms.append(_sent(part, rest, "all-reduce", 2 * left * (r - 1) / r, calls=weight.layers))
     return terms
-
-
-def _muon(weight: Weight, cut: Cut, sizes) -> list[Term]:
-    if weight.optimizer != "muon":
-        return []
-    return [_sent("optimizer", [axis], kind, size) for axis, kind, size in spread(weight, cut.parts, sizes)[1]]
 
 
 def _experts(cfg: TrainConfig, rules: AxisRules, holders: list[str], sizes, platform: str) -> list[Term]:

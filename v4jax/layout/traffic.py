@@ -21,13 +21,17 @@ from v4jax.layout.work import layers_by_ratio, part_of
 from v4jax.train.config import TrainConfig
 
 
+_CSA_ROWS = 2 * (CSA - 1) + (2 * CSA - 1)
+"""Rows of one head's width that a stretch of CSA layers needs from before: 3 for its own window, both halves, 7 for the one before."""
+
+
 def traffic(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str) -> list[Term]:
     """Terms of kind "sent". platform: "tpu", "gpu" or "cpu" (simulated devices: an exchange is a gather there)."""
     axes = {name: [a for a in rules.mesh_axes(name) if sizes[a] > 1] for name in ("act_batch", "act_seq", "act_heads", "experts", "vocab")}
     tokens = [axis for axis in MESH_AXES if axis in axes["act_batch"] + axes["act_seq"]]
     terms = []
     for weight in weights_of(cfg.model):
-        terms += _weight(cfg, weight, cut_of(weight, rules, sizes), tokens, sizes, platform)
+        terms += _weight(cfg, weight, cut_of(weight, rules, sizes), tokens, axes["act_seq"], sizes, platform)
     terms += [_sent("optimizer", [axis], kind, size) for axis, kind, size in muon(cfg.model, rules, sizes).sent]
     terms += _experts(cfg, rules, axes["experts"], sizes, platform)
     terms += _tensor(cfg, rules, axes["act_heads"], sizes)
@@ -39,7 +43,7 @@ def _sent(part: str, axes: Iterable[str], kind: str, coefficient: float, basis: 
     return Term("sent", part, coefficient, basis, tuple(axes), kind, calls, least)
 
 
-def _weight(cfg: TrainConfig, weight: Weight, cut: Cut, tokens: list[str], sizes, platform: str) -> list[Term]:
+def _weight(cfg: TrainConfig, weight: Weight, cut: Cut, tokens: list[str], seq: list[str], sizes, platform: str) -> list[Term]:
     """One weight: gathered where it is used, its gradient summed."""
     if weight.optimizer == "none":
         return []
@@ -50,7 +54,7 @@ def _weight(cfg: TrainConfig, weight: Weight, cut: Cut, tokens: list[str], sizes
     terms = weight_gathered(weight, cut, cut_tokens, item, sizes, times)
     if weight.optimizer == "frozen":
         return terms
-    return terms + _gradient(cfg, weight, cut, cut_tokens, tokens, sizes, platform)
+    return terms + _gradient(cfg, weight, cut, cut_tokens, tokens, seq, sizes, platform)
 
 
 def weight_gathered(weight: Weight, cut: Cut, axes: list[str], item: float, sizes, times: int = 1) -> list[Term]:
@@ -63,7 +67,7 @@ def weight_gathered(weight: Weight, cut: Cut, axes: list[str], item: float, size
     return terms
 
 
-def _gradient(cfg, weight: Weight, cut: Cut, scattered: list[str], tokens: list[str], sizes, platform: str) -> list[Term]:
+def _gradient(cfg, weight: Weight, cut: Cut, scattered: list[str], tokens: list[str], seq: list[str], sizes, platform: str) -> list[Term]:
     """The gradient's sum over devices that saw other tokens: scattered where the weight is cut, else in full."""
     part, numbers = part_of(weight.name), weight.size / cut.others
     table = weight.name.startswith("embed/")
@@ -71,9 +75,13 @@ def _gradient(cfg, weight: Weight, cut: Cut, scattered: list[str], tokens: list[
     held = [axis for part_ in cut.parts for axis in part_]
     rest = [axis for axis in tokens if axis not in scattered and axis not in held]
     n, r = (math.prod(sizes[axis] for axis in axes) for axes in (scattered, rest))
-    if platform == "cpu" and not weight.is_expert and not table:  # XLA:CPU sums over all of them at once, and cuts afterwards
+    if platform == "cpu" and not weight.is_expert and not table:
+        # XLA:CPU sums over all of them at once and cuts afterwards; whole matrices over the sequence first, then over rows.
         both = [axis for axis in tokens if axis in scattered + rest]
-        return [_sent(part, both, "all-reduce", 2 * numbers * item * (n * r - 1) / (n * r), calls=weight.layers)]
+        layers_own = weight.uses and not scattered and not weight.name.startswith("head/")
+        steps = [[a for a in both if a in seq], [a for a in both if a not in seq]] if layers_own else [both]
+        counts = [math.prod(sizes[axis] for axis in step) for step in steps]
+        return [_sent(part, step, "all-reduce", 2 * numbers * item * (c - 1) / c, calls=weight.layers) for step, c in zip(steps, counts, strict=True)]
     terms = []
     if scattered:
         # In full, of which a part is kept, at twice the bytes: the head's everywhere; by XLA:TPU also all but experts' over several axes.
@@ -141,15 +149,23 @@ def _inner(cfg: TrainConfig) -> float:
 
 
 def _sequence(cfg: TrainConfig, axes: list[str], sizes) -> list[Term]:
-    """Stretches of a row: the window's rows from the neighbour, entries of all devices, sums of their gradients."""
+    """Stretches of a row: rows before it from the neighbour, entries of all devices, sums of their gradients."""
     n = math.prod(sizes[axis] for axis in axes)
     if n == 1:
         return []
     model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
     layers = layers_by_ratio(model)
     times = 2 if cfg.remat else 1
+    # The window of attention; float32 projections and gates of the windows that end here, CSA's of two windows in two halves.
     halo = model.sliding_window * model.head_dim * item * sum(layers.values()) * (times + 1)
+    pooled = 2 * 4 * (times + 1) * model.head_dim * (layers[HCA] * (HCA - 1) + layers[CSA] * _CSA_ROWS)
     terms = [_sent("attention", axes, "collective-permute", halo, "rows", (times + 1) * sum(layers.values()))]
+    terms.append(_sent("compressors", axes, "collective-permute", pooled, "rows", 2 * (times + 1) * (layers[HCA] + 2 * layers[CSA])))
+    index = 2 * 4 * times * model.index_head_dim * layers[CSA] * _CSA_ROWS
+    terms.append(_sent("indexers", axes, "collective-permute", index, "rows", 4 * times * layers[CSA]))
+    # The balance loss of a row needs what all its tokens chose.
+    chosen = 4 * times * model.num_experts_per_tok * sum(layers.values()) * (n - 1)
+    terms.append(_sent("gates", axes, "all-gather", chosen, "tokens", times * sum(layers.values())))
     share = (n - 1) / n * item
     for ratio, basis in ((CSA, "csa_entries"), (HCA, "hca_entries")):
         terms.append(_sent("compressors", axes, "all-gather", share * times * model.head_dim * layers[ratio], basis, times * layers[ratio]))

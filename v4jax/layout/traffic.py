@@ -34,7 +34,7 @@ def traffic(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platfo
         terms += _weight(cfg, weight, cut_of(weight, rules, sizes), tokens, axes["act_seq"], sizes, platform)
     terms += [_sent("optimizer", [axis], kind, size) for axis, kind, size in muon(cfg.model, rules, sizes).sent]
     terms += _experts(cfg, rules, axes["experts"], sizes, platform)
-    terms += _tensor(cfg, rules, axes["act_heads"], sizes)
+    terms += _tensor(cfg, rules, axes["act_heads"], sizes, platform)
     terms += _sequence(cfg, axes["act_seq"], sizes)
     return [term for term in terms + _embedding(cfg, rules, axes, sizes) if term.coefficient]
 
@@ -122,23 +122,28 @@ def experts_sent(cfg: TrainConfig, rules: AxisRules, sizes, ways: int) -> list[T
     return [_sent("routed experts", holders, "ragged-all-to-all", sent, basis, 2 * ways * layers)]
 
 
-def _tensor(cfg: TrainConfig, rules: AxisRules, tensor: list[str], sizes) -> list[Term]:
+def _tensor(cfg: TrainConfig, rules: AxisRules, tensor: list[str], sizes, platform: str) -> list[Term]:
     """Partial sums of heads, experts and words, added over the devices that share a token."""
     n = math.prod(sizes[axis] for axis in tensor)
     if n == 1:
         return []
     model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
     layers = layers_by_ratio(model)
-    count = sum(layers.values())
-    # Forward: attention, routed and shared experts; backward: inputs of the three, w1 and w3 of the shared expert apart.
-    forward, backward = 3, 4
-    again = (1 + 2 * _inner(cfg)) if cfg.remat else 0
-    wide = (forward + again + backward) * model.hidden_size + model.q_lora_rank * 2 + model.head_dim
-    last = 2 * (1 + model.num_nextn_predict_layers) * model.hidden_size
-    ring = 2 * (n - 1) / n * item
-    terms = [_sent("tensor sums", tensor, "all-reduce", ring * (wide * count + last), "tokens", 6 * count)]
+    count, inner = sum(layers.values()), _inner(cfg)
+    # Forward: attention, routed and shared experts; backward: inputs of the three, w1 and w3 of the shared expert apart. But for CPUs, XLA
+    # adds up what experts make before it sums, and so sums once instead of two or three times (twice in the last layer of a pattern).
+    forward, again, backward = (3, 1 + 2 * inner, 4) if platform == "cpu" else (2, 1 + inner, 2 - inner)
+    wide = (forward + (again if cfg.remat else 0) + backward) * model.hidden_size + model.q_lora_rank + model.head_dim
+    wide += model.num_experts_per_tok  # gradients of gates
+    last = (1 + model.num_nextn_predict_layers) * model.hidden_size
+    ring = 2 * (n - 1) / n
+    terms = [_sent("tensor sums", tensor, "all-reduce", ring * item * (wide * count + last), "tokens", 6 * count)]
     entries = ((layers[CSA], "csa_entries"), (layers[HCA], "hca_entries"))
-    return terms + [_sent("attention", tensor, "all-reduce", ring * model.head_dim * k, basis, k) for k, basis in entries if k]
+    terms += [_sent("attention", tensor, "all-reduce", ring * item * model.head_dim * k, basis, k) for k, basis in entries if k]
+    if [axis for axis in rules.mesh_axes("index_heads") if sizes[axis] > 1]:  # scores, before entries are chosen
+        times = (2 if cfg.remat else 1) * layers[CSA]
+        terms.append(_sent("indexers", tensor, "all-reduce", ring * 4 * times, "csa_scored", times))
+    return terms
 
 
 def _inner(cfg: TrainConfig) -> float:

@@ -103,11 +103,14 @@ def test_what_a_layout_cuts_is_held_and_sent_less():
 
 
 def test_decoding_reads_caches_and_weights():
-    found = estimate(full(flash, "expert=16", "ep", batch_size=16, seq_len=2**20), V5P, "decode")
-    assert found.memory["caches"] == pytest.approx(3.69e9, rel=0.01)  # v4jax cost configs/flash.py: one row's caches
+    cfg = full(flash, "expert=16", "ep", batch_size=16, seq_len=2**20)
+    found, released = estimate(cfg, V5P, "decode"), estimate(cfg, V5P, "decode", released=True)
     assert found.bound == "memory traffic" and found.memory["gradients"] == 0
-    released = estimate(full(flash, "expert=16", "ep", batch_size=16, seq_len=2**20), V5P, "decode", released=True)
     assert released.memory["weights"] < 0.5 * found.memory["weights"]
+    # v4jax cost configs/flash.py: one row's caches; rings are longer by the rows that may be taken back.
+    assert released.memory["caches"] == pytest.approx(3.69e9, rel=0.01)
+    # 512 + 128 numbers in bf16 instead of 583 + 68 bytes.
+    assert found.memory["caches"] == pytest.approx(released.memory["caches"] * 1280 / 651, rel=0.01)
 
 
 def test_time_of_an_exchange():

@@ -11,7 +11,7 @@ Next file to read: v4jax/layout/memory.py.
 import math
 from collections.abc import Iterable, Mapping
 
-from sharding.exchange import HEADROOM
+from sharding.exchange import round_rows
 from sharding.rules import MESH_AXES, AxisRules
 from v4jax.config import CSA, HCA
 from v4jax.layout.muon import muon
@@ -33,7 +33,7 @@ def traffic(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platfo
     for weight in weights_of(cfg.model):
         terms += _weight(cfg, weight, cut_of(weight, rules, sizes), tokens, axes["act_seq"], sizes, platform)
     terms += [_sent("optimizer", [axis], kind, size) for axis, kind, size in muon(cfg.model, rules, sizes).sent]
-    terms += _experts(cfg, rules, axes["experts"], sizes, platform)
+    terms += experts_sent(cfg, rules, sizes, platform)
     terms += _tensor(cfg, rules, axes["act_heads"], sizes, platform)
     terms += _sequence(cfg, axes["act_seq"], sizes)
     return [term for term in terms + _embedding(cfg, rules, axes, sizes) if term.coefficient]
@@ -95,31 +95,26 @@ def _gradient(cfg, weight: Weight, cut: Cut, scattered: list[str], tokens: list[
     return terms
 
 
-def _experts(cfg: TrainConfig, rules: AxisRules, holders: list[str], sizes, platform: str) -> list[Term]:
-    """Rows to experts and back, forward, again where layers are rematerialised, and once each way as gradients."""
-    n = math.prod(sizes[axis] for axis in holders)
-    ways = 3 if cfg.remat else 2
-    if n > 1 and rules.exchange and platform == "cpu":  # every device gathers all rows, with the headroom on the way back
-        model, layers = cfg.model, sum(layers_by_ratio(cfg.model).values())
-        row = layers * ways * model.hidden_size * (4 if cfg.dtype == "float32" else 2) * model.num_experts_per_tok * (n - 1)
-        return [_sent("routed experts", holders, "all-gather", row * (1 + HEADROOM), "tokens", 2 * ways * layers)]
-    return experts_sent(cfg, rules, sizes, ways)
-
-
-def experts_sent(cfg: TrainConfig, rules: AxisRules, sizes, ways: int) -> list[Term]:
-    """Rows there and back `ways` times; of one new token a row where `ways` is 1 (decoding)."""
-    model, basis = cfg.model, "rows" if ways == 1 else "tokens"
+def experts_sent(cfg: TrainConfig, rules: AxisRules, sizes, platform: str, what: str = "train") -> list[Term]:
+    """Rows to experts and back: in training forward, again where layers are rematerialised, and once each way as gradients."""
+    model = cfg.model
     holders = [axis for axis in rules.mesh_axes("experts") if sizes[axis] > 1]
     n = math.prod(sizes[axis] for axis in holders)
     if n == 1:
         return []
-    layers = sum(layers_by_ratio(model).values())
-    row = layers * ways * model.hidden_size * (4 if cfg.dtype == "float32" else 2)
+    decodes = what == "decode"
+    ways, basis = (1, "rows") if decodes else (3 if cfg.remat else 2, "tokens")
+    times = ways * (sum(layers_by_ratio(model).values()) - (model.num_nextn_predict_layers if decodes else 0))
+    row = times * model.hidden_size * (4 if cfg.dtype == "float32" else 2)
     if not rules.exchange:
         kinds = ("all-gather", "reduce-scatter")
-        return [_sent("routed experts", holders, kind, row * (n - 1), basis, ways * layers) for kind in kinds]
-    sent = 2 * row * model.num_experts_per_tok * (n - 1) / n
-    return [_sent("routed experts", holders, "ragged-all-to-all", sent, basis, 2 * ways * layers)]
+        return [_sent("routed experts", holders, kind, row * (n - 1), basis, times) for kind in kinds]
+    row *= model.num_experts_per_tok
+    if platform == "cpu":  # every device gathers all rows, with the headroom on the way back
+        cuts = rules.mesh_axes("act_batch") + (() if decodes else rules.mesh_axes("act_seq"))
+        assignments = cfg.batch_size * (1 if decodes else cfg.seq_len) * model.num_experts_per_tok // math.prod(sizes[axis] for axis in cuts)
+        return [_sent("routed experts", holders, "all-gather", row * (n - 1) * (1 + round_rows(assignments) / assignments), basis, 2 * times)]
+    return [_sent("routed experts", holders, "ragged-all-to-all", 2 * row * (n - 1) / n, basis, 2 * times)]
 
 
 def _tensor(cfg: TrainConfig, rules: AxisRules, tensor: list[str], sizes, platform: str) -> list[Term]:

@@ -85,9 +85,9 @@ def report_layout(cfg: TrainConfig, target: str = "cpu", lower_only: bool = Fals
     check_batch(cfg, rules, sizes)
     mesh = make_mesh(sizes) if target == "cpu" else topology_mesh(target, sizes)
     start = time.perf_counter()
+    params, state, lowered = (_lower_train if what == "train" else _lower_decode)(cfg, rules, mesh)
+    lowered_at = time.perf_counter()
     with jax.set_mesh(mesh):
-        params, state, lowered = (_lower_train if what == "train" else _lower_decode)(cfg, rules, mesh)
-        lowered_at = time.perf_counter()
         compiled = None if lower_only else lowered.compile()
     found = collectives(compiled.as_text(), mesh) if compiled else []
     least = least_expert_bytes(cfg, rules, sizes, what)
@@ -109,22 +109,25 @@ def _lower_train(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
     abstract = jax.eval_shape(functools.partial(state_from, cfg), abstract_params(cfg.model))
     state = jax.tree.map(_placed, abstract, places)
     rows = jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len), jnp.int32, sharding=batch_sharding(rules, mesh))
-    return state.public, state, compile_step(cfg, rules, places, mesh).lower(state, {"tokens": rows, "segment_ids": rows})
+    with jax.set_mesh(mesh):
+        return state.public, state, compile_step(cfg, rules, places, mesh).lower(state, {"tokens": rows, "segment_ids": rows})
 
 
 def _lower_decode(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
     """(abstract parameters, the same and the cache, the lowered step), as v4jax/generate/decode.py runs it on loaded weights."""
-    model, setting = cfg.model, Setting(rules=decoding_rules(rules), dtype=cfg.dtype, steps=1)
+    model = cfg.model
     dtypes = {slot.path: leaf_dtype(name, plain_dtype(cfg.dtype)) for name, slot in official_names(model).items()}
     abstract = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtypes[tuple(key.key for key in path)]), abstract_params(model)
     )
     params = jax.tree.map(_placed, abstract, named_shardings(mesh, rules, abstract, param_axes(model)))
-    split = split_layers(model, params, setting.rules, _layer)
-    cache = jax.eval_shape(lambda: empty_cache(model, cfg.batch_size, cfg.seq_len, jnp.dtype(cfg.dtype), rules=setting.rules))
-    cache = jax.tree.map(_placed, cache, cache_shardings(mesh, setting.rules, cache))
     token_B, active_B, seed_B = (jax.ShapeDtypeStruct((cfg.batch_size,), dtype) for dtype in (jnp.int32, jnp.bool, jnp.uint32))
-    return params, (params, cache), advance.lower(model, setting, split, State(cache, token_B, None), active_B, seed_B)
+    with jax.set_mesh(mesh):
+        setting = Setting(rules=decoding_rules(rules), dtype=cfg.dtype, steps=1)
+        cache = jax.eval_shape(lambda: empty_cache(model, cfg.batch_size, cfg.seq_len, jnp.dtype(cfg.dtype), rules=setting.rules))
+        cache = jax.tree.map(_placed, cache, cache_shardings(mesh, setting.rules, cache))
+        split = split_layers(model, params, setting.rules, _layer)
+        return params, (params, cache), advance.lower(model, setting, split, State(cache, token_B, None), active_B, seed_B)
 
 
 def _placed(leaf, place: NamedSharding) -> jax.ShapeDtypeStruct:

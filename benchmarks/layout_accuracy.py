@@ -1,7 +1,7 @@
 """The paper model beside compiled programs: bytes of weights and optimizer, of everything held, and of everything sent, per device.
 
 Bars: weights and optimizer within 10%, everything within 25%, sent within 10%. "Everything" is compared for TPU targets only: XLA:CPU
-plans its temporary memory for no device one could buy. Full models take 10 minutes and 6 GB to compile for a TPU, so most cases
+plans its temporary memory for no device one could buy. Full models take 10 minutes and 12 GB to compile for a TPU, so most cases
 have Flash's pattern with fewer layers and narrower ones. Results are appended to a file, so that cases can be run one by one.
 
     python benchmarks/layout_accuracy.py run tpu-fsdp cpu-full ...     # extra `tpu` for the tpu- cases; without names: all

@@ -81,6 +81,16 @@ def test_a_step_of_decoding_sends_what_the_paper_says(mesh, layout):
         assert report.expert_bytes[0] >= report.expert_bytes[1] > 0
 
 
+@pytest.mark.slow
+def test_the_best_of_a_search_is_compiled():
+    """On simulated devices, of which the command makes as many as it searches on."""
+    out = run("configs/demo.py", "--search", "--chips", "4", "--batch", "4", "--seq", "512", "--what", "decode", "--confirm", "1", "--json")
+    found = json.loads(out)
+    (report,), best = found["confirmed"], found["ranked"][0]
+    assert (report["what"], report["mesh"], report["layout"]) == ("decode", best["mesh"], best["layout"])
+    assert report["state_bytes"] == pytest.approx(best["memory"]["weights"] + best["memory"]["caches"], rel=1e-2)
+
+
 def test_a_cache_lies_where_the_report_says():
     """Shardings of abstract arrays, beside the arrays that decoding begins with."""
     sizes = parse_mesh("data=2,context=4")

@@ -25,6 +25,9 @@ _CSA_ROWS = 2 * (CSA - 1) + (2 * CSA - 1)
 """Rows of one head's width that a stretch of CSA layers needs from before: 3 for its own window, both halves, 7 for the one before."""
 
 
+_LANES = 128
+
+
 def traffic(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str) -> list[Term]:
     """Terms of kind "sent". platform: "tpu", "gpu" or "cpu" (simulated devices: an exchange is a gather there)."""
     axes = {name: [a for a in rules.mesh_axes(name) if sizes[a] > 1] for name in ("act_batch", "act_seq", "act_heads", "experts", "vocab")}
@@ -114,7 +117,11 @@ def experts_sent(cfg: TrainConfig, rules: AxisRules, sizes, platform: str, what:
         cuts = rules.mesh_axes("act_batch") + (() if decodes else rules.mesh_axes("act_seq"))
         assignments = cfg.batch_size * (1 if decodes else cfg.seq_len) * model.num_experts_per_tok // math.prod(sizes[axis] for axis in cuts)
         return [_sent("routed experts", holders, "all-gather", row * (n - 1) * (1 + round_rows(assignments) / assignments), basis, 2 * times)]
-    return [_sent("routed experts", holders, "ragged-all-to-all", 2 * row * (n - 1) / n, basis, 2 * times)]
+    gates = times * model.num_experts_per_tok * 4 * (_LANES if platform == "tpu" else 1)  # a TPU moves whole lanes
+    return [
+        _sent("routed experts", holders, "ragged-all-to-all", 2 * row * (n - 1) / n, basis, 2 * times),
+        _sent("gates", holders, "ragged-all-to-all", gates * (n - 1) / n, basis, times, 0),
+    ]
 
 
 def _tensor(cfg: TrainConfig, rules: AxisRules, tensor: list[str], sizes, platform: str) -> list[Term]:
@@ -125,9 +132,11 @@ def _tensor(cfg: TrainConfig, rules: AxisRules, tensor: list[str], sizes, platfo
     model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
     layers = layers_by_ratio(model)
     count, inner = sum(layers.values()), _inner(cfg)
-    # Forward: attention, routed and shared experts; backward: inputs of the three, w1 and w3 of the shared expert apart. But for CPUs, XLA
-    # adds up what experts make before it sums, and so sums once instead of two or three times (twice in the last layer of a pattern).
-    forward, again, backward = (3, 1 + 2 * inner, 4) if platform == "cpu" else (2, 1 + inner, 2 - inner)
+    # Forward: attention, routed and shared experts; backward: inputs of the three, on CPUs w1 and w3 of the shared expert apart. Elsewhere
+    # XLA adds up what routed and shared experts make before it sums, and sums once (backward, twice in the last layer of a pattern),
+    # unless routed rows travel first.
+    apart = (3, 1 + 2 * inner, 4 if platform == "cpu" else 3)
+    forward, again, backward = apart if platform == "cpu" or rules.exchange else (2, 1 + inner, 2 - inner)
     wide = (forward + (again if cfg.remat else 0) + backward) * model.hidden_size + model.q_lora_rank + model.head_dim
     wide += model.num_experts_per_tok  # gradients of gates
     last = (1 + model.num_nextn_predict_layers) * model.hidden_size

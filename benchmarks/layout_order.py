@@ -117,7 +117,10 @@ def kept(case: str, cache: pathlib.Path):
     import jax
     from jax.experimental import serialize_executable
 
-    program, *arrays = pickle.loads((cache / f"{case}.pickle").read_bytes())
+    file = cache / f"{case}.pickle"
+    if not file.exists():
+        keep(case, cache)
+    program, *arrays = pickle.loads(file.read_bytes())
     step = serialize_executable.deserialize_and_load(*program)
     return step, *jax.device_put(tuple(arrays), step.input_shardings[0])
 

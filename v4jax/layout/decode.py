@@ -106,7 +106,7 @@ def _sums(cfg: TrainConfig, rules: AxisRules, sizes, platform: str) -> list[Term
     n, s, v = (math.prod(sizes[axis] for axis in axes) for axes in (tensor, slots, words))
     ring, entries = 2 * (n - 1) / n, cfg.seq_len // CSA / s
     own = model.num_attention_heads / n
-    sums = 3 if platform == "cpu" else 2  # see traffic.py
+    sums = 3 if platform == "cpu" or rules.exchange else 2  # see traffic.py
     terms = [
         Term("sent", "tensor sums", ring * item * sums * model.hidden_size * count, "rows", tuple(tensor), "all-reduce", sums * count),
         Term("sent", "embedding", 2 * (v - 1) / v * 4 * model.hidden_size, "rows", tuple(words), "all-reduce", 1),

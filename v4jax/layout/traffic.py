@@ -20,12 +20,11 @@ from v4jax.layout.weights import Cut, Weight, cut_of, weights_of
 from v4jax.layout.work import layers_by_ratio, part_of
 from v4jax.train.config import TrainConfig
 
-
 _CSA_ROWS = 2 * (CSA - 1) + (2 * CSA - 1)
 """Rows of one head's width that a stretch of CSA layers needs from before: 3 for its own window, both halves, 7 for the one before."""
 
-
 _LANES = 128
+"""Numbers in one row of a TPU's registers."""
 
 
 def traffic(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str) -> list[Term]:

@@ -1,15 +1,18 @@
 """One training step of the demo on meshes of 8 simulated devices, beside the same global batch on one device.
 
 The cores are the same, so what a mesh adds is overhead: exchanges as copies in memory, work that is repeated, smaller products,
-and eight programs taking turns. Nothing here says how fast a layout is on eight chips.
+and eight programs taking turns. Nothing here says how fast a layout is on eight chips. Compiling takes longer than all steps, so
+programs stay in a cache, and a few meshes at a time can be measured while a shared machine is quiet.
 
-    python benchmarks/meshes.py [--steps 6] [--meshes "data=8" "expert=4,tensor=2"]
+    python benchmarks/meshes.py --compile                                            # at any load; again, if it was stopped
+    python benchmarks/meshes.py [--steps 6] [--meshes "data=8" "expert=4,tensor=2"]  # on a quiet machine
 """
 
 import argparse
 import dataclasses
 import pathlib
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
@@ -24,13 +27,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6, help="steps timed; the fastest counts")
     parser.add_argument("--meshes", nargs="*", default=MESHES)
+    parser.add_argument("--compile", action="store_true", help="compile only, into the cache")
+    parser.add_argument("--cache", default=pathlib.Path(tempfile.gettempdir()) / "v4jax-meshes", help="where compiled programs stay")
     arguments = parser.parse_args()
+    import jax
+
     from sharding.mesh import simulate_devices
 
     simulate_devices(8)
+    jax.config.update("jax_compilation_cache_dir", str(arguments.cache))
     from configs import demo
 
     cfg = dataclasses.replace(demo.get_config(), batch_size=8)
+    if arguments.compile:
+        for mesh in ("", *arguments.meshes):
+            seconds(dataclasses.replace(cfg, mesh=mesh), 0)
+            print(f"{mesh or 'one device'} is compiled", flush=True)
+        return
     alone = seconds(dataclasses.replace(cfg, mesh=""), arguments.steps)
     print("| mesh | ms a step | / one device |\n|---|---|---|")
     print(f"| one device | {alone * 1e3:.0f} | 1.00 |", flush=True)
@@ -40,7 +53,7 @@ def main() -> None:
 
 
 def seconds(cfg, steps: int) -> float:
-    """Of the fastest of `steps` steps after two to warm up."""
+    """Of the fastest of `steps` steps after two to warm up; no steps: compiles, 0."""
     import jax
     import numpy as np
 
@@ -56,7 +69,9 @@ def seconds(cfg, steps: int) -> float:
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, cfg.model.vocab_size, (cfg.batch_size, cfg.seq_len), dtype=np.int32)
         batch = jax.device_put({"tokens": tokens, "segment_ids": np.ones_like(tokens)}, batch_sharding(rules, mesh))
-        step = compile_step(cfg, rules, places, mesh)
+        step = compile_step(cfg, rules, places, mesh).lower(state, batch).compile()
+        if not steps:
+            return 0.0
         times = []
         for _ in range(steps + 2):
             start = time.perf_counter()

@@ -56,9 +56,11 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
     bodies = _computations(text)
     found = []
     for name, calls in _calls(bodies).items():
+        # XLA:TPU spreads a collective over the fusions that run beside it, and writes it in each of them: where it starts it counts.
+        goes_on = not any('custom_call_target="AsyncCollectiveStart"' in line for line in bodies[name])
         for line in bodies[name]:
             match = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z\-]+?)(?:-start)?\(%?([\w.\-]+)?", line)
-            if match is None or match[2] not in KINDS:
+            if match is None or match[2] not in KINDS or (goes_on and "chain_id=" in line):
                 continue
             if calls is None:
                 raise ValueError(f"a loop of unknown length holds {line.strip()[:100]}")

@@ -134,6 +134,8 @@ def _exchange_ragged(x_ND, moves: Window, rows, holders):
 
 def _exchange_by_gather(x_ND, moves: Window, rows, holders):
     me = lax.axis_index(holders)
+    # Rows are the same in every round: XLA would gather those of further rounds before their loop, whether or not it runs.
+    x_ND, moves = lax.optimization_barrier((x_ND, moves))
     x_SND = lax.all_gather(x_ND, holders)
     offset_SQ = vary_like(jnp.arange(rows, dtype=jnp.int32), x_ND)[None] - moves.target[:, me][:, None]
     lands_SQ = (offset_SQ >= 0) & (offset_SQ < moves.size[:, me][:, None])

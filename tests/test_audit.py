@@ -45,6 +45,43 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert isinstance(found[0], Collective) and "ppermute" in found[0].source
 
 
+def test_a_collective_spread_over_fusions_counts_once():
+    """As XLA:TPU writes a gather that starts before a loop, goes on beside the products in it, and is done behind it."""
+    gather = (
+        "f32[8,4]{1,0} all-gather(%param_0), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, "
+        'use_global_device_ids=true, frontend_attributes={chain_id="12"}'
+    )
+    text = f"""HloModule spread
+%start (param_0: f32[1,4]) -> (f32[8,4]) {{
+  %param_0 = f32[1,4]{{1,0}} parameter(0)
+  %all-gather.1 = {gather}
+  ROOT %custom-call.1 = (f32[8,4]{{1,0}}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}}
+%beside (param_0: f32[1,4]) -> f32[8,4] {{
+  %param_0 = f32[1,4]{{1,0}} parameter(0)
+  ROOT %all-gather.2 = {gather}
+}}
+%body (param: f32[1,4]) -> f32[1,4] {{
+  %param = f32[1,4]{{1,0}} parameter(0)
+  %fusion.2 = f32[8,4]{{1,0}} fusion(%param), kind=kOutput, calls=%beside
+  ROOT %copy = f32[1,4]{{1,0}} copy(%param)
+}}
+%done (param_0: f32[1,4]) -> f32[8,4] {{
+  %param_0 = f32[1,4]{{1,0}} parameter(0)
+  %all-gather.3 = {gather}
+  ROOT %custom-call.2 = f32[8,4]{{1,0}} custom-call(%all-gather.3), custom_call_target="AsyncCollectiveDone"
+}}
+ENTRY %main (x: f32[1,4]) -> f32[8,4] {{
+  %x = f32[1,4]{{1,0}} parameter(0)
+  %fusion.1 = (f32[8,4]{{1,0}}) fusion(%x), kind=kCustom, calls=%start
+  %while.1 = f32[1,4]{{1,0}} while(%x), condition=%condition, body=%body, backend_config={{"known_trip_count":{{"n":"10"}}}}
+  ROOT %fusion.3 = f32[8,4]{{1,0}} fusion(%while.1), kind=kCustom, calls=%done
+}}
+"""
+    (one,) = collectives(text, make_mesh(parse_mesh("fsdp=8")))
+    assert (one.kind, one.axes, one.calls, one.bytes) == ("all-gather", ("fsdp",), 1, 112)
+
+
 def test_a_loop_of_unknown_length_is_refused():
     mesh = make_mesh(parse_mesh("expert=8"))
     f = lambda x: lax.while_loop(lambda x: x.sum() < 100, lambda x: lax.psum(jnp.abs(x) + 1, "expert"), x)  # noqa: E731

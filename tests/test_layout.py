@@ -1,15 +1,20 @@
 """`v4jax layout`: full-size models lower on hundreds of devices that do not exist, with every large weight cut."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import subprocess
 import sys
 
+import jax
 import jax.export
 import pytest
 from test_mesh import CFG
 
+from sharding.mesh import make_mesh, parse_mesh
+from sharding.rules import layout_for
+from v4jax.generate.cache import cache_shardings, decoding_rules, empty_cache
 from v4jax.layout import report_layout
 from v4jax.layout.estimate import estimate
 from v4jax.layout.hardware import hardware_of
@@ -52,6 +57,52 @@ def test_a_small_step_reports_what_it_sends():
     assert sum(row[0] for row in predicted.sent.values()) == pytest.approx(sum(row[3] for row in report.collectives), rel=0.1)
 
 
+TWO_LAYERS = dataclasses.replace(
+    CFG, batch_size=8, seq_len=1024,
+    model=CFG.model.replace(num_hidden_layers=2, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(4, 128)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mesh, layout", [("context=4,tensor=2", "full"), ("fsdp=2,expert=4", "pod")])
+def test_a_step_of_decoding_lowers_and_holds_what_the_paper_says(mesh, layout):
+    cfg = dataclasses.replace(TWO_LAYERS, mesh=mesh, layout=layout)
+    report, paper = report_layout(cfg, lower_only=True, what="decode"), estimate(cfg, hardware_of("cpu"), "decode")
+    assert paper.memory["weights"] + paper.memory["caches"] == pytest.approx(report.state_bytes, rel=1e-3)
+    assert report.what == "decode" and report.temporary_bytes is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh, layout", [("context=4,tensor=2", "full"), ("expert=4,tensor=2", "ep_tp"), ("fsdp=2,expert=4", "pod")])
+def test_a_step_of_decoding_sends_what_the_paper_says(mesh, layout):
+    cfg = dataclasses.replace(TWO_LAYERS, mesh=mesh, layout=layout)
+    report, paper = report_layout(cfg, what="decode"), estimate(cfg, hardware_of("cpu"), "decode")
+    assert sum(row[0] for row in paper.sent.values()) == pytest.approx(sum(row[3] for row in report.collectives), rel=0.1)
+    if report.expert_bytes:  # gates and headroom come on top
+        assert report.expert_bytes[0] >= report.expert_bytes[1] > 0
+
+
+@pytest.mark.slow
+def test_the_best_of_a_search_is_compiled():
+    """On simulated devices, of which the command makes as many as it searches on."""
+    out = run("configs/demo.py", "--search", "--chips", "4", "--batch", "4", "--seq", "512", "--what", "decode", "--confirm", "1", "--json")
+    found = json.loads(out)
+    (report,), best = found["confirmed"], found["ranked"][0]
+    assert (report["what"], report["mesh"], report["layout"]) == ("decode", best["mesh"], best["layout"])
+    assert report["state_bytes"] == pytest.approx(best["memory"]["weights"] + best["memory"]["caches"], rel=1e-2)
+
+
+def test_a_cache_lies_where_the_report_says():
+    """Shardings of abstract arrays, beside the arrays that decoding begins with."""
+    sizes = parse_mesh("data=2,context=4")
+    mesh = make_mesh(sizes)
+    with jax.set_mesh(mesh):
+        rules = decoding_rules(layout_for("full", sizes))
+        make = functools.partial(empty_cache, TWO_LAYERS.model, 2, 1024, rules=rules)
+        places, arrays = cache_shardings(mesh, rules, jax.eval_shape(make)), jax.jit(make)()
+    for place, array in zip(jax.tree.leaves(places), jax.tree.leaves(arrays), strict=True):
+        assert place.is_equivalent_to(array.sharding, array.ndim), (array.shape, place.spec, array.sharding)
+
+
 @pytest.mark.parametrize(
     "arguments, line",
     [
@@ -69,7 +120,7 @@ def test_bad_input_is_one_line(arguments, line):
 
 
 def test_a_portable_module_says_what_it_lacks_or_reads_back(tmp_path):
-    small = dataclasses.replace(CFG, mesh="fsdp=2,expert=2", model=CFG.model.replace(num_hidden_layers=2, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(4, 128)))
+    small = dataclasses.replace(TWO_LAYERS, mesh="fsdp=2,expert=2", seq_len=CFG.seq_len)
     path = tmp_path / "step.bin"
     if importlib.util.find_spec("flatbuffers") is None:
         with pytest.raises(ValueError, match="extra `export`"):

@@ -12,11 +12,11 @@ from sharding.audit import collectives
 from sharding.embedding import embed_lookup
 from sharding.experts import Groups
 from sharding.mesh import make_mesh, parse_mesh
-from sharding.rules import layout_for
+from sharding.rules import AxisRules, layout_for
 from v4jax.model import grouped, triton
 from v4jax.model.dense import dense
 from v4jax.model.grouped import FEW_ROWS, Activation, ExpertWeights, clamped_swiglu, every_expert, expert_ffn, pays_every_expert
-from v4jax.model.hyper import Mix, collapse, expand, sinkhorn
+from v4jax.model.hyper import Mix, balanced, collapse, expand, sinkhorn
 from v4jax.model.indexer import top_k_mask
 from v4jax.model.moe import balanced_table, router_scores
 from v4jax.model.rotary import Rotation, rotate
@@ -109,6 +109,25 @@ def test_sinkhorn_has_values_and_gradient_of_its_divisions(eps):
     got, got_pull = jax.vjp(lambda logits: sinkhorn(logits, 6, eps), logits)
     ct = jax.random.normal(jax.random.key(1), value.shape)
     close((got, got_pull(ct)), (value, pull(ct)))
+
+
+@pytest.mark.parametrize("mesh", ["context=4,expert=2", "data=2,context=2,tensor=2"])
+def test_mixing_matrices_are_balanced_where_their_tokens_lie(mesh):
+    """Values and gradient of one device, and nothing is sent, with rows and sequence cut."""
+    sizes = parse_mesh(mesh)
+    rules, mesh = layout_for("full", sizes), make_mesh(sizes)
+    logits, ct = jax.random.normal(jax.random.key(0), (4, 12, 16)), jax.random.normal(jax.random.key(1), (4, 12, 4, 4))
+
+    def both(rules, logits, ct):
+        value, pull = jax.vjp(functools.partial(balanced, rules, 20, 1e-6), logits)
+        return value, pull(ct)
+
+    with jax.set_mesh(mesh):
+        place = jax.NamedSharding(mesh, rules.spec(("act_batch", "act_seq")))
+        cut = jax.device_put((logits, ct), place)
+        program = jax.jit(functools.partial(both, rules)).lower(*cut).compile()
+        close(program(*cut), both(AxisRules(), logits, ct))
+    assert not collectives(program.as_text(), mesh)
 
 
 def test_collapse_has_the_gradient_of_its_formula():

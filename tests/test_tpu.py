@@ -7,6 +7,8 @@ import pytest
 from test_mesh import CFG
 
 from v4jax.layout import report_layout
+from v4jax.layout.estimate import estimate
+from v4jax.layout.hardware import hardware_of
 
 pytestmark = [
     pytest.mark.tpu,
@@ -25,3 +27,11 @@ def test_experts_by_exchange_send_what_they_must(capfd):
     assert least <= sent <= 1.25 * least
     # XLA says so on stderr when it cannot partition a lookup and copies its table to every device.
     assert "rematerialization" not in capfd.readouterr().err
+
+
+def test_a_step_of_decoding_holds_what_the_paper_says():
+    model = CFG.model.replace(num_hidden_layers=2, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(4, 128))
+    cfg = dataclasses.replace(CFG, model=model, seq_len=1024, mesh="expert=4,tensor=2", layout="ep_tp", dtype="bfloat16")
+    report, paper = report_layout(cfg, "v5e:2x4", what="decode"), estimate(cfg, hardware_of("v5e"), "decode")
+    assert paper.memory["weights"] + paper.memory["caches"] == pytest.approx(report.state_bytes, rel=1e-2)
+    assert sum(row[0] for row in paper.sent.values()) == pytest.approx(sum(row[3] for row in report.collectives), rel=0.25)

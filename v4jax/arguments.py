@@ -107,11 +107,11 @@ def _layout(sub):
     sub.add_argument("--layout", help="sharding layout (default: that of CONFIG.py, or full)")
     sub.add_argument("--target", default="cpu", help="cpu; a TPU topology such as v5p:4x4x8 (extra `tpu`); h100:N (extra `gpu`); on paper "
                         "cloudmatrix384:1024, my-chip.json:16 and others (v4jax/layout/hardware.json)")  # fmt: skip
-    sub.add_argument("--what", choices=("train", "decode"), default="train", help="the step: training, or one new token a row (on paper)")
+    sub.add_argument("--what", choices=("train", "decode"), default="train", help="the step: training, or one new token a row")
     sub.add_argument("--seq", type=int, help="tokens a row")
     sub.add_argument("--batch", type=int, help="rows a step (default: one a device)")
     sub.add_argument("--fp8", action="store_true", help="estimate with products at the fp8 rate")
-    sub.add_argument("--released", action="store_true", help="decode from weights in the released formats (fp8, MXFP4)")
+    sub.add_argument("--released", action="store_true", help="decode from weights and caches in the released formats (fp8, MXFP4): on paper")
     sub.add_argument("--paper", action="store_true", help="compile nothing")
     sub.add_argument("--lower-only", action="store_true", help="stop before compiling: seconds instead of minutes for a full model")
     sub.add_argument("--search", action="store_true", help="rank every layout and mesh of --chips chips on paper")

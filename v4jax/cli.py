@@ -197,7 +197,9 @@ def _layout(arguments, _):
     names = ("target", "what", "paper", "lower_only", "fp8", "released")
     request = command.Request(**{name: getattr(arguments, name) for name in names})
     cfg = command.config_of(config, arguments)
-    if arguments.stablehlo or (arguments.target == "cpu" and not (arguments.search or arguments.compare)):
+    if arguments.target == "cpu" and arguments.search and arguments.confirm:
+        _start(f"data={command.devices_of('cpu', arguments.chips)}")
+    elif arguments.stablehlo or (arguments.target == "cpu" and not (arguments.search or arguments.compare)):
         _start(cfg.mesh)
     if arguments.stablehlo:
         from v4jax.layout.portable import write_stablehlo

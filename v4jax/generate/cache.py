@@ -16,10 +16,12 @@ Next file to read: v4jax/model/state.py.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from sharding.embedding import embed_lookup
 from sharding.rules import AxisRules
@@ -73,18 +75,20 @@ def decoding_rules(rules: AxisRules) -> AxisRules:
     return dataclasses.replace(rules, table=tuple((name, slots if name == "cache_slots" else axes) for name, axes in rest))
 
 
-def split_layers(cfg: ModelConfig, params, rules: AxisRules = AxisRules()):
+def split_layers(cfg: ModelConfig, params, rules: AxisRules = AxisRules(), take: Callable = lambda x, n: x[n]):
     """The parameters as `extend` and `draft` are fastest with them: the layers of short groups as arrays of their own, a tuple for a group.
 
     A loop over stacked layers takes each layer's weights off the stack, a copy of all its experts, where a token needs a few. On one
     device w1 and w3 of experts become one array, [E,2F,D]: taking one expert of both, and the product with it, then use two cores, and
     a few rows can be run through all experts as two wide products (v4jax/model/grouped.py, `every_expert`).
+
+    take: gives layer n of stacked layers.
     """
     params = dict(params, router=dict(params["router"]))
     for group in cfg.layer_groups:
         if group.repeats <= APART and not isinstance(params[group.name], tuple):
             for tree in (params, params["router"]):
-                tree[group.name] = tuple(jax.tree.map(lambda x, n=n: x[n], tree[group.name]) for n in range(group.repeats))
+                tree[group.name] = tuple(jax.tree.map(functools.partial(take, n=n), tree[group.name]) for n in range(group.repeats))
             if not rules:
                 params[group.name] = tuple(jax.tree.map(_join, layer, is_leaf=_is_swiglu) for layer in params[group.name])
     return params
@@ -126,6 +130,16 @@ def empty_cache(
         for group in cfg.layer_groups
     }
     return Cache(jnp.zeros(batch, jnp.int32), layers, layer(WINDOW_ONLY, 1) if cfg.num_nextn_predict_layers else None)
+
+
+def cache_shardings(mesh: Mesh, rules: AxisRules, cache: Cache) -> Cache:
+    """NamedSharding for every array of `cache` (their shapes are enough), as `empty_cache` makes them."""
+
+    def place(path, leaf):
+        slots = "cache_slots" if any(getattr(key, "name", "") == "slots" for key in path) else None
+        return NamedSharding(mesh, rules.spec((None,) if leaf.ndim == 1 else (None, "act_batch", slots, None)))
+
+    return jax.tree_util.tree_map_with_path(place, cache)
 
 
 def extend(

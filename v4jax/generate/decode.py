@@ -153,7 +153,7 @@ def decode(
         active_B = np.array([b < count and sequences[b].ended is None for b in range(len(seed_B))])
         if not active_B.any():
             return [sequence.completion() for sequence in sequences], state.cache
-        state, news = _advance(cfg, setting, params, state, active_B, seed_B)
+        state, news = advance(cfg, setting, params, state, active_B, seed_B)
 
 
 class _Sequence:
@@ -280,7 +280,7 @@ def _first(cfg, setting: Setting, params, cache, last, seed_B):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _advance(cfg, setting: Setting, params, state: State, active_B, seed_B) -> tuple[State, News]:
+def advance(cfg, setting: Setting, params, state: State, active_B, seed_B) -> tuple[State, News]:
     """Steps of every active row."""
     return jax.lax.scan(lambda state, _: _step(cfg, setting, params, state, active_B, seed_B), state, length=setting.steps)
 

@@ -1,4 +1,4 @@
-"""What a layout does with the training step, found by compiling it for devices that need not exist.
+"""What a layout does with the training step, or with a step of decoding, found by compiling it for devices that need not exist.
 
 Weights are never made: the step is lowered from shapes and shardings alone.
 
@@ -14,13 +14,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.audit import Collective, collectives, totals
 from sharding.mesh import make_mesh, parse_mesh
-from sharding.params import bytes_per_device
+from sharding.params import bytes_per_device, named_shardings
 from sharding.rules import AxisRules, layout_for
 from sharding.targets import topology_mesh
-from v4jax.model.transformer import abstract_params
+from v4jax.checkpoint.names import leaf_dtype, official_names, plain_dtype
+from v4jax.generate.cache import cache_shardings, decoding_rules, empty_cache, split_layers
+from v4jax.generate.decode import Setting, State, advance
+from v4jax.model.transformer import abstract_params, param_axes
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import batch_sharding, check_batch, compile_step, state_from, state_shardings
 
@@ -30,13 +34,14 @@ class LayoutReport:
     """Bytes are per device; seconds are of this machine.
 
     Attributes:
-      state_bytes: weights, router tables and optimizer state. largest: the parameters with most bytes, with their cut.
+      what: "train" or "decode". state_bytes: weights, router tables and optimizer state or caches. largest: the parameters with most bytes, with their cut.
       temporary_bytes: what the compiler reserves for one step (None if it was only lowered; on XLA:CPU no guide to a TPU's).
       collectives: (mesh axes, kind, calls per step, bytes that a device sends per step), largest first.
       expert_bytes: what a device sends per step to bring tokens to experts and back, and the least that this way of
         dispatch can do; None if the step was only lowered or no axis holds experts.
     """
 
+    what: str
     mesh: str
     layout: str
     target: str
@@ -65,11 +70,12 @@ class LayoutReport:
         return rows + ([("compiled in", f"{self.compile_seconds:.1f} s", "", "")] if self.compile_seconds is not None else [])
 
 
-def report_layout(cfg: TrainConfig, target: str = "cpu", lower_only: bool = False) -> LayoutReport:
-    """Lowers, and unless `lower_only` compiles, the train step of `cfg` (its mesh, layout, lengths) for `target`.
+def report_layout(cfg: TrainConfig, target: str = "cpu", lower_only: bool = False, what: str = "train") -> LayoutReport:
+    """Lowers, and unless `lower_only` compiles, a step of `cfg` (its mesh, layout, lengths) for `target`.
 
     Args:
       target: "cpu" (simulated devices), a TPU topology such as "v5p:4x4x8", or GPUs such as "h100:64".
+      what: "train", or "decode": one new token for each of batch_size rows, in a cache of seq_len tokens each.
 
     Raises:
       ValueError: mesh, layout, batch or target that do not fit.
@@ -78,22 +84,18 @@ def report_layout(cfg: TrainConfig, target: str = "cpu", lower_only: bool = Fals
     rules = layout_for(cfg.layout, sizes)
     check_batch(cfg, rules, sizes)
     mesh = make_mesh(sizes) if target == "cpu" else topology_mesh(target, sizes)
-    places = state_shardings(cfg, rules, mesh)
-    abstract = jax.eval_shape(functools.partial(state_from, cfg), abstract_params(cfg.model))
-    state = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), abstract, places)
-    rows = jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len), jnp.int32, sharding=batch_sharding(rules, mesh))
     start = time.perf_counter()
+    params, state, lowered = (_lower_train if what == "train" else _lower_decode)(cfg, rules, mesh)
+    lowered_at = time.perf_counter()
     with jax.set_mesh(mesh):
-        lowered = compile_step(cfg, rules, places, mesh).lower(state, {"tokens": rows, "segment_ids": rows})
-        lowered_at = time.perf_counter()
         compiled = None if lower_only else lowered.compile()
     found = collectives(compiled.as_text(), mesh) if compiled else []
-    least = least_expert_bytes(cfg, rules, sizes)
+    least = least_expert_bytes(cfg, rules, sizes, what)
     return LayoutReport(
-        mesh=cfg.mesh, layout=cfg.layout, target=target,
-        state_bytes=bytes_per_device(state, places),
+        what=what, mesh=cfg.mesh, layout=cfg.layout, target=target,
+        state_bytes=_bytes_of(state),
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes if compiled else None,
-        largest=_largest(state.public, places.public),
+        largest=_largest(params),
         collectives=tuple((*key, *value) for key, value in totals(found).items()),
         expert_bytes=(sent_to_experts(found, rules), least) if compiled and least else None,
         lower_seconds=lowered_at - start,
@@ -101,21 +103,62 @@ def report_layout(cfg: TrainConfig, target: str = "cpu", lower_only: bool = Fals
     )  # fmt: skip
 
 
-def least_expert_bytes(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> int:
+def _lower_train(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
+    """(abstract parameters, abstract state, the lowered step)."""
+    places = state_shardings(cfg, rules, mesh)
+    abstract = jax.eval_shape(functools.partial(state_from, cfg), abstract_params(cfg.model))
+    state = jax.tree.map(_placed, abstract, places)
+    rows = jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len), jnp.int32, sharding=batch_sharding(rules, mesh))
+    with jax.set_mesh(mesh):
+        return state.public, state, compile_step(cfg, rules, places, mesh).lower(state, {"tokens": rows, "segment_ids": rows})
+
+
+def _lower_decode(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
+    """(abstract parameters, the same and the cache, the lowered step), as v4jax/generate/decode.py runs it on loaded weights."""
+    model = cfg.model
+    dtypes = {slot.path: leaf_dtype(name, plain_dtype(cfg.dtype)) for name, slot in official_names(model).items()}
+    abstract = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtypes[tuple(key.key for key in path)]), abstract_params(model)
+    )
+    params = jax.tree.map(_placed, abstract, named_shardings(mesh, rules, abstract, param_axes(model)))
+    token_B, active_B, seed_B = (jax.ShapeDtypeStruct((cfg.batch_size,), dtype) for dtype in (jnp.int32, jnp.bool, jnp.uint32))
+    with jax.set_mesh(mesh):
+        setting = Setting(rules=decoding_rules(rules), dtype=cfg.dtype, steps=1)
+        cache = jax.eval_shape(lambda: empty_cache(model, cfg.batch_size, cfg.seq_len, jnp.dtype(cfg.dtype), rules=setting.rules))
+        cache = jax.tree.map(_placed, cache, cache_shardings(mesh, setting.rules, cache))
+        split = split_layers(model, params, setting.rules, _layer)
+        return params, (params, cache), advance.lower(model, setting, split, State(cache, token_B, None), active_B, seed_B)
+
+
+def _placed(leaf, place: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
+def _layer(stack: jax.ShapeDtypeStruct, n: int) -> jax.ShapeDtypeStruct:
+    """One layer of stacked ones; layers are not cut."""
+    del n
+    spec = PartitionSpec(*stack.sharding.spec[1:])
+    return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=NamedSharding(stack.sharding.mesh, spec))
+
+
+def least_expert_bytes(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], what: str = "train") -> int:
     """Bytes a device must send per step so that tokens reach experts and come back, under an even load; 0 without such an axis.
 
-    Rows go there and back, in the forward pass, again where layers are rematerialised, and once each way as gradients. A row
+    Rows go there and back, in the forward pass; in training again where layers are rematerialised, and once each way as gradients. A row
     crosses (n-1) devices where tokens are gathered; K (n-1)/n where they are exchanged (K experts a token, n devices a group).
     """
     holders = math.prod(sizes[axis] for axis in rules.mesh_axes("experts"))
     if holders == 1:
         return 0
     model = cfg.model
-    devices = math.prod(sizes[axis] for axis in rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq"))
-    tokens = cfg.batch_size * cfg.seq_len // devices
-    rows = tokens * (model.num_experts_per_tok * (holders - 1) / holders if rules.exchange else holders - 1)
-    ways = (6 if cfg.remat else 4) * (model.num_hidden_layers + model.num_nextn_predict_layers)
-    return int(rows * ways * model.hidden_size * jnp.dtype(cfg.dtype).itemsize)
+    if what == "decode":
+        tokens, ways, layers = cfg.batch_size, 2, model.num_hidden_layers
+        devices = math.prod(sizes[axis] for axis in rules.mesh_axes("act_batch"))
+    else:
+        tokens, ways, layers = cfg.batch_size * cfg.seq_len, 6 if cfg.remat else 4, model.num_hidden_layers + model.num_nextn_predict_layers
+        devices = math.prod(sizes[axis] for axis in rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq"))
+    rows = tokens // devices * (model.num_experts_per_tok * (holders - 1) / holders if rules.exchange else holders - 1)
+    return int(rows * ways * layers * model.hidden_size * jnp.dtype(cfg.dtype).itemsize)
 
 
 def sent_to_experts(found: list[Collective], rules: AxisRules) -> int:
@@ -127,12 +170,17 @@ def sent_to_experts(found: list[Collective], rules: AxisRules) -> int:
     return sum(one.calls * one.bytes for one in among if one.kind == "ragged-all-to-all" or "experts/shard_map" in one.source)
 
 
-def _largest(params, places, count: int = 8) -> tuple[tuple[str, str, int], ...]:
+def _largest(params, count: int = 8) -> tuple[tuple[str, str, int], ...]:
     found = []
-    for (path, leaf), place in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(places), strict=True):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        found.append((name, str(place.spec), bytes_per_device(leaf, place)))
+        found.append((name, str(leaf.sharding.spec), _bytes_of(leaf)))
     return tuple(sorted(found, key=lambda row: -row[2])[:count])
+
+
+def _bytes_of(tree) -> int:
+    """Bytes of abstract arrays with their shardings on one device."""
+    return bytes_per_device(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
 
 
 def _bytes(size: int) -> str:

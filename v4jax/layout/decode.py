@@ -1,17 +1,24 @@
 """One decoding step on paper: weights and caches held and read, products of one new token a row, what is sent.
 
-Caches are those of v4jax/cost.py (entries in fp8 and bf16, index keys in fp4, as the released model keeps them), cut with the rows
-and, where a layout cuts sequences, along them. Weights are held in the compute dtype, or in the released formats.
+Caches are those of v4jax/generate/cache.py, in the compute dtype or as the released model keeps them (entries in fp8 and bf16, index
+keys in fp4), cut with the rows and, where a layout cuts sequences, along them. Weights are held in the compute dtype, or in the
+released formats.
 
 Next file to read: v4jax/layout/estimate.py.
 """
 
+import functools
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from sharding.rules import MESH_AXES, AxisRules
-from v4jax.config import CSA
+from v4jax.config import CSA, HCA, ModelConfig
 from v4jax.cost import cost
+from v4jax.generate.cache import empty_cache
 from v4jax.layout.terms import Term
 from v4jax.layout.traffic import experts_sent, weight_gathered
 from v4jax.layout.weights import Weight, cut_of, weights_of
@@ -22,7 +29,7 @@ RELEASED = {"experts": 0.53, "matrices": 1.0, "rest": 2.0}
 """Bytes a number in the released formats: MXFP4 with a scale byte per 32, fp8 with 128 x 128 blocks, bf16 (deepseek-v4.md section 5)."""
 
 
-def decode_terms(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], released: bool = False) -> list[Term]:
+def decode_terms(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str, released: bool = False) -> list[Term]:
     """Terms of one step of batch_size rows with seq_len tokens of context each. Rows stand in for tokens: a step makes one each."""
     model = cfg.model
     tokens = [axis for axis in MESH_AXES if sizes[axis] > 1 and axis in rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq")]
@@ -40,8 +47,8 @@ def decode_terms(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], r
             touched = min(1.0, rows * holders * weight.uses) if weight.is_expert else 1.0
             terms.append(Term("hbm", part, item * weight.size / cut.others * touched))
             terms += weight_gathered(weight, cut, [axis for axis in tokens if axis in cut.token_axes], item, sizes)
-    terms += _caches(cfg, rules, sizes, seq)
-    return terms + experts_sent(cfg, rules, sizes, 1) + _sums(cfg, rules, sizes)
+    terms += _caches(cfg, rules, sizes, seq, released)
+    return terms + experts_sent(cfg, rules, sizes, platform, "decode") + _sums(cfg, rules, sizes, platform)
 
 
 def bytes_held(weight: Weight, dtype: str) -> float:
@@ -52,25 +59,62 @@ def bytes_held(weight: Weight, dtype: str) -> float:
     return RELEASED["experts" if weight.is_expert else "matrices" if matrix else "rest"]
 
 
-def _caches(cfg: TrainConfig, rules: AxisRules, sizes, seq: int) -> list[Term]:
-    """All entries are held; a step reads the window, HCA's, the chosen ones of CSA, and every index key."""
+class Kept(NamedTuple):
+    """Bytes of one row's cache. rings: of the newest tokens. slots: entries and index keys. unread: of these, entries of CSA that a step does
+    not choose."""
+
+    rings: int
+    slots: int
+    unread: float
+
+
+@functools.lru_cache(64)
+def kept(model: ModelConfig, seq: int, dtype: str, released: bool) -> Kept:
+    """The cache of a row with room for `seq` tokens; released: in the released formats."""
+    shapes = jax.eval_shape(lambda: empty_cache(model, 1, seq, jnp.dtype(dtype), "official" if released else "dtype"))
+    rings, slots, unread = 0, 0, 0.0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.layers | {"mtp": shapes.mtp}):
+        names = [getattr(key, "name", "") for key in path]
+        if "slots" not in names:
+            rings += leaf.size * leaf.dtype.itemsize
+            continue
+        size, count = leaf.size * leaf.dtype.itemsize, leaf.shape[2]
+        slots += size
+        if "entry" in names and count > model.index_topk and count >= seq // CSA:
+            unread += size * (1 - model.index_topk / count)
+    return Kept(rings, slots, unread)
+
+
+def _caches(cfg: TrainConfig, rules: AxisRules, sizes, seq: int, released: bool) -> list[Term]:
+    """All entries are held; a step reads the newest tokens', HCA's, the chosen ones of CSA, and every index key."""
     model = cfg.model
-    found = cost(model, cfg.seq_len)
-    kept = found.total.cache + found.mtp.cache
-    entry = model.head_dim - model.qk_rope_head_dim + -(-(model.head_dim - model.qk_rope_head_dim) // 64) + 2 * model.qk_rope_head_dim
-    skipped = layers_by_ratio(model)[CSA] * max(0, cfg.seq_len // CSA - model.index_topk) * entry
+    found, own = cost(model, cfg.seq_len), kept(model, cfg.seq_len, cfg.dtype, released)
     heads = math.prod(sizes[axis] for axis in rules.mesh_axes("act_heads"))
     flops = found.total.flops - 2 * sum(w.size * w.uses for w in weights_of(model) if not w.name.startswith("mtp"))
     return [
-        Term("caches", "entries and keys", kept / seq, "rows"),
-        Term("hbm", "attention", (kept - skipped) / seq, "rows"),
+        Term("caches", "entries and keys", own.rings + own.slots / seq, "rows"),
+        Term("hbm", "attention", own.rings + (own.slots - own.unread) / seq, "rows"),
         Term("flops", "attention", max(0.0, flops) / (heads * seq), "rows"),
     ]
 
 
-def _sums(cfg: TrainConfig, rules: AxisRules, sizes) -> list[Term]:
-    axes = tuple(axis for axis in rules.mesh_axes("act_heads") if sizes[axis] > 1)
-    n = math.prod(sizes[axis] for axis in axes)
-    layers = sum(layers_by_ratio(cfg.model).values())
-    size = 2 * 2 * (n - 1) / n * 3 * cfg.model.hidden_size * layers
-    return [Term("sent", "tensor sums", size, "rows", axes, "all-reduce", 3 * layers)] if axes else []
+def _sums(cfg: TrainConfig, rules: AxisRules, sizes, platform: str) -> list[Term]:
+    """Partial sums of heads and experts, what devices with stretches of a cache tell each other, rows of the table."""
+    model, layers, item = cfg.model, layers_by_ratio(cfg.model), 4 if cfg.dtype == "float32" else 2
+    count = sum(layers.values()) - model.num_nextn_predict_layers
+    tensor, slots, words = ([axis for axis in rules.mesh_axes(name) if sizes[axis] > 1] for name in ("act_heads", "act_seq", "vocab"))
+    n, s, v = (math.prod(sizes[axis] for axis in axes) for axes in (tensor, slots, words))
+    ring, entries = 2 * (n - 1) / n, cfg.seq_len // CSA / s
+    own = model.num_attention_heads / n
+    sums = 3 if platform == "cpu" or rules.exchange else 2  # see traffic.py
+    terms = [
+        Term("sent", "tensor sums", ring * item * sums * model.hidden_size * count, "rows", tuple(tensor), "all-reduce", sums * count),
+        Term("sent", "embedding", 2 * (v - 1) / v * 4 * model.hidden_size, "rows", tuple(words), "all-reduce", 1),
+    ]
+    if entries * s > model.index_topk and rules.mesh_axes("index_heads"):
+        terms.append(Term("sent", "indexers", ring * 4 * entries * layers[CSA], "rows", tuple(tensor), "all-reduce", layers[CSA]))
+    best = min(model.index_topk, entries)
+    terms.append(Term("sent", "indexers", 4 * best * (s - 1) * layers[CSA], "rows", tuple(slots), "all-gather", layers[CSA]))
+    far = layers[CSA] + layers[HCA]
+    terms.append(Term("sent", "attention", 2 * (s - 1) / s * 4 * own * (2 + model.head_dim) * far, "rows", tuple(slots), "all-reduce", 3 * far))
+    return [term for term in terms if term.axes and term.coefficient]

@@ -126,7 +126,7 @@ def memory_of(cfg: TrainConfig, hardware: Hardware, what: str = "train", release
     rules = layout_for(cfg.layout, sizes)
     values = bases(constants_of(cfg.model, rules, sizes), cfg.seq_len, cfg.batch_size)
     if what == "decode":
-        return sum(held(decode_terms(cfg, rules, sizes, released), values).values())
+        return sum(held(decode_terms(cfg, rules, sizes, platform_of(hardware), released), values).values())
     return sum(held(memory(cfg, rules, sizes), values).values())
 
 
@@ -137,7 +137,7 @@ def platform_of(hardware: Hardware) -> str:
 
 def terms_of(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str, what: str = "train", released: bool = False) -> list[Term]:
     if what == "decode":
-        return decode_terms(cfg, rules, sizes, released)
+        return decode_terms(cfg, rules, sizes, platform, released)
     return work(cfg, rules, sizes) + traffic(cfg, rules, sizes, platform) + memory(cfg, rules, sizes)
 
 

@@ -9,16 +9,14 @@ this device's share.
 Next file to read: v4jax/layout/estimate.py.
 """
 
-import collections
 import math
 from collections.abc import Iterable, Mapping
 
 from sharding.exchange import HEADROOM
-from sharding.matrices import TOGETHER
 from sharding.rules import AxisRules
+from v4jax.layout.muon import muon
 from v4jax.layout.terms import Term
 from v4jax.layout.weights import cut_of, weights_of
-from v4jax.layout.work import spread
 from v4jax.model.attention import CHUNK_BYTES
 from v4jax.train.config import TrainConfig
 from v4jax.train.loss import LOGIT_BYTES
@@ -34,7 +32,7 @@ _BLOCK = 128
 def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list[Term]:
     """Terms of the kinds MEMORY (held) and WORKING (the largest is)."""
     item = 4 if cfg.dtype == "float32" else 2
-    terms, stacks = [], collections.defaultdict(list)
+    terms = []
     for weight in weights_of(cfg.model):
         cut = cut_of(weight, rules, sizes)
         held = 4 * weight.size / cut.devices
@@ -42,12 +40,10 @@ def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list
         terms.append(Term("optimizer", weight.name, held * _COPIES[weight.optimizer]))
         if weight.optimizer in ("muon", "adamw"):
             terms.append(Term("gradients", weight.name, held))
-        if weight.optimizer == "muon":
-            stacks[weight.shape[-2:]].append(4.0 * spread(weight, cut.parts, sizes)[0] * math.prod(weight.shape[-2:]))
     gradients = sum(term.coefficient for term in terms if term.kind == "gradients")
-    # Stacks of one shape are joined up to a size; Newton-Schulz holds 3 arrays m x n and 2 of m x m, m <= n.
-    muon = [max(*own, min(sum(own), TOGETHER)) * (3 + 2 * min(shape) / max(shape)) for shape, own in stacks.items()]
-    terms.append(Term("muon", "updates", gradients + max(muon, default=0.0)))
+    # Newton-Schulz holds 3 arrays m x n and 2 of m x m, m <= n.
+    stacks = [stack.bytes * (3 + 2 * min(stack.shape) / max(stack.shape)) for stack in muon(cfg.model, rules, sizes).stacks]
+    terms.append(Term("muon", "updates", gradients + max(stacks, default=0.0)))
     terms += _activations(cfg, item) + _experts(cfg, rules, sizes, item)
     return terms + _attention(cfg, rules, sizes, item) + _head(cfg, rules, sizes, item)
 

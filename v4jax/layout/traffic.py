@@ -11,13 +11,20 @@ Next file to read: v4jax/layout/memory.py.
 import math
 from collections.abc import Iterable, Mapping
 
-from sharding.exchange import HEADROOM
+from sharding.exchange import round_rows
 from sharding.rules import MESH_AXES, AxisRules
 from v4jax.config import CSA, HCA
+from v4jax.layout.muon import muon
 from v4jax.layout.terms import Term
 from v4jax.layout.weights import Cut, Weight, cut_of, weights_of
-from v4jax.layout.work import layers_by_ratio, part_of, spread
+from v4jax.layout.work import layers_by_ratio, part_of
 from v4jax.train.config import TrainConfig
+
+_CSA_ROWS = 2 * (CSA - 1) + (2 * CSA - 1)
+"""Rows of one head's width that a stretch of CSA layers needs from before: 3 for its own window, both halves, 7 for the one before."""
+
+_LANES = 128
+"""Numbers in one row of a TPU's registers."""
 
 
 def traffic(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str) -> list[Term]:
@@ -26,9 +33,10 @@ def traffic(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platfo
     tokens = [axis for axis in MESH_AXES if axis in axes["act_batch"] + axes["act_seq"]]
     terms = []
     for weight in weights_of(cfg.model):
-        terms += _weight(cfg, weight, cut_of(weight, rules, sizes), tokens, sizes, platform)
-    terms += _experts(cfg, rules, axes["experts"], sizes, platform)
-    terms += _tensor(cfg, rules, axes["act_heads"], sizes)
+        terms += _weight(cfg, weight, cut_of(weight, rules, sizes), tokens, axes["act_seq"], sizes, platform)
+    terms += [_sent("optimizer", [axis], kind, size) for axis, kind, size in muon(cfg.model, rules, sizes).sent]
+    terms += experts_sent(cfg, rules, sizes, platform)
+    terms += _tensor(cfg, rules, axes["act_heads"], sizes, platform)
     terms += _sequence(cfg, axes["act_seq"], sizes)
     return [term for term in terms + _embedding(cfg, rules, axes, sizes) if term.coefficient]
 
@@ -37,8 +45,8 @@ def _sent(part: str, axes: Iterable[str], kind: str, coefficient: float, basis: 
     return Term("sent", part, coefficient, basis, tuple(axes), kind, calls, least)
 
 
-def _weight(cfg: TrainConfig, weight: Weight, cut: Cut, tokens: list[str], sizes, platform: str) -> list[Term]:
-    """One weight: gathered where it is used, its gradient summed, its matrices moved by Muon."""
+def _weight(cfg: TrainConfig, weight: Weight, cut: Cut, tokens: list[str], seq: list[str], sizes, platform: str) -> list[Term]:
+    """One weight: gathered where it is used, its gradient summed."""
     if weight.optimizer == "none":
         return []
     item = 4 if weight.float32 or cfg.dtype == "float32" else 2
@@ -47,9 +55,8 @@ def _weight(cfg: TrainConfig, weight: Weight, cut: Cut, tokens: list[str], sizes
     cut_tokens = [] if weight.name.startswith("embed/") else [axis for axis in tokens if axis in cut.token_axes]
     terms = weight_gathered(weight, cut, cut_tokens, item, sizes, times)
     if weight.optimizer == "frozen":
-        return terms + _muon(weight, cut, sizes)
-    terms += _gradient(cfg, weight, cut, cut_tokens, tokens, sizes, platform)
-    return terms + _muon(weight, cut, sizes)
+        return terms
+    return terms + _gradient(cfg, weight, cut, cut_tokens, tokens, seq, sizes, platform)
 
 
 def weight_gathered(weight: Weight, cut: Cut, axes: list[str], item: float, sizes, times: int = 1) -> list[Term]:
@@ -62,7 +69,7 @@ def weight_gathered(weight: Weight, cut: Cut, axes: list[str], item: float, size
     return terms
 
 
-def _gradient(cfg, weight: Weight, cut: Cut, scattered: list[str], tokens: list[str], sizes, platform: str) -> list[Term]:
+def _gradient(cfg, weight: Weight, cut: Cut, scattered: list[str], tokens: list[str], seq: list[str], sizes, platform: str) -> list[Term]:
     """The gradient's sum over devices that saw other tokens: scattered where the weight is cut, else in full."""
     part, numbers = part_of(weight.name), weight.size / cut.others
     table = weight.name.startswith("embed/")
@@ -70,9 +77,13 @@ def _gradient(cfg, weight: Weight, cut: Cut, scattered: list[str], tokens: list[
     held = [axis for part_ in cut.parts for axis in part_]
     rest = [axis for axis in tokens if axis not in scattered and axis not in held]
     n, r = (math.prod(sizes[axis] for axis in axes) for axes in (scattered, rest))
-    if platform == "cpu" and not weight.is_expert and not table:  # XLA:CPU sums over all of them at once, and cuts afterwards
+    if platform == "cpu" and not weight.is_expert and not table:
+        # XLA:CPU sums over all of them at once and cuts afterwards; whole matrices over the sequence first, then over rows.
         both = [axis for axis in tokens if axis in scattered + rest]
-        return [_sent(part, both, "all-reduce", 2 * numbers * item * (n * r - 1) / (n * r), calls=weight.layers)]
+        layers_own = weight.uses and not scattered and not weight.name.startswith("head/")
+        steps = [[a for a in both if a in seq], [a for a in both if a not in seq]] if layers_own else [both]
+        counts = [math.prod(sizes[axis] for axis in step) for step in steps]
+        return [_sent(part, step, "all-reduce", 2 * numbers * item * (c - 1) / c, calls=weight.layers) for step, c in zip(steps, counts, strict=True)]
     terms = []
     if scattered:
         # In full, of which a part is kept, at twice the bytes: the head's everywhere; by XLA:TPU also all but experts' over several axes.
@@ -86,56 +97,56 @@ def _gradient(cfg, weight: Weight, cut: Cut, scattered: list[str], tokens: list[
     return terms
 
 
-def _muon(weight: Weight, cut: Cut, sizes) -> list[Term]:
-    if weight.optimizer != "muon":
-        return []
-    return [_sent("optimizer", [axis], kind, size) for axis, kind, size in spread(weight, cut.parts, sizes)[1]]
-
-
-def _experts(cfg: TrainConfig, rules: AxisRules, holders: list[str], sizes, platform: str) -> list[Term]:
-    """Rows to experts and back, forward, again where layers are rematerialised, and once each way as gradients."""
-    n = math.prod(sizes[axis] for axis in holders)
-    ways = 3 if cfg.remat else 2
-    if n > 1 and rules.exchange and platform == "cpu":  # every device gathers all rows, with the headroom on the way back
-        model, layers = cfg.model, sum(layers_by_ratio(cfg.model).values())
-        row = layers * ways * model.hidden_size * (4 if cfg.dtype == "float32" else 2) * model.num_experts_per_tok * (n - 1)
-        return [_sent("routed experts", holders, "all-gather", row * (1 + HEADROOM), "tokens", 2 * ways * layers)]
-    return experts_sent(cfg, rules, sizes, ways)
-
-
-def experts_sent(cfg: TrainConfig, rules: AxisRules, sizes, ways: int) -> list[Term]:
-    """Rows there and back `ways` times; of one new token a row where `ways` is 1 (decoding)."""
-    model, basis = cfg.model, "rows" if ways == 1 else "tokens"
+def experts_sent(cfg: TrainConfig, rules: AxisRules, sizes, platform: str, what: str = "train") -> list[Term]:
+    """Rows to experts and back: in training forward, again where layers are rematerialised, and once each way as gradients."""
+    model = cfg.model
     holders = [axis for axis in rules.mesh_axes("experts") if sizes[axis] > 1]
     n = math.prod(sizes[axis] for axis in holders)
     if n == 1:
         return []
-    layers = sum(layers_by_ratio(model).values())
-    row = layers * ways * model.hidden_size * (4 if cfg.dtype == "float32" else 2)
+    decodes = what == "decode"
+    ways, basis = (1, "rows") if decodes else (3 if cfg.remat else 2, "tokens")
+    times = ways * (sum(layers_by_ratio(model).values()) - (model.num_nextn_predict_layers if decodes else 0))
+    row = times * model.hidden_size * (4 if cfg.dtype == "float32" else 2)
     if not rules.exchange:
         kinds = ("all-gather", "reduce-scatter")
-        return [_sent("routed experts", holders, kind, row * (n - 1), basis, ways * layers) for kind in kinds]
-    sent = 2 * row * model.num_experts_per_tok * (n - 1) / n
-    return [_sent("routed experts", holders, "ragged-all-to-all", sent, basis, 2 * ways * layers)]
+        return [_sent("routed experts", holders, kind, row * (n - 1), basis, times) for kind in kinds]
+    row *= model.num_experts_per_tok
+    if platform == "cpu":  # every device gathers all rows, with the headroom on the way back
+        cuts = rules.mesh_axes("act_batch") + (() if decodes else rules.mesh_axes("act_seq"))
+        assignments = cfg.batch_size * (1 if decodes else cfg.seq_len) * model.num_experts_per_tok // math.prod(sizes[axis] for axis in cuts)
+        return [_sent("routed experts", holders, "all-gather", row * (n - 1) * (1 + round_rows(assignments) / assignments), basis, 2 * times)]
+    gates = times * model.num_experts_per_tok * 4 * (_LANES if platform == "tpu" else 1)  # a TPU moves whole lanes
+    return [
+        _sent("routed experts", holders, "ragged-all-to-all", 2 * row * (n - 1) / n, basis, 2 * times),
+        _sent("gates", holders, "ragged-all-to-all", gates * (n - 1) / n, basis, times, 0),
+    ]
 
 
-def _tensor(cfg: TrainConfig, rules: AxisRules, tensor: list[str], sizes) -> list[Term]:
+def _tensor(cfg: TrainConfig, rules: AxisRules, tensor: list[str], sizes, platform: str) -> list[Term]:
     """Partial sums of heads, experts and words, added over the devices that share a token."""
     n = math.prod(sizes[axis] for axis in tensor)
     if n == 1:
         return []
     model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
     layers = layers_by_ratio(model)
-    count = sum(layers.values())
-    # Forward: attention, routed and shared experts; backward: inputs of the three, w1 and w3 of the shared expert apart.
-    forward, backward = 3, 4
-    again = (1 + 2 * _inner(cfg)) if cfg.remat else 0
-    wide = (forward + again + backward) * model.hidden_size + model.q_lora_rank * 2 + model.head_dim
-    last = 2 * (1 + model.num_nextn_predict_layers) * model.hidden_size
-    ring = 2 * (n - 1) / n * item
-    terms = [_sent("tensor sums", tensor, "all-reduce", ring * (wide * count + last), "tokens", 6 * count)]
+    count, inner = sum(layers.values()), _inner(cfg)
+    # Forward: attention, routed and shared experts; backward: inputs of the three, on CPUs w1 and w3 of the shared expert apart. Elsewhere
+    # XLA adds up what routed and shared experts make before it sums, and sums once (backward, twice in the last layer of a pattern),
+    # unless routed rows travel first.
+    apart = (3, 1 + 2 * inner, 4 if platform == "cpu" else 3)
+    forward, again, backward = apart if platform == "cpu" or rules.exchange else (2, 1 + inner, 2 - inner)
+    wide = (forward + (again if cfg.remat else 0) + backward) * model.hidden_size + model.q_lora_rank + model.head_dim
+    wide += model.num_experts_per_tok  # gradients of gates
+    last = (1 + model.num_nextn_predict_layers) * model.hidden_size
+    ring = 2 * (n - 1) / n
+    terms = [_sent("tensor sums", tensor, "all-reduce", ring * item * (wide * count + last), "tokens", 6 * count)]
     entries = ((layers[CSA], "csa_entries"), (layers[HCA], "hca_entries"))
-    return terms + [_sent("attention", tensor, "all-reduce", ring * model.head_dim * k, basis, k) for k, basis in entries if k]
+    terms += [_sent("attention", tensor, "all-reduce", ring * item * model.head_dim * k, basis, k) for k, basis in entries if k]
+    if [axis for axis in rules.mesh_axes("index_heads") if sizes[axis] > 1]:  # scores, before entries are chosen
+        times = (2 if cfg.remat else 1) * layers[CSA]
+        terms.append(_sent("indexers", tensor, "all-reduce", ring * 4 * times, "csa_scored", times))
+    return terms
 
 
 def _inner(cfg: TrainConfig) -> float:
@@ -146,15 +157,23 @@ def _inner(cfg: TrainConfig) -> float:
 
 
 def _sequence(cfg: TrainConfig, axes: list[str], sizes) -> list[Term]:
-    """Stretches of a row: the window's rows from the neighbour, entries of all devices, sums of their gradients."""
+    """Stretches of a row: rows before it from the neighbour, entries of all devices, sums of their gradients."""
     n = math.prod(sizes[axis] for axis in axes)
     if n == 1:
         return []
     model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
     layers = layers_by_ratio(model)
     times = 2 if cfg.remat else 1
+    # The window of attention; float32 projections and gates of the windows that end here, CSA's of two windows in two halves.
     halo = model.sliding_window * model.head_dim * item * sum(layers.values()) * (times + 1)
+    pooled = 2 * 4 * (times + 1) * model.head_dim * (layers[HCA] * (HCA - 1) + layers[CSA] * _CSA_ROWS)
     terms = [_sent("attention", axes, "collective-permute", halo, "rows", (times + 1) * sum(layers.values()))]
+    terms.append(_sent("compressors", axes, "collective-permute", pooled, "rows", 2 * (times + 1) * (layers[HCA] + 2 * layers[CSA])))
+    index = 2 * 4 * times * model.index_head_dim * layers[CSA] * _CSA_ROWS
+    terms.append(_sent("indexers", axes, "collective-permute", index, "rows", 4 * times * layers[CSA]))
+    # The balance loss of a row needs what all its tokens chose.
+    chosen = 4 * times * model.num_experts_per_tok * sum(layers.values()) * (n - 1)
+    terms.append(_sent("gates", axes, "all-gather", chosen, "tokens", times * sum(layers.values())))
     share = (n - 1) / n * item
     for ratio, basis in ((CSA, "csa_entries"), (HCA, "hca_entries")):
         terms.append(_sent("compressors", axes, "all-gather", share * times * model.head_dim * layers[ratio], basis, times * layers[ratio]))

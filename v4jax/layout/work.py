@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from sharding.rules import AxisRules
 from v4jax.config import CSA, HCA, ModelConfig
+from v4jax.layout.muon import Stack, muon
 from v4jax.layout.terms import Term
 from v4jax.layout.weights import Weight, cut_of, weights_of
 from v4jax.train.config import TrainConfig
@@ -54,8 +55,8 @@ def work(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list[T
             here = weight.size / (_parts(rules, sizes, "expert_hidden") if weight.is_expert else cut.others)
             terms.append(Term("flops", part, 2 * here * weight.uses * n, "tokens"))
             terms.append(Term("hbm", part, weight.size / cut.others * item * n))
-        if weight.optimizer == "muon":
-            terms += _orthogonalise(weight, cut.parts, sizes)
+    for stack in muon(model, rules, sizes).stacks:
+        terms += _orthogonalise(stack)
     layers = layers_by_ratio(model)
     terms += _scores(cfg, layers, _parts(rules, sizes, "act_heads"), _parts(rules, sizes, "index_heads"))
     return terms + _rows(cfg, rules, sizes, item)
@@ -111,39 +112,9 @@ def _rows(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], item: in
     ]
 
 
-def _orthogonalise(weight: Weight, parts, sizes: Mapping[str, int]) -> list[Term]:
-    """Newton-Schulz on this device's share of whole matrices (sharding/matrices.py): per step 4 m^2 n + 2 m^3, m <= n."""
-    *_, rows, columns = weight.shape
-    count, _ = spread(weight, parts, sizes)
-    m, n = min(rows, columns), max(rows, columns)
-    flops = len(COEFFICIENTS) * (4 * m * m * n + 2 * m**3) * count
-    moved = len(COEFFICIENTS) * 4 * (5 * m * n + 4 * m * m) * count
+def _orthogonalise(stack: Stack) -> list[Term]:
+    """Newton-Schulz on one stack of whole matrices: per step 4 m^2 n + 2 m^3, m <= n."""
+    m, n = sorted(stack.shape)
+    flops = len(COEFFICIENTS) * (4 * m * m * n + 2 * m**3) * stack.count
+    moved = len(COEFFICIENTS) * 4 * (5 * m * n + 4 * m * m) * stack.count
     return [Term("flops", "optimizer", flops), Term("hbm", "optimizer", moved)]
-
-
-def spread(weight: Weight, parts, sizes: Mapping[str, int]) -> tuple[int, list[tuple[str, str, float]]]:
-    """(whole matrices this device works on, what it sends: mesh axis, collective, bytes), as sharding/matrices.py does it.
-
-    But for stacks of fewer matrices than devices: those the program joins and shares out, here each device works on all of them.
-    """
-    sent = []
-    matrix = 4 * math.prod(weight.shape[-2:]) / math.prod(sizes[a] for part in parts[-2:] for a in part)
-    stack = weight.size // math.prod(weight.shape[-2:]) // math.prod(sizes[a] for part in parts[:-2] for a in part)
-    used = [axis for part in parts for axis in part]
-    for axis in (axis for axis, size in sizes.items() if size > 1 and axis not in used):
-        if stack >= sizes[axis]:
-            stack = -(-stack // sizes[axis])
-            sent.append((axis, "all-gather", None, stack * (sizes[axis] - 1)))
-    for part in parts[-2:]:
-        for axis in reversed(part):
-            size = sizes[axis]
-            if stack < size:
-                matrix *= size
-                sent.append((axis, "all-gather", matrix * stack * (size - 1) / size, 0))
-            else:
-                stack = -(-stack // size)
-                sent.append((axis, "all-to-all", 2 * matrix * stack * (size - 1), 0))
-                matrix *= size
-    # Results of copies are gathered last to first, in pieces as large as they were when they were shared out.
-    piece = 4 * math.prod(weight.shape[-2:]) / math.prod(sizes[a] for part in parts[-2:] for a in part)
-    return stack, [(axis, kind, piece * copies if size is None else size) for axis, kind, size, copies in sent]

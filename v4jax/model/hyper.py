@@ -7,12 +7,15 @@ Next file to read: v4jax/model/attention.py.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sharding.manual import vary_like
+from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.model.dense import dense, precision_of
 from v4jax.model.weights import Weights, constant
@@ -60,7 +63,7 @@ def _factors_fwd(start_JKT, iterations, eps):
         row_JT = row_JT / (row_JT * _row_sums(start_JKT, column_KT) + eps)
         return (row_JT, column_KT / (column_KT * _column_sums(start_JKT, row_JT) + eps)), before
 
-    ones_JT = jnp.ones_like(start_JKT[:, 0])
+    ones_JT = vary_like(jnp.ones_like(start_JKT[:, 0]), start_JKT)
     last, before = jax.lax.scan(rows_then_columns, (ones_JT, 1 / (_column_sums(start_JKT, ones_JT) + eps)), length=iterations - 1)
     return last, (start_JKT, last, before)
 
@@ -80,7 +83,7 @@ def _factors_bwd(iterations, eps, saved, ct):
         ct_start = ct_start + row_JT[:, None] * ct_column_sum[None] + ct_row_sum[:, None] * column_before[None]
         return ((ct_row, ct_column), ct_start, before), None
 
-    carry = (ct, jnp.zeros_like(start_JKT), last)
+    carry = (ct, vary_like(jnp.zeros_like(start_JKT), start_JKT), last)
     ((_, ct_column), ct_start, (_, column_KT)), _ = jax.lax.scan(undo, carry, before, reverse=True)
     return (ct_start - (ct_column * column_KT * column_KT)[None],)
 
@@ -150,16 +153,29 @@ def _expand_bwd(saved, ct_BSKD):
 expand.defvjp(_expand_fwd, _expand_bwd)
 
 
-def _stream_weights(cfg: ModelConfig, x_BSXD, fn, base, scale) -> tuple[jax.Array, Mix]:
+def balanced(rules: AxisRules, iterations: int, eps: float, logits_BSP: jax.Array) -> jax.Array:
+    """`sinkhorn` of every token's matrix, [B,S,X,X] of P = X*X logits each."""
+
+    def local(logits_bsP):
+        n, tokens = math.isqrt(logits_bsP.shape[-1]), logits_bsP.shape[:2]
+        comb = sinkhorn(logits_bsP.reshape(-1, n * n).T.reshape(n, n, -1), iterations, eps)
+        return comb.reshape(n * n, -1).T.reshape(*tokens, n, n)
+
+    if not rules:
+        return local(logits_BSP)
+    # Each device its own tokens: where rows and sequence are cut, XLA would gather them to merge B and S, and do all on every device.
+    spec = rules.spec(("act_batch", "act_seq"))
+    return jax.shard_map(local, in_specs=spec, out_specs=spec)(logits_BSP)
+
+
+def _stream_weights(rules: AxisRules, cfg: ModelConfig, x_BSXD, fn, base, scale) -> tuple[jax.Array, Mix]:
     """pre [B,S,X] and Mix from the streams (report 2.2)."""
     n, base = cfg.hc_mult, base[None, None]
     mix = mixing_logits(x_BSXD, fn, cfg.rms_norm_eps)
     pre = jax.nn.sigmoid(mix[..., :n] * scale[0] + base[..., :n]) + cfg.hc_eps
     post = 2 * jax.nn.sigmoid(mix[..., n : 2 * n] * scale[1] + base[..., n : 2 * n])
     logits = mix[..., 2 * n :] * scale[2] + base[..., 2 * n :]
-    tokens = logits.shape[:2]
-    comb = sinkhorn(logits.reshape(-1, n * n).T.reshape(n, n, -1), cfg.hc_sinkhorn_iters, cfg.hc_eps)
-    return pre, Mix(post, comb.reshape(n * n, -1).T.reshape(*tokens, n, n))
+    return pre, Mix(post, balanced(rules, cfg.hc_sinkhorn_iters, cfg.hc_eps, logits))
 
 
 class HyperConnection(Weights):
@@ -177,7 +193,7 @@ class HyperConnection(Weights):
         fn = self.weight("fn", (size, (2 + n) * n), ("streams_embed", "mix"), init, True)
         base = self.weight("base", ((2 + n) * n,), ("mix",), constant(static), True)
         scale = self.weight("scale", (3,), (None,), constant(DYNAMIC_SCALE), True)
-        pre, mix = _stream_weights(self.cfg, x_BSXD, fn, base, scale)
+        pre, mix = _stream_weights(self.rules, self.cfg, x_BSXD, fn, base, scale)
         return collapse(pre, x_BSXD), pre, mix
 
 

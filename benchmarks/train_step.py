@@ -46,8 +46,8 @@ def active_parameters(cfg: ModelConfig, params) -> int:
     return int(total)
 
 
-def ours(tokens: np.ndarray, mesh: str):
-    """A function that does one step."""
+def program(tokens: np.ndarray, mesh: str):
+    """(the jitted step, [parameters, optimizer state], batch): step(*state, batch) -> (*state, loss)."""
     sizes = parse_mesh(mesh)
     rules = layout_for("full", sizes) if mesh else AxisRules()
     device_mesh = make_mesh(sizes)
@@ -58,17 +58,21 @@ def ours(tokens: np.ndarray, mesh: str):
     tx = optax.adamw(1e-4)
     batch = {"tokens": jax.device_put(tokens, NamedSharding(device_mesh, rules.spec(("act_batch", "act_seq"))))}
 
-    def step(params, state):
+    def step(params, state, batch):
         objective = lambda p: loss_and_routing(MODEL, p | {"router": router}, batch, rules=rules)[0]  # noqa: E731
         value, grads = jax.value_and_grad(objective)(params)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    step = jax.jit(step, donate_argnums=(0, 1))
-    state = [params, tx.init(params)]
+    return jax.jit(step, donate_argnums=(0, 1)), [params, tx.init(params)], batch
+
+
+def ours(tokens: np.ndarray, mesh: str):
+    """A function that does one step."""
+    step, state, batch = program(tokens, mesh)
 
     def once():
-        state[0], state[1], value = step(state[0], state[1])
+        *state[:], value = step(*state, batch)
         return float(value)
 
     return once

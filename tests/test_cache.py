@@ -15,7 +15,7 @@ from v4jax.cost import cost, deepseek_v32, gqa8
 from v4jax.checkpoint.names import from_official
 from v4jax.generate.cache import draft, empty_cache, extend, logits_of
 from v4jax.model import indexer
-from v4jax.model.state import Slots, Stretch
+from v4jax.model.state import SPARE_ROWS, Slots, Stretch, keep_rows
 
 PATTERNS = {
     "flash": dict(compress_ratios=(0, 0, 4, 128, 4, 0), num_hidden_layers=5, num_hash_layers=3, index_topk=8),
@@ -153,6 +153,17 @@ def test_the_best_slots_are_those_of_a_full_search(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 3, SPARE_ROWS])
+def test_a_few_rows_are_kept_as_many_are(rows):
+    """Written one by one or with a new ring: the same ring, across its end and where some or all rows of a chunk are not real."""
+    rng = np.random.default_rng(0)
+    ring = jnp.asarray(rng.standard_normal((2, 4, 12, 5)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((4, rows, 5)), jnp.float32)
+    stretch = Stretch(jnp.array([0, 11, 35, 7]), jnp.minimum(jnp.array([rows, rows, 0, 2]), rows))
+    longer = jnp.pad(x, ((0, 0), (0, SPARE_ROWS), (0, 0)), constant_values=9)  # filled up, which must not matter
+    np.testing.assert_array_equal(keep_rows(ring, jnp.int32(1), x, stretch), keep_rows(ring, jnp.int32(1), longer, stretch))
+
+
 def test_packed_storage_changes_nothing():
     """bfloat16, quant="official": what fp8 and MXFP4 hold is what the model computed with; states are equal bit for bit."""
     cfg = small_config(

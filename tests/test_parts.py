@@ -176,7 +176,7 @@ def test_all_experts_on_a_few_rows_are_each_row_s_own_experts():
     w1, w3, w2 = normal(4, 6, 5), normal(4, 6, 5), normal(4, 5, 6)
     x, gate = normal(8, 6), jnp.asarray(rng.random((8, 2)), jnp.float32).at[3, 1].set(0)
     index = jnp.asarray([rng.permutation(4)[:2] for _ in range(8)])
-    joined = ExpertWeights(jnp.swapaxes(jnp.concatenate((w1, w3), axis=-1), 1, 2), None, w2)
+    joined = ExpertWeights(jnp.swapaxes(jnp.concatenate((w1, w3), axis=-1), 1, 2), None, jnp.moveaxis(w2, -1, 0))
     got = every_expert(Activation(LIMIT), joined, x, index, gate)
     for t in range(8):
         parts = [(clamped_swiglu(x[t] @ w1[e], x[t] @ w3[e], LIMIT) * g) @ w2[e] for e, g in zip(index[t], gate[t], strict=True)]

@@ -99,10 +99,11 @@ def _is_swiglu(tree) -> bool:
 
 
 def _join(leaf):
-    """w1 and w3 of routed experts, one above the other with their outputs first; anything else passes."""
+    """Routed experts' matrices with outputs first: w1 and w3 one above the other, w2 of all experts side by side; anything else passes."""
     if not _is_swiglu(leaf) or leaf["w1"].ndim == 2:
         return leaf
-    return {"w1": jnp.concatenate([jnp.swapaxes(leaf[name], 1, 2) for name in ("w1", "w3")], axis=1), "w2": leaf["w2"]}
+    joined = jnp.concatenate([jnp.swapaxes(leaf[name], 1, 2) for name in ("w1", "w3")], axis=1)
+    return {"w1": joined, "w2": jnp.moveaxis(leaf["w2"], -1, 0)}
 
 
 def check_storage(storage: str, quant: str) -> None:

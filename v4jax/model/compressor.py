@@ -106,22 +106,32 @@ class Compressor(Weights):
             return None, kept
         x32 = x_BSD.astype(jnp.float32)
         c_BSH, z_BSH = dense(x32, wkv), dense(x32, wgate)
-        if kept is not None:
-            (c_BSH, z_BSH), kept = _continue(kept, c_BSH, z_BSH, self.ratio)
-        entry = pool(self.rules, c_BSH, z_BSH, ape, entries, self.ratio, kept is not None)
+        if kept is None:
+            entry = pool(self.rules, c_BSH, z_BSH, ape, entries, self.ratio)
+        else:
+            entry, kept = _continue(self.rules, kept, c_BSH, z_BSH, ape, entries, self.ratio)
         entry = rotate(norm(entry.astype(self.dtype)), entries.turn)
         if self.quant == "official":
             entry = mxfp4_rotated(entry) if self.index else fp8_keys(entry, self.cfg.qk_rope_head_dim)
         return (entry, None) if kept is None else _fill(self.rules, kept, entry, self.ratio)
 
 
-def _continue(kept: Kept, c_BSH: jax.Array, z_BSH: jax.Array, ratio: int):
-    """(c and z behind the rows before them, the rings with these rows in them)."""
-    ring, rows = kept.cache, (c_BSH, z_BSH)
-    before = [rows_before(x, kept.layer, kept.stretch.start_B, tail_rows(ratio), x.dtype) for x in (ring.c, ring.z)]
+def _continue(rules: AxisRules, kept: Kept, c_BSH: jax.Array, z_BSH: jax.Array, ape_MH: jax.Array, entries: Entries, ratio: int):
+    """(entries of windows that close in this chunk, before their norm; the rings with these rows in them)."""
+    ring, rows, (start_B, count_B) = kept.cache, (c_BSH, z_BSH), kept.stretch
+
+    def pooled():
+        before = [rows_before(x, kept.layer, start_B, tail_rows(ratio), x.dtype) for x in (ring.c, ring.z)]
+        longer = [jnp.concatenate(pair, axis=1) for pair in zip(before, rows, strict=True)]
+        return pool(rules, *longer, ape_MH, entries, ratio, True)
+
+    if rules or c_BSH.shape[1] >= ratio:
+        entry_BCH = pooled()
+    else:  # decoding closes a window in one of `ratio` steps; where none closes, no query sees what is written (model/state.py)
+        nothing = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pooled))
+        entry_BCH = jax.lax.cond(jnp.any((start_B + count_B) // ratio > start_B // ratio), pooled, nothing)
     c, z = (keep_rows(x, kept.layer, new, kept.stretch) for x, new in zip((ring.c, ring.z), rows, strict=True))
-    longer = [jnp.concatenate(pair, axis=1) for pair in zip(before, rows, strict=True)]
-    return longer, kept.part(ring._replace(c=c, z=z))
+    return entry_BCH, kept.part(ring._replace(c=c, z=z))
 
 
 def _fill(rules: AxisRules, kept: Kept, entry_BCH: jax.Array, ratio: int) -> tuple[Slots, Kept]:

@@ -176,7 +176,7 @@ class MoE(Weights):
 class Experts(Weights):
     """The routed experts' matrices. They stay sharded and float32 until the device that runs them casts its own.
 
-    Given without w3, w1 holds both, outputs first (v4jax/generate/cache.py, split_layers).
+    Given without w3, w1 holds both, and outputs stand first (v4jax/generate/cache.py, split_layers).
     """
 
     cfg: ModelConfig
@@ -200,8 +200,7 @@ class Experts(Weights):
                 for name in axes
             }
         if self.quant == "official":
-            joined = "w3" not in weights
-            weights = {name: mxfp4_weight(w, inputs_last=joined and name == "w1") for name, w in weights.items()}
+            weights = {name: mxfp4_weight(w, inputs_last="w3" not in weights) for name, w in weights.items()}
 
         form, own = Activation(cfg.swiglu_limit, self.quant), ExpertWeights(**{"w3": None} | weights)
         rows, active = index_BSK.size // index_BSK.shape[-1], index_BSK.shape[-1]

@@ -124,6 +124,14 @@ def rows_before(ring: Rows, layer: jax.Array, start_B: jax.Array, rows: int, dty
 def keep_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch) -> Rows:
     """The ring with the real rows of a chunk in it: every place takes the newest row that belongs there."""
 
+    def put(ring_LBRH, x_BSH):
+        """A few rows, in place: what is written is a few rows and not the ring."""
+        (batch, rows, _), size = x_BSH.shape, ring_LBRH.shape[2]
+        row_1S = jnp.arange(rows, dtype=jnp.int32)[None]
+        place_BS = jnp.where(row_1S < stretch.count_B[:, None], (stretch.start_B[:, None] + row_1S) % size, size)
+        first_B1 = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        return ring_LBRH.at[layer, first_B1, place_BS].set(x_BSH, mode="drop")
+
     def keep(ring_LBRH, x_BSH):
         ring_BRH = jax.lax.dynamic_index_in_dim(ring_LBRH, layer, keepdims=False)
         size = ring_BRH.shape[1]
@@ -133,7 +141,7 @@ def keep_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch) 
         ring_BRH = jnp.where((row_BR >= 0)[..., None], new_BRH, ring_BRH)
         return jax.lax.dynamic_update_index_in_dim(ring_LBRH, ring_BRH, layer, 0)
 
-    return jax.tree.map(keep, ring, pack(ring, x_BSH))
+    return jax.tree.map(put if x_BSH.shape[1] <= SPARE_ROWS else keep, ring, pack(ring, x_BSH))
 
 
 def fill_slots(rules: AxisRules, slots: Rows, layer: jax.Array, x_BSH: jax.Array, first_B: jax.Array) -> Rows:

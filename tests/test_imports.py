@@ -18,7 +18,7 @@ ORDER = [
     "v4jax.quant.scales", "v4jax.quant.fp8", "v4jax.quant.mxfp4", "v4jax.quant.fake",
     "v4jax.model.dense", "v4jax.model.weights", "v4jax.model.norm", "v4jax.model.rotary", "v4jax.model.packed", "v4jax.model.state",
     "v4jax.model.documents", "v4jax.model.hyper", "v4jax.model.watch", "v4jax.model.compressor", "v4jax.model.indexer", "v4jax.model.attention",
-    "v4jax.model.outer", "v4jax.model.grouped", "v4jax.model.moe", "v4jax.model.block", "v4jax.model.mtp", "v4jax.model.transformer",
+    "v4jax.model.outer", "v4jax.model.triton", "v4jax.model.grouped", "v4jax.model.moe", "v4jax.model.block", "v4jax.model.mtp", "v4jax.model.transformer",
     "v4jax.checkpoint.formats", "v4jax.checkpoint.files",
     "v4jax.checkpoint.names", "v4jax.checkpoint.load", "v4jax.checkpoint.room", "v4jax.checkpoint.export", "v4jax.checkpoint.note", "v4jax.checkpoint.store", "v4jax.checkpoint.stream",
     "v4jax.api", "v4jax.train.data", "v4jax.train.loss", "v4jax.train.balance", "v4jax.train.schedule",

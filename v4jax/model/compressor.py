@@ -128,8 +128,10 @@ def _continue(rules: AxisRules, kept: Kept, c_BSH: jax.Array, z_BSH: jax.Array, 
     if rules or c_BSH.shape[1] >= ratio:
         entry_BCH = pooled()
     else:  # decoding closes a window in one of `ratio` steps; where none closes, no query sees what is written (model/state.py)
+        closes = jnp.any((start_B + count_B) // ratio > start_B // ratio)
         nothing = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pooled))
-        entry_BCH = jax.lax.cond(jnp.any((start_B + count_B) // ratio > start_B // ratio), pooled, nothing)
+        # A GPU would wait for its host to learn which way to go.
+        entry_BCH = jax.lax.platform_dependent(cpu=lambda: jax.lax.cond(closes, pooled, nothing), default=pooled)
     c, z = (keep_rows(x, kept.layer, new, kept.stretch) for x, new in zip((ring.c, ring.z), rows, strict=True))
     return entry_BCH, kept.part(ring._replace(c=c, z=z))
 

@@ -1,7 +1,7 @@
 """Where a step's time goes: every operation of a jax.profiler trace, by part of the model.
 
-    python benchmarks/trace.py train [--top 30]          the step of train_step.py
-    python benchmarks/trace.py decode [--batch 8]        a step of decode.py
+    python benchmarks/where.py train [--top 30]          the step of train_step.py
+    python benchmarks/where.py decode [--batch 8]        a step of decode.py
 
 Times are those of the threads that ran an operation, its inner operations taken off: two threads may work at once, and the threads that a
 product shares its work with are not counted. So the sum is neither wall time nor processor time; what is large in it is worth a look.
@@ -16,7 +16,7 @@ import tempfile
 
 PARTS = {
     "shared expert": "shared_experts", "routed experts": "ffn/experts", "router": "ffn/", "mHC": "hc_(attn|ffn|head)|HyperHead", "indexer": "indexer",
-    "compressor": "compressor", "attention": "/attn", "norms": "norm", "embedding": "embed", "head, loss": "head|logit|loss|choose_token",
+    "compressor": "compressor", "attention": "/attn", "norms": "norm", "embedding": "embed", "head, loss": r"head|logit|loss|choose_token|jvp\(\)",
 }  # fmt: skip
 """Part -> what the first of them to match finds in an operation's op_name."""
 

@@ -16,7 +16,6 @@ import dataclasses
 import itertools
 import json
 import pathlib
-import pickle
 import sys
 import tempfile
 import time
@@ -46,7 +45,7 @@ def main() -> None:
     cache = pathlib.Path(arguments.cache)
     if arguments.compile:
         for case in arguments.cases:
-            keep(case, cache)
+            prepared(config(case))
             print(f"{case} is compiled", flush=True)
         return
     from v4jax.layout.estimate import estimate
@@ -55,7 +54,7 @@ def main() -> None:
     file = cache / "times.json"
     took = json.loads(file.read_text()) if file.exists() else {}
     if arguments.turns:
-        for case, seconds in measure(arguments.cases, cache, arguments.turns).items():
+        for case, seconds in measure({case: config(case) for case in arguments.cases}, arguments.turns).items():
             took[case] = min(seconds, took.get(case, seconds))
         file.write_text(json.dumps(took))
     paper = {case: estimate(config(case), hardware_of(arguments.profile)) for case in CASES}
@@ -74,33 +73,32 @@ def config(case: str):
     return dataclasses.replace(demo.get_config(), model=model, batch_size=8, mesh=mesh, layout=layout)
 
 
-def measure(cases: list[str], cache: pathlib.Path, turns: int) -> dict[str, float]:
+def measure(configs: dict, turns: int) -> dict[str, float]:
     """Seconds of the fastest step of each, timed in turns."""
     import jax
 
-    steps = {case: kept(case, cache) for case in cases}
-    best = dict.fromkeys(cases, float("inf"))
-    for _, case in itertools.product(range(turns + 1), cases):
-        step, state, batch = steps[case]
-        start = time.perf_counter()
-        state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
+    steps = {case: prepared(cfg) for case, cfg in configs.items()}
+    best = dict.fromkeys(configs, float("inf"))
+    for _, case in itertools.product(range(turns + 1), configs):
+        mesh, step, state, batch = steps[case]
+        with jax.set_mesh(mesh):
+            start = time.perf_counter()
+            state, metrics = step(state, batch)
+            jax.block_until_ready((state, metrics))
         best[case] = min(best[case], time.perf_counter() - start)
-        steps[case] = (step, state, batch)
+        steps[case] = (mesh, step, state, batch)
     return best
 
 
-def keep(case: str, cache: pathlib.Path) -> None:
-    """Writes the compiled step of `case`, a fresh state and a batch, so that timing need not even trace."""
+def prepared(cfg):
+    """(mesh, compiled step, state, batch)."""
     import jax
     import numpy as np
-    from jax.experimental import serialize_executable
 
     from sharding.mesh import make_mesh, parse_mesh
     from sharding.rules import layout_for
     from v4jax.train.step import batch_sharding, compile_step, init_state, state_shardings
 
-    cfg = config(case)
     sizes = parse_mesh(cfg.mesh)
     mesh, rules = make_mesh(sizes), layout_for(cfg.layout, sizes)
     with jax.set_mesh(mesh):
@@ -108,21 +106,7 @@ def keep(case: str, cache: pathlib.Path) -> None:
         state = init_state(cfg, places)
         tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (cfg.batch_size, cfg.seq_len), dtype=np.int32)
         batch = jax.device_put({"tokens": tokens, "segment_ids": np.ones_like(tokens)}, batch_sharding(rules, mesh))
-        program = serialize_executable.serialize(compile_step(cfg, rules, places, mesh).lower(state, batch).compile())
-    (cache / f"{case}.pickle").write_bytes(pickle.dumps((program, *jax.tree.map(np.asarray, (state, batch)))))
-
-
-def kept(case: str, cache: pathlib.Path):
-    """(compiled step, state, batch)."""
-    import jax
-    from jax.experimental import serialize_executable
-
-    file = cache / f"{case}.pickle"
-    if not file.exists():
-        keep(case, cache)
-    program, *arrays = pickle.loads(file.read_bytes())
-    step = serialize_executable.deserialize_and_load(*program)
-    return step, *jax.device_put(tuple(arrays), step.input_shardings[0])
+        return mesh, compile_step(cfg, rules, places, mesh).lower(state, batch).compile(), state, batch
 
 
 def kendall(a: list[float], b: list[float]) -> float:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from sharding.rules import MESH_AXES, AxisRules
+from v4jax.checkpoint.names import leaf_dtype, official_names, plain_dtype
 from v4jax.config import CSA, HCA, ModelConfig
 from v4jax.cost import cost
 from v4jax.generate.cache import empty_cache
@@ -37,7 +38,7 @@ def decode_terms(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], p
     rows = cfg.batch_size / batch
     terms = []
     for weight in weights_of(model):
-        cut, part, item = cut_of(weight, rules, sizes), part_of(weight.name), bytes_held(weight, "released" if released else cfg.dtype)
+        cut, part, item = cut_of(weight, rules, sizes), part_of(weight.name), bytes_held(model, weight, "released" if released else cfg.dtype)
         terms.append(Term("weights", weight.name, item * weight.size / cut.devices))
         if weight.uses and not weight.name.startswith("mtp"):
             hidden = math.prod(sizes[axis] for axis in rules.mesh_axes("expert_hidden"))
@@ -51,12 +52,18 @@ def decode_terms(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], p
     return terms + experts_sent(cfg, rules, sizes, platform, "decode") + _sums(cfg, rules, sizes, platform)
 
 
-def bytes_held(weight: Weight, dtype: str) -> float:
+def bytes_held(model: ModelConfig, weight: Weight, dtype: str) -> float:
     """Bytes per number: "float32", "bfloat16", or "released" formats."""
     if dtype != "released":
-        return 4 if dtype == "float32" or weight.float32 else 2
+        return _loaded(model, dtype)[weight.name]
     matrix = weight.uses and not weight.float32 and not weight.name.startswith("head/")
     return RELEASED["experts" if weight.is_expert else "matrices" if matrix else "rest"]
+
+
+@functools.lru_cache(8)
+def _loaded(model: ModelConfig, dtype: str) -> dict[str, int]:
+    """Parameter -> bytes per number, as checkpoints are loaded."""
+    return {"/".join(slot.path): leaf_dtype(name, plain_dtype(dtype)).itemsize for name, slot in official_names(model).items()}
 
 
 class Kept(NamedTuple):

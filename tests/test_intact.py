@@ -22,7 +22,6 @@ from v4jax.data.config import DataConfig
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 MODEL = small_config(
     vocab_size=260, num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1, hidden_size=32, moe_intermediate_size=32
 )

@@ -126,11 +126,12 @@ def keep_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch) 
 
     def put(ring_LBRH, x_BSH):
         """A few rows, in place: what is written is a few rows and not the ring."""
-        (batch, rows, _), size = x_BSH.shape, ring_LBRH.shape[2]
-        row_1S = jnp.arange(rows, dtype=jnp.int32)[None]
+        size = ring_LBRH.shape[2]
+        row_1S = jnp.arange(x_BSH.shape[1], dtype=jnp.int32)[None]
         place_BS = jnp.where(row_1S < stretch.count_B[:, None], (stretch.start_B[:, None] + row_1S) % size, size)
-        first_B1 = jnp.arange(batch, dtype=jnp.int32)[:, None]
-        return ring_LBRH.at[layer, first_B1, place_BS].set(x_BSH, mode="drop")
+        # One sequence at a time for vmap: so XLA sees that a device that holds some sequences needs nothing of the others.
+        one = lambda ring_LRH, place_S, x_SH: ring_LRH.at[layer, place_S].set(x_SH, mode="drop")  # noqa: E731
+        return jax.vmap(one, in_axes=(1, 0, 0), out_axes=1)(ring_LBRH, place_BS, x_BSH)
 
     def keep(ring_LBRH, x_BSH):
         ring_BRH = jax.lax.dynamic_index_in_dim(ring_LBRH, layer, keepdims=False)

@@ -65,7 +65,7 @@ def loss_and_gradient(cfg, params, batch):
 
 def test_packed_documents_equal_documents_alone():
     """Logits, loss, loads and all gradients; documents shorter than a CSA window, unaligned, and longer than an HCA window."""
-    cfg = small_config(**PATTERNS["flash"])
+    cfg = small_config(compress_ratios=(0, 4, 128, 0), num_hidden_layers=3, num_hash_layers=1)
     weights = random_weights(cfg, 1)
     params = jax.tree.map(jnp.asarray, from_official(cfg, weights))
     lengths = [3, 137, 30, 6]
@@ -103,7 +103,7 @@ def test_packed_documents_equal_documents_alone():
 
 def test_chunks_and_gathered_entries_change_nothing(monkeypatch):
     """Queries in small chunks, and CSA by gathering instead of masking: same loss, same gradients, on two CSA layers."""
-    cfg = small_config(**PATTERNS["flash"])
+    cfg = small_config(compress_ratios=(4, 4, 0), num_hidden_layers=2, num_hash_layers=0)
     params = jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 2)))
     batch = {"tokens": jnp.asarray(tokens_of(cfg, (2, 140), 3))}
     runs = {}

@@ -132,7 +132,7 @@ def check_stored(kind: Kind, stored: Stored) -> None:
 
 
 def decode(kind: Kind, stored: Stored) -> np.ndarray:
-    """The numbers: float32 [O,I] of low precision, otherwise the tensor as it is.
+    """The numbers: float32 [O,I] of fp8, bfloat16 of MXFP4 (which it holds exactly), otherwise the tensor as it is.
 
     Raises:
       ValueError: NaN codes or scales that are no positive finite numbers.
@@ -163,12 +163,13 @@ def encode(kind: Kind, x: np.ndarray, scale: np.ndarray | None = None) -> Stored
     if kind.scale is None:
         return Stored(np.ascontiguousarray(x, DTYPES[kind.dtype]))
     code = mxfp4 if kind.dtype == "I8" else fp8
-    x = np.ascontiguousarray(x, np.float32)
+    x = np.ascontiguousarray(x, None if code is mxfp4 and x.dtype == mxfp4.BFLOAT16 else np.float32)
     if scale is not None and kind.scale != "F32" and (np.frexp(scale)[0] != 0.5).any():
         scale = None  # a float32 scale of a -Base release that ue8m0 cannot hold
     if scale is not None:
         data, _ = code.quantise(x, scale)
-        if not np.array_equal(code.dequantise(data, scale), x):
+        again, bits = code.dequantise(data, scale).astype(x.dtype, copy=False), f"u{x.itemsize}"
+        if not np.array_equal(again.view(bits), x.view(bits)):
             scale = None
     if scale is None:
         data, scale = code.quantise(x)

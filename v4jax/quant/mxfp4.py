@@ -8,20 +8,16 @@ Next file to read: v4jax/checkpoint/names.py.
 import ml_dtypes
 import numpy as np
 
-from v4jax.quant.scales import check_finite, power_of_two
+from v4jax.quant.scales import check_finite, power_of_two, to_ue8m0
 
 E2M1 = np.dtype(ml_dtypes.float4_e2m1fn)
 BLOCK = 32
 LARGEST = 6.0
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _BAND = 2**16
 """Numbers worked on at a time, so that what is between steps stays in the cache."""
 LEAST_AMAX = 6 * 2.0**-126
 """Official fp4_act_quant: a block has at least this magnitude, so its scale is a normal number."""
-
-_VALUE = np.arange(16, dtype=np.uint8).view(E2M1).astype(np.float32)  # 0 .5 1 1.5 2 3 4 6, then their negatives
-_PAIR = np.stack([np.tile(_VALUE, 16), np.repeat(_VALUE, 16)], axis=1).view(np.uint64)[:, 0]
-"""The two float32 of a byte, low nibble first, as 8 bytes: one look-up gives both."""
-
 
 def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
     """[O, Q] of a matrix [O, I].
@@ -54,6 +50,10 @@ def block_scale(x_OI: np.ndarray) -> np.ndarray:
 def quantise(x_OI: np.ndarray, scale_OQ: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(int8 [O, H], scale float32 [O, Q]): x / scale, saturated at 6, rounded to nearest even, packed.
 
+    Args:
+      x_OI: float32 or bfloat16.
+      scale_OQ: positive float32; None: `block_scale`.
+
     Raises:
       ValueError: x that is not finite; I that is not a multiple of 32.
     """
@@ -61,11 +61,16 @@ def quantise(x_OI: np.ndarray, scale_OQ: np.ndarray | None = None) -> tuple[np.n
     packed_OH, found_OQ = np.empty((rows, x_OI.shape[1] // 2), np.int8), np.empty((rows, blocks), np.float32)
     band = max(1, _BAND // max(1, x_OI.shape[1]))
     for some in (slice(row, row + band) for row in range(0, rows, band)):
-        x = x_OI[some]
-        check_finite(x)
-        found_OQ[some] = block_scale(x) if scale_OQ is None else scale_OQ[some]
-        packed_OH[some] = pack(codes((x.reshape(-1, blocks, BLOCK) / found_OQ[some, :, None]).reshape(x.shape)))
+        x, scale = x_OI[some], None if scale_OQ is None else scale_OQ[some]
+        found = _quantise_bits(x, scale) if x.dtype == BFLOAT16 and x.size else None
+        packed_OH[some], found_OQ[some] = found or _quantise_numbers(x.astype(np.float32, copy=False), scale)
     return packed_OH, found_OQ
+
+
+def _quantise_numbers(x: np.ndarray, scale: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    check_finite(x)
+    scale = block_scale(x) if scale is None else scale
+    return pack(codes((x.reshape(*scale.shape, BLOCK) / scale[..., None]).reshape(x.shape))), scale
 
 
 def codes(y: np.ndarray) -> np.ndarray:
@@ -79,17 +84,78 @@ def codes(y: np.ndarray) -> np.ndarray:
     return code + (magnitude > np.float32(5)).view(np.uint8)
 
 
+def _quantise_bits(x_OI: np.ndarray, scale_OQ: np.ndarray | None) -> tuple[np.ndarray, np.ndarray] | None:
+    """`quantise` of bfloat16 without leaving its 16 bits, five times as fast; None where some number needs the longer way: one that is
+    not finite, beyond 6 scales, or in a block so small that a bfloat16 of its size has fewer bits.
+
+    A bfloat16 is sign, exponent and 7 bits of mantissa, so x / 2^e is a subtraction from the exponent, and the code a look-up.
+    """
+    bits_OI = x_OI.view(np.uint16)
+    amax = bits_OI.reshape(-1) & np.uint16(0x7FFF)
+    for _ in range(5):  # of 32 numbers, neighbours first: each step runs over the whole band
+        amax = np.maximum(amax[0::2], amax[1::2])
+    amax_OQ = amax.reshape(scale_shape(x_OI.shape)).astype(np.int32)
+    if scale_OQ is None:  # the next power of two above amax / 6: 6 is 1.5 x 2^2, and 1.5 a mantissa of 64
+        exponent_OQ = np.maximum((amax_OQ + 63 >> 7) - 2, 1)
+    else:
+        exponent_OQ = (scale_OQ.view(np.uint32) >> np.uint32(23)).astype(np.int32)
+        if (scale_OQ.view(np.uint32) & np.uint32(0x7FFFFF)).any():
+            return None
+    unusual = (amax_OQ >= 0x7F80) | (exponent_OQ > 252) | ((amax_OQ > 0) & ((exponent_OQ < 3) | (amax_OQ - (exponent_OQ << 7) > _SIX)))
+    if unusual.any():
+        return None
+    taken_OQ = np.maximum(exponent_OQ, 3) << 7  # less, taken from the bits of 0, would be the bits of 0.5
+    relative = bits_OI.reshape(-1, BLOCK) - taken_OQ.astype(np.uint16).reshape(-1, 1)
+    pair = np.take(_CODE, relative, mode="wrap").view(np.uint16)
+    packed = (pair | pair >> np.uint16(4)).astype(np.uint8).reshape(len(x_OI), -1)
+    return packed.view(np.int8), (exponent_OQ.astype(np.uint32) << np.uint32(23)).view(np.float32)
+
+
+_SIX = 2 << 7 | 64
+"""Bits of 6 with the exponent of 1 taken as 0."""
+
+
+def _code_table() -> np.ndarray:
+    """Code of every bfloat16 whose exponent is relative to its scale's. Up to 6 scales, both signs of such bits have a half of the 2^16 each."""
+    index = np.arange(2**16)
+    positive = (index <= _SIX) | (index >= 2**15 + 2**9)
+    bits = np.where(positive, (index + 2**15) % 2**16 - 2**15, index - 2**15)
+    size = np.ldexp(1 + (bits & 127) / 128, bits >> 7).astype(np.float32)
+    return codes(np.where(positive, size, -size))
+
+
+_CODE = _code_table()
+
+
 def dequantise(packed_OH: np.ndarray, scale_OQ: np.ndarray) -> np.ndarray:
-    """float32 [O, I]: code times its block's scale, exact.
+    """bfloat16 [O, I]: code times its block's scale, exact.
+
+    Args:
+      scale_OQ: float32 powers of two.
 
     Raises:
-      ValueError: a product that float32 cannot hold.
+      ValueError: a product that bfloat16 cannot hold, or a scale that is no power of two.
     """
     rows, half = packed_OH.shape
-    x_OI = _PAIR[packed_OH.view(np.uint8)].view(np.float32)
-    blocks_OQ = x_OI.reshape(scale_shape((rows, 2 * half)) + (BLOCK,))
-    with np.errstate(over="ignore"):
-        blocks_OQ *= scale_OQ[..., None]
+    _, blocks = scale_shape((rows, 2 * half))
+    high_OQ1 = (to_ue8m0(scale_OQ).astype(np.uint16) << np.uint16(8))[..., None]
+    x_OH = np.empty((rows, half), np.uint32)
+    band = max(1, _BAND // max(1, 2 * half))
+    for some in (slice(row, row + band) for row in range(0, rows, band)):
+        byte = packed_OH[some].view(np.uint8).reshape(-1, blocks, BLOCK // 2)
+        np.take(_PAIR, (byte | high_OQ1[some]).reshape(-1, half), mode="wrap", out=x_OH[some])
+    x_OI = x_OH.view(BFLOAT16)
     if scale_OQ.size and scale_OQ.max() > np.finfo(np.float32).max / LARGEST:
         check_finite(x_OI)
     return x_OI
+
+
+def _pair_table() -> np.ndarray:
+    """The two bfloat16 of scale byte x 256 + packed byte, low nibble first, as one number of 4 bytes."""
+    value = np.arange(16, dtype=np.uint8).view(E2M1).astype(np.float64)  # 0 .5 1 1.5 2 3 4 6, then their negatives
+    pair = np.stack([np.tile(value, 16), np.repeat(value, 16)], axis=1)
+    with np.errstate(over="ignore"):  # found by `dequantise`
+        return (np.ldexp(1.0, np.arange(256) - 127)[:, None, None] * pair).astype(BFLOAT16).reshape(-1).view(np.uint32)
+
+
+_PAIR = _pair_table()

@@ -14,8 +14,8 @@ E2M1 = np.dtype(ml_dtypes.float4_e2m1fn)
 BLOCK = 32
 LARGEST = 6.0
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_BAND = 2**16
-"""Numbers worked on at a time, so that what is between steps stays in the cache."""
+_BAND = 2**18
+"""Numbers worked on at a time: few enough for the cache, and enough that two threads do not wait for each other's next step."""
 LEAST_AMAX = 6 * 2.0**-126
 """Official fp4_act_quant: a block has at least this magnitude, so its scale is a normal number."""
 

@@ -143,7 +143,8 @@ def _expand_fwd(y_BSD, x_BSXD, mix):
 def _expand_bwd(saved, ct_BSKD):
     y_BSD, x_BSXD, mix = saved
     ct = ct_BSKD.astype(jnp.float32)
-    ct_y = jnp.sum(mix.post[..., None] * ct, axis=2).astype(y_BSD.dtype)
+    # Not as a sum over an axis: XLA:CPU would keep post, repeated D times, from the forward pass for it.
+    ct_y = sum(mix.post[..., k, None] * ct[:, :, k] for k in range(ct.shape[2])).astype(y_BSD.dtype)
     ct_x = _combine(jnp.swapaxes(mix.comb, 2, 3), ct).astype(x_BSXD.dtype)
     ct_post = jnp.einsum("BSD,BSKD->BSK", y_BSD.astype(jnp.float32), ct, precision=precision_of(ct))
     ct_comb = jnp.einsum("BSJD,BSKD->BSJK", x_BSXD.astype(jnp.float32), ct, precision=precision_of(ct))

@@ -2,10 +2,10 @@
 
 TPU: lax.ragged_dot (a grouped GEMM) on all rows at once, with a kernel for its weight gradient (model/outer.py). NVIDIA GPUs: kernels
 for both (model/triton.py). CPU, other GPUs, and widths that those kernels cannot cut: one loop over blocks of rows that belong to one
-expert, as long as there are blocks in use; there XLA's ragged_dot does E times the work (30-50 times slower on CPU), and a block's
-intermediate values stay in cache. All run the same two formulas below, which take the products as arguments.
+expert, a few at a time, as long as there are blocks in use; there XLA's ragged_dot does E times the work (30-50 times slower on CPU), and a
+block's intermediate values stay in cache. All run the same two formulas below, which take the products as arguments.
 
-Shapes: P rows (of all blocks, or of one), D width, F expert hidden, E experts.
+Shapes: P rows (of all blocks, or of some), D width, F expert hidden, E experts, N blocks at a time, b rows of a block.
 Next file to read: sharding/experts.py.
 """
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sharding.experts import Groups
+from sharding.experts import AT_ONCE, Groups
 from sharding.manual import vary_like
 from v4jax.model import triton
 from v4jax.model.dense import precision_of
@@ -175,7 +175,7 @@ def _grouped(dot, groups: Groups):
     return lambda x_PA, w_EAZ: dot(x_PA, w_EAZ.astype(x_PA.dtype), groups)
 
 
-# ---- CPU, other GPUs: block after block --------------------------------------------------------------------------------
+# ---- CPU, other GPUs: some blocks at a time ----------------------------------------------------------------------------
 
 
 def _rows(x, n, size):
@@ -186,40 +186,63 @@ def _store(total, part, n, size):
     return lax.dynamic_update_slice_in_dim(total, part, n * size, axis=0)
 
 
-def _one(w: ExpertWeights, expert, dtype) -> ExpertWeights:
-    take = lambda m, axis=0: lax.dynamic_index_in_dim(m, expert, axis, keepdims=False).astype(dtype)  # noqa: E731
-    return ExpertWeights(take(w.w1), None, lax.optimization_barrier(take(w.w2, 1))) if w.w3 is None else jax.tree.map(take, w)
+def _joined_one(w: ExpertWeights, expert, dtype) -> ExpertWeights:
+    take = lambda m, axis: lax.dynamic_index_in_dim(m, expert, axis, keepdims=False).astype(dtype)  # noqa: E731
+    return ExpertWeights(take(w.w1, 0), None, lax.optimization_barrier(take(w.w2, 1)))
+
+
+def _several(w: ExpertWeights, expert_N, dtype) -> ExpertWeights:
+    """The matrices of N blocks' experts, one behind the other."""
+    take = lambda m, n: lax.dynamic_index_in_dim(m, expert_N[n], keepdims=False)  # noqa: E731
+    return jax.tree.map(lambda m: jnp.stack([take(m, n) for n in range(AT_ONCE)]).astype(dtype), w)
+
+
+def _in_blocks(x_PA):
+    return x_PA.reshape(AT_ONCE, -1, x_PA.shape[-1])
+
+
+def _batched(x_PA, w_NAZ):
+    y_NbZ = _matmul(_in_blocks(x_PA), w_NAZ)
+    return y_NbZ.reshape(-1, y_NbZ.shape[-1])
 
 
 def _blocked_forward(form, w, x_PD, gate_P, groups):
-    size = x_PD.shape[0] // groups.block_expert.shape[0]
+    """A few rows (w joined, decoding) run block by block: few blocks are in use."""
+    count = 1 if w.w3 is None else AT_ONCE
+    size = x_PD.shape[0] // groups.block_expert.shape[0] * count
 
-    def one_block(n, totals):
-        own = _one(w, groups.block_expert[n], x_PD.dtype)
-        parts = _ffn(form, _matmul, own, _rows(x_PD, n, size), _rows(gate_P, n, size))
+    def some_blocks(n, totals):
+        if w.w3 is None:
+            dot, own = _matmul, _joined_one(w, groups.block_expert[n], x_PD.dtype)
+        else:
+            dot, own = _batched, _several(w, _rows(groups.block_expert, n, count), x_PD.dtype)
+        parts = _ffn(form, dot, own, _rows(x_PD, n, size), _rows(gate_P, n, size))
         return tuple(_store(total, part, n, size) for total, part in zip(totals, parts, strict=True))
 
     widths = (x_PD.shape[1], _hidden(w), _hidden(w))
     zeros = tuple(vary_like(jnp.zeros((x_PD.shape[0], width), x_PD.dtype), x_PD) for width in widths)
-    return lax.fori_loop(0, groups.blocks_in_use, one_block, zeros)
+    return lax.fori_loop(0, -(-groups.blocks_in_use // count), some_blocks, zeros)
 
 
 def _blocked_backward(form, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
-    size = x_PD.shape[0] // groups.block_expert.shape[0]
+    size = x_PD.shape[0] // groups.block_expert.shape[0] * AT_ONCE
 
-    def one_block(n, totals):
+    def some_blocks(n, totals):
         ct_w, ct_x, ct_gate = totals
-        expert = groups.block_expert[n]
+        expert_N = _rows(groups.block_expert, n, AT_ONCE)
         rows = [_rows(a, n, size) for a in (x_PD, gate_P, h1_PF, h3_PF, ct_PD)]
-        outer = lambda x, ct: _matmul(x.T, ct)  # noqa: E731
-        part_w, part_x, part_gate = _ffn_backward(form, _matmul, outer, _one(w, expert, x_PD.dtype), *rows)
-        ct_w = ExpertWeights(*(_add_at(total, part, expert) for total, part in zip(ct_w, part_w, strict=True)))
+        outer = lambda x, ct: _matmul(jnp.swapaxes(_in_blocks(x), 1, 2), _in_blocks(ct))  # noqa: E731
+        part_w, part_x, part_gate = _ffn_backward(form, _batched, outer, _several(w, expert_N, x_PD.dtype), *rows)
+        ct_w = ExpertWeights(*(_add_each(total, part, expert_N) for total, part in zip(ct_w, part_w, strict=True)))
         return ct_w, _store(ct_x, part_x, n, size), _store(ct_gate, part_gate, n, size)
 
     zeros = jax.tree.map(lambda a: vary_like(jnp.zeros(a.shape, a.dtype), x_PD), (w, x_PD, gate_P))
-    return lax.fori_loop(0, groups.blocks_in_use, one_block, zeros)
+    return lax.fori_loop(0, -(-groups.blocks_in_use // AT_ONCE), some_blocks, zeros)
 
 
-def _add_at(total, part, expert):
-    now = lax.dynamic_index_in_dim(total, expert, keepdims=False) + part.astype(total.dtype)
-    return lax.dynamic_update_index_in_dim(total, now, expert, axis=0)
+def _add_each(total, part_NAZ, expert_N):
+    """Adds each part to its expert; one after the other, since several may be of one expert."""
+    for n in range(AT_ONCE):
+        now = lax.dynamic_index_in_dim(total, expert_N[n], keepdims=False) + part_NAZ[n].astype(total.dtype)
+        total = lax.dynamic_update_index_in_dim(total, now, expert_N[n], axis=0)
+    return total

@@ -30,7 +30,7 @@ from v4jax.model.indexer import Indexer, IndexInputs, IndexLoss, best_slots, ind
 from v4jax.model.norm import RMSNorm, rms_norm
 from v4jax.model.packed import as_kept
 from v4jax.model.rotary import rotate
-from v4jax.model.state import Kept, LayerCache, Slots, all_rows, chosen_rows, keep_rows, rows_before, slots_spec
+from v4jax.model.state import Kept, LayerCache, Slots, all_rows, chosen_rows, keep_rows, slots_spec
 from v4jax.model.weights import Csa, Weights
 from v4jax.quant.fake import fp8_keys
 
@@ -62,9 +62,9 @@ class Queries(NamedTuple):
 
 
 class Past(NamedTuple):
-    """Of a row that is continued: the W rows before it, and its first position."""
+    """Of a row that is continued: the W rows before it and its own, V = W + S, and its first position."""
 
-    before_BWH: jax.Array
+    rows_BVH: jax.Array
     start_B: jax.Array
 
 
@@ -107,7 +107,7 @@ def attend(
       q_BSNH, kv_BSH, entry_BCH: normalised and rotated. sink_N: float32 logit per head, in the denominator only.
       entries: what entry_BCH stands for, or None in layers of ratio 0 and in rows shorter than a window.
       index: given when only index_topk of the entries may be attended to, or the indexer is taught.
-      past: given when rows continue others; entry_BCH is then all that is kept, and may be Slots.
+      past: given when rows continue others, and then in the place of kv_BSH; entry_BCH is then all that is kept, and may be Slots.
     """
     far = None if entries is None else _Far(entry_BCH, entries.last_BC, entries.segment_BC)
     arguments = (q_BSNH, kv_BSH, sink_N, documents.segment_BS, far, index, past)
@@ -159,7 +159,7 @@ def _attend(cfg: ModelConfig, csa: Csa, split: _Split, q_BSNH, kv_BSH, sink_N, s
         kv_BSH = with_rows_before(kv_BSH, window, split.seq)
     else:
         block, first_B = min(window, seq), past.start_B
-        kv_BSH = jnp.concatenate((past.before_BWH.astype(kv_BSH.dtype), kv_BSH), axis=1)
+        kv_BSH = vary_like(past.rows_BVH, q_BSNH)
     segment_BV = None if segment_BS is None else with_rows_before(segment_BS, window, split.seq)
     blocks, chunks = _chunks(cfg, csa, split, q_BSNH.shape, block, far, index)
     queries = _cut(q_BSNH, kv_BSH, first_B, segment_BS, segment_BV, index, block, blocks, chunks)
@@ -374,8 +374,8 @@ class Attention(Weights):
 def _continue(cfg: ModelConfig, kv_BSH: jax.Array, kept: Kept) -> tuple[Past, jax.Array]:
     """(the rows before this chunk, the ring of window rows with this chunk in it)."""
     ring, start_B = kept.cache.window, kept.stretch.start_B
-    before_BWH = rows_before(ring, kept.layer, start_B, cfg.sliding_window, kv_BSH.dtype)
-    return Past(before_BWH, start_B), keep_rows(ring, kept.layer, kv_BSH, kept.stretch)
+    ring, with_rows_before = keep_rows(ring, kept.layer, kv_BSH, kept.stretch)
+    return Past(with_rows_before(cfg.sliding_window), start_B), ring
 
 
 def _narrow(o_BSNH: jax.Array, wo_a: jax.Array, groups: int) -> jax.Array:

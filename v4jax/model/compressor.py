@@ -20,7 +20,7 @@ from v4jax.model.dense import dense
 from v4jax.model.documents import Entries
 from v4jax.model.norm import RMSNorm
 from v4jax.model.rotary import rotate
-from v4jax.model.state import Kept, Slots, fill_slots, keep_rows, rows_before, tail_rows
+from v4jax.model.state import Kept, Slots, fill_slots, keep_rows, tail_rows
 from v4jax.model.weights import Weights
 from v4jax.quant.fake import fp8_keys, mxfp4_rotated
 
@@ -119,11 +119,10 @@ class Compressor(Weights):
 def _continue(rules: AxisRules, kept: Kept, c_BSH: jax.Array, z_BSH: jax.Array, ape_MH: jax.Array, entries: Entries, ratio: int):
     """(entries of windows that close in this chunk, before their norm; the rings with these rows in them)."""
     ring, rows, (start_B, count_B) = kept.cache, (c_BSH, z_BSH), kept.stretch
+    (c, longer_c), (z, longer_z) = (keep_rows(x, kept.layer, new, kept.stretch) for x, new in zip((ring.c, ring.z), rows, strict=True))
 
     def pooled():
-        before = [rows_before(x, kept.layer, start_B, tail_rows(ratio), x.dtype) for x in (ring.c, ring.z)]
-        longer = [jnp.concatenate(pair, axis=1) for pair in zip(before, rows, strict=True)]
-        return pool(rules, *longer, ape_MH, entries, ratio, True)
+        return pool(rules, longer_c(tail_rows(ratio)), longer_z(tail_rows(ratio)), ape_MH, entries, ratio, True)
 
     if rules or c_BSH.shape[1] >= ratio:
         entry_BCH = pooled()
@@ -132,7 +131,6 @@ def _continue(rules: AxisRules, kept: Kept, c_BSH: jax.Array, z_BSH: jax.Array, 
         nothing = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pooled))
         # A GPU would wait for its host to learn which way to go.
         entry_BCH = jax.lax.platform_dependent(cpu=lambda: jax.lax.cond(closes, pooled, nothing), default=pooled)
-    c, z = (keep_rows(x, kept.layer, new, kept.stretch) for x, new in zip((ring.c, ring.z), rows, strict=True))
     return entry_BCH, kept.part(ring._replace(c=c, z=z))
 
 

@@ -15,6 +15,7 @@ Next file to read: v4jax/model/compressor.py.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 from v4jax.model.packed import Rows, empty_index_keys, empty_keys, pack, unpack
 
 SPARE_ROWS = 8
-"""How many tokens may be taken back: rings are longer by so many rows."""
+"""How many tokens may be taken back, or come at once without covering what the first of them sees: rings are longer by so many rows."""
 
 
 class Stretch(NamedTuple):
@@ -110,7 +111,7 @@ def empty_layer(
     return LayerCache(window, entry, compressed(cfg.index_head_dim, empty_index_keys(cfg, lead, dtype, storage)))
 
 
-def rows_before(ring: Rows, layer: jax.Array, start_B: jax.Array, rows: int, dtype: jnp.dtype) -> jax.Array:
+def _rows_before(ring: Rows, layer: jax.Array, start_B: jax.Array, rows: int, dtype: jnp.dtype) -> jax.Array:
     """[B,rows,H], the rows before position `start_B`, oldest first; anything where positions are negative."""
 
     def take(ring_LBRH):
@@ -121,17 +122,19 @@ def rows_before(ring: Rows, layer: jax.Array, start_B: jax.Array, rows: int, dty
     return unpack(jax.tree.map(take, ring), dtype)
 
 
-def keep_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch) -> Rows:
-    """The ring with the real rows of a chunk in it: every place takes the newest row that belongs there."""
+def keep_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch) -> tuple[Rows, Callable[[int], jax.Array]]:
+    """(the ring with the real rows of a chunk in it, a function: n -> [B,n+S,H], the n rows before the chunk and its own).
+
+    Every place of the ring takes the newest row that belongs there. A few rows fall on the spare ones, so that the rows before stay
+    where they are: all are read from the new ring, which costs neither a copy of the old one nor one to put them together.
+    """
 
     def put(ring_LBRH, x_BSH):
         """A few rows, in place: what is written is a few rows and not the ring."""
         size = ring_LBRH.shape[2]
         row_1S = jnp.arange(x_BSH.shape[1], dtype=jnp.int32)[None]
         place_BS = jnp.where(row_1S < stretch.count_B[:, None], (stretch.start_B[:, None] + row_1S) % size, size)
-        # One sequence at a time for vmap: so XLA sees that a device that holds some sequences needs nothing of the others.
-        one = lambda ring_LRH, place_S, x_SH: ring_LRH.at[layer, place_S].set(x_SH, mode="drop")  # noqa: E731
-        return jax.vmap(one, in_axes=(1, 0, 0), out_axes=1)(ring_LBRH, place_BS, x_BSH)
+        return _write(ring_LBRH, layer, place_BS, x_BSH)
 
     def keep(ring_LBRH, x_BSH):
         ring_BRH = jax.lax.dynamic_index_in_dim(ring_LBRH, layer, keepdims=False)
@@ -142,26 +145,39 @@ def keep_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch) 
         ring_BRH = jnp.where((row_BR >= 0)[..., None], new_BRH, ring_BRH)
         return jax.lax.dynamic_update_index_in_dim(ring_LBRH, ring_BRH, layer, 0)
 
-    return jax.tree.map(put if x_BSH.shape[1] <= SPARE_ROWS else keep, ring, pack(ring, x_BSH))
+    size, few = x_BSH.shape[1], x_BSH.shape[1] <= SPARE_ROWS
+    new = jax.tree.map(put if few else keep, ring, pack(ring, x_BSH))
+
+    def with_rows_before(rows: int) -> jax.Array:
+        if few:
+            return _rows_before(new, layer, stretch.start_B + size, rows + size, x_BSH.dtype)
+        return jnp.concatenate((_rows_before(ring, layer, stretch.start_B, rows, x_BSH.dtype), x_BSH), axis=1)
+
+    return new, with_rows_before
+
+
+def _write(stack_LBRH: jax.Array, layer: jax.Array, place_BS: jax.Array, x_BSH: jax.Array) -> jax.Array:
+    """stack[layer, b, place[b, s]] = x[b, s], in place; places past the end are dropped.
+
+    Sequences are a batch of the scatter, so XLA sees that a device that holds some needs nothing of the others. vmap would say so too,
+    but turn the whole stack around to put them first, and back.
+    """
+    index_BS2 = jnp.stack((jnp.broadcast_to(layer, place_BS.shape).astype(place_BS.dtype), place_BS), axis=-1)
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(2,), inserted_window_dims=(0, 2), scatter_dims_to_operand_dims=(0, 2), operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(0,),
+    )  # fmt: skip
+    return jax.lax.scatter(stack_LBRH, index_BS2, x_BSH, numbers, unique_indices=True, mode="drop")
 
 
 def fill_slots(rules: AxisRules, slots: Rows, layer: jax.Array, x_BSH: jax.Array, first_B: jax.Array) -> Rows:
     """Slots from `first_B` on hold x; rows that would fall off an end are dropped."""
 
-    def one(layer, slots_LCH, x_SH, first):
-        # A slice that would stick out is moved inside: move the rows in it the other way by as much.
-        rows, width = min(x_SH.shape[0], slots_LCH.shape[1]), slots_LCH.shape[2]
-        place = jnp.clip(first, 0, slots_LCH.shape[1] - rows)
-        old_SH = jax.lax.dynamic_slice(slots_LCH, (layer, place, 0), (1, rows, width))[0]
-        source_S = jnp.arange(rows) - (first - place)
-        real_S1 = ((source_S >= 0) & (source_S < x_SH.shape[0]))[:, None]
-        x_SH = jnp.where(real_S1, x_SH[jnp.clip(source_S, 0, x_SH.shape[0] - 1)], old_SH)
-        return jax.lax.dynamic_update_slice(slots_LCH, x_SH[None], (layer, place, 0))
-
     def fill(slots, layer, x, first_B, axis=None):
-        first_B = first_B - first_row(axis, slot_count(slots))
-        each = jax.vmap(one, in_axes=(None, 1, 0, 0), out_axes=1)
-        return jax.tree.map(lambda slots_LBCH, x_BSH: each(layer, slots_LBCH, x_BSH, first_B), slots, x)
+        count = slot_count(slots)
+        place_BS = (first_B - first_row(axis, count))[:, None] + jnp.arange(x_BSH.shape[1])[None]
+        place_BS = jnp.where(place_BS >= 0, place_BS, count)  # a negative one would count from the end
+        return jax.tree.map(lambda slots_LBCH, x_BSH: _write(slots_LBCH, layer, place_BS, x_BSH), slots, x)
 
     x = pack(slots, x_BSH)
     if not rules.mesh_axes("cache_slots"):

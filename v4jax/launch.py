@@ -148,8 +148,9 @@ def _wait(jobs: list[_Process], forwarded: _Forwarded) -> int:
         if bad and failed is None:
             failed = min(bad, key=lambda job: (job.code > 128, job.index))  # of two at once, one that says why
             asked = time.monotonic()
-            for job in jobs:
-                job.send(signal.SIGTERM)
+            if forwarded.number is None:  # else they have been asked, and a second signal would break into what they do about the first
+                for job in jobs:
+                    job.send(signal.SIGTERM)
         grace = SAVING_SECONDS if forwarded.number == signal.SIGTERM else GRACE_SECONDS
         ends = [start + seconds for start, seconds in ((asked, GRACE_SECONDS), (forwarded.when, grace)) if start]
         if ends and time.monotonic() > min(ends):

@@ -42,6 +42,7 @@ def newton_schulz(g: jax.Array) -> jax.Array:
     x = x / jnp.maximum(norm, jnp.finfo(x.dtype).tiny)
 
     def iterate(x, abc):
+        # In the platform's own precision (bfloat16 on TPUs, TF32 on GPUs), unlike the model's products: Muon bears bfloat16 here.
         gram = x @ jnp.swapaxes(x, -1, -2)
         return abc[0] * x + (abc[1] * gram + abc[2] * gram @ gram) @ x, None
 

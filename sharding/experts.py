@@ -4,7 +4,7 @@ Rows are laid out in blocks of `block` rows that belong to one expert each; an e
 of weight 0. So a grouped matmul works on whole blocks, no token is ever dropped, and nothing depends on the imbalance.
 
 Example, 2 experts, block 2, five assignments e = [1, 0, 1, 1, 0]: rows are [#1, #4 | #0, #2 | #3, filler],
-group_sizes [2, 4], block_expert [0, 1, 1] and one more block that is not in use.
+group_sizes [2, 4], block_expert [0, 1, 1, 1, 1, 1, 1, 1], of which 3 blocks are in use.
 
 On a mesh there are two ways from tokens to experts, and the layout says which (`rules.exchange`). Gather: tokens are gathered
 over the mesh axes that hold experts, every device runs its own experts on all of them, and the sums are scattered back; it

@@ -133,7 +133,7 @@ def keep_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch) 
         """A few rows, in place: what is written is a few rows and not the ring."""
         size = ring_LBRH.shape[2]
         row_1S = jnp.arange(x_BSH.shape[1], dtype=jnp.int32)[None]
-        place_BS = jnp.where(row_1S < stretch.count_B[:, None], (stretch.start_B[:, None] + row_1S) % size, size)
+        place_BS = jnp.where(row_1S < stretch.count_B[:, None], (stretch.start_B[:, None] + row_1S) % size, size + row_1S)
         return _write(ring_LBRH, layer, place_BS, x_BSH)
 
     def keep(ring_LBRH, x_BSH):
@@ -157,7 +157,7 @@ def keep_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch) 
 
 
 def _write(stack_LBRH: jax.Array, layer: jax.Array, place_BS: jax.Array, x_BSH: jax.Array) -> jax.Array:
-    """stack[layer, b, place[b, s]] = x[b, s], in place; places past the end are dropped.
+    """stack[layer, b, place[b, s]] = x[b, s], in place; places past the end are dropped. No two of a row are the same.
 
     Sequences are a batch of the scatter, so XLA sees that a device that holds some needs nothing of the others. vmap would say so too,
     but turn the whole stack around to put them first, and back.
@@ -176,7 +176,7 @@ def fill_slots(rules: AxisRules, slots: Rows, layer: jax.Array, x_BSH: jax.Array
     def fill(slots, layer, x, first_B, axis=None):
         count = slot_count(slots)
         place_BS = (first_B - first_row(axis, count))[:, None] + jnp.arange(x_BSH.shape[1])[None]
-        place_BS = jnp.where(place_BS >= 0, place_BS, count)  # a negative one would count from the end
+        place_BS = jnp.where(place_BS >= 0, place_BS, place_BS + 2**30)  # past the end, not counted from it
         return jax.tree.map(lambda slots_LBCH, x_BSH: _write(slots_LBCH, layer, place_BS, x_BSH), slots, x)
 
     x = pack(slots, x_BSH)

@@ -15,7 +15,8 @@ import re
 import tempfile
 
 PARTS = {
-    "shared expert": "shared_experts", "routed experts": "ffn/experts", "router": "ffn/", "mHC": "hc_(attn|ffn|head)|HyperHead", "indexer": "indexer",
+    "shared expert": "shared_experts", "routed experts": "ffn/experts",
+    "mHC": r"hc_(attn|ffn|head)|HyperHead|block_\d+/(attention|experts)/(?!attn|ffn)", "router": "ffn/", "indexer": "indexer",
     "compressor": "compressor", "attention": "/attn", "norms": "norm", "embedding": "embed", "head, loss": r"head|logit|loss|choose_token|jvp\(\)",
 }  # fmt: skip
 """Part -> what the first of them to match finds in an operation's op_name."""

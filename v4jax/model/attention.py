@@ -372,10 +372,9 @@ class Attention(Weights):
 
 
 def _continue(cfg: ModelConfig, kv_BSH: jax.Array, kept: Kept) -> tuple[Past, jax.Array]:
-    """(the rows before this chunk, the ring of window rows with this chunk in it)."""
-    ring, start_B = kept.cache.window, kept.stretch.start_B
-    ring, with_rows_before = keep_rows(ring, kept.layer, kv_BSH, kept.stretch)
-    return Past(with_rows_before(cfg.sliding_window), start_B), ring
+    """(this chunk's rows and those before it, the ring of window rows with this chunk in it)."""
+    ring, longer = keep_rows(kept.cache.window, kept.layer, kv_BSH, kept.stretch)
+    return Past(longer(cfg.sliding_window), kept.stretch.start_B), ring
 
 
 def _narrow(o_BSNH: jax.Array, wo_a: jax.Array, groups: int) -> jax.Array:

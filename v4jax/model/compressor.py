@@ -118,8 +118,9 @@ class Compressor(Weights):
 
 def _continue(rules: AxisRules, kept: Kept, c_BSH: jax.Array, z_BSH: jax.Array, ape_MH: jax.Array, entries: Entries, ratio: int):
     """(entries of windows that close in this chunk, before their norm; the rings with these rows in them)."""
-    ring, rows, (start_B, count_B) = kept.cache, (c_BSH, z_BSH), kept.stretch
-    (c, longer_c), (z, longer_z) = (keep_rows(x, kept.layer, new, kept.stretch) for x, new in zip((ring.c, ring.z), rows, strict=True))
+    ring, (start_B, count_B) = kept.cache, kept.stretch
+    c, longer_c = keep_rows(ring.c, kept.layer, c_BSH, kept.stretch)
+    z, longer_z = keep_rows(ring.z, kept.layer, z_BSH, kept.stretch)
 
     def pooled():
         return pool(rules, longer_c(tail_rows(ratio)), longer_z(tail_rows(ratio)), ape_MH, entries, ratio, True)

@@ -148,12 +148,12 @@ def keep_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch) 
     size, few = x_BSH.shape[1], x_BSH.shape[1] <= SPARE_ROWS
     new = jax.tree.map(put if few else keep, ring, pack(ring, x_BSH))
 
-    def with_rows_before(rows: int) -> jax.Array:
+    def longer(rows: int) -> jax.Array:
         if few:
             return _rows_before(new, layer, stretch.start_B + size, rows + size, x_BSH.dtype)
         return jnp.concatenate((_rows_before(ring, layer, stretch.start_B, rows, x_BSH.dtype), x_BSH), axis=1)
 
-    return new, with_rows_before
+    return new, longer
 
 
 def _write(stack_LBRH: jax.Array, layer: jax.Array, place_BS: jax.Array, x_BSH: jax.Array) -> jax.Array:

@@ -49,7 +49,7 @@ PAUSE = 15
 CHILD = """
 import json, resource, sys, time
 from sharding.mesh import keep_freed_memory
-keep_freed_memory()  # as the command does
+keep_freed_memory(one_heap=True)  # as the command does
 from v4jax.convert import convert
 from v4jax.checkpoint.names import official_shapes
 from v4jax.config import ModelConfig

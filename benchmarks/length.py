@@ -15,11 +15,13 @@ import sys
 import time
 
 
-def measure(length: int) -> dict:
+def program(length: int):
+    """(the jitted forward pass, parameters, tokens [1,length])."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
+    from sharding.mesh import simulate_devices
     from v4jax.config import ModelConfig
     from v4jax.model.transformer import apply, init_params
 
@@ -29,9 +31,16 @@ def measure(length: int) -> dict:
         routed_scaling_factor=1.5, compress_ratios=(0, 4, 128, 4), num_hash_layers=1, num_nextn_predict_layers=0,
         sliding_window=128, index_n_heads=4, index_head_dim=32, index_topk=128, compress_rope_theta=160000.0,
     )  # fmt: skip
+    simulate_devices(1)  # as the command line does: keeps freed memory
     params = init_params(cfg, jax.random.key(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (1, length)))
-    run = jax.jit(lambda p, t: apply(cfg, p, t).x_BSD)
+    return jax.jit(lambda p, t: apply(cfg, p, t).x_BSD), params, tokens
+
+
+def measure(length: int) -> dict:
+    import jax
+
+    run, params, tokens = program(length)
     jax.block_until_ready(run(params, tokens))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = []

@@ -2,6 +2,7 @@
 
     python benchmarks/where.py train [--top 30]          the step of train_step.py
     python benchmarks/where.py decode [--batch 8]        a step of decode.py
+    python benchmarks/where.py length [--rows 4096]      the forward pass of length.py
 
 Times are those of the threads that ran an operation, its inner operations taken off: two threads may work at once, and the threads that a
 product shares its work with are not counted. So the sum is neither wall time nor processor time; what is large in it is worth a look.
@@ -104,17 +105,27 @@ def decode(arguments) -> None:
     print_trace(lambda: np.asarray(compiled(params, state, active_B, seed_B)[1].token_PBN), compiled.as_text(), STEPS, arguments.top)
 
 
+def length(arguments) -> None:
+    from length import program
+
+    run, params, tokens = program(arguments.rows)
+    compiled = run.lower(params, tokens).compile()
+    compiled(params, tokens).block_until_ready()
+    print_trace(lambda: compiled(params, tokens).block_until_ready(), compiled.as_text(), 1, arguments.top)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("train", "decode"))
+    parser.add_argument("what", choices=("train", "decode", "length"))
     parser.add_argument("--batch", type=int, default=8, help="rows that are decoded")
+    parser.add_argument("--rows", type=int, default=4096, help="tokens of length.py's row")
     parser.add_argument("--top", type=int, default=20, help="operations that are printed one by one")
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from sharding.mesh import simulate_devices
 
     simulate_devices(1)
-    {"train": train, "decode": decode}[arguments.what](arguments)
+    {"train": train, "decode": decode, "length": length}[arguments.what](arguments)
 
 
 if __name__ == "__main__":

@@ -44,23 +44,27 @@ def simulate_devices(count: int) -> None:
     """
     if not any(importlib.util.find_spec(name) for name in ("libtpu", "jax_plugins")):
         keep_freed_memory()
+        # On one device: its temporary memory then comes from the thread that calls it, whose heap is the one that may be of any size.
+        jax.config.update("jax_cpu_enable_async_dispatch", count > 1)
     fixed = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if count > 1 and not fixed:
         with contextlib.suppress(RuntimeError):  # JAX has started already: make_mesh will say whether there are enough
             jax.config.update("jax_num_cpu_devices", count)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(one_heap: bool = False) -> None:
     """Tells glibc to keep what is freed. XLA:CPU asks for its temporary memory anew at every step, and having the kernel clear 1 GB
     of new pages each time took a quarter of a step of benchmarks/train_step.py. Conversions allocate as much.
 
-    Works only before JAX starts its threads: they would have taken heaps of their own.
+    one_heap: for all threads, which would else take heaps of their own, of up to 64 MB a block. Not for XLA, which asks for thousands of
+    blocks a step: they would be looked for among all that compiling has left in pieces (a fifth of a step). Before threads start.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         arena_max, mmap_max, trim_threshold, top_pad = -8, -4, -1, -2  # names of mallopt(3), numbers of malloc.h
         for option, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)):
-            libc.mallopt(option, value)
+            if option != arena_max or one_heap:
+                libc.mallopt(option, value)
 
 
 def make_mesh(sizes: dict[str, int]) -> Mesh:

@@ -125,3 +125,20 @@ def test_the_smaller_index_wins_a_tie():
     score = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 5, 40)).astype(np.float32))
     chosen = jax.nn.one_hot(jax.lax.top_k(score, 7)[1], 40, dtype=bool).any(-2)
     np.testing.assert_array_equal(top_k_mask(score, 7), chosen)
+
+
+@pytest.mark.parametrize(("slots", "k", "kinds"), [(7, 7, 9), (33, 5, 3), (100, 1, 9), (500, 3, 2), (1000, 128, 20), (4100, 16, 300)])
+def test_the_best_of_groups_are_those_of_top_k(slots, k, kinds):
+    """Ties and rows with fewer visible slots than k included; slots that are no multiple of a group or a word; gradients too."""
+    from v4jax.model.indexer import best_of
+
+    rng = np.random.default_rng(slots)
+    score = rng.integers(0, kinds, (2, 9, slots)).astype(np.float32)
+    score[:, :, rng.permutation(slots)[: slots // 3]] = -np.inf
+    score[1, 4, 1:] = -np.inf
+    best, slot = jax.jit(lambda s: best_of(s, k))(score)
+    np.testing.assert_array_equal(np.sort(slot, -1), np.sort(jax.lax.top_k(score, k)[1], -1))
+    np.testing.assert_array_equal(best, np.take_along_axis(score, np.asarray(slot), -1))
+    finite = jnp.asarray(rng.normal(size=(1, 9, slots)).astype(np.float32))
+    total = lambda top: jax.grad(lambda s: jnp.sum(jnp.sin(top(s)[0])))(finite)  # noqa: E731
+    np.testing.assert_array_equal(total(lambda s: best_of(s, k)), total(lambda s: jax.lax.top_k(s, k)))

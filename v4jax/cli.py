@@ -163,7 +163,7 @@ def _convert(arguments, _):
     from sharding.mesh import keep_freed_memory
     from v4jax.convert import compare, convert
 
-    keep_freed_memory()
+    keep_freed_memory(one_heap=True)
     result = {}
     if not arguments.verify or not pathlib.Path(arguments.target).exists():
         result = convert(

@@ -26,7 +26,7 @@ from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 from v4jax.model.compressor import Compressor
 from v4jax.model.dense import dense, precision_of
 from v4jax.model.documents import Documents, Entries, whole_windows
-from v4jax.model.indexer import Indexer, IndexInputs, IndexLoss, best_slots, index_loss, index_scores, may_search, top_k_mask
+from v4jax.model.indexer import FEW_QUERIES, Indexer, IndexInputs, IndexLoss, best_of, best_slots, index_loss, index_scores, may_search, top_k_mask
 from v4jax.model.norm import RMSNorm, rms_norm
 from v4jax.model.packed import as_kept
 from v4jax.model.rotary import rotate
@@ -34,11 +34,8 @@ from v4jax.model.state import Kept, LayerCache, Slots, all_rows, chosen_rows, ke
 from v4jax.model.weights import Csa, Weights
 from v4jax.quant.fake import fp8_keys
 
-CHUNK_BYTES = 2**26
+CHUNK_BYTES = 2**24
 """Float32 scores one chunk of queries may hold on one device."""
-
-SHORT = 8
-"""Chunks of fewer queries than this are decoding."""
 
 GATHER_FROM = 8
 """Gather chosen entries once there are this many times index_topk of them (measured crossover 6-10: benchmarks/length.py)."""
@@ -181,17 +178,17 @@ def _attend(cfg: ModelConfig, csa: Csa, split: _Split, q_BSNH, kv_BSH, sink_N, s
 
 def _gathers(cfg: ModelConfig, csa: Csa, slots: int, rows: int) -> bool:
     """Whether CSA gathers what it chose; for few queries (decoding) as soon as there is a choice."""
-    return not csa.dense and slots >= (GATHER_FROM if rows >= SHORT else 1) * cfg.index_topk
+    return not csa.dense and slots >= (GATHER_FROM if rows >= FEW_QUERIES else 1) * cfg.index_topk
 
 
 def _chunks(cfg: ModelConfig, csa: Csa, split: _Split, q_shape, block: int, far: _Far | None, index: IndexInputs | None) -> tuple[int, int]:
     """(blocks of queries in a chunk, chunks), so that a chunk's scores stay within CHUNK_BYTES."""
     batch, seq, heads, dim = q_shape
-    slots = chosen = 0 if far is None else far.last_BC.shape[1]
+    slots = columns = 0 if far is None else far.last_BC.shape[1]
     if index is not None and (split.slots or _gathers(cfg, csa, slots, seq)):
         # Gathered rows are H wide and belong to one query: they weigh more than their scores.
-        chosen = cfg.index_topk * (1 + dim // heads)
-    per_query = heads * (2 * cfg.sliding_window + chosen)
+        columns = cfg.index_topk * (1 + dim // heads)
+    per_query = heads * (2 * cfg.sliding_window + columns)
     if index is not None:
         per_query = max(per_query, index.q_BTIJ.shape[2] * slots)
     blocks = max(1, CHUNK_BYTES // (4 * block * per_query * batch))
@@ -283,7 +280,7 @@ def _choose(cfg: ModelConfig, csa: Csa, split: _Split, chunk: Queries, entries: 
             return visible_BTC, all_rows(entries.entry_BCH, dtype), score_BTC
         if not split.slots and not _gathers(cfg, csa, slots, score_BTC.shape[1]):
             return visible_BTC & top_k_mask(score_BTC, most), all_rows(entries.entry_BCH, dtype), score_BTC
-        score_BTK, index_BTK = jax.lax.top_k(score_BTC, min(most, slots))
+        score_BTK, index_BTK = best_of(score_BTC, min(most, slots))
     chosen_BTK = score_BTK > -jnp.inf
     if split.slots:
         chosen_BTK &= _among_all(score_BTK, most, split.slots)

@@ -271,6 +271,8 @@ def _choose(cfg: ModelConfig, csa: Csa, split: _Split, chunk: Queries, entries: 
     if not split.index_heads and may_search(index_key, most):
         score_BTK, index_BTK = best_slots(index, chunk.row_BT - CSA * first_row(split.slots, index_key.count), most)
     else:
+        if not csa.teach and not isinstance(index_key, Slots):  # scores that gradients flow through are not left out
+            index = index._replace(key_BCJ=Slots(index_key[None], jnp.int32(0), _seen_slots(chunk, entries)))
         score_BTC = index_scores(index)
         if split.index_heads:
             score_BTC = jax.lax.psum(score_BTC, split.index_heads)
@@ -320,6 +322,11 @@ def _visible(chunk: Queries, entries: _Far) -> jax.Array:
     """Entry c is visible to query t iff its last row is at most t, in the same document: c < (t+1)//M; [B or 1,T,C]."""
     seen = entries.last_BC[:, None] <= chunk.row_BT[..., None]
     return seen if entries.segment_BC is None else seen & (entries.segment_BC[:, None] == chunk.segment_BT[..., None])
+
+
+def _seen_slots(chunk: Queries, entries: _Far) -> jax.Array:
+    """How many slots, from the first on, some query of the chunk may see."""
+    return jnp.max(jnp.where(entries.last_BC <= jnp.max(chunk.row_BT), jnp.arange(1, entries.last_BC.shape[1] + 1)[None], 0))
 
 
 class Attention(Weights):

@@ -13,7 +13,7 @@ from trees import small_config
 
 import v4jax
 from v4jax.checkpoint.names import from_official
-from v4jax.model import attention
+from v4jax.model import attention, indexer
 from v4jax.train.loss import loss_and_routing
 
 PATTERNS = {
@@ -102,18 +102,21 @@ def test_packed_documents_equal_documents_alone():
 
 
 def test_chunks_and_gathered_entries_change_nothing(monkeypatch):
-    """Queries in small chunks, and CSA by gathering instead of masking: same loss, same gradients, on two CSA layers."""
+    """Queries in small chunks, CSA by gathering instead of masking, index scores of only the slots a chunk sees: same loss, same
+    gradients, on two CSA layers."""
     cfg = small_config(compress_ratios=(4, 4, 0), num_hidden_layers=2, num_hash_layers=0)
     params = jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 2)))
     batch = {"tokens": jnp.asarray(tokens_of(cfg, (2, 140), 3))}
     runs = {}
-    for name, chunk_bytes, gather_from in (("whole", 2**26, 10**9), ("chunked", 2**12, 10**9), ("gathered", 2**12, 1)):
+    forms = {"whole": (2**26, 10**9, 4096), "chunked": (2**12, 10**9, 4096), "gathered": (2**12, 1, 4096), "in blocks": (2**12, 1, 8)}
+    for name, (chunk_bytes, gather_from, score_block) in forms.items():
         monkeypatch.setattr(attention, "CHUNK_BYTES", chunk_bytes)
         monkeypatch.setattr(attention, "GATHER_FROM", gather_from)
+        monkeypatch.setattr(indexer, "SCORE_BLOCK", score_block)
         run = jax.jit(jax.value_and_grad(lambda p: loss_and_routing(cfg, p, batch)[0]))
         runs[name] = run(params)
     value, grads = runs["whole"]
-    for name in ("chunked", "gathered"):
+    for name in list(forms)[1:]:
         assert float(runs[name][0]) == pytest.approx(float(value), rel=1e-6)
         for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(runs[name][1]), jax.tree.leaves(grads), strict=True):
             assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-7, (name, jax.tree_util.keystr(path))

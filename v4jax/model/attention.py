@@ -26,7 +26,8 @@ from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 from v4jax.model.compressor import Compressor
 from v4jax.model.dense import dense, precision_of
 from v4jax.model.documents import Documents, Entries, whole_windows
-from v4jax.model.indexer import FEW_QUERIES, Indexer, IndexInputs, IndexLoss, best_of, best_slots, index_loss, index_scores, may_search, top_k_mask
+from v4jax.model.indexer import FEW_QUERIES, Indexer, IndexInputs, IndexLoss, best_of, best_slots, index_loss, index_scores
+from v4jax.model.indexer import may_search, top_k_mask
 from v4jax.model.norm import RMSNorm, rms_norm
 from v4jax.model.packed import as_kept
 from v4jax.model.rotary import rotate

@@ -31,7 +31,7 @@ from v4jax.quant.fake import mxfp4_rotated
 
 
 SCORE_BLOCK = 4096
-"""Slots of a cache that are scored at once (for few queries 4 times as many); blocks that nothing was written to are left out."""
+"""Slots of a cache or a long row that are scored at once (for few queries 4 times as many); blocks that nobody may see are left out."""
 
 FEW_QUERIES = 8
 """Fewer queries than this are decoding."""
@@ -57,7 +57,7 @@ class IndexInputs(NamedTuple):
 
 
 def index_scores(index: IndexInputs) -> jax.Array:
-    """I[t,c], float32 [B,T,C], before any mask. The only array with heads and entries lives inside this call."""
+    """I[t,c], float32 [B,T,C], before any mask; 0 in blocks past the slots in use. The only array with heads and entries lives in here."""
     q_BTIJ, w_BTI, keys = index
     if not isinstance(keys, Slots) or keys.count <= SCORE_BLOCK:
         return _scores(q_BTIJ, w_BTI, all_rows(keys, q_BTIJ.dtype))
@@ -91,7 +91,7 @@ def best_slots(index: IndexInputs, row_BT: jax.Array, k: int) -> tuple[jax.Array
     """(scores, slots) of the k best of those that queries see, float32 and int32 [B,T,K]; -inf where there are fewer.
 
     row_BT: positions of the queries, counted from the first token of slot 0. The result is that of lax.top_k over all scores, ties
-    included, without another pass over these: the highest of every GROUP neighbours is noted as they are scored, and the k
+    included and in any order, without another pass over these: the highest of every GROUP neighbours is noted as they are scored, and the k
     groups with the highest ones hold the k best slots.
     """
     (batch, rows), slots = index.q_BTIJ.shape[:2], index.key_BCJ.count
@@ -158,11 +158,11 @@ def top_k_mask(score_BTC: jax.Array, k: int) -> jax.Array:
 def best_of(score_BTC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """(scores, slots) of the k best of each query, float32 and int32 [B,T,K]: those of lax.top_k, ties included, in any order.
 
-    On CPU lax.top_k takes one core 66 us for the best 128 of 16,384, and this takes two cores 28; for few queries it starts faster.
+    On CPU lax.top_k takes one core 66 us a query for the best 128 of 16,384, groups take two cores 28. For few it has less to start.
     """
-    if score_BTC.shape[1] < FEW_QUERIES:
-        return jax.lax.top_k(score_BTC, k)
     whole_rows = lambda score_BTC: tuple(jax.lax.top_k(score_BTC, k))  # noqa: E731
+    if score_BTC.shape[1] < FEW_QUERIES:
+        return whole_rows(score_BTC)
     return jax.lax.platform_dependent(score_BTC, cpu=functools.partial(_best_of_groups, k=k), default=whole_rows)
 
 

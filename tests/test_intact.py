@@ -16,7 +16,7 @@ from trees import random_params, small_config
 
 import v4jax
 from v4jax import cli
-from v4jax.checkpoint.intact import damage
+from v4jax.checkpoint.intact import damage, write_sums
 from v4jax.checkpoint.store import Store
 from v4jax.data.config import DataConfig
 from v4jax.train.config import TrainConfig
@@ -54,6 +54,18 @@ def whole(text_folder, tmp_path_factory):
 def losses(run) -> dict[int, float]:
     lines = map(json.loads, (pathlib.Path(run) / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_processes_share_the_files_and_leave_out_each_others_lists_half_written_too(tmp_path):
+    for i in range(5):
+        (tmp_path / f"array-{i}").write_text(str(i))
+    (tmp_path / "checksums-0-of-2.jsonabc.tmp").write_text("{")  # process 0 is writing while process 1 lists the files
+    write_sums(tmp_path, 1, 2)
+    (tmp_path / "checksums-0-of-2.jsonabc.tmp").unlink()
+    write_sums(tmp_path, 0, 2)
+    assert damage(tmp_path) is None
+    noted = [set(json.loads((tmp_path / f"checksums-{turn}-of-2.json").read_text())) for turn in range(2)]
+    assert not noted[0] & noted[1] and noted[0] | noted[1] == {f"array-{i}" for i in range(5)}
 
 
 def same_weights(a, b):

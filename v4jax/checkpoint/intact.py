@@ -27,7 +27,9 @@ def write_sums(directory: pathlib.Path, turn: int = 0, turns: int = 1, known: Ma
     known: size and CRC-32 of files that need not be read again.
     """
     known = known or {}
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and not _is_sums(path))[turn::turns]
+    # Another process may be writing its share just now (text.py: a .tmp, then renamed). It is not part of what was saved, and all
+    # processes must list the same files to agree whose turn each is.
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("checksums"))[turn::turns]
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
         sums = dict(zip((str(path.relative_to(directory)) for path in files), pool.map(lambda path: known.get(path) or crc_of(path), files), strict=True))
     name = SUMS_FILE if turns == 1 else f"checksums-{turn}-of-{turns}.json"

@@ -14,7 +14,7 @@ import time
 import jax
 import numpy as np
 
-from sharding.mesh import make_mesh, parse_mesh
+from sharding.mesh import make_mesh, parse_mesh, simulate_devices
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.train.anticipate import compile_choice
@@ -69,6 +69,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-remat", action="store_true", help="keep all activations")
     arguments = parser.parse_args()
+    simulate_devices(1)  # as the command line does
     cfg = TrainConfig(
         model=MODEL, run_dir="unused", steps=1000, batch_size=BATCH, seq_len=SEQ, learning_rate=1e-4, warmup_steps=0,
         remat=not arguments.no_remat,

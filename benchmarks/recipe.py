@@ -26,6 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from configs import demo
+from sharding.mesh import simulate_devices
 from v4jax.data.config import DataConfig
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="file of finished runs")
     parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
+    simulate_devices(1)  # as the command line does
     if arguments.side_by_side:
         run_side_by_side(arguments.results, arguments.budget)
     elif not arguments.report:

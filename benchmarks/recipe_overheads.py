@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from recipe import BASE, MODEL
 
-from sharding.mesh import make_mesh, parse_mesh
+from sharding.mesh import make_mesh, parse_mesh, simulate_devices
 from sharding.rules import AxisRules
 from v4jax.cost import train_flops_per_token
 from v4jax.train.config import TrainConfig
@@ -54,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=12)
     rounds = parser.parse_args().rounds
+    simulate_devices(1)  # as the command line does
     print("| part | step without | with | ratio | floor |\n|---|---|---|---|---|")
     for name, pair in PAIRS.items():
         steps = [stepper(cfg) for cfg in pair]

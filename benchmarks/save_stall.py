@@ -53,6 +53,7 @@ def main() -> None:
                 for _ in range(arguments.steps):
                     state, metrics = step(state, batch)
                     jax.block_until_ready(metrics)
+                print(f"stretch {i} of {2 * arguments.rounds}, {time.perf_counter() - begin:.0f} s", file=sys.stderr)
                 if i:  # the first stretch compiles
                     times[saving].append((time.perf_counter() - begin) / arguments.steps)
                 late += saving and not (store.path(i) / "checksums.json").exists()

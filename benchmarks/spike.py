@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sharding.mesh import simulate_devices
 from v4jax.config import ModelConfig
 from v4jax.train import loop
 from v4jax.train.config import TrainConfig
@@ -58,6 +59,7 @@ def main():
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--out", default=None, help="where the runs are left (default: a new temporary folder)")
     arguments = parser.parse_args()
+    simulate_devices(1)  # as the command line does
     out, steps = pathlib.Path(arguments.out or tempfile.mkdtemp()), arguments.steps
     guard = StabilityConfig(rollbacks=3, window=32, least=16, anticipate=steps // 8)
     cfg = TrainConfig(

@@ -122,6 +122,19 @@ def test_chunks_and_gathered_entries_change_nothing(monkeypatch):
             assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-7, (name, jax.tree_util.keystr(path))
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_index_scores_head_by_head_are_those_of_all_heads(batch):
+    """Values and gradients; the sum over heads runs in another order."""
+    rng = np.random.default_rng(batch)
+    shapes = (batch, 9, 5, 8), (batch, 9, 5), (batch, 20, 8)
+    args = [jnp.asarray(rng.normal(size=shape).astype(np.float32)) for shape in shapes]
+    want, got = indexer._scores(*args), jax.jit(indexer._scores_by_head)(*args)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    grads = [jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2))(*args) for f in (indexer._scores, indexer._scores_by_head)]
+    for a, b in zip(*grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_the_smaller_index_wins_a_tie():
     from v4jax.model.indexer import top_k_mask
 

@@ -22,14 +22,16 @@ import tempfile
 import time
 from unittest import mock
 
+import jax
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from configs import demo
 from sharding.mesh import simulate_devices
 from v4jax.data.config import DataConfig
+from v4jax.model.transformer import init_params
+from v4jax.train import loop
 from v4jax.train.config import TrainConfig
-from v4jax.train.loop import train
 from v4jax.train.report import read_metrics
 from v4jax.train.stages import Stage
 
@@ -61,17 +63,38 @@ VARIANTS = {
 """Each differs from the first in what its name says."""
 
 
+def also_with_a_new_indexer(evaluator, held_out: list[float]):
+    """`loop._evaluator` whose evaluations add to `held_out` the loss of the same weights with an indexer that never learned."""
+
+    def make(cfg: TrainConfig, *rest):
+        evaluate = evaluator(cfg, *rest)
+
+        def both(params, batches):
+            new = init_params(cfg.model, jax.random.key(cfg.seed + 1))
+            is_index = lambda path: "indexer" in jax.tree_util.keystr(path)  # noqa: E731
+            mixed = jax.tree_util.tree_map_with_path(lambda path, a, b: b if is_index(path) else a, params, new)
+            held_out.append(evaluate(mixed, batches))
+            return evaluate(params, batches)
+
+        return both
+
+    return make
+
+
 def run(name: str, seed: int) -> dict:
-    """One run: held-out nats per byte, the mean of max/mean expert load over its last quarter, seconds."""
+    """One run: held-out nats per byte (also with a new indexer, where one was trained), the mean of max/mean expert load over its last
+    quarter, seconds."""
     optimizer = mock.patch("v4jax.train.muon.optimizer_of", lambda path, trains_index=False: "frozen" if "indexer" in path else "adamw")
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, optimizer if name.startswith("AdamW") else contextlib.nullcontext():
-        cfg = VARIANTS[name]
-        summary = train(dataclasses.replace(cfg, run_dir=folder, seed=seed, data=DataConfig(seed=seed)))
+    start, new_indexer = time.perf_counter(), []
+    evaluator = mock.patch.object(loop, "_evaluator", also_with_a_new_indexer(loop._evaluator, new_indexer))
+    cfg, plain = VARIANTS[name], contextlib.nullcontext()
+    with tempfile.TemporaryDirectory() as folder, evaluator if cfg.index_learning_rate else plain, optimizer if name.startswith("AdamW") else plain:
+        summary = loop.train(dataclasses.replace(cfg, run_dir=folder, seed=seed, data=DataConfig(seed=seed)))
         lines = [line for line in read_metrics(folder) if line["step"] > 0.75 * cfg.steps and "expert_load_mean" in line]
     result = {"name": name, "seed": seed, "held_out_nll": summary["held_out_nll"], "seconds": time.perf_counter() - start}
     result["load"] = float(np.mean([line["expert_load_mean"] for line in lines]))
-    return result | ({"captured": lines[-1]["index_captured"]} if "index_captured" in lines[-1] else {})
+    captured = {"captured": lines[-1]["index_captured"]} if "index_captured" in lines[-1] else {}
+    return result | captured | ({"new_indexer_nll": new_indexer[-1]} if new_indexer else {})
 
 
 def results(path: pathlib.Path) -> list[dict]:
@@ -81,8 +104,9 @@ def results(path: pathlib.Path) -> list[dict]:
 def run_missing(path: pathlib.Path, names: list[str], seeds: list[int], budget: float) -> None:
     """Adds a line to `path` for each variant and seed that it lacks."""
     start = time.perf_counter()
-    done = {(line["name"], line["seed"]) for line in results(path)}
-    for name, seed in [(name, seed) for seed in seeds for name in names if (name, seed) not in done]:
+    for name, seed in [(name, seed) for seed in seeds for name in names]:
+        if any((line["name"], line["seed"]) == (name, seed) for line in results(path)):  # another process may have done it meanwhile
+            continue
         if time.perf_counter() - start > budget:
             break
         line = json.dumps(run(name, seed)) + "\n"
@@ -108,6 +132,8 @@ def report(path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
     found = {name: [line for line in results(path) if line["name"] == name] for name in VARIANTS}
+    swapped = [line | {"held_out_nll": line["new_indexer_nll"]} for line in results(path) if "new_indexer_nll" in line]
+    found["the trained one's weights, a new indexer"] = swapped
     found = {name: lines for name, lines in found.items() if lines}
     base = {line["seed"]: line["held_out_nll"] for line in results(path) if line["name"] == next(iter(VARIANTS))}
     rows = ["| run | held out, nats per byte: mean (least to most) | against the first, seed by seed | mean | max/mean load |", "|---|---|---|---|---|"]

@@ -196,7 +196,8 @@ def test_a_killed_conversion_goes_on_where_it_was(sources, tmp_path, format):
     code += f"c.convert({str(sources / 'official')!r}, {str(tmp_path / 'out')!r}, {format!r}, max_file_bytes=300_000)"
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"JAX_PLATFORMS": "cpu"})
     partial, deadline = tmp_path / ".out.partial", time.time() + 120
-    done = lambda: len(list(partial.glob("*.safetensors"))) > 3 or (partial / "written.txt").exists()  # noqa: E731
+    log = partial / "written.txt"
+    done = lambda: len(list(partial.glob("*.safetensors"))) > 3 or b"\n" in log.read_bytes()  # noqa: E731
     while not done() and time.time() < deadline and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)

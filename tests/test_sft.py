@@ -198,7 +198,7 @@ def test_loss_is_over_learned_tokens_only():
         assert float(metrics[name]) == pytest.approx(np.mean(wanted), rel=1e-5)  # float32 sums of 30 numbers
     everything, _ = v4jax.loss(cfg, params, batch | {"loss_mask": jnp.ones((2, 20), jnp.int32)})
     plain, _ = v4jax.loss(cfg, params, {name: batch[name] for name in ("tokens", "segment_ids")})
-    assert float(everything) == float(plain)
+    assert float(everything) == pytest.approx(float(plain), rel=1e-6)  # two programs: the last bits of float32 sums are the compiler's
 
 
 def test_unigram_loss_counts_learned_tokens():

@@ -74,7 +74,7 @@ def apply_experts(
     tokens = rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq")
 
     def local(weights, x_bsd, index_bsk, gate_bsk):
-        weights = {name: _whole(rules, tokens, weights[name], axes[name]) for name in weights}
+        weights = {name: _whole(rules, tokens, weights[name], axes[name], x_bsd.dtype) for name in weights}
         x_bsd, gate_bsk = (vary(a, cut) for a in (x_bsd, gate_bsk))
         index_bsk = vary(index_bsk, cut)
         if holders and rules.exchange:
@@ -96,13 +96,30 @@ def apply_experts(
     )(weights, x_BSD, index_BSK, gate_BSK)
 
 
-def _whole(rules: AxisRules, tokens: tuple[str, ...], w: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """This device's experts with their full width: gathered over FSDP axes, marked as used by every token shard."""
+def _whole(rules: AxisRules, tokens: tuple[str, ...], w: jax.Array, names: tuple[str, ...], dtype) -> jax.Array:
+    """This device's experts with their full width: gathered over FSDP axes as numbers of `dtype`, marked as used by every token shard."""
     for dim, name in enumerate(names):
         gathered = tuple(axis for axis in rules.mesh_axes(name) if axis in tokens and name != "experts")
         if gathered:
-            w = lax.all_gather(w, gathered, axis=dim, tiled=True)
+            w = _gathered(gathered, dim, dtype, w)
     return vary(w, tokens + rules.mesh_axes("expert_hidden"))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gathered(over: tuple[str, ...], dim: int, dtype, w: jax.Array) -> jax.Array:
+    """w gathered as numbers of `dtype`, in its own dtype again, so that its gradient is summed in that."""
+    return lax.all_gather(w.astype(dtype), over, axis=dim, tiled=True).astype(w.dtype)
+
+
+def _gathered_fwd(over, dim, dtype, w):
+    return _gathered(over, dim, dtype, w), None
+
+
+def _gathered_bwd(over, dim, dtype, _, ct):
+    return (lax.psum_scatter(ct, over, scatter_dimension=dim, tiled=True),)
+
+
+_gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
 def _run(expert, weights, num_experts, x_BSD, index_BSK, gate_BSK) -> jax.Array:

@@ -1,6 +1,7 @@
 """Experts by exchange of routed tokens: the same numbers as on one device, however uneven the load."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,19 @@ def test_exchange_equals_one_device_at_any_load(mesh):
                 jax.tree.leaves(shared(weights, x, index, gate, ct)), jax.tree.leaves(alone(weights, x, index, gate, ct)), strict=True
             ):  # sums of up to 3 * 48 products in another order
                 np.testing.assert_allclose(got, want, atol=3e-6 * float(np.abs(want).max()), rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["pod", "ep_fsdp"])
+def test_matrices_travel_in_the_compute_dtype_and_their_gradients_in_float32(layout):
+    sizes = parse_mesh("fsdp=2,expert=2")
+    rules = layout_for(layout, sizes)
+    weights = {name: jnp.ones((E, F, D) if name == "w2" else (E, D, F)) for name in AXES}
+    x, gate = jnp.ones((BATCH, SEQ, D), jnp.bfloat16), jnp.ones((BATCH, SEQ, K))
+    with jax.set_mesh(make_mesh(sizes)):
+        loss = lambda weights: apply(rules, weights, x, routed("even"), gate).astype(jnp.float32).sum()  # noqa: E731
+        program = str(jax.make_jaxpr(jax.grad(loss))(weights))
+    assert re.findall(rf":(\w+)\[{E // 2},(?:{D},{F}|{F},{D})\]\S* = all_gather", program) == ["bf16"] * 3
+    assert re.findall(rf":(\w+)\[{E // 2},(?:{D // 2},{F}|{F},{D // 2})\]\S* = reduce_scatter", program) == ["f32"] * 3
 
 
 def test_every_row_lands_once_and_comes_home():

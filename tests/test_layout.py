@@ -112,6 +112,8 @@ def test_a_cache_lies_where_the_report_says():
         (["--target", "v5p:4x4"], "mesh has 8 devices; target v5p:4x4 has 16; nearest mesh: data=2,expert=4,tensor=2"),
         (["--target", "gb200:8"], "nearest: b200"),
         (["--search", "--target", "h100"], "--search needs --chips"),
+        (["--target", "v5p:2x2x2", "--paper", "--effort", "full"], "--effort: got 'full', but nothing is compiled"),
+        (["--mesh", "fsdp=2", "--effort", "full"], "effort: got 'full'; only the compiler for TPUs has a choice"),
     ],
 )
 def test_bad_input_is_one_line(arguments, line):

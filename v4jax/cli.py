@@ -194,7 +194,7 @@ def _layout(arguments, _):
     config = _read_config_file(arguments.config) if is_file else arguments.config
     from v4jax.layout import command
 
-    names = ("target", "what", "paper", "lower_only", "fp8", "released")
+    names = ("target", "what", "paper", "lower_only", "effort", "fp8", "released")
     request = command.Request(**{name: getattr(arguments, name) for name in names})
     cfg = command.config_of(config, arguments)
     if arguments.target == "cpu" and arguments.search and arguments.confirm:

@@ -23,13 +23,14 @@ from v4jax.train.step import check_batch
 
 class Request(NamedTuple):
     """What is asked of a layout. target: as target_of reads it. what: "train" or "decode". paper: compile nothing. lower_only:
-    stop before compiling. fp8: products at the fp8 rate. released: decode from the released formats, which no program
-    here computes with: on paper only."""
+    stop before compiling. effort: of the compiler for TPUs (layout/compiled.py). fp8: products at the fp8 rate. released: decode
+    from the released formats, which no program here computes with: on paper only."""
 
     target: str = "cpu"
     what: str = "train"
     paper: bool = False
     lower_only: bool = False
+    effort: str | None = None
     fp8: bool = False
     released: bool = False
 
@@ -110,11 +111,13 @@ def look(cfg: TrainConfig, request: Request) -> Result:
     """
     target = checked(cfg, request)
     found = estimate(cfg, target.hardware, request.what, request.fp8, request.released)
-    compiled = None
-    if not request.paper and not request.released and (target.topology or target.hardware.shared):
+    compiled, compiles = None, not request.paper and not request.released and (target.topology or target.hardware.shared)
+    if request.effort and (request.lower_only or not compiles):
+        raise ValueError(f"--effort: got {request.effort!r}, but nothing is compiled; it is for a TPU topology such as v5p:4x4x8")
+    if compiles:
         if target.topology and not found.fits and not request.lower_only:
             raise ValueError(f"it does not fit: {gigabytes(found.memory_bytes)} of {gigabytes(found.hbm)} on each device; {nearest_fit(cfg, request)}")
-        compiled = report_layout(cfg, request.target, request.lower_only, request.what)
+        compiled = report_layout(cfg, request.target, request.lower_only, request.what, request.effort)
     lines = notes(cfg, found, platform_of(target.hardware), compiled.collectives if compiled else ())
     if not found.fits:
         lines.insert(1, f"Nearest: {nearest_fit(cfg, request)}.")
@@ -161,9 +164,12 @@ def look_for(cfg: TrainConfig, request: Request, chips: int | None, confirm: int
     target = target_of(request.target)
     if confirm and not (target.topology or target.hardware.shared):
         raise ValueError(f"--confirm: JAX cannot compile for {request.target!r} here; give a TPU topology such as v5p:4x4x8, or leave it out")
+    if request.effort and not confirm:
+        raise ValueError(f"--effort: got {request.effort!r}, but nothing is compiled; it goes with --confirm K")
     found = search(cfg, target.hardware, devices_of(request.target, chips), request.what, request.fp8, request.released)
     best = found.ranked[:confirm]
-    return Searched(found, tuple(report_layout(dataclasses.replace(cfg, mesh=e.mesh, layout=e.layout), request.target, what=request.what) for e in best))
+    cuts = (dataclasses.replace(cfg, mesh=e.mesh, layout=e.layout) for e in best)
+    return Searched(found, tuple(report_layout(cut, request.target, what=request.what, effort=request.effort) for cut in cuts))
 
 
 def devices_of(target: str, chips: int | None) -> int:

@@ -28,6 +28,14 @@ from v4jax.model.transformer import abstract_params, param_axes
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import batch_sharding, check_batch, compile_step, state_from, state_shardings
 
+EFFORTS = {"quick": {"optimization_level": 19}, "full": {}}
+"""Compiler options by name. 19 is XLA's EFFORT_O1: on TPUs a full model compiles in less than half the time. "full" is what a run compiles
+with; it may hold more where the chip has room, to hide exchanges behind products. To XLA:GPU O1 means more work than its default, not less."""
+
+_KINDS = {"TPU7x": {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": False}}
+"""Kind of chip -> options it needs: without this one libtpu 0.0.42 ends the process with "Check failed: std::abs(inc) < core_count()" at sums
+over the two devices of a chip."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LayoutReport:
@@ -35,7 +43,8 @@ class LayoutReport:
 
     Attributes:
       what: "train" or "decode". state_bytes: weights, router tables and optimizer state or caches. largest: the parameters with most bytes, with their cut.
-      temporary_bytes: what the compiler reserves for one step (None if it was only lowered; on XLA:CPU no guide to a TPU's).
+      temporary_bytes: what one step holds at its peak beyond the state (None if it was only lowered; on XLA:CPU no guide to a TPU's).
+      code_bytes: the program, which lies in a TPU's memory too. effort: of the compiler, a name of EFFORTS; "" where it has one.
       collectives: (mesh axes, kind, calls per step, bytes that a device sends per step), largest first.
       expert_bytes: what a device sends per step to bring tokens to experts and back, and the least that this way of
         dispatch can do; None if the step was only lowered or no axis holds experts.
@@ -47,6 +56,8 @@ class LayoutReport:
     target: str
     state_bytes: int
     temporary_bytes: int | None
+    code_bytes: int | None
+    effort: str
     largest: tuple[tuple[str, str, int], ...]
     collectives: tuple[tuple[str, str, int, int], ...]
     expert_bytes: tuple[int, int] | None
@@ -61,6 +72,7 @@ class LayoutReport:
         rows = [("mesh", self.mesh, self.layout, self.target), ("state", _bytes(self.state_bytes), "", "")]
         if self.temporary_bytes is not None:
             rows.append(("temporary", _bytes(self.temporary_bytes), "", ""))
+            rows.append(("program", _bytes(self.code_bytes), self.effort and f"compiled with {self.effort} effort", ""))
         rows += [("parameter", name, cut, _bytes(size)) for name, cut, size in self.largest]
         rows += [("sent", f"{axes}: {kind}", f"{calls} calls", _bytes(size)) for axes, kind, calls, size in self.collectives]
         if self.expert_bytes:
@@ -70,37 +82,69 @@ class LayoutReport:
         return rows + ([("compiled in", f"{self.compile_seconds:.1f} s", "", "")] if self.compile_seconds is not None else [])
 
 
-def report_layout(cfg: TrainConfig, target: str = "cpu", lower_only: bool = False, what: str = "train") -> LayoutReport:
+def report_layout(
+    cfg: TrainConfig, target: str = "cpu", lower_only: bool = False, what: str = "train", effort: str | None = None
+) -> LayoutReport:
     """Lowers, and unless `lower_only` compiles, a step of `cfg` (its mesh, layout, lengths) for `target`.
 
     Args:
       target: "cpu" (simulated devices), a TPU topology such as "v5p:4x4x8", or GPUs such as "h100:64".
       what: "train", or "decode": one new token for each of batch_size rows, in a cache of seq_len tokens each.
+      effort: for TPUs, a name of EFFORTS; default "quick".
 
     Raises:
-      ValueError: mesh, layout, batch or target that do not fit.
+      ValueError: mesh, layout, batch, target or effort that do not fit.
     """
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes)
     check_batch(cfg, rules, sizes)
     mesh = make_mesh(sizes) if target == "cpu" else topology_mesh(target, sizes)
+    effort = _effort(effort, mesh)
     start = time.perf_counter()
     params, state, lowered = (_lower_train if what == "train" else _lower_decode)(cfg, rules, mesh)
     lowered_at = time.perf_counter()
     with jax.set_mesh(mesh):
-        compiled = None if lower_only else lowered.compile()
+        compiled = None if lower_only else lowered.compile(_options(effort, mesh))
     found = collectives(compiled.as_text(), mesh) if compiled else []
     least = least_expert_bytes(cfg, rules, sizes, what)
     return LayoutReport(
         what=what, mesh=cfg.mesh, layout=cfg.layout, target=target,
         state_bytes=_bytes_of(state),
-        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes if compiled else None,
+        temporary_bytes=_temporary(compiled, mesh) if compiled else None,
+        code_bytes=compiled.memory_analysis().generated_code_size_in_bytes if compiled else None,
+        effort=effort if compiled else "",
         largest=_largest(params),
         collectives=tuple((*key, *value) for key, value in totals(found).items()),
         expert_bytes=(sent_to_experts(found, rules), least) if compiled and least else None,
         lower_seconds=lowered_at - start,
         compile_seconds=time.perf_counter() - lowered_at if compiled else None,
     )  # fmt: skip
+
+
+def _is_tpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "tpu"
+
+
+def _effort(effort: str | None, mesh: Mesh) -> str:
+    if not _is_tpu(mesh):
+        if effort is not None:
+            raise ValueError(f"effort: got {effort!r}; only the compiler for TPUs has a choice")
+        return ""
+    effort = "quick" if effort is None else effort
+    if effort not in EFFORTS:
+        raise ValueError(f"effort: got {effort!r}; known: {', '.join(EFFORTS)}")
+    return effort
+
+
+def _options(effort: str, mesh: Mesh) -> dict[str, Any] | None:
+    return EFFORTS[effort] | _KINDS.get(mesh.devices.flat[0].device_kind, {}) if effort else None
+
+
+def _temporary(compiled, mesh: Mesh) -> int:
+    """XLA:TPU's temp_size is more than it reserves (a step with 6.8 GB of state and 10.7 GB of it compiles for the 16.9 GB of a v5e); its peak
+    is within 2% of all that its buffer assignment takes. XLA:CPU's peak leaves temporaries out."""
+    found = compiled.memory_analysis()
+    return found.peak_memory_in_bytes - found.argument_size_in_bytes if _is_tpu(mesh) else found.temp_size_in_bytes
 
 
 def _lower_train(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):

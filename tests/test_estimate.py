@@ -167,6 +167,19 @@ def test_a_look_on_paper_warns():
     assert "experts" in rows[0][0] and rows[0][4] >= rows[-1][4] and rows[0][3] == "-, expert, fsdp, -"
 
 
+def test_operands_in_fp8_are_made_first():
+    """One layer's, counted by hand: what enters and leaves its products, a byte each for either pass, and its matrices."""
+    tiny = CFG.model.replace(num_hidden_layers=1, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(0,))
+    cfg = dataclasses.replace(CFG, model=tiny, mesh="", layout="full", batch_size=1, dtype="bfloat16", remat=False)
+    with_fp8, without = (estimate(cfg, hardware_of("h100"), fp8=fp8).parts for fp8 in (True, False))
+    d, f, k, heads = tiny.hidden_size, tiny.moe_intermediate_size, tiny.num_experts_per_tok + 1, tiny.num_attention_heads * tiny.head_dim
+    groups, q = tiny.o_groups * tiny.o_lora_rank, tiny.q_lora_rank
+    rows = (d + q + heads + groups + k * (d + f)) + (q + tiny.head_dim + heads + groups + d + k * (2 * f + d))
+    matrices = d * (q + tiny.head_dim) + q * heads + heads * tiny.o_lora_rank + groups * d + 3 * d * f * (tiny.n_routed_experts + 1)
+    assert "fp8 operands" not in without
+    assert with_fp8["fp8 operands"][1] == 4 * (cfg.seq_len * rows + matrices)
+
+
 def test_two_layouts_side_by_side():
     pair = compare(full(flash, ""), Request("v5p"), ["pod:fsdp=8,expert=16", "full:fsdp=8,expert=16"])
     rows = {row[0]: row for row in pair.rows()}

@@ -22,7 +22,7 @@ from v4jax.layout.hardware import Hardware
 from v4jax.layout.memory import held, largest_working_set, memory
 from v4jax.layout.terms import Term, bases, constants_of
 from v4jax.layout.traffic import traffic
-from v4jax.layout.work import work
+from v4jax.layout.work import FP8, work
 from v4jax.train.config import TrainConfig
 
 USABLE = 0.97
@@ -91,7 +91,7 @@ def estimate(cfg: TrainConfig, hardware: Hardware, what: str = "train", fp8: boo
 
     Args:
       what: "train", or "decode": one new token for each of batch_size rows of seq_len tokens.
-      fp8: products of routed and shared experts and attention's with its weights run at the fp8 rate, scores do not. released: decode from the released formats.
+      fp8: products of routed and shared experts and attention's with its weights run at the fp8 rate, scores do not; making their operands (training) is counted. released: decode from the released formats.
 
     Raises:
       ValueError: mesh, layout or batch that do not fit together.
@@ -99,7 +99,7 @@ def estimate(cfg: TrainConfig, hardware: Hardware, what: str = "train", fp8: boo
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes)
     devices = math.prod(sizes.values())
-    terms = terms_of(cfg, rules, sizes, platform_of(hardware), what, released)
+    terms = terms_of(cfg, rules, sizes, platform_of(hardware), what, released, fp8)
     k = constants_of(cfg.model, rules, sizes)
     values = bases(k, cfg.seq_len, cfg.batch_size)
     device = hardware.of_a_device(devices)
@@ -135,19 +135,16 @@ def platform_of(hardware: Hardware) -> str:
     return "cpu" if hardware.shared else "tpu" if hardware.tiers[0].torus else "gpu"
 
 
-def terms_of(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str, what: str = "train", released: bool = False) -> list[Term]:
+def terms_of(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str, what: str = "train", released: bool = False, fp8: bool = False) -> list[Term]:
     if what == "decode":
         return decode_terms(cfg, rules, sizes, platform, released)
-    return work(cfg, rules, sizes) + traffic(cfg, rules, sizes, platform) + memory(cfg, rules, sizes)
+    return work(cfg, rules, sizes, fp8) + traffic(cfg, rules, sizes, platform) + memory(cfg, rules, sizes)
 
 
 @functools.cache
 def _model_flops(model, seq: int, what: str) -> float:
     found = cost(model, seq)
     return found.train_flops if what == "train" else found.total.flops
-
-
-_FP8 = ("routed experts", "shared experts", "attention")
 
 
 def _parts(terms: list[Term], values, device: Hardware, dtype: str, fp8: bool) -> dict[str, tuple[float, float, float]]:
@@ -158,7 +155,7 @@ def _parts(terms: list[Term], values, device: Hardware, dtype: str, fp8: bool) -
             (flops if term.kind == "flops" else moved)[term.part] += term.value(values)
     rows = {}
     for part in {*flops, *moved}:
-        rate = device.fp8_flops if fp8 and part in _FP8 else device.bf16_flops
+        rate = device.fp8_flops if fp8 and part in FP8 else device.bf16_flops
         seconds = max(flops[part] / (rate * device.matmul), moved[part] / (device.hbm_bandwidth * device.memory))
         rows[part] = (flops[part], moved[part], seconds)
     return dict(sorted(rows.items(), key=lambda row: -row[1][2]))

@@ -1,8 +1,9 @@
 """What one device holds during a training step: weights, optimizer, gradients, activations kept, and the largest working set.
 
 Weights and optimizer are exact. The rest restates when arrays live: gradients grow during the backward pass; under
-rematerialisation each pattern of layers keeps its residual streams; and one of four working sets tops what is kept: experts'
-backward pass, attention's, the head's, or Muon's. benchmarks/layout_accuracy.py compares with compiled programs.
+rematerialisation each pattern of layers keeps its residual streams; and one of three working sets tops what is kept: the
+backward pass of one pattern of layers, for which all its layers are computed anew first, the head's, or Muon's. How many copies of
+what a backward pass holds is read off XLA:TPU's buffers at the peak of compiled programs; benchmarks/layout_accuracy.py compares.
 
 Shapes: B rows, S tokens a row, D hidden, N heads, H head dim, X streams, E experts, F expert hidden, P rows in blocks; lower case =
 this device's share.
@@ -22,11 +23,13 @@ from v4jax.train.config import TrainConfig
 from v4jax.train.loss import LOGIT_BYTES
 
 MEMORY = ("weights", "optimizer", "gradients", "activations", "caches")
-WORKING = ("experts", "attention", "head", "muon")
+WORKING = ("layers", "head", "muon")
 """Working sets: the largest counts."""
 
 _COPIES = {"muon": 1, "adamw": 2, "frozen": 0, "none": 0}
 _BLOCK = 128
+_SITES = 2
+"""Of mHC in a layer."""
 
 
 def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list[Term]:
@@ -40,12 +43,10 @@ def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list
         terms.append(Term("optimizer", weight.name, held * _COPIES[weight.optimizer]))
         if weight.optimizer in ("muon", "adamw"):
             terms.append(Term("gradients", weight.name, held))
-    gradients = sum(term.coefficient for term in terms if term.kind == "gradients")
     # Newton-Schulz holds 3 arrays m x n and 2 of m x m, m <= n.
     stacks = [stack.bytes * (3 + 2 * min(stack.shape) / max(stack.shape)) for stack in muon(cfg.model, rules, sizes).stacks]
-    terms.append(Term("muon", "updates", gradients + max(stacks, default=0.0)))
-    terms += _activations(cfg, item) + _experts(cfg, rules, sizes, item)
-    return terms + _attention(cfg, rules, sizes, item) + _head(cfg, rules, sizes, item)
+    terms.append(Term("muon", "updates", max(stacks, default=0.0)))
+    return terms + _activations(cfg, item) + _layers(cfg, rules, sizes, item) + _head(cfg, rules, sizes, item)
 
 
 def _activations(cfg: TrainConfig, item: int) -> list[Term]:
@@ -62,33 +63,33 @@ def _activations(cfg: TrainConfig, item: int) -> list[Term]:
     return [Term("activations", "every layer", row * layers, "tokens")]
 
 
-def _experts(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
-    """Weights in the compute dtype, rows in blocks with their hidden values and gradients, one matrix's gradient."""
+def _layers(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
+    """The backward pass of one pattern: what each of its layers keeps, and what the one in hand makes."""
     model = cfg.model
+    layers = max(len(group.kinds) for group in model.layer_groups) if cfg.remat else 1  # else `_activations` has what they keep
     holders, cut = (math.prod(sizes[axis] for axis in rules.mesh_axes(name)) for name in ("experts", "expert_hidden"))
     here, hidden = model.n_routed_experts / holders, model.moe_intermediate_size / cut
-    matrices = here * 3 * model.hidden_size * hidden * item
     rows = model.num_experts_per_tok * (HEADROOM if rules.exchange and holders > 1 else 1)
-    if holders > 1 and not rules.exchange:  # all tokens of the group are gathered, a share of their rows is filled
+    if holders > 1 and not rules.exchange:  # buffers for all tokens of the group
         rows *= holders
-    row = (2 * model.hidden_size + 2 * hidden + model.hidden_size) * item
-    return [
-        Term("experts", "matrices and blocks", matrices + here * model.hidden_size * hidden * 4 + here * _BLOCK * row),
-        Term("experts", "rows", rows * row, "tokens"),
-        Term("experts", "streams", 3 * model.hc_mult * model.hidden_size * item, "tokens"),
-    ]
-
-
-def _attention(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
-    """Queries and outputs of all heads in float32 and the compute dtype, and the scores of a chunk of queries."""
-    model = cfg.model
+    blocks, matrix = here * _BLOCK, here * hidden * model.hidden_size
+    gathered = any(cut_of(weight, rules, sizes).tokens > 1 for weight in weights_of(model) if weight.is_expert)
     own = model.num_attention_heads / math.prod(sizes[axis] for axis in rules.mesh_axes("act_heads"))
-    heads = own * model.head_dim
+    # Streams where mHC reads them, in float32 and as they came; queries and outputs of heads, once in float32 and in some layouts; eight of D.
+    kept = _SITES * model.hc_mult * model.hidden_size * (4 + item) + own * model.head_dim * (4 + 3.5 * item) + 8 * model.hidden_size * 4
+    kept_rows = (model.hidden_size + 2 * hidden) * item
+    # Matrices in the compute dtype and gradients in float32; of experts that rows travel to also copies in the layouts of their products, the
+    # gradients of earlier rounds, and MTP's, which are not scattered before the other layers' backward pass is over.
+    travels = rules.exchange and holders > 1
+    copies, gradients = (5 if gathered else 3, 7 + 3 * (gathered and model.num_nextn_predict_layers)) if travels else (3, 3)
+    matrices = matrix * (layers * copies * item + gradients * 4)
+    made_rows = 2 * model.hidden_size * item
     return [
-        Term("attention", "queries and outputs", 3 * heads * (4 + item) / 2, "tokens"),
-        Term("attention", "streams", 3 * model.hc_mult * model.hidden_size * item, "tokens"),
-        Term("attention", "scores of a chunk", 12 * own * 2 * model.sliding_window, "tokens", cap=3 * CHUNK_BYTES),
-        Term("attention", "scores of a chunk", 12 * own, "csa_used", cap=3 * CHUNK_BYTES),
+        Term("layers", "matrices and blocks", matrices + blocks * (layers * kept_rows + made_rows)),
+        Term("layers", "rows of experts", rows * (layers * kept_rows + made_rows), "tokens"),
+        Term("layers", "streams, queries and outputs", layers * kept, "tokens"),
+        Term("layers", "scores of a chunk", 12 * own * 2 * model.sliding_window, "tokens", cap=3 * CHUNK_BYTES),
+        Term("layers", "scores of a chunk", 12 * own, "csa_used", cap=3 * CHUNK_BYTES),
     ]
 
 

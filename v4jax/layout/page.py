@@ -54,7 +54,7 @@ def page_data(cfg: TrainConfig, hardware: Hardware, result: Result, request: Req
     rules = layout_for(cfg.layout, sizes)
     found, devices = result.estimate, math.prod(sizes.values())
     seqs, batches = _lengths(cfg, rules, sizes)
-    terms = terms_of(cfg, rules, sizes, platform_of(hardware), found.what, request.released)
+    terms = terms_of(cfg, rules, sizes, platform_of(hardware), found.what, request.released, request.fp8)
     cuts = collections.defaultdict(list)
     for name, axes in rules.table:
         for axis in axes:

@@ -86,8 +86,9 @@ def _gradient(cfg, weight: Weight, cut: Cut, scattered: list[str], tokens: list[
         return [_sent(part, step, "all-reduce", 2 * numbers * item * (c - 1) / c, calls=weight.layers) for step, c in zip(steps, counts, strict=True)]
     terms = []
     if scattered:
-        # In full, of which a part is kept, at twice the bytes: the head's everywhere; by XLA:TPU also all but experts' over several axes.
-        odd = len(scattered) > 1 and not weight.is_expert and not table
+        # In full, of which a part is kept, at twice the bytes: the head's everywhere; by XLA:TPU also all but experts' over several axes, and
+        # experts' over all devices.
+        odd = (n == math.prod(sizes.values())) if weight.is_expert else len(scattered) > 1 and not table
         full = (platform == "tpu" and odd) or weight.name.startswith("head/")
         kind = "all-reduce" if full else "reduce-scatter"
         terms.append(_sent(part, scattered, kind, (1 + full) * numbers * item * (n - 1) / n, "one", weight.layers, 1 / (1 + full)))

@@ -19,6 +19,9 @@ from v4jax.layout.weights import Weight, cut_of, weights_of
 from v4jax.train.config import TrainConfig
 from v4jax.train.muon import COEFFICIENTS
 
+FP8 = ("routed experts", "shared experts", "attention")
+"""Parts whose products fp8 recipes run on fp8 operands."""
+
 
 def part_of(name: str) -> str:
     """The part of the model a parameter belongs to, as v4jax/cost.py names them."""
@@ -39,8 +42,8 @@ def passes(cfg: TrainConfig, weight: Weight) -> int:
     return 4 if cfg.remat else 3
 
 
-def work(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list[Term]:
-    """Terms of kind "flops" and "hbm" of one device and step."""
+def work(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], fp8: bool = False) -> list[Term]:
+    """Terms of kind "flops" and "hbm" of one device and step. fp8: with products of fp8 operands, which are made from others first."""
     model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
     terms = []
     for weight in weights_of(model):
@@ -59,6 +62,8 @@ def work(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list[T
         terms += _orthogonalise(stack)
     layers = layers_by_ratio(model)
     terms += _scores(cfg, layers, _parts(rules, sizes, "act_heads"), _parts(rules, sizes, "index_heads"))
+    if fp8:
+        terms += _operands(cfg, rules, sizes, item)
     return terms + _rows(cfg, rules, sizes, item)
 
 
@@ -110,6 +115,24 @@ def _rows(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], item: in
         Term("hbm", "routed experts", experts * item * n * layers, "tokens"),
         Term("hbm", "head", logits, "tokens"),
     ]
+
+
+def _operands(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], item: int) -> list[Term]:
+    """fp8 operands of the products of attention with its weights and of experts. A block has one scale along the axis that a product
+    sums over, so the backward pass, which sums over others, needs each array a second time: an array is read once and
+    written once for a forward pass that keeps nothing, twice otherwise. A matrix of weights takes as much as an input."""
+    model, layers = cfg.model, sum(layers_by_ratio(cfg.model).values())
+    tensor, cut = _parts(rules, sizes, "act_heads"), _parts(rules, sizes, "expert_hidden")
+    hidden, latent, heads = model.hidden_size, model.q_lora_rank, model.num_attention_heads * model.head_dim / tensor
+    groups, wide = model.o_groups * model.o_lora_rank / tensor, model.moe_intermediate_size / cut
+    experts = model.num_experts_per_tok + 1
+    inputs = hidden + latent + heads + groups + experts * (hidden + wide)
+    outputs = latent + model.head_dim + heads + groups + hidden + experts * (2 * wide + hidden)
+    kept, once = item + 2, item + 1
+    row = inputs * (kept + once * cfg.remat) + outputs * kept
+    used = [weight for weight in weights_of(model) if weight.uses and part_of(weight.name) in FP8]
+    matrices = sum(weight.size / cut_of(weight, rules, sizes).others for weight in used)
+    return [Term("hbm", "fp8 operands", row * layers, "tokens"), Term("hbm", "fp8 operands", matrices * (kept + once * cfg.remat))]
 
 
 def _orthogonalise(stack: Stack) -> list[Term]:

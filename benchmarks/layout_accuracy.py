@@ -1,10 +1,11 @@
 """The paper model beside compiled programs: bytes of weights and optimizer, of everything held, and of everything sent, per device.
 
 Bars: weights and optimizer within 10%, everything within 25%, sent within 10%. "Everything" is compared for TPU targets only: XLA:CPU
-plans its temporary memory for no device one could buy. Full models take 10 minutes and 12 GB to compile for a TPU, so most cases
-have Flash's pattern with fewer layers and narrower ones. Results are appended to a file, so that cases can be run one by one.
+plans its temporary memory for no device one could buy. The full models are compiled by pods.py, which keeps its results here; the other
+cases have Flash's pattern with fewer layers and narrower ones. Results are appended to a file, so that cases can be run one by one; of a
+case that was run twice the last result counts. TPU cases are compiled with quick effort, the default of `v4jax layout`.
 
-    python benchmarks/layout_accuracy.py run tpu-fsdp cpu-full ...     # extra `tpu` for the tpu- cases; without names: all
+    python benchmarks/layout_accuracy.py run tpu-fsdp cpu-full ...     # extra `tpu` for the tpu- cases; without names: all of CASES
     python benchmarks/layout_accuracy.py table
 """
 
@@ -17,7 +18,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-RESULTS = pathlib.Path(__file__).parent / "layout_accuracy.jsonl"
+from pods import CASES as PODS  # noqa: E402
+from pods import RESULTS, keep, pod_config  # noqa: E402
+
 MID = dict(hidden_size=2048, moe_intermediate_size=1024, n_routed_experts=32, num_attention_heads=32, q_lora_rank=512, o_groups=8)
 SLIM = dict(
     hidden_size=512, moe_intermediate_size=256, n_routed_experts=32, num_attention_heads=16, q_lora_rank=256, o_groups=8, o_lora_rank=128,
@@ -35,7 +38,10 @@ CASES = {  # name: (layers, MTP, sizes, mesh, layout, target, tokens a row, rows
     "tpu-v6e": (4, 0, SLIM, "context=4,expert=4", "cp_ep", "v6e:4x4", 4096, 8),
     "tpu-v5e": (8, 0, MID, "data=2,expert=4,tensor=2", "ep_tp", "v5e:4x4", 2048, 8),
     "tpu-7x": (4, 0, SLIM, "fsdp=4,expert=4", "pod", "tpu7x:2x2x2", 2048, 32),
-    "tpu-flash": (43, 1, {}, "fsdp=8,expert=16", "pod", "v5p:4x4x8", 4096, 128),
+    "tpu-ep-tp": (4, 0, MID, "expert=4,tensor=2", "ep_tp", "v5p:2x2x2", 4096, 8),
+    "tpu-cp": (4, 0, SLIM, "context=4,expert=2", "cp_ep", "v5p:2x2x2", 32768, 2),
+    "tpu-fsdp-mid": (4, 0, MID, "fsdp=16", "fsdp", "v5p:2x2x4", 4096, 16),
+    "tpu-ep-fsdp": (4, 1, MID, "fsdp=4,expert=2", "ep_fsdp", "v5p:2x2x2", 4096, 16),
     "cpu-full": (8, 1, SMALL, "fsdp=2,expert=2,tensor=2", "full", "cpu", 512, 8),
     "cpu-pod": (8, 1, SMALL, "context=2,expert=2,tensor=2", "pod", "cpu", 512, 4),
     "cpu-ep-fsdp": (8, 1, SMALL, "data=2,fsdp=2,expert=2", "ep_fsdp", "cpu", 512, 8),
@@ -63,6 +69,8 @@ def main() -> None:
 
 def config(name: str):
     """(training config, target)."""
+    if name in PODS:
+        return pod_config(name), PODS[name][1]
     from configs import models
     from v4jax.train.config import TrainConfig
 
@@ -83,11 +91,7 @@ def run(name: str) -> None:
     from v4jax.layout.compiled import report_layout
 
     cfg, target = config(name)
-    found = report_layout(cfg, target)
-    sent = {f"{axes}: {kind}": size for axes, kind, _, size in found.collectives}
-    row = {"case": name, "state": found.state_bytes, "temporary": found.temporary_bytes, "sent": sent, "seconds": found.compile_seconds}
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    keep(name, report_layout(cfg, target).to_dict())
 
 
 def table() -> None:
@@ -99,7 +103,7 @@ def table() -> None:
     rows = {row["case"]: row for row in map(json.loads, RESULTS.read_text().splitlines())}
     print("| case | layers | mesh | layout | target | weights + optimizer | ratio | all held | ratio | sent | ratio |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for name in (name for name in CASES if name in rows):
+    for name in (name for name in (*CASES, *PODS) if name in rows):
         cfg, target = config(name)
         found = rows[name]
         devices = math.prod(parse_mesh(cfg.mesh).values())

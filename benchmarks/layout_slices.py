@@ -1,7 +1,7 @@
-"""Tables of docs/layout-tables.md, made by the search of v4jax layout on paper: the smallest TPU slices that hold the full models, and
-published training runs beside what the model predicts for them.
+"""Tables of docs/layout-tables.md, made on paper by v4jax layout: the smallest TPU slices that hold the full models, published training
+runs beside what the model predicts for them, and what the optimizer does under each named layout.
 
-    python benchmarks/layout_slices.py slices | published
+    python benchmarks/layout_slices.py slices | published | optimizer
 """
 
 import dataclasses
@@ -10,13 +10,19 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+OPTIMIZER = {
+    "dp": "data=128", "fsdp": "fsdp=128", "ep": "expert=128", "ep_fsdp": "fsdp=8,expert=16", "ep_tp": "expert=16,tensor=8",
+    "cp_ep": "context=8,expert=16", "full": "fsdp=4,expert=16,tensor=2", "pod": "fsdp=8,expert=16",
+}  # fmt: skip
+"""Layout -> a mesh of 128 devices."""
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 def main() -> None:
-    if sys.argv[1:] not in (["slices"], ["published"]):
-        raise SystemExit("usage: layout_slices.py slices | published")
-    slices() if sys.argv[1] == "slices" else published()
+    tables = {"slices": slices, "published": published, "optimizer": optimizer}
+    if len(sys.argv) != 2 or sys.argv[1] not in tables:
+        raise SystemExit(f"usage: layout_slices.py {' | '.join(tables)}")
+    tables[sys.argv[1]]()
 
 
 def slices() -> None:
@@ -65,6 +71,30 @@ def published() -> None:
         cfg = dataclasses.replace(cfg, batch_size=rows, mesh="data=2,fsdp=8,expert=64")
         found = estimate(cfg, hardware_of("cloudmatrix384"))
         print(f"| 1,024 Ascend 910C, {rows} x 4K, bf16, MFU | {found.mesh} | {found.step_seconds:.1f} s | {found.mfu:.1%} | 34.9% | {found.mfu / 0.349 - 1:+.0%} | {found.bound} |")
+
+
+def optimizer() -> None:
+    """V4-Flash's optimizer step on 128 TPU devices: FLOPs beside an even share, bytes sent beside each cut matrix once there and once back."""
+    from sharding.mesh import parse_mesh
+    from sharding.rules import layout_for
+    from v4jax.layout.estimate import terms_of
+    from v4jax.layout.terms import bases, constants_of, total
+
+    def of_a_device(layout: str, mesh: str) -> tuple[float, dict[str, float]]:
+        cfg, sizes = dataclasses.replace(training("flash"), mesh=mesh, layout=layout, seq_len=4096, batch_size=128), parse_mesh(mesh)
+        rules = layout_for(layout, sizes)
+        terms = [term for term in terms_of(cfg, rules, sizes, "tpu") if term.part == "optimizer"]
+        values = bases(constants_of(cfg.model, rules, sizes), cfg.seq_len, cfg.batch_size)
+        kinds = sorted({term.collective for term in terms if term.kind == "sent"})
+        sent = {kind: total((term for term in terms if term.kind == "sent" and term.collective == kind), values) for kind in kinds}
+        return total((term for term in terms if term.kind == "flops"), values), sent
+
+    whole = of_a_device("full", "")[0]
+    print("| layout: mesh | FLOPs of a device | / an even share | sent by a device |\n|---|---|---|---|")
+    for layout, mesh in OPTIMIZER.items():
+        flops, sent = of_a_device(layout, mesh)
+        kinds = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in sent.items()) or "nothing"
+        print(f"| {layout}: {mesh} | {flops / 1e12:.1f} TFLOP | {flops / whole * 128:.2f} | {kinds} |")
 
 
 def training(model: str):

@@ -2,8 +2,8 @@
 
     python benchmarks/pods.py [--effort quick|full] [CASE ...]          needs the extra `tpu`; minutes and several GB a case
 
-bfloat16 compute, float32 weights and momentum, Muon, one sequence a chip (or one a row of chips, where the sequence is cut). What was
-compiled with quick effort is kept for the table of layout_accuracy.py too.
+bfloat16 compute, float32 weights and momentum, Muon; 4096 tokens a chip, but 8192 in flash-64k, and 2048 of V4-Pro on 256 chips, where
+more do not fit. What was compiled with quick effort is kept for the table of layout_accuracy.py too.
 """
 
 import argparse
@@ -20,6 +20,7 @@ CASES = {
     "flash-4k": ("flash", "v5p:4x4x8", "fsdp=8,expert=16", 4096, 128),
     "flash-64k": ("flash", "v5p:4x4x8", "context=8,expert=16", 65536, 16),
     "pro-4k": ("pro", "v5p:8x8x8", "fsdp=32,expert=16", 4096, 512),
+    "pro-4k-256": ("pro", "v5p:4x8x8", "context=4,expert=64", 4096, 128),
     "pro-64k": ("pro", "v5p:8x8x8", "fsdp=2,context=16,expert=16", 65536, 32),
 }
 """Name -> configuration, topology, mesh, tokens a row, rows a step."""

@@ -1,9 +1,10 @@
 """Work on whole matrices of a tensor that is cut over a mesh, spread over the devices instead of repeated on each.
 
-A tensor [..., A, Z] is a stack of matrices. Where the devices along a mesh axis hold pieces of them, an all-to-all gives each
-device some matrices whole and takes them back afterwards: every byte moves once there and once back. Where the devices hold
-copies, each works on its share and the results are gathered. A stack with fewer matrices than an axis has devices is gathered
-along it; such stacks of one shape are joined and then shared out as copies are, and only what is still too few is repeated.
+A tensor [..., A, Z] is a stack of matrices; stacks of one shape that lie alike are joined. Where the devices along a mesh axis hold
+pieces of them, an all-to-all gives each device some matrices whole and takes them back afterwards: every byte moves once there and
+once back, and where there are fewer matrices than devices, some get none. Where the devices hold copies, each works on its share
+and the results are gathered. A single matrix is gathered along an axis that cuts it. What devices then still hold alike is joined and shared
+out as copies are, and only what is too little for that is repeated.
 
 Next file to read: v4jax/train/muon.py.
 """
@@ -12,6 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +39,23 @@ def on_whole_matrices(f: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.
     return jax.shard_map(local, in_specs=(list(specs),), out_specs=list(specs), check_vma=False)(list(arrays))
 
 
+class _Way(NamedTuple):
+    """How the matrices of a tensor lie: mesh axes that cut their rows and their columns, and along which devices hold copies."""
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    copies: tuple[str, ...]
+
+
 def _local(f, specs, arrays: list[jax.Array]) -> list[jax.Array]:
-    stacks, undo, alike = zip(*(_whole(x, spec) for x, spec in zip(arrays, specs, strict=True)), strict=True)
+    pieces, ways = [x.reshape(-1, *x.shape[-2:]) for x in arrays], [_way(x, spec) for x, spec in zip(arrays, specs, strict=True)]
+    joined = _groups(pieces, ways)
+    stacks, undo, alike = zip(*(_whole(_join(pieces, group), ways[group[0]]) for group in joined), strict=True)
     groups = _groups(stacks, alike)
     shares, gather = zip(*(_share_out(_join(stacks, group), alike[group[0]]) for group in groups), strict=True)
     outs = [back(out) for back, out in zip(gather, _together(f, shares), strict=True)]
-    outs = _part(outs, stacks, groups)
-    return [back(out).reshape(x.shape) for back, out, x in zip(undo, outs, arrays, strict=True)]
+    outs = [back(out) for back, out in zip(undo, _part(outs, stacks, groups), strict=True)]
+    return [out.reshape(x.shape) for out, x in zip(_part(outs, pieces, joined), arrays, strict=True)]
 
 
 def _together(f, stacks: Sequence[jax.Array]) -> list[jax.Array]:
@@ -52,8 +64,8 @@ def _together(f, stacks: Sequence[jax.Array]) -> list[jax.Array]:
     return _part([f(_join(stacks, group)) for group in groups], stacks, groups)
 
 
-def _groups(stacks: Sequence[jax.Array], alike: Sequence[tuple[str, ...]]) -> list[list[int]]:
-    """Which stacks to join: those of one shape, alike along the same mesh axes, up to TOGETHER bytes."""
+def _groups(stacks: Sequence[jax.Array], alike: Sequence[tuple]) -> list[list[int]]:
+    """Which stacks to join: those of one shape that are `alike`, up to TOGETHER bytes."""
     groups: dict[tuple, list[list[int]]] = {}
     for i, stack in enumerate(stacks):
         parts = groups.setdefault((stack.shape[1:], alike[i]), [[]])
@@ -78,23 +90,28 @@ def _part(joined: Sequence[jax.Array], stacks: Sequence[jax.Array], groups: list
     return [outs[i] for i in range(len(stacks))]
 
 
-def _whole(x: jax.Array, spec: PartitionSpec):
-    """This device's share of the matrices of x, whole; how to give the results back; and the axes along which devices hold the same."""
-    sizes = {axis: size for axis, size in jax.sharding.get_abstract_mesh().shape.items() if size > 1}
+def _way(x: jax.Array, spec: PartitionSpec) -> _Way:
+    sizes = jax.sharding.get_abstract_mesh().shape
     parts = [part if isinstance(part, tuple) else (part,) for part in spec] + [()] * (x.ndim - len(spec))
-    cut = [tuple(axis for axis in part if axis in sizes) for part in parts]
-    stack, undo, alike = x.reshape(-1, *x.shape[-2:]), [], []
-    for axis in (axis for axis in sizes if not any(axis in part for part in cut)):
-        if len(stack) >= sizes[axis]:
-            stack, back = _share(stack, axis, sizes[axis])
+    cut = [tuple(axis for axis in part if axis and sizes[axis] > 1) for part in parts]
+    copies = tuple(axis for axis, size in sizes.items() if size > 1 and not any(axis in part for part in cut))
+    return _Way(cut[-2], cut[-1], copies)
+
+
+def _whole(stack: jax.Array, way: _Way):
+    """This device's share of the matrices, whole; how to give the results back; and the axes along which devices hold the same."""
+    undo, alike = [], []
+    for axis in way.copies:
+        if len(stack) >= lax.axis_size(axis):
+            stack, back = _share(stack, axis, lax.axis_size(axis))
             undo.append(back)
         else:
             alike.append(axis)
-    for dim, axes in ((1, cut[-2]), (2, cut[-1])):
+    for dim, axes in ((1, way.rows), (2, way.columns)):
         for axis in reversed(axes):  # the innermost axis has neighbouring pieces
-            if len(stack) < sizes[axis]:
+            if len(stack) == 1:
                 alike.append(axis)
-            stack, back = _collect(stack, axis, sizes[axis], dim)
+            stack, back = _collect(stack, axis, lax.axis_size(axis), dim)
             undo.append(back)
     return stack, lambda out: functools.reduce(lambda out, back: back(out), reversed(undo), out), tuple(alike)
 
@@ -122,7 +139,7 @@ def _share(stack, axis: str, size: int):
 def _collect(stack, axis: str, size: int, dim: int):
     """Matrices whole along `dim`, of which devices along `axis` hold pieces, and how to give the pieces back."""
     count, width = len(stack), stack.shape[dim]
-    if count < size:
+    if count == 1:
         whole = lax.all_gather(stack, axis, axis=dim, tiled=True)
         return whole, lambda out: lax.dynamic_slice_in_dim(out, lax.axis_index(axis) * width, width, axis=dim)
     whole = lax.all_to_all(_fill_up(stack, size), axis, split_axis=0, concat_axis=dim, tiled=True)

@@ -61,12 +61,22 @@ def test_stacks_with_too_few_matrices_are_shared_out_together():
     assert sum(seen) <= 4, seen  # each by itself: 6, on every device
 
 
-def test_a_stack_that_fills_the_devices_moves_by_all_to_all_only():
-    mesh = make_mesh(parse_mesh("fsdp=2,expert=2,tensor=2"))
-    spec = P(None, "expert", "fsdp", "tensor")
+@pytest.mark.parametrize("mesh, shapes, specs, each", [  # each: matrices that one device orthogonalises
+    ("fsdp=2,expert=2,tensor=2", [(4, 4, 16, 24)], [P(None, "expert", "fsdp", "tensor")], 2),
+    ("fsdp=2,tensor=2", [(2, 16, 24), (1, 16, 24), (16, 24)], [P(None, ("fsdp", "tensor"))] * 2 + [P(("fsdp", "tensor"))], 1),  # joined
+    ("fsdp=2,tensor=2", [(3, 16, 24)], [P(None, ("fsdp", "tensor"))], 1),  # none for the fourth device
+])  # fmt: skip
+def test_cut_matrices_move_by_all_to_all_only(mesh, shapes, specs, each):
+    mesh, seen = make_mesh(parse_mesh(mesh)), []
+
+    def f(stack):
+        seen.append(len(stack))
+        return newton_schulz(stack)
+
     with jax.set_mesh(mesh):
-        x = jax.ShapeDtypeStruct((4, 4, 16, 24), jnp.float32, sharding=NamedSharding(mesh, spec))
-        text = jax.jit(lambda x: on_whole_matrices(newton_schulz, [x], [spec])).lower(x).compile().as_text()
+        xs = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)) for shape, spec in zip(shapes, specs, strict=True)]
+        text = jax.jit(lambda xs: on_whole_matrices(f, xs, specs)).lower(xs).compile().as_text()
+    assert set(seen) == {each}
     assert text.count(" all-to-all(") == 4
     assert not any(kind in text for kind in ("all-gather", "all-reduce", "collective-permute", "reduce-scatter"))
 

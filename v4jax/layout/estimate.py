@@ -138,7 +138,7 @@ def platform_of(hardware: Hardware) -> str:
 def terms_of(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str, what: str = "train", released: bool = False, fp8: bool = False) -> list[Term]:
     if what == "decode":
         return decode_terms(cfg, rules, sizes, platform, released)
-    return work(cfg, rules, sizes, fp8) + traffic(cfg, rules, sizes, platform) + memory(cfg, rules, sizes)
+    return work(cfg, rules, sizes, platform, fp8) + traffic(cfg, rules, sizes, platform) + memory(cfg, rules, sizes)
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """Muon on paper: the stacks of whole matrices one device orthogonalises, and what it sends for them.
 
-Follows sharding/matrices.py step by step: pieces become whole matrices, each device works on its share, and stacks with too few
-matrices for an axis are joined with others of their shape before they are shared out.
+Follows sharding/matrices.py step by step: stacks that lie alike are joined, pieces become whole matrices, and each device works on its share.
 
 Next file to read: v4jax/layout/work.py.
 """
@@ -18,11 +17,12 @@ from v4jax.layout.weights import Weight, cut_of, weights_of
 
 
 class Stack(NamedTuple):
-    """`count` whole float32 matrices of `shape` that one device works on; all devices along `alike` hold the same ones."""
+    """`count` float32 matrices of `shape` on one device; `alike`: what they must have in common with others to be joined, in the end the axes
+    along which all devices hold the same ones."""
 
     shape: tuple[int, int]
     count: int
-    alike: tuple[str, ...] = ()
+    alike: tuple = ()
 
     @property
     def bytes(self) -> int:
@@ -44,11 +44,11 @@ def muon(model: ModelConfig, rules: AxisRules, sizes: Mapping[str, int]) -> Muon
 @functools.lru_cache(64)
 def _muon(model: ModelConfig, rules: AxisRules, items: tuple[tuple[str, int], ...]) -> Muon:
     sizes, sent, stacks, shares = dict(items), [], [], []
-    for weight in weights_of(model):
-        if weight.optimizer == "muon":
-            stack, moved = _whole(weight, cut_of(weight, rules, sizes).parts, sizes)
-            stacks.append(stack)
-            sent += moved
+    pieces = [_pieces(weight, cut_of(weight, rules, sizes).parts, sizes) for weight in weights_of(model) if weight.optimizer == "muon"]
+    for piece in _joined(pieces):
+        stack, moved = _whole(piece, sizes)
+        stacks.append(stack)
+        sent += moved
     for stack in _joined(stacks):
         share, moved = _share_out(stack, sizes)
         shares.append(share)
@@ -56,29 +56,35 @@ def _muon(model: ModelConfig, rules: AxisRules, items: tuple[tuple[str, int], ..
     return Muon(tuple(_joined(shares)), tuple(sent))
 
 
-def _whole(weight: Weight, parts, sizes: Mapping[str, int]) -> tuple[Stack, list[tuple[str, str, float]]]:
-    """This device's share of one weight's matrices, whole; and what is sent for it, there and back."""
-    sent, alike = [], []
-    cut = math.prod(sizes[axis] for part in parts[-2:] for axis in part)
-    piece = matrix = 4 * math.prod(weight.shape[-2:]) / cut
-    count = weight.size // math.prod(weight.shape[-2:]) // math.prod(sizes[axis] for part in parts[:-2] for axis in part)
+def _pieces(weight: Weight, parts, sizes: Mapping[str, int]) -> Stack:
+    """What one device holds of a weight; alike: axes that cut rows and columns, and along which devices hold copies."""
+    rows, columns = (math.prod(sizes[axis] for axis in part) for part in parts[-2:])
+    count = math.prod(weight.shape[:-2]) // math.prod(sizes[axis] for part in parts[:-2] for axis in part)
     used = [axis for part in parts for axis in part]
-    for axis in (axis for axis, size in sizes.items() if size > 1 and axis not in used):
+    copies = tuple(axis for axis, size in sizes.items() if size > 1 and axis not in used)
+    return Stack((weight.shape[-2] // rows, weight.shape[-1] // columns), count, (tuple(parts[-2]), tuple(parts[-1]), copies))
+
+
+def _whole(piece: Stack, sizes: Mapping[str, int]) -> tuple[Stack, list[tuple[str, str, float]]]:
+    """This device's share of the matrices, whole; and what is sent for it, there and back."""
+    (rows, columns, copies), (height, width), count, sent, alike = piece.alike, piece.shape, piece.count, [], []
+    for axis in copies:
         if count >= sizes[axis]:  # the results are gathered when they are pieces again
             count = -(-count // sizes[axis])
-            sent.append((axis, "all-gather", piece * count * (sizes[axis] - 1)))
+            sent.append((axis, "all-gather", 4 * height * width * count * (sizes[axis] - 1)))
         else:
             alike.append(axis)
-    for axis in (axis for part in parts[-2:] for axis in reversed(part)):
-        size = sizes[axis]
-        if count < size:
-            sent.append((axis, "all-gather", matrix * count * (size - 1)))
-            alike.append(axis)
-        else:
-            count = -(-count // size)
-            sent.append((axis, "all-to-all", 2 * matrix * count * (size - 1)))
-        matrix *= size
-    return Stack(weight.shape[-2:], count, tuple(alike)), sent
+    for axes in (rows, columns):
+        for axis in reversed(axes):
+            size, bytes_ = sizes[axis], 4 * height * width
+            if count == 1:
+                sent.append((axis, "all-gather", bytes_ * (size - 1)))
+                alike.append(axis)
+            else:
+                count = -(-count // size)
+                sent.append((axis, "all-to-all", 2 * bytes_ * count * (size - 1)))
+            height, width = (height * size, width) if axes is rows else (height, width * size)
+    return Stack((height, width), count, tuple(alike)), sent
 
 
 def _share_out(stack: Stack, sizes: Mapping[str, int]) -> tuple[Stack, list[tuple[str, str, float]]]:

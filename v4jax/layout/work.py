@@ -42,8 +42,9 @@ def passes(cfg: TrainConfig, weight: Weight) -> int:
     return 4 if cfg.remat else 3
 
 
-def work(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], fp8: bool = False) -> list[Term]:
-    """Terms of kind "flops" and "hbm" of one device and step. fp8: with products of fp8 operands, which are made from others first."""
+def work(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str, fp8: bool = False) -> list[Term]:
+    """Terms of kind "flops" and "hbm" of one device and step. platform: "tpu", "gpu" or "cpu". fp8: with products of fp8 operands, which are
+    made from others first."""
     model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
     terms = []
     for weight in weights_of(model):
@@ -64,7 +65,7 @@ def work(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], fp8: bool
     terms += _scores(cfg, layers, _parts(rules, sizes, "act_heads"), _parts(rules, sizes, "index_heads"))
     if fp8:
         terms += _operands(cfg, rules, sizes, item)
-    return terms + _rows(cfg, rules, sizes, item)
+    return terms + _rows(cfg, rules, sizes, item, platform)
 
 
 def layers_by_ratio(model: ModelConfig) -> dict[int, int]:
@@ -99,8 +100,9 @@ def _scores(cfg: TrainConfig, layers: dict[int, int], tensor: int, index_parts: 
     ]
 
 
-def _rows(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], item: int) -> list[Term]:
-    """Memory traffic of activations outside of scores: residual streams, rows of attention and experts, logits."""
+def _rows(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], item: int, platform: str) -> list[Term]:
+    """Memory traffic of activations outside of scores: residual streams, rows of attention and experts, logits. Kernels of a GPU take turns, so
+    that element-wise ones are parts of their own; XLA:TPU fuses them with products, and the slower of the two counts."""
     model, n = cfg.model, 4 if cfg.remat else 3
     layers = sum(layers_by_ratio(model).values())
     tensor = _parts(rules, sizes, "act_heads")
@@ -108,11 +110,12 @@ def _rows(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], item: in
     attention = 6 * model.num_attention_heads * model.head_dim / tensor + 12 * model.hidden_size
     hidden = _parts(rules, sizes, "expert_hidden")
     experts = model.num_experts_per_tok * (4 * model.hidden_size + 5 * model.moe_intermediate_size / hidden)
+    apart = ", element-wise" if platform == "gpu" else ""
     logits = 3 * 4 * model.vocab_size / _parts(rules, sizes, "vocab") * 4 * (1 + model.num_nextn_predict_layers)
     return [
         Term("hbm", "mHC", streams * item * n * layers, "tokens"),
-        Term("hbm", "attention", attention * item * n * layers, "tokens"),
-        Term("hbm", "routed experts", experts * item * n * layers, "tokens"),
+        Term("hbm", "attention" + apart, attention * item * n * layers, "tokens"),
+        Term("hbm", "routed experts" + apart, experts * item * n * layers, "tokens"),
         Term("hbm", "head", logits, "tokens"),
     ]
 

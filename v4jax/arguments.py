@@ -114,8 +114,8 @@ def _layout(sub):
     sub.add_argument("--released", action="store_true", help="decode from weights and caches in the released formats (fp8, MXFP4): on paper")
     sub.add_argument("--paper", action="store_true", help="compile nothing")
     sub.add_argument("--lower-only", action="store_true", help="stop before compiling: seconds instead of minutes for a full model")
-    sub.add_argument("--effort", choices=("quick", "full"), help="of the compiler for TPUs: quick (the default, a third of the time), or full, as a run "
-                        "compiles")  # fmt: skip
+    sub.add_argument("--effort", choices=("quick", "full"),
+                        help="of the compiler for TPUs: quick (the default, half the time or less), or full, as a run compiles")  # fmt: skip
     sub.add_argument("--search", action="store_true", help="rank every layout and mesh of --chips chips on paper")
     sub.add_argument("--chips", type=int, help="chips to search on (default: as many as the target names)")
     sub.add_argument("--confirm", type=int, default=0, metavar="K", help="compile the best K of the search")

@@ -91,7 +91,8 @@ def estimate(cfg: TrainConfig, hardware: Hardware, what: str = "train", fp8: boo
 
     Args:
       what: "train", or "decode": one new token for each of batch_size rows of seq_len tokens.
-      fp8: products of routed and shared experts and attention's with its weights run at the fp8 rate, scores do not; making their operands (training) is counted. released: decode from the released formats.
+      fp8: products of routed and shared experts and attention's with its weights run at the fp8 rate, scores do not; making their operands
+        (training) is counted. released: decode from the released formats.
 
     Raises:
       ValueError: mesh, layout or batch that do not fit together.
@@ -135,7 +136,9 @@ def platform_of(hardware: Hardware) -> str:
     return "cpu" if hardware.shared else "tpu" if hardware.tiers[0].torus else "gpu"
 
 
-def terms_of(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str, what: str = "train", released: bool = False, fp8: bool = False) -> list[Term]:
+def terms_of(
+    cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str, what: str = "train", released: bool = False, fp8: bool = False
+) -> list[Term]:
     if what == "decode":
         return decode_terms(cfg, rules, sizes, platform, released)
     return work(cfg, rules, sizes, platform, fp8) + traffic(cfg, rules, sizes, platform) + memory(cfg, rules, sizes)

@@ -92,12 +92,13 @@ def test_a_step_on_eight_devices_is_the_step_on_one(one_device, mesh, layout):
     skipped = 0
     for path, expected in expected_weights.items():
         # In the first layer all streams are equal, so comb's gradient is 0 but for rounding, and AdamW, whose eps is 1e-20, makes
-        # a full step of it in a random direction: such entries of its parameters say nothing. Muon's are all compared.
-        said = np.ones(expected.shape, bool)
+        # a full step of it in a random direction: such entries of its parameters say nothing. Muon's are all compared; Newton-Schulz brings the
+        # gradient's small singular values, and their rounding, to the size of the large ones (1.2e-5 in mHC's fn on jax 0.12 with AVX-512).
+        said, relative = np.ones(expected.shape, bool), 2e-5
         if optimizer_of(path) == "adamw":
-            said = np.abs(expected_grads[path]) >= 1e-5 * np.abs(expected_grads[path]).max()
+            said, relative = np.abs(expected_grads[path]) >= 1e-5 * np.abs(expected_grads[path]).max(), 1e-5
         skipped += np.sum(~said)
-        same(path, weights[path] * said, expected * said, 1e-5, 1e-4 * CFG.learning_rate)
+        same(path, weights[path] * said, expected * said, relative, 1e-4 * CFG.learning_rate)
     assert skipped < 0.02 * sum(leaf.size for leaf in expected_weights.values())
     for path, expected in flatten_dict(expected_state.router).items():
         np.testing.assert_array_equal(flatten_dict(state.router)[path], expected, str(path))

@@ -75,6 +75,18 @@ def test_matrices_travel_in_the_compute_dtype_and_their_gradients_in_float32(lay
     assert re.findall(rf":(\w+)\[{E // 2},(?:{D // 2},{F}|{F},{D // 2})\]\S* = reduce_scatter", program) == ["f32"] * 3
 
 
+def test_other_weights_are_held_where_they_lie_before_they_are_gathered():
+    """So that XLA casts the pieces, not the whole."""
+    sizes = parse_mesh("fsdp=2,expert=2")
+    rules, names = layout_for("pod", sizes), ("embed", "q_lora")
+    with jax.set_mesh(make_mesh(sizes)):
+        program = jax.make_jaxpr(lambda w: rules.gather(w.astype(jnp.bfloat16), names))(jnp.ones((8, 4))).jaxpr
+    (call,) = (eqn for eqn in program.eqns if "custom_vjp" in eqn.primitive.name)
+    inner = next(value for value in call.params.values() if hasattr(value, "jaxpr")).jaxpr.eqns
+    specs = [eqn.params["sharding"].spec for eqn in inner if eqn.primitive.name == "sharding_constraint"]
+    assert specs[0] == rules.spec(names) and specs[-1] == rules.spec(names, without=("fsdp", "context", "expert"))
+
+
 def test_every_row_lands_once_and_comes_home():
     """Rounds of 4 rows on 4 devices with uneven queues: each row lands on its expert's device, in one round, and returns."""
     sizes = parse_mesh("expert=4")

@@ -30,11 +30,11 @@ from v4jax.train.step import batch_sharding, check_batch, compile_step, state_fr
 
 EFFORTS = {"quick": {"optimization_level": 19}, "full": {}}
 """Compiler options by name. 19 is XLA's EFFORT_O1: on TPUs a full model compiles in less than half the time. "full" is what a run compiles
-with; it may hold more where the chip has room, to hide exchanges behind products. XLA:GPU's levels switch passes on, not off."""
+with; it may hold more where the chip has room, to hide exchanges behind products. Only XLA:TPU was tried with it."""
 
 _KINDS = {"TPU7x": {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": False}}
-"""Kind of chip -> options it needs: without this one libtpu 0.0.42 ends the process with "Check failed: std::abs(inc) < core_count()" at sums
-over the two devices of a chip."""
+"""Kind of chip -> options it needs: without this one libtpu 0.0.42 ends the process with "Check failed: std::abs(inc) < core_count()" when it
+compiles a sum for a sparse core."""
 
 
 @dataclasses.dataclass(frozen=True)

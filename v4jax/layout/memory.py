@@ -69,8 +69,9 @@ def _layers(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
     layers = max(len(group.kinds) for group in model.layer_groups) if cfg.remat else 1  # else `_activations` has what they keep
     holders, cut = (math.prod(sizes[axis] for axis in rules.mesh_axes(name)) for name in ("experts", "expert_hidden"))
     here, hidden = model.n_routed_experts / holders, model.moe_intermediate_size / cut
-    rows = model.num_experts_per_tok * (HEADROOM if rules.exchange and holders > 1 else 1)
-    if holders > 1 and not rules.exchange:  # buffers for all tokens of the group
+    travels = rules.exchange and holders > 1
+    rows = model.num_experts_per_tok * (HEADROOM if travels else 1)
+    if holders > 1 and not travels:  # buffers for all tokens of the group
         rows *= holders
     blocks, matrix = here * _BLOCK, here * hidden * model.hidden_size
     gathered = any(cut_of(weight, rules, sizes).tokens > 1 for weight in weights_of(model) if weight.is_expert)
@@ -80,7 +81,6 @@ def _layers(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
     kept_rows = (model.hidden_size + 2 * hidden) * item
     # Matrices in the compute dtype and gradients in float32; of experts that rows travel to also copies in the layouts of their products, the
     # gradients of earlier rounds, and MTP's, which are not scattered before the other layers' backward pass is over.
-    travels = rules.exchange and holders > 1
     copies, gradients = (5 if gathered else 3, 7 + 3 * (gathered and model.num_nextn_predict_layers)) if travels else (3, 3)
     matrices = matrix * (layers * copies * item + gradients * 4)
     made_rows = 2 * model.hidden_size * item

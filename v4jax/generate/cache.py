@@ -102,8 +102,7 @@ def _join(leaf):
     """Routed experts' matrices with outputs first: w1 and w3 one above the other, w2 of all experts side by side; anything else passes."""
     if not _is_swiglu(leaf) or leaf["w1"].ndim == 2:
         return leaf
-    joined = jnp.concatenate([jnp.swapaxes(leaf[name], 1, 2) for name in ("w1", "w3")], axis=1)
-    return {"w1": joined, "w2": jnp.moveaxis(leaf["w2"], -1, 0)}
+    return {"w1": jnp.concatenate((leaf["w1"], leaf["w3"]), axis=-1), "w2": leaf["w2"]}
 
 
 def check_storage(storage: str, quant: str) -> None:

@@ -200,7 +200,7 @@ class Experts(Weights):
                 for name in axes
             }
         if self.quant == "official":
-            weights = {name: mxfp4_weight(w, inputs_last="w3" not in weights) for name, w in weights.items()}
+            weights = {name: mxfp4_weight(w) for name, w in weights.items()}
 
         form, own = Activation(cfg.swiglu_limit, self.quant), ExpertWeights(**{"w3": None} | weights)
         rows, active = index_BSK.size // index_BSK.shape[-1], index_BSK.shape[-1]

@@ -79,8 +79,8 @@ def split_layers(cfg: ModelConfig, params, rules: AxisRules = AxisRules(), take:
     """The parameters as `extend` and `draft` are fastest with them: the layers of short groups as arrays of their own, a tuple for a group.
 
     A loop over stacked layers takes each layer's weights off the stack, a copy of all its experts, where a token needs a few. On one
-    device w1 and w3 of experts become one array, [E,2F,D]: taking one expert of both, and the product with it, then use two cores, and
-    a few rows can be run through all experts as two wide products (v4jax/model/grouped.py, `every_expert`).
+    device w1 and w3 of experts become one array, [E,D,2F]: taking one expert of both, and the product with it, then use two cores, and
+    a few rows are run through all experts as two batches of products (v4jax/model/grouped.py, `every_expert`).
 
     take: gives layer n of stacked layers.
     """
@@ -99,7 +99,7 @@ def _is_swiglu(tree) -> bool:
 
 
 def _join(leaf):
-    """Routed experts' matrices with outputs first: w1 and w3 one above the other, w2 of all experts side by side; anything else passes."""
+    """Routed experts' w1 and w3 side by side; anything else passes."""
     if not _is_swiglu(leaf) or leaf["w1"].ndim == 2:
         return leaf
     return {"w1": jnp.concatenate((leaf["w1"], leaf["w3"]), axis=-1), "w2": leaf["w2"]}

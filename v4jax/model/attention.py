@@ -31,7 +31,7 @@ from v4jax.model.indexer import may_search, top_k_mask
 from v4jax.model.norm import RMSNorm, rms_norm
 from v4jax.model.packed import as_kept
 from v4jax.model.rotary import rotate
-from v4jax.model.state import Kept, LayerCache, Slots, all_rows, chosen_rows, keep_rows, slots_spec
+from v4jax.model.state import SPARE_ROWS, Kept, LayerCache, Slots, all_rows, chosen_rows, slots_spec, window_rows
 from v4jax.model.weights import Csa, Weights
 from v4jax.quant.fake import fp8_keys
 
@@ -45,13 +45,14 @@ GATHER_FROM = 8
 class Queries(NamedTuple):
     """A chunk of queries with the raw rows they may see: blocks of W queries over 2W rows (their own W and the W before).
 
-    row [B or 1,T]; segments are None for rows of one document; real: does not only fill up a chunk; index is None unless asked for. A chunk shorter than W
-    that continues a row is one block of T queries over W + T rows.
+    row, window_row [B or 1,...]: positions; segments are None for rows of one document; real: does not only fill up a chunk; index is
+    None unless asked for. A few queries that continue a row are one block over all rows that are given.
     """
 
     q_BTNH: jax.Array
     window_BUWH: jax.Array
     row_BT: jax.Array
+    window_row_BUW: jax.Array
     segment_BT: jax.Array | None
     segment_BUW: jax.Array | None
     real_T: jax.Array
@@ -60,9 +61,12 @@ class Queries(NamedTuple):
 
 
 class Past(NamedTuple):
-    """Of a row that is continued: the W rows before it and its own, V = W + S, and its first position."""
+    """Of a row that is continued: the W rows before it and its own, V = W + S, their positions, and its first position.
+
+    Rows before a few (SPARE_ROWS) may be in any order and among others, with positions before the window."""
 
     rows_BVH: jax.Array
+    row_BV: jax.Array
     start_B: jax.Array
 
 
@@ -131,7 +135,7 @@ def attend(
         None if index is None else IndexInputs(
             rules.spec((batch, seq, "index_heads", None)), rules.spec((batch, seq, "index_heads")), _rows_spec(rules, index.key_BCJ)
         ),
-        None if past is None else Past(rules.spec((batch, None, None)), rules.spec((batch,))),
+        None if past is None else Past(rules.spec((batch, None, None)), rules.spec((batch, None)), rules.spec((batch,))),
     )  # fmt: skip
     loss = IndexLoss(*[rules.spec(())] * 3) if csa.teach and index is not None else None
     return jax.shard_map(functools.partial(_attend, cfg, csa, split), in_specs=specs, out_specs=(specs[0], loss))(*arguments)
@@ -155,12 +159,13 @@ def _attend(cfg: ModelConfig, csa: Csa, split: _Split, q_BSNH, kv_BSH, sink_N, s
     if past is None:
         block, first_B = window, jnp.reshape(first_row(split.seq, seq), 1)
         kv_BSH = with_rows_before(kv_BSH, window, split.seq)
+        row_BV = first_B[:, None] + jnp.arange(-window, seq, dtype=jnp.int32)[None]
     else:
-        block, first_B = min(window, seq), past.start_B
+        block, first_B, row_BV = seq if seq <= max(window, SPARE_ROWS) else window, past.start_B, past.row_BV
         kv_BSH = vary_like(past.rows_BVH, q_BSNH)
     segment_BV = None if segment_BS is None else with_rows_before(segment_BS, window, split.seq)
     blocks, chunks = _chunks(cfg, csa, split, q_BSNH.shape, block, far, index)
-    queries = _cut(q_BSNH, kv_BSH, first_B, segment_BS, segment_BV, index, block, blocks, chunks)
+    queries = _cut(q_BSNH, kv_BSH, first_B, row_BV, segment_BS, segment_BV, index, block, blocks, chunks)
     keys = None if index is None else index.key_BCJ
     if split.slots and keys is not None:
         keys = keys._replace(used=keys.used - first_row(split.slots, keys.count))
@@ -197,7 +202,7 @@ def _chunks(cfg: ModelConfig, csa: Csa, split: _Split, q_shape, block: int, far:
     return -(-seq // (chunks * block)), chunks
 
 
-def _cut(q_BSNH, kv_BVH, first_B, segment_BS, segment_BV, index, block: int, blocks: int, chunks: int) -> Queries:
+def _cut(q_BSNH, kv_BVH, first_B, row_BV, segment_BS, segment_BV, index, block: int, blocks: int, chunks: int) -> Queries:
     """Pads rows to whole chunks and stacks the chunks on a new first axis; V = W + S, keys behind the W rows before them."""
     total = chunks * blocks * block
 
@@ -206,12 +211,12 @@ def _cut(q_BSNH, kv_BVH, first_B, segment_BS, segment_BV, index, block: int, blo
         x = jnp.pad(x, [(0, 0), (0, total - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, blocks * block, *x.shape[2:]), 1, 0)
 
-    def banded(x):
+    def banded(x, fill=0):
         """[B,V,...] -> [chunks, B, U, 2W, ...]: each block of W rows behind the block before it."""
-        before = x.shape[1] - q_BSNH.shape[1]
-        if block < before:
+        if block == q_BSNH.shape[1]:
             return x[None, :, None]
-        x = jnp.pad(x, [(0, 0), (0, before + total - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+        before = x.shape[1] - q_BSNH.shape[1]
+        x = jnp.pad(x, [(0, 0), (0, before + total - x.shape[1])] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
         x = x.reshape(x.shape[0], chunks * blocks + 1, block, *x.shape[2:])
         x = jnp.concatenate((x[:, :-1], x[:, 1:]), axis=2)
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, blocks, *x.shape[2:]), 1, 0)
@@ -221,6 +226,7 @@ def _cut(q_BSNH, kv_BVH, first_B, segment_BS, segment_BV, index, block: int, blo
         chunked(q_BSNH),
         banded(kv_BVH),
         jnp.moveaxis((first_B[:, None] + jnp.arange(total, dtype=jnp.int32)[None]).reshape(-1, chunks, blocks * block), 1, 0),
+        banded(row_BV, fill=-1),
         chunked(segment_BS) if packed else None,
         banded(segment_BV) if packed else None,
         (jnp.arange(total) < q_BSNH.shape[1]).reshape(chunks, -1),
@@ -305,14 +311,11 @@ def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _window_mask(chunk: Queries, window: int) -> jax.Array:
-    """Which keys of its block each query sees: itself and the W-1 rows before it, in its own document; [B or 1,U,W,2W].
-
-    Query w of block u is row uW + w; key v of that block is row (u-1)W + v: seen iff w < v <= W + w and the row exists.
-    """
-    blocks, keys = chunk.window_BUWH.shape[1:3]
-    w, v = jnp.arange(keys - window)[:, None], jnp.arange(keys)[None]
-    row_BUW1 = chunk.row_BT.reshape(-1, blocks, keys - window, 1)
-    band = ((v > w) & (v <= w + window))[None, None] & (row_BUW1 - w[None, None] - window + v[None, None] >= 0)
+    """Which keys of its block each query sees: itself and the W-1 rows before it, in its own document; [B or 1,U,W,2W]."""
+    blocks = chunk.window_row_BUW.shape[1]
+    row_BUW1 = chunk.row_BT.reshape(chunk.row_BT.shape[0], blocks, -1, 1)
+    key_BU1W = chunk.window_row_BUW[:, :, None]
+    band = (key_BU1W <= row_BUW1) & (key_BU1W > jnp.maximum(row_BUW1 - window, -1))
     if chunk.segment_BT is None:
         return band
     own = chunk.segment_BT.reshape(chunk.segment_BT.shape[0], -1, window, 1) == chunk.segment_BUW[:, :, None]
@@ -378,8 +381,8 @@ class Attention(Weights):
 
 def _continue(cfg: ModelConfig, kv_BSH: jax.Array, kept: Kept) -> tuple[Past, jax.Array]:
     """(this chunk's rows and those before it, the ring of window rows with this chunk in it)."""
-    ring, longer = keep_rows(kept.cache.window, kept.layer, kv_BSH, kept.stretch)
-    return Past(longer(cfg.sliding_window), kept.stretch.start_B), ring
+    ring, rows_BVH, row_BV = window_rows(kept.cache.window, kept.layer, kv_BSH, kept.stretch, cfg.sliding_window)
+    return Past(rows_BVH, row_BV, kept.stretch.start_B), ring
 
 
 def _narrow(o_BSNH: jax.Array, wo_a: jax.Array, groups: int) -> jax.Array:

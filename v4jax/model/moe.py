@@ -176,7 +176,7 @@ class MoE(Weights):
 class Experts(Weights):
     """The routed experts' matrices. They stay sharded and float32 until the device that runs them casts its own.
 
-    Given without w3, w1 holds both, and outputs stand first (v4jax/generate/cache.py, split_layers).
+    Given without w3, w1 holds both (v4jax/generate/cache.py, split_layers).
     """
 
     cfg: ModelConfig

@@ -139,8 +139,7 @@ def keep_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch) 
     def keep(ring_LBRH, x_BSH):
         ring_BRH = jax.lax.dynamic_index_in_dim(ring_LBRH, layer, keepdims=False)
         size = ring_BRH.shape[1]
-        last_B1 = (stretch.start_B + stretch.count_B - 1)[:, None]
-        row_BR = last_B1 - (last_B1 - jnp.arange(size)[None]) % size - stretch.start_B[:, None]
+        row_BR = _positions(stretch, size) - stretch.start_B[:, None]
         new_BRH = jnp.take_along_axis(x_BSH, jnp.maximum(row_BR, 0)[..., None], axis=1)
         ring_BRH = jnp.where((row_BR >= 0)[..., None], new_BRH, ring_BRH)
         return jax.lax.dynamic_update_index_in_dim(ring_LBRH, ring_BRH, layer, 0)
@@ -154,6 +153,26 @@ def keep_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch) 
         return jnp.concatenate((_rows_before(ring, layer, stretch.start_B, rows, x_BSH.dtype), x_BSH), axis=1)
 
     return new, longer
+
+
+def _positions(stretch: Stretch, size: int) -> jax.Array:
+    """int32 [B,R], which position each place of a ring holds once it has the rows of a chunk; negative: none yet."""
+    last_B1 = (stretch.start_B + stretch.count_B - 1)[:, None]
+    return last_B1 - (last_B1 - jnp.arange(size, dtype=jnp.int32)[None]) % size
+
+
+def window_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch, window: int) -> tuple[Rows, jax.Array, jax.Array]:
+    """(the ring with the real rows of a chunk in it, the `window` rows before the chunk and its own [B,V,H], their positions [B,V]).
+
+    A few rows are given with the whole ring, as it lies: to put it in order takes longer than to attend to it. Places that hold no row of
+    the window have positions before it.
+    """
+    new, longer = keep_rows(ring, layer, x_BSH, stretch)
+    if x_BSH.shape[1] > SPARE_ROWS:
+        row_1V = jnp.arange(-window, x_BSH.shape[1], dtype=jnp.int32)[None]
+        return new, longer(window), stretch.start_B[:, None] + row_1V
+    rows_BRH = _layer_rows(new, layer, x_BSH.dtype)
+    return new, rows_BRH, _positions(stretch, rows_BRH.shape[1])
 
 
 def _write(stack_LBRH: jax.Array, layer: jax.Array, place_BS: jax.Array, x_BSH: jax.Array) -> jax.Array:
@@ -196,10 +215,11 @@ def slots_spec(rules: AxisRules, slots: Rows):
 
 def all_rows(rows: jax.Array | Slots, dtype: jnp.dtype) -> jax.Array:
     """[B,C,H] of a layer; an array passes."""
-    if not isinstance(rows, Slots):
-        return rows
-    take = lambda stack_LBCH: jax.lax.dynamic_index_in_dim(stack_LBCH, rows.layer, keepdims=False)  # noqa: E731
-    return unpack(jax.tree.map(take, rows.stack), dtype)
+    return _layer_rows(rows.stack, rows.layer, dtype) if isinstance(rows, Slots) else rows
+
+
+def _layer_rows(stack: Rows, layer: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return unpack(jax.tree.map(lambda stack_LBRH: jax.lax.dynamic_index_in_dim(stack_LBRH, layer, keepdims=False), stack), dtype)
 
 
 def some_rows(rows: Slots, first: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:

@@ -61,9 +61,9 @@ def fp8_weight(w_IO: jax.Array) -> jax.Array:
     return _fake(E4M3, (fp8.BLOCK, fp8.BLOCK), w_IO)
 
 
-def mxfp4_weight(w_IO: jax.Array, inputs_last: bool = False) -> jax.Array:
-    """Matrices [..., I, O] of routed experts (`inputs_last`: [..., O, I]): e2m1, a scale for each 32 along the input."""
-    return _fake(E2M1, (1, mxfp4.BLOCK) if inputs_last else (mxfp4.BLOCK, 1), w_IO)
+def mxfp4_weight(w_IO: jax.Array) -> jax.Array:
+    """Matrices [..., I, O] of routed experts: e2m1, a scale for each 32 along the input."""
+    return _fake(E2M1, (mxfp4.BLOCK, 1), w_IO)
 
 
 def fp8_input(x: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Rows continued from a cache give what one full forward gives: any chunks, any lengths in a batch, across every boundary."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import v4jax
 from configs import models as models_of_configs
 from v4jax.cost import cost, deepseek_v32, gqa8
 from v4jax.checkpoint.names import from_official
-from v4jax.generate.cache import draft, empty_cache, extend, logits_of
+from v4jax.generate.cache import draft, empty_cache, extend, logits_of, split_layers
 from v4jax.model import indexer
 from v4jax.model.state import SPARE_ROWS, Slots, Stretch, keep_rows
 
@@ -165,6 +166,17 @@ def test_a_few_rows_are_kept_as_many_are(rows):
     before = ring.shape[2] - SPARE_ROWS
     for b, count in enumerate(np.asarray(stretch.count_B)):  # the rows that a token behind them sees, and the real ones
         np.testing.assert_array_equal(few_before(before)[b, : before + count], many_before(before)[b, : before + count])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_step_copies_no_cache(models, batch):
+    """A token writes a row of each array of the cache: the compiled program copies none of them."""
+    cfg, params, *_ = models("flash")
+    params, cache = split_layers(cfg, params), empty_cache(cfg, batch, 2**14)
+    one = functools.partial(jax.jit, donate_argnums=1)(lambda params, cache, token_B1, count_B: extend(cfg, params, cache, token_B1, count_B))
+    program = one.lower(params, cache, jnp.zeros((batch, 1), jnp.int32), jnp.ones(batch, jnp.int32)).compile().as_text()
+    copied = {tuple(map(int, shape.split(","))) for shape in re.findall(r"= f32\[([\d,]+)\]\S* copy\(", program)}
+    assert copied and not copied & {leaf.shape for leaf in jax.tree.leaves(cache)}
 
 
 def test_packed_storage_changes_nothing():

@@ -179,8 +179,11 @@ def _write(stack_LBRH: jax.Array, layer: jax.Array, place_BS: jax.Array, x_BSH: 
     """stack[layer, b, place[b, s]] = x[b, s], in place; places past the end are dropped. No two of a row are the same.
 
     Sequences are a batch of the scatter, so XLA sees that a device that holds some needs nothing of the others. vmap would say so too,
-    but turn the whole stack around to put them first, and back.
+    but turn the whole stack around to put them first, and back. A single row goes with one that is dropped: XLA:CPU would repeat the
+    writing of one alone wherever the stack is read, each time on a copy of all of it.
     """
+    if place_BS.size == 1:
+        place_BS, x_BSH = jnp.append(place_BS, stack_LBRH.shape[2]).reshape(1, 2), jnp.pad(x_BSH, ((0, 0), (0, 1), (0, 0)))
     index_BS2 = jnp.stack((jnp.broadcast_to(layer, place_BS.shape).astype(place_BS.dtype), place_BS), axis=-1)
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(2,), inserted_window_dims=(0, 2), scatter_dims_to_operand_dims=(0, 2), operand_batching_dims=(1,),

@@ -90,6 +90,8 @@ def run(name: str, seed: int) -> dict:
     cfg, plain = VARIANTS[name], contextlib.nullcontext()
     with tempfile.TemporaryDirectory() as folder, evaluator if cfg.index_learning_rate else plain, optimizer if name.startswith("AdamW") else plain:
         summary = loop.train(dataclasses.replace(cfg, run_dir=folder, seed=seed, data=DataConfig(seed=seed)))
+        if "stopped_at" in summary:
+            raise SystemExit(f"stopped at step {summary['stopped_at']} of {name}, seed {seed}; finished runs are kept, start again to go on")
         lines = [line for line in read_metrics(folder) if line["step"] > 0.75 * cfg.steps and "expert_load_mean" in line]
     result = {"name": name, "seed": seed, "held_out_nll": summary["held_out_nll"], "seconds": time.perf_counter() - start}
     result["load"] = float(np.mean([line["expert_load_mean"] for line in lines]))

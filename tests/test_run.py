@@ -3,7 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -243,3 +246,12 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments, words, checkpoint, 
     assert captured.err.count("\n") == 1
     left = {path for path in digest(tmp_path) if "__pycache__" not in path.parts}
     assert left == set(before)
+
+
+def test_a_reader_that_leaves_ends_a_command_quietly():
+    """As in `v4jax cost configs/flash.py | head -0`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "v4jax", "cost", "configs/flash.py"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import pathlib
 import re
 import sys
@@ -21,11 +22,15 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _run(argv)
+        sys.stdout.flush()
     except (BadInput, ValueError) as error:
         print(f"v4jax: {_one_line(error)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("v4jax: interrupted", file=sys.stderr)
+        code = 1
+    except BrokenPipeError:  # whoever reads the output has seen enough, for example `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except (RuntimeError, OSError) as error:
         print(f"v4jax: failed: {_one_line(error)}", file=sys.stderr)

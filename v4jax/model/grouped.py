@@ -110,15 +110,10 @@ def every_expert(form: Activation, w: ExpertWeights, x_TD: jax.Array, index_TK: 
     experts, hidden, width = w.w2.shape
     pair, rows = 2 - experts % 2, x_TD.shape[0]
     gate_ET = jnp.sum(jax.nn.one_hot(index_TK, experts) * gate_TK[..., None], axis=1).T
-    x_ETD = lax.optimization_barrier(jnp.broadcast_to(x_TD, (experts, *x_TD.shape)))
-    h_ETF = _gated(form, *jnp.split(_alone(x_ETD, w.w1), 2, axis=-1), gate_ET)
+    x_ETD = jnp.broadcast_to(x_TD, (experts, *x_TD.shape))
+    h_ETF = _gated(form, *jnp.split(_matmul(x_ETD, w.w1.astype(x_TD.dtype)), 2, axis=-1), gate_ET)
     paired = jnp.moveaxis(h_ETF.reshape(-1, pair, rows, hidden), 1, 2).reshape(-1, rows, pair * hidden)
-    return _alone(lax.optimization_barrier(paired), w.w2.reshape(-1, pair * hidden, width)).sum(0)
-
-
-def _alone(x, w):
-    """x @ w, into which XLA:CPU fuses nothing that would slow it down."""
-    return lax.optimization_barrier(_matmul(x, w.astype(x.dtype)))
+    return _matmul(paired, w.w2.reshape(-1, pair * hidden, width).astype(x_TD.dtype)).sum(0)
 
 
 # ---- the formulas; `dot(x, w)` is a product of rows with their experts' matrices, `outer(x, ct)` its gradient for w ----------

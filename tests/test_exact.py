@@ -1,5 +1,6 @@
 """The model is the report's equations: against the plain NumPy restatement, and packed rows against documents alone."""
 
+import collections
 import functools
 
 import jax
@@ -11,7 +12,7 @@ from reference import transformer
 from reference.weights import random_weights
 from trees import small_config
 
-import v4jax
+import v4jax.model.transformer
 from v4jax.checkpoint.names import from_official
 from v4jax.model import attention, indexer
 from v4jax.train.loss import loss_and_routing
@@ -120,6 +121,24 @@ def test_chunks_and_gathered_entries_change_nothing(monkeypatch):
         assert float(runs[name][0]) == pytest.approx(float(value), rel=1e-6)
         for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(runs[name][1]), jax.tree.leaves(grads), strict=True):
             assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-7, (name, jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradients_of_mtp_are_whole_before_the_layers_go_on(monkeypatch, remat):
+    """A barrier that holds all of them and what flows back into the layers; nothing else differs from the module's own gradient."""
+    cfg = small_config(compress_ratios=(4, 4, 0), num_hidden_layers=2, num_hash_layers=0)
+    params = jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 2)))
+    batch = {"tokens": jnp.asarray(tokens_of(cfg, (2, 20), 3))}
+    grad = lambda p: jax.grad(lambda p: loss_and_routing(cfg, p, batch, remat=remat)[0])(p)  # noqa: E731
+    shapes = lambda leaves: collections.Counter(leaf.shape for leaf in leaves)  # noqa: E731
+    needed = shapes(jax.tree.leaves(params["mtp"])) + collections.Counter([(2, 20, cfg.hc_mult, cfg.hidden_size)])
+    barriers = [eqn for eqn in jax.make_jaxpr(grad)(params).eqns if eqn.primitive.name == "optimization_barrier"]
+    assert any(needed <= shapes(var.aval for var in eqn.outvars) for eqn in barriers)
+    got = jax.jit(grad)(params)
+    monkeypatch.setattr(v4jax.model.transformer, "run_mtp", lambda mtp, *inputs: mtp(*inputs))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(jax.jit(lambda p: grad(p))(params)), strict=True):
+        # What is fused with what differs: rounding, relative to the tensor's norm.
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-7, jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

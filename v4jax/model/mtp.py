@@ -39,3 +39,23 @@ class MTP(Weights):
         x_BSXD, routing, kept, _ = Block(*own, cfg, kind, name="block")(x_BSXD, next_BS, documents, kept)
         x_BSD = HyperHead(*own, cfg, name="hc_head")(x_BSXD)
         return RMSNorm(*own, cfg.rms_norm_eps, name="norm")(x_BSD), routing, kept
+
+
+def run_mtp(mtp: MTP, x_BSXD: jax.Array, *others):
+    """mtp(x, *others) whose backward pass is through with the weights before it goes on to the layers below.
+
+    XLA puts off what only the optimizer waits for: the gradients of MTP's experts would lie whole, not yet scattered, beside everything
+    that the layers' backward pass holds.
+    """
+
+    def run(mtp, *inputs):
+        return mtp(*inputs)
+
+    def forward(mtp, *inputs):
+        return nn.vjp(run, mtp, *inputs, vjp_variables=True)
+
+    def backward(pull, ct):
+        ct_weights, ct_x, *rest = pull(ct)
+        return *jax.lax.optimization_barrier((ct_weights, ct_x)), *rest
+
+    return nn.custom_vjp(run, forward, backward, grad_vars=True)(mtp, x_BSXD, *others)

@@ -24,7 +24,7 @@ from v4jax.model.documents import Ask, read_documents, without_last_tokens
 from v4jax.model.hyper import HyperHead
 from v4jax.model.indexer import IndexLoss
 from v4jax.model.moe import Routing
-from v4jax.model.mtp import MTP
+from v4jax.model.mtp import MTP, run_mtp
 from v4jax.model.norm import RMSNorm
 from v4jax.model.weights import Csa, Weights
 from v4jax.quant.fake import check_quant
@@ -83,7 +83,7 @@ class Transformer(Weights):
                 next_BSD = embed_lookup(self.rules, table_VD, next_BS).astype(self.dtype)
                 mtp = nn.remat(MTP) if self.remat else MTP
                 counted = without_last_tokens(documents, next_BS)
-                mtp_x_BSD, route, _ = mtp(*own, cfg, name="mtp")(x_BSXD, next_BSD, next_BS, counted)
+                mtp_x_BSD, route, _ = run_mtp(mtp(*own, cfg, name="mtp"), x_BSXD, next_BSD, next_BS, counted)
                 routing["mtp"] = {"block": route}
         x_BSD = HyperHead(*own, cfg, name="hc_head")(x_BSXD)
         return Hidden(RMSNorm(*own, cfg.rms_norm_eps, name="norm")(x_BSD), mtp_x_BSD, head_DV, routing, index)

@@ -79,9 +79,9 @@ def _layers(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
     # Streams where mHC reads them, in float32 and as they came; queries and outputs of heads, once in float32 and in some layouts; eight of D.
     kept = _SITES * model.hc_mult * model.hidden_size * (4 + item) + own * model.head_dim * (4 + 3.5 * item) + 8 * model.hidden_size * 4
     kept_rows = (model.hidden_size + 2 * hidden) * item
-    # Matrices in the compute dtype and gradients in float32; of experts that rows travel to also copies in the layouts of their products, the
-    # gradients of earlier rounds, and MTP's, which are not scattered before the other layers' backward pass is over.
-    copies, gradients = (5 if gathered else 3, 7 + 3 * (gathered and model.num_nextn_predict_layers)) if travels else (3, 3)
+    # Matrices in the compute dtype and gradients in float32; of experts that rows travel to also copies in the layouts of their products, and
+    # the gradients of earlier rounds.
+    copies, gradients = (5 if gathered else 3, 7) if travels else (3, 3)
     matrices = matrix * (layers * copies * item + gradients * 4)
     made_rows = 2 * model.hidden_size * item
     return [

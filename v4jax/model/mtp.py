@@ -45,7 +45,7 @@ def run_mtp(mtp: MTP, x_BSXD: jax.Array, *others):
     """mtp(x, *others) whose backward pass is through with the weights before it goes on to the layers below.
 
     XLA puts off what only the optimizer waits for: the gradients of MTP's experts would lie whole, not yet scattered, beside everything
-    that the layers' backward pass holds.
+    that the layers' backward pass holds. Gradients are of all collections, not of weights alone: the others are traced as well.
     """
 
     def run(mtp, *inputs):

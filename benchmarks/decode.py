@@ -1,6 +1,9 @@
-"""Decoding and prefill beside transformers' generate: one checkpoint, float32, two cores.
+"""Decoding and prefill beside transformers' generate: the same checkpoint, float32, two cores.
 
-    python benchmarks/decode.py [--tokens 64] [--prompt 4096] [--only 64] [--ours-only]      # the peer needs extra parity
+    python benchmarks/decode.py [--models demo small experts] [--tokens 64] [--prompt 4096] [--only 64] [--ours-only]
+
+The peer needs extra parity. Three models with random weights, which decode as fast as trained ones: that of `make demo`; `small`, 7 layers
+of every kind with 4 of 16 experts; `experts`, the same with 6 of 64, as rows of a released model choose few of many.
 
 The floor of decoding is reading every weight that the rows touch once a step at the machine's measured rate; that of prefill is its
 matrix products at the measured matmul rate. Times are medians of three runs, after one that compiles. Bars: 5 times the peer's tokens
@@ -8,8 +11,10 @@ per second at batch 1 and 8, 3 times its prefill of 4K tokens.
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
+import runpy
 import statistics
 import tempfile
 import time
@@ -17,20 +22,27 @@ import time
 THREADS = 2
 
 
-def make_checkpoint(folder):
-    """A 7-layer model of every kind, 15M parameters; random weights decode as fast as trained ones."""
-    import jax
-
-    import v4jax
+def models() -> dict:
+    """Name -> model; total and active parameters without MTP: 2.7M and 1.2M, 30M and 11M, 96M and 14M."""
     from v4jax.config import ModelConfig
-    from v4jax.model.transformer import init_params
 
-    cfg = ModelConfig(
+    small = ModelConfig(
         vocab_size=8192, hidden_size=256, moe_intermediate_size=256, num_hidden_layers=7, num_attention_heads=8, head_dim=64,
         qk_rope_head_dim=16, q_lora_rank=128, o_groups=4, o_lora_rank=64, n_routed_experts=16, num_experts_per_tok=4,
         routed_scaling_factor=1.5, compress_ratios=(0, 0, 4, 128, 4, 128, 4, 0), num_hash_layers=3, sliding_window=128,
         index_n_heads=8, index_head_dim=32, index_topk=128, compress_rope_theta=160000.0, max_position_embeddings=16384,
     )  # fmt: skip
+    many = dataclasses.replace(small, n_routed_experts=64, num_experts_per_tok=6)
+    demo = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "configs/demo.py"))["get_model"]()
+    return {"demo": demo, "small": small, "experts": many}
+
+
+def make_checkpoint(folder, cfg):
+    import jax
+
+    import v4jax
+    from v4jax.model.transformer import init_params
+
     v4jax.save_safetensors(cfg, init_params(cfg, jax.random.key(0)), folder, dtype="float32")
 
 
@@ -107,8 +119,28 @@ def theirs(folder, prompts, tokens: int) -> tuple[float, float]:
     return steps_of(run, tokens)
 
 
+def compare(cfg, folder, cases, tokens: int, ours_only: bool, read: float, products: float):
+    """Prints a line for the prefill and one for the decoding of each case (batch, length of prompts)."""
+    import numpy as np
+
+    from v4jax.cost import cost
+
+    for batch, length in cases:
+        prompts = np.random.default_rng(0).integers(2, cfg.vocab_size, (batch, length)).tolist()
+        count = (tokens if length < 1024 else tokens // 4) + 1
+        found = ours(folder, prompts, count)
+        peer = None if ours_only else theirs(folder, prompts, count)
+        total = cost(cfg, length).total
+        bytes_read = 4 * touched_parameters(cfg, total.active, batch)
+        floors = (batch * length * total.flops / products, max(bytes_read / read, batch * total.flops / products))
+        for i, what in enumerate((f"prefill {length}", f"decode at {length}, a step")):
+            last = f"{1000 * peer[i]:15.2f}   {peer[i] / found[i]:13.1f}" if peer else ""
+            print(f"batch {batch}, {what:24s} {1000 * floors[i]:9.2f} {1000 * found[i]:10.2f} {last}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=["demo", "small", "experts"], default=["demo", "small", "experts"])
     parser.add_argument("--tokens", type=int, default=64, help="decoded after the first; a quarter of it after long prompts")
     parser.add_argument("--prompt", type=int, default=4096)
     parser.add_argument("--only", type=int, help="cases of this prompt length")
@@ -118,28 +150,15 @@ def main():
     from sharding.mesh import simulate_devices
 
     simulate_devices(1)  # as the command line does: keeps freed memory
-    import numpy as np
-
-    from v4jax.config import ModelConfig
-    from v4jax.cost import cost
-
-    with tempfile.TemporaryDirectory() as folder:
-        make_checkpoint(pathlib.Path(folder))
-        cfg = ModelConfig.from_json(folder)
-        read, products = rates()
-        print(f"measured: {read / 1e9:.1f} GB/s read, {products / 1e9:.0f} GFLOP/s")
-        print("case                      floor ms   v4jax ms   transformers ms   times as fast")
-        for batch, length in [case for case in ((1, 64), (8, 64), (1, arguments.prompt)) if arguments.only in (None, case[1])]:
-            prompts = np.random.default_rng(0).integers(2, cfg.vocab_size, (batch, length)).tolist()
-            tokens = arguments.tokens if length < 1024 else arguments.tokens // 4
-            found = ours(folder, prompts, tokens + 1)
-            peer = None if arguments.ours_only else theirs(folder, prompts, tokens + 1)
-            total = cost(cfg, length).total
-            bytes_read = 4 * touched_parameters(cfg, total.active, batch)
-            floors = (batch * length * total.flops / products, max(bytes_read / read, batch * total.flops / products))
-            for i, what in enumerate((f"prefill {length}", f"decode at {length}, a step")):
-                last = f"{1000 * peer[i]:15.2f}   {peer[i] / found[i]:13.1f}" if peer else ""
-                print(f"batch {batch}, {what:24s} {1000 * floors[i]:9.2f} {1000 * found[i]:10.2f} {last}", flush=True)
+    read, products = rates()
+    print(f"measured: {read / 1e9:.1f} GB/s read, {products / 1e9:.0f} GFLOP/s")
+    cases = [case for case in ((1, 64), (8, 64), (1, arguments.prompt)) if arguments.only in (None, case[1])]
+    for name in arguments.models:
+        print(f"{name:25s} floor ms   v4jax ms   transformers ms   times as fast")
+        cfg = models()[name]
+        with tempfile.TemporaryDirectory() as folder:
+            make_checkpoint(folder, cfg)
+            compare(cfg, folder, cases, arguments.tokens, arguments.ours_only, read, products)
 
 
 if __name__ == "__main__":

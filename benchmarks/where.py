@@ -87,14 +87,14 @@ def train(arguments) -> None:
 
 def decode(arguments) -> None:
     import numpy as np
-    from decode import make_checkpoint
+    from decode import make_checkpoint, models
 
     import v4jax
     from v4jax.generate.cache import split_layers
     from v4jax.generate.decode import STEPS, Setting, advance, prefill
 
     with tempfile.TemporaryDirectory() as folder:
-        make_checkpoint(folder)
+        make_checkpoint(folder, models()["small"])
         cfg, params = v4jax.load(folder)
     params, setting, rows = split_layers(cfg, params), Setting(), arguments.batch
     prompts = np.random.default_rng(0).integers(2, cfg.vocab_size, (rows, 64)).tolist()

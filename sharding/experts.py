@@ -53,8 +53,9 @@ ExpertFunction = Callable[[Any, jax.Array, jax.Array, Groups], jax.Array]
 
 
 def apply_experts(
-    rules: AxisRules, expert: ExpertFunction, weights, axes, x_BSD: jax.Array, index_BSK: jax.Array, gate_BSK: jax.Array
-) -> jax.Array:
+    rules: AxisRules, expert: ExpertFunction, weights, axes, x_BSD: jax.Array, index_BSK: jax.Array, gate_BSK: jax.Array,
+    share: float = 0.5,
+) -> jax.Array:  # fmt: skip
     """y[b,s] = sum_k expert_{index[b,s,k]}(x[b,s], gate[b,s,k]), over all experts of the mesh.
 
     Args:
@@ -62,13 +63,14 @@ def apply_experts(
       weights: dict of arrays with the expert axis first.
       axes: dict of their logical axis names, for example ("experts", "expert_embed", "expert_hidden").
       x_BSD: tokens. index_BSK: int32 in [0, E). gate_BSK: weight of each assignment.
+      share: of an average expert's rows that a block may hold: filling up then costs at most that share of the rows. One device only.
 
     Returns:
       y_BSD in the dtype of x.
     """
     num_experts = jax.tree.leaves(weights)[0].shape[0]
     if not rules:
-        return _run(expert, weights, num_experts, x_BSD, index_BSK, gate_BSK)
+        return _run(expert, weights, num_experts, x_BSD, index_BSK, gate_BSK, share)
     holders = rules.mesh_axes("experts")
     cut = rules.mesh_axes("expert_hidden")
     tokens = rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq")
@@ -122,7 +124,7 @@ def _gathered_bwd(over, dim, dtype, _, ct):
 _gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
-def _run(expert, weights, num_experts, x_BSD, index_BSK, gate_BSK) -> jax.Array:
+def _run(expert, weights, num_experts, x_BSD, index_BSK, gate_BSK, share: float = 0.5) -> jax.Array:
     """Dispatches to the experts in `weights`; assignments outside [0, E) are other devices' and give 0.
 
     num_experts: how many experts share the assignments, of this device and of others.
@@ -130,7 +132,7 @@ def _run(expert, weights, num_experts, x_BSD, index_BSK, gate_BSK) -> jax.Array:
     batch, seq, width = x_BSD.shape
     here, active = jax.tree.leaves(weights)[0].shape[0], index_BSK.shape[-1]
     assignments = batch * seq * active
-    block = min(_block_size(assignments, num_experts), 1 << (batch * seq - 1).bit_length())  # an expert gets a token once at most
+    block = min(_block_size(assignments, num_experts, share), 1 << (batch * seq - 1).bit_length())  # an expert gets a token once at most
     plan = _plan(index_BSK.reshape(-1), here, block)
     x_PD = _spread(x_BSD.reshape(-1, width), plan.row // active, plan.used, plan.slot.reshape(-1, active))
     gate_P1 = _spread(gate_BSK.reshape(-1, 1), plan.row, plan.used, plan.slot[:, None])
@@ -164,10 +166,10 @@ def _one_round(expert, holders, rows, turn, path: Route, inputs) -> jax.Array:
     return _collect(y_ND, path.token_N, every, path.slot_TK)
 
 
-def _block_size(assignments: int, num_experts: int) -> int:
-    """Rows per block: at most half an average expert's rows, so that filling up costs little; 8 to 128."""
+def _block_size(assignments: int, num_experts: int, share: float) -> int:
+    """Rows per block, at most so large a share of an average expert's; 8 to 128."""
     block = 128
-    while block > 8 and block * num_experts * 2 > assignments:
+    while block > 8 and block * num_experts > share * assignments:
         block //= 2
     return block
 

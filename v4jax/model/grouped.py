@@ -24,9 +24,13 @@ from v4jax.model.outer import grouped_outer
 from v4jax.quant.fake import fp8_input
 
 
-FEW_ROWS = 64
+FEW_ROWS = 32
 """Rows up to which all experts on all of them take less time than the loop over blocks, which copies the matrices of each block's expert
-(measured, 2 cores, 4 of 16 experts; at 128 hardly less, at 256 more)."""
+(measured, 2 cores: with 4 of 16 experts 22.5 of 26.5 ms at 32 rows and as long at 64, with 6 of 64 as long at 32 and 106 of 70 ms at 64)."""
+
+JOINED_SHARE = 2
+"""Blocks that hold up to twice an average expert's rows, in the loop on CPU without gradients: it copies an expert's matrices for every
+block, which takes as long as 30 to 60 more rows (512 rows, 6 of 64 experts: 228 ms instead of 335; 4 of 16: no difference)."""
 
 
 class ExpertWeights(NamedTuple):

@@ -19,7 +19,7 @@ from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.model.dense import dense
 from v4jax.model.documents import Documents
-from v4jax.model.grouped import Activation, ExpertWeights, clamped_swiglu, every_expert, expert_ffn, pays_every_expert
+from v4jax.model.grouped import JOINED_SHARE, Activation, ExpertWeights, clamped_swiglu, every_expert, expert_ffn, pays_every_expert
 from v4jax.model.watch import Seen
 from v4jax.model.weights import Weights
 from v4jax.quant.fake import mxfp4_weight
@@ -211,7 +211,11 @@ class Experts(Weights):
         def expert(weights, x_PD, gate_P, groups: Groups):
             return expert_ffn(form, ExpertWeights(**{"w3": None} | weights), x_PD, gate_P, groups)
 
-        return apply_experts(self.rules, expert, weights, axes, x_BSD, index_BSK, weight_BSK)
+        apply = functools.partial(apply_experts, self.rules, expert, weights, axes)
+        if own.w3 is not None:
+            return apply(x_BSD, index_BSK, weight_BSK)
+        large = functools.partial(apply, share=JOINED_SHARE)
+        return jax.lax.platform_dependent(x_BSD, index_BSK, weight_BSK, cpu=large, default=apply)
 
 
 class SharedExpert(Weights):

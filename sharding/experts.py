@@ -63,14 +63,14 @@ def apply_experts(
       weights: dict of arrays with the expert axis first.
       axes: dict of their logical axis names, for example ("experts", "expert_embed", "expert_hidden").
       x_BSD: tokens. index_BSK: int32 in [0, E). gate_BSK: weight of each assignment.
-      share: of an average expert's rows that a block may hold: filling up then costs at most that share of the rows. One device only.
+      share: of an average expert's rows that a block may hold. Each expert's last block is filled up, by half of it on average.
 
     Returns:
       y_BSD in the dtype of x.
     """
-    num_experts = jax.tree.leaves(weights)[0].shape[0]
+    num_experts, run = jax.tree.leaves(weights)[0].shape[0], functools.partial(_run, expert, share)
     if not rules:
-        return _run(expert, weights, num_experts, x_BSD, index_BSK, gate_BSK, share)
+        return run(weights, num_experts, x_BSD, index_BSK, gate_BSK)
     holders = rules.mesh_axes("experts")
     cut = rules.mesh_axes("expert_hidden")
     tokens = rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq")
@@ -80,14 +80,14 @@ def apply_experts(
         x_bsd, gate_bsk = (vary(a, cut) for a in (x_bsd, gate_bsk))
         index_bsk = vary(index_bsk, cut)
         if holders and rules.exchange:
-            y_bsd = _run_exchanged(expert, weights, num_experts, holders, x_bsd, index_bsk, gate_bsk)
+            y_bsd = _run_exchanged(run, weights, num_experts, holders, x_bsd, index_bsk, gate_bsk)
             return lax.psum(y_bsd, cut) if cut else y_bsd
         if holders:
             x_bsd, index_bsk, gate_bsk = (
                 lax.all_gather(a, holders, axis=0, tiled=True) for a in (x_bsd, index_bsk, gate_bsk)
             )
             index_bsk = index_bsk - lax.axis_index(holders) * jax.tree.leaves(weights)[0].shape[0]
-        y_bsd = _run(expert, weights, num_experts, x_bsd, index_bsk, gate_bsk)
+        y_bsd = run(weights, num_experts, x_bsd, index_bsk, gate_bsk)
         if holders:
             y_bsd = lax.psum_scatter(y_bsd, holders, scatter_dimension=0, tiled=True)
         return lax.psum(y_bsd, cut) if cut else y_bsd
@@ -124,7 +124,7 @@ def _gathered_bwd(over, dim, dtype, _, ct):
 _gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
-def _run(expert, weights, num_experts, x_BSD, index_BSK, gate_BSK, share: float = 0.5) -> jax.Array:
+def _run(expert, share, weights, num_experts, x_BSD, index_BSK, gate_BSK) -> jax.Array:
     """Dispatches to the experts in `weights`; assignments outside [0, E) are other devices' and give 0.
 
     num_experts: how many experts share the assignments, of this device and of others.
@@ -141,19 +141,19 @@ def _run(expert, weights, num_experts, x_BSD, index_BSK, gate_BSK, share: float 
     return y_TD.reshape(batch, seq, width)
 
 
-def _run_exchanged(expert, weights, num_experts, holders, x_bsd, index_bsk, gate_bsk) -> jax.Array:
+def _run_exchanged(run, weights, num_experts, holders, x_bsd, index_bsk, gate_bsk) -> jax.Array:
     """Sends every assignment to its expert's device; the results come back and are added up here."""
     batch, seq, width = x_bsd.shape
     active = index_bsk.shape[-1]
     index_TK = index_bsk.reshape(-1, active)
     path = route(index_TK, num_experts, holders)
     rows = round_rows(index_TK.size)
-    one = functools.partial(_one_round, expert, holders, rows)
+    one = functools.partial(_one_round, run, holders, rows)
     inputs = (weights, x_bsd.reshape(-1, width), gate_bsk.reshape(-1, 1))
     return sum_rounds(one, rounds_needed(path, rows), path, inputs).reshape(batch, seq, width)
 
 
-def _one_round(expert, holders, rows, turn, path: Route, inputs) -> jax.Array:
+def _one_round(run, holders, rows, turn, path: Route, inputs) -> jax.Array:
     weights, x_TD, gate_N1 = inputs
     moves, every = window(path, turn, rows), jnp.ones_like(path.token_N, bool)
     x_ND = _spread(x_TD, path.token_N, every, path.slot_TK)
@@ -161,7 +161,7 @@ def _one_round(expert, holders, rows, turn, path: Route, inputs) -> jax.Array:
     gate_Q1 = exchange(_spread(gate_N1, path.assignment_N, every, path.slot_TK.reshape(-1, 1)), rows, moves, holders)
     index_Q = expert_of_rows(path, turn, rows, holders)
     here = jax.tree.leaves(weights)[0].shape[0]  # all rows that came are for these
-    y_QD = _run(expert, weights, here, x_QD[None], index_Q[None, :, None], gate_Q1[None])[0]
+    y_QD = run(weights, here, x_QD[None], index_Q[None, :, None], gate_Q1[None])[0]
     y_ND = exchange(y_QD, x_ND.shape[0], moves.back(), holders)
     return _collect(y_ND, path.token_N, every, path.slot_TK)
 

@@ -67,8 +67,8 @@ class AxisRules:
         """Weight `w`, gathered over the mesh axes that also split the tokens (FSDP), still split over the others.
 
         One axis after the other, the innermost first: a gather over a whole slice at once is an all-reduce of zeros and shards
-        to XLA:TPU, twice the bytes. First of all it is held where it lies: XLA may otherwise gather it before it was cast. The gradient is placed
-        like the weight itself, so that XLA need not keep its sum whole.
+        to XLA:TPU, twice the bytes. Barriers stand between them, or XLA for TPU7x joins them into one. First of all it is held where it lies:
+        XLA may otherwise gather it before it was cast. The gradient is placed like the weight itself, so that XLA need not keep its sum whole.
         """
         if not self.table:
             return w
@@ -87,8 +87,9 @@ class AxisRules:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gathered(w, steps: tuple[PartitionSpec, ...]):
-    for spec in steps:
-        w = jax.lax.with_sharding_constraint(w, spec)
+    w = jax.lax.with_sharding_constraint(w, steps[0])
+    for n, spec in enumerate(steps[1:]):
+        w = jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(w) if n else w, spec)
     return w
 
 

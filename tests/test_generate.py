@@ -46,6 +46,20 @@ def test_greedy_is_the_argmax_and_log_probs_are_the_forwards(model):
         assert completion.ended == "length"
 
 
+def test_logits_that_are_no_numbers_are_said_and_not_given(model):
+    cfg, params = model
+    broken = params | {"norm": {"weight": params["norm"]["weight"].at[0].set(jnp.nan)}}
+    with pytest.raises(ValueError, match="sequence 0: the model's logits are NaN at new token 0"):
+        generate(cfg, broken, [[3, 5, 7]], 2)
+
+
+def test_prompts_and_lengths_may_be_arrays(model):
+    rows = np.array([[3, 5, 7], [4, 5, 6]])
+    assert generate(*model, rows, np.int64(2), stop=never) == generate(*model, rows.tolist(), [2, 2], stop=never)
+    with pytest.raises(ValueError, match=r"max_new_tokens: got 3 numbers; must be one, or one for each of 2 prompt"):
+        generate(*model, rows, [1, 2, 3])
+
+
 @pytest.mark.slow
 def test_what_a_sequence_samples_depends_on_its_seed_alone(model):
     cfg, params = model

@@ -102,7 +102,20 @@ def test_a_killed_or_failed_write_leaves_nothing_to_read(model, expected, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(prefix.os, "fsync", full)
         same(run(model, prompt, store), completion)
-    assert store.kept == 0 and "No space left" in capsys.readouterr().err
+    assert store.kept == 0 and "No space left" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1, "only what the kill left"
+
+
+def test_what_cannot_be_read_is_computed_again(model, expected, tmp_path, monkeypatch, capsys):
+    (prompt, completion), *_ = expected
+    run(model, prompt, open_store(model, tmp_path))
+
+    def unreadable(path):
+        raise OSError("Input/output error")
+
+    store = open_store(model, tmp_path)
+    monkeypatch.setattr(prefix.pathlib.Path, "read_bytes", unreadable)
+    same(run(model, prompt, store), completion)
+    assert store.reused == 0 and ".stretch: Input/output error; it is computed again" in capsys.readouterr().err
 
 
 def test_the_least_recently_used_go_first(model, expected, tmp_path):
@@ -110,13 +123,19 @@ def test_the_least_recently_used_go_first(model, expected, tmp_path):
     (prompt, _), (other, _), *_ = expected
     run(model, prompt, open_store(model, tmp_path))
     size = next(tmp_path.iterdir()).stat().st_size
-    (tmp_path / "left.tmp").write_bytes(b"x" * size)  # of a killed run
-    os.utime(tmp_path / "left.tmp", (1, 1))
+    left, thesis = tmp_path / "left.stretch.tmp", tmp_path / "thesis.txt"
+    for path, content in ((left, b"x" * size), (thesis, b"not of the store")):  # one of a killed run, one of somebody
+        path.write_bytes(content)
+        os.utime(path, (1, 1))
+    (tmp_path / "folder").mkdir()
     store = open_store(model, tmp_path, 2 * size)
     changed = [prompt[0] + 1, *prompt[1:]]
     assert len(store._chain(prompt)) == 2
     run(model, changed[:140], store)
     assert store.kept == 128 and len(store._chain(prompt)) == 1 and len(store._chain(changed)) == 1
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 2 * size
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".stretch", ".stretch", ".txt"] and not left.exists()
+    assert thesis.read_bytes() == b"not of the store"
     with pytest.raises(ValueError, match="limit of 0 bytes"):
         open_store(model, tmp_path, 0)
+    with pytest.raises(ValueError, match="thesis.txt is not a folder"):
+        open_store(model, thesis / "in", 1)

@@ -88,5 +88,41 @@ def test_another_batch_is_refused(model, whole):
     ):  # fmt: skip
         with pytest.raises(ValueError, match="the log of another batch"):
             rollout(*model, prompts, plan, log, setting=setting)
+    with pytest.raises(ValueError, match=r"stop_tokens: got id 97"):
+        rollout(*model, PROMPTS, Plan(samples=1, max_new_tokens=1, stop_tokens=(97,)), log, setting=WARM)
     with pytest.raises(ValueError, match="rows: got 0; must be an integer of at least 1"):
         Plan(samples=1, max_new_tokens=1, rows=0)
+
+
+def test_prompts_may_be_arrays(model, whole):
+    samples, log = whole
+    assert rollout(*model, [np.array(prompt) for prompt in PROMPTS], PLAN, log, setting=WARM) == samples
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"garbage", "Expecting value"),
+        (b"\xff\x00", "line 2 is damaged"),
+        (b"[99, [5], [-1.0]]", r"sample 99 of \d"),
+        (b"[0, [999], [-1.0]]", "sample 0: got id 999"),
+        (b"[0, [5], []]", "got 1 with 0 log probabilities"),
+        (b"[0, " + str([5] * 99).encode() + b", " + str([-1.0] * 99).encode() + b"]", "got 99 with 99"),
+        (b"7", "line 2 is damaged"),
+    ],
+)
+def test_a_damaged_log_is_refused_and_left_as_it_is(model, whole, tmp_path, line, words):
+    head = whole[1].read_bytes().splitlines(keepends=True)[0]
+    log = tmp_path / "log"
+    log.write_bytes(head + line + b"\n")
+    with pytest.raises(ValueError, match=words):
+        rollout(*model, PROMPTS, PLAN, log, setting=WARM)
+    assert log.read_bytes() == head + line + b"\n"
+
+
+def test_another_file_is_not_taken_for_a_log_cut_short(model, whole, tmp_path):
+    notes = tmp_path / "notes"
+    notes.write_bytes(b"my notes, one line without its end")
+    with pytest.raises(ValueError, match="the log of another batch"):
+        rollout(*model, PROMPTS, PLAN, notes, setting=WARM)
+    assert notes.read_bytes() == b"my notes, one line without its end"

@@ -33,11 +33,11 @@ def _on_mesh(sub):
 
 
 def _continues(sub, tokens):
-    sub.add_argument("--max-new-tokens", type=int, default=tokens)
+    sub.add_argument("--max-new-tokens", type=int, default=tokens, help=f"default {tokens}")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
-    sub.add_argument("--top-p", type=float, default=1.0)
-    sub.add_argument("--top-k", type=int, default=0)
-    sub.add_argument("--min-p", type=float, default=0.0)
+    sub.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens that together are so probable (default 1: all)")
+    sub.add_argument("--top-k", type=int, default=0, help="keep so many of the likeliest tokens (default 0: all)")
+    sub.add_argument("--min-p", type=float, default=0.0, help="keep tokens that are so likely beside the likeliest (default 0: all)")
     sub.add_argument("--quant", default="none", choices=("none", "official"), help="official: compute as the served model does")
     sub.add_argument("--cache", default="dtype", choices=("dtype", "official"), help="official (and --quant so): fp8 and MXFP4")
     sub.add_argument("--cache-tokens", type=int, help="room of the cache (default: what is needed; of a chat, 4096)")
@@ -60,7 +60,7 @@ def _generate(sub):
     source.add_argument("--tokens", help="token ids, for example 0,17,4")
     sub.add_argument("--seed", type=int, default=0, help="of the first sample; the others count up from it")
     sub.add_argument("--samples", type=int, default=1, help="continuations of the prompt")
-    sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be repeated)")
+    sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="the text ends before this one, the tokens with it (may be repeated)")
     sub.add_argument("--stop-tokens", help="end before one of these ids instead of the end-of-text token")
     sub.add_argument("--speculative", action="store_true", help="draft with MTP: the same tokens in fewer steps")
     sub.add_argument("--prefix-cache", metavar="DIR", help="keep the cache of the prompt's beginning here, and use what is kept")

@@ -174,7 +174,8 @@ def check_tokens(tokens, vocab_size: int, name: str = "tokens") -> None:
     """
     tokens = np.asarray(tokens)
     if not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"{name}: got dtype {tokens.dtype}; allowed: integers in [0, vocab_size={vocab_size})")
+        got = f"dtype {tokens.dtype}" if tokens.dtype != object else f"{tokens.ravel()[0]!r} and others that are no 64-bit integers"
+        raise ValueError(f"{name}: got {got}; allowed: integers in [0, vocab_size={vocab_size})")
     bad = np.argwhere((tokens < 0) | (tokens >= vocab_size))
     if len(bad):
         place = tuple(int(i) for i in bad[0])

@@ -93,13 +93,14 @@ class Store:
         steps = sorted((one.step for one in self._checkpointer.checkpoints if newest is None or one.step <= newest), reverse=True)
         unproven = None
         for step in steps:
+            last = step == steps[-1]
             wrong = damage(self.path(step), items, jax.process_index(), jax.process_count(), once)
             if not anywhere(wrong is not None):
                 return step
             error = f"{self.path(step)} is damaged: {wrong or 'another process has found it so'}"
             if strict:
                 raise ValueError(error)
-            logging.getLogger("v4jax").warning("%s; trying the one before it", error)
+            logging.getLogger("v4jax").warning("%s; %s", error, "there is none before it" if last else "trying the one before it")
             if unproven is None and not anywhere(wrong not in (None, NOT_NOTED)):
                 unproven = step
         if unproven is not None:

@@ -13,10 +13,10 @@ from sharding.processes import is_first
 from v4jax.api import load, place_on
 from v4jax.config import ModelConfig
 from v4jax.generate.decode import Completion, Setting, check_request, generate
-from v4jax.generate.prefix import PrefixStore
+from v4jax.generate.prefix import PrefixStore, check_store
 from v4jax.generate.sampling import Sampling
 from v4jax.generate.text import TextStop
-from v4jax.tokenizer import load_tokenizer
+from v4jax.tokenizer import check_tokens, load_tokenizer
 
 
 def run(flags) -> dict | None:
@@ -31,18 +31,23 @@ def run(flags) -> dict | None:
     setting = Setting(dtype=flags.dtype, quant=flags.quant, storage=flags.cache, sampling=sampling, speculative=flags.speculative)
     tokenizer, prompt = _read_prompt(flags)
     prompts, seeds = [prompt] * flags.samples, list(range(flags.seed, flags.seed + flags.samples))
-    if pathlib.Path(flags.checkpoint).is_dir():
-        check_request(ModelConfig.from_json(flags.checkpoint), prompts, seeds, flags.max_new_tokens, flags.cache_tokens, setting)
     given = None if flags.stop_tokens is None else _ids(flags.stop_tokens, "--stop-tokens")
+    if pathlib.Path(flags.checkpoint).is_dir():
+        model = ModelConfig.from_json(flags.checkpoint)
+        check_request(model, prompts, seeds, flags.max_new_tokens, flags.cache_tokens, setting)
+        if given is not None:
+            check_tokens(given, model.vocab_size, "--stop-tokens")
+    if flags.prefix_cache is not None:
+        check_store(flags.prefix_cache, flags.prefix_cache_bytes)
     TextStop(given or [], flags.stop, tokenizer)
     cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout)
     stream = tokenizer is not None and is_first() and not flags.json and flags.samples == 1
     write = functools.partial(print, end="", flush=True) if stream else None
     stop = TextStop([cfg.eos_token_id] if given is None else given, flags.stop, tokenizer, write)
     mesh, rules = place_on(flags.mesh, flags.layout)
+    prefixes = flags.prefix_cache and PrefixStore(flags.prefix_cache, flags.prefix_cache_bytes, cfg, params, setting.formats)
     if stream:
         write(flags.prompt)
-    prefixes = flags.prefix_cache and PrefixStore(flags.prefix_cache, flags.prefix_cache_bytes, cfg, params, setting.formats)
     with jax.set_mesh(mesh):
         completions = generate(
             cfg, params, prompts, flags.max_new_tokens, seeds=seeds, stop=stop, room=flags.cache_tokens,

@@ -13,6 +13,7 @@ Next file to read: v4jax/generate/text.py.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -120,7 +121,8 @@ def generate(
       prefixes: where beginnings of prompts are looked up and kept.
 
     Raises:
-      ValueError: no prompt, an empty one, ids outside the vocabulary, lengths beyond the cache or the model, no MTP to draft with.
+      ValueError: no prompt, an empty one, ids outside the vocabulary, lengths beyond the cache or the model, no MTP to draft with; a model
+        whose logits are no numbers.
     """
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     check_request(cfg, prompts, seeds, max_new_tokens, room, setting)
@@ -175,6 +177,8 @@ class _Sequence:
 
     def _append(self, tokens: Sequence[int], scores: Sequence[float]) -> None:
         for token, score in zip(tokens, scores, strict=False):
+            if math.isnan(score):
+                raise ValueError(f"sequence {self.number}: the model's logits are NaN at new token {len(self.tokens)}; are all its weights numbers?")
             self.tokens.append(token)
             self.scores.append(score)
             if self.stop(self.number, self.tokens):
@@ -189,7 +193,7 @@ class _Sequence:
 
 
 def _each(max_new_tokens: int | Sequence[int], prompts) -> list[int]:
-    return [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    return [int(max_new_tokens)] * len(prompts) if np.ndim(max_new_tokens) == 0 else [int(new) for new in max_new_tokens]
 
 
 def check_request(cfg: ModelConfig, prompts, seeds, max_new_tokens: int | Sequence[int], room: int | None, setting: Setting) -> None:
@@ -198,13 +202,15 @@ def check_request(cfg: ModelConfig, prompts, seeds, max_new_tokens: int | Sequen
     check_quant(cfg, setting.quant)
     if setting.speculative and not cfg.num_nextn_predict_layers:
         raise ValueError("speculative: the model has no MTP layer to draft with")
-    if not prompts or not all(len(prompt) for prompt in prompts):
+    if not len(prompts) or not all(len(prompt) for prompt in prompts):
         raise ValueError("prompt: got no tokens; at least one is needed (the begin-of-text token, for example)")
     for prompt in prompts:
         check_tokens(np.asarray(prompt), cfg.vocab_size, "prompt")
     if len(seeds) != len(prompts) or not all(0 <= seed < 2**32 for seed in seeds):
         raise ValueError(f"seeds: got {seeds}; must be one number in [0, 2^32) for each of {len(prompts)} prompt(s)")
     most = _each(max_new_tokens, prompts)
+    if len(most) != len(prompts):
+        raise ValueError(f"max_new_tokens: got {len(most)} numbers; must be one, or one for each of {len(prompts)} prompt(s)")
     if min(most) < 1:
         raise ValueError(f"max_new_tokens: got {min(most)}; must be at least 1")
     needed, new = max((len(prompt) + new, new) for prompt, new in zip(prompts, most, strict=True))
@@ -213,6 +219,8 @@ def check_request(cfg: ModelConfig, prompts, seeds, max_new_tokens: int | Sequen
         raise ValueError(f"{text} the cache, which has room for {room}")
     if needed > limit:
         raise ValueError(f"{text} max_position_embeddings={limit}")
+    if room is not None and room > limit:
+        raise ValueError(f"the cache: got room for {room} tokens; max_position_embeddings={limit} are the most that the model takes")
 
 
 def prefill(

@@ -6,7 +6,8 @@ of those before that only entries are used.
 
 A file's name is the hash of all that its numbers depend on: model, weights, formats, and every token up to the one behind the stretch,
 which MTP has seen. It begins with a checksum and is renamed when it is complete, so a killed run leaves nothing that would be read, and
-a damaged file is removed and computed again. Above `limit` bytes the least recently used go, later stretches before earlier ones.
+a damaged file is removed and computed again. Above `limit` bytes the least recently used go, later stretches before earlier ones;
+other files in the folder are neither counted nor touched.
 
 Shapes: L layers, B batch, R rows of a ring, C slots, H width.
 Next file to read: v4jax/generate/rollout.py.
@@ -32,6 +33,7 @@ STRETCH = 512
 """Tokens of a file; a multiple of every compress ratio, and the chunk of prefill."""
 
 _VERSION = 1
+_SUFFIX = ".stretch"
 _SUM = hashlib.sha256().digest_size
 
 
@@ -46,10 +48,7 @@ class PrefixStore:
     """
 
     def __init__(self, folder, limit: int, cfg: ModelConfig, params, formats):
-        if limit < 1:
-            raise ValueError(f"prefix cache: got a limit of {limit} bytes; must be at least 1")
-        if jax.process_count() > 1:
-            raise ValueError(f"prefix cache: it serves one process; this job has {jax.process_count()}")
+        check_store(folder, limit)
         self._folder, self._limit, self._cfg = pathlib.Path(folder), limit, cfg
         self._folder.mkdir(parents=True, exist_ok=True)
         known = json.dumps([_VERSION, STRETCH, cfg.to_dict(), formats], sort_keys=True)
@@ -85,16 +84,19 @@ class PrefixStore:
 
     def _write(self, path: pathlib.Path, cache: Cache, row: int, end: int) -> None:
         pieces = _pieces(_ratios(self._cfg, cache), jax.tree.leaves((cache.layers, cache.mtp)), row, end // STRETCH - 1)
-        payload = b"".join(np.asarray(piece).tobytes() for piece in pieces)
+        payload, new = b"".join(np.asarray(piece).tobytes() for piece in pieces), None
         try:
-            with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".tmp", delete=False) as file:
+            with tempfile.NamedTemporaryFile(dir=self._folder, suffix=f"{_SUFFIX}.tmp", delete=False) as file:
+                new = pathlib.Path(file.name)
                 file.write(hashlib.sha256(payload).digest() + payload)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(file.name, path)
+            os.replace(new, path)
             self._shrink()
         except OSError as error:  # a full disk, for example: the answer does not depend on it
-            print(f"v4jax: prefix cache: {error}", file=sys.stderr)
+            print(f"v4jax: prefix cache: {path}: {error}", file=sys.stderr)
+            if new is not None:
+                new.unlink(missing_ok=True)
             return
         self.kept += STRETCH
 
@@ -104,7 +106,7 @@ class PrefixStore:
         name.update(ids[:1].tobytes())
         for end in range(STRETCH, len(ids), STRETCH):
             name.update(ids[end - STRETCH + 1 : end + 1].tobytes())
-            yield self._folder / name.hexdigest()
+            yield self._folder / (name.hexdigest() + _SUFFIX)
 
     def _chain(self, tokens: Sequence[int]) -> list[bytes]:
         """What is kept of the row's first stretches, as far as they are there and whole."""
@@ -112,7 +114,11 @@ class PrefixStore:
         for path in self._paths(tokens):
             if not path.is_file():
                 break
-            content = path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                print(f"v4jax: prefix cache: {path}: {error}; it is computed again", file=sys.stderr)
+                break
             if hashlib.sha256(content[_SUM:]).digest() != content[:_SUM]:
                 print(f"v4jax: prefix cache: {path} is damaged; it is computed again", file=sys.stderr)
                 path.unlink()
@@ -124,14 +130,28 @@ class PrefixStore:
         return chain
 
     def _shrink(self) -> None:
-        """Removes the least recently used files (what killed runs left too) until the rest fits the limit."""
-        files = sorted((stat.st_mtime_ns, stat.st_size, path) for path in self._folder.iterdir() for stat in [path.stat()])
+        """Removes the least recently used stretches (what killed runs left of some too) until the rest fits the limit."""
+        own = [path for path in self._folder.iterdir() if path.name.endswith((_SUFFIX, f"{_SUFFIX}.tmp")) and path.is_file()]
+        files = sorted((stat.st_mtime_ns, stat.st_size, path) for path in own for stat in [path.stat()])
         over = sum(size for _, size, _ in files) - self._limit
         for _, size, path in files:
             if over <= 0:
                 return
             path.unlink()
             over -= size
+
+
+def check_store(folder, limit: int) -> None:
+    """Raises ValueError for what no store can be, before anything is read or made."""
+    if limit < 1:
+        raise ValueError(f"prefix cache: got a limit of {limit} bytes; must be at least 1")
+    if jax.process_count() > 1:
+        raise ValueError(f"prefix cache: it serves one process; this job has {jax.process_count()}")
+    if not str(folder):
+        raise ValueError("prefix cache: got ''; must be a folder")
+    for path in (pathlib.Path(folder), *pathlib.Path(folder).parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"prefix cache: got {folder}; {path} is not a folder")
 
 
 def _ratios(cfg: ModelConfig, cache: Cache) -> tuple[int, ...]:

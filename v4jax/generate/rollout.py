@@ -20,11 +20,13 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import split_layers
 from v4jax.generate.decode import Completion, Setting, check_request, generate
 from v4jax.generate.prefix import PrefixStore, digest
+from v4jax.tokenizer import check_tokens
 
 _VERSION = 1
 
@@ -69,12 +71,14 @@ def rollout(
     if jax.process_count() > 1:
         raise ValueError(f"rollout: one process writes the log; this job has {jax.process_count()}")
     stops = (cfg.eos_token_id,) if plan.stop_tokens is None else plan.stop_tokens
-    jobs = [list(prompt) for prompt in prompts for _ in range(plan.samples)]
-    seeds = [(plan.seed + job) % 2**32 for job in range(len(jobs))]
-    check_request(cfg, jobs, seeds, plan.max_new_tokens, None, setting)
+    each = [prompt for prompt in prompts for _ in range(plan.samples)]
+    seeds = [(plan.seed + job) % 2**32 for job in range(len(each))]
+    check_request(cfg, each, seeds, plan.max_new_tokens, None, setting)
+    check_tokens(np.array(stops, int), cfg.vocab_size, "stop_tokens")
+    jobs = [np.asarray(prompt).tolist() for prompt in each]
     room = max(map(len, jobs)) + plan.max_new_tokens
     numbers = [setting.dtype, setting.quant, setting.storage, dataclasses.asdict(setting.sampling)]
-    with _Log(log, [cfg.to_dict(), digest(params).hex(), jobs, dataclasses.asdict(plan), *numbers], len(jobs)) as done:
+    with _Log(log, [cfg.to_dict(), digest(params).hex(), jobs, dataclasses.asdict(plan), *numbers], len(jobs), plan, cfg.vocab_size) as done:
         params = split_layers(cfg, params, setting.rules)
         left = [job for job, tokens in enumerate(done.tokens) if len(tokens) < plan.max_new_tokens and not set(tokens[-1:]) & set(stops)]
         for first in range(0, len(left), plan.rows):
@@ -95,20 +99,23 @@ class _Log:
     """Tokens and log probabilities of every sample so far, in memory and in a file: a line that says of what, then one for each
     step of each sample. A line that a kill cut short is dropped."""
 
-    def __init__(self, path, batch, jobs: int):
-        path = pathlib.Path(path)
+    def __init__(self, path, batch, jobs: int, plan: Plan, vocab: int):
+        path, self._plan, self._vocab = pathlib.Path(path), plan, vocab
         head = json.dumps({"version": _VERSION, "batch": hashlib.sha256(json.dumps(batch).encode()).hexdigest()})
         content = path.read_bytes() if path.is_file() else b""
-        whole = content[: content.rfind(b"\n") + 1].decode()
+        whole = content[: content.rfind(b"\n") + 1]
         lines = whole.splitlines()
-        if lines and lines[0] != head:
+        if (lines[0] if lines else head.encode()[: len(content)]) != (head.encode() if lines else content):
             raise ValueError(f"{path}: the log of another batch (model, weights, prompts, plan or setting differ); remove it, or name another file")
         self.tokens, self.scores = ([[] for _ in range(jobs)] for _ in "ts")
-        for line in lines[1:]:
-            self._add(*json.loads(line))
+        for n, line in enumerate(lines[1:], 2):
+            try:
+                self._read(line)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}: line {n} is damaged ({error}); remove it and what follows, or name another file") from None
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("r+b" if content else "wb", buffering=0)
-        self._file.truncate(len(whole.encode()))
+        self._file.truncate(len(whole))
         self._file.seek(0, 2)
         if not lines:
             self._file.write(head.encode() + b"\n")
@@ -121,6 +128,16 @@ class _Log:
 
     def write(self, job: int, tokens: Sequence[int], scores: Sequence[float]) -> None:
         self._file.write(json.dumps([job, list(tokens), list(scores)]).encode() + b"\n")
+        self._add(job, tokens, scores)
+
+    def _read(self, line: bytes) -> None:
+        """Adds a line of the file. Raises ValueError or TypeError for what `write` cannot have written."""
+        job, tokens, scores = json.loads(line)
+        if type(job) is not int or not 0 <= job < len(self.tokens):
+            raise ValueError(f"sample {job!r} of {len(self.tokens)}")
+        check_tokens(np.array(tokens), self._vocab, f"sample {job}")
+        if len(tokens) != len(scores) or len(self.tokens[job]) + len(tokens) > self._plan.max_new_tokens:
+            raise ValueError(f"sample {job} has {len(self.tokens[job])} tokens; got {len(tokens)} with {len(scores)} log probabilities")
         self._add(job, tokens, scores)
 
     def _add(self, job: int, tokens: Sequence[int], scores: Sequence[float]) -> None:

@@ -33,8 +33,8 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self):
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature: got {self.temperature}; must be 0 or above")
+        if not (self.temperature == 0 or self.temperature >= 1e-6) or not math.isfinite(self.temperature):  # below, logits overflow
+            raise ValueError(f"temperature: got {self.temperature}; must be 0 (the likeliest token), or 1e-6 or above")
         if type(self.top_k) is not int or self.top_k < 0:
             raise ValueError(f"top_k: got {self.top_k!r}; must be an integer, 0 (all tokens) or above")
         if not 0 < self.top_p <= 1:

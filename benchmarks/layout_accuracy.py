@@ -38,6 +38,7 @@ CASES = {  # name: (layers, MTP, sizes, mesh, layout, target, tokens a row, rows
     "tpu-v6e": (4, 0, SLIM, "context=4,expert=4", "cp_ep", "v6e:4x4", 4096, 8),
     "tpu-v5e": (8, 0, MID, "data=2,expert=4,tensor=2", "ep_tp", "v5e:4x4", 2048, 8),
     "tpu-7x": (4, 0, SLIM, "fsdp=4,expert=4", "pod", "tpu7x:2x2x2", 2048, 32),
+    "tpu-7x-256": (4, 0, SLIM | dict(n_routed_experts=128), "fsdp=2,expert=128", "pod", "tpu7x:4x4x8", 1024, 256),
     "tpu-ep-tp": (4, 0, MID, "expert=4,tensor=2", "ep_tp", "v5p:2x2x2", 4096, 8),
     "tpu-cp": (4, 0, SLIM, "context=4,expert=2", "cp_ep", "v5p:2x2x2", 32768, 2),
     "tpu-fsdp-mid": (4, 0, MID, "fsdp=16", "fsdp", "v5p:2x2x4", 4096, 16),

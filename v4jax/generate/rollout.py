@@ -101,14 +101,13 @@ class _Log:
 
     def __init__(self, path, batch, jobs: int, plan: Plan, vocab: int):
         path, self._plan, self._vocab = pathlib.Path(path), plan, vocab
-        head = json.dumps({"version": _VERSION, "batch": hashlib.sha256(json.dumps(batch).encode()).hexdigest()})
+        head = json.dumps({"version": _VERSION, "batch": hashlib.sha256(json.dumps(batch).encode()).hexdigest()}).encode() + b"\n"
         content = path.read_bytes() if path.is_file() else b""
         whole = content[: content.rfind(b"\n") + 1]
-        lines = whole.splitlines()
-        if (lines[0] if lines else head.encode()[: len(content)]) != (head.encode() if lines else content):
+        if not content.startswith(head) and not head.startswith(content):  # a kill may have cut the head itself short
             raise ValueError(f"{path}: the log of another batch (model, weights, prompts, plan or setting differ); remove it, or name another file")
         self.tokens, self.scores = ([[] for _ in range(jobs)] for _ in "ts")
-        for n, line in enumerate(lines[1:], 2):
+        for n, line in enumerate(whole.splitlines()[1:], 2):
             try:
                 self._read(line)
             except (ValueError, TypeError) as error:
@@ -117,8 +116,8 @@ class _Log:
         self._file = path.open("r+b" if content else "wb", buffering=0)
         self._file.truncate(len(whole))
         self._file.seek(0, 2)
-        if not lines:
-            self._file.write(head.encode() + b"\n")
+        if not whole:
+            self._file.write(head)
 
     def __enter__(self) -> "_Log":
         return self

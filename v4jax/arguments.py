@@ -6,6 +6,9 @@ Next file to read: v4jax/cli.py.
 import argparse
 
 
+CKPT = "a folder with config.json and safetensors, or a v4jax run"
+
+
 class BadInput(Exception):
     """A line for stderr, and exit code 2."""
 
@@ -28,72 +31,109 @@ def parser() -> argparse.ArgumentParser:
 
 def _on_mesh(sub):
     sub.add_argument("--mesh", help="for example data=2,expert=4 (axes: slice, data, fsdp, context, expert, tensor)")
-    sub.add_argument("--layout", help="sharding layout (default: full)")
-    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
+    sub.add_argument("--layout", help="sharding layout (default: full); sharding/rules.py has them")
+    sub.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype (default float32)"
+    )
+
+
+def _quant(sub):
+    sub.add_argument(
+        "--quant", default="none", choices=("none", "official"),
+        help="official: compute with the fp8 and MXFP4 numbers of the served model (default none)",
+    )  # fmt: skip
 
 
 def _continues(sub, tokens):
-    sub.add_argument("--max-new-tokens", type=int, default=tokens, help=f"default {tokens}")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
-    sub.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens that together are so probable (default 1: all)")
-    sub.add_argument("--top-k", type=int, default=0, help="keep so many of the likeliest tokens (default 0: all)")
-    sub.add_argument("--min-p", type=float, default=0.0, help="keep tokens that are so likely beside the likeliest (default 0: all)")
-    sub.add_argument("--quant", default="none", choices=("none", "official"), help="official: compute as the served model does")
-    sub.add_argument("--cache", default="dtype", choices=("dtype", "official"), help="official (and --quant so): fp8 and MXFP4")
-    sub.add_argument("--cache-tokens", type=int, help="room of the cache (default: what is needed; of a chat, 4096)")
+    sub.add_argument("--max-new-tokens", type=int, default=tokens, help=f"tokens to add at most, 1 or more (default {tokens})")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 or more; 0 (the default) takes the likeliest token")
+    sub.add_argument(
+        "--top-p", type=float, default=1.0,
+        help="sample from the likeliest tokens whose probabilities add up to this, above 0 to 1 (default 1: all)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--top-k", type=int, default=0, help="sample from this number of likeliest tokens (default 0: all)"
+    )
+    sub.add_argument(
+        "--min-p", type=float, default=0.0,
+        help="sample from tokens at least this share as probable as the likeliest, 0 to 1 (default 0: all)",
+    )  # fmt: skip
+    _quant(sub)
+    sub.add_argument(
+        "--cache", default="dtype", choices=("dtype", "official"),
+        help="what the cache holds: --dtype, or, with --quant official, fp8 and MXFP4 as the served model",
+    )  # fmt: skip
+    sub.add_argument(
+        "--cache-tokens", type=int, help="tokens that the cache has room for (default: what is needed; chat: 4096)"
+    )
     _on_mesh(sub)
 
 
 def _train(sub):
-    sub.add_argument("config", nargs="?")
+    sub.add_argument("config", nargs="?", help="CONFIG.py, a Python file with get_config()")
     sub.add_argument("--dry-run", action="store_true", help="print the plan, stage by stage, and run nothing")
 
 
 def _plot(sub):
-    sub.add_argument("run_dir", metavar="RUN")
+    sub.add_argument("run_dir", metavar="RUN", help="the run's folder")
 
 
 def _generate(sub):
-    sub.add_argument("checkpoint")
+    sub.add_argument("checkpoint", help=CKPT)
     source = sub.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="text (needs tokenizer.json in the checkpoint)")
-    source.add_argument("--tokens", help="token ids, for example 0,17,4")
-    sub.add_argument("--seed", type=int, default=0, help="of the first sample; the others count up from it")
-    sub.add_argument("--samples", type=int, default=1, help="continuations of the prompt")
-    sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="the text ends before this one, the tokens with it (may be repeated)")
-    sub.add_argument("--stop-tokens", help="end before one of these ids instead of the end-of-text token")
+    source.add_argument("--prompt", help="text to continue (needs tokenizer.json in the checkpoint)")
+    source.add_argument("--tokens", help="token ids to continue, for example 0,17,4")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the first sample; the others count up from it (default 0)")
+    sub.add_argument("--samples", type=int, default=1, help="number of continuations of the prompt (default 1)")
+    sub.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                     help="end before this text, which is left out (may be repeated)")  # fmt: skip
+    sub.add_argument("--stop-tokens", help="end before one of these ids, for example 1,7, instead of the checkpoint's end tokens")
     sub.add_argument("--speculative", action="store_true", help="draft with MTP: the same tokens in fewer steps")
-    sub.add_argument("--prefix-cache", metavar="DIR", help="keep the cache of the prompt's beginning here, and use what is kept")
-    sub.add_argument("--prefix-cache-bytes", type=int, default=10 * 10**9, help="that DIR may take; the least recently used go first")
+    sub.add_argument("--prefix-cache", metavar="DIR", help="folder that keeps the caches of prompts' beginnings, and is searched for them")
+    sub.add_argument("--prefix-cache-bytes", type=int, default=10 * 10**9, help="bytes that DIR may take (default 10**10); the least recently used files go first")
     _continues(sub, 64)
 
 
 def _chat(sub):
     sub.add_argument("checkpoint", help="with the tokenizer of a DeepSeek-V4 release, or 'byte-chat'")
-    sub.add_argument("--thinking", default="chat", choices=("chat", "thinking"))
-    sub.add_argument("--effort", help="of thinking: high, max (0731: low, high, max)")
-    sub.add_argument("--release", default="v4", choices=("v4", "0731"), help="whose words ask for effort")
-    sub.add_argument("--system", metavar="TEXT", help="opens the conversation")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--thinking", default="chat", choices=("chat", "thinking"), help="thinking: reason before each answer (default chat)"
+    )
+    sub.add_argument("--effort", help="effort of thinking: high or max; of release 0731: low, high or max")
+    sub.add_argument("--release", default="v4", choices=("v4", "0731"), help="release whose words ask for effort (default v4)")
+    sub.add_argument("--system", metavar="TEXT", help="system message that opens the conversation")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the sampled tokens (default 0)")
     _continues(sub, 512)
 
 
 def _score(sub):
-    sub.add_argument("checkpoint")
+    sub.add_argument("checkpoint", help=CKPT)
     sub.add_argument("--tokens", required=True, help=".npy file, integers [B, S]")
     sub.add_argument("--out", required=True, help=".npz file to write")
-    sub.add_argument("--quant", default="none", choices=("none", "official"))
+    _quant(sub)
     _on_mesh(sub)
 
 
 def _convert(sub):
-    sub.add_argument("source")
-    sub.add_argument("target")
-    sub.add_argument("--format", choices=("orbax", "safetensors"), default="safetensors")
-    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "fp8", "official"))
-    sub.add_argument("--verify", action="store_true", help="compare TARGET with SOURCE tensor by tensor (made first if it is not there)")
-    sub.add_argument("--max-file-bytes", type=int, default=5 * 10**9, help="of a safetensors file")
-    sub.add_argument("--workers", type=int, default=2, help="tensors or files converted at a time; each takes memory for one")
+    sub.add_argument("source", help=CKPT)
+    sub.add_argument("target", help="folder to write: new, empty, or with an unfinished conversion of SOURCE, which goes on")
+    sub.add_argument(
+        "--format", choices=("orbax", "safetensors"), default="safetensors",
+        help="safetensors with official names (the default), or orbax, the v4jax store",
+    )  # fmt: skip
+    sub.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "fp8", "official"),
+        help="precision on disk (default float32); official: fp8, and MXFP4 for the experts",
+    )  # fmt: skip
+    sub.add_argument(
+        "--verify", action="store_true", help="compare TARGET with SOURCE tensor by tensor; TARGET is made first if it is missing"
+    )
+    sub.add_argument(
+        "--max-file-bytes", type=int, default=5 * 10**9, help="largest safetensors file in bytes (default 5 * 10**9)"
+    )
+    sub.add_argument(
+        "--workers", type=int, default=2, help="tensors or files converted at a time (default 2); each takes memory for one"
+    )
 
 
 def _cost(sub):
@@ -107,27 +147,27 @@ def _layout(sub):
     sub.add_argument("--layout", help="sharding layout (default: that of CONFIG.py, or full)")
     sub.add_argument("--target", default="cpu", help="cpu; a TPU topology such as v5p:4x4x8 (extra `tpu`); h100:N (extra `gpu`); on paper "
                         "cloudmatrix384:1024, my-chip.json:16 and others (v4jax/layout/hardware.json)")  # fmt: skip
-    sub.add_argument("--what", choices=("train", "decode"), default="train", help="the step: training, or one new token a row")
-    sub.add_argument("--seq", type=int, help="tokens a row")
+    sub.add_argument("--what", choices=("train", "decode"), default="train", help="the step: train (the default), or decode, one new token a row")
+    sub.add_argument("--seq", type=int, help="tokens a row (default: that of CONFIG.py)")
     sub.add_argument("--batch", type=int, help="rows a step (default: one a device)")
-    sub.add_argument("--fp8", action="store_true", help="estimate with products at the fp8 rate")
-    sub.add_argument("--released", action="store_true", help="decode from weights and caches in the released formats (fp8, MXFP4): on paper")
-    sub.add_argument("--paper", action="store_true", help="compile nothing")
+    sub.add_argument("--fp8", action="store_true", help="estimate products at the fp8 rate of the target")
+    sub.add_argument("--released", action="store_true", help="with --what decode: weights and caches in the released formats (fp8, MXFP4), estimated only")
+    sub.add_argument("--paper", action="store_true", help="estimate from the configuration, compile nothing")
     sub.add_argument("--lower-only", action="store_true", help="stop before compiling: seconds instead of minutes for a full model")
     sub.add_argument("--effort", choices=("quick", "full"),
-                        help="of the compiler for TPUs: quick (the default, half the time or less), or full, as a run compiles")  # fmt: skip
+                        help="effort of the TPU compiler: quick (the default, at most half the time) or full, as a run compiles")  # fmt: skip
     sub.add_argument("--search", action="store_true", help="rank every layout and mesh of --chips chips on paper")
     sub.add_argument("--chips", type=int, help="chips to search on (default: as many as the target names)")
-    sub.add_argument("--confirm", type=int, default=0, metavar="K", help="compile the best K of the search")
-    sub.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two layouts side by side, each LAYOUT:MESH")
+    sub.add_argument("--confirm", type=int, default=0, metavar="K", help="with --search: compile the best K (default 0)")
+    sub.add_argument("--compare", nargs=2, metavar=("A", "B"), help="show two layouts side by side, each LAYOUT:MESH")
     sub.add_argument("--report", metavar="OUT.html", help="write one page that works offline (of a search: of its winner)")
     sub.add_argument("--stablehlo", metavar="OUT", help="write the step as a portable module (extra `export`); nothing else is done")
     sub.add_argument("--measure", metavar="OUT.json", help="measure this machine and write it as a hardware profile; no CONFIG")
 
 
 def _launch(sub):
-    sub.add_argument("--processes", type=int, required=True, help="local processes")
-    sub.add_argument("--devices", type=int, required=True, help="simulated devices of each process")
+    sub.add_argument("--processes", type=int, required=True, help="number of local processes")
+    sub.add_argument("--devices", type=int, required=True, help="simulated CPU devices of each process")
     sub.add_argument("--output", choices=("all", "first"), default="all",
                         help="all: every process's lines after [i]; first: those of process 0, as they are")  # fmt: skip
 
@@ -136,11 +176,11 @@ COMMANDS = {
     "train": ("Train, or resume, the run that CONFIG.py describes.", _train),
     "plot": ("Write RUN/summary.html, one page about a run, also while it runs.", _plot),
     "generate": ("Continue a prompt.", _generate),
-    "chat": ("Talk: a line of the input is a turn, its end (Ctrl-D) ends.", _chat),
-    "score": ("Logits and loss of every token of a .npy file.", _score),
+    "chat": ("Chat: each line of input is a turn; Ctrl-D ends.", _chat),
+    "score": ("Write the logits and the loss of every token of a .npy file.", _score),
     "convert": ("Convert between safetensors and the v4jax store.", _convert),
-    "cost": ("Parameters, FLOPs per token and cache bytes, from the configuration alone.", _cost),
-    "layout": ("What a layout holds, sends and takes: on paper, and compiled for devices that need not exist.", _layout),
+    "cost": ("Show parameters, FLOPs per token and cache bytes, from the configuration alone.", _cost),
+    "layout": ("Show the memory, traffic and time of a layout: estimated, or compiled for devices that need not exist.", _layout),
     "launch": ("Run -- COMMAND as one JAX job of local processes on simulated CPU devices.", _launch),
 }
 """Name -> what it does, in a sentence; the function that declares its flags."""

@@ -68,9 +68,13 @@ class RopeScaling:
     """YaRN, applied to the rotary table of compressed layers at every length (official `precompute_freqs_cis`)."""
 
     factor: float = 16.0
+    """How many times longer than the original context the model reads, 1 or more."""
     original_max_position_embeddings: int = 65536
+    """Tokens of the original context."""
     beta_fast: float = 32.0
+    """Rotations over the original context above which a pair is left as it is; above beta_slow."""
     beta_slow: float = 1.0
+    """Rotations over the original context below which a pair is slowed by factor; above 0."""
 
     def __post_init__(self):
         numbers = all(_is_number(value) for value in dataclasses.astuple(self))
@@ -96,37 +100,69 @@ class ModelConfig:
     """
 
     vocab_size: int
+    """Token ids, padded ones included."""
     hidden_size: int
+    """Width of each residual stream."""
     moe_intermediate_size: int
+    """Hidden width of an expert, shared or routed."""
     num_hidden_layers: int
+    """Main layers, MTP's not counted."""
     num_attention_heads: int
+    """Query heads; there is one key and value head."""
     head_dim: int
+    """Width of a query head, and of the shared key and value head."""
     qk_rope_head_dim: int
+    """Last dimensions of a head that rotary embedding turns; even."""
     q_lora_rank: int
+    """Width of the latent that queries are projected from."""
     o_groups: int
+    """Groups of heads whose outputs are projected apart; divides num_attention_heads."""
     o_lora_rank: int
+    """Width of each group's projected output."""
     n_routed_experts: int
+    """Routed experts of a layer."""
     num_experts_per_tok: int
+    """Routed experts that each token uses."""
     routed_scaling_factor: float
+    """Sum of the weights of a token's routed experts."""
     compress_ratios: tuple[int, ...]
+    """One entry a layer: 0 (window only), 4 (CSA) or 128 (HCA); then one 0 for each MTP layer."""
     num_hash_layers: int = 3
+    """First layers, which choose experts by a table of token ids."""
     num_nextn_predict_layers: int = 1
+    """Multi-token-prediction modules, 0 or 1."""
     sliding_window: int = 128
+    """Raw tokens that every layer attends to, the current one included."""
     index_n_heads: int = 64
+    """Heads of the lightning indexer."""
     index_head_dim: int = 128
+    """Width of an indexer head."""
     index_topk: int = 512
+    """Entries that the indexer chooses for a query."""
     hc_mult: int = 4
+    """Residual streams of the hyper-connections."""
     hc_sinkhorn_iters: int = 20
+    """Sinkhorn iterations that make the mixing matrix doubly stochastic."""
     hc_eps: float = 1e-6
+    """Added to the gates of the hyper-connections and in the denominators of Sinkhorn."""
     rms_norm_eps: float = 1e-6
+    """Added to the mean square in every RMS norm."""
     swiglu_limit: float = 10.0
+    """Bound of an expert's gate and up projections."""
     rope_theta: float = 10000.0
+    """Base of rotary embedding in layers without compression."""
     compress_rope_theta: float | None = None
+    """Base of rotary embedding in CSA and HCA layers. Must be set where there are such layers."""
     rope_scaling: RopeScaling | None = None
+    """YaRN of the CSA and HCA layers; None: plain rotary embedding."""
     max_position_embeddings: int = 1048576
+    """Longest sequence, in tokens."""
     initializer_range: float = 0.02
+    """Standard deviation of the initial matrices."""
     bos_token_id: int = 0
+    """Token that begins a document."""
     eos_token_id: int = 1
+    """Token that ends a document."""
 
     def __post_init__(self):
         object.__setattr__(self, "compress_ratios", tuple(self.compress_ratios))

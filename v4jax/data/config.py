@@ -16,26 +16,23 @@ FORMATS = ("text", "jsonl", "parquet", "arrayrecord", "chat")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """One place that documents come from.
-
-    Fields:
-      path: "stdlib", the sources of the running Python's standard library without its tests; or a folder ("./stdlib" for
-        one of that name); or, unless format is "text", a file.
-      format: "text": every UTF-8 file is a document. The others hold a document in every record: "jsonl" (a JSON object a
-        line), "parquet" (extra v4jax[parquet]), "arrayrecord" (a JSON object a record), "chat" (jsonl of conversations).
-      column: of a record, which holds the document: text, or a conversation's messages; "" of an arrayrecord: the record
-        itself is the text.
-      glob: which files of a folder are read; empty files and names that start with a dot are left out.
-      weight: share of the tokens trained on, relative to the other sources'.
-      name: in metrics; "": the path's last part without suffix.
-    """
+    """One place that documents come from."""
 
     path: str
+    """"stdlib" (the sources of the running Python's standard library, without its tests), a
+    folder ("./stdlib" for one of that name), or, unless format is text, a file."""
     format: str = "text"
+    """text (each UTF-8 file is a document), or a document a record: jsonl, parquet (extra
+    v4jax[parquet]), arrayrecord (JSON objects), chat (JSON lines of conversations)."""
     column: str = "text"
+    """Key of a record that holds the document: its text, or a conversation's messages. Empty,
+    for arrayrecord: the record itself is the text."""
     glob: str = "**/*"
+    """Which files of a folder are read, as a pattern relative to it."""
     weight: float = 1.0
+    """Share of the training tokens, relative to the other sources'; above 0."""
     name: str = ""
+    """Name in metrics; empty: the path's last part without its suffix."""
 
     def __post_init__(self):
         for name in ("path", "glob"):
@@ -57,21 +54,24 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatFormat:
-    """How conversations become text (v4jax/chat), and what of it is learned.
-
-    Fields:
-      thinking_mode, drop_thinking, reasoning_effort, release: as in encode_messages; a record's own "thinking_mode" and
-        "reasoning_effort" go first.
-      train_on: "all" assistant messages, or those of the "last" turn. A message with "weight": 0 is never learned.
-      too_long: what happens to conversations longer than a row: "error", "drop", or "cut" (their end is left out).
-    """
+    """How conversations become text (v4jax/chat), and what of it is learned."""
 
     thinking_mode: str = "thinking"
+    """chat or thinking. A record's own thinking_mode goes first."""
     drop_thinking: bool = True
+    """Leave out the reasoning of turns before the last user message, as the released encoder
+    does."""
     reasoning_effort: str | None = None
+    """Effort that the prompt asks for: None, high or max (release 0731: None, low, high or max).
+    A record's own reasoning_effort goes first."""
     release: str = "v4"
+    """Whose words ask for effort: v4 or 0731."""
     train_on: str = "all"
+    """all: every assistant message is learned; last: those of the last turn. A message with
+    "weight": 0 is never learned."""
     too_long: str = "error"
+    """What happens to a conversation longer than a row: error, drop, or cut (its end is left
+    out)."""
 
     def __post_init__(self):
         allowed = {
@@ -84,34 +84,39 @@ class ChatFormat:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which text to train on, and how it is cut.
-
-    Fields:
-      source, format, column, glob: one source, as in `Source`; or mixture: several.
-      tokenizer: "byte", "byte-chat" (with the special tokens of chat and fill-in-middle), or a Hugging Face
-        tokenizer.json, or a directory that holds one.
-      held_out: share of each source's documents kept for evaluation; at least one document is.
-      evaluate_on: further sources, read whole, to evaluate on; each by its name.
-      seed: order of the training documents; the split does not depend on it.
-      packing: "split": documents one after another, cut where a row ends; "best_fit": documents whole, rows padded.
-      fim_rate: share of the text documents that are turned to prefix, suffix, middle.
-      cache: folder for tokens; "": none. A cache is used again while source files and tokenizer are as they were.
-      chat: how conversations are encoded.
-    """
+    """Which text to train on, and how it is cut."""
 
     source: str = "stdlib"
+    """Where the text comes from: "stdlib", a folder, or a file of records; unused with mixture."""
     format: str = "text"
+    """Format of source: text, jsonl, parquet, arrayrecord or chat."""
     column: str = "text"
+    """Key of a record of source that holds the document or the messages."""
     glob: str = "**/*"
+    """Which files of the folder source are read, as a pattern relative to it."""
     mixture: tuple[Source, ...] = ()
+    """Several sources, mixed by weight, instead of source."""
     tokenizer: str = "byte"
+    """byte, byte-chat (bytes and the special tokens of chat and fill-in-middle), a Hugging Face
+    tokenizer.json, or a folder that holds one."""
     held_out: float = 0.02
+    """Share of each source's documents kept for evaluation, between 0 and 1; at least one
+    document is."""
     evaluate_on: tuple[Source, ...] = ()
+    """Further sources to evaluate on, read whole, each reported by its name."""
     seed: int = 0
+    """Seed of the order of the training documents, 0 to 2**32 - 1. The held-out split does not
+    depend on it."""
     packing: str = "split"
+    """split: documents one after another, cut where a row ends; best_fit: whole documents, rows
+    padded."""
     fim_rate: float = 0.0
+    """Share of the text documents that are rewritten as prefix, suffix, middle; 0 to 1."""
     cache: str = ""
+    """Folder that keeps tokens for the next run; empty: none. Used again while source files,
+    tokenizer and settings are unchanged."""
     chat: ChatFormat = ChatFormat()
+    """How conversations are encoded, and what of them is learned."""
 
     def __post_init__(self):
         for name in ("source", "tokenizer"):

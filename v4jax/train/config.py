@@ -18,69 +18,94 @@ from v4jax.train.stages import Stage, check_stages
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run. Every field can be overridden on the command line.
-
-    Attributes:
-      model: architecture. data: text and tokenizer. loss: weights of the loss's parts. stability: what is done about spikes.
-      run_dir: where everything is written; an existing run of the same model is resumed.
-      mesh: axis sizes such as "data=2,expert=4"; empty: one device. layout: name of the sharding layout.
-      steps, batch_size, seq_len: optimizer steps, rows per step (global), tokens per row.
-      dtype: compute dtype; weights and optimizer are float32. quant: "official" trains
-        with the low-precision numbers of the served model (QAT). remat: recompute layers in the backward pass.
-      attention: of CSA layers: "sparse", "dense" (every visible entry) or "indexer" (dense, and nothing but the indexer learns).
-      index_learning_rate: the indexer's peak, on the same schedule; 0: nothing trains it. "dense" leaves it as it is.
-      learning_rate: peak. warmup_steps, decay_steps: linear up, cosine down to final_lr_ratio at the end.
-      clip_norm: largest global gradient norm. bias_rate: speed of the router's selection bias (None: 1e-3, and 0 where
-        conversations are trained on: fine-tuning keeps the balance it was given).
-      watch_every: steps between looks inside (train/watch.py); 0: none.
-      log_every, eval_every, checkpoint_every: steps. eval_batches: held-out batches per evaluation. keep: newest checkpoints kept;
-        keep_every: and those of every so many steps; keep_best: and so many of the least held-out loss.
-      init_from: weights to start from, of a checkpoint of any kind (a run that has checkpoints resumes from its own).
-      strict: stop where the newest checkpoint is damaged, instead of going back to an older one.
-      export: write official safetensors at the end ("float32", "bfloat16", "fp8", "official" or "none").
-      sample_prompt, sample_tokens: continued at the end, as a look at the model; 0 tokens: no sample.
-      seed: of the initial weights.
-      stages: what changes later, in order (train/stages.py); evaluation keeps the first stage's rows.
-    """
+    """One run. Every field can be overridden on the command line."""
 
     model: ModelConfig
+    """The architecture: fields of the official config.json."""
     data: DataConfig = DataConfig()
+    """Which text to train on, and how it becomes rows."""
     loss: LossWeights = LossWeights()
+    """Weights of the terms of the loss."""
     stability: StabilityConfig = StabilityConfig()
+    """What counts as a loss spike, and what is done about it."""
     run_dir: str
+    """Folder that everything is written to. A run of the same model that is already there
+    resumes."""
     mesh: str = ""
+    """Axis sizes such as "data=2,expert=4" (axes: slice, data, fsdp, context, expert, tensor);
+    empty: one device."""
     layout: str = "full"
+    """Name of the sharding layout: full, dp, fsdp, ep, ep_fsdp, ep_tp, cp_ep or pod."""
     steps: int
+    """Optimizer steps of the whole run, 1 or more."""
     batch_size: int
+    """Rows (sequences) a step, over all devices; 1 or more."""
     seq_len: int
+    """Tokens a row, from 2 to the model's max_position_embeddings."""
     dtype: str = "float32"
+    """Compute dtype, float32 or bfloat16. Weights and optimizer state are float32 in either
+    case."""
     quant: str = "none"
+    """none, or official: train with the fp8 and MXFP4 numbers that the served model computes
+    with."""
     remat: bool = True
+    """Recompute each layer in the backward pass instead of keeping its activations."""
     attention: str = "sparse"
+    """How CSA layers choose entries: sparse (the indexer's best), dense (all visible ones), or
+    indexer (dense, and only the indexer learns)."""
     learning_rate: float
+    """Peak learning rate, above 0."""
     index_learning_rate: float = 0.0
+    """The indexer's peak learning rate, on the same schedule; 0: the indexer does not learn.
+    Attention dense leaves it as it is."""
     warmup_steps: int = 2000
+    """Steps of linear warm-up from 0 to the peak; 0 or more."""
     decay_steps: int = 0
+    """Last steps of the run, over which a cosine lowers the rate; at most steps - warmup_steps."""
     final_lr_ratio: float = 0.1
+    """Learning rate at the end as a share of the peak, 0 to 1."""
     weight_decay: float = 0.1
+    """Decoupled weight decay a step, relative to the learning rate; 0 or more."""
     momentum: float = 0.95
+    """Muon's momentum, in [0, 1)."""
     clip_norm: float = 1.0
+    """Largest global gradient norm; gradients above it are scaled down. Above 0."""
     bias_rate: float | None = None
+    """How far the router's selection bias moves in a step, 0 or more. None: 1e-3, and 0 when
+    training on conversations."""
     log_every: int = 10
+    """Steps between lines of metrics, 1 or more."""
     watch_every: int = 0
+    """Steps between measurements inside the model (loads, gates, gradients, updates); 0: never."""
     eval_every: int = 100
+    """Steps between evaluations on held-out text, 1 or more."""
     eval_batches: int = 8
+    """Most held-out batches of an evaluation; 0: no evaluation."""
     checkpoint_every: int = 100
+    """Steps between checkpoints, 1 or more. The last step is always saved."""
     keep: int = 2
+    """Newest checkpoints that are kept, 1 or more."""
     keep_every: int = 0
+    """Also keep the checkpoint of every so many steps; 0: none."""
     keep_best: int = 0
+    """Also keep so many checkpoints with the lowest held-out loss; 0: none."""
     init_from: str = ""
+    """Checkpoint of any kind to take the first weights from; empty: random weights. A run with
+    checkpoints of its own resumes from those."""
     strict: bool = False
+    """Stop if the newest checkpoint is damaged, instead of resuming from an older one."""
     export: str = "bfloat16"
+    """Format of the official safetensors written at the end: float32, bfloat16, fp8, official,
+    or none."""
     sample_prompt: str = ""
+    """Text that the finished model continues in sample.txt."""
     sample_tokens: int = 0
+    """Tokens of that sample; 0: no sample."""
     seed: int = 0
+    """Seed of the initial weights, an integer."""
     stages: tuple[Stage, ...] = ()
+    """Changes during the run, in order (v4jax/train/stages.py). Evaluation keeps the first
+    stage's rows."""
 
     def __post_init__(self):
         parse_mesh(self.mesh)

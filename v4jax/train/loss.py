@@ -32,8 +32,11 @@ class LossWeights:
     """Weights of the parts of the loss (deepseek-v4.md section 6; that of the indexer's, sum over CSA layers, is unpublished)."""
 
     mtp: float = 0.3
+    """Weight of the multi-token-prediction loss, 0 or more."""
     balance: float = 1e-4
+    """Weight of the balance loss of each sequence's experts, 0 or more."""
     index: float = 1.0
+    """Weight of the indexer's loss, summed over CSA layers; 0 or more."""
 
     def __post_init__(self):
         for name in ("mtp", "balance", "index"):

@@ -29,29 +29,30 @@ class TrainingFailed(RuntimeError):
 class StabilityConfig:
     """When to go back, and how often.
 
-    Attributes:
-      rollbacks: most rollbacks of a run; 0: none, and a loss that is not finite ends it. Above 0 every step's loss is read, so that
-        the host no longer runs ahead of the device.
-      window, least: steps that a step is compared with; fewer than `least` of them say nothing yet.
-      sigmas: deviations from the median that are ordinary. loss_rise: nats above the median that are, at least.
-      norm_rise: times the median gradient norm that are, at least.
-      proven: steps without a spike that make the checkpoint before them a good one.
-      anticipate: after a rollback experts are chosen ahead (train/anticipate.py) until so many steps past the spike; 0: never.
-      anticipate_lag: how many steps ahead.
-
     Raises:
       ValueError: naming the field, the value and the rule.
     """
 
     rollbacks: int = 0
+    """Most rollbacks of a run. 0: none, and a loss that is not finite ends the run. Above 0 the
+    loss is read after every step."""
     window: int = 64
+    """Earlier steps that a step is compared with, at least `least`."""
     least: int = 16
+    """Fewer earlier steps than this call nothing a spike yet; at least 2."""
     sigmas: float = 8.0
+    """Standard deviations above the median that are still ordinary, above 0."""
     loss_rise: float = 0.5
+    """Nats above the median loss that are still ordinary, above 0."""
     norm_rise: float = 20.0
+    """Multiple of the median gradient norm that is still ordinary, above 1."""
     proven: int = 1
+    """Steps without a spike that prove the checkpoint before them good; 1 or more."""
     anticipate: int = 0
+    """After a rollback, choose experts ahead of time until so many steps past the spike; 0:
+    never."""
     anticipate_lag: int = 1
+    """Steps ahead that experts are then chosen, 1 or more."""
 
     def __post_init__(self):
         rules = {

@@ -20,17 +20,18 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What changes when `after` steps are done; None: stays as it is.
-
-    Attributes:
-      batch_size, seq_len: rows per step, tokens per row. attention: see TrainConfig. mtp: weight of the MTP loss.
-    """
+    """What changes when `after` steps are done; None: stays as it is."""
 
     after: int
+    """Steps done when the stage begins: above the stage before, below the run's steps."""
     batch_size: int | None = None
+    """Rows a step from then on; None: unchanged."""
     seq_len: int | None = None
+    """Tokens a row from then on; None: unchanged."""
     attention: str | None = None
+    """sparse, dense or indexer from then on; None: unchanged."""
     mtp: float | None = None
+    """Weight of the MTP loss from then on; None: unchanged."""
 
 
 def check_stages(cfg) -> None:

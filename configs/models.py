@@ -1,8 +1,8 @@
-"""The two released DeepSeek-V4 architectures, every number from deepseek-v4.md section 1.
+"""The two released DeepSeek-V4 architectures, every number from docs/equations.md#sizes.
 
 Command: v4jax cost configs/flash.py
 Expected: 284B parameters, 13B active; Pro 1.6T and 49B.
-Next file to read: configs/flash.py.
+Next file to read: v4jax/config.py.
 """
 
 from v4jax.config import CSA, HCA, WINDOW_ONLY, ModelConfig, RopeScaling

@@ -1,4 +1,6 @@
-"""V4-Pro, pre-training at sequence length 4096 with the report's numbers (deepseek-v4.md sections 1 and 6).
+"""V4-Pro, pre-training at sequence length 4096 with the report's numbers.
+
+They are those of docs/equations.md#sizes and docs/equations.md#schedule.
 
 Command: v4jax train configs/pro.py --mesh fsdp=...,expert=...; v4jax cost configs/pro.py
 Hardware: a TPU pod. Nobody has run it; `v4jax cost` and the tests read it. The report's batch grows to the size below from a

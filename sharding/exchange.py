@@ -9,7 +9,7 @@ Example, 2 devices, C = 4, rows sent [[3, 1], [2, 2]] (sender, receiver): the fi
 two of sender 1; round 0 moves three and one, round 1 the last row.
 
 Shapes: T tokens of this device, K active experts, N = T*K assignments, Q rows of one round, D width, E experts, S senders, Z receivers.
-Next file to read: sharding/experts.py.
+Next file to read: sharding/params.py.
 """
 
 import functools

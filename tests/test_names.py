@@ -22,7 +22,7 @@ CONFIGS = {
     "window_only": small_config(num_hidden_layers=1, compress_ratios=(0, 0), num_hash_layers=1),
 }
 
-# The list of deepseek-v4.md section 7, written out a second time.
+# The list of docs/equations.md#checkpoint-names, written out a second time.
 BLOCK = {
     *("attn_norm.weight", "ffn_norm.weight"),
     *(f"hc_{site}_{part}" for site in ("attn", "ffn") for part in ("fn", "base", "scale")),

@@ -319,7 +319,8 @@ def _check_layers(cfg: ModelConfig) -> None:
             f"num_hash_layers: got {cfg.num_hash_layers!r}; must be in [0, num_hidden_layers={cfg.num_hidden_layers}]"
         )
     if any(cfg.compress_ratios) and not (_is_number(cfg.compress_rope_theta) and cfg.compress_rope_theta > 0):
-        # Published code and config.json disagree on its default, so a guess would be wrong for someone (pitfall 6).
+        # Published code and config.json disagree on its default, so a guess would be wrong for
+        # someone (docs/equations.md#trap-6).
         raise ValueError(
             f"compress_rope_theta: got {cfg.compress_rope_theta!r}; a model with compressed layers must state it "
             "(160000 in the released checkpoints)"

@@ -4,8 +4,9 @@ How the report counts was decided from its own numbers. 284B and 1.6T are the ma
 without MTP (with MTP, Flash would be 291B). 13B and 49B count the head but not the embedding, which is looked up, not
 multiplied (with the embedding they would be 14B and 50B; without the head, Pro would be 48B).
 
-FLOPs: two per multiplication of a matrix product, attention and indexer scores over the entries a query really uses
-(pitfall 46), and the mixing of residual streams. Norms, rotary embedding, softmax, Sinkhorn and pooling are left out.
+FLOPs: two per multiplication of a matrix product, attention and indexer scores over the entries a
+query really uses (docs/equations.md#trap-46), and the mixing of residual streams. Norms, rotary
+embedding, softmax, Sinkhorn and pooling are left out.
 
 Legend: D hidden, N heads, H head dim, R rope dims, Q query rank, G output groups, O output rank, X streams, E experts,
 K active experts, F expert hidden, I index heads, J index dim, V vocabulary, M compress ratio.
@@ -120,7 +121,8 @@ def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
 def deepseek_v32(context: int) -> Part:
     """DeepSeek-V3.2 for one token after `context` tokens, attention in its latent form; numbers of its config.json.
 
-    Cache (deepseek-v4.md section 5): 512 fp8 + 16 bytes of scales + 64 bf16, and an indexer key of 128 fp8 + 4 bytes.
+    Cache (docs/equations.md#cost): 512 fp8 + 16 bytes of scales + 64 bf16, and an indexer key of
+    128 fp8 + 4 bytes.
     """
     layers, dense, hidden, heads, latent, rope, q_rank, index_heads = 61, 3, 7168, 128, 512, 64, 1536, 64
     attention = hidden * (q_rank + latent + rope) + q_rank * heads * (128 + rope)
@@ -192,7 +194,7 @@ def _attention(cfg: ModelConfig, ratio: int, lengths: np.ndarray) -> Part:
     matrices += cfg.o_lora_rank * (wide + cfg.o_groups * cfg.hidden_size)  # wo_a is block diagonal: G times O x (N/G)H
     window, entries = np.minimum(lengths, cfg.sliding_window), lengths // ratio if ratio else 0 * lengths
     used = np.minimum(entries, cfg.index_topk) if ratio == CSA else entries
-    # An entry: fp8 with a scale byte per 64 dims, and the rope dims in bf16 (deepseek-v4.md section 5).
+    # An entry: fp8 with a scale byte per 64 dims, rope dims in bf16 (docs/equations.md#low-precision).
     plain = cfg.head_dim - cfg.qk_rope_head_dim
     cache = int(window[-1] + entries[-1]) * (plain + -(-plain // 64) + 2 * cfg.qk_rope_head_dim)
     parameters = matrices + cfg.num_attention_heads
@@ -212,7 +214,7 @@ def _indexer(cfg: ModelConfig, lengths: np.ndarray) -> Part:
     """Query and weight projections, its own compressor, and I dot products and weights per entry: S/4 of them."""
     heads, dim, entries = cfg.index_n_heads, cfg.index_head_dim, lengths // CSA
     queries = _weights("", heads * (cfg.q_lora_rank * dim + cfg.hidden_size))
-    # A key: fp4 with a scale byte per 32 dims (deepseek-v4.md section 5).
+    # A key: fp4 with a scale byte per 32 dims (docs/equations.md#low-precision).
     key_bytes = -(-dim // 2) + -(-dim // 32)
     scores = Part("", flops=2 * heads * (dim + 1) * float(np.mean(entries)), cache=int(entries[-1]) * key_bytes)
     return _sum("indexers", [queries, scores, _compressor(cfg, "", CSA, dim)])

@@ -1,7 +1,7 @@
 """Attention of the three kinds, restated: one key-value head, window plus compressed entries, sink, grouped output.
 
-Plain NumPy from deepseek-v4.md section 3 and pitfalls 8 to 14, one document, one query at a time. All arithmetic is
-float64.
+Plain NumPy from docs/equations.md#attention and traps 8 to 14, one document, one query at a time.
+All arithmetic is float64.
 Legend: S tokens, T keys of one query, C entries, D hidden, N heads, H head dim, Q query rank, G output groups,
 O output rank.
 Next file to read: moe.py.
@@ -26,7 +26,7 @@ def attention(cfg: ModelConfig, weights: dict, name: str, compress_ratio: int, x
         keys_TH = np.concatenate([window_TH, entries_CH[seen[t]]])
         o_SNH[t] = attend(q_SNH[t], keys_TH, weights[f"{name}.attn_sink"])
     # Keys are values, so values came in rotated by their own position; turning the output back by the query's
-    # position leaves a function of the distance (pitfall 8).
+    # position leaves a function of the distance (trap 8).
     o_SNH = rotary.rotate(o_SNH, positions, freqs, inverse=True)
     return grouped_output(cfg, weights, name, o_SNH)
 
@@ -75,8 +75,9 @@ def grouped_output(cfg: ModelConfig, weights: dict, name: str, o_SNH: np.ndarray
 
 
 def index_loss(cfg: ModelConfig, weights: dict, name: str, x_SD: np.ndarray, dense: bool) -> np.ndarray:
-    """KL of the indexer and of choosing blindly, [queries that see an entry, 2] (pitfalls.md, "Indexer loss").
+    """KL of the indexer and of choosing blindly, [queries that see an entry, 2].
 
+    The equation: docs/equations.md#indexer-loss.
     C = all visible entries (dense) or the chosen ones. Z_h = exp(a_h) + sum of exp over the window + sum of exp over C;
     P[j] = sum_h exp(c[h, j]) / Z_h, divided by its sum; KL( P || softmax over C of I ).
     """

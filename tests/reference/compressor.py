@@ -1,6 +1,7 @@
 """Compressed entries, restated: HCA pools 128 tokens into one, CSA pools 8 (4 of the window before, 4 of its own).
 
-Plain NumPy from deepseek-v4.md section 3 and pitfalls 7, 15 to 18, on one document. All arithmetic is float64.
+Plain NumPy from docs/equations.md#compressor and traps 7 and 15 to 18, on one document. All
+arithmetic is float64.
 Legend: S tokens of the document, C entries, D hidden, H width of an entry, M compress ratio.
 Next file to read: indexer.py.
 """
@@ -13,13 +14,16 @@ from . import hyper, rotary
 
 
 def pool(gates: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """sum_j S_j * C_j with S the softmax over the rows, for each channel alone (pitfall 17); both [rows, H] -> [H]."""
+    """sum_j S_j * C_j, S the softmax over the rows, for each channel alone (trap 17); [rows, H] -> [H]."""
     shares = np.exp(gates - gates.max(axis=0))
     return (shares / shares.sum(axis=0) * values).sum(axis=0)
 
 
 def visible(t: int, compress_ratio: int) -> int:
-    """How many entries query t may see: entry w iff w < (t+1)//m (pitfall 11). m=4: t=2 sees 0, t=3 and t=6 see 1."""
+    """How many entries query t may see: entry w iff w < (t+1)//m (trap 11).
+
+    Example, m=4: t=2 sees 0, t=3 and t=6 see 1.
+    """
     return (t + 1) // compress_ratio
 
 

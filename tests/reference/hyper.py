@@ -1,6 +1,6 @@
 """Manifold-constrained hyper-connections (mHC), restated: collapse of the streams, expansion, mixing, final collapse.
 
-Plain NumPy from deepseek-v4.md section 2 and pitfalls 1 to 3. All arithmetic is float64.
+Plain NumPy from docs/equations.md#mhc and traps 1 to 3. All arithmetic is float64.
 Legend: S positions, X streams, D hidden.
 Next file to read: rotary.py.
 """
@@ -39,7 +39,7 @@ def project(cfg: ModelConfig, fn: np.ndarray, streams_SXD: np.ndarray) -> np.nda
 def sinkhorn(cfg: ModelConfig, logits_SXX: np.ndarray) -> np.ndarray:
     """Nearly doubly stochastic matrices: softmax of rows + eps, columns, then (iterations - 1) x (rows, columns).
 
-    Rows sum over the last axis, columns over the one before; hc_eps stands in every denominator (pitfall 2).
+    Rows sum over the last axis, columns over the one before; hc_eps is in every denominator (trap 2).
     """
     comb = np.exp(logits_SXX - logits_SXX.max(axis=-1, keepdims=True))
     comb = comb / comb.sum(axis=-1, keepdims=True) + cfg.hc_eps
@@ -67,7 +67,7 @@ def collapse(pre_SX: np.ndarray, streams_SXD: np.ndarray) -> np.ndarray:
 
 
 def expand(weights: Mix, output_SD: np.ndarray, streams_SXD: np.ndarray) -> np.ndarray:
-    """X'[k] = post[k] * output + sum_j comb[j, k] X[j]: comb is consumed transposed (pitfall 1)."""
+    """X'[k] = post[k] * output + sum_j comb[j, k] X[j]: comb is consumed transposed (trap 1)."""
     result = np.empty_like(streams_SXD)
     for k in range(streams_SXD.shape[1]):
         result[:, k] = weights.post_SX[:, k, None] * output_SD

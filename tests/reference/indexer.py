@@ -1,7 +1,7 @@
 """The lightning indexer, restated: which compressed entries a query of a CSA layer attends to.
 
-Plain NumPy from deepseek-v4.md section 3 and pitfalls 19 to 21, on one document. The Hadamard rotation, which
-changes no score, belongs to low precision (low.py). All arithmetic is float64.
+Plain NumPy from docs/equations.md#indexer and traps 19 to 21, on one document. The Hadamard
+rotation, which changes no score, belongs to low precision (low.py). All arithmetic is float64.
 Legend: S tokens, C entries, D hidden, Q query rank, I index heads, J index dim.
 Next file to read: attention.py.
 """
@@ -16,7 +16,7 @@ from . import compressor, low, rotary
 def scores(cfg: ModelConfig, weights: dict, name: str, x_SD: np.ndarray, qr_SQ: np.ndarray) -> np.ndarray:
     """I[t, s] = sum_h w[t, h] relu(q[t, h] . K[s]), [S, C], before any mask; name "layers.3.attn.indexer".
 
-    `qr_SQ` is the query latent after its norm, the one the attention itself uses (pitfall 21).
+    `qr_SQ` is the query latent after its norm, the one the attention itself uses (trap 21).
     """
     heads, dim = cfg.index_n_heads, cfg.index_head_dim
     keys_CJ = low.index(weights, compressor.entries(cfg, weights, f"{name}.compressor", CSA, x_SD))

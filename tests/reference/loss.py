@@ -1,6 +1,6 @@
 """The training loss, restated: next token + 0.3 * MTP + 1e-4 * balance, with labels that stay inside their document.
 
-Plain NumPy from deepseek-v4.md section 6 and pitfall 32. All arithmetic is float64.
+Plain NumPy from docs/equations.md#losses and trap 32. All arithmetic is float64.
 Legend: B rows, S positions, V vocabulary.
 Next file to read: muon.py.
 """

@@ -1,4 +1,6 @@
-"""Low precision, restated: which numbers the served model rounds, and to what (deepseek-v4.md section 5).
+"""Low precision, restated: which numbers the served model rounds, and to what.
+
+The specification is docs/equations.md#low-precision.
 
 `served(weights)` rounds the matrices as files store them and marks the dictionary; the modules here then round what enters
 such a matrix, keys/values, and the indexer's queries and keys. Unmarked weights compute in full precision. Plain NumPy: the

@@ -1,8 +1,9 @@
 """Mixture of experts, restated: hash and score routing, clamped experts, balance loss, load counts; token by token.
 
-Plain NumPy from deepseek-v4.md sections 4 and 6 and pitfalls 23 to 30. All arithmetic is float64.
+Plain NumPy from docs/equations.md#moe, docs/equations.md#losses and traps 23 to 30. All
+arithmetic is float64.
 Legend: S tokens, D hidden, E experts, K active experts.
-Next file to read: transformer.py.
+Next file to read: loss.py.
 """
 
 from typing import NamedTuple
@@ -26,7 +27,8 @@ def moe(
 ) -> tuple[np.ndarray, Routing]:
     """sum_i w_i expert_i(x) + shared(x), [S, D], and the routing; name is for example "layers.3.ffn".
 
-    w = s[chosen] / sum(s[chosen]) * routed_scaling_factor from scores without bias, for hash layers too (pitfall 23).
+    w = s[chosen] / sum(s[chosen]) * routed_scaling_factor from scores without bias, for hash layers
+    too (trap 23).
     """
     routing = route(cfg, weights, name, x_SD, tokens_S)
     result = expert(cfg, weights, f"{name}.shared_experts", x_SD)
@@ -48,8 +50,10 @@ def route(cfg: ModelConfig, weights: dict, name: str, x_SD: np.ndarray, tokens_S
 
 
 def expert(cfg: ModelConfig, weights: dict, name: str, x: np.ndarray, share: float = 1.0) -> np.ndarray:
-    """w2(share * silu(min(w1 x, limit)) * clip(w3 x, -limit, limit)); the clamp comes before silu (pitfall 29), the share
-    before w2 (pitfall 30)."""
+    """w2(share * silu(min(w1 x, limit)) * clip(w3 x, -limit, limit)).
+
+    The clamp comes before silu (trap 29), the share before w2 (trap 30).
+    """
     gate = np.minimum(low.linear(weights, f"{name}.w1", x), cfg.swiglu_limit)
     up = np.clip(low.linear(weights, f"{name}.w3", x), -cfg.swiglu_limit, cfg.swiglu_limit)
     return low.linear(weights, f"{name}.w2", share * gate * hyper.sigmoid(gate) * up)
@@ -64,7 +68,7 @@ def load(routing: Routing, counted_S: np.ndarray) -> np.ndarray:
 def balance(routing: Routing, counted_S: np.ndarray) -> float:
     """The balance loss of one sequence: sum_i f_i P_i, over its T counted tokens; 0 if it has none.
 
-    f_i = E / (K T) * (tokens choosing i), P_i = mean_t s[t, i] / sum_j s[t, j] (section 6). Even use gives 1.
+    f_i = E / (K T) * (tokens choosing i), P_i = mean_t s[t, i] / sum_j s[t, j]. Even use gives 1.
     """
     if not counted_S.any():
         return 0.0

@@ -1,6 +1,6 @@
 """The two optimisers, restated: Muon (Algorithm 1) for one 2-D matrix, AdamW for the rest.
 
-Plain NumPy from deepseek-v4.md section 6 and pitfall 44. All arithmetic is float64.
+Plain NumPy from docs/equations.md#muon and trap 44. All arithmetic is float64.
 """
 
 import numpy as np
@@ -47,8 +47,9 @@ def adamw(w, m, v, g, step: int, lr: float, b1=0.9, b2=0.95, eps=1e-20, weight_d
 def optimizer_of(name: str) -> str:
     """"muon", "adamw" or "none" for an official tensor name.
 
-    Section 6: Muon for every matrix except embedding and head; AdamW for these, mHC base and scale, norm weights, sinks
-    and ape. mHC fn, the gates and the MTP projections are matrices. The two routing tensors belong to no optimiser.
+    Muon for every matrix except embedding and head; AdamW for these, mHC base and scale, norm
+    weights, sinks and ape. mHC fn, the gates and the MTP projections are matrices. The two routing
+    tensors belong to no optimiser.
     """
     if name.endswith(("gate.bias", "tid2eid")):
         return "none"

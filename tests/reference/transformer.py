@@ -1,9 +1,10 @@
 """The whole model, restated: forward(cfg, weights, tokens) -> logits, MTP logits, expert loads, balance losses.
 
-Plain NumPy from deepseek-v4.md sections 2 to 4; the oracle of the tests, written from the equations, slow on purpose.
-`weights` maps official tensor names (section 7) to arrays in official orientation, matrices [out, in]. Packed rows are
-cut into documents and each document runs ALONE from position 0, so that "packed equals separate" holds here by
-construction. All arithmetic is float64.
+Plain NumPy from docs/equations.md, sections 2 to 9; the oracle of the tests, written from the
+equations, slow on purpose. `weights` maps official tensor names (docs/equations.md#checkpoint-names)
+to arrays in official orientation, matrices [out, in]. Packed rows are cut into documents and each
+document runs ALONE from position 0, so that "packed equals separate" holds here by construction. All
+arithmetic is float64.
 Legend: B rows, S positions, X streams, D hidden, E experts, K active experts, V vocabulary, L main layers.
 Next file to read: hyper.py.
 """
@@ -83,7 +84,7 @@ def _join(routings) -> moe.Routing:
 
 
 def forward_document(cfg: ModelConfig, weights: dict, tokens_S: np.ndarray) -> Document:
-    """One document from position 0; the embedding is copied into every stream (section 2)."""
+    """One document from position 0; the embedding is copied into every stream."""
     embedded_SD = weights["embed.weight"][tokens_S]
     streams_SXD = np.repeat(embedded_SD[:, None], cfg.hc_mult, axis=1)
     routing = []
@@ -101,7 +102,10 @@ def forward_document(cfg: ModelConfig, weights: dict, tokens_S: np.ndarray) -> D
 
 
 def block(cfg, weights, name, compress_ratio, streams_SXD, tokens_S) -> tuple[np.ndarray, moe.Routing]:
-    """Attention, then MoE, each: collapse the streams -> weighted RMSNorm -> sublayer -> expand and mix (section 2)."""
+    """Attention, then MoE, each: collapse the streams, weighted RMSNorm, sublayer, expand and mix.
+
+    The equations: docs/equations.md#block.
+    """
     mix = hyper.mix(cfg, weights, f"{name}.hc_attn", streams_SXD)
     x_SD = hyper.collapse(mix.pre_SX, streams_SXD)
     x_SD = hyper.rms_norm(x_SD, cfg.rms_norm_eps, weights[f"{name}.attn_norm.weight"])
@@ -120,17 +124,16 @@ def mtp(
 ) -> tuple[np.ndarray, moe.Routing]:
     """MTP logits [S, V], position t predicting token t+2, and the MTP layer's routing.
 
-    Each step with its line of deepseek-v4.md section 4, "MTP" (and pitfalls 31, 32):
-      1. "Position t combines the main streams at t with the embedding of token t+1": next token of the same document;
-         the last position has none and takes token id 0, so its value means nothing.
-      2. "embed and head are shared with the main model": embed.weight and head.weight, no mtp.0.embed or mtp.0.head.
-      3. "X = main model's last streams [B,S,n,d]": after the last block, BEFORE hc_head and the final norm.
-      4. "e_proj(enorm(embed(tokens))) [copied to streams] + h_proj(hnorm(X))": one vector of the embedding for all
-         streams; each stream by itself through hnorm (mean over d, not over n*d) and h_proj. No hyper-connection mixes
-         here.
-      5. "X' = block(x) (compress ratio 0, score-routed MoE)": the same block, own hc sites and norms, window attention
-         with rope_theta and no YaRN, gate.bias and no table.
-      6. "logits = head(mtp.norm(hc_head_mtp(X')))": own collapse and own final norm, then the shared head.
+    The steps of docs/equations.md#mtp (and traps 31, 32):
+      1. Position t reads token t+1 of the same document. The last position has none and takes
+         token id 0, so its value means nothing.
+      2. The embedding and the head are the main model's: no mtp.0.embed, no mtp.0.head.
+      3. The streams are those after the last block, BEFORE hc_head and the final norm.
+      4. The embedding, through enorm and e_proj, is copied to every stream; each stream goes by itself
+         through hnorm (mean over D, not over X*D) and h_proj. No hyper-connection mixes here.
+      5. The block has its own hc sites and norms, window attention with rope_theta and no YaRN,
+         gate.bias and no table.
+      6. Its own collapse and its own final norm, then the shared head.
     """
     next_S = np.append(tokens_S[1:], 0)  # 1
     embedded_SD = weights["embed.weight"][next_S]  # 2

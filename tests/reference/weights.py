@@ -1,7 +1,7 @@
 """Random weights under official names, at the scale of trained ones, for the tests that compare with this restatement.
 
-Small random models pass where real weights fail (pitfall 45): norms around 1, sinks, biases, `ape`, mHC base and scale
-away from 0, gates that tell experts apart, expert inputs that reach the clamp.
+Small random models pass where real weights fail (trap 45): norms around 1, sinks, biases, `ape`, mHC
+base and scale away from 0, gates that tell experts apart, expert inputs that reach the clamp.
 Legend: as in transformer.py.
 """
 
@@ -11,7 +11,7 @@ from v4jax.config import CSA, HCA, WINDOW_ONLY, ModelConfig
 
 
 def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every official tensor, matrices [out, in] (deepseek-v4.md section 7)."""
+    """Shape of every official tensor, matrices [out, in] (docs/equations.md#checkpoint-names)."""
     d, v = cfg.hidden_size, cfg.vocab_size
     result = {"embed.weight": (v, d), "head.weight": (v, d), "norm.weight": (d,)} | _hc_head_shapes(cfg, "")
     for number, kind in enumerate(cfg.layer_kinds):

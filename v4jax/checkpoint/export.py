@@ -3,7 +3,7 @@
 The directory appears whole or not at all: everything is written beside it and renamed at the end. Of several processes
 all take part, as each holds only its shards, and the first one writes.
 
-Next file to read: v4jax/checkpoint/names.py.
+Next file to read: v4jax/checkpoint/intact.py.
 """
 
 import collections

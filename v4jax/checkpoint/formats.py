@@ -1,7 +1,8 @@
 """How each official tensor is stored: plain, fp8 with block scales, or MXFP4; and the numbers of each both ways.
 
-Four formats of a whole checkpoint: "float32" and "bfloat16"; "official", that of instruct releases (fp8 matrices, MXFP4
-experts, ue8m0 scales); "fp8", that of -Base releases (experts fp8 too, float32 scales). deepseek-v4.md section 5.
+Four formats of a whole checkpoint: "float32" and "bfloat16"; "official", that of instruct releases
+(fp8 matrices, MXFP4 experts, ue8m0 scales); "fp8", that of -Base releases (experts fp8 too, float32
+scales). See docs/equations.md#low-precision.
 
 Legend: O output features, I input features.
 

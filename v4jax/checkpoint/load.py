@@ -166,7 +166,10 @@ def _check_kind(name: str, shape: tuple[int, ...], header: Header, scale: Header
 
 
 def _check_mtp(cfg: ModelConfig, tensors: dict[str, Header], from_transformers: bool) -> ModelConfig:
-    """Refuses a DSpark drafter (pitfall 33); accepts that transformers drops MTP, and says so."""
+    """Refuses a DSpark drafter; accepts that transformers drops MTP, and says so.
+
+    See docs/equations.md#trap-33 and docs/equations.md#trap-31.
+    """
     mtp = [name for name in tensors if name.startswith("mtp.")]
     later = [name for name in mtp if not name.startswith("mtp.0.")]
     if later or (mtp and "mtp.0.enorm.weight" not in tensors):

@@ -75,7 +75,8 @@ _TABLE = (
     ("mtp", "mtp.0.hc_head_scale", "mtp/hc_head/scale", False),
 )
 
-# What transformers 5 `save_pretrained` writes -> official. Its own renaming of `.norm.` catches kv_norm (pitfall 37).
+# What transformers 5 `save_pretrained` writes -> official. Its own renaming of `.norm.` catches
+# kv_norm (docs/equations.md#trap-37).
 _FROM_TRANSFORMERS = (
     (r"^model\.", ""),
     (r"^embed_tokens\.weight$", "embed.weight"),
@@ -248,8 +249,9 @@ def check_tree(cfg: ModelConfig, tree: Mapping[str, Any]) -> dict[Path, Any]:
 
 
 def check_table(cfg: ModelConfig, name: str, ids_VK: np.ndarray) -> None:
-    """Refuses a hash table with an id that is no expert; says so when a token has one expert twice (pitfall 24).
+    """Refuses a hash table with an id that is no expert; says so when a token has one expert twice.
 
+    See docs/equations.md#trap-24.
     A repeated expert is computed as often as it stands there, as transformers does, whose fresh models have all zeros.
     """
     experts = cfg.n_routed_experts

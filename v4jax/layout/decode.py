@@ -27,7 +27,8 @@ from v4jax.layout.work import layers_by_ratio, part_of
 from v4jax.train.config import TrainConfig
 
 RELEASED = {"experts": 0.53, "matrices": 1.0, "rest": 2.0}
-"""Bytes a number in the released formats: MXFP4 with a scale byte per 32, fp8 with 128 x 128 blocks, bf16 (deepseek-v4.md section 5)."""
+"""Bytes a number in the released formats: MXFP4 with a scale byte per 32, fp8 with 128 x 128 blocks,
+bf16 (docs/equations.md#low-precision)."""
 
 
 def decode_terms(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str, released: bool = False) -> list[Term]:

@@ -1,7 +1,8 @@
 """Compression: a window of raw tokens becomes one key/value entry, by a softmax over its rows for each channel.
 
-HCA pools its own 128 rows. CSA pools 8: the four rows of the window before (their first half of channels, "a") and its own
-four (second half, "b"). Projections, softmax and pooling are float32 (deepseek-v4.md section 3, report 2.3.1 and 2.3.2).
+HCA pools its own 128 rows. CSA pools 8: the four rows of the window before (their first half of
+channels, "a") and its own four (second half, "b"). Projections, softmax and pooling are float32
+(docs/equations.md#compressor, report 2.3.1 and 2.3.2).
 
 Shapes: B batch, S positions, D hidden, H entry dim, C compressed entries, M compress ratio.
 Next file to read: v4jax/model/indexer.py.

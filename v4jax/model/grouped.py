@@ -49,7 +49,10 @@ class Activation(NamedTuple):
 
 
 def clamped_swiglu(h1: jax.Array, h3: jax.Array, limit: float) -> jax.Array:
-    """silu(min(h1, limit)) * clip(h3, -limit, limit), float32: the clamp stands before silu (pitfall 29)."""
+    """silu(min(h1, limit)) * clip(h3, -limit, limit), float32.
+
+    The clamp comes before silu (docs/equations.md#trap-29).
+    """
     h1, h3 = h1.astype(jnp.float32), h3.astype(jnp.float32)
     return jax.nn.silu(jnp.minimum(h1, limit)) * jnp.clip(h3, -limit, limit)
 

@@ -3,7 +3,7 @@
 Everything is float32 (report 2.2, official `hc_pre` / `hc_post` / `hc_split_sinkhorn`).
 
 Shapes: B batch, S positions, X streams (j source, k target), D hidden, M = (2+X)*X mixing weights.
-Next file to read: v4jax/model/attention.py.
+Next file to read: sharding/rules.py.
 """
 
 import functools
@@ -122,8 +122,9 @@ collapse.defvjp(_collapse_fwd, _collapse_bwd)
 
 @jax.custom_vjp
 def expand(y_BSD: jax.Array, x_BSXD: jax.Array, mix: Mix) -> jax.Array:
-    """new[k] = post[k] * y + sum_j comb[j,k] * x[j]; comb is consumed transposed (pitfall 1).
+    """new[k] = post[k] * y + sum_j comb[j,k] * x[j].
 
+    comb is consumed transposed (docs/equations.md#trap-1).
     The gradient is written out: what autodiff makes of it takes 2 to 4 times as long on CPU (sums over D one by one).
     """
     return _combine(mix.comb, x_BSXD, mix.post[..., None] * y_BSD[:, :, None].astype(jnp.float32)).astype(x_BSXD.dtype)

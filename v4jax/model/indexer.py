@@ -143,7 +143,9 @@ def _dots(q: jax.Array, key_BCJ: jax.Array) -> jax.Array:
 
 
 def index_loss(mass_BTC: jax.Array, score_BTC: jax.Array, seen_BTC: jax.Array, real_T: jax.Array) -> IndexLoss:
-    """Sum over queries of KL( P || softmax(I) ) over the entries they see; P is the mass divided by its sum (pitfalls.md).
+    """Sum over queries of KL( P || softmax(I) ) over the entries they see; P is the mass over its sum.
+
+    The equation: docs/equations.md#indexer-loss.
 
     Args:
       mass_BTC: what all heads together give to each entry, sum_h exp(c_h) / Z_h; 0 where it is not seen.

@@ -1,9 +1,10 @@
 """Mixture of experts: hash or score routing, clamped SwiGLU experts, one shared expert, balance statistics.
 
-Router scores, gate weights and activation are float32 (deepseek-v4.md section 4, official `Gate` and `Expert`).
+Router scores, gate weights and activation are float32 (docs/equations.md#moe, official `Gate` and
+`Expert`).
 
 Shapes: B batch, S positions, D hidden, E experts, K active experts, F expert hidden, P rows sorted by expert, V vocabulary.
-Next file to read: sharding/experts.py.
+Next file to read: v4jax/model/hyper.py.
 """
 
 import functools
@@ -30,8 +31,8 @@ class Routing(NamedTuple):
 
     Attributes:
       load_E: float32, how many tokens of the whole batch chose each expert; sums to K * tokens that count.
-      balance: float32 scalar, sequence-wise balance loss (deepseek-v4.md section 6); 0 where a table routes, since
-        nothing the gate learns would move a token there.
+      balance: float32 scalar, sequence-wise balance loss (docs/equations.md#losses); 0 where a table
+        routes, since nothing the gate learns would move a token there.
       index_BSK: the experts the scores chose, int32, where Ask.index asks for them and no table routes.
       seen: how the whole layer is doing, where Ask.watch asks for it (model/watch.py).
     """
@@ -50,7 +51,10 @@ def router_scores(x_BSD: jax.Array, gate_DE: jax.Array) -> jax.Array:
 
 
 def gate_weights(score_BSE: jax.Array, index_BSK: jax.Array, scale: float) -> jax.Array:
-    """score[index] / sum(score[index]) * scale, [B,S,K]. Unbiased scores: the bias only selects (pitfall 27)."""
+    """score[index] / sum(score[index]) * scale, [B,S,K].
+
+    Scores are unbiased: the bias selects only (docs/equations.md#trap-27).
+    """
     chosen = jax.nn.one_hot(index_BSK, score_BSE.shape[-1], dtype=bool)
     picked = jnp.sum(jnp.where(chosen, score_BSE[:, :, None], 0), axis=-1)
     return picked / picked.sum(-1, keepdims=True) * scale

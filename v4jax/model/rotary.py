@@ -1,8 +1,8 @@
 """Rotary positions: interleaved pairs on the last dims of a head, plain or with YaRN, in float32.
 
-Two tables exist (deepseek-v4.md section 3): layers of compress ratio 0 and MTP use rope_theta without YaRN; CSA and HCA
-layers use compress_rope_theta with YaRN for queries, window keys, compressed entries and indexer. cos and sin are never
-scaled (the attention factor is 1).
+Two tables exist (docs/equations.md#rotary): layers of compress ratio 0 and MTP use rope_theta without
+YaRN; CSA and HCA layers use compress_rope_theta with YaRN for queries, window keys, compressed
+entries and indexer. cos and sin are never scaled (the attention factor is 1).
 
 Shapes: R rope dims; `...` any leading axes.
 Next file to read: v4jax/model/compressor.py.

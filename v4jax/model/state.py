@@ -11,7 +11,7 @@ Example, CSA (ratio 4), 10 tokens kept: slots 0 and 1 are in use; the ring holds
 Two tokens later window 2 is pooled from both and written to slot 2.
 
 Shapes: L layers, B batch, S positions of a chunk, R rows of a ring, C slots, H width, K chosen entries.
-Next file to read: v4jax/model/compressor.py.
+Next file to read: v4jax/generate/decode.py.
 """
 
 import functools

@@ -1,10 +1,12 @@
 """Fake quantisation: numbers rounded to what a low-precision format can hold, in JAX, with the gradient passed straight through.
 
-quant="official" rounds what the served model rounds (deepseek-v4.md section 5), in the forward pass of training (QAT) and of
-scoring alike. Weights: fp8 in blocks of 128 x 128; routed experts MXFP4, 32 along their input. From there to fp8 nothing is lost,
-since e4m3 holds every e2m1 number under the same scale, so that step rounds nothing. Activations: inputs of those matrices
-fp8 in blocks of 128, keys/values without their rope dims fp8 in blocks of 64, the indexer's queries and keys MXFP4 after a
-Hadamard rotation. The numbers equal v4jax/quant/fp8.py and mxfp4.py bit for bit (tests/test_fake.py).
+quant="official" rounds what the served model rounds (docs/equations.md#low-precision), in the forward
+pass of training (QAT) and of scoring alike. Weights: fp8 in blocks of 128 x 128; routed experts MXFP4,
+32 along their input. From there to fp8 nothing is lost, since e4m3 holds every e2m1 number under the
+same scale, so that step rounds nothing. Activations: inputs of those matrices (except wo_a) fp8 in
+blocks of 128, keys/values without their rope dims fp8 in blocks of 64, the indexer's queries and keys
+MXFP4 after a Hadamard rotation. The numbers equal v4jax/quant/fp8.py and mxfp4.py bit for bit
+(tests/test_fake.py).
 
 Shapes: I input features, O output features, H head dim.
 Next file to read: v4jax/model/weights.py.

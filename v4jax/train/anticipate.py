@@ -1,8 +1,10 @@
 """Anticipatory routing: which experts step t uses is decided by the weights of step t - lag, with what weight by those of step t.
 
-Router and network then no longer chase each other, which settles a run after a loss spike (report, section 6 here). Nothing of the
-older weights is kept: the batch of step t is read `lag` steps ahead and its experts are chosen then, by a forward pass of the weights
-as they are; only the indices wait. In the first `lag` steps, of every stage anew, the choice is that of the weights with which it began.
+Router and network then no longer chase each other, which settles a run after a loss spike
+(docs/equations.md#anticipatory-routing). Nothing of the older weights is kept: the batch of step t is
+read `lag` steps ahead and its experts are chosen then, by a forward pass of the weights as they are;
+only the indices wait. In the first `lag` steps, of every stage anew, the choice is that of the weights
+with which it began.
 
     step t:  draw batch t + lag, choose its experts with the weights of step t  ->  train on batch t with what was chosen for it
 

@@ -29,7 +29,10 @@ LOGIT_BYTES = 2**27
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Weights of the parts of the loss (deepseek-v4.md section 6; that of the indexer's, sum over CSA layers, is unpublished)."""
+    """Weights of the parts of the loss (docs/equations.md#losses).
+
+    That of the indexer's loss, a sum over CSA layers, is unpublished.
+    """
 
     mtp: float = 0.3
     """Weight of the multi-token-prediction loss, 0 or more."""
@@ -162,7 +165,7 @@ def loss(
     remat: bool = False,
     quant: str = "none",
 ):
-    """The training objective (deepseek-v4.md section 6); differentiable in params.
+    """The training objective (docs/equations.md#losses); differentiable in params.
 
     Args:
       params: the nested dict of `v4jax.load` or `init_params`.

@@ -24,7 +24,10 @@ Specs = Mapping[tuple[str, ...], PartitionSpec]
 
 FAST, SHARP = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
 COEFFICIENTS = (FAST,) * 8 + (SHARP,) * 2
-"""Hybrid Newton-Schulz: eight steps that grow small singular values, two that settle them at 1 (deepseek-v4.md section 6)."""
+"""Hybrid Newton-Schulz: eight steps that grow small singular values, two that settle them at 1.
+
+See docs/equations.md#muon.
+"""
 
 UPDATE_RMS = 0.18
 _ADAMW_LEAVES = {"base", "scale", "attn_sink", "ape"}

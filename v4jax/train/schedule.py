@@ -1,4 +1,4 @@
-"""Learning rate: linear warm-up, constant, cosine to a tenth (deepseek-v4.md section 6).
+"""Learning rate: linear warm-up, constant, cosine to a tenth (docs/equations.md#schedule).
 
 Next file to read: v4jax/train/muon.py.
 """

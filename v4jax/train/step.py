@@ -1,6 +1,6 @@
 """One training step: loss and gradients, clipping, optimizer, router bias. Plus where its state lives on a mesh.
 
-Next file to read: v4jax/train/loop.py.
+Next file to read: v4jax/checkpoint/names.py.
 """
 
 import dataclasses

@@ -152,7 +152,7 @@ def test_a_broken_citation_is_found():
     known = frozenset({"docs/x.md", "docs/y.md", "v4jax/model/a.py"})
     headings = '<a id="b"></a>\n## Of `c`, d\n## Of c, d\n'
     sections = {"docs/x.md": anchors_of("# X\n"), "docs/y.md": anchors_of(headings)}
-    good = """docs/y.md#b, v4jax/model/a.py, model/a.py, a.py, CONFIG.py, a.jsonl, https://e.org/z.md;
+    good = """docs/y.md#b, v4jax/model/a.py, model/a.py, a.py, CONFIG.py, a.jsonl, http://e.org/z.md;
         [y](y.md#of-c-d), [y](y.md#of-c-d-1), [x](#x), [a](../v4jax/model/a.py), [v](../v4jax)"""
     assert list(faults("docs/x.md", good, known, sections)) == []
     paths = ["docs/z.md", "docs/y.md#e", "v4jax/a.py", "b.py", "pit.md", "v4jax/t.json"]

@@ -25,8 +25,8 @@ _PATH = re.compile(
     r"\.(?:py|md|jsonl|json|html|toml|png|cff|ipynb))\b(?:#([\w-]*\w))?"
 )
 _NEXT = re.compile(r"Next file to read:\s+(\S+?)[.,]?(?:\s|$)")
-_PLACEHOLDER = re.compile(r"[A-Z]+\.py")
-"""Stands for a file of the reader, as CONFIG.py does."""
+_PLACEHOLDER = re.compile(r"(?:[A-Z]+|my)\.py")
+"""Stands for a file of the reader, as CONFIG.py and my.py do."""
 
 
 def sources() -> list[str]:
@@ -152,8 +152,8 @@ def test_a_broken_citation_is_found():
     known = frozenset({"docs/x.md", "docs/y.md", "v4jax/model/a.py"})
     headings = '<a id="b"></a>\n## Of `c`, d\n## Of c, d\n'
     sections = {"docs/x.md": anchors_of("# X\n"), "docs/y.md": anchors_of(headings)}
-    good = """docs/y.md#b, v4jax/model/a.py, model/a.py, a.py, CONFIG.py, a.jsonl, http://e.org/z.md;
-        [y](y.md#of-c-d), [y](y.md#of-c-d-1), [x](#x), [a](../v4jax/model/a.py), [v](../v4jax)"""
+    good = """docs/y.md#b, v4jax/model/a.py, model/a.py, a.py, CONFIG.py, my.py, a.jsonl;
+        http://e.org/z.md, [y](y.md#of-c-d), [y](y.md#of-c-d-1), [x](#x), [a](../v4jax/model/a.py)"""
     assert list(faults("docs/x.md", good, known, sections)) == []
     paths = ["docs/z.md", "docs/y.md#e", "v4jax/a.py", "b.py", "pit.md", "v4jax/t.json"]
     links = ["[y](z.md)", "[y](y.md#e)", "[x](#e)", "[a](a.py)"]

@@ -153,7 +153,7 @@ def test_a_broken_citation_is_found():
     headings = '<a id="b"></a>\n## Of `c`, d\n## Of c, d\n'
     sections = {"docs/x.md": anchors_of("# X\n"), "docs/y.md": anchors_of(headings)}
     good = """docs/y.md#b, v4jax/model/a.py, model/a.py, a.py, CONFIG.py, my.py, a.jsonl;
-        http://e.org/z.md, [y](y.md#of-c-d), [y](y.md#of-c-d-1), [x](#x), [a](../v4jax/model/a.py)"""
+        http://e.org/z.md, [](y.md#of-c-d), [y](y.md#of-c-d-1), [x](#x), [a](../v4jax/model/a.py)"""
     assert list(faults("docs/x.md", good, known, sections)) == []
     paths = ["docs/z.md", "docs/y.md#e", "v4jax/a.py", "b.py", "pit.md", "v4jax/t.json"]
     links = ["[y](z.md)", "[y](y.md#e)", "[x](#e)", "[a](a.py)"]

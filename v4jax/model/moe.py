@@ -46,8 +46,10 @@ class Routing(NamedTuple):
 def router_scores(x_BSD: jax.Array, gate_DE: jax.Array) -> jax.Array:
     """sqrt(softplus(x @ gate)), float32 [B,S,E]."""
     logit = dense(x_BSD.astype(jnp.float32), gate_DE)
-    # Below -20 softplus is exp to float32 precision; the split keeps the gradient of the root finite at any logit.
-    return jnp.where(logit < -20, jnp.exp(jnp.minimum(logit, -20) / 2), jnp.sqrt(jax.nn.softplus(jnp.maximum(logit, -20))))
+    # Below -20 softplus is exp to float32 precision; the split keeps the gradient of the root finite at any logit. No score is 0: a
+    # token all of whose experts had 0 would have no weights.
+    low = logit < -20
+    return jnp.where(low, jnp.exp(jnp.clip(logit, -160, -20) / 2), jnp.sqrt(jax.nn.softplus(jnp.where(low, 0, logit))))
 
 
 def gate_weights(score_BSE: jax.Array, index_BSK: jax.Array, scale: float) -> jax.Array:
@@ -57,7 +59,17 @@ def gate_weights(score_BSE: jax.Array, index_BSK: jax.Array, scale: float) -> ja
     """
     chosen = jax.nn.one_hot(index_BSK, score_BSE.shape[-1], dtype=bool)
     picked = jnp.sum(jnp.where(chosen, score_BSE[:, :, None], 0), axis=-1)
-    return picked / picked.sum(-1, keepdims=True) * scale
+    return _shares(picked) * scale
+
+
+def _shares(score: jax.Array) -> jax.Array:
+    """score / sum(score) over the last axis, of scores above 0.
+
+    Scores are taken relative to the largest first: the gradient of a quotient divides by the square of its denominator, which is 0 in
+    float32 for a sum below 1e-19. Scaling all scores changes no share, so no gradient is lost.
+    """
+    relative = score / jax.lax.stop_gradient(score.max(-1, keepdims=True))
+    return relative / relative.sum(-1, keepdims=True)
 
 
 def choose(rules: AxisRules, score_BSE: jax.Array, active: int) -> jax.Array:
@@ -106,7 +118,7 @@ def balance_loss(score_BSE: jax.Array, share_BSE: jax.Array, documents: Document
 
     P_i = mean_t s_i / sum_j s_j over the document's tokens that count; share_BSE is f (see expert_share).
     """
-    each_BS = jnp.sum(share_BSE * score_BSE / score_BSE.sum(-1, keepdims=True), axis=-1)
+    each_BS = jnp.sum(share_BSE * _shares(score_BSE), axis=-1)
     if documents.counts_BS is None:
         return jnp.mean(each_BS)
     return jnp.sum(each_BS * documents.counts_BS) / jnp.maximum(documents.counts_BS.sum(), 1)

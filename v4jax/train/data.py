@@ -117,24 +117,24 @@ def unigram_loss(train: Iterable[Batch], held_out: Iterable[Batch], vocab_size: 
     """
     count = np.zeros(vocab_size, np.int64)
     for batch in train:
-        count += np.bincount(_targets(batch), minlength=vocab_size)
+        count += np.bincount(predicted_tokens(batch), minlength=vocab_size)
     log_p = np.log(count + 1.0) - np.log(count.sum() + vocab_size)
-    targets = [_targets(batch) for batch in held_out]
+    targets = [predicted_tokens(batch) for batch in held_out]
     if not sum(map(len, targets)):
         raise ValueError("held_out: got no token that has a predecessor in its segment; there is nothing to predict")
     return float(-np.mean(log_p[np.concatenate(targets)]))
 
 
-# ---- checks ----------------------------------------------------------------------------------------------------------
-
-
-def _targets(batch: Batch) -> np.ndarray:
+def predicted_tokens(batch: Batch) -> np.ndarray:
     """The tokens of a batch that a model is asked to predict, [number of them]."""
     tokens_BS, segment_ids_BS = np.asarray(batch["tokens"]), np.asarray(batch["segment_ids"])
     follows = (segment_ids_BS[:, 1:] == segment_ids_BS[:, :-1]) & (segment_ids_BS[:, 1:] > 0)
     if "loss_mask" in batch:
         follows &= np.asarray(batch["loss_mask"])[:, 1:] > 0
     return tokens_BS[:, 1:][follows]
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def _check_sizes(

@@ -21,19 +21,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.mesh import make_mesh, parse_mesh
-from sharding.processes import check_whole, from_rows, is_first, local_rows, stop_requests, wait_for_all
+from sharding.processes import anywhere, check_whole, from_rows, is_first, local_rows, stop_requests, wait_for_all
 from sharding.rules import AxisRules, layout_for
 from v4jax.checkpoint.export import carried_files, kinds_for, save_safetensors
-from v4jax.checkpoint.store import Store, check_config, write_config
+from v4jax.checkpoint.store import Store, check_config, is_run, write_config
 from v4jax.data.config import tokenizer_of
 from v4jax.data.store import prepare_cache
 from v4jax.model.weights import Csa
 from v4jax.train.anticipate import Feed, compile_choice
 from v4jax.train.config import TrainConfig
-from v4jax.train.data import held_out_sets, train_batches, unigram_loss
+from v4jax.train.data import held_out_sets, predicted_tokens, train_batches, unigram_loss
+from v4jax.train.finite import not_finite
 from v4jax.train.loss import loss_and_routing, targets
 from v4jax.train.report import Reporter, Silent, plot_losses, require_plots
-from v4jax.train.resume import check_source, go_back, items_of, start
+from v4jax.train.resume import check_source, fresh, go_back, items_of, start
 from v4jax.train.stability import Record, remember, spike
 from v4jax.train.stages import Batches, at_stage, number_at, stage_at, starts, steps_left
 from v4jax.train.step import Steps, batch_sharding, check_batch, compile_step, state_shardings
@@ -51,7 +52,8 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
 
     Raises:
       ValueError: anything wrong with config, mesh, data or run directory, before training starts.
-      TrainingFailed: the loss is not finite, or spikes, and no rollback is left.
+      TrainingFailed: the loss or the state is not finite, or the loss spikes, and no rollback is left. Such a state is neither saved
+        nor exported.
       OSError: a checkpoint could not be written; those before it are intact.
     """
     sizes = parse_mesh(cfg.mesh)
@@ -72,9 +74,13 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         _cache(cfg, tokenizer)
         data = Batches(cfg, lambda view: _data(view, tokenizer, local_rows(place, (view.batch_size, view.seq_len))))
         held_out = _held_out(cfg, tokenizer, rows)
+        _check_predicts(held_out)
+        _check_run(run, cfg)
+        # Before anything is written: weights that are refused leave no run behind.
+        unsaved = None if anywhere(is_run(run)) else fresh(cfg, shardings)
         _prepare(run, cfg, tokenizer)
         with Store(run, cfg.keep, cfg.keep_every, cfg.keep_best, writes=True) as store:
-            begin = start(cfg, rules, shardings, store, data)
+            begin = start(cfg, rules, shardings, store, data, unsaved)
             with _reporter(run, cfg, begin.step, begin.record) as report:
                 put = functools.partial(_put, place, rows, cfg.batch_size)
                 state, last = _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store, report)
@@ -104,12 +110,26 @@ def _held_out(cfg: TrainConfig, tokenizer, rows: list[int] | None) -> dict:
     )  # fmt: skip
 
 
+def _check_predicts(held_out: dict) -> None:
+    """Raises ValueError for held-out batches without a token to predict, whose mean loss would be 0 / 0."""
+    for name, batches in held_out.items():
+        if not anywhere(any(predicted_tokens(batch).size for batch in batches)):
+            raise ValueError(
+                f"{name}: its batches have no token to predict (one that follows another of its document and, in conversations, is to "
+                "be learned); set eval_batches to 0, or give documents that have"
+            )
+
+
+def _check_run(run: pathlib.Path, cfg: TrainConfig) -> None:
+    """Raises ValueError for a run directory or given weights of another model."""
+    check_config(run, cfg.model)
+    if cfg.init_from and not (run / "config.json").exists():
+        check_source(cfg)
+
+
 def _prepare(run: pathlib.Path, cfg: TrainConfig, tokenizer) -> None:
     """The run directory, written by one process after all have found that it may be."""
-    check_config(run, cfg.model)
     source = "" if (run / "config.json").exists() else cfg.init_from
-    if source:
-        check_source(cfg)
     wait_for_all("the run directory is checked")
     if is_first():
         write_config(run, cfg.model, source)
@@ -147,10 +167,14 @@ def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store
             last = stop or step == cfg.steps
             log = step % cfg.log_every == 0 or turn == first + 1 or last
             save = step % cfg.checkpoint_every == 0 or last
-            if log or save or cfg.stability.rollbacks:  # a state that is not finite is never saved
+            evaluates = bool(held_out) and (step % cfg.eval_every == 0 or step == cfg.steps)
+            if log or save or evaluates or cfg.stability.rollbacks:
                 metrics = {name: float(value) for name, value in metrics.items()}
                 seen = metrics["loss"], metrics["grad_norm"]
-                if why := spike(cfg.stability, record, *seen):
+                why = spike(cfg.stability, record, *seen)
+                if why is None and (save or evaluates):  # what the update has made is looked at where it would outlive the step
+                    why = not_finite(state)
+                if why is not None:
                     at, before, drawn = step, record, record.batch(step) + len(feed)
                     feed.drop()
                     state, step, record, _ = go_back(cfg, shardings, store, state, before, at, drawn, why)
@@ -163,7 +187,7 @@ def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store
             if inside is not None:
                 report.inside(step, plain(jax.device_get(inside)))
             held_out_nll = None
-            if held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
+            if evaluates:
                 nll = {f"{name}_nll": evaluate(state.public, batches) for name, batches in held_out.items()}
                 held_out_nll = nll["held_out_nll"]
                 report.evaluation(step, nll)

@@ -38,11 +38,15 @@ class MuonState(NamedTuple):
 
 
 def newton_schulz(g: jax.Array) -> jax.Array:
-    """The matrices [..., rows, cols] with their singular values moved to 1 (0 stays 0)."""
+    """The matrices [..., rows, cols] with their singular values moved to 1 (0 stays 0).
+
+    Their size does not matter, from the least normal float32 to the largest number: a matrix that gets no gradient for a while has
+    a momentum that decays through all of them.
+    """
     wide = g.shape[-2] <= g.shape[-1]
-    x = g if wide else jnp.swapaxes(g, -1, -2)
+    x = _near_one(g if wide else jnp.swapaxes(g, -1, -2))
     norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
-    x = x / jnp.maximum(norm, jnp.finfo(x.dtype).tiny)
+    x = x / jnp.where(norm > 0, norm, 1)
 
     def iterate(x, abc):
         # In the platform's own precision (bfloat16 on TPUs, TF32 on GPUs), unlike the model's products: Muon bears bfloat16 here.
@@ -51,6 +55,15 @@ def newton_schulz(g: jax.Array) -> jax.Array:
 
     x, _ = jax.lax.scan(iterate, x, jnp.asarray(COEFFICIENTS, x.dtype))
     return x if wide else jnp.swapaxes(x, -1, -2)
+
+
+def _near_one(x: jax.Array) -> jax.Array:
+    """Each matrix times the power of two that brings its largest entry into [1, 4), so that no square overflows and not all of them
+    underflow. A power of two rounds nothing."""
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True).astype(jnp.float32)
+    exponent = jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23
+    factor = jax.lax.bitcast_convert_type(jnp.maximum(254 - exponent, 1) << 23, jnp.float32)  # 2^(127 - exponent), at least 2^-126
+    return x * factor.astype(x.dtype)
 
 
 def scale_by_muon(mu: float = 0.95, specs: Specs | None = None) -> optax.GradientTransformation:
@@ -69,6 +82,21 @@ def scale_by_muon(mu: float = 0.95, specs: Specs | None = None) -> optax.Gradien
         return jax.tree.unflatten(tree, [out * (max(out.shape[-2:]) ** 0.5 * UPDATE_RMS) for out in outs]), MuonState(momentum)
 
     return optax.GradientTransformation(init, update)
+
+
+def scale_by_adam(b1: float = 0.9, b2: float = 0.95, eps: float = 1e-20) -> optax.GradientTransformation:
+    """Adam's step m / (sqrt(v) + eps), bias-corrected, cut off where rounding has made it longer than it can be.
+
+    By Cauchy-Schwarz |m| <= sqrt(v) (1-b1) / sqrt((1-b2) (1-b1^2/b2)), 1.17 sqrt(v) as the report has it. But squares of gradients below
+    1e-19 underflow, and divided by eps alone these gave steps of up to 50.
+    """
+    adam, longest = optax.scale_by_adam(b1, b2, eps), (1 - b1) / ((1 - b2) * (1 - b1 * b1 / b2)) ** 0.5
+
+    def update(grads, state, params=None):
+        steps, state = adam.update(grads, state, params)
+        return jax.tree.map(lambda step: jnp.clip(step, -longest, longest), steps), state
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 def is_index(path: tuple[str, ...]) -> bool:
@@ -98,8 +126,8 @@ def optimizer(
     """
 
     def both(schedule):
-        matrices = scale_by_muon(mu, specs), optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(schedule)
-        return optax.chain(*matrices), optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-20, weight_decay=weight_decay)
+        steps = scale_by_muon(mu, specs), scale_by_adam()
+        return [optax.chain(step, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(schedule)) for step in steps]
 
     transforms = dict(zip(("muon", "adamw"), both(schedule), strict=True))
     if index_schedule is None:
@@ -117,15 +145,31 @@ def label_parameters(params, trains_index: bool = False):
 def clip_apart(largest: float) -> optax.GradientTransformation:
     """Clips the gradient of the main model and that of the indexers to norm `largest`, each by itself: teaching an indexer changes
     no step of the main model."""
-    clip = optax.clip_by_global_norm(largest)
+
+    def clip(grads):
+        norm = global_norm(grads)
+        return [jnp.where(norm < largest, g, g / norm * largest) for g in grads]
 
     def update(grads, state, params=None):
+        del params
         leaves, tree = jax.tree_util.tree_flatten_with_path(grads)
         index = [is_index(tuple(key.key for key in path)) for path, _ in leaves]
-        parts = [iter(clip.update([g for (_, g), i in zip(leaves, index, strict=True) if i == kind], state)[0]) for kind in (False, True)]
+        parts = [iter(clip([g for (_, g), i in zip(leaves, index, strict=True) if i == kind])) for kind in (False, True)]
         return jax.tree.unflatten(tree, [next(parts[i]) for i in index]), state
 
-    return optax.GradientTransformation(clip.init, update)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def global_norm(tree) -> jax.Array:
+    """The root of the sum of all squares, float32 scalar; right up to the largest float32, though squares overflow from 1e19 on."""
+
+    def root(scale: float):
+        squares = [jnp.sum(jnp.square(x.astype(jnp.float32) * scale)) for x in jax.tree.leaves(tree)]
+        return jnp.sqrt(sum(squares, start=jnp.zeros(())))
+
+    # Both at once: to look for the largest entry first would read everything twice.
+    norm, large = root(1), root(2.0**-96) * 2.0**96
+    return jnp.where(jnp.isfinite(norm), norm, large)
 
 
 def hold(new, old, is_held):

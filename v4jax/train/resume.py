@@ -20,6 +20,7 @@ from v4jax.checkpoint.store import ABANDONED, DAMAGED, Store, check_same_arrays
 from v4jax.config import ModelConfig
 from v4jax.train.anticipate import ahead_placed
 from v4jax.train.config import TrainConfig
+from v4jax.train.finite import not_finite
 from v4jax.train.stability import Record, TrainingFailed, gone_back
 from v4jax.train.step import TrainState, init_state, state_from
 
@@ -33,11 +34,20 @@ class Begin(NamedTuple):
     ahead: dict[str, Any]
 
 
-def start(cfg: TrainConfig, rules: AxisRules, shardings: TrainState, store: Store, data) -> Begin:
-    """The newest intact checkpoint with the data iterator set to its place, or a fresh state."""
+def start(
+    cfg: TrainConfig, rules: AxisRules, shardings: TrainState, store: Store, data, unsaved: TrainState | None = None
+) -> Begin:
+    """The newest intact checkpoint with the data iterator set to its place, or a fresh state.
+
+    Args:
+      unsaved: a fresh state that is there already, for a run without a checkpoint.
+
+    Raises:
+      ValueError: the checkpoint does not fit the run, or holds a number that is not finite.
+    """
     step = store.latest_intact(strict=cfg.strict)
     if step is None:
-        return Begin(_fresh(cfg, shardings), 0, Record(), {})
+        return Begin(fresh(cfg, shardings) if unsaved is None else unsaved, 0, Record(), {})
     store.put_aside_after(step, DAMAGED)
     if step > cfg.steps:
         raise ValueError(f"steps: got {cfg.steps}; {cfg.run_dir} has already done {step}")
@@ -76,7 +86,7 @@ def go_back(
         raise TrainingFailed(f"step {step}: {why}; no checkpoint of step {newest} or before it to go back to; last: {store.latest}")
     logging.getLogger("v4jax").warning("step %d: %s; going back to step %d", step, why, good_step or 0)
     store.put_aside_after(good_step or 0, ABANDONED)
-    good = Begin(_fresh(cfg, shardings), 0, Record(), {}) if good_step is None else _load(cfg, shardings, store, good_step, {})
+    good = Begin(fresh(cfg, shardings), 0, Record(), {}) if good_step is None else _load(cfg, shardings, store, good_step, {})
     return good._replace(record=gone_back(cfg.stability, record, step, good.record, good.step, drawn))
 
 
@@ -95,10 +105,17 @@ def _load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, 
     router = items["params"].pop("router")
     count = jax.make_array_from_callback((), shardings.step, lambda _: np.asarray(step, np.int32))
     state = dataclasses.replace(abstract, params=items["params"], router=router, optimizer=items["optimizer"], step=count)
+    if wrong := not_finite(state):
+        raise ValueError(f"{store.path(step)}: {wrong}; without this checkpoint the run goes on from the one before it")
     return Begin(state, step, Record.from_json(note.value), items.get("ahead", {}))
 
 
-def _fresh(cfg: TrainConfig, shardings) -> TrainState:
+def fresh(cfg: TrainConfig, shardings) -> TrainState:
+    """The state a run begins with: random weights, or those it is given.
+
+    Raises:
+      ValueError: weights that cannot be read, are those of another model, or are not finite.
+    """
     return _from_weights(cfg, shardings) if cfg.init_from else init_state(cfg, shardings)
 
 
@@ -114,8 +131,11 @@ def _from_weights(cfg: TrainConfig, shardings) -> TrainState:
     """A state whose weights and router tables are those of `cfg.init_from`; everything else is fresh.
 
     Raises:
-      ValueError: no checkpoint, or one of another model.
+      ValueError: no checkpoint, one of another model, or a weight that is not finite.
     """
     check_source(cfg)
     params = load_onto(cfg.init_from, cfg.model, "float32", shardings.public)
-    return jax.jit(functools.partial(state_from, cfg), out_shardings=shardings, donate_argnums=0)(params)
+    state = jax.jit(functools.partial(state_from, cfg), out_shardings=shardings, donate_argnums=0)(params)
+    if wrong := not_finite(state):
+        raise ValueError(f"init_from: {cfg.init_from}: {wrong}")
+    return state

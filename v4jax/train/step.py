@@ -23,7 +23,7 @@ from v4jax.model.weights import Csa
 from v4jax.train.balance import load_metrics, update_bias
 from v4jax.train.config import TrainConfig
 from v4jax.train.loss import loss_and_routing
-from v4jax.train.muon import clip_apart, hold, is_index, optimizer
+from v4jax.train.muon import clip_apart, global_norm, hold, is_index, optimizer
 from v4jax.train.schedule import learning_rate
 from v4jax.train.watch import watched
 
@@ -96,7 +96,7 @@ def train_step(cfg: TrainConfig, rules: AxisRules, state: TrainState, batch: Map
             held = lambda path: is_index(path) != alone  # noqa: E731
             params, opt_state = hold(params, state.params, held), hold(opt_state, state.optimizer, held)
     metrics |= load_metrics(routing)
-    metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule_of(cfg)(state.step)}
+    metrics |= {"grad_norm": global_norm(grads), "learning_rate": schedule_of(cfg)(state.step)}
     if watch:
         metrics["watch"] = watched(cfg.model, routing, state.router, grads, updates)
     router = state.router if alone else update_bias(state.router, routing, cfg.router_bias_rate)

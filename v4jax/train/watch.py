@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.config import ModelConfig
+from v4jax.train.muon import global_norm
 
 _GROUPS = ("indexer", "compressor", "experts", "shared_experts", "gate")
 
@@ -69,12 +70,10 @@ def group_of(path: tuple[str, ...]) -> str:
 
 def rms_by_group(tree) -> dict[str, jax.Array]:
     """Root mean square over all entries of each group of parameters."""
-    total: dict[str, Any] = {}
+    groups: dict[str, list[jax.Array]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = group_of(tuple(key.key for key in path))
-        square, count = total.get(name, (0.0, 0))
-        total[name] = (square + jnp.sum(jnp.square(leaf.astype(jnp.float32))), count + leaf.size)
-    return {name: jnp.sqrt(square / count) for name, (square, count) in total.items()}
+        groups.setdefault(group_of(tuple(key.key for key in path)), []).append(leaf)
+    return {name: global_norm(leaves) / math.sqrt(sum(leaf.size for leaf in leaves)) for name, leaves in groups.items()}
 
 
 def plain(tree) -> Any:

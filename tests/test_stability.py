@@ -47,10 +47,11 @@ def compiled():
 
 
 class Harmed:
-    """Stands for the jitted step: makes noise of batches, and inflates the updates of others; both are known by their first row."""
+    """Stands for the jitted step: makes noise of batches, inflates the updates of others, and at others puts a NaN into two
+    weights; all are known by their first row."""
 
-    def __init__(self, key, real, compiled, noise=(), inflate=()):
-        self.key, self.real, self.compiled, self.noise, self.inflate = key, real, compiled, noise, inflate
+    def __init__(self, key, real, compiled, noise=(), inflate=(), poison=()):
+        self.key, self.real, self.compiled, self.noise, self.inflate, self.poison = key, real, compiled, noise, inflate, poison
 
     def lower(self, *arguments):
         self.arguments = arguments
@@ -66,12 +67,23 @@ class Harmed:
         if any(np.array_equal(row, bad) for bad in self.noise):
             noise = np.random.default_rng(0).integers(0, 256, batch["tokens"].shape, np.int32)
             batch = batch | {"tokens": jax.device_put(noise, batch["tokens"].sharding)}
+        if any(np.array_equal(row, bad) for bad in self.poison):
+            return self._poisoned(*step(state, batch, *chosen))
         if not any(np.array_equal(row, bad) for bad in self.inflate):
             return step(state, batch, *chosen)
         before = jax.tree.map(jnp.copy, state.params)
         state, metrics = step(state, batch, *chosen)
         inflated = jax.tree.map(lambda new, old: old + 100 * (new - old), state.params, before)
         return dataclasses.replace(state, params=inflated), metrics
+
+
+    @staticmethod
+    def _poisoned(state, metrics):
+        def nan_in(path, leaf):
+            hit = jax.tree_util.keystr(path, simple=True, separator="/").endswith(("head/weight", "embed/weight"))
+            return leaf.at[0, 0].set(jnp.nan) if hit else leaf
+
+        return dataclasses.replace(state, params=jax.tree_util.tree_map_with_path(nan_in, state.params)), metrics
 
 
 @pytest.fixture
@@ -219,6 +231,80 @@ def test_rollbacks_are_bounded(clean, train, tmp_path):
     with pytest.raises(TrainingFailed, match=r"step 26: loss is .* after 3 rollback\(s\); last checkpoint: 25"):
         train(cfg, noise=rows(cfg, 31)[27:])
     assert [line["rollback"] for line in lines(cfg) if "event" in line] == [1, 2, 3]
+
+
+def is_whole(run, step: int) -> bool:
+    """Whether the run's newest checkpoint is that of `step`, intact and finite."""
+    with Store(run) as store:
+        return store.latest_intact() == step and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(v4jax.load(run)[1]))
+
+
+NAN = r"params/embed/weight, params/head/weight are not finite"
+
+
+@pytest.mark.parametrize("mesh", ["", pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.slow)], ids=["one device", "eight devices"])
+def test_a_state_that_is_not_finite_is_neither_saved_nor_evaluated(clean, train, tmp_path, mesh):
+    """The update of step 10 makes the NaN: no loss has shown it when its checkpoint and its evaluation are due."""
+    cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), mesh=mesh, stability=StabilityConfig(), eval_every=10)
+    with pytest.raises(TrainingFailed, match=rf"step 10: {NAN}; last checkpoint: 5$"):
+        train(cfg, poison=rows(cfg, 10)[9:])
+    assert is_whole(cfg.run_dir, 5)
+    assert not [line for line in lines(cfg) if "held_out_nll" in line]
+    assert not (tmp_path / "run/export").exists()
+
+
+def test_an_evaluation_without_a_checkpoint_looks_too_and_so_does_the_end(clean, train, tmp_path):
+    cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), stability=StabilityConfig(), eval_every=7, steps=8, decay_steps=0)
+    order = rows(cfg, 8)
+    with pytest.raises(TrainingFailed, match=f"step 7: {NAN}"):
+        train(cfg, poison=order[6:7])
+    last = dataclasses.replace(cfg, export="float32", eval_every=40)
+    with pytest.raises(TrainingFailed, match=f"step 8: {NAN}"):
+        train(last, poison=order[7:])
+    assert is_whole(cfg.run_dir, 5) and not (tmp_path / "run/export").exists()
+
+
+def test_a_run_goes_back_behind_a_state_that_is_not_finite(clean, train, tmp_path):
+    cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), steps=15, decay_steps=0, eval_batches=0)
+    train(cfg, poison=rows(cfg, 10)[9:])
+    (event,) = [line for line in lines(cfg) if "event" in line]
+    assert (event["step"], event["at"], event["why"], event["skipped"]) == (5, 10, NAN, [6, 10])
+    assert is_whole(cfg.run_dir, 15)
+
+
+def test_weights_and_checkpoints_that_are_not_finite_are_refused(clean, train, tmp_path):
+    """Before a step is taken. Of given weights nothing is left behind; a checkpoint names the way out."""
+    model, weights = v4jax.load(clean[0].run_dir)
+    weights["head"]["weight"] = weights["head"]["weight"].at[1, 2].set(jnp.inf)
+    v4jax.save_safetensors(model, weights, tmp_path / "given", dtype="float32")
+    cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), init_from=str(tmp_path / "given"), steps=10, decay_steps=0, eval_batches=0)
+    with pytest.raises(ValueError, match=r"init_from: .*given: params/head/weight is not finite$"):
+        train(cfg)
+    assert not (tmp_path / "run").exists()
+
+    cfg = dataclasses.replace(cfg, init_from="")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "not_finite", lambda state: None)  # as versions did that did not look
+        train(cfg, poison=rows(cfg, 10)[9:])
+    with pytest.raises(ValueError, match=rf"checkpoints/10: {NAN}; without this checkpoint the run goes on from the one before it"):
+        train(dataclasses.replace(cfg, steps=12))
+    (tmp_path / "run/checkpoints/10").rename(tmp_path / "10")
+    train(cfg)
+    assert is_whole(cfg.run_dir, 10)
+
+
+def test_held_out_batches_that_predict_nothing_are_refused(clean, train, tmp_path, monkeypatch):
+    """Their mean loss would be 0 / 0."""
+    real = loop.held_out_sets
+    alone = lambda *args, **kwargs: {  # noqa: E731 (every token a document of its own)
+        name: [batch | {"segment_ids": np.broadcast_to(np.arange(1, 49), (4, 48))} for batch in batches]
+        for name, batches in real(*args, **kwargs).items()
+    }  # fmt: skip
+    monkeypatch.setattr(loop, "held_out_sets", alone)
+    cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="held_out: its batches have no token to predict .* set eval_batches to 0"):
+        train(cfg)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

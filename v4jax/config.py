@@ -30,6 +30,8 @@ _AT_MOST = {"num_hidden_layers": 1000, "n_routed_experts": 16384, "hc_mult": 64,
 """Larger values can only be mistakes, and would keep a reader busy for ever; other sizes: `_LARGEST_SIZE`."""
 _LARGEST_SIZE = 2**24
 _ABSURD = 1e30
+_LEAST_EPS = 1e-24
+"""The gradient of a norm at a row of zeros passes through eps^-1.5, which float32 must hold."""
 _INDEX_SIZES = ("index_n_heads", "index_head_dim", "index_topk")
 _FIXED = {  # the only value V4 was published with; another one would be another architecture
     "num_key_value_heads": 1,
@@ -294,6 +296,9 @@ def _check_sizes(cfg: ModelConfig) -> None:
         value = getattr(cfg, name)
         if not _is_number(value) or not value > 0:
             raise ValueError(f"{name}: got {value!r}; must be a number above 0")
+    for name in ("hc_eps", "rms_norm_eps"):
+        if getattr(cfg, name) < _LEAST_EPS:
+            raise ValueError(f"{name}: got {getattr(cfg, name)!r}; must be at least {_LEAST_EPS}")
     if type(cfg.num_nextn_predict_layers) is not int or cfg.num_nextn_predict_layers not in (0, 1):
         raise ValueError(f"num_nextn_predict_layers: got {cfg.num_nextn_predict_layers!r}; allowed: 0 or 1")
     for name in ("bos_token_id", "eos_token_id"):

@@ -189,7 +189,7 @@ def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store
             held_out_nll = None
             if evaluates:
                 nll = {f"{name}_nll": evaluate(state.public, batches) for name, batches in held_out.items()}
-                held_out_nll = nll["held_out_nll"]
+                held_out_nll = nll["held_out_nll"] if math.isfinite(nll["held_out_nll"]) else None  # NaN has no place among the best
                 report.evaluation(step, nll)
             if save:
                 jax.block_until_ready(state)

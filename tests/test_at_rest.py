@@ -54,7 +54,7 @@ def test_a_matrix_without_gradients_moves_on_and_comes_to_rest(mu, steps):
     _, outs = jax.jit(lambda state: jax.lax.scan(rest, state, length=steps))(state)
     outs = np.asarray(outs)
     assert np.isfinite(outs).all() and not outs[-1].any()
-    normal = int(math.log(LEAST / 1e-7) / math.log(mu))  # steps until the least entries are no normal numbers any more
+    normal = int(math.log(LEAST / 1e-9) / math.log(mu))  # steps until the least entries are no normal numbers any more
     np.testing.assert_allclose(rms(outs[:normal]), 0.18, rtol=0.03)
     np.testing.assert_allclose(outs[:normal], np.broadcast_to(outs[0], outs[:normal].shape), atol=1e-4)
 

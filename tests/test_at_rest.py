@@ -1,4 +1,7 @@
-"""Values and gradients stay right where something is zero, tiny or huge: matrices at rest, empty batches, squares that float32 cannot hold."""
+"""Values and gradients stay right where something is zero, tiny or huge.
+
+Matrices at rest, empty batches, scores next to nothing, squares that float32 cannot hold.
+"""
 
 import itertools
 import math
@@ -26,14 +29,21 @@ from v4jax.model.transformer import init_params
 from v4jax.model.weights import Csa
 from v4jax.quant import fake
 from v4jax.train.loss import loss_and_routing
-from v4jax.train.muon import clip_apart, global_norm, newton_schulz, optimizer, scale_by_adam, scale_by_muon
+from v4jax.train.muon import (
+    clip_apart,
+    global_norm,
+    newton_schulz,
+    optimizer,
+    scale_by_adam,
+    scale_by_muon,
+)
 from v4jax.train.stability import Record, StabilityConfig, spike
 from v4jax.train.watch import rms_by_group
 
 LEAST, LARGEST = (float(value) for value in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
-# ---- optimizers ------------------------------------------------------------------------------------------------------
+# ---- optimizers ----------------------------------------------------------------------------------
 
 
 def rms(x) -> np.ndarray:
@@ -54,9 +64,12 @@ def test_a_matrix_without_gradients_moves_on_and_comes_to_rest(mu, steps):
     _, outs = jax.jit(lambda state: jax.lax.scan(rest, state, length=steps))(state)
     outs = np.asarray(outs)
     assert np.isfinite(outs).all() and not outs[-1].any()
-    normal = int(math.log(LEAST / 1e-9) / math.log(mu))  # steps until the least entries are no normal numbers any more
+    # Steps until the least entries are no normal numbers any more.
+    normal = int(math.log(LEAST / 1e-9) / math.log(mu))
     np.testing.assert_allclose(rms(outs[:normal]), 0.18, rtol=0.03)
-    np.testing.assert_allclose(outs[:normal], np.broadcast_to(outs[0], outs[:normal].shape), atol=1e-4)
+    np.testing.assert_allclose(
+        outs[:normal], np.broadcast_to(outs[0], outs[:normal].shape), atol=1e-4
+    )
 
 
 def test_the_size_of_a_matrix_does_not_matter():
@@ -65,18 +78,25 @@ def test_the_size_of_a_matrix_does_not_matter():
     mixed = np.random.default_rng(1).normal(size=(16, 24)).astype(np.float32)
     mixed /= np.abs(mixed).max()
     sizes = [LEAST, 2e-38, 1e-30, 1e-20, 1.0, 1e18, 1e25, 1e30, LARGEST]
-    stack = np.stack([np.zeros_like(signs), *(signs * np.float32(size) for size in sizes), *(mixed * np.float32(size) for size in sizes[2:])])
+    even = [signs * np.float32(size) for size in sizes]
+    stack = np.stack(
+        [np.zeros_like(signs), *even, *(mixed * np.float32(size) for size in sizes[2:])]
+    )
     got = np.asarray(jax.jit(newton_schulz)(stack))
     assert not got[0].any()
     for matrix, one in ((signs, got[1:10]), (mixed, got[10:])):
         want = reference.hybrid_newton_schulz(matrix)
         np.testing.assert_allclose(one, np.broadcast_to(want, one.shape), atol=2e-6)
-    assert np.isfinite(newton_schulz(jnp.full((3, 4), 1e-40))).all()  # no normal number: XLA may take it for 0
+    # No normal number: XLA may take it for 0.
+    assert np.isfinite(newton_schulz(jnp.full((3, 4), 1e-40))).all()
 
 
 def test_matrices_at_rest_beside_others_on_a_mesh():
-    """Cut matrices, one of them zero, one zero but for the part of one device, one tiny, one huge."""
-    mesh, spec = make_mesh(parse_mesh("fsdp=2,expert=2,tensor=2")), P(None, "expert", "fsdp", "tensor")
+    """One is zero, one zero but for the part of one device, one tiny, one huge."""
+    mesh, spec = (
+        make_mesh(parse_mesh("fsdp=2,expert=2,tensor=2")),
+        P(None, "expert", "fsdp", "tensor"),
+    )
     x = np.random.default_rng(0).normal(size=(2, 4, 16, 24)).astype(np.float32)
     x[0, 0] = 0
     x[0, 1, 8:] = 0
@@ -84,16 +104,19 @@ def test_matrices_at_rest_beside_others_on_a_mesh():
     x[1, 3] *= np.float32(1e30)
     with jax.set_mesh(mesh):
         place = NamedSharding(mesh, spec)
-        run = jax.jit(lambda x: on_whole_matrices(newton_schulz, [x], [spec])[0], in_shardings=place, out_shardings=place)
+        one = lambda x: on_whole_matrices(newton_schulz, [x], [spec])[0]  # noqa: E731
+        run = jax.jit(one, in_shardings=place, out_shardings=place)
         got = np.asarray(run(jax.device_put(x, place)))
     assert not got[0, 0].any()
     for index in np.ndindex(2, 4):
         np.testing.assert_allclose(got[index], reference.hybrid_newton_schulz(x[index]), atol=2e-5)
 
 
-@pytest.mark.parametrize("size", [0, 1e-30, 1e-25, 1e-21, 1e-20, 1e-19, 4e-19, 1e-18, 1e-15, 1.0, 1e15])
+@pytest.mark.parametrize(
+    "size", [0, 1e-30, 1e-25, 1e-21, 1e-20, 1e-19, 4e-19, 1e-18, 1e-15, 1.0, 1e15]
+)
 def test_adam_never_steps_further_than_it_can(size):
-    """Three equal gradients, then none: m and v as in the report, whose float32 squares underflow in the middle of these sizes."""
+    """Three equal gradients, then none. Squares underflow in the middle of these sizes."""
     adam, state, w, m, v = scale_by_adam(), None, 0.0, 0.0, 0.0
     update, state = jax.jit(adam.update), adam.init(jnp.zeros(()))
     for step in range(1, 8):
@@ -111,7 +134,9 @@ def test_the_optimizer_state_is_that_of_optax():
     """Checkpoints of runs from before Adam's step was bounded go on."""
     params = {"embed": {"weight": jnp.ones((2, 3))}}
     state = optimizer(lambda step: 0.1).init(params).inner_states["adamw"].inner_state
-    assert jax.tree.structure(state) == jax.tree.structure(optax.adamw(lambda step: 0.1).init(params))
+    assert jax.tree.structure(state) == jax.tree.structure(
+        optax.adamw(lambda step: 0.1).init(params)
+    )
 
 
 @pytest.mark.parametrize("size", [0, 1e-30, 1e-10, 1.0, 1e18, 1e25, 1e36])
@@ -141,26 +166,35 @@ def test_norms_that_scatter_from_nothing_to_the_largest_are_compared():
     assert spike(StabilityConfig(rollbacks=1), record, 1.0, 3e38) is None
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("logit", [-30.0, -80.0, -90.0, -120.0, -150.0])
 def test_gates_of_experts_that_all_score_next_to_nothing(logit):
-    """Weights are those of exp(logit / 2), their gradients w_i (delta_ij - w_j) / 2; so is the balance loss's share."""
+    """Weights are those of exp(logit / 2), with the gradient w_i (delta_ij - w_j) / 2.
+
+    So are the shares of the balance loss.
+    """
     logits = jnp.asarray([[[logit, logit - 2, logit - 3, logit - 1]]])
     index, scale = jnp.asarray([[[0, 1]]]), 1.5
     eye = jnp.eye(4)
-    got, pull = jax.vjp(lambda logits: gate_weights(router_scores(logits, eye), index, scale), logits)
+    got, pull = jax.vjp(
+        lambda logits: gate_weights(router_scores(logits, eye), index, scale), logits
+    )
     share = np.exp([0, -1]) / np.exp([0, -1]).sum()
     np.testing.assert_allclose(got[0, 0], scale * share, rtol=1e-5)
     (slope,) = pull(jnp.asarray([[[1.0, 0.0]]]))
-    np.testing.assert_allclose(slope[0, 0], scale / 2 * share[0] * np.array([share[1], -share[1], 0, 0]), rtol=1e-4, atol=1e-7)
+    want = scale / 2 * share[0] * np.array([share[1], -share[1], 0, 0])
+    np.testing.assert_allclose(slope[0, 0], want, rtol=1e-4, atol=1e-7)
 
     documents = Documents(None, None, None, None, None, {})
     chosen = expert_share(AxisRules(), index, documents, 4)
-    value, slope = jax.value_and_grad(lambda logits: balance_loss(router_scores(logits, eye), chosen, documents))(logits)
+    value, slope = jax.value_and_grad(
+        lambda logits: balance_loss(router_scores(logits, eye), chosen, documents)
+    )(logits)
     share = np.exp([0, -1, -1.5, -0.5]) / np.exp([0, -1, -1.5, -0.5]).sum()
-    assert float(value) == pytest.approx(2 * share[:2].sum(), rel=1e-5)  # f is 4/2 for both experts of the only token
+    # f is 4/2 for both experts of the only token.
+    assert float(value) == pytest.approx(2 * share[:2].sum(), rel=1e-5)
     want = share / 2 * (np.array([2, 2, 0, 0]) - 2 * share[:2].sum())
     np.testing.assert_allclose(slope[0, 0], want, rtol=1e-4, atol=1e-7)
 
@@ -168,7 +202,8 @@ def test_gates_of_experts_that_all_score_next_to_nothing(logit):
 def test_gates_of_experts_without_any_score_are_equal():
     logits = jnp.full((1, 1, 4), -1e4)
     index = jnp.asarray([[[0, 3]]])
-    got, slope = jax.value_and_grad(lambda logits: gate_weights(router_scores(logits, jnp.eye(4)), index, 1.0)[0, 0, 0])(logits)
+    weight = lambda x: gate_weights(router_scores(x, jnp.eye(4)), index, 1.0)  # noqa: E731
+    got, slope = jax.value_and_grad(lambda logits: weight(logits)[0, 0, 0])(logits)
     assert float(got) == 0.5 and not np.asarray(slope).any()
 
 
@@ -205,14 +240,18 @@ def test_mixing_matrices_of_the_furthest_logits():
 @pytest.mark.parametrize("mass", [0.0, 1e-45, 1e-38, 1.0])
 def test_the_indexers_loss_of_queries_that_see_nothing_is_0(mass):
     seen = jnp.zeros((1, 2, 3), bool)
-    values, pull = jax.vjp(lambda score: index_loss(jnp.where(seen, mass, 0.0), score, seen, jnp.ones(2, bool)), jnp.ones((1, 2, 3)))
+    given, real = jnp.where(seen, mass, 0.0), jnp.ones(2, bool)
+    values, pull = jax.vjp(lambda score: index_loss(given, score, seen, real), jnp.ones((1, 2, 3)))
     assert tuple(map(float, values)) == (0, 0, 0)
     assert not np.asarray(pull(jax.tree.map(jnp.ones_like, values))[0]).any()
 
 
 @pytest.fixture(scope="module")
 def gradients():
-    """(loss, metrics, gradients) of one small model with the eps of a newer release, its indexer taught; compiled once."""
+    """A function of (params, batch) that gives (loss, metrics, gradients), params, a batch.
+
+    A small model with the eps of a newer release, its indexer taught; compiled once.
+    """
     cfg = small_config(
         vocab_size=64, num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1, hidden_size=16, moe_intermediate_size=16,
         n_routed_experts=4, rms_norm_eps=1e-20,
@@ -226,30 +265,44 @@ def gradients():
 
     params = init_params(cfg, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, 64)
-    return run, params, {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "loss_mask": jnp.ones_like(tokens)}
+    return (
+        run,
+        params,
+        {
+            "tokens": tokens,
+            "segment_ids": jnp.ones_like(tokens),
+            "loss_mask": jnp.ones_like(tokens),
+        },
+    )
 
 
 @pytest.mark.parametrize("empty", ["segment_ids", "loss_mask"])
 def test_a_batch_without_a_token_to_learn_teaches_the_main_model_nothing(gradients, empty):
-    """All padding, or conversations whose answers were cut off. Balance and indexer still count tokens that are not padding."""
+    """All padding, or conversations whose answers were cut off.
+
+    Balance and indexer still count tokens that are not padding.
+    """
     run, params, batch = gradients
     loss, metrics, grads = run(params, batch | {empty: jnp.zeros_like(batch[empty])})
     assert float(metrics["nll"]) == float(metrics["mtp_nll"]) == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
     assert not np.asarray(grads["head"]["weight"]).any()
     if empty == "segment_ids":
-        assert float(loss) == 0 and not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads))
+        assert float(loss) == 0 and not any(
+            np.asarray(leaf).any() for leaf in jax.tree.leaves(grads)
+        )
 
 
 def test_a_model_of_zeros_guesses_blindly(gradients):
-    """Every norm, gate and softmax of nothing: the loss is that of equal chances, and gradients are finite."""
+    """Every norm, gate and softmax of nothing: the loss of equal chances, finite gradients."""
     run, params, batch = gradients
-    _, metrics, grads = run(params | {name: jax.tree.map(jnp.zeros_like, params[name]) for name in params if name != "router"}, batch)
+    zeros = jax.tree.map(jnp.zeros_like, params) | {"router": params["router"]}
+    _, metrics, grads = run(zeros, batch)
     assert float(metrics["nll"]) == pytest.approx(math.log(64), rel=1e-6)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
-# ---- low precision, sampling -----------------------------------------------------------------------------------------
+# ---- low precision, sampling ---------------------------------------------------------------------
 
 
 def test_blocks_of_zeros_round_to_zeros_and_what_is_not_finite_stays_so():
@@ -262,8 +315,12 @@ def test_blocks_of_zeros_round_to_zeros_and_what_is_not_finite_stays_so():
 
 
 def test_sampling_from_what_filters_leave_of_impossible_tokens():
-    """The only possible token is taken, with probability 1; where none is, the probability says so: NaN, which decoding refuses."""
+    """The only possible token is taken, with probability 1.
+
+    Where none is possible its probability is NaN, which decoding refuses.
+    """
     logits = jnp.full((2, 6), -jnp.inf).at[0, 4].set(-1e30)
-    token, score = choose_token(Sampling(temperature=1.0, top_k=3, top_p=0.9, min_p=0.1), logits, jnp.zeros(2, jnp.uint32), jnp.zeros(2, jnp.int32))
+    sampling = Sampling(temperature=1.0, top_k=3, top_p=0.9, min_p=0.1)
+    token, score = choose_token(sampling, logits, jnp.zeros(2, jnp.uint32), jnp.zeros(2, jnp.int32))
     assert int(token[0]) == 4 and float(score[0]) == 0
     assert np.isnan(score[1])

@@ -47,11 +47,12 @@ def compiled():
 
 
 class Harmed:
-    """Stands for the jitted step: makes noise of batches, inflates the updates of others, and at others puts a NaN into two
-    weights; all are known by their first row."""
+    """Stands for the jitted step: makes noise of some batches, inflates the updates of others, and
+    at others puts a NaN into two weights; all are known by their first row."""
 
     def __init__(self, key, real, compiled, noise=(), inflate=(), poison=()):
-        self.key, self.real, self.compiled, self.noise, self.inflate, self.poison = key, real, compiled, noise, inflate, poison
+        self.key, self.real, self.compiled = key, real, compiled
+        self.noise, self.inflate, self.poison = noise, inflate, poison
 
     def lower(self, *arguments):
         self.arguments = arguments
@@ -80,10 +81,10 @@ class Harmed:
     @staticmethod
     def _poisoned(state, metrics):
         def nan_in(path, leaf):
-            hit = jax.tree_util.keystr(path, simple=True, separator="/").endswith(("head/weight", "embed/weight"))
-            return leaf.at[0, 0].set(jnp.nan) if hit else leaf
+            return leaf.at[0, 0].set(jnp.nan) if path[0].key in ("embed", "head") else leaf
 
-        return dataclasses.replace(state, params=jax.tree_util.tree_map_with_path(nan_in, state.params)), metrics
+        params = jax.tree_util.tree_map_with_path(nan_in, state.params)
+        return dataclasses.replace(state, params=params), metrics
 
 
 @pytest.fixture
@@ -236,16 +237,20 @@ def test_rollbacks_are_bounded(clean, train, tmp_path):
 def is_whole(run, step: int) -> bool:
     """Whether the run's newest checkpoint is that of `step`, intact and finite."""
     with Store(run) as store:
-        return store.latest_intact() == step and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(v4jax.load(run)[1]))
+        newest = store.latest_intact()
+    return newest == step and all(np.isfinite(x).all() for x in jax.tree.leaves(v4jax.load(run)[1]))
 
 
 NAN = r"params/embed/weight, params/head/weight are not finite"
 
 
-@pytest.mark.parametrize("mesh", ["", pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.slow)], ids=["one device", "eight devices"])
+@pytest.mark.parametrize(
+    "mesh", ["", pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.slow)], ids=["one", "eight"]
+)
 def test_a_state_that_is_not_finite_is_neither_saved_nor_evaluated(clean, train, tmp_path, mesh):
-    """The update of step 10 makes the NaN: no loss has shown it when its checkpoint and its evaluation are due."""
-    cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), mesh=mesh, stability=StabilityConfig(), eval_every=10)
+    """The update of step 10 makes the NaN, which no loss has shown when both are due."""
+    changes = dict(mesh=mesh, stability=StabilityConfig(), eval_every=10)
+    cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), **changes)
     with pytest.raises(TrainingFailed, match=rf"step 10: {NAN}; last checkpoint: 5$"):
         train(cfg, poison=rows(cfg, 10)[9:])
     assert is_whole(cfg.run_dir, 5)
@@ -254,7 +259,8 @@ def test_a_state_that_is_not_finite_is_neither_saved_nor_evaluated(clean, train,
 
 
 def test_an_evaluation_without_a_checkpoint_looks_too_and_so_does_the_end(clean, train, tmp_path):
-    cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), stability=StabilityConfig(), eval_every=7, steps=8, decay_steps=0)
+    changes = dict(stability=StabilityConfig(), eval_every=7, steps=8, decay_steps=0)
+    cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), **changes)
     order = rows(cfg, 8)
     with pytest.raises(TrainingFailed, match=f"step 7: {NAN}"):
         train(cfg, poison=order[6:7])
@@ -265,7 +271,8 @@ def test_an_evaluation_without_a_checkpoint_looks_too_and_so_does_the_end(clean,
 
 
 def test_a_run_goes_back_behind_a_state_that_is_not_finite(clean, train, tmp_path):
-    cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), steps=15, decay_steps=0, eval_batches=0)
+    changes = dict(steps=15, decay_steps=0, eval_batches=0)
+    cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), **changes)
     train(cfg, poison=rows(cfg, 10)[9:])
     (event,) = [line for line in lines(cfg) if "event" in line]
     assert (event["step"], event["at"], event["why"], event["skipped"]) == (5, 10, NAN, [6, 10])
@@ -273,11 +280,12 @@ def test_a_run_goes_back_behind_a_state_that_is_not_finite(clean, train, tmp_pat
 
 
 def test_weights_and_checkpoints_that_are_not_finite_are_refused(clean, train, tmp_path):
-    """Before a step is taken. Of given weights nothing is left behind; a checkpoint names the way out."""
+    """Before a step is taken. Given weights leave no run behind; a checkpoint names the way out."""
     model, weights = v4jax.load(clean[0].run_dir)
     weights["head"]["weight"] = weights["head"]["weight"].at[1, 2].set(jnp.inf)
     v4jax.save_safetensors(model, weights, tmp_path / "given", dtype="float32")
-    cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), init_from=str(tmp_path / "given"), steps=10, decay_steps=0, eval_batches=0)
+    changes = dict(init_from=str(tmp_path / "given"), steps=10, decay_steps=0, eval_batches=0)
+    cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), **changes)
     with pytest.raises(ValueError, match=r"init_from: .*given: params/head/weight is not finite$"):
         train(cfg)
     assert not (tmp_path / "run").exists()
@@ -286,7 +294,7 @@ def test_weights_and_checkpoints_that_are_not_finite_are_refused(clean, train, t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "not_finite", lambda state: None)  # as versions did that did not look
         train(cfg, poison=rows(cfg, 10)[9:])
-    with pytest.raises(ValueError, match=rf"checkpoints/10: {NAN}; without this checkpoint the run goes on from the one before it"):
+    with pytest.raises(ValueError, match=rf"checkpoints/10: {NAN}; without this checkpoint the run"):
         train(dataclasses.replace(cfg, steps=12))
     (tmp_path / "run/checkpoints/10").rename(tmp_path / "10")
     train(cfg)
@@ -295,14 +303,15 @@ def test_weights_and_checkpoints_that_are_not_finite_are_refused(clean, train, t
 
 def test_held_out_batches_that_predict_nothing_are_refused(clean, train, tmp_path, monkeypatch):
     """Their mean loss would be 0 / 0."""
-    real = loop.held_out_sets
-    alone = lambda *args, **kwargs: {  # noqa: E731 (every token a document of its own)
-        name: [batch | {"segment_ids": np.broadcast_to(np.arange(1, 49), (4, 48))} for batch in batches]
-        for name, batches in real(*args, **kwargs).items()
-    }  # fmt: skip
-    monkeypatch.setattr(loop, "held_out_sets", alone)
+    real, each_its_own = loop.held_out_sets, {"segment_ids": np.tile(np.arange(1, 49), (4, 1))}
+
+    def documents_of_one_token(*args, **kwargs):
+        sets = real(*args, **kwargs)
+        return {name: [batch | each_its_own for batch in sets[name]] for name in sets}
+
+    monkeypatch.setattr(loop, "held_out_sets", documents_of_one_token)
     cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"))
-    with pytest.raises(ValueError, match="held_out: its batches have no token to predict .* set eval_batches to 0"):
+    with pytest.raises(ValueError, match="held_out: got no token to predict in .* set eval_batches to 0"):
         train(cfg)
     assert not (tmp_path / "run").exists()
 

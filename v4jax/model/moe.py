@@ -46,10 +46,11 @@ class Routing(NamedTuple):
 def router_scores(x_BSD: jax.Array, gate_DE: jax.Array) -> jax.Array:
     """sqrt(softplus(x @ gate)), float32 [B,S,E]."""
     logit = dense(x_BSD.astype(jnp.float32), gate_DE)
-    # Below -20 softplus is exp to float32 precision; the split keeps the gradient of the root finite at any logit. No score is 0: a
-    # token all of whose experts had 0 would have no weights.
+    # Below -20 softplus is exp to float32 precision; the split keeps the gradient of the root
+    # finite at any logit. No score is 0: if all of a token's experts had 0, it had no weights.
     low = logit < -20
-    return jnp.where(low, jnp.exp(jnp.clip(logit, -160, -20) / 2), jnp.sqrt(jax.nn.softplus(jnp.where(low, 0, logit))))
+    small = jnp.exp(jnp.clip(logit, -160, -20) / 2)
+    return jnp.where(low, small, jnp.sqrt(jax.nn.softplus(jnp.where(low, 0, logit))))
 
 
 def gate_weights(score_BSE: jax.Array, index_BSK: jax.Array, scale: float) -> jax.Array:
@@ -65,8 +66,9 @@ def gate_weights(score_BSE: jax.Array, index_BSK: jax.Array, scale: float) -> ja
 def _shares(score: jax.Array) -> jax.Array:
     """score / sum(score) over the last axis, of scores above 0.
 
-    Scores are taken relative to the largest first: the gradient of a quotient divides by the square of its denominator, which is 0 in
-    float32 for a sum below 1e-19. Scaling all scores changes no share, so no gradient is lost.
+    The gradient of a quotient divides by the square of its denominator, which float32 rounds to 0
+    for a sum below 1e-19; so scores are taken relative to the largest first. Scaling all scores
+    changes no share, so no gradient is lost.
     """
     relative = score / jax.lax.stop_gradient(score.max(-1, keepdims=True))
     return relative / relative.sum(-1, keepdims=True)

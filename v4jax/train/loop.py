@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.mesh import make_mesh, parse_mesh
-from sharding.processes import anywhere, check_whole, from_rows, is_first, local_rows, stop_requests, wait_for_all
+from sharding.processes import anywhere, check_whole, from_rows, is_first, local_rows
+from sharding.processes import stop_requests, wait_for_all
 from sharding.rules import AxisRules, layout_for
 from v4jax.checkpoint.export import carried_files, kinds_for, save_safetensors
 from v4jax.checkpoint.store import Store, check_config, is_run, write_config
@@ -52,8 +53,8 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
 
     Raises:
       ValueError: anything wrong with config, mesh, data or run directory, before training starts.
-      TrainingFailed: the loss or the state is not finite, or the loss spikes, and no rollback is left. Such a state is neither saved
-        nor exported.
+      TrainingFailed: the loss or the state is not finite, or the loss spikes, and no rollback is left.
+        Such a state is neither saved nor exported.
       OSError: a checkpoint could not be written; those before it are intact.
     """
     sizes = parse_mesh(cfg.mesh)
@@ -111,12 +112,12 @@ def _held_out(cfg: TrainConfig, tokenizer, rows: list[int] | None) -> dict:
 
 
 def _check_predicts(held_out: dict) -> None:
-    """Raises ValueError for held-out batches without a token to predict, whose mean loss would be 0 / 0."""
+    """Raises ValueError for held-out batches with no token to predict: their mean loss is 0 / 0."""
     for name, batches in held_out.items():
         if not anywhere(any(predicted_tokens(batch).size for batch in batches)):
             raise ValueError(
-                f"{name}: its batches have no token to predict (one that follows another of its document and, in conversations, is to "
-                "be learned); set eval_batches to 0, or give documents that have"
+                f"{name}: got no token to predict in {len(batches)} batch(es); at least one must follow "
+                "another of its document (in conversations, one to be learned); or set eval_batches to 0"
             )
 
 
@@ -172,8 +173,8 @@ def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store
                 metrics = {name: float(value) for name, value in metrics.items()}
                 seen = metrics["loss"], metrics["grad_norm"]
                 why = spike(cfg.stability, record, *seen)
-                if why is None and (save or evaluates):  # what the update has made is looked at where it would outlive the step
-                    why = not_finite(state)
+                if why is None and (save or evaluates):
+                    why = not_finite(state)  # what the update has made, where it would outlive the step
                 if why is not None:
                     at, before, drawn = step, record, record.batch(step) + len(feed)
                     feed.drop()
@@ -189,7 +190,8 @@ def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store
             held_out_nll = None
             if evaluates:
                 nll = {f"{name}_nll": evaluate(state.public, batches) for name, batches in held_out.items()}
-                held_out_nll = nll["held_out_nll"] if math.isfinite(nll["held_out_nll"]) else None  # NaN has no place among the best
+                if math.isfinite(nll["held_out_nll"]):  # NaN has no place in the order of the best
+                    held_out_nll = nll["held_out_nll"]
                 report.evaluation(step, nll)
             if save:
                 jax.block_until_ready(state)

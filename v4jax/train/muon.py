@@ -40,8 +40,8 @@ class MuonState(NamedTuple):
 def newton_schulz(g: jax.Array) -> jax.Array:
     """The matrices [..., rows, cols] with their singular values moved to 1 (0 stays 0).
 
-    Their size does not matter, from the least normal float32 to the largest number: a matrix that gets no gradient for a while has
-    a momentum that decays through all of them.
+    Their size does not matter, from the least normal float32 to the largest number: the momentum of
+    a matrix that gets no gradient decays through all of them.
     """
     wide = g.shape[-2] <= g.shape[-1]
     x = _near_one(g if wide else jnp.swapaxes(g, -1, -2))
@@ -58,12 +58,14 @@ def newton_schulz(g: jax.Array) -> jax.Array:
 
 
 def _near_one(x: jax.Array) -> jax.Array:
-    """Each matrix times the power of two that brings its largest entry into [1, 4), so that no square overflows and not all of them
-    underflow. A power of two rounds nothing."""
+    """Each matrix times the power of two that brings its largest entry into [1, 4).
+
+    Then no square overflows, and not all of them underflow. A power of two rounds nothing.
+    """
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True).astype(jnp.float32)
     exponent = jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23
-    factor = jax.lax.bitcast_convert_type(jnp.maximum(254 - exponent, 1) << 23, jnp.float32)  # 2^(127 - exponent), at least 2^-126
-    return x * factor.astype(x.dtype)
+    inverse = jnp.maximum(254 - exponent, 1)  # of 2^(exponent - 127), as a normal number
+    return x * jax.lax.bitcast_convert_type(inverse << 23, jnp.float32).astype(x.dtype)
 
 
 def scale_by_muon(mu: float = 0.95, specs: Specs | None = None) -> optax.GradientTransformation:
@@ -84,13 +86,16 @@ def scale_by_muon(mu: float = 0.95, specs: Specs | None = None) -> optax.Gradien
     return optax.GradientTransformation(init, update)
 
 
-def scale_by_adam(b1: float = 0.9, b2: float = 0.95, eps: float = 1e-20) -> optax.GradientTransformation:
-    """Adam's step m / (sqrt(v) + eps), bias-corrected, cut off where rounding has made it longer than it can be.
+def scale_by_adam(
+    b1: float = 0.9, b2: float = 0.95, eps: float = 1e-20
+) -> optax.GradientTransformation:
+    """Adam's step m / (sqrt(v) + eps), bias-corrected, cut off where rounding makes it too long.
 
-    By Cauchy-Schwarz |m| <= sqrt(v) (1-b1) / sqrt((1-b2) (1-b1^2/b2)), 1.17 sqrt(v) as the report has it. But squares of gradients below
-    1e-19 underflow, and divided by eps alone these gave steps of up to 50.
+    By Cauchy-Schwarz |m| <= sqrt(v) (1-b1) / sqrt((1-b2) (1-b1^2/b2)): with the report's numbers no
+    step is longer than 1.17. But v underflows for gradients below 5e-19, and m / eps is up to 50.
     """
-    adam, longest = optax.scale_by_adam(b1, b2, eps), (1 - b1) / ((1 - b2) * (1 - b1 * b1 / b2)) ** 0.5
+    adam = optax.scale_by_adam(b1, b2, eps)
+    longest = (1 - b1) / ((1 - b2) * (1 - b1 * b1 / b2)) ** 0.5
 
     def update(grads, state, params=None):
         steps, state = adam.update(grads, state, params)
@@ -126,8 +131,8 @@ def optimizer(
     """
 
     def both(schedule):
-        steps = scale_by_muon(mu, specs), scale_by_adam()
-        return [optax.chain(step, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(schedule)) for step in steps]
+        rest = optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(schedule)
+        return [optax.chain(step, *rest) for step in (scale_by_muon(mu, specs), scale_by_adam())]
 
     transforms = dict(zip(("muon", "adamw"), both(schedule), strict=True))
     if index_schedule is None:
@@ -154,20 +159,24 @@ def clip_apart(largest: float) -> optax.GradientTransformation:
         del params
         leaves, tree = jax.tree_util.tree_flatten_with_path(grads)
         index = [is_index(tuple(key.key for key in path)) for path, _ in leaves]
-        parts = [iter(clip([g for (_, g), i in zip(leaves, index, strict=True) if i == kind])) for kind in (False, True)]
+        kinds = [[g for (_, g), i in zip(leaves, index, strict=True) if i == k] for k in (False, True)]
+        parts = [iter(clip(kind)) for kind in kinds]
         return jax.tree.unflatten(tree, [next(parts[i]) for i in index]), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def global_norm(tree) -> jax.Array:
-    """The root of the sum of all squares, float32 scalar; right up to the largest float32, though squares overflow from 1e19 on."""
+    """The root of the sum of all squares, float32 scalar; right up to the largest float32.
+
+    Squares overflow from 1e19 on; those of entries below 1e-19 count as 0.
+    """
 
     def root(scale: float):
-        squares = [jnp.sum(jnp.square(x.astype(jnp.float32) * scale)) for x in jax.tree.leaves(tree)]
-        return jnp.sqrt(sum(squares, start=jnp.zeros(())))
+        scaled = [x.astype(jnp.float32) * scale for x in jax.tree.leaves(tree)]
+        return jnp.sqrt(sum((jnp.sum(x * x) for x in scaled), start=jnp.zeros(())))
 
-    # Both at once: to look for the largest entry first would read everything twice.
+    # Two sums at once: to look for the largest entry first would read everything twice.
     norm, large = root(1), root(2.0**-96) * 2.0**96
     return jnp.where(jnp.isfinite(norm), norm, large)
 

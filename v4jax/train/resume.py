@@ -35,8 +35,9 @@ class Begin(NamedTuple):
 
 
 def start(
-    cfg: TrainConfig, rules: AxisRules, shardings: TrainState, store: Store, data, unsaved: TrainState | None = None
-) -> Begin:
+    cfg: TrainConfig, rules: AxisRules, shardings: TrainState, store: Store, data,
+    unsaved: TrainState | None = None,
+) -> Begin:  # fmt: skip
     """The newest intact checkpoint with the data iterator set to its place, or a fresh state.
 
     Args:
@@ -86,7 +87,10 @@ def go_back(
         raise TrainingFailed(f"step {step}: {why}; no checkpoint of step {newest} or before it to go back to; last: {store.latest}")
     logging.getLogger("v4jax").warning("step %d: %s; going back to step %d", step, why, good_step or 0)
     store.put_aside_after(good_step or 0, ABANDONED)
-    good = Begin(fresh(cfg, shardings), 0, Record(), {}) if good_step is None else _load(cfg, shardings, store, good_step, {})
+    if good_step is None:
+        good = Begin(fresh(cfg, shardings), 0, Record(), {})
+    else:
+        good = _load(cfg, shardings, store, good_step, {})
     return good._replace(record=gone_back(cfg.stability, record, step, good.record, good.step, drawn))
 
 
@@ -106,7 +110,9 @@ def _load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, 
     count = jax.make_array_from_callback((), shardings.step, lambda _: np.asarray(step, np.int32))
     state = dataclasses.replace(abstract, params=items["params"], router=router, optimizer=items["optimizer"], step=count)
     if wrong := not_finite(state):
-        raise ValueError(f"{store.path(step)}: {wrong}; without this checkpoint the run goes on from the one before it")
+        raise ValueError(
+            f"{store.path(step)}: {wrong}; without this checkpoint the run goes on from the one before it"
+        )
     return Begin(state, step, Record.from_json(note.value), items.get("ahead", {}))
 
 
@@ -135,7 +141,8 @@ def _from_weights(cfg: TrainConfig, shardings) -> TrainState:
     """
     check_source(cfg)
     params = load_onto(cfg.init_from, cfg.model, "float32", shardings.public)
-    state = jax.jit(functools.partial(state_from, cfg), out_shardings=shardings, donate_argnums=0)(params)
+    around = functools.partial(state_from, cfg)
+    state = jax.jit(around, out_shardings=shardings, donate_argnums=0)(params)
     if wrong := not_finite(state):
         raise ValueError(f"init_from: {cfg.init_from}: {wrong}")
     return state

@@ -112,7 +112,8 @@ def spike(cfg: StabilityConfig, record: Record, loss: float, grad_norm: float) -
     if loss > (limit := _limit(record.losses, cfg.sigmas, cfg.loss_rise)):
         return f"loss is {loss:.4g}, above {limit:.4g}"
     *logs, log = [math.log(max(norm, 1e-30)) for norm in (*record.grad_norms, grad_norm)]
-    if log > (limit := _limit(logs, cfg.sigmas, math.log(cfg.norm_rise))):  # of norms that scatter widely, too large for exp
+    limit = _limit(logs, cfg.sigmas, math.log(cfg.norm_rise))
+    if log > limit:  # the limit of norms that scatter widely is too large for exp
         return f"grad_norm is {grad_norm:.4g}, above {math.exp(limit):.4g}"
     return None
 

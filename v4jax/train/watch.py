@@ -73,7 +73,8 @@ def rms_by_group(tree) -> dict[str, jax.Array]:
     groups: dict[str, list[jax.Array]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         groups.setdefault(group_of(tuple(key.key for key in path)), []).append(leaf)
-    return {name: global_norm(leaves) / math.sqrt(sum(leaf.size for leaf in leaves)) for name, leaves in groups.items()}
+    sizes = {name: sum(leaf.size for leaf in leaves) for name, leaves in groups.items()}
+    return {name: global_norm(groups[name]) / math.sqrt(size) for name, size in sizes.items()}
 
 
 def plain(tree) -> Any:

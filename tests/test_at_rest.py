@@ -253,13 +253,16 @@ def gradients():
     A small model with the eps of a newer release, its indexer taught; compiled once.
     """
     cfg = small_config(
-        vocab_size=64, num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1, hidden_size=16, moe_intermediate_size=16,
+        vocab_size=64, num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1,
+        hidden_size=16, moe_intermediate_size=16,
         n_routed_experts=4, rms_norm_eps=1e-20,
     )  # fmt: skip
 
     @jax.jit
     def run(params, batch):
-        value = lambda params: loss_and_routing(cfg, params, batch, csa=Csa(teach=True))  # noqa: E731
+        def value(params):
+            return loss_and_routing(cfg, params, batch, csa=Csa(teach=True))
+
         (loss, (metrics, _)), grads = jax.value_and_grad(value, has_aux=True)(params)
         return loss, metrics, grads
 

@@ -244,9 +244,7 @@ def is_whole(run, step: int) -> bool:
 NAN = r"params/embed/weight, params/head/weight are not finite"
 
 
-@pytest.mark.parametrize(
-    "mesh", ["", pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.slow)], ids=["one", "eight"]
-)
+@pytest.mark.parametrize("mesh", ["", pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.slow)])
 def test_a_state_that_is_not_finite_is_neither_saved_nor_evaluated(clean, train, tmp_path, mesh):
     """The update of step 10 makes the NaN, which no loss has shown when both are due."""
     changes = dict(mesh=mesh, stability=StabilityConfig(), eval_every=10)
@@ -294,7 +292,7 @@ def test_weights_and_checkpoints_that_are_not_finite_are_refused(clean, train, t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "not_finite", lambda state: None)  # as versions did that did not look
         train(cfg, poison=rows(cfg, 10)[9:])
-    with pytest.raises(ValueError, match=rf"checkpoints/10: {NAN}; without this checkpoint the run"):
+    with pytest.raises(ValueError, match=rf"checkpoints/10: {NAN}; without this checkpoint"):
         train(dataclasses.replace(cfg, steps=12))
     (tmp_path / "run/checkpoints/10").rename(tmp_path / "10")
     train(cfg)
@@ -311,7 +309,7 @@ def test_held_out_batches_that_predict_nothing_are_refused(clean, train, tmp_pat
 
     monkeypatch.setattr(loop, "held_out_sets", documents_of_one_token)
     cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"))
-    with pytest.raises(ValueError, match="held_out: got no token to predict in .* set eval_batches to 0"):
+    with pytest.raises(ValueError, match="held_out: got no token to predict in .* eval_batches to 0"):
         train(cfg)
     assert not (tmp_path / "run").exists()
 

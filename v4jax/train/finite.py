@@ -23,7 +23,7 @@ def not_finite(state: TrainState) -> str | None:
 
     It reads the state once. Every process calls it and gets the same answer.
 
-    Example: "params/embed/weight, params/head/weight, params/norm/weight and 4 more are not finite".
+    Example: "params/embed/weight, params/head/weight, params/norm/weight and 4 more are not finite"
     """
     tree = {"params": state.public, "optimizer": state.optimizer}
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)

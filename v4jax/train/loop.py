@@ -53,8 +53,8 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
 
     Raises:
       ValueError: anything wrong with config, mesh, data or run directory, before training starts.
-      TrainingFailed: the loss or the state is not finite, or the loss spikes, and no rollback is left.
-        Such a state is neither saved nor exported.
+      TrainingFailed: the loss or the state is not finite, or the loss spikes, and no rollback is
+        left. Such a state is neither saved nor exported.
       OSError: a checkpoint could not be written; those before it are intact.
     """
     sizes = parse_mesh(cfg.mesh)
@@ -116,8 +116,9 @@ def _check_predicts(held_out: dict) -> None:
     for name, batches in held_out.items():
         if not anywhere(any(predicted_tokens(batch).size for batch in batches)):
             raise ValueError(
-                f"{name}: got no token to predict in {len(batches)} batch(es); at least one must follow "
-                "another of its document (in conversations, one to be learned); or set eval_batches to 0"
+                f"{name}: got no token to predict in {len(batches)} batch(es); at least one must "
+                "follow another of its document (in conversations, one to be learned); or set "
+                "eval_batches to 0"
             )
 
 
@@ -174,7 +175,7 @@ def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store
                 seen = metrics["loss"], metrics["grad_norm"]
                 why = spike(cfg.stability, record, *seen)
                 if why is None and (save or evaluates):
-                    why = not_finite(state)  # what the update has made, where it would outlive the step
+                    why = not_finite(state)  # as the update has left it, and as it would be kept
                 if why is not None:
                     at, before, drawn = step, record, record.batch(step) + len(feed)
                     feed.drop()

@@ -159,8 +159,8 @@ def clip_apart(largest: float) -> optax.GradientTransformation:
         del params
         leaves, tree = jax.tree_util.tree_flatten_with_path(grads)
         index = [is_index(tuple(key.key for key in path)) for path, _ in leaves]
-        kinds = [[g for (_, g), i in zip(leaves, index, strict=True) if i == k] for k in (False, True)]
-        parts = [iter(clip(kind)) for kind in kinds]
+        own = [[g for (_, g), i in zip(leaves, index, strict=True) if i == k] for k in (False, True)]
+        parts = [iter(clip(grads)) for grads in own]
         return jax.tree.unflatten(tree, [next(parts[i]) for i in index]), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -159,8 +159,10 @@ def clip_apart(largest: float) -> optax.GradientTransformation:
         del params
         leaves, tree = jax.tree_util.tree_flatten_with_path(grads)
         index = [is_index(tuple(key.key for key in path)) for path, _ in leaves]
-        own = [[g for (_, g), i in zip(leaves, index, strict=True) if i == k] for k in (False, True)]
-        parts = [iter(clip(grads)) for grads in own]
+        parts = [
+            iter(clip([g for (_, g), i in zip(leaves, index, strict=True) if i == kind]))
+            for kind in (False, True)
+        ]
         return jax.tree.unflatten(tree, [next(parts[i]) for i in index]), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -111,7 +111,7 @@ def _load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, 
     state = dataclasses.replace(abstract, params=items["params"], router=router, optimizer=items["optimizer"], step=count)
     if wrong := not_finite(state):
         raise ValueError(
-            f"{store.path(step)}: {wrong}; without this checkpoint the run goes on from an older one"
+            f"{store.path(step)}: {wrong}; without it the run goes on from an older checkpoint"
         )
     return Begin(state, step, Record.from_json(note.value), items.get("ahead", {}))
 

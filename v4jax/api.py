@@ -4,7 +4,6 @@ Next file to read: v4jax/score.py.
 """
 
 import math
-import pathlib
 
 import jax
 import numpy as np
@@ -19,6 +18,7 @@ from v4jax.checkpoint.names import leaf_dtype, official_names, plain_dtype
 from v4jax.checkpoint.store import is_run, load_store_params
 from v4jax.config import ModelConfig
 from v4jax.model.transformer import abstract_params, param_axes
+from v4jax.storage import local_path
 
 
 def place_on(mesh: str | None, layout: str | None) -> tuple[Mesh, AxisRules]:
@@ -47,9 +47,9 @@ def load(path, dtype: str = "float32", mesh: str | None = None, layout: str | No
       ValueError: no such checkpoint, or anything in it that does not fit, naming the tensor.
     """
     plain_dtype(dtype)
-    path = pathlib.Path(path)
+    path = local_path(path, "path")
     if not path.is_dir():
-        raise ValueError(f"{path}: no such directory; expected config.json + safetensors, or a v4jax run")
+        raise ValueError(f"{path}: {'is a file, not a' if path.exists() else 'no such'} directory; expected config.json + safetensors, or a v4jax run")
     cfg = ModelConfig.from_json(path)
     device_mesh, rules = place_on(mesh, layout)
     if not is_run(path):

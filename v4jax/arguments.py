@@ -4,7 +4,9 @@ Next file to read: v4jax/cli.py.
 """
 
 import argparse
+from collections.abc import Callable
 
+from v4jax.storage import file_to_write, local_path
 
 CKPT = "a folder with config.json and safetensors, or a v4jax run"
 
@@ -16,6 +18,22 @@ class BadInput(Exception):
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise BadInput(f"{message}; see {self.prog} --help")
+
+
+def _checked(read: Callable) -> Callable[[str], str]:
+    """The argparse type of a path that `read` (of v4jax/storage.py) takes; the parser names the flag."""
+
+    def path(text: str) -> str:
+        try:
+            return str(read(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return path
+
+
+PATH = _checked(local_path)
+NEW_FILE = _checked(file_to_write)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,16 +88,16 @@ def _continues(sub, tokens):
 
 
 def _train(sub):
-    sub.add_argument("config", nargs="?", help="CONFIG.py, a Python file with get_config()")
+    sub.add_argument("config", nargs="?", type=PATH, help="CONFIG.py, a Python file with get_config()")
     sub.add_argument("--dry-run", action="store_true", help="print the plan, stage by stage, and run nothing")
 
 
 def _plot(sub):
-    sub.add_argument("run_dir", metavar="RUN", help="the run's folder")
+    sub.add_argument("run_dir", metavar="RUN", type=PATH, help="the run's folder")
 
 
 def _generate(sub):
-    sub.add_argument("checkpoint", help=CKPT)
+    sub.add_argument("checkpoint", type=PATH, help=CKPT)
     source = sub.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue (needs tokenizer.json in the checkpoint)")
     source.add_argument("--tokens", help="token ids to continue, for example 0,17,4")
@@ -89,13 +107,16 @@ def _generate(sub):
                      help="end before this text, which is left out (may be repeated)")  # fmt: skip
     sub.add_argument("--stop-tokens", help="end before one of these ids, for example 1,7, instead of the checkpoint's end tokens")
     sub.add_argument("--speculative", action="store_true", help="draft with MTP: the same tokens in fewer steps")
-    sub.add_argument("--prefix-cache", metavar="DIR", help="folder that keeps the caches of prompts' beginnings, and is searched for them")
+    sub.add_argument(
+        "--prefix-cache", metavar="DIR", type=PATH,
+        help="folder that keeps the caches of prompts' beginnings, and is searched for them",
+    )  # fmt: skip
     sub.add_argument("--prefix-cache-bytes", type=int, default=10 * 10**9, help="bytes that DIR may take (default 10**10); the least recently used files go first")
     _continues(sub, 64)
 
 
 def _chat(sub):
-    sub.add_argument("checkpoint", help="with the tokenizer of a DeepSeek-V4 release, or 'byte-chat'")
+    sub.add_argument("checkpoint", type=PATH, help="with the tokenizer of a DeepSeek-V4 release, or 'byte-chat'")
     sub.add_argument(
         "--thinking", default="chat", choices=("chat", "thinking"), help="thinking: reason before each answer (default chat)"
     )
@@ -107,16 +128,19 @@ def _chat(sub):
 
 
 def _score(sub):
-    sub.add_argument("checkpoint", help=CKPT)
-    sub.add_argument("--tokens", required=True, help=".npy file, integers [B, S]")
-    sub.add_argument("--out", required=True, help=".npz file to write")
+    sub.add_argument("checkpoint", type=PATH, help=CKPT)
+    sub.add_argument("--tokens", required=True, type=PATH, help=".npy file, integers [B, S]")
+    sub.add_argument("--out", required=True, type=NEW_FILE, help=".npz file to write")
     _quant(sub)
     _on_mesh(sub)
 
 
 def _convert(sub):
-    sub.add_argument("source", help=CKPT)
-    sub.add_argument("target", help="folder to write: new, empty, or with an unfinished conversion of SOURCE, which goes on")
+    sub.add_argument("source", type=PATH, help=CKPT)
+    sub.add_argument(
+        "target", type=PATH,
+        help="folder to write: new, empty, or with an unfinished conversion of SOURCE, which goes on",
+    )  # fmt: skip
     sub.add_argument(
         "--format", choices=("orbax", "safetensors"), default="safetensors",
         help="safetensors with official names (the default), or orbax, the v4jax store",
@@ -137,12 +161,12 @@ def _convert(sub):
 
 
 def _cost(sub):
-    sub.add_argument("config", help="CONFIG.py or config.json")
+    sub.add_argument("config", type=PATH, help="CONFIG.py or config.json")
     sub.add_argument("--context", type=int, help="tokens in the sequence (default: max_position_embeddings)")
 
 
 def _layout(sub):
-    sub.add_argument("config", nargs="?", help="CONFIG.py or config.json")
+    sub.add_argument("config", nargs="?", type=PATH, help="CONFIG.py or config.json")
     sub.add_argument("--mesh", help="for example fsdp=8,expert=16 (default: that of CONFIG.py)")
     sub.add_argument("--layout", help="sharding layout (default: that of CONFIG.py, or full)")
     sub.add_argument("--target", default="cpu", help="cpu; a TPU topology such as v5p:4x4x8 (extra `tpu`); h100:N (extra `gpu`); on paper "
@@ -160,9 +184,17 @@ def _layout(sub):
     sub.add_argument("--chips", type=int, help="chips to search on (default: as many as the target names)")
     sub.add_argument("--confirm", type=int, default=0, metavar="K", help="with --search: compile the best K (default 0)")
     sub.add_argument("--compare", nargs=2, metavar=("A", "B"), help="show two layouts side by side, each LAYOUT:MESH")
-    sub.add_argument("--report", metavar="OUT.html", help="write one page that works offline (of a search: of its winner)")
-    sub.add_argument("--stablehlo", metavar="OUT", help="write the step as a portable module (extra `export`); nothing else is done")
-    sub.add_argument("--measure", metavar="OUT.json", help="measure this machine and write it as a hardware profile; no CONFIG")
+    sub.add_argument(
+        "--report", metavar="OUT.html", type=NEW_FILE, help="write one page that works offline (of a search: of its winner)"
+    )
+    sub.add_argument(
+        "--stablehlo", metavar="OUT", type=NEW_FILE,
+        help="write the step as a portable module (extra `export`); nothing else is done",
+    )  # fmt: skip
+    sub.add_argument(
+        "--measure", metavar="OUT.json", type=NEW_FILE,
+        help="measure this machine and write it as a hardware profile; no CONFIG",
+    )  # fmt: skip
 
 
 def _launch(sub):

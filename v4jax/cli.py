@@ -114,6 +114,7 @@ def _sample(cfg) -> dict:
     from v4jax.generate.decode import Setting, generate
     from v4jax.generate.sampling import Sampling
     from v4jax.generate.text import TextStop
+    from v4jax.storage import local_path
     from v4jax.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(cfg.run_dir)
@@ -128,7 +129,7 @@ def _sample(cfg) -> dict:
     text = cfg.sample_prompt + TextStop([model.eos_token_id], tokenizer=tokenizer).text(completion.tokens)
     if not is_first():
         return {}
-    (pathlib.Path(cfg.run_dir) / "sample.txt").write_text(text)
+    (local_path(cfg.run_dir, "run_dir") / "sample.txt").write_text(text)
     return {"sample": text}
 
 

@@ -12,6 +12,7 @@ import re
 from typing import Any, NamedTuple
 
 from v4jax.foreign import file_in, read_json
+from v4jax.storage import local_path
 
 WINDOW_ONLY, CSA, HCA = 0, 4, 128
 """Compress ratios: sliding window only, compressed sparse attention, heavily compressed attention (report 2.3)."""
@@ -196,7 +197,7 @@ class ModelConfig:
     @classmethod
     def from_json(cls, path) -> "ModelConfig":
         """Reads config.json (or a directory that holds one), official or transformers 5 style."""
-        path = pathlib.Path(path)
+        path = local_path(path, "path")
         path = path / "config.json" if path.is_dir() else path.resolve()
         raw = read_config_json(path)
         try:

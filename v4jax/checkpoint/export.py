@@ -27,6 +27,7 @@ from v4jax.checkpoint.names import check_table, check_tree, official_names, offi
 from v4jax.checkpoint.room import Room
 from v4jax.config import ModelConfig, read_config_json
 from v4jax.foreign import file_in
+from v4jax.storage import folder_to_fill, local_path
 
 MAX_FILE_BYTES = 5 * 10**9
 ROOM = 10**9
@@ -62,9 +63,13 @@ def save_safetensors(
     kinds = kinds_for(cfg, check_format(dtype))
     if isinstance(max_file_bytes, bool) or not isinstance(max_file_bytes, int) or max_file_bytes < 1:
         raise ValueError(f"max_file_bytes: got {max_file_bytes!r}; must be a positive integer")
-    target = pathlib.Path(directory).resolve()
+    target = local_path(directory, "directory").resolve()
     _check_target(target, overwrite)
-    raw, carried = (None, []) if source is None else (read_config_json(pathlib.Path(source) / "config.json"), carried_files(source))
+    folder_to_fill(target.parent, "directory")
+    raw, carried = None, []
+    if source is not None:
+        source = local_path(source, "source")
+        raw, carried = read_config_json(source / "config.json"), carried_files(source)
     leaves, slots = check_tree(cfg, params), official_names(cfg)
 
     def stored(name: str) -> Stored | None:
@@ -140,7 +145,7 @@ def carried_files(directory) -> list[pathlib.Path]:
     Raises:
       ValueError: one is no regular file of the directory.
     """
-    directory = pathlib.Path(directory)
+    directory = local_path(directory, "directory")
     names = sorted(path.name for path in directory.iterdir() if _CARRIED.match(path.name))
     try:
         return [file_in(directory, name) for name in names]

@@ -28,6 +28,7 @@ from v4jax.checkpoint.store import Store, check_config, write_config
 from v4jax.data.config import tokenizer_of
 from v4jax.data.store import prepare_cache
 from v4jax.model.weights import Csa
+from v4jax.storage import folder_to_fill
 from v4jax.train.anticipate import Feed, compile_choice
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_sets, train_batches, unigram_loss
@@ -54,6 +55,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
       TrainingFailed: the loss is not finite, or spikes, and no rollback is left.
       OSError: a checkpoint could not be written; those before it are intact.
     """
+    run = _check_folders(cfg)
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes) if math.prod(sizes.values()) > 1 else AxisRules()
     mesh = make_mesh(sizes)
@@ -63,7 +65,6 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         check_batch(stage_at(cfg, done), rules, sizes)
     if cfg.export != "none":
         kinds_for(cfg.model, cfg.export)
-    run = pathlib.Path(cfg.run_dir)
     tokenizer = tokenizer_of(cfg.data)
     with jax.set_mesh(mesh):
         shardings = state_shardings(cfg, rules, mesh)
@@ -81,6 +82,21 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         if last < cfg.steps:
             return {"run_dir": str(run), "steps": cfg.steps, "stopped_at": last} if is_first() else {}
         return _finish(cfg, run, tokenizer, state)
+
+
+def _check_folders(cfg: TrainConfig) -> pathlib.Path:
+    """The run directory, once all that is read and written beside the text was found to be what it should be; makes nothing.
+
+    Raises:
+      ValueError: a folder that cannot be one, a run directory or a source of weights of another model.
+    """
+    run = folder_to_fill(cfg.run_dir, "run_dir")
+    if cfg.data.cache:
+        folder_to_fill(cfg.data.cache, "cache")
+    check_config(run, cfg.model)
+    if cfg.init_from and not (run / "config.json").exists():
+        check_source(cfg)
+    return run
 
 
 def _cache(cfg: TrainConfig, tokenizer) -> None:

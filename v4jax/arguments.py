@@ -63,18 +63,20 @@ def _quant(sub):
 
 
 def _continues(sub, tokens):
-    sub.add_argument("--max-new-tokens", type=int, default=tokens, help=f"tokens to add at most, 1 or more (default {tokens})")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 or more; 0 (the default) takes the likeliest token")
+    sub.set_defaults(default_new_tokens=tokens)
+    default = "default: the checkpoint's generation_config.json, else "
+    sub.add_argument("--max-new-tokens", type=int, help=f"tokens to add at most, 1 or more ({default}{tokens})")
+    sub.add_argument("--temperature", type=float, help=f"0 or more; 0 takes the likeliest token ({default}0)")
     sub.add_argument(
-        "--top-p", type=float, default=1.0,
-        help="sample from the likeliest tokens whose probabilities add up to this, above 0 to 1 (default 1: all)",
+        "--top-p", type=float,
+        help=f"sample from the likeliest tokens whose probabilities add up to this, above 0 to 1 ({default}1: all)",
     )  # fmt: skip
     sub.add_argument(
-        "--top-k", type=int, default=0, help="sample from this number of likeliest tokens (default 0: all)"
+        "--top-k", type=int, help=f"sample from this number of likeliest tokens ({default}0: all)"
     )
     sub.add_argument(
-        "--min-p", type=float, default=0.0,
-        help="sample from tokens at least this share as probable as the likeliest, 0 to 1 (default 0: all)",
+        "--min-p", type=float,
+        help=f"sample from tokens at least this share as probable as the likeliest, 0 to 1 ({default}0: all)",
     )  # fmt: skip
     _quant(sub)
     sub.add_argument(

@@ -9,6 +9,7 @@ Next file to read: v4jax/model/transformer.py.
 import dataclasses
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from v4jax.foreign import file_in, read_json
@@ -160,18 +161,26 @@ class ModelConfig:
     """Longest sequence, in tokens."""
     initializer_range: float = 0.02
     """Standard deviation of the initial matrices."""
-    bos_token_id: int = 0
-    """Token that begins a document."""
-    eos_token_id: int = 1
-    """Token that ends a document."""
+    bos_token_id: int | None = 0
+    """Token that begins a document; None: no token does."""
+    eos_token_id: int | None = 1
+    """Token that ends a document: the first of config.json's list, if it has one. None: no token does."""
+    more_eos_token_ids: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+    """Other tokens that end a generated row. Configurations that differ in nothing else are equal."""
 
     def __post_init__(self):
         object.__setattr__(self, "compress_ratios", tuple(self.compress_ratios))
+        _spread_special_tokens(self)
         _check_sizes(self)
         _check_layers(self)
         _check_divisions(self)
 
     # ---- derived -------------------------------------------------------------------------------------------------
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end a generated row; the one that ends a training document comes first."""
+        return () if self.eos_token_id is None else (self.eos_token_id, *self.more_eos_token_ids)
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -226,9 +235,10 @@ class ModelConfig:
         ]
         if missing:
             raise ValueError(f"missing key(s) {', '.join(missing)}")
+        del fields["more_eos_token_ids"]  # no key of config.json: eos_token_id has them all
         values = {name: raw[name] for name in fields if raw.get(name) is not None}
-        if isinstance(values.get("eos_token_id"), list) and values["eos_token_id"]:
-            values["eos_token_id"] = values["eos_token_id"][0]
+        # Without the key the released default holds; null says that there is no such token.
+        values |= {name: raw[name] for name in ("bos_token_id", "eos_token_id") if name in raw}
         if "rope_scaling" in values:
             values["rope_scaling"] = _read_rope_scaling(values["rope_scaling"])
         return cls(**values)
@@ -238,6 +248,8 @@ class ModelConfig:
         raw: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
         raw |= dataclasses.asdict(self) | _FIXED
         raw["compress_ratios"] = list(self.compress_ratios)
+        if more := raw.pop("more_eos_token_ids"):
+            raw["eos_token_id"] = [self.eos_token_id, *more]
         if self.rope_scaling is None:
             del raw["rope_scaling"]
         else:
@@ -249,6 +261,15 @@ class ModelConfig:
     def replace(self, **changes) -> "ModelConfig":
         """A validated copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def ending_at(self, tokens: Iterable[int]) -> "ModelConfig":
+        """The same model, whose rows end at these tokens too."""
+        return self.replace(eos_token_id=[*self.eos_token_ids, *tokens] or None, more_eos_token_ids=())
+
+    def difference(self, other: "ModelConfig") -> str | None:
+        """The first key of config.json that tells this model from `other`; None for one model, whatever else ends its rows."""
+        ours, theirs = (cfg.replace(more_eos_token_ids=()).to_dict() for cfg in (self, other))
+        return next((name for name in ours | theirs if ours.get(name) != theirs.get(name)), None)
 
 
 def read_config_json(path: pathlib.Path) -> dict[str, Any]:
@@ -297,10 +318,29 @@ def _check_sizes(cfg: ModelConfig) -> None:
             raise ValueError(f"{name}: got {value!r}; must be a number above 0")
     if type(cfg.num_nextn_predict_layers) is not int or cfg.num_nextn_predict_layers not in (0, 1):
         raise ValueError(f"num_nextn_predict_layers: got {cfg.num_nextn_predict_layers!r}; allowed: 0 or 1")
-    for name in ("bos_token_id", "eos_token_id"):
-        value = getattr(cfg, name)
-        if type(value) is not int or not 0 <= value < cfg.vocab_size:
+    ids = [(name, getattr(cfg, name)) for name in ("bos_token_id", "eos_token_id") if getattr(cfg, name) is not None]
+    for name, value in (*ids, *(("eos_token_id", value) for value in cfg.more_eos_token_ids)):
+        if not is_token(value, cfg.vocab_size):
             raise ValueError(f"{name}: got {value!r}; must be in [0, vocab_size={cfg.vocab_size})")
+
+
+def is_token(value: Any, vocab_size: int) -> bool:
+    """Whether `value` is the id of a token, and not, say, True."""
+    return type(value) is int and 0 <= value < vocab_size
+
+
+def _spread_special_tokens(cfg: ModelConfig) -> None:
+    """Puts the first of several end tokens into eos_token_id and the others, once each, into more_eos_token_ids."""
+    first, rest = cfg.eos_token_id, list(cfg.more_eos_token_ids)
+    if isinstance(first, (list, tuple)) and first:
+        first, rest = first[0], [*first[1:], *rest]
+    if first is None and rest:
+        raise ValueError(f"more_eos_token_ids: got {rest} without an eos_token_id; give the first of them there")
+    distinct = [token for n, token in enumerate(rest) if token != first and token not in rest[:n]]
+    object.__setattr__(cfg, "eos_token_id", first)
+    object.__setattr__(cfg, "more_eos_token_ids", tuple(distinct))
+    if isinstance(cfg.bos_token_id, (list, tuple)) and len(cfg.bos_token_id) == 1:
+        object.__setattr__(cfg, "bos_token_id", cfg.bos_token_id[0])
 
 
 def _check_layers(cfg: ModelConfig) -> None:

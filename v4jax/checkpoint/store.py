@@ -229,13 +229,13 @@ def check_config(directory, cfg: ModelConfig) -> None:
     directory = local_path(directory, "directory")
     path = directory / "config.json"
     if path.exists():
-        old, new = ModelConfig.from_json(path).to_dict(), cfg.to_dict()
-        for name in new.keys() | old.keys():
-            if old.get(name) != new.get(name):
-                raise ValueError(
-                    f"{directory} holds a run of another model: {name} is {old.get(name)} there, {new.get(name)} here; "
-                    "choose another run directory"
-                )
+        old = ModelConfig.from_json(path)
+        if name := cfg.difference(old):
+            theirs, ours = old.to_dict().get(name), cfg.to_dict().get(name)
+            raise ValueError(
+                f"{directory} holds a run of another model: {name} is {theirs} there, {ours} here; "
+                "choose another run directory"
+            )
     elif directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty and holds no v4jax run; choose another run directory")
 

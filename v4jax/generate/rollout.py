@@ -38,7 +38,7 @@ class Plan:
 
     Attributes:
       samples: of each prompt. rows: sequences that run together. seed: of the first sample; the others count up from it.
-      stop_tokens: a sample ends with one of these; None: the end-of-text token.
+      stop_tokens: a sample ends with one of these; None: the model's end tokens.
 
     Raises:
       ValueError: a number below 1 (seed: 0).
@@ -72,7 +72,7 @@ def rollout(
     if jax.process_count() > 1:
         raise ValueError(f"rollout: one process writes the log; this job has {jax.process_count()}")
     log = _log_file(log)
-    stops = (cfg.eos_token_id,) if plan.stop_tokens is None else plan.stop_tokens
+    stops = cfg.eos_token_ids if plan.stop_tokens is None else plan.stop_tokens
     each = [prompt for prompt in prompts for _ in range(plan.samples)]
     seeds = [(plan.seed + job) % 2**32 for job in range(len(each))]
     check_request(cfg, each, seeds, plan.max_new_tokens, None, setting)

@@ -10,6 +10,7 @@ Next file to read: v4jax/train/report.py.
 
 import functools
 import itertools
+import logging
 import math
 import pathlib
 import shutil
@@ -27,6 +28,7 @@ from v4jax.checkpoint.export import carried_files, kinds_for, save_safetensors
 from v4jax.checkpoint.store import Store, check_config, write_config
 from v4jax.data.config import tokenizer_of
 from v4jax.data.store import prepare_cache
+from v4jax.generation_config import disagreement
 from v4jax.model.weights import Csa
 from v4jax.storage import folder_to_fill
 from v4jax.train.anticipate import Feed, compile_choice
@@ -66,6 +68,8 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     if cfg.export != "none":
         kinds_for(cfg.model, cfg.export)
     tokenizer = tokenizer_of(cfg.data)
+    if is_first() and (said := disagreement(cfg.model, tokenizer)):
+        logging.getLogger("v4jax").warning("%s", said)
     with jax.set_mesh(mesh):
         shardings = state_shardings(cfg, rules, mesh)
         place = batch_sharding(rules, mesh)

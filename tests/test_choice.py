@@ -1,4 +1,4 @@
-"""generation_config.json: its end tokens end rows, its values are defaults that are shown, and flags win."""
+"""generation_config.json: its end tokens end rows, its values are defaults, and flags win."""
 
 import argparse
 import io
@@ -26,8 +26,8 @@ from v4jax.train.config import TrainConfig
 
 TOKENIZER = ByteTokenizer(CHAT_TOKENS)
 MODEL = small_config(
-    vocab_size=TOKENIZER.vocab_size, compress_ratios=(4, 128, 0), num_hidden_layers=2, num_hash_layers=1, index_topk=8,
-    hidden_size=32, moe_intermediate_size=16,
+    vocab_size=TOKENIZER.vocab_size, compress_ratios=(4, 128, 0), num_hidden_layers=2,
+    num_hash_layers=1, index_topk=8, hidden_size=32, moe_intermediate_size=16,
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def choice(tmp_path, file, *flags):
     return choice_of(flags_of(tmp_path, *flags))
 
 
-# ---- choosing tokens -------------------------------------------------------------------------------------------------
+# ---- choosing tokens -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -49,17 +49,33 @@ def choice(tmp_path, file, *flags):
     [
         ({}, (), {}),
         ({"temperature": 0.6, "top_p": 0.95}, (), {"temperature": 0.6, "top_p": 0.95}),
-        ({"do_sample": True, "temperature": 1, "top_k": 5, "min_p": 0.1}, (), {"temperature": 1.0, "top_k": 5, "min_p": 0.1}),
+        (
+            {"do_sample": True, "temperature": 1, "top_k": 5, "min_p": 0.1},
+            (),
+            {"temperature": 1.0, "top_k": 5, "min_p": 0.1},
+        ),
         ({"do_sample": True}, (), {"temperature": 1.0}),
         ({"do_sample": True, "temperature": None, "top_p": None}, (), {"temperature": 1.0}),
         ({"do_sample": False, "temperature": 0.6, "top_p": 0.95}, (), {}),
         ({"temperature": 0, "top_p": 0.95}, (), {}),
         ({"top_p": 0.95}, (), {}),
         ({"temperature": 0.6, "top_p": 0.95}, ("--temperature", "0"), {}),
-        ({"temperature": 0.6, "top_p": 0.95}, ("--temperature", "2"), {"temperature": 2.0, "top_p": 0.95}),
+        (
+            {"temperature": 0.6, "top_p": 0.95},
+            ("--temperature", "2"),
+            {"temperature": 2.0, "top_p": 0.95},
+        ),
         ({"temperature": 0.6, "top_p": 0.95}, ("--top-p", "1"), {"temperature": 0.6}),
-        ({"do_sample": False, "top_p": 0.5}, ("--temperature", "2"), {"temperature": 2.0, "top_p": 0.5}),
-        ({}, ("--temperature", "2", "--top-k", "3", "--min-p", "0.2"), {"temperature": 2.0, "top_k": 3, "min_p": 0.2}),
+        (
+            {"do_sample": False, "top_p": 0.5},
+            ("--temperature", "2"),
+            {"temperature": 2.0, "top_p": 0.5},
+        ),
+        (
+            {},
+            ("--temperature", "2", "--top-k", "3", "--min-p", "0.2"),
+            {"temperature": 2.0, "top_k": 3, "min_p": 0.2},
+        ),
     ],
 )
 def test_flags_win_over_the_file_and_the_file_over_the_likeliest(file, flags, sampling, tmp_path):
@@ -75,7 +91,8 @@ def test_without_the_file_nothing_changes(tmp_path):
 @pytest.mark.parametrize(
     ("file", "flags", "ends", "line"),
     [
-        ({"_from_model_config": True, "transformers_version": "5.1", "pad_token_id": 2, "eos_token_id": 1}, (), (), ""),
+        ({"_from_model_config": True, "pad_token_id": 2, "eos_token_id": 1}, (), (), ""),
+        ({"transformers_version": "5.1", "use_cache": True, "num_beams": 1}, (), (), ""),
         ({"temperature": 0.6, "top_p": 0.95}, (), (), "temperature 0.6, top_p 0.95"),
         ({"temperature": 0.6, "top_p": 0.95}, ("--temperature", "0"), (), ""),
         ({"temperature": 0.6, "top_p": 0.95}, ("--temperature", "1"), (), "top_p 0.95"),
@@ -84,7 +101,7 @@ def test_without_the_file_nothing_changes(tmp_path):
         ({"max_new_tokens": 5}, (), (), "max_new_tokens 5, or what there is room for"),
         ({"max_new_tokens": 5}, ("--max-new-tokens", "6"), (), ""),
         (
-            {"temperature": 1, "repetition_penalty": 1.1, "num_beams": 1, "max_length": 20, "top_k": 4}, (), (),
+            {"temperature": 1, "repetition_penalty": 1.1, "max_length": 20, "top_k": 4}, (), (),
             "temperature 1, top_k 4; not used: repetition_penalty 1.1, max_length 20",
         ),
         ({"stop_strings": ["x"]}, (), (), "not used: stop_strings ['x']"),
@@ -92,11 +109,16 @@ def test_without_the_file_nothing_changes(tmp_path):
 )  # fmt: skip
 def test_the_line_says_what_counts_of_the_file_and_what_does_not(file, flags, ends, line, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(file))
-    assert choice_of(flags_of(tmp_path, *flags), ends).line == (f"generation_config.json: {line}" if line else "")
+    assert choice_of(flags_of(tmp_path, *flags), ends).line == (
+        f"generation_config.json: {line}" if line else ""
+    )
 
 
 def test_a_limit_of_the_file_gives_way_and_one_of_a_flag_does_not(tmp_path):
-    filed, flagged = choice(tmp_path, {"max_new_tokens": 50}), choice(tmp_path, {"max_new_tokens": 50}, "--max-new-tokens", "60")
+    filed, flagged = (
+        choice(tmp_path, {"max_new_tokens": 50}),
+        choice(tmp_path, {"max_new_tokens": 50}, "--max-new-tokens", "60"),
+    )
     assert [filed.most(10, room) for room in (100, 60, 59, 12, 10)] == [50, 50, 49, 2, 1]
     assert [flagged.most(10, room) for room in (100, 60)] == [60, 60]
 
@@ -123,9 +145,13 @@ BAD = [
 
 
 @pytest.mark.parametrize(("file", "words"), BAD, ids=[words for _, words in BAD])
-def test_a_bad_file_is_refused_in_one_line_before_the_weights_are_read(file, words, tmp_path, monkeypatch, capsys):
+def test_a_bad_file_is_refused_in_one_line_before_the_weights_are_read(
+    file, words, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "config.json").write_text(json.dumps(CFG.to_dict()))
-    (tmp_path / "generation_config.json").write_text(file if isinstance(file, str) else json.dumps(file))
+    (tmp_path / "generation_config.json").write_text(
+        file if isinstance(file, str) else json.dumps(file)
+    )
     monkeypatch.setattr(command, "load", lambda *_: pytest.fail("the weights were read"))
     assert cli.main(["generate", str(tmp_path), "--tokens", "1"]) == 2
     out, err = capsys.readouterr()
@@ -147,14 +173,14 @@ def test_the_help_says_where_defaults_come_from():
         assert "else 0)" in texts["temperature"]
 
 
-# ---- end tokens ------------------------------------------------------------------------------------------------------
+# ---- end tokens ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("config", "file", "ids"),
     [
-        (1, None, (1,)), (1, 7, (1, 7)), ([1, 7], [9, 7, 1], (1, 7, 9)), (None, [7, 5], (7, 5)), (None, None, ()),
-        ([1, 7], 1, (1, 7)), (1, [], (1,)),
+        (1, None, (1,)), (1, 7, (1, 7)), ([1, 7], [9, 7, 1], (1, 7, 9)), ([1, 7], 1, (1, 7)),
+        (1, [], (1,)), (None, [7, 5], (7, 5)), (None, None, ()),
     ],
 )  # fmt: skip
 def test_both_files_count(config, file, ids, tmp_path):
@@ -163,44 +189,58 @@ def test_both_files_count(config, file, ids, tmp_path):
     assert with_end_tokens(v4jax.ModelConfig.from_json(tmp_path), tmp_path).eos_token_ids == ids
 
 
-@pytest.mark.parametrize("said", [[6, 5, 6], None])
-def test_exports_and_conversions_say_what_their_source_said(said, tmp_path):
+@pytest.mark.parametrize(("said", "ids"), [([6, 5, 6], (6, 5, 9)), (None, (5, 9))])
+def test_exports_and_conversions_say_what_their_source_said(said, ids, tmp_path):
     source = write(tmp_path / "in", raw=CFG.to_dict() | {"eos_token_id": said, "pad_token_id": 2})
     (source / "generation_config.json").write_text('{"eos_token_id": [5, 9], "top_p": 0.5}')
     convert(source, tmp_path / "store", format="orbax")
     convert(tmp_path / "store", tmp_path / "back")
     loaded, params = v4jax.load(source)
-    v4jax.save_safetensors(loaded, params, tmp_path / "alone")  # which has no generation_config.json
-    assert v4jax.ModelConfig.from_json(tmp_path / "alone").eos_token_ids == loaded.eos_token_ids == (*(said or [])[:2], *[5, 9][bool(said) :])
+    v4jax.save_safetensors(
+        loaded, params, tmp_path / "alone"
+    )  # which has no generation_config.json
+    assert (
+        v4jax.ModelConfig.from_json(tmp_path / "alone").eos_token_ids == loaded.eos_token_ids == ids
+    )
     v4jax.save_safetensors(loaded, params, tmp_path / "saved", source=source)
     for name in ("store", "back", "saved"):
         raw = json.loads((tmp_path / name / "config.json").read_text())
         assert (raw["eos_token_id"], raw["pad_token_id"]) == (said, 2), name
-        assert (tmp_path / name / "generation_config.json").read_text() == (source / "generation_config.json").read_text()
+        assert (tmp_path / name / "generation_config.json").read_text() == (
+            source / "generation_config.json"
+        ).read_text()
 
 
 def test_an_export_ends_where_its_source_and_its_config_end(tmp_path):
     """A model written in Python knows one end token; what it was trained from may know more."""
-    style = {"layer_types": ["sliding_attention"] * 2 + ["compressed_sparse_attention", "heavily_compressed_attention"] * 2
-             + ["compressed_sparse_attention"]}  # fmt: skip
+    names = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
+    style = {"layer_types": [names[n] for n in (0, 0, 1, 2, 1, 2, 1)]}
     for raw in (CFG.to_dict(), CFG.to_dict() | style):
         source = write(tmp_path / f"in{len(raw)}", raw=raw | {"eos_token_id": [1, 7]})
-        for n, (cfg, ends) in enumerate([(CFG, [1, 7]), (CFG.replace(more_eos_token_ids=(9,)), [1, 7, 9])]):
+        for n, (cfg, ends) in enumerate(
+            [(CFG, [1, 7]), (CFG.replace(more_eos_token_ids=(9,)), [1, 7, 9])]
+        ):
             v4jax.save_safetensors(cfg, PARAMS, source / f"out{n}", source=source)
-            assert json.loads((source / f"out{n}" / "config.json").read_text())["eos_token_id"] == ends
+            assert (
+                json.loads((source / f"out{n}" / "config.json").read_text())["eos_token_id"] == ends
+            )
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """Of a model whose greedy text depends on its prompt; with the tokenizer of a chat."""
     folder = tmp_path_factory.mktemp("choice") / "model"
-    params = jax.tree.map(lambda a: a if a.ndim < 2 or a.shape[-1] == 2 else a * np.float32(0.1), random_params(MODEL))
+    params = jax.tree.map(
+        lambda a: a if a.ndim < 2 or a.shape[-1] == 2 else a * np.float32(0.1), random_params(MODEL)
+    )
     v4jax.save_safetensors(MODEL, params, folder, dtype="float32")
     TOKENIZER.save(folder)
     return folder
 
 
-def test_generate_ends_at_all_of_them_and_shows_what_the_file_decides(checkpoint, tmp_path, monkeypatch, capsys):
+def test_generate_ends_at_all_of_them_and_shows_what_the_file_decides(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
     text = "abcde"
     asked = []
 
@@ -209,7 +249,9 @@ def test_generate_ends_at_all_of_them_and_shows_what_the_file_decides(checkpoint
         asked.append((setting.sampling, most))
         tokens = TOKENIZER.encode(text)
         end = next((n for n in range(1, len(tokens) + 1) if stop(0, tokens[:n])), None)
-        return [Completion(tokens[:end], [0.0] * len(tokens[:end]), "length" if end is None else "stop")]
+        return [
+            Completion(tokens[:end], [0.0] * len(tokens[:end]), "length" if end is None else "stop")
+        ]
 
     def run(*flags, **said):
         folder = tmp_path / f"m{len(list(tmp_path.iterdir()))}"
@@ -228,19 +270,31 @@ def test_generate_ends_at_all_of_them_and_shows_what_the_file_decides(checkpoint
     assert run(config=MODEL.to_dict() | {"eos_token_id": [1, d, b, d]}) == ("xa\n", "")
     line = "v4jax: generation_config.json: "
     said = {"eos_token_id": [1, d, b], "do_sample": False}
-    assert run(generation_config=said) == ("xa\n", f"{line}temperature 0 (do_sample is false), rows also end at {d}, {b}\n")
+    assert run(generation_config=said) == (
+        "xa\n",
+        f"{line}temperature 0 (do_sample is false), rows also end at {d}, {b}\n",
+    )
     assert run("--stop-tokens", f"{d}", generation_config={"eos_token_id": b}) == ("xabc\n", "")
-    assert {sampling for sampling, _ in asked} == {Sampling()} and {most for _, most in asked} == {64}
+    assert {sampling for sampling, _ in asked} == {Sampling()} and {most for _, most in asked} == {
+        64
+    }
     hot = {"temperature": 1.7, "top_k": 50, "max_new_tokens": 4}
     shown = run(generation_config=hot)
-    assert shown == ("xabcde\n", f"{line}temperature 1.7, top_k 50, max_new_tokens 4, or what there is room for\n")
+    assert shown == (
+        "xabcde\n",
+        f"{line}temperature 1.7, top_k 50, max_new_tokens 4, or what there is room for\n",
+    )
     shown = run("--json", "--temperature", "0", generation_config=hot)
-    assert json.loads(shown.out)["text"] == "abcde" and shown.err.startswith(f"{line}max_new_tokens 4")
+    assert json.loads(shown.out)["text"] == "abcde" and shown.err.startswith(
+        f"{line}max_new_tokens 4"
+    )
     assert asked[-2:] == [(Sampling(temperature=1.7, top_k=50), 4), (Sampling(), 4)]
 
 
-def test_a_chat_ends_at_the_files_tokens_too_and_keeps_the_turn(checkpoint, monkeypatch, capsys, tmp_path):
-    """An answer that ends with another token than the format's is one of the format all the same."""
+def test_a_chat_ends_at_the_files_tokens_too_and_keeps_the_turn(
+    checkpoint, monkeypatch, capsys, tmp_path
+):
+    """An answer that ends with another token than the format's still is one of the format."""
     other, prompts, allowed = TOKENIZER.encode("~")[0], [], []
 
     class Script:
@@ -257,7 +311,9 @@ def test_a_chat_ends_at_the_files_tokens_too_and_keeps_the_turn(checkpoint, monk
 
     for path in checkpoint.iterdir():
         (tmp_path / path.name).hardlink_to(path)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, other], "max_new_tokens": 100}))
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [1, other], "max_new_tokens": 100})
+    )
     monkeypatch.setattr(chat, "Row", Script)
     monkeypatch.setattr("sys.stdin", io.StringIO("x\ny\n"))
     assert cli.main(["chat", str(tmp_path), "--cache-tokens", "70"]) == 0
@@ -269,7 +325,21 @@ def test_a_chat_ends_at_the_files_tokens_too_and_keeps_the_turn(checkpoint, monk
     assert allowed == [70 - len(prompt) for prompt in prompts]
 
 
-# ---- tokenizers that disagree ----------------------------------------------------------------------------------------
+def test_the_sample_of_a_run_ends_at_them(tmp_path, monkeypatch):
+    TOKENIZER.save(tmp_path)
+    listed = MODEL.replace(more_eos_token_ids=tuple(TOKENIZER.encode("c")))
+    completion = Completion(TOKENIZER.encode("abc"), [0.0] * 3, "stop")
+    monkeypatch.setattr("v4jax.api.load", lambda *_, **__: (listed, None))
+    monkeypatch.setattr("v4jax.generate.decode.generate", lambda *_, **__: [completion])
+    cfg = TrainConfig(
+        model=MODEL, run_dir=str(tmp_path), steps=1, batch_size=1, seq_len=8, learning_rate=1e-3,
+        warmup_steps=0, sample_prompt="x", sample_tokens=3,
+    )  # fmt: skip
+    assert cli._sample(cfg) == {"sample": "xab"}
+    assert (tmp_path / "sample.txt").read_text() == "xab"
+
+
+# ---- tokenizers that disagree --------------------------------------------------------------------
 
 
 class Odd(ByteTokenizer):
@@ -282,9 +352,10 @@ def test_special_tokens_that_disagree_are_named():
     assert disagreement(MODEL, TOKENIZER) == ""
     assert disagreement(MODEL.ending_at([6]).replace(bos_token_id=None), Odd()) == ""
     assert disagreement(MODEL, Odd()) == (
-        "the tokenizer's end token is 6, and rows end at 1; the tokenizer's begin token is 5, and config.json's is 0"
+        "the tokenizer's end token is 6, but rows end at 1; "
+        "the tokenizer's begin token is 5, but config.json has 0"
     )
-    assert "and rows end at nothing" in disagreement(MODEL.replace(eos_token_id=None), Odd())
+    assert "but rows end at nothing" in disagreement(MODEL.replace(eos_token_id=None), Odd())
 
 
 def test_generate_and_train_say_so_in_one_line(checkpoint, tmp_path, monkeypatch, capsys, caplog):
@@ -298,7 +369,13 @@ def test_generate_and_train_say_so_in_one_line(checkpoint, tmp_path, monkeypatch
     assert capsys.readouterr().err == f"v4jax: {said}\nv4jax: enough\n"
     monkeypatch.setattr(loop, "tokenizer_of", lambda _: Odd())
     cfg = TrainConfig(
-        model=MODEL, run_dir=str(tmp_path / "run"), steps=1, batch_size=1, seq_len=8, learning_rate=1e-3, warmup_steps=0
+        model=MODEL,
+        run_dir=str(tmp_path / "run"),
+        steps=1,
+        batch_size=1,
+        seq_len=8,
+        learning_rate=1e-3,
+        warmup_steps=0,
     )
     monkeypatch.setattr(loop, "state_shardings", enough)
     with pytest.raises(ValueError, match="enough"):

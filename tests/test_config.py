@@ -82,7 +82,10 @@ def test_keys_that_describe_no_equation_are_ignored():
 @pytest.mark.parametrize("style", [official, transformers_style])
 @pytest.mark.parametrize(
     ("said", "ids", "written"),
-    [(5, (5,), 5), ([5], (5,), 5), ([5, 6], (5, 6), [5, 6]), ([6, 5, 6, 5], (6, 5), [6, 5]), (None, (), None)],
+    [
+        (5, (5,), 5), ([5], (5,), 5), ([5, 6], (5, 6), [5, 6]), ([6, 5, 6, 5], (6, 5), [6, 5]),
+        (None, (), None),
+    ],
 )
 def test_every_end_token_is_read_and_written_back(style, said, ids, written):
     cfg = ModelConfig.from_dict(style() | {"eos_token_id": said})
@@ -94,8 +97,8 @@ def test_every_end_token_is_read_and_written_back(style, said, ids, written):
 
 
 def test_a_missing_end_token_is_the_released_one_and_a_config_takes_a_list():
-    raw = changed(official(), {"eos_token_id": DROP, "bos_token_id": DROP})
-    assert (ModelConfig.from_dict(raw).eos_token_ids, ModelConfig.from_dict(raw).bos_token_id) == ((1,), 0)
+    cfg = ModelConfig.from_dict(changed(official(), {"eos_token_id": DROP, "bos_token_id": DROP}))
+    assert (cfg.eos_token_ids, cfg.bos_token_id) == ((1,), 0)
     assert small_config(eos_token_id=[7, 1, 7]).eos_token_ids == (7, 1)
     assert small_config(eos_token_id=7, more_eos_token_ids=(7, 1)).eos_token_ids == (7, 1)
     assert small_config().replace(eos_token_id=9).eos_token_ids == (9,)

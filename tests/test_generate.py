@@ -94,7 +94,7 @@ def cut(tokens, ends):
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("speculative", [False, True])
 def test_a_row_ends_at_the_first_of_all_end_tokens(model, speculative, order):
-    """Each row at another one, in the programs of the test above; neither their order nor a second mention matters."""
+    """Neither their order nor repetition matters. The programs are those of the test above."""
     cfg, params = model
     prompts = [np.random.default_rng(7).integers(0, cfg.vocab_size, n).tolist() for n in (118, 1, 9)]
     setting = Setting(sampling=Sampling(temperature=1.2), speculative=speculative)

@@ -55,7 +55,8 @@ def test_samples_end_at_every_end_token_of_the_model(model, whole, tmp_path):
     cfg, params = model
     ends = (4, whole[0][0][0].tokens[2], cfg.eos_token_id)
     plan = dataclasses.replace(PLAN, stop_tokens=None)
-    samples = rollout(cfg.replace(more_eos_token_ids=ends[:2]), params, PROMPTS, plan, tmp_path / "log", setting=WARM)
+    cfg = cfg.replace(more_eos_token_ids=ends[:2])
+    samples = rollout(cfg, params, PROMPTS, plan, tmp_path / "log", setting=WARM)
     for before, now in zip(sum(whole[0], []), sum(samples, []), strict=True):
         assert now.tokens == cut(before.tokens, ends)
         assert now.ended == ("stop" if now.tokens[-1] in ends else "length")

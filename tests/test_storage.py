@@ -1,4 +1,4 @@
-"""Paths: what is no path on this machine is refused in one line that names it, everywhere; ~ is a home directory everywhere."""
+"""Paths: what is no path on this machine is refused by name in one line; ~ is a home directory."""
 
 import argparse
 import json
@@ -32,13 +32,21 @@ from v4jax.train.picture import write_summary
 from v4jax.train.report import read_metrics
 
 BUCKET = "gs://bucket/x"
-WORDS = "must be a path on this machine; buckets (gs://, s3://) and other addresses are not supported yet"
+WORDS = "must be a path on this machine; buckets (gs://, s3://, ...) are not supported yet"
 ROOT = pathlib.Path(__file__).parent.parent
 MODEL = small_config()
 
 
 def run_of(**changes):
-    fields = dict(model=MODEL, run_dir="r", steps=1, batch_size=1, seq_len=8, learning_rate=1e-3, warmup_steps=0)
+    fields = dict(
+        model=MODEL,
+        run_dir="r",
+        steps=1,
+        batch_size=1,
+        seq_len=8,
+        learning_rate=1e-3,
+        warmup_steps=0,
+    )
     return TrainConfig(**fields | changes)
 
 
@@ -51,7 +59,7 @@ def empty_folder(tmp_path, monkeypatch):
     return folder
 
 
-# ---- one path --------------------------------------------------------------------------------------------------------
+# ---- one path ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given", [
@@ -70,7 +78,7 @@ def test_an_address_is_refused_as_text_and_as_pathlib_folds_it(given):
         ("", "must not be empty"),
         ("a\0b", "must not hold a NUL character"),
         ("a/" + "x" * 300 + "/b", "has a name of 300 bytes; a file system takes at most 255"),
-        ("\ud800", "must be text that a file's name can hold"),
+        ("\ud800", "must be text that a file name can hold"),
         ("~nobody-of-that-name/x", "there is no user 'nobody-of-that-name' with a home directory"),
         (None, "got None; must be a path"),
         (3, "got 3; must be a path"),
@@ -80,7 +88,9 @@ def test_an_address_is_refused_as_text_and_as_pathlib_folds_it(given):
 def test_what_no_file_can_be_called_is_refused(given, words):
     with pytest.raises(ValueError, match="^out: got ") as error:
         local_path(given, "out")
-    assert words in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert (
+        words in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+    )
 
 
 def test_homes_are_expanded_and_nothing_else_changes(tmp_path, monkeypatch):
@@ -97,17 +107,27 @@ def test_what_was_read_once_stays_as_it_is(text, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     once = local_path(text, "x")
     assert local_path(once, "x") == local_path(str(once), "x") == once
-    assert once.absolute() == pathlib.Path(os.path.expanduser(text)).absolute() if text[0] != "." else once.is_absolute()
+    assert (
+        once.absolute() == pathlib.Path(os.path.expanduser(text)).absolute()
+        if text[0] != "."
+        else once.is_absolute()
+    )
 
 
 def test_a_place_for_a_folder_or_a_file_is_checked_and_not_made(tmp_path):
     (tmp_path / "file").write_text("")
     assert folder_to_fill(tmp_path / "a/b/c", "run_dir") == tmp_path / "a/b/c"
-    assert file_to_write(tmp_path / "new", "out") == tmp_path / "new" and file_to_write(tmp_path / "file", "out")
+    assert file_to_write(tmp_path / "new", "out") == tmp_path / "new" and file_to_write(
+        tmp_path / "file", "out"
+    )
     for bad in (tmp_path / "file", tmp_path / "file/run"):
-        with pytest.raises(ValueError, match=f"^run_dir: got {bad}; {tmp_path}/file is not a folder$"):
+        with pytest.raises(
+            ValueError, match=f"^run_dir: got {bad}; {tmp_path}/file is not a folder$"
+        ):
             folder_to_fill(bad, "run_dir")
-    with pytest.raises(ValueError, match=f"^out: got {tmp_path}/a/new; its folder {tmp_path}/a does not exist$"):
+    with pytest.raises(
+        ValueError, match=f"^out: got {tmp_path}/a/new; its folder {tmp_path}/a does not exist$"
+    ):
         file_to_write(tmp_path / "a/new", "out")
     with pytest.raises(ValueError, match=f"^out: got {tmp_path}; must be a file, and is a folder$"):
         file_to_write(tmp_path, "out")
@@ -119,13 +139,17 @@ def test_a_place_for_a_folder_or_a_file_is_checked_and_not_made(tmp_path):
 
 def test_a_place_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(ValueError, match=f"^run_dir: got {tmp_path}/a/b; {tmp_path} may not be written to$"):
+    with pytest.raises(
+        ValueError, match=f"^run_dir: got {tmp_path}/a/b; {tmp_path} may not be written to$"
+    ):
         folder_to_fill(tmp_path / "a/b", "run_dir")
-    with pytest.raises(ValueError, match=f"^out: got {tmp_path}/a; its folder {tmp_path} may not be written to$"):
+    with pytest.raises(
+        ValueError, match=f"^out: got {tmp_path}/a; its folder {tmp_path} may not be written to$"
+    ):
         file_to_write(tmp_path / "a", "out")
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 COMMAND_LINES = {
     ("train", "config"): "train {path}",
@@ -148,7 +172,10 @@ COMMAND_LINES = {
 OVERRIDES = ("run-dir", "init-from", "data.source", "data.tokenizer", "data.cache")
 ALL_LINES = [
     *((where[1], line) for where, line in COMMAND_LINES.items()),
-    *((name.rpartition(".")[2].replace("-", "_"), f"train {{cfg}} --{name} {{path}}") for name in OVERRIDES),
+    *(
+        (name.rpartition(".")[2].replace("-", "_"), f"train {{cfg}} --{name} {{path}}")
+        for name in OVERRIDES
+    ),
     ("target", "layout {cfg} --target {path}.json:8"),
     ("target", "layout {cfg} --target {path}"),
     ("argument target", "convert {ckpt} {path} --verify"),
@@ -157,7 +184,10 @@ CONFIG = """
 from configs.models import flash
 from v4jax.train.config import TrainConfig
 def get_config():
-    return TrainConfig(model=flash(), run_dir="r", steps=1, batch_size=1, seq_len=8, learning_rate=1e-3, warmup_steps=0)
+    return TrainConfig(
+        model=flash(), run_dir="r", steps=1, batch_size=1, seq_len=8, learning_rate=1e-3,
+        warmup_steps=0,
+    )
 """
 
 
@@ -191,11 +221,15 @@ def test_every_command_refuses_a_bucket_in_one_line(
 ):
     monkeypatch.syspath_prepend(ROOT)
     np.save("t.npy", np.zeros((1, 4), np.int32))
-    before = {path: path.read_bytes() for path in (*empty_folder.rglob("*"), *checkpoint.rglob("*")) if path.is_file()}
+    before = {
+        path: path.read_bytes()
+        for path in (*empty_folder.rglob("*"), *checkpoint.rglob("*"))
+        if path.is_file()
+    }
     code = cli.main(line.format(path=address, ckpt=checkpoint, cfg=config_file).split())
     out, err = capsys.readouterr()
     assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert name in err and f"got '{address}" in err and "buckets (gs://, s3://)" in err
+    assert name in err and f"got '{address}" in err and "buckets (gs://, s3://, ...)" in err
     assert [path.name for path in empty_folder.iterdir()] == ["t.npy"]
     assert before == {path: path.read_bytes() for path in before}
 
@@ -203,18 +237,36 @@ def test_every_command_refuses_a_bucket_in_one_line(
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("score {ckpt} --tokens t.npy --out none/o.npz", "argument --out: got none/o.npz; its folder none does not exist"),
-        ("score {ckpt} --tokens t.npy --out .", "argument --out: got .; must be a file, and is a folder"),
-        ("layout {cfg} --report none/x.html", "argument --report: got none/x.html; its folder none does not exist"),
-        ("layout {cfg} --stablehlo none/x", "argument --stablehlo: got none/x; its folder none does not exist"),
-        ("layout --measure none/x.json", "argument --measure: got none/x.json; its folder none does not exist"),
+        (
+            "score {ckpt} --tokens t.npy --out none/o.npz",
+            "argument --out: got none/o.npz; its folder none does not exist",
+        ),
+        (
+            "score {ckpt} --tokens t.npy --out .",
+            "argument --out: got .; must be a file, and is a folder",
+        ),
+        (
+            "layout {cfg} --report none/x.html",
+            "argument --report: got none/x.html; its folder none does not exist",
+        ),
+        (
+            "layout {cfg} --stablehlo none/x",
+            "argument --stablehlo: got none/x; its folder none does not exist",
+        ),
+        (
+            "layout --measure none/x.json",
+            "argument --measure: got none/x.json; its folder none does not exist",
+        ),
         ("train {cfg} --run-dir t.npy", "run_dir: got t.npy; t.npy is not a folder"),
         ("train {cfg} --run-dir t.npy/run", "run_dir: got t.npy/run;"),
         ("train {cfg} --run-dir=", "run_dir: got ''; must not be empty"),
         ("train {cfg} --data.cache t.npy", "cache: got t.npy; t.npy is not a folder"),
         ("train {cfg} --init-from none", "none: no such file"),
         ("convert {ckpt} t.npy/out", "t.npy is not a folder"),
-        ("generate {ckpt} --tokens 1 --prefix-cache t.npy", "prefix cache: got t.npy; t.npy is not a folder"),
+        (
+            "generate {ckpt} --tokens 1 --prefix-cache t.npy",
+            "prefix cache: got t.npy; t.npy is not a folder",
+        ),
         ("score t.npy --tokens t.npy --out o.npz", "t.npy: is a file, not a directory"),
     ],
 )
@@ -232,13 +284,16 @@ def test_a_place_of_the_wrong_kind_is_refused_before_work(
     assert [path.name for path in empty_folder.iterdir()] == ["t.npy"]
 
 
-# ---- Python ----------------------------------------------------------------------------------------------------------
+# ---- Python --------------------------------------------------------------------------------------
 
 CALLS = {
     "load": (v4jax.load, "path"),
     "from_json": (v4jax.ModelConfig.from_json, "path"),
     "save_safetensors": (lambda path: v4jax.save_safetensors(CFG, PARAMS, path), "directory"),
-    "save_safetensors source": (lambda path: v4jax.save_safetensors(CFG, PARAMS, "out", source=path), "source"),
+    "save_safetensors source": (
+        lambda path: v4jax.save_safetensors(CFG, PARAMS, "out", source=path),
+        "source",
+    ),
     "load_onto": (lambda path: load_onto(path, CFG, "float32", {}), "directory"),
     "load_safetensors": (load_safetensors, "directory"),
     "open_safetensors": (open_safetensors, "directory"),
@@ -267,7 +322,12 @@ CALLS = {
     "mixture": (lambda path: DataConfig(mixture=(Source(path=path),)), "path"),
     "evaluate_on": (lambda path: DataConfig(evaluate_on=(Source(path=path, name="b"),)), "path"),
     "check_store": (lambda path: check_store(path, 1), "prefix cache"),
-    "rollout": (lambda path: rollout(CFG, PARAMS, [[1]], Plan(samples=1, max_new_tokens=1), path, setting=Setting()), "log"),
+    "rollout": (
+        lambda path: rollout(
+            CFG, PARAMS, [[1]], Plan(samples=1, max_new_tokens=1), path, setting=Setting()
+        ),
+        "log",
+    ),
     "write_summary": (write_summary, "run"),
     "read_metrics": (read_metrics, "run"),
     "target_of": (target_of, "target"),
@@ -290,14 +350,24 @@ def test_home_is_understood_by_commands_and_functions(tmp_path, monkeypatch, cap
     write(home / "model")
     (home / "chip.json").write_text((ROOT / "v4jax/layout/cpu.json").read_text())
     ByteTokenizer().save("~/model")
-    assert v4jax.ModelConfig.from_json("~/model") == v4jax.ModelConfig.from_json("~/model/config.json") == CFG
-    assert load_tokenizer("~/model").vocab_size == tokenizer_of(DataConfig(tokenizer="~/model")).vocab_size
+    assert (
+        v4jax.ModelConfig.from_json("~/model")
+        == v4jax.ModelConfig.from_json("~/model/config.json")
+        == CFG
+    )
+    assert (
+        load_tokenizer("~/model").vocab_size
+        == tokenizer_of(DataConfig(tokenizer="~/model")).vocab_size
+    )
     assert open_safetensors("~/model").cfg == CFG and not is_run("~/model")
     assert target_of("~/chip.json:8").devices == 8
     assert cli.main(["convert", "~/model", "~/out"]) == 0
     assert cli.main(["cost", "~/model/config.json", "--json"]) == 0
     np.save(home / "t.npy", np.zeros((1, 4), np.int32))
-    assert read_tokens("~/t.npy", 9).shape == (1, 4) and file_to_write("~/o.npz", "out") == home / "o.npz"
+    assert (
+        read_tokens("~/t.npy", 9).shape == (1, 4)
+        and file_to_write("~/o.npz", "out") == home / "o.npz"
+    )
     assert (home / "out/config.json").is_file()
     (home / "run").mkdir()
     (home / "run/metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n")

@@ -52,13 +52,16 @@ def load(path, dtype: str = "float32", mesh: str | None = None, layout: str | No
     plain_dtype(dtype)
     path = local_path(path, "path")
     if not path.is_dir():
-        raise ValueError(f"{path}: {'is a file, not a' if path.exists() else 'no such'} directory; expected config.json + safetensors, or a v4jax run")
+        fault = "is a file, not a" if path.exists() else "no such"
+        expected = "expected config.json + safetensors, or a v4jax run"
+        raise ValueError(f"{path}: {fault} directory; {expected}")
     cfg = ModelConfig.from_json(path)
     device_mesh, rules = place_on(mesh, layout)
     if not is_run(path):
         cfg = open_safetensors(path).cfg  # less MTP, where transformers wrote it
     ending = with_end_tokens(cfg, path)
-    return ending, load_onto(path, cfg, dtype, named_shardings(device_mesh, rules, abstract_params(cfg), param_axes(cfg)))
+    places = named_shardings(device_mesh, rules, abstract_params(cfg), param_axes(cfg))
+    return ending, load_onto(path, cfg, dtype, places)
 
 
 def load_onto(path, cfg: ModelConfig, dtype: str, places):

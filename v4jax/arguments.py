@@ -21,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _checked(read: Callable) -> Callable[[str], str]:
-    """The argparse type of a path that `read` (of v4jax/storage.py) takes; the parser names the flag."""
+    """The argparse type of a path that `read` (see v4jax/storage.py) accepts."""
 
     def path(text: str) -> str:
         try:
@@ -65,18 +65,24 @@ def _quant(sub):
 def _continues(sub, tokens):
     sub.set_defaults(default_new_tokens=tokens)
     default = "default: the checkpoint's generation_config.json, else "
-    sub.add_argument("--max-new-tokens", type=int, help=f"tokens to add at most, 1 or more ({default}{tokens})")
-    sub.add_argument("--temperature", type=float, help=f"0 or more; 0 takes the likeliest token ({default}0)")
+    sub.add_argument(
+        "--max-new-tokens", type=int, help=f"tokens to add at most, 1 or more ({default}{tokens})"
+    )
+    sub.add_argument(
+        "--temperature", type=float, help=f"0 or more; 0 takes the likeliest token ({default}0)"
+    )
     sub.add_argument(
         "--top-p", type=float,
-        help=f"sample from the likeliest tokens whose probabilities add up to this, above 0 to 1 ({default}1: all)",
+        help="sample from the likeliest tokens whose probabilities add up to this, above 0 to 1 "
+        f"({default}1: all)",
     )  # fmt: skip
     sub.add_argument(
         "--top-k", type=int, help=f"sample from this number of likeliest tokens ({default}0: all)"
     )
     sub.add_argument(
         "--min-p", type=float,
-        help=f"sample from tokens at least this share as probable as the likeliest, 0 to 1 ({default}0: all)",
+        help="sample from tokens at least this share as probable as the likeliest, 0 to 1 "
+        f"({default}0: all)",
     )  # fmt: skip
     _quant(sub)
     sub.add_argument(
@@ -90,7 +96,9 @@ def _continues(sub, tokens):
 
 
 def _train(sub):
-    sub.add_argument("config", nargs="?", type=PATH, help="CONFIG.py, a Python file with get_config()")
+    sub.add_argument(
+        "config", nargs="?", type=PATH, help="CONFIG.py, a Python file with get_config()"
+    )
     sub.add_argument("--dry-run", action="store_true", help="print the plan, stage by stage, and run nothing")
 
 
@@ -118,7 +126,9 @@ def _generate(sub):
 
 
 def _chat(sub):
-    sub.add_argument("checkpoint", type=PATH, help="with the tokenizer of a DeepSeek-V4 release, or 'byte-chat'")
+    sub.add_argument(
+        "checkpoint", type=PATH, help="with the tokenizer of a DeepSeek-V4 release, or 'byte-chat'"
+    )
     sub.add_argument(
         "--thinking", default="chat", choices=("chat", "thinking"), help="thinking: reason before each answer (default chat)"
     )
@@ -187,8 +197,9 @@ def _layout(sub):
     sub.add_argument("--confirm", type=int, default=0, metavar="K", help="with --search: compile the best K (default 0)")
     sub.add_argument("--compare", nargs=2, metavar=("A", "B"), help="show two layouts side by side, each LAYOUT:MESH")
     sub.add_argument(
-        "--report", metavar="OUT.html", type=NEW_FILE, help="write one page that works offline (of a search: of its winner)"
-    )
+        "--report", metavar="OUT.html", type=NEW_FILE,
+        help="write one page that works offline (of a search: of its winner)",
+    )  # fmt: skip
     sub.add_argument(
         "--stablehlo", metavar="OUT", type=NEW_FILE,
         help="write the step as a portable module (extra `export`); nothing else is done",

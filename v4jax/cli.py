@@ -126,7 +126,8 @@ def _sample(cfg) -> dict:
             model, params, [prompt], cfg.sample_tokens, seeds=[cfg.seed],
             setting=Setting(rules=rules, dtype=cfg.dtype, sampling=Sampling(temperature=0.7)),
         )  # fmt: skip
-    text = cfg.sample_prompt + TextStop(model.eos_token_ids, tokenizer=tokenizer).text(completion.tokens)
+    stop = TextStop(model.eos_token_ids, tokenizer=tokenizer)
+    text = cfg.sample_prompt + stop.text(completion.tokens)
     if not is_first():
         return {}
     (local_path(cfg.run_dir, "run_dir") / "sample.txt").write_text(text)

@@ -164,9 +164,10 @@ class ModelConfig:
     bos_token_id: int | None = 0
     """Token that begins a document; None: no token does."""
     eos_token_id: int | None = 1
-    """Token that ends a document: the first of config.json's list, if it has one. None: no token does."""
+    """Token that ends a document, the first of config.json's if it lists several; None: no token
+    does."""
     more_eos_token_ids: tuple[int, ...] = dataclasses.field(default=(), compare=False)
-    """Other tokens that end a generated row. Configurations that differ in nothing else are equal."""
+    """Further tokens that end a generated row. Configs that differ in nothing else are equal."""
 
     def __post_init__(self):
         object.__setattr__(self, "compress_ratios", tuple(self.compress_ratios))
@@ -179,7 +180,7 @@ class ModelConfig:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """All tokens that end a generated row; the one that ends a training document comes first."""
+        """All tokens that end a generated row, eos_token_id first."""
         return () if self.eos_token_id is None else (self.eos_token_id, *self.more_eos_token_ids)
 
     @property
@@ -264,11 +265,13 @@ class ModelConfig:
 
     def ending_at(self, tokens: Iterable[int]) -> "ModelConfig":
         """The same model, whose rows end at these tokens too."""
-        return self.replace(eos_token_id=[*self.eos_token_ids, *tokens] or None, more_eos_token_ids=())
+        ends = [*self.eos_token_ids, *tokens]
+        return self.replace(eos_token_id=ends or None, more_eos_token_ids=())
 
     def difference(self, other: "ModelConfig") -> str | None:
-        """The first key of config.json that tells this model from `other`; None for one model, whatever else ends its rows."""
-        ours, theirs = (cfg.replace(more_eos_token_ids=()).to_dict() for cfg in (self, other))
+        """The first key of config.json in which two models differ, further end tokens apart."""
+        ours = self.replace(more_eos_token_ids=()).to_dict()
+        theirs = other.replace(more_eos_token_ids=()).to_dict()
         return next((name for name in ours | theirs if ours.get(name) != theirs.get(name)), None)
 
 
@@ -318,8 +321,10 @@ def _check_sizes(cfg: ModelConfig) -> None:
             raise ValueError(f"{name}: got {value!r}; must be a number above 0")
     if type(cfg.num_nextn_predict_layers) is not int or cfg.num_nextn_predict_layers not in (0, 1):
         raise ValueError(f"num_nextn_predict_layers: got {cfg.num_nextn_predict_layers!r}; allowed: 0 or 1")
-    ids = [(name, getattr(cfg, name)) for name in ("bos_token_id", "eos_token_id") if getattr(cfg, name) is not None]
-    for name, value in (*ids, *(("eos_token_id", value) for value in cfg.more_eos_token_ids)):
+    ids = [("eos_token_id", token) for token in (*cfg.eos_token_ids, *cfg.more_eos_token_ids)]
+    if cfg.bos_token_id is not None:
+        ids.append(("bos_token_id", cfg.bos_token_id))
+    for name, value in ids:
         if not is_token(value, cfg.vocab_size):
             raise ValueError(f"{name}: got {value!r}; must be in [0, vocab_size={cfg.vocab_size})")
 
@@ -330,12 +335,12 @@ def is_token(value: Any, vocab_size: int) -> bool:
 
 
 def _spread_special_tokens(cfg: ModelConfig) -> None:
-    """Puts the first of several end tokens into eos_token_id and the others, once each, into more_eos_token_ids."""
+    """Keeps the first of several end tokens as eos_token_id, the others as more_eos_token_ids."""
     first, rest = cfg.eos_token_id, list(cfg.more_eos_token_ids)
     if isinstance(first, (list, tuple)) and first:
         first, rest = first[0], [*first[1:], *rest]
     if first is None and rest:
-        raise ValueError(f"more_eos_token_ids: got {rest} without an eos_token_id; give the first of them there")
+        raise ValueError(f"more_eos_token_ids: got {rest} without eos_token_id; set that one first")
     distinct = [token for n, token in enumerate(rest) if token != first and token not in rest[:n]]
     object.__setattr__(cfg, "eos_token_id", first)
     object.__setattr__(cfg, "more_eos_token_ids", tuple(distinct))

@@ -102,7 +102,8 @@ def compare(first, second) -> dict:
     Raises:
       ValueError: a bad checkpoint, or two models (naming the first tensor or shape that differs).
     """
-    a, b = open_checkpoint(local_path(first, "first")), open_checkpoint(local_path(second, "second"))
+    a = open_checkpoint(local_path(first, "first"))
+    b = open_checkpoint(local_path(second, "second"))
     shapes, others = official_shapes(a.cfg), official_shapes(b.cfg)
     for name in shapes | others:
         if shapes.get(name) != others.get(name):

@@ -130,16 +130,23 @@ def kinds_for(cfg: ModelConfig, format: str) -> dict[str, Kind]:
 
 
 def config_json(
-    cfg: ModelConfig, format: str, raw: Mapping[str, Any] | None = None, elsewhere: Collection[int] = ()
+    cfg: ModelConfig,
+    format: str,
+    raw: Mapping[str, Any] | None = None,
+    elsewhere: Collection[int] = (),
 ) -> dict[str, Any]:
-    """config.json of an export: that of the source, where it is of official style, but for what the precision changes.
+    """config.json of an export.
 
-    Rows end where they ended in the source, and where `cfg` says.
+    It is the source's, if that is of official style and describes this model, apart from what the
+    precision changes. Rows end where they end in the source, and where `cfg` says.
 
     Args:
-      elsewhere: end tokens that the export's generation_config.json names, which need not stand here too.
+      raw: the source's config.json. elsewhere: end tokens of the export's generation_config.json,
+        which need not be repeated.
     """
-    theirs = ModelConfig.from_dict(dict(raw)) if raw is not None and raw.get("model_type") == "deepseek_v4" else None
+    theirs = None
+    if raw is not None and raw.get("model_type") == "deepseek_v4":
+        theirs = ModelConfig.from_dict(dict(raw))
     same = theirs is not None and cfg in (theirs, theirs.ending_at(elsewhere))
     ends = theirs.ending_at(cfg.eos_token_ids) if same else cfg
     if same and "compress_ratios" in raw and "layer_types" not in raw:

@@ -252,6 +252,8 @@ def write_config(directory, cfg: ModelConfig, source: str = "") -> None:
     check_config(directory, cfg)
     path = local_path(directory, "directory") / "config.json"
     if not path.exists():
-        raw = read_config_json(local_path(source, "source") / "config.json") if source else cfg.to_dict()
+        raw = cfg.to_dict()
+        if source:
+            raw = read_config_json(local_path(source, "source") / "config.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(raw, indent=2) + "\n")

@@ -42,7 +42,9 @@ def run(flags) -> dict | None:
     require_tokens(tokenizer, (BOS, EOS, *CHAT_TOKENS), "a chat")
     history = [] if flags.system is None else [{"role": "system", "content": flags.system}]
     cfg, choice = model_and_choice(flags)
-    setting = Setting(dtype=flags.dtype, quant=flags.quant, storage=flags.cache, sampling=choice.sampling)
+    setting = Setting(
+        dtype=flags.dtype, quant=flags.quant, storage=flags.cache, sampling=choice.sampling
+    )
     room = min(CACHE_TOKENS, cfg.max_position_embeddings) if flags.cache_tokens is None else flags.cache_tokens
     shortest = tokenizer.encode(_encode(flags, [*history, {"role": "user", "content": ""}]))
     check_request(cfg, [shortest], [flags.seed], choice.most(len(shortest), room), room, setting)
@@ -51,14 +53,19 @@ def run(flags) -> dict | None:
     mesh, rules = place_on(flags.mesh, flags.layout)
     with jax.set_mesh(mesh):
         row = Row(cfg, params, setting._replace(rules=rules), room)
-        chat = _Chat(flags, tokenizer, row, room, choice, (*tokenizer.encode(EOS), *cfg.eos_token_ids))
+        ends = (*tokenizer.encode(EOS), *cfg.eos_token_ids)
+        chat = _Chat(flags, tokenizer, row, room, choice, ends)
         for line in _lines("" if flags.json else "> "):
             _turn(chat, history, line)
     return {"messages": history} if flags.json else None
 
 
 class _Chat(NamedTuple):
-    """What stays the same from turn to turn. row: has room for `room` tokens. ends: tokens that end an answer."""
+    """What stays the same from turn to turn.
+
+    Attributes:
+      room: tokens that the row has room for. ends: tokens that end an answer.
+    """
 
     flags: Any
     tokenizer: Tokenizer
@@ -76,15 +83,18 @@ def _turn(chat: _Chat, history: list[Message], line: str) -> None:
     shown = _AllText(tokenizer, REASONING, {END_THINK: ANSWER}) if flags.thinking == "thinking" else _AllText(tokenizer)
     stop = TextStop(chat.ends, (), shown, write)
     prompt = tokenizer.encode(_encode(flags, turns))
+    most = chat.choice.most(len(prompt), chat.room)
     try:
-        completion = chat.row.answer(prompt, chat.choice.most(len(prompt), chat.room), flags.seed, stop)
+        completion = chat.row.answer(prompt, most, flags.seed, stop)
     except ValueError as error:
         print(f"v4jax: this turn is left out: {error}", file=sys.stderr)
         return
     stop.close(completion.tokens)
     write("\n")
     answer = _AllText(tokenizer).decode(stop.without_stop(completion.tokens))
-    history[:] = [*turns, _read(answer + EOS if completion.ended == "stop" else answer, flags.thinking)]
+    if completion.ended == "stop":  # whichever token it was, the format has one for it
+        answer += EOS
+    history[:] = [*turns, _read(answer, flags.thinking)]
 
 
 class _AllText:

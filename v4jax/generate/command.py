@@ -28,10 +28,15 @@ def run(flags) -> dict | None:
     given = None if flags.stop_tokens is None else _ids(flags.stop_tokens, "--stop-tokens")
     model, choice = model_and_choice(flags)
     if flags.samples < 1 or (flags.samples > 1 and choice.sampling.temperature == 0):
-        raise ValueError(f"--samples: got {flags.samples}; must be 1 or more, and 1 without --temperature (all would be the same)")
-    setting = Setting(dtype=flags.dtype, quant=flags.quant, storage=flags.cache, sampling=choice.sampling, speculative=flags.speculative)
+        rule = "must be 1 or more, and 1 without --temperature (all would be the same)"
+        raise ValueError(f"--samples: got {flags.samples}; {rule}")
+    setting = Setting(
+        dtype=flags.dtype, quant=flags.quant, storage=flags.cache, sampling=choice.sampling,
+        speculative=flags.speculative,
+    )  # fmt: skip
     prompts, seeds = [prompt] * flags.samples, list(range(flags.seed, flags.seed + flags.samples))
-    most = choice.most(len(prompt), model.max_position_embeddings if flags.cache_tokens is None else flags.cache_tokens)
+    room = model.max_position_embeddings if flags.cache_tokens is None else flags.cache_tokens
+    most = choice.most(len(prompt), room)
     check_request(model, prompts, seeds, most, flags.cache_tokens, setting)
     if given is not None:
         check_tokens(given, model.vocab_size, "--stop-tokens")

@@ -115,7 +115,8 @@ def generate(
     """Continues each prompt by at most max_new_tokens (a number for all, or for each).
 
     Args:
-      seeds: one per prompt; default 0, 1, 2, ... stop: default, the model's end tokens (cfg.eos_token_ids). tell: hears every step.
+      seeds: one per prompt; default 0, 1, 2, ... stop: default, at any of cfg.eos_token_ids.
+      tell: hears every step.
       room: tokens the cache has room for in each row; default: what the longest prompt needs. rows: of the batch, at least.
       setting: its rules are a layout, with the mesh ambient (jax.set_mesh).
       prefixes: where beginnings of prompts are looked up and kept.

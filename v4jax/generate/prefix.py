@@ -52,7 +52,8 @@ class PrefixStore:
         check_store(folder, limit)
         self._folder, self._limit, self._cfg = local_path(folder, "prefix cache"), limit, cfg
         self._folder.mkdir(parents=True, exist_ok=True)
-        known = json.dumps([_VERSION, STRETCH, cfg.replace(more_eos_token_ids=()).to_dict(), formats], sort_keys=True)
+        model = cfg.replace(more_eos_token_ids=()).to_dict()  # what ends a row changes no cache
+        known = json.dumps([_VERSION, STRETCH, model, formats], sort_keys=True)
         self._base = hashlib.sha256(known.encode() + digest(params))
         self.reused = self.kept = 0
 

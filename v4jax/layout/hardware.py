@@ -106,7 +106,8 @@ def target_of(text: str, devices: int | None = None) -> Target:
     """ "v5p:4x4x8" -> 128 devices of v5p, "h100:64" -> 64, "cpu" -> `devices`.
 
     Raises:
-      ValueError: an unknown chip, a file that is not on this machine, or a size that is no product of positive numbers.
+      ValueError: an unknown chip, a file that is not on this machine, or a size that is no
+        product of positive numbers.
     """
     local_path(text, "target")  # before the colon of gs:// is taken for that of a size
     name, colon, size = text.rpartition(":") if ":" in text else (text, "", "")

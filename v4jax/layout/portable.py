@@ -54,4 +54,7 @@ def write_stablehlo(path: str, cfg: TrainConfig, hardware: Hardware) -> dict[str
         exported = export.export(jax.jit(step, donate_argnums=0), platforms=(platform,))(leaves, {"tokens": rows, "segment_ids": rows})
     data = exported.serialize()
     target.write_bytes(data)
-    return {"file": str(target), "bytes": len(data), "platform": platform, "devices": exported.nr_devices, "inputs": len(exported.in_avals)}
+    return {
+        "file": str(target), "bytes": len(data), "platform": platform,
+        "devices": exported.nr_devices, "inputs": len(exported.in_avals),
+    }  # fmt: skip

@@ -89,10 +89,10 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
 
 
 def _check_folders(cfg: TrainConfig) -> pathlib.Path:
-    """The run directory, once all that is read and written beside the text was found to be what it should be; makes nothing.
+    """The run directory, after checks of all folders but those of the text; makes none.
 
     Raises:
-      ValueError: a folder that cannot be one, a run directory or a source of weights of another model.
+      ValueError: a folder that cannot be made, or a run or first weights of another model.
     """
     run = folder_to_fill(cfg.run_dir, "run_dir")
     if cfg.data.cache:

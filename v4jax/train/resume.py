@@ -107,7 +107,8 @@ def check_source(cfg: TrainConfig) -> None:
     found = ModelConfig.from_json(cfg.init_from)
     if name := cfg.model.difference(found):
         theirs, ours = found.to_dict().get(name), cfg.model.to_dict().get(name)
-        raise ValueError(f"init_from: {cfg.init_from} is another model: {name} is {theirs} there, {ours} here")
+        head = f"init_from: {cfg.init_from} is another model"
+        raise ValueError(f"{head}: {name} is {theirs} there, {ours} here")
 
 
 def _from_weights(cfg: TrainConfig, shardings) -> TrainState:

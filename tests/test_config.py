@@ -118,7 +118,9 @@ def test_what_else_ends_a_row_does_not_tell_models_apart():
     one, listed = small_config(), small_config(eos_token_id=[1, 7])
     assert one == listed and hash(one) == hash(listed) and one.difference(listed) is None
     assert one.difference(small_config(eos_token_id=[7, 1])) == "eos_token_id"
-    assert one.difference(small_config(bos_token_id=None)) == "bos_token_id"
+    assert one.difference(small_config(bos_token_id=None, eos_token_id=None)) is None
+    assert one.difference(small_config(bos_token_id=3)) == "bos_token_id"
+    assert one.difference(small_config(rope_scaling=None)) == "rope_scaling"
     assert one.difference(small_config(index_topk=8)) == "index_topk"
 
 

@@ -269,9 +269,15 @@ class ModelConfig:
         return self.replace(eos_token_id=ends or None, more_eos_token_ids=())
 
     def difference(self, other: "ModelConfig") -> str | None:
-        """The first key of config.json in which two models differ, further end tokens apart."""
+        """The first key of config.json in which two models differ; None if they are the same one.
+
+        Further end tokens do not count, nor a special token that only one of them has.
+        """
         ours = self.replace(more_eos_token_ids=()).to_dict()
         theirs = other.replace(more_eos_token_ids=()).to_dict()
+        for name in ("bos_token_id", "eos_token_id"):
+            if None in (ours[name], theirs[name]):
+                ours[name] = theirs[name] = None
         return next((name for name in ours | theirs if ours.get(name) != theirs.get(name)), None)
 
 
@@ -321,7 +327,7 @@ def _check_sizes(cfg: ModelConfig) -> None:
             raise ValueError(f"{name}: got {value!r}; must be a number above 0")
     if type(cfg.num_nextn_predict_layers) is not int or cfg.num_nextn_predict_layers not in (0, 1):
         raise ValueError(f"num_nextn_predict_layers: got {cfg.num_nextn_predict_layers!r}; allowed: 0 or 1")
-    ids = [("eos_token_id", token) for token in (*cfg.eos_token_ids, *cfg.more_eos_token_ids)]
+    ids = [("eos_token_id", token) for token in cfg.eos_token_ids]
     if cfg.bos_token_id is not None:
         ids.append(("bos_token_id", cfg.bos_token_id))
     for name, value in ids:

@@ -79,8 +79,49 @@ def test_keys_that_describe_no_equation_are_ignored():
     assert ModelConfig.from_dict(official() | extra) == small_config()
 
 
-def test_the_first_of_several_end_tokens_is_taken():
-    assert ModelConfig.from_dict(official() | {"eos_token_id": [5, 6]}).eos_token_id == 5
+@pytest.mark.parametrize("style", [official, transformers_style])
+@pytest.mark.parametrize(
+    ("said", "ids", "written"),
+    [
+        (5, (5,), 5), ([5], (5,), 5), ([5, 6], (5, 6), [5, 6]), ([6, 5, 6, 5], (6, 5), [6, 5]),
+        (None, (), None),
+    ],
+)
+def test_every_end_token_is_read_and_written_back(style, said, ids, written):
+    cfg = ModelConfig.from_dict(style() | {"eos_token_id": said})
+    assert (cfg.eos_token_id, cfg.eos_token_ids) == (ids[0] if ids else None, ids)
+    assert cfg.to_dict()["eos_token_id"] == written and "more_eos_token_ids" not in cfg.to_dict()
+    again = ModelConfig.from_dict(cfg.to_dict())
+    assert (again, again.eos_token_ids) == (cfg, ids)
+    assert list(cfg.to_dict()) == list(small_config().to_dict())  # the place of the key, too
+
+
+def test_a_missing_end_token_is_the_released_one_and_a_config_takes_a_list():
+    cfg = ModelConfig.from_dict(changed(official(), {"eos_token_id": DROP, "bos_token_id": DROP}))
+    assert (cfg.eos_token_ids, cfg.bos_token_id) == ((1,), 0)
+    assert small_config(eos_token_id=[7, 1, 7]).eos_token_ids == (7, 1)
+    assert small_config(eos_token_id=7, more_eos_token_ids=(7, 1)).eos_token_ids == (7, 1)
+    assert small_config().replace(eos_token_id=9).eos_token_ids == (9,)
+    assert small_config(eos_token_id=[7, 1]).replace(hidden_size=56).eos_token_ids == (7, 1)
+    assert small_config().ending_at([1, 7, 7]).eos_token_ids == (1, 7)
+    assert small_config(eos_token_id=None).ending_at([]).eos_token_ids == ()
+    assert small_config(eos_token_id=None).ending_at([7]).eos_token_id == 7
+
+
+@pytest.mark.parametrize(("said", "read"), [(3, 3), ([3], 3), (None, None)])
+def test_a_begin_token_is_one_or_none(said, read):
+    cfg = ModelConfig.from_dict(official() | {"bos_token_id": said})
+    assert cfg.bos_token_id == cfg.to_dict()["bos_token_id"] == read
+
+
+def test_what_else_ends_a_row_does_not_tell_models_apart():
+    one, listed = small_config(), small_config(eos_token_id=[1, 7])
+    assert one == listed and hash(one) == hash(listed) and one.difference(listed) is None
+    assert one.difference(small_config(eos_token_id=[7, 1])) == "eos_token_id"
+    assert one.difference(small_config(bos_token_id=None, eos_token_id=None)) is None
+    assert one.difference(small_config(bos_token_id=3)) == "bos_token_id"
+    assert one.difference(small_config(rope_scaling=None)) == "rope_scaling"
+    assert one.difference(small_config(index_topk=8)) == "index_topk"
 
 
 @pytest.mark.parametrize(
@@ -175,6 +216,14 @@ _OFFICIAL_REFUSALS = [
     ({"bos_token_id": 97}, "bos_token_id: got 97; must be in .0, vocab_size=97"),
     ({"eos_token_id": "end"}, "eos_token_id: got 'end'"),
     ({"eos_token_id": []}, "eos_token_id: got "),
+    ({"eos_token_id": [1, 97]}, "eos_token_id: got 97; must be in .0, vocab_size=97"),
+    ({"eos_token_id": [1, -1]}, "eos_token_id: got -1"),
+    ({"eos_token_id": [1, None]}, "eos_token_id: got None"),
+    ({"eos_token_id": [True]}, "eos_token_id: got True"),
+    ({"eos_token_id": 1.0}, "eos_token_id: got 1.0"),
+    ({"eos_token_id": {"a": 1}}, "eos_token_id: got {'a': 1}"),
+    ({"bos_token_id": [0, 1]}, "bos_token_id: got .0, 1."),
+    ({"bos_token_id": -1}, "bos_token_id: got -1"),
     # layers
     ({"compress_ratios": [0, 4]}, "compress_ratios: got 2 entries; must be 8"),
     ({"compress_ratios": [0, 0, 4, 128, 4, 128, 4]}, "compress_ratios: got 7 entries; must be 8"),

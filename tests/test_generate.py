@@ -86,6 +86,28 @@ def test_speculation_changes_no_token(model, temperature):
     assert sum(row.drafted for row in got) > sum(row.accepted for row in got)
 
 
+def cut(tokens, ends):
+    """Up to the first of the ends, that one included."""
+    return tokens[: next((n for n, token in enumerate(tokens, 1) if token in ends), len(tokens))]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("speculative", [False, True])
+def test_a_row_ends_at_the_first_of_all_end_tokens(model, speculative, order):
+    """Neither their order nor repetition matters. The programs are those of the test above."""
+    cfg, params = model
+    prompts = [np.random.default_rng(7).integers(0, cfg.vocab_size, n).tolist() for n in (118, 1, 9)]
+    setting = Setting(sampling=Sampling(temperature=1.2), speculative=speculative)
+    whole = [row.tokens for row in generate(cfg, params, prompts, 20, stop=never, setting=setting)]
+    ends = [cfg.eos_token_id, whole[0][4], whole[1][2], whole[2][7], whole[0][4]]
+    listed = cfg.replace(more_eos_token_ids=tuple(ends[::order]))
+    rows = generate(listed, params, prompts, 20, setting=setting)
+    assert [row.tokens for row in rows] == [cut(tokens, ends) for tokens in whole]
+    assert {row.ended for row in rows} == {"stop"} and len({row.tokens[-1] for row in rows}) > 1
+    alone = generate(cfg, params, prompts, 20, setting=setting)
+    assert [row.tokens for row in alone] == [cut(tokens, [cfg.eos_token_id]) for tokens in whole]
+
+
 @pytest.mark.slow
 def test_accepted_drafts_are_taken(model):
     """A head of few columns makes MTP agree often: what stays must be as good as what is taken back."""

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # A file may import what stands on an earlier line (packages: also their own files in the order the text gives).
 ORDER = [
     "sharding.rules", "sharding.mesh", "sharding.targets", "sharding.processes", "sharding.params", "sharding.embedding",
-    "sharding.manual", "sharding.counting", "sharding.exchange", "sharding.experts", "sharding.matrices", "sharding.audit", "v4jax.foreign", "v4jax.config",
+    "sharding.manual", "sharding.counting", "sharding.exchange", "sharding.experts", "sharding.matrices", "sharding.audit", "v4jax.storage", "v4jax.foreign", "v4jax.config", "v4jax.generation_config",
     "v4jax.cost", "v4jax.tokenizer", "v4jax.chat.tokens", "v4jax.chat.dsml", "v4jax.chat.encoding",
     "v4jax.chat.parse", "v4jax.checkpoint.text", "v4jax.checkpoint.disk", "v4jax.checkpoint.intact",
     "v4jax.data.config", "v4jax.data.documents", "v4jax.data.records", "v4jax.data.conversations", "v4jax.data.store",
@@ -23,7 +23,7 @@ ORDER = [
     "v4jax.checkpoint.names", "v4jax.checkpoint.load", "v4jax.checkpoint.room", "v4jax.checkpoint.export", "v4jax.checkpoint.note", "v4jax.checkpoint.store", "v4jax.checkpoint.stream",
     "v4jax.api", "v4jax.train.data", "v4jax.train.loss", "v4jax.train.balance", "v4jax.train.schedule",
     "v4jax.train.muon", "v4jax.train.stability", "v4jax.train.stages", "v4jax.train.config", "v4jax.train.watch", "v4jax.train.step", "v4jax.train.finite", "v4jax.train.anticipate", "v4jax.train.resume", "v4jax.train.report", "v4jax.train.picture", "v4jax.train.loop",
-    "v4jax.generate.cache", "v4jax.generate.prefix", "v4jax.generate.sampling", "v4jax.generate.decode", "v4jax.generate.rollout", "v4jax.generate.row", "v4jax.generate.text", "v4jax.generate.command", "v4jax.generate.chat", "v4jax.score", "v4jax.layout.hardware", "v4jax.layout.measure", "v4jax.layout.weights",
+    "v4jax.generate.cache", "v4jax.generate.prefix", "v4jax.generate.sampling", "v4jax.generate.decode", "v4jax.generate.rollout", "v4jax.generate.row", "v4jax.generate.text", "v4jax.generate.choice", "v4jax.generate.command", "v4jax.generate.chat", "v4jax.score", "v4jax.layout.hardware", "v4jax.layout.measure", "v4jax.layout.weights",
     "v4jax.layout.terms", "v4jax.layout.muon", "v4jax.layout.work", "v4jax.layout.traffic", "v4jax.layout.memory", "v4jax.layout.decode", "v4jax.layout.estimate",
     "v4jax.layout.search", "v4jax.layout.compiled", "v4jax.layout.notes", "v4jax.layout.command", "v4jax.layout.page", "v4jax.layout.portable",
     "v4jax.layout.plan",

@@ -1,5 +1,6 @@
 """Samples for reinforcement learning: log probabilities of the training forward, and a batch that goes on where it was killed."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference.weights import random_weights
-from test_generate import SMALL
+from test_generate import SMALL, cut
 from trees import small_config
 
 import v4jax
@@ -48,6 +49,18 @@ def test_log_probabilities_are_those_of_the_training_forward(model, whole):
         expected = score[len(prompt) - 1 :][np.arange(n), sample.tokens]
         np.testing.assert_allclose(sample.log_probs, expected, atol=2e-4)  # as logits of a cache, issue 6
         assert sample.ended == ("stop" if sample.tokens[-1] == 4 else "length") and (n == 10 or sample.ended == "stop")
+
+
+def test_samples_end_at_every_end_token_of_the_model(model, whole, tmp_path):
+    cfg, params = model
+    ends = (4, whole[0][0][0].tokens[2], cfg.eos_token_id)
+    plan = dataclasses.replace(PLAN, stop_tokens=None)
+    cfg = cfg.replace(more_eos_token_ids=ends[:2])
+    samples = rollout(cfg, params, PROMPTS, plan, tmp_path / "log", setting=WARM)
+    for before, now in zip(sum(whole[0], []), sum(samples, []), strict=True):
+        assert now.tokens == cut(before.tokens, ends)
+        assert now.ended == ("stop" if now.tokens[-1] in ends else "length")
+    assert len(samples[0][0].tokens) <= 3 < len(whole[0][0][0].tokens)
 
 
 def test_an_interrupted_batch_goes_on_where_it_was(model, whole, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ Next file to read: v4jax/score.py.
 """
 
 import math
-import pathlib
 
 import jax
 import numpy as np
@@ -18,7 +17,9 @@ from v4jax.checkpoint.load import load_safetensors, open_safetensors
 from v4jax.checkpoint.names import leaf_dtype, official_names, plain_dtype
 from v4jax.checkpoint.store import is_run, load_store_params
 from v4jax.config import ModelConfig
+from v4jax.generation_config import with_end_tokens
 from v4jax.model.transformer import abstract_params, param_axes
+from v4jax.storage import local_path
 
 
 def place_on(mesh: str | None, layout: str | None) -> tuple[Mesh, AxisRules]:
@@ -38,6 +39,8 @@ def place_on(mesh: str | None, layout: str | None) -> tuple[Mesh, AxisRules]:
 def load(path, dtype: str = "float32", mesh: str | None = None, layout: str | None = None):
     """Opens a safetensors directory or a v4jax run: (ModelConfig, nested dict of jax arrays).
 
+    The config's eos_token_ids are those of config.json and of generation_config.json.
+
     Args:
       path: a directory with config.json and *.safetensors, or a v4jax run or store.
       dtype: "float32" or "bfloat16", of every *.weight; what official files keep in float32 stays so.
@@ -47,14 +50,18 @@ def load(path, dtype: str = "float32", mesh: str | None = None, layout: str | No
       ValueError: no such checkpoint, or anything in it that does not fit, naming the tensor.
     """
     plain_dtype(dtype)
-    path = pathlib.Path(path)
+    path = local_path(path, "path")
     if not path.is_dir():
-        raise ValueError(f"{path}: no such directory; expected config.json + safetensors, or a v4jax run")
+        fault = "is a file, not a" if path.exists() else "no such"
+        expected = "expected config.json + safetensors, or a v4jax run"
+        raise ValueError(f"{path}: {fault} directory; {expected}")
     cfg = ModelConfig.from_json(path)
     device_mesh, rules = place_on(mesh, layout)
     if not is_run(path):
         cfg = open_safetensors(path).cfg  # less MTP, where transformers wrote it
-    return cfg, load_onto(path, cfg, dtype, named_shardings(device_mesh, rules, abstract_params(cfg), param_axes(cfg)))
+    ending = with_end_tokens(cfg, path)
+    places = named_shardings(device_mesh, rules, abstract_params(cfg), param_axes(cfg))
+    return ending, load_onto(path, cfg, dtype, places)
 
 
 def load_onto(path, cfg: ModelConfig, dtype: str, places):
@@ -76,7 +83,7 @@ def load_onto(path, cfg: ModelConfig, dtype: str, places):
         return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
     found, params = load_safetensors(path, dtype, put)
-    if found != cfg:
+    if found.difference(cfg):
         raise ValueError(f"{path}: has no MTP module; this model has one")
     return params
 

@@ -4,7 +4,9 @@ Next file to read: v4jax/cli.py.
 """
 
 import argparse
+from collections.abc import Callable
 
+from v4jax.storage import file_to_write, local_path
 
 CKPT = "a folder with config.json and safetensors, or a v4jax run"
 
@@ -16,6 +18,22 @@ class BadInput(Exception):
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise BadInput(f"{message}; see {self.prog} --help")
+
+
+def _checked(read: Callable) -> Callable[[str], str]:
+    """The argparse type of a path that `read` (see v4jax/storage.py) accepts."""
+
+    def path(text: str) -> str:
+        try:
+            return str(read(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return path
+
+
+PATH = _checked(local_path)
+NEW_FILE = _checked(file_to_write)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,18 +63,26 @@ def _quant(sub):
 
 
 def _continues(sub, tokens):
-    sub.add_argument("--max-new-tokens", type=int, default=tokens, help=f"tokens to add at most, 1 or more (default {tokens})")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 or more; 0 (the default) takes the likeliest token")
+    sub.set_defaults(default_new_tokens=tokens)
+    default = "default: the checkpoint's generation_config.json, else "
     sub.add_argument(
-        "--top-p", type=float, default=1.0,
-        help="sample from the likeliest tokens whose probabilities add up to this, above 0 to 1 (default 1: all)",
-    )  # fmt: skip
-    sub.add_argument(
-        "--top-k", type=int, default=0, help="sample from this number of likeliest tokens (default 0: all)"
+        "--max-new-tokens", type=int, help=f"tokens to add at most, 1 or more ({default}{tokens})"
     )
     sub.add_argument(
-        "--min-p", type=float, default=0.0,
-        help="sample from tokens at least this share as probable as the likeliest, 0 to 1 (default 0: all)",
+        "--temperature", type=float, help=f"0 or more; 0 takes the likeliest token ({default}0)"
+    )
+    sub.add_argument(
+        "--top-p", type=float,
+        help="sample from the likeliest tokens whose probabilities add up to this, above 0 to 1 "
+        f"({default}1: all)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--top-k", type=int, help=f"sample from this number of likeliest tokens ({default}0: all)"
+    )
+    sub.add_argument(
+        "--min-p", type=float,
+        help="sample from tokens at least this share as probable as the likeliest, 0 to 1 "
+        f"({default}0: all)",
     )  # fmt: skip
     _quant(sub)
     sub.add_argument(
@@ -70,16 +96,18 @@ def _continues(sub, tokens):
 
 
 def _train(sub):
-    sub.add_argument("config", nargs="?", help="CONFIG.py, a Python file with get_config()")
+    sub.add_argument(
+        "config", nargs="?", type=PATH, help="CONFIG.py, a Python file with get_config()"
+    )
     sub.add_argument("--dry-run", action="store_true", help="print the plan, stage by stage, and run nothing")
 
 
 def _plot(sub):
-    sub.add_argument("run_dir", metavar="RUN", help="the run's folder")
+    sub.add_argument("run_dir", metavar="RUN", type=PATH, help="the run's folder")
 
 
 def _generate(sub):
-    sub.add_argument("checkpoint", help=CKPT)
+    sub.add_argument("checkpoint", type=PATH, help=CKPT)
     source = sub.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue (needs tokenizer.json in the checkpoint)")
     source.add_argument("--tokens", help="token ids to continue, for example 0,17,4")
@@ -89,13 +117,18 @@ def _generate(sub):
                      help="end before this text, which is left out (may be repeated)")  # fmt: skip
     sub.add_argument("--stop-tokens", help="end before one of these ids, for example 1,7, instead of the checkpoint's end tokens")
     sub.add_argument("--speculative", action="store_true", help="draft with MTP: the same tokens in fewer steps")
-    sub.add_argument("--prefix-cache", metavar="DIR", help="folder that keeps the caches of prompts' beginnings, and is searched for them")
+    sub.add_argument(
+        "--prefix-cache", metavar="DIR", type=PATH,
+        help="folder that keeps the caches of prompts' beginnings, and is searched for them",
+    )  # fmt: skip
     sub.add_argument("--prefix-cache-bytes", type=int, default=10 * 10**9, help="bytes that DIR may take (default 10**10); the least recently used files go first")
     _continues(sub, 64)
 
 
 def _chat(sub):
-    sub.add_argument("checkpoint", help="with the tokenizer of a DeepSeek-V4 release, or 'byte-chat'")
+    sub.add_argument(
+        "checkpoint", type=PATH, help="with the tokenizer of a DeepSeek-V4 release, or 'byte-chat'"
+    )
     sub.add_argument(
         "--thinking", default="chat", choices=("chat", "thinking"), help="thinking: reason before each answer (default chat)"
     )
@@ -107,16 +140,19 @@ def _chat(sub):
 
 
 def _score(sub):
-    sub.add_argument("checkpoint", help=CKPT)
-    sub.add_argument("--tokens", required=True, help=".npy file, integers [B, S]")
-    sub.add_argument("--out", required=True, help=".npz file to write")
+    sub.add_argument("checkpoint", type=PATH, help=CKPT)
+    sub.add_argument("--tokens", required=True, type=PATH, help=".npy file, integers [B, S]")
+    sub.add_argument("--out", required=True, type=NEW_FILE, help=".npz file to write")
     _quant(sub)
     _on_mesh(sub)
 
 
 def _convert(sub):
-    sub.add_argument("source", help=CKPT)
-    sub.add_argument("target", help="folder to write: new, empty, or with an unfinished conversion of SOURCE, which goes on")
+    sub.add_argument("source", type=PATH, help=CKPT)
+    sub.add_argument(
+        "target", type=PATH,
+        help="folder to write: new, empty, or with an unfinished conversion of SOURCE, which goes on",
+    )  # fmt: skip
     sub.add_argument(
         "--format", choices=("orbax", "safetensors"), default="safetensors",
         help="safetensors with official names (the default), or orbax, the v4jax store",
@@ -137,12 +173,12 @@ def _convert(sub):
 
 
 def _cost(sub):
-    sub.add_argument("config", help="CONFIG.py or config.json")
+    sub.add_argument("config", type=PATH, help="CONFIG.py or config.json")
     sub.add_argument("--context", type=int, help="tokens in the sequence (default: max_position_embeddings)")
 
 
 def _layout(sub):
-    sub.add_argument("config", nargs="?", help="CONFIG.py or config.json")
+    sub.add_argument("config", nargs="?", type=PATH, help="CONFIG.py or config.json")
     sub.add_argument("--mesh", help="for example fsdp=8,expert=16 (default: that of CONFIG.py)")
     sub.add_argument("--layout", help="sharding layout (default: that of CONFIG.py, or full)")
     sub.add_argument("--target", default="cpu", help="cpu; a TPU topology such as v5p:4x4x8 (extra `tpu`); h100:N (extra `gpu`); on paper "
@@ -160,9 +196,18 @@ def _layout(sub):
     sub.add_argument("--chips", type=int, help="chips to search on (default: as many as the target names)")
     sub.add_argument("--confirm", type=int, default=0, metavar="K", help="with --search: compile the best K (default 0)")
     sub.add_argument("--compare", nargs=2, metavar=("A", "B"), help="show two layouts side by side, each LAYOUT:MESH")
-    sub.add_argument("--report", metavar="OUT.html", help="write one page that works offline (of a search: of its winner)")
-    sub.add_argument("--stablehlo", metavar="OUT", help="write the step as a portable module (extra `export`); nothing else is done")
-    sub.add_argument("--measure", metavar="OUT.json", help="measure this machine and write it as a hardware profile; no CONFIG")
+    sub.add_argument(
+        "--report", metavar="OUT.html", type=NEW_FILE,
+        help="write one page that works offline (of a search: of its winner)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--stablehlo", metavar="OUT", type=NEW_FILE,
+        help="write the step as a portable module (extra `export`); nothing else is done",
+    )  # fmt: skip
+    sub.add_argument(
+        "--measure", metavar="OUT.json", type=NEW_FILE,
+        help="measure this machine and write it as a hardware profile; no CONFIG",
+    )  # fmt: skip
 
 
 def _launch(sub):

@@ -114,6 +114,7 @@ def _sample(cfg) -> dict:
     from v4jax.generate.decode import Setting, generate
     from v4jax.generate.sampling import Sampling
     from v4jax.generate.text import TextStop
+    from v4jax.storage import local_path
     from v4jax.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(cfg.run_dir)
@@ -125,10 +126,11 @@ def _sample(cfg) -> dict:
             model, params, [prompt], cfg.sample_tokens, seeds=[cfg.seed],
             setting=Setting(rules=rules, dtype=cfg.dtype, sampling=Sampling(temperature=0.7)),
         )  # fmt: skip
-    text = cfg.sample_prompt + TextStop([model.eos_token_id], tokenizer=tokenizer).text(completion.tokens)
+    stop = TextStop(model.eos_token_ids, tokenizer=tokenizer)
+    text = cfg.sample_prompt + stop.text(completion.tokens)
     if not is_first():
         return {}
-    (pathlib.Path(cfg.run_dir) / "sample.txt").write_text(text)
+    (local_path(cfg.run_dir, "run_dir") / "sample.txt").write_text(text)
     return {"sample": text}
 
 

@@ -9,9 +9,11 @@ Next file to read: v4jax/model/transformer.py.
 import dataclasses
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from v4jax.foreign import file_in, read_json
+from v4jax.storage import local_path
 
 WINDOW_ONLY, CSA, HCA = 0, 4, 128
 """Compress ratios: sliding window only, compressed sparse attention, heavily compressed attention (report 2.3)."""
@@ -161,18 +163,27 @@ class ModelConfig:
     """Longest sequence, in tokens."""
     initializer_range: float = 0.02
     """Standard deviation of the initial matrices."""
-    bos_token_id: int = 0
-    """Token that begins a document."""
-    eos_token_id: int = 1
-    """Token that ends a document."""
+    bos_token_id: int | None = 0
+    """Token that begins a document; None: no token does."""
+    eos_token_id: int | None = 1
+    """Token that ends a document, the first of config.json's if it lists several; None: no token
+    does."""
+    more_eos_token_ids: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+    """Further tokens that end a generated row. Configs that differ in nothing else are equal."""
 
     def __post_init__(self):
         object.__setattr__(self, "compress_ratios", tuple(self.compress_ratios))
+        _spread_special_tokens(self)
         _check_sizes(self)
         _check_layers(self)
         _check_divisions(self)
 
     # ---- derived -------------------------------------------------------------------------------------------------
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end a generated row, eos_token_id first."""
+        return () if self.eos_token_id is None else (self.eos_token_id, *self.more_eos_token_ids)
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -198,7 +209,7 @@ class ModelConfig:
     @classmethod
     def from_json(cls, path) -> "ModelConfig":
         """Reads config.json (or a directory that holds one), official or transformers 5 style."""
-        path = pathlib.Path(path)
+        path = local_path(path, "path")
         path = path / "config.json" if path.is_dir() else path.resolve()
         raw = read_config_json(path)
         try:
@@ -227,9 +238,10 @@ class ModelConfig:
         ]
         if missing:
             raise ValueError(f"missing key(s) {', '.join(missing)}")
+        del fields["more_eos_token_ids"]  # no key of config.json: eos_token_id has them all
         values = {name: raw[name] for name in fields if raw.get(name) is not None}
-        if isinstance(values.get("eos_token_id"), list) and values["eos_token_id"]:
-            values["eos_token_id"] = values["eos_token_id"][0]
+        # Without the key the released default holds; null says that there is no such token.
+        values |= {name: raw[name] for name in ("bos_token_id", "eos_token_id") if name in raw}
         if "rope_scaling" in values:
             values["rope_scaling"] = _read_rope_scaling(values["rope_scaling"])
         return cls(**values)
@@ -239,6 +251,8 @@ class ModelConfig:
         raw: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
         raw |= dataclasses.asdict(self) | _FIXED
         raw["compress_ratios"] = list(self.compress_ratios)
+        if more := raw.pop("more_eos_token_ids"):
+            raw["eos_token_id"] = [self.eos_token_id, *more]
         if self.rope_scaling is None:
             del raw["rope_scaling"]
         else:
@@ -250,6 +264,23 @@ class ModelConfig:
     def replace(self, **changes) -> "ModelConfig":
         """A validated copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def ending_at(self, tokens: Iterable[int]) -> "ModelConfig":
+        """The same model, whose rows end at these tokens too."""
+        ends = [*self.eos_token_ids, *tokens]
+        return self.replace(eos_token_id=ends or None, more_eos_token_ids=())
+
+    def difference(self, other: "ModelConfig") -> str | None:
+        """The first key of config.json in which two models differ; None if they are the same one.
+
+        Further end tokens do not count, nor a special token that only one of them has.
+        """
+        ours = self.replace(more_eos_token_ids=()).to_dict()
+        theirs = other.replace(more_eos_token_ids=()).to_dict()
+        for name in ("bos_token_id", "eos_token_id"):
+            if None in (ours[name], theirs[name]):
+                ours[name] = theirs[name] = None
+        return next((name for name in ours | theirs if ours.get(name) != theirs.get(name)), None)
 
 
 def read_config_json(path: pathlib.Path) -> dict[str, Any]:
@@ -301,10 +332,31 @@ def _check_sizes(cfg: ModelConfig) -> None:
             raise ValueError(f"{name}: got {getattr(cfg, name)!r}; must be at least {_LEAST_EPS}")
     if type(cfg.num_nextn_predict_layers) is not int or cfg.num_nextn_predict_layers not in (0, 1):
         raise ValueError(f"num_nextn_predict_layers: got {cfg.num_nextn_predict_layers!r}; allowed: 0 or 1")
-    for name in ("bos_token_id", "eos_token_id"):
-        value = getattr(cfg, name)
-        if type(value) is not int or not 0 <= value < cfg.vocab_size:
+    ids = [("eos_token_id", token) for token in cfg.eos_token_ids]
+    if cfg.bos_token_id is not None:
+        ids.append(("bos_token_id", cfg.bos_token_id))
+    for name, value in ids:
+        if not is_token(value, cfg.vocab_size):
             raise ValueError(f"{name}: got {value!r}; must be in [0, vocab_size={cfg.vocab_size})")
+
+
+def is_token(value: Any, vocab_size: int) -> bool:
+    """Whether `value` is the id of a token, and not, say, True."""
+    return type(value) is int and 0 <= value < vocab_size
+
+
+def _spread_special_tokens(cfg: ModelConfig) -> None:
+    """Keeps the first of several end tokens as eos_token_id, the others as more_eos_token_ids."""
+    first, rest = cfg.eos_token_id, list(cfg.more_eos_token_ids)
+    if isinstance(first, (list, tuple)) and first:
+        first, rest = first[0], [*first[1:], *rest]
+    if first is None and rest:
+        raise ValueError(f"more_eos_token_ids: got {rest} without eos_token_id; set that one first")
+    distinct = [token for n, token in enumerate(rest) if token != first and token not in rest[:n]]
+    object.__setattr__(cfg, "eos_token_id", first)
+    object.__setattr__(cfg, "more_eos_token_ids", tuple(distinct))
+    if isinstance(cfg.bos_token_id, (list, tuple)) and len(cfg.bos_token_id) == 1:
+        object.__setattr__(cfg, "bos_token_id", cfg.bos_token_id[0])
 
 
 def _check_layers(cfg: ModelConfig) -> None:

@@ -46,6 +46,7 @@ from v4jax.checkpoint.store import is_run
 from v4jax.checkpoint.stream import StoreWriter, open_leaves
 from v4jax.config import ModelConfig, read_config_json
 from v4jax.foreign import file_in, read_json
+from v4jax.storage import folder_to_fill, local_path
 
 _GROUP_BYTES = 32 * 2**20
 """Of small tensors written to a store in one commit."""
@@ -64,11 +65,13 @@ def convert(source, target, format: str = "safetensors", dtype: str = "float32",
       ValueError: a target that exists and is not empty or is being written, a dtype the format does not have, or a bad source.
       OSError: the disk is full; what was written stays beside the target, for the next try.
     """
-    source, target = pathlib.Path(source), pathlib.Path(target).absolute()
+    source = local_path(source, "source")
+    target = local_path(target, "target").absolute()
     if check_format(dtype) not in ("float32", "bfloat16") and format == "orbax":
         raise ValueError(f"dtype: got {dtype!r}; a v4jax store holds float32 or bfloat16 (and keeps the scales of {dtype} files)")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: exists and is not an empty directory; choose another")
+    folder_to_fill(target.parent, "target")
     for name, value in (("max_file_bytes", max_file_bytes), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{name}: got {value}; must be at least 1")
@@ -99,7 +102,8 @@ def compare(first, second) -> dict:
     Raises:
       ValueError: a bad checkpoint, or two models (naming the first tensor or shape that differs).
     """
-    a, b = open_checkpoint(first), open_checkpoint(second)
+    a = open_checkpoint(local_path(first, "first"))
+    b = open_checkpoint(local_path(second, "second"))
     shapes, others = official_shapes(a.cfg), official_shapes(b.cfg)
     for name in shapes | others:
         if shapes.get(name) != others.get(name):
@@ -156,7 +160,7 @@ def open_checkpoint(directory) -> Source | StoreSource:
     Raises:
       ValueError: no checkpoint, or one that does not fit its config.json.
     """
-    directory = pathlib.Path(directory)
+    directory = local_path(directory, "directory")
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory; expected config.json + safetensors, or a v4jax run")
     if not is_run(directory):

@@ -15,6 +15,7 @@ from v4jax.api import load, place_on
 from v4jax.config import ModelConfig
 from v4jax.model.transformer import forward
 from v4jax.quant.fake import check_quant
+from v4jax.storage import file_to_write, local_path
 from v4jax.tokenizer import check_tokens
 
 
@@ -24,6 +25,7 @@ def read_tokens(path, vocab_size: int) -> np.ndarray:
     Raises:
       ValueError: no such file, not an integer matrix, or an id outside [0, vocab_size).
     """
+    path = local_path(path, "tokens")
     try:
         tokens = np.load(path, allow_pickle=False)
     except FileNotFoundError:
@@ -47,10 +49,9 @@ def score(checkpoint, tokens_path, out_path, mesh=None, layout=None, dtype="floa
     Raises:
       ValueError: bad tokens, checkpoint, mesh or quant; nothing is written then.
     """
-    out = pathlib.Path(out_path)
-    if not out.parent.is_dir():
-        raise ValueError(f"{out}: its directory {out.parent} does not exist")
-    if pathlib.Path(checkpoint).is_dir():  # the tokens can be refused before a large checkpoint is read
+    checkpoint = local_path(checkpoint, "checkpoint")
+    out = file_to_write(out_path, "out")
+    if checkpoint.is_dir():  # the tokens can be refused before a large checkpoint is read
         model = ModelConfig.from_json(checkpoint)
         check_quant(model, quant)
         read_tokens(tokens_path, model.vocab_size)

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from v4jax.storage import local_path
+
 BOS_TOKEN, EOS_TOKEN = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 """The special tokens of the DeepSeek tokenizers; ids 0 and 1 in the released config.json."""
 
@@ -96,7 +98,7 @@ class HuggingFaceTokenizer:
     """What a byte-pair vocabulary of this size gives on English text, roughly; used only to choose sizes to read."""
 
     def __init__(self, path):
-        path = pathlib.Path(path)
+        path = local_path(path, "path")
         self._text = _read_text(path)
         config = path.with_name("tokenizer_config.json")
         self._config_text = _read_text(config) if config.is_file() else _config_json()
@@ -149,7 +151,7 @@ def load_tokenizer(path) -> Tokenizer:
     Raises:
       ValueError: no such file, not a tokenizer, or package `tokenizers` is missing; names the file.
     """
-    path = pathlib.Path(path).expanduser()
+    path = local_path(path, "tokenizer")
     path = path / "tokenizer.json" if path.is_dir() else path
     raw = _parse(path, _read_text(path))
     return ByteTokenizer(_further_specials(raw)) if _is_byte_tokenizer(raw) else HuggingFaceTokenizer(path)
@@ -303,7 +305,7 @@ def _parse(path: pathlib.Path, text: str) -> dict:
 
 
 def _write(directory, tokenizer_text: str, config_text: str) -> None:
-    directory = pathlib.Path(directory)
+    directory = local_path(directory, "directory")
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.json").write_text(tokenizer_text, encoding="utf-8")
     (directory / "tokenizer_config.json").write_text(config_text, encoding="utf-8")

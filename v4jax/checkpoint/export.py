@@ -15,7 +15,7 @@ import pathlib
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ from v4jax.checkpoint.names import check_table, check_tree, official_names, offi
 from v4jax.checkpoint.room import Room
 from v4jax.config import ModelConfig, read_config_json
 from v4jax.foreign import file_in
+from v4jax.generation_config import end_tokens
+from v4jax.storage import folder_to_fill, local_path
 
 MAX_FILE_BYTES = 5 * 10**9
 ROOM = 10**9
@@ -62,9 +64,14 @@ def save_safetensors(
     kinds = kinds_for(cfg, check_format(dtype))
     if isinstance(max_file_bytes, bool) or not isinstance(max_file_bytes, int) or max_file_bytes < 1:
         raise ValueError(f"max_file_bytes: got {max_file_bytes!r}; must be a positive integer")
-    target = pathlib.Path(directory).resolve()
+    target = local_path(directory, "directory").resolve()
     _check_target(target, overwrite)
-    raw, carried = (None, []) if source is None else (read_config_json(pathlib.Path(source) / "config.json"), carried_files(source))
+    folder_to_fill(target.parent, "directory")
+    raw, carried, elsewhere = None, [], []
+    if source is not None:
+        source = local_path(source, "source")
+        raw, carried = read_config_json(source / "config.json"), carried_files(source)
+        elsewhere = end_tokens(source, cfg.vocab_size)
     leaves, slots = check_tree(cfg, params), official_names(cfg)
 
     def stored(name: str) -> Stored | None:
@@ -80,7 +87,7 @@ def save_safetensors(
     partial.mkdir()
     try:
         write_tensors(partial, plan_files(cfg, kinds, max_file_bytes), stored)
-        write_json(partial / "config.json", config_json(cfg, check_format(dtype), raw))
+        write_json(partial / "config.json", config_json(cfg, check_format(dtype), raw, elsewhere))
         for path in target.iterdir() if target.exists() else ():
             if not _is_ours(path):
                 shutil.copy2(path, partial)
@@ -122,10 +129,32 @@ def kinds_for(cfg: ModelConfig, format: str) -> dict[str, Kind]:
     return kinds
 
 
-def config_json(cfg: ModelConfig, format: str, raw: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """config.json of an export: that of the source, where it is of official style, but for what the precision changes."""
-    same = raw is not None and "compress_ratios" in raw and "layer_types" not in raw and ModelConfig.from_dict(dict(raw)) == cfg
-    found = dict(raw) if same else cfg.to_dict()
+def config_json(
+    cfg: ModelConfig,
+    format: str,
+    raw: Mapping[str, Any] | None = None,
+    elsewhere: Collection[int] = (),
+) -> dict[str, Any]:
+    """config.json of an export.
+
+    It is the source's, if that is of official style and describes this model, apart from what the
+    precision changes. Rows end where they end in the source, and where `cfg` says.
+
+    Args:
+      raw: the source's config.json. elsewhere: end tokens of the export's generation_config.json,
+        which need not be repeated.
+    """
+    theirs = None
+    if raw is not None and raw.get("model_type") == "deepseek_v4":
+        theirs = ModelConfig.from_dict(dict(raw))
+    same = theirs is not None and cfg in (theirs, theirs.ending_at(elsewhere))
+    ends = theirs.ending_at(cfg.eos_token_ids) if same else cfg
+    if same and "compress_ratios" in raw and "layer_types" not in raw:
+        found = dict(raw)
+        if set(ends.eos_token_ids) - set(theirs.eos_token_ids) - set(elsewhere):
+            found["eos_token_id"] = list(ends.eos_token_ids)
+    else:
+        found = ends.to_dict()
     low = quantization_config(format)
     for name in ("quantization_config", "expert_dtype"):
         if name not in low:
@@ -140,7 +169,7 @@ def carried_files(directory) -> list[pathlib.Path]:
     Raises:
       ValueError: one is no regular file of the directory.
     """
-    directory = pathlib.Path(directory)
+    directory = local_path(directory, "directory")
     names = sorted(path.name for path in directory.iterdir() if _CARRIED.match(path.name))
     try:
         return [file_in(directory, name) for name in names]

@@ -17,6 +17,7 @@ from v4jax.checkpoint.files import Header, read_headers, read_tensor
 from v4jax.checkpoint.formats import Kind, Stored, allowed_kinds, check_stored, decode, format_of, scale_of, shapes_of
 from v4jax.checkpoint.names import Path, check_table, fill_tree, official_shapes, plain_dtype, same_names, transformers_to_official
 from v4jax.config import ModelConfig, read_config_json
+from v4jax.storage import local_path
 
 
 class Source(NamedTuple):
@@ -77,7 +78,7 @@ def open_safetensors(directory) -> Source:
     Raises:
       ValueError: naming the file or tensor, what was expected and what was found.
     """
-    directory = pathlib.Path(directory)
+    directory = local_path(directory, "directory")
     cfg = read_config(directory)
     try:
         return _check_headers(directory, cfg, read_headers(directory))
@@ -109,7 +110,7 @@ def read_config(directory) -> ModelConfig:
     Raises:
       ValueError: no such directory, or no config.json of a model this code can build.
     """
-    directory = pathlib.Path(directory)
+    directory = local_path(directory, "directory")
     if not directory.is_dir():
         raise ValueError(f"{directory}: not a directory; expected one with config.json and *.safetensors")
     return ModelConfig.from_json(directory)

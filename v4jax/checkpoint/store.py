@@ -29,6 +29,7 @@ from sharding.processes import anywhere, is_first, wait_for_all
 from v4jax.checkpoint.intact import NOT_NOTED, damage, write_sums
 from v4jax.checkpoint.text import write_text
 from v4jax.config import ModelConfig, read_config_json
+from v4jax.storage import local_path
 
 CHECKPOINTS, DAMAGED, ABANDONED = "checkpoints", "damaged", "abandoned"
 _CHUNK_BYTES = 64 * 2**20
@@ -42,7 +43,7 @@ class Store:
     def __init__(self, directory, keep: int = 2, keep_every: int = 0, keep_best: int = 0, writes: bool = False):
         """`keep`: newest checkpoints kept. `keep_every`: those of every so many steps too. `keep_best`: so many of the least loss.
         `writes`: this process trains here, so leftovers of killed saves are its own."""
-        self._directory = pathlib.Path(directory).absolute()
+        self._directory = local_path(directory, "directory").absolute()
         policies = ocp.training.save_decision_policies, ocp.training.preservation_policies
         kept = [policies[1].LatestN(keep)]
         if keep_every:
@@ -186,7 +187,7 @@ def _context() -> ocp.Context:
 
 def is_run(directory) -> bool:
     """Whether `directory` is a v4jax run or store (as opposed to a directory of safetensors)."""
-    return (pathlib.Path(directory) / CHECKPOINTS).is_dir()
+    return (local_path(directory, "directory") / CHECKPOINTS).is_dir()
 
 
 def load_store_params(directory, abstract, strict: bool = False) -> Any:
@@ -225,16 +226,16 @@ def check_config(directory, cfg: ModelConfig) -> None:
     Raises:
       ValueError: the directory belongs to another model (names the first field that differs), or to something else.
     """
-    directory = pathlib.Path(directory)
+    directory = local_path(directory, "directory")
     path = directory / "config.json"
     if path.exists():
-        old, new = ModelConfig.from_json(path).to_dict(), cfg.to_dict()
-        for name in new.keys() | old.keys():
-            if old.get(name) != new.get(name):
-                raise ValueError(
-                    f"{directory} holds a run of another model: {name} is {old.get(name)} there, {new.get(name)} here; "
-                    "choose another run directory"
-                )
+        old = ModelConfig.from_json(path)
+        if name := cfg.difference(old):
+            theirs, ours = old.to_dict().get(name), cfg.to_dict().get(name)
+            raise ValueError(
+                f"{directory} holds a run of another model: {name} is {theirs} there, {ours} here; "
+                "choose another run directory"
+            )
     elif directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty and holds no v4jax run; choose another run directory")
 
@@ -249,8 +250,10 @@ def write_config(directory, cfg: ModelConfig, source: str = "") -> None:
       ValueError: see check_config.
     """
     check_config(directory, cfg)
-    path = pathlib.Path(directory) / "config.json"
+    path = local_path(directory, "directory") / "config.json"
     if not path.exists():
+        raw = cfg.to_dict()
+        if source:
+            raw = read_config_json(local_path(source, "source") / "config.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        raw = read_config_json(pathlib.Path(source) / "config.json") if source else cfg.to_dict()
         write_text(path, json.dumps(raw, indent=2) + "\n")

@@ -9,6 +9,7 @@ import pathlib
 
 from v4jax.chat.encoding import EFFORTS, MODES
 from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS
+from v4jax.storage import local_path
 from v4jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 FORMATS = ("text", "jsonl", "parquet", "arrayrecord", "chat")
@@ -38,6 +39,7 @@ class Source:
         for name in ("path", "glob"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; must be a string that is not empty")
+        local_path(self.path, "path")
         if self.format not in FORMATS:
             raise ValueError(f"format: got {self.format!r}; allowed: {', '.join(FORMATS)}")
         if self.format != "arrayrecord" and not self.column:
@@ -122,6 +124,9 @@ class DataConfig:
         for name in ("source", "tokenizer"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; must be a string that is not empty")
+        for name in ("source", "tokenizer", "cache"):
+            if getattr(self, name) != "":
+                local_path(getattr(self, name), name)
         if isinstance(self.held_out, bool) or not isinstance(self.held_out, float) or not 0 < self.held_out < 1:
             raise ValueError(f"held_out: got {self.held_out!r}; must be a share in (0, 1)")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:

@@ -7,6 +7,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
@@ -14,11 +15,11 @@ from v4jax.api import load, place_on
 from v4jax.chat.encoding import Message, encode_messages
 from v4jax.chat.parse import parse_message
 from v4jax.chat.tokens import BOS, CHAT_TOKENS, END_THINK, EOS
-from v4jax.config import ModelConfig
+from v4jax.generate.choice import Choice, model_and_choice, say
 from v4jax.generate.decode import Setting, check_request
 from v4jax.generate.row import Row
-from v4jax.generate.sampling import Sampling
 from v4jax.generate.text import TextStop
+from v4jax.generation_config import disagreement
 from v4jax.tokenizer import Tokenizer, load_tokenizer, require_tokens
 
 CACHE_TOKENS = 4096
@@ -37,38 +38,63 @@ def run(flags) -> dict | None:
         raise ValueError("chat: reads one terminal; it must run in one process")
     if flags.effort is not None and flags.thinking != "thinking":
         raise ValueError(f"--effort: got {flags.effort!r} with --thinking {flags.thinking}; only --thinking thinking has an effort")
-    sampling = Sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, min_p=flags.min_p)
-    setting = Setting(dtype=flags.dtype, quant=flags.quant, storage=flags.cache, sampling=sampling)
     tokenizer = load_tokenizer(flags.checkpoint)
     require_tokens(tokenizer, (BOS, EOS, *CHAT_TOKENS), "a chat")
     history = [] if flags.system is None else [{"role": "system", "content": flags.system}]
-    cfg = ModelConfig.from_json(flags.checkpoint)
+    cfg, choice = model_and_choice(flags)
+    setting = Setting(
+        dtype=flags.dtype, quant=flags.quant, storage=flags.cache, sampling=choice.sampling
+    )
     room = min(CACHE_TOKENS, cfg.max_position_embeddings) if flags.cache_tokens is None else flags.cache_tokens
     shortest = tokenizer.encode(_encode(flags, [*history, {"role": "user", "content": ""}]))
-    check_request(cfg, [shortest], [flags.seed], flags.max_new_tokens, room, setting)
+    check_request(cfg, [shortest], [flags.seed], choice.most(len(shortest), room), room, setting)
+    say(choice.line, disagreement(cfg, tokenizer))
     cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout)
     mesh, rules = place_on(flags.mesh, flags.layout)
     with jax.set_mesh(mesh):
         row = Row(cfg, params, setting._replace(rules=rules), room)
+        ends = (*tokenizer.encode(EOS), *cfg.eos_token_ids)
+        chat = _Chat(flags, tokenizer, row, room, choice, ends)
         for line in _lines("" if flags.json else "> "):
-            _turn(flags, row, tokenizer, history, line)
+            _turn(chat, history, line)
     return {"messages": history} if flags.json else None
 
 
-def _turn(flags, row: Row, tokenizer: Tokenizer, history: list[Message], line: str) -> None:
+class _Chat(NamedTuple):
+    """What stays the same from turn to turn.
+
+    Attributes:
+      room: tokens that the row has room for. ends: tokens that end an answer.
+    """
+
+    flags: Any
+    tokenizer: Tokenizer
+    row: Row
+    room: int
+    choice: Choice
+    ends: tuple[int, ...]
+
+
+def _turn(chat: _Chat, history: list[Message], line: str) -> None:
     """Adds the line and its answer to the history; neither, where the cache may have no room for them."""
+    flags, tokenizer = chat.flags, chat.tokenizer
     turns = [*history, {"role": "user", "content": line}]
     write = (lambda _: None) if flags.json else functools.partial(print, end="", flush=True)
     shown = _AllText(tokenizer, REASONING, {END_THINK: ANSWER}) if flags.thinking == "thinking" else _AllText(tokenizer)
-    stop = TextStop(tokenizer.encode(EOS), (), shown, write)
+    stop = TextStop(chat.ends, (), shown, write)
+    prompt = tokenizer.encode(_encode(flags, turns))
+    most = chat.choice.most(len(prompt), chat.room)
     try:
-        completion = row.answer(tokenizer.encode(_encode(flags, turns)), flags.max_new_tokens, flags.seed, stop)
+        completion = chat.row.answer(prompt, most, flags.seed, stop)
     except ValueError as error:
         print(f"v4jax: this turn is left out: {error}", file=sys.stderr)
         return
     stop.close(completion.tokens)
     write("\n")
-    history[:] = [*turns, _read(_AllText(tokenizer).decode(completion.tokens), flags.thinking)]
+    answer = _AllText(tokenizer).decode(stop.without_stop(completion.tokens))
+    if completion.ended == "stop":  # whichever token it was, the format has one for it
+        answer += EOS
+    history[:] = [*turns, _read(answer, flags.thinking)]
 
 
 class _AllText:

@@ -4,18 +4,17 @@ Next file to read: v4jax/generate/decode.py.
 """
 
 import functools
-import pathlib
 import sys
 
 import jax
 
 from sharding.processes import is_first
 from v4jax.api import load, place_on
-from v4jax.config import ModelConfig
+from v4jax.generate.choice import model_and_choice, say
 from v4jax.generate.decode import Completion, Setting, check_request, generate
 from v4jax.generate.prefix import PrefixStore, check_store
-from v4jax.generate.sampling import Sampling
 from v4jax.generate.text import TextStop
+from v4jax.generation_config import disagreement
 from v4jax.tokenizer import check_tokens, load_tokenizer
 
 
@@ -25,32 +24,37 @@ def run(flags) -> dict | None:
     Raises:
       ValueError: anything that does not fit, before the checkpoint is read where that is possible.
     """
-    sampling = Sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, min_p=flags.min_p)
-    if flags.samples < 1 or (flags.samples > 1 and sampling.temperature == 0):
-        raise ValueError(f"--samples: got {flags.samples}; must be 1 or more, and 1 without --temperature (all would be the same)")
-    setting = Setting(dtype=flags.dtype, quant=flags.quant, storage=flags.cache, sampling=sampling, speculative=flags.speculative)
     tokenizer, prompt = _read_prompt(flags)
-    prompts, seeds = [prompt] * flags.samples, list(range(flags.seed, flags.seed + flags.samples))
     given = None if flags.stop_tokens is None else _ids(flags.stop_tokens, "--stop-tokens")
-    if pathlib.Path(flags.checkpoint).is_dir():
-        model = ModelConfig.from_json(flags.checkpoint)
-        check_request(model, prompts, seeds, flags.max_new_tokens, flags.cache_tokens, setting)
-        if given is not None:
-            check_tokens(given, model.vocab_size, "--stop-tokens")
+    model, choice = model_and_choice(flags)
+    if flags.samples < 1 or (flags.samples > 1 and choice.sampling.temperature == 0):
+        rule = "must be 1 or more, and 1 without --temperature (all would be the same)"
+        raise ValueError(f"--samples: got {flags.samples}; {rule}")
+    setting = Setting(
+        dtype=flags.dtype, quant=flags.quant, storage=flags.cache, sampling=choice.sampling,
+        speculative=flags.speculative,
+    )  # fmt: skip
+    prompts, seeds = [prompt] * flags.samples, list(range(flags.seed, flags.seed + flags.samples))
+    room = model.max_position_embeddings if flags.cache_tokens is None else flags.cache_tokens
+    most = choice.most(len(prompt), room)
+    check_request(model, prompts, seeds, most, flags.cache_tokens, setting)
+    if given is not None:
+        check_tokens(given, model.vocab_size, "--stop-tokens")
     if flags.prefix_cache is not None:
         check_store(flags.prefix_cache, flags.prefix_cache_bytes)
     TextStop(given or [], flags.stop, tokenizer)
+    say(choice.line, disagreement(model, tokenizer) if tokenizer else "")
     cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout)
     stream = tokenizer is not None and is_first() and not flags.json and flags.samples == 1
     write = functools.partial(print, end="", flush=True) if stream else None
-    stop = TextStop([cfg.eos_token_id] if given is None else given, flags.stop, tokenizer, write)
+    stop = TextStop(cfg.eos_token_ids if given is None else given, flags.stop, tokenizer, write)
     mesh, rules = place_on(flags.mesh, flags.layout)
     prefixes = flags.prefix_cache and PrefixStore(flags.prefix_cache, flags.prefix_cache_bytes, cfg, params, setting.formats)
     if stream:
         write(flags.prompt)
     with jax.set_mesh(mesh):
         completions = generate(
-            cfg, params, prompts, flags.max_new_tokens, seeds=seeds, stop=stop, room=flags.cache_tokens,
+            cfg, params, prompts, most, seeds=seeds, stop=stop, room=flags.cache_tokens,
             setting=setting._replace(rules=rules), prefixes=prefixes or None,
         )  # fmt: skip
     if prefixes and is_first():

@@ -115,7 +115,8 @@ def generate(
     """Continues each prompt by at most max_new_tokens (a number for all, or for each).
 
     Args:
-      seeds: one per prompt; default 0, 1, 2, ... stop: default, the end-of-text token. tell: hears every step.
+      seeds: one per prompt; default 0, 1, 2, ... stop: default, at any of cfg.eos_token_ids.
+      tell: hears every step.
       room: tokens the cache has room for in each row; default: what the longest prompt needs. rows: of the batch, at least.
       setting: its rules are a layout, with the mesh ambient (jax.set_mesh).
       prefixes: where beginnings of prompts are looked up and kept.
@@ -126,7 +127,7 @@ def generate(
     """
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     check_request(cfg, prompts, seeds, max_new_tokens, room, setting)
-    stop = stop or (lambda _, tokens: tokens[-1] == cfg.eos_token_id)
+    stop = stop or (lambda _, tokens: tokens[-1] in cfg.eos_token_ids)
     setting = setting._replace(rules=decoding_rules(setting.rules))
     params = split_layers(cfg, params, setting.rules)
     shards, most = setting.rules.shards("act_batch"), _each(max_new_tokens, prompts)

@@ -28,6 +28,7 @@ import numpy as np
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import Cache
 from v4jax.model.state import LayerCache
+from v4jax.storage import folder_to_fill, local_path
 
 STRETCH = 512
 """Tokens of a file; a multiple of every compress ratio, and the chunk of prefill."""
@@ -49,9 +50,10 @@ class PrefixStore:
 
     def __init__(self, folder, limit: int, cfg: ModelConfig, params, formats):
         check_store(folder, limit)
-        self._folder, self._limit, self._cfg = pathlib.Path(folder), limit, cfg
+        self._folder, self._limit, self._cfg = local_path(folder, "prefix cache"), limit, cfg
         self._folder.mkdir(parents=True, exist_ok=True)
-        known = json.dumps([_VERSION, STRETCH, cfg.to_dict(), formats], sort_keys=True)
+        model = cfg.replace(more_eos_token_ids=()).to_dict()  # what ends a row changes no cache
+        known = json.dumps([_VERSION, STRETCH, model, formats], sort_keys=True)
         self._base = hashlib.sha256(known.encode() + digest(params))
         self.reused = self.kept = 0
 
@@ -147,11 +149,7 @@ def check_store(folder, limit: int) -> None:
         raise ValueError(f"prefix cache: got a limit of {limit} bytes; must be at least 1")
     if jax.process_count() > 1:
         raise ValueError(f"prefix cache: it serves one process; this job has {jax.process_count()}")
-    if not str(folder):
-        raise ValueError("prefix cache: got ''; must be a folder")
-    for path in (pathlib.Path(folder), *pathlib.Path(folder).parents):
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"prefix cache: got {folder}; {path} is not a folder")
+    folder_to_fill(folder, "prefix cache")
 
 
 def _ratios(cfg: ModelConfig, cache: Cache) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from v4jax.config import ModelConfig
 from v4jax.generate.cache import split_layers
 from v4jax.generate.decode import Completion, Setting, check_request, generate
 from v4jax.generate.prefix import PrefixStore, digest
+from v4jax.storage import folder_to_fill, local_path
 from v4jax.tokenizer import check_tokens
 
 _VERSION = 1
@@ -37,7 +38,7 @@ class Plan:
 
     Attributes:
       samples: of each prompt. rows: sequences that run together. seed: of the first sample; the others count up from it.
-      stop_tokens: a sample ends with one of these; None: the end-of-text token.
+      stop_tokens: a sample ends with one of these; None: the model's end tokens.
 
     Raises:
       ValueError: a number below 1 (seed: 0).
@@ -70,7 +71,8 @@ def rollout(
     """
     if jax.process_count() > 1:
         raise ValueError(f"rollout: one process writes the log; this job has {jax.process_count()}")
-    stops = (cfg.eos_token_id,) if plan.stop_tokens is None else plan.stop_tokens
+    log = _log_file(log)
+    stops = cfg.eos_token_ids if plan.stop_tokens is None else plan.stop_tokens
     each = [prompt for prompt in prompts for _ in range(plan.samples)]
     seeds = [(plan.seed + job) % 2**32 for job in range(len(each))]
     check_request(cfg, each, seeds, plan.max_new_tokens, None, setting)
@@ -95,12 +97,21 @@ def rollout(
     return [completions[first : first + plan.samples] for first in range(0, len(completions), plan.samples)]
 
 
+def _log_file(log) -> pathlib.Path:
+    """Where the log goes. Raises ValueError if no file can be there."""
+    path = local_path(log, "log")
+    folder_to_fill(path.parent, "log")
+    if path.is_dir():
+        raise ValueError(f"log: got {path}; must be a file, and is a folder")
+    return path
+
+
 class _Log:
     """Tokens and log probabilities of every sample so far, in memory and in a file: a line that says of what, then one for each
     step of each sample. A line that a kill cut short is dropped."""
 
-    def __init__(self, path, batch, jobs: int, plan: Plan, vocab: int):
-        path, self._plan, self._vocab = pathlib.Path(path), plan, vocab
+    def __init__(self, path: pathlib.Path, batch, jobs: int, plan: Plan, vocab: int):
+        self._plan, self._vocab = plan, vocab
         head = json.dumps({"version": _VERSION, "batch": hashlib.sha256(json.dumps(batch).encode()).hexdigest()}).encode() + b"\n"
         content = path.read_bytes() if path.is_file() else b""
         whole = content[: content.rfind(b"\n") + 1]

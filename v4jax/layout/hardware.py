@@ -17,6 +17,8 @@ import pathlib
 import re
 from typing import Any
 
+from v4jax.storage import local_path
+
 HERE = pathlib.Path(__file__).parent
 MEASURED = HERE / "cpu.json"
 """The profile that `v4jax layout --measure` wrote on the machine the repository's figures come from."""
@@ -91,7 +93,7 @@ def hardware_of(name: str) -> Hardware:
     """
     if name.endswith(".json"):
         try:
-            return _read(json.loads(pathlib.Path(name).read_text()), name)
+            return _read(json.loads(local_path(name, "target").read_text()), name)
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"target: {name}: {error}") from None
     table = known()
@@ -104,8 +106,10 @@ def target_of(text: str, devices: int | None = None) -> Target:
     """ "v5p:4x4x8" -> 128 devices of v5p, "h100:64" -> 64, "cpu" -> `devices`.
 
     Raises:
-      ValueError: an unknown chip, or a size that is no product of positive numbers.
+      ValueError: an unknown chip, a file that is not on this machine, or a size that is no
+        product of positive numbers.
     """
+    local_path(text, "target")  # before the colon of gs:// is taken for that of a size
     name, colon, size = text.rpartition(":") if ":" in text else (text, "", "")
     hardware = hardware_of(name)
     if not colon:

@@ -22,6 +22,7 @@ from v4jax.layout.hardware import Hardware, target_of
 from v4jax.layout.memory import MEMORY, WORKING
 from v4jax.layout.notes import notes, parameters
 from v4jax.layout.terms import Term, constants_of
+from v4jax.storage import local_path
 from v4jax.train.config import TrainConfig
 
 TEMPLATE = pathlib.Path(__file__).parent / "page.html"
@@ -35,6 +36,7 @@ def report(path: str, cfg: TrainConfig, request: Request, result: Result | Searc
     Raises:
       ValueError: a comparison, which has no page.
     """
+    path = local_path(path, "path")
     if isinstance(result, Searched):
         best = result.found.ranked[0]
         cfg = dataclasses.replace(cfg, mesh=best.mesh, layout=best.layout)
@@ -45,7 +47,7 @@ def report(path: str, cfg: TrainConfig, request: Request, result: Result | Searc
         raise ValueError("--report: shows one layout; leave out --compare")
     hardware = target_of(request.target, result.estimate.devices).hardware
     text = json.dumps(page_data(cfg, hardware, result, request)).replace("<", "\\u003c")
-    pathlib.Path(path).write_text(TEMPLATE.read_text().replace(">DATA<", f">{text}<"))
+    path.write_text(TEMPLATE.read_text().replace(">DATA<", f">{text}<"))
 
 
 def page_data(cfg: TrainConfig, hardware: Hardware, result: Result, request: Request) -> dict[str, Any]:

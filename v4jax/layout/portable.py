@@ -9,7 +9,6 @@ Next file to read: docs/ascend.md.
 
 import functools
 import importlib.util
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from sharding.rules import layout_for
 from v4jax.layout.estimate import platform_of
 from v4jax.layout.hardware import Hardware
 from v4jax.model.transformer import abstract_params
+from v4jax.storage import file_to_write
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import batch_sharding, check_batch, state_from, state_shardings, train_step
 
@@ -35,6 +35,7 @@ def write_stablehlo(path: str, cfg: TrainConfig, hardware: Hardware) -> dict[str
         raise ValueError("--stablehlo needs the extra `export`: pip install 'v4jax[export]'")
     from jax import export
 
+    target = file_to_write(path, "path")
     sizes = parse_mesh(cfg.mesh)
     rules, mesh = layout_for(cfg.layout, sizes), make_mesh(sizes)
     check_batch(cfg, rules, sizes)
@@ -52,5 +53,8 @@ def write_stablehlo(path: str, cfg: TrainConfig, hardware: Hardware) -> dict[str
     with jax.set_mesh(mesh):
         exported = export.export(jax.jit(step, donate_argnums=0), platforms=(platform,))(leaves, {"tokens": rows, "segment_ids": rows})
     data = exported.serialize()
-    pathlib.Path(path).write_bytes(data)
-    return {"file": path, "bytes": len(data), "platform": platform, "devices": exported.nr_devices, "inputs": len(exported.in_avals)}
+    target.write_bytes(data)
+    return {
+        "file": str(target), "bytes": len(data), "platform": platform,
+        "devices": exported.nr_devices, "inputs": len(exported.in_avals),
+    }  # fmt: skip

@@ -11,6 +11,7 @@ from v4jax.checkpoint.formats import FORMATS
 from v4jax.config import CSA, ModelConfig
 from v4jax.quant.fake import check_quant
 from v4jax.data.config import DataConfig
+from v4jax.storage import local_path
 from v4jax.train.loss import LossWeights
 from v4jax.train.stability import StabilityConfig
 from v4jax.train.stages import Stage, check_stages
@@ -108,6 +109,9 @@ class TrainConfig:
     stage's rows."""
 
     def __post_init__(self):
+        for name in ("run_dir", "init_from"):
+            if getattr(self, name) != "":
+                local_path(getattr(self, name), name)
         parse_mesh(self.mesh)
         _allow(self, "layout", tuple(LAYOUTS))
         _allow(self, "dtype", ("float32", "bfloat16"))

@@ -10,6 +10,7 @@ Next file to read: v4jax/train/report.py.
 
 import functools
 import itertools
+import logging
 import math
 import pathlib
 import shutil
@@ -28,7 +29,9 @@ from v4jax.checkpoint.export import carried_files, kinds_for, save_safetensors
 from v4jax.checkpoint.store import Store, check_config, is_run, write_config
 from v4jax.data.config import tokenizer_of
 from v4jax.data.store import prepare_cache
+from v4jax.generation_config import disagreement
 from v4jax.model.weights import Csa
+from v4jax.storage import folder_to_fill
 from v4jax.train.anticipate import Feed, compile_choice
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_sets, predicted_tokens, train_batches, unigram_loss
@@ -57,6 +60,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         left. Such a state is neither saved nor exported.
       OSError: a checkpoint could not be written; those before it are intact.
     """
+    run = _check_folders(cfg)
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes) if math.prod(sizes.values()) > 1 else AxisRules()
     mesh = make_mesh(sizes)
@@ -66,8 +70,9 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         check_batch(stage_at(cfg, done), rules, sizes)
     if cfg.export != "none":
         kinds_for(cfg.model, cfg.export)
-    run = pathlib.Path(cfg.run_dir)
     tokenizer = tokenizer_of(cfg.data)
+    if is_first() and (said := disagreement(cfg.model, tokenizer)):
+        logging.getLogger("v4jax").warning("%s", said)
     with jax.set_mesh(mesh):
         shardings = state_shardings(cfg, rules, mesh)
         place = batch_sharding(rules, mesh)
@@ -88,6 +93,21 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         if last < cfg.steps:
             return {"run_dir": str(run), "steps": cfg.steps, "stopped_at": last} if is_first() else {}
         return _finish(cfg, run, tokenizer, state)
+
+
+def _check_folders(cfg: TrainConfig) -> pathlib.Path:
+    """The run directory, after checks of all folders but those of the text; makes none.
+
+    Raises:
+      ValueError: a folder that cannot be made, or a run or first weights of another model.
+    """
+    run = folder_to_fill(cfg.run_dir, "run_dir")
+    if cfg.data.cache:
+        folder_to_fill(cfg.data.cache, "cache")
+    check_config(run, cfg.model)
+    if cfg.init_from and not (run / "config.json").exists():
+        check_source(cfg)
+    return run
 
 
 def _cache(cfg: TrainConfig, tokenizer) -> None:

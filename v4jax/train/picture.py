@@ -11,6 +11,7 @@ import pathlib
 from typing import Any
 
 from v4jax.checkpoint.text import write_text
+from v4jax.storage import local_path
 from v4jax.train.report import METRICS, read_metrics, require_plots
 
 PAGE = "summary.html"
@@ -23,7 +24,7 @@ def write_summary(run) -> pathlib.Path:
     Raises:
       ValueError: `run` has no metrics yet, or matplotlib is missing.
     """
-    run = pathlib.Path(run)
+    run = local_path(run, "run")
     lines = read_metrics(run)
     if not lines:
         raise ValueError(f"{run}: no {METRICS} with a line in it; expected the directory of a run that has begun")

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sharding.mesh import make_mesh, parse_mesh
 from v4jax.checkpoint.text import write_text
 from v4jax.cost import train_flops_per_token
+from v4jax.storage import local_path
 from v4jax.train.config import TrainConfig
 from v4jax.train.stability import Record
 
@@ -188,7 +189,7 @@ class Silent:
 
 def read_metrics(run) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, metrics of a step or an "event"; a last line cut short by a crash is left out."""
-    path = pathlib.Path(run) / METRICS
+    path = local_path(run, "run") / METRICS
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
@@ -221,6 +222,6 @@ def plot_losses(run: pathlib.Path, unigram_nll: float | None = None) -> pathlib.
     rate = bottom.twinx()
     rate.plot(*series("learning_rate"), color="tab:grey", linestyle=":")
     rate.set_ylabel("learning rate")
-    path = pathlib.Path(run) / "loss.png"
+    path = local_path(run, "run") / "loss.png"
     figure.savefig(path, dpi=110)
     return path

@@ -127,10 +127,11 @@ def fresh(cfg: TrainConfig, shardings) -> TrainState:
 
 def check_source(cfg: TrainConfig) -> None:
     """Refuses weights of another model to start from (names the first field that differs)."""
-    found = ModelConfig.from_json(cfg.init_from).to_dict()
-    for name, ours in cfg.model.to_dict().items():
-        if found.get(name) != ours:
-            raise ValueError(f"init_from: {cfg.init_from} is another model: {name} is {found.get(name)} there, {ours} here")
+    found = ModelConfig.from_json(cfg.init_from)
+    if name := cfg.model.difference(found):
+        theirs, ours = found.to_dict().get(name), cfg.model.to_dict().get(name)
+        head = f"init_from: {cfg.init_from} is another model"
+        raise ValueError(f"{head}: {name} is {theirs} there, {ours} here")
 
 
 def _from_weights(cfg: TrainConfig, shardings) -> TrainState:

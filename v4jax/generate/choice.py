@@ -1,0 +1,139 @@
+"""How a command chooses tokens: by its flags, else by the checkpoint's generation_config.json.
+
+`"do_sample": false` takes the likeliest token, whatever else the file says. `"do_sample": true`
+without a temperature means temperature 1. The file's filters (top_k, top_p, min_p) count only
+where tokens are sampled.
+
+Next file to read: v4jax/generate/command.py.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sharding.processes import is_first
+from v4jax.checkpoint.load import read_config
+from v4jax.config import ModelConfig
+from v4jax.generate.sampling import Sampling
+from v4jax.generation_config import GENERATION_FILE, read_generation_config, with_end_tokens
+
+_FILTERS = ("top_k", "top_p", "min_p")
+_FLAGS = ("temperature", *_FILTERS, "max_new_tokens")
+_CHANGES_NO_TOKEN = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"),
+    *("use_cache", "cache_implementation", "return_dict_in_generate"),
+}
+_OFF_AT_ONE = {
+    *("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "typical_p"),
+    *("num_beams", "num_beam_groups", "num_return_sequences"),
+}
+
+
+class Choice(NamedTuple):
+    """How tokens are chosen, and how many.
+
+    Attributes:
+      max_new_tokens: at most. from_file: the limit is the file's, and shrinks to the room there is.
+      line: what the file decides, in words; "" for nothing.
+    """
+
+    sampling: Sampling
+    max_new_tokens: int
+    from_file: bool = False
+    line: str = ""
+
+    def most(self, prompt: int, room: int) -> int:
+        """New tokens that may follow `prompt` tokens where `room` tokens fit in all."""
+        if not self.from_file:
+            return self.max_new_tokens
+        return max(1, min(self.max_new_tokens, room - prompt))
+
+
+def model_and_choice(flags) -> tuple[ModelConfig, Choice]:
+    """The model of flags.checkpoint, with the end tokens of both files, and how it is sampled.
+
+    Raises:
+      ValueError: no such checkpoint, or a value out of range; names the file if the value is its.
+    """
+    own = read_config(flags.checkpoint)
+    cfg = with_end_tokens(own, flags.checkpoint)
+    further = [token for token in cfg.eos_token_ids if token not in own.eos_token_ids]
+    replaced = getattr(flags, "stop_tokens", None) is not None
+    return cfg, choice_of(flags, () if replaced else further)
+
+
+def choice_of(flags, ends: Sequence[int] = ()) -> Choice:
+    """What the flags say, and the checkpoint's generation_config.json for flags that are None.
+
+    Args:
+      ends: tokens that end a row because of that file alone; named in the line.
+
+    Raises:
+      ValueError: a value out of range; names the file if the value is its.
+    """
+    raw = read_generation_config(flags.checkpoint)
+    raw = {name: value for name, value in raw.items() if value is not None}
+    try:
+        _check(raw)
+    except ValueError as error:
+        raise ValueError(f"{flags.checkpoint}/{GENERATION_FILE}: {error}") from None
+    flagged = {name: getattr(flags, name) for name in _FLAGS if getattr(flags, name) is not None}
+    filed = {name: raw[name] for name in _FLAGS if name in raw}
+    if "do_sample" in raw:
+        filed["temperature"] = raw.get("temperature", 1.0) if raw["do_sample"] else 0.0
+    if (filed | flagged).get("temperature", 0) == 0:
+        filed = {name: value for name, value in filed.items() if name not in _FILTERS}
+    chosen = {"max_new_tokens": flags.default_new_tokens} | filed | flagged
+    most = chosen.pop("max_new_tokens")
+    counts = {name: value for name, value in filed.items() if name not in flagged}
+    line = _line(raw, counts, ends)
+    return Choice(Sampling(**chosen), most, "max_new_tokens" in counts, line)
+
+
+def say(*lines: str) -> None:
+    """Prints each line that is not empty to stderr, in the first process: stdout is the text's."""
+    for line in filter(None, lines if is_first() else ()):
+        print(f"v4jax: {line}", file=sys.stderr, flush=True)
+
+
+def _check(raw: dict[str, Any]) -> None:
+    """Raises ValueError for a value of the wrong type, or one that `Sampling` refuses."""
+    if not isinstance(raw.get("do_sample", True), bool):
+        raise ValueError(f"do_sample: got {raw['do_sample']!r}; must be true or false")
+    for name in ("temperature", "top_p", "min_p"):
+        value = raw.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{name}: got {value!r}; must be a number")
+    most = raw.get("max_new_tokens", 1)
+    if type(most) is not int or most < 1:
+        raise ValueError(f"max_new_tokens: got {most!r}; must be an integer of at least 1")
+    Sampling(temperature=raw.get("temperature", 0.0))
+    Sampling(temperature=1.0, **{name: raw[name] for name in _FILTERS if name in raw})
+
+
+def _line(raw: dict[str, Any], counts: dict[str, Any], ends: Sequence[int]) -> str:
+    """What counts of the file, and what v4jax does not use of it; "" for neither."""
+    notes = {"max_new_tokens": ", or what there is room for"}
+    if raw.get("do_sample") is False:
+        notes["temperature"] = " (do_sample is false)"
+    used = [f"{name} {_plain(value)}{notes.get(name, '')}" for name, value in counts.items()]
+    if ends:
+        used.append(f"rows also end at {', '.join(map(str, ends))}")
+    unused = [f"{name} {value!r}" for name, value in raw.items() if not _is_neutral(name, value)]
+    said = [", ".join(used)] if used else []
+    if unused:
+        said.append(f"not used: {', '.join(unused)}")
+    return f"{GENERATION_FILE}: {'; '.join(said)}" if said else ""
+
+
+def _plain(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    """Whether a key of the file is used, or changes no token."""
+    if name in ("do_sample", *_FLAGS) or name in _CHANGES_NO_TOKEN:
+        return True
+    if name.startswith(("_", "output_")):
+        return True
+    return not value or (value == 1 and name in _OFF_AT_ONE)

@@ -1,0 +1,75 @@
+"""generation_config.json of a checkpoint: the further tokens that end a row.
+
+What the file says about choosing tokens is read in v4jax/generate/choice.py.
+
+Next file to read: v4jax/cost.py.
+"""
+
+from typing import Any
+
+from v4jax.config import ModelConfig, is_token
+from v4jax.foreign import file_in, read_json
+from v4jax.storage import local_path
+
+GENERATION_FILE = "generation_config.json"
+
+
+def read_generation_config(directory) -> dict[str, Any]:
+    """The contents of a checkpoint's generation_config.json, unchecked; {} without the file.
+
+    Raises:
+      ValueError: naming the file: a link out of its directory, or no JSON object.
+    """
+    directory = local_path(directory, "directory")
+    try:
+        raw = read_json(file_in(directory, GENERATION_FILE))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{directory}/{error}") from None
+    if not isinstance(raw, dict):
+        got = type(raw).__name__
+        raise ValueError(f"{directory / GENERATION_FILE}: expected a JSON object, got {got}")
+    return raw
+
+
+def end_tokens(directory, vocab_size: int) -> list[int]:
+    """The tokens that end a row according to generation_config.json: none, one or several.
+
+    Raises:
+      ValueError: see read_generation_config; or an id outside [0, vocab_size).
+    """
+    found = read_generation_config(directory).get("eos_token_id")
+    if found is None:
+        return []
+    ids = found if isinstance(found, list) else [found]
+    for token in ids:
+        if not is_token(token, vocab_size):
+            path = local_path(directory) / GENERATION_FILE
+            rule = f"must be in [0, vocab_size={vocab_size})"
+            raise ValueError(f"{path}: eos_token_id: got {token!r}; {rule}")
+    return ids
+
+
+def with_end_tokens(cfg: ModelConfig, directory) -> ModelConfig:
+    """`cfg` with the end tokens of the checkpoint's generation_config.json added.
+
+    Raises:
+      ValueError: see end_tokens.
+    """
+    return cfg.ending_at(end_tokens(directory, cfg.vocab_size))
+
+
+def disagreement(cfg: ModelConfig, tokenizer) -> str:
+    """How a tokenizer's special tokens differ from those of the config, in words; "" if not."""
+    said = []
+    if tokenizer.eos_token_id not in cfg.eos_token_ids:
+        ends = ", ".join(map(str, cfg.eos_token_ids)) or "nothing"
+        said.append(
+            f"the tokenizer's end token is {tokenizer.eos_token_id}, but rows end at {ends}"
+        )
+    begin = tokenizer.bos_token_id
+    if cfg.bos_token_id is not None and begin != cfg.bos_token_id:
+        own = cfg.bos_token_id
+        said.append(f"the tokenizer's begin token is {begin}, but config.json has {own}")
+    return "; ".join(said)

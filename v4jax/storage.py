@@ -1,0 +1,103 @@
+"""The door to files: what a user gives as a path becomes a path on this machine, or is refused.
+
+Nothing is read or written here. This file imports nothing of v4jax, so that any file may use it.
+
+Next file to read: v4jax/foreign.py.
+"""
+
+import os
+import pathlib
+import re
+from typing import Any
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+"""One slash is enough: pathlib makes gs:/bucket of gs://bucket."""
+_LONGEST_NAME = 255
+"""Bytes of a file name, on all common file systems."""
+_ELSEWHERE = "must be a path on this machine; buckets (gs://, s3://, ...) are not supported yet"
+
+
+def local_path(given: str | os.PathLike, what: str = "") -> pathlib.Path:
+    """The path that `given` names on this machine, with ~ and ~user expanded.
+
+    Reading the result once more changes nothing: a path that would then look like a bucket or a
+    home directory ("./gs:/x", "./~x") is returned absolute.
+
+    Args:
+      what: the flag or argument that gave the path, for the error message.
+
+    Raises:
+      ValueError: a bucket or another scheme://, an empty text, a NUL, a name that is too long or
+        that no file can have, the home of an unknown user, something that is no path at all.
+    """
+    text = os.fspath(given) if isinstance(given, (str, os.PathLike)) else None
+    if fault := _fault(text):
+        got = _short(given if text is None else text)
+        raise ValueError(f"{_prefix(what)}got {got}; {fault}")
+    path = pathlib.Path(os.path.expanduser(text))
+    return path.absolute() if _SCHEME.match(str(path)) or str(path).startswith("~") else path
+
+
+def folder_to_fill(given: str | os.PathLike, what: str = "") -> pathlib.Path:
+    """`local_path` of a folder that exists or can be made, and that may be written to. Makes none.
+
+    Raises:
+      ValueError: see local_path; or the folder, or one above it, is a file or is read-only.
+    """
+    path = local_path(given, what)
+    head = f"{_prefix(what)}got {path}"
+    there = next(one for one in (path, *path.absolute().parents) if os.path.lexists(one))
+    if not there.is_dir():
+        raise ValueError(f"{head}; {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{head}; {there} may not be written to")
+    return path
+
+
+def file_to_write(given: str | os.PathLike, what: str = "") -> pathlib.Path:
+    """`local_path` of a file that can be written in a folder that exists. Writes nothing.
+
+    Raises:
+      ValueError: see local_path; or the folder is missing or read-only, or the path is a folder.
+    """
+    path = local_path(given, what)
+    head = f"{_prefix(what)}got {path}"
+    if not path.parent.is_dir():
+        raise ValueError(f"{head}; its folder {path.parent} does not exist")
+    if path.is_dir():
+        raise ValueError(f"{head}; must be a file, and is a folder")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{head}; its folder {path.parent} may not be written to")
+    return path
+
+
+def _fault(text: Any) -> str:
+    """Why `text` is no path on this machine; "" if it is one."""
+    if not isinstance(text, str):
+        return "must be a path"
+    if not text:
+        return "must not be empty"
+    if _SCHEME.match(text):
+        return _ELSEWHERE
+    try:
+        names = os.fsencode(text).split(os.sep.encode())
+    except UnicodeEncodeError:
+        return "must be text that a file name can hold"
+    if "\0" in text:
+        return "must not hold a NUL character"
+    longest = max(map(len, names))
+    if longest > _LONGEST_NAME:
+        return f"has a name of {longest} bytes; a file system takes at most {_LONGEST_NAME}"
+    if os.path.expanduser(text).startswith("~"):
+        user = text.split(os.sep)[0][1:]
+        return f"there is no user {user!r} with a home directory (a file called so: ./{text})"
+    return ""
+
+
+def _prefix(what: str) -> str:
+    return f"{what}: " if what else ""
+
+
+def _short(given: Any) -> str:
+    text = repr(given)
+    return text if len(text) <= 200 else f"{text[:197]}..."

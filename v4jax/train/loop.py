@@ -22,7 +22,7 @@ import numpy as np
 
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.processes import check_whole, from_rows, is_first, local_rows, stop_requests, wait_for_all
-from sharding.rules import AxisRules, layout_for
+from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax.checkpoint.export import carried_files, kinds_for, save_safetensors
 from v4jax.checkpoint.store import Store, check_config, write_config
 from v4jax.data.config import tokenizer_of
@@ -54,6 +54,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
       TrainingFailed: the loss is not finite, or spikes, and no rollback is left.
       OSError: a checkpoint could not be written; those before it are intact.
     """
+    check_has_mesh(cfg.layout, cfg.mesh)
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes) if math.prod(sizes.values()) > 1 else AxisRules()
     mesh = make_mesh(sizes)

@@ -1,8 +1,9 @@
-"""A layout of your own: the demo with its experts over 4 devices, and everything that is large cut over 2 more.
+"""A layout of your own: the demo with experts over 4 devices, and large matrices cut over all 8.
 
 Command: JAX_PLATFORMS=cpu v4jax train examples/own_layout.py
 On paper: v4jax layout examples/own_layout.py --paper
-With another config: v4jax train configs/demo.py --mesh fsdp=2,expert=4 --layout examples/own_layout.py:mine
+With another config:
+    v4jax train configs/demo.py --mesh fsdp=2,expert=4 --layout examples/own_layout.py:mine
 Hardware: 2 CPU cores; 8 simulated devices as fsdp=2, expert=4.
 Next file to read: docs/own-layout.md.
 """
@@ -26,4 +27,6 @@ mine = layout(
 
 def get_config() -> TrainConfig:
     """The demo's run, on another mesh, in this layout."""
-    return dataclasses.replace(demo(), run_dir="runs/own_layout", mesh="fsdp=2,expert=4", layout=mine)
+    return dataclasses.replace(
+        demo(), run_dir="runs/own_layout", mesh="fsdp=2,expert=4", layout=mine
+    )

@@ -1,4 +1,4 @@
-"""The words of a layout: axes of a mesh, logical axes of arrays, and which pairings the model can compute with.
+"""The words of a layout: axes of a mesh, logical axes of arrays, and what may be split how.
 
 Next file to read: sharding/rules.py.
 """
@@ -7,13 +7,15 @@ import difflib
 from collections.abc import Mapping, Sequence
 
 MESH_AXES = ("slice", "data", "fsdp", "context", "expert", "tensor")
-"""Every mesh has these axes, outermost (slowest links) first; an axis that is not asked for has size 1."""
+"""Axes of every mesh, outermost (slowest links) first; one that is not asked for has size 1."""
 
-# Weight axes, then activation axes. Names of the two kinds differ, or an FSDP table would shard activations by mistake.
+# Weight axes, then activation axes. Names of the two kinds differ, or an FSDP table would shard
+# activations by mistake.
 LOGICAL_AXES = tuple(
     (
-        "layers vocab embed norm streams_embed mix q_lora q_lora_in heads head_dim sinks group_in groups index_heads "
-        "entry ape_rows expert_embed experts expert_hidden hidden routes table_rows table_slots embed_out "
+        "layers vocab embed norm streams_embed mix q_lora q_lora_in heads head_dim sinks group_in "
+        "groups index_heads entry ape_rows expert_embed experts expert_hidden hidden routes "
+        "table_rows table_slots embed_out "
         "act_batch act_seq act_streams act_embed act_heads act_hidden act_vocab cache_slots"
     ).split()
 )
@@ -53,22 +55,31 @@ Where = Mapping[str, tuple[str, ...]]
 
 
 def axes_of(name: str, value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Mesh axes that a layout gives for the logical axis `name`: "data expert", ("data", "expert"), or None for none.
+    """Mesh axes that split the logical axis `name`, from "data expert", ("data", "expert") or None.
 
     Raises:
       ValueError: an unknown logical or mesh axis, or a mesh axis that stands twice.
     """
     if name not in LOGICAL_AXES:
-        raise ValueError(f"layout: got logical axis {name!r}{close(name, LOGICAL_AXES)}; known: {', '.join(LOGICAL_AXES)}")
+        known = ", ".join(LOGICAL_AXES)
+        raise ValueError(
+            f"layout: got logical axis {name!r}{close(name, LOGICAL_AXES)}; known: {known}"
+        )
     listed = isinstance(value, (tuple, list)) and all(isinstance(axis, str) for axis in value)
     if not (value is None or listed or isinstance(value, str)):
-        raise ValueError(f'layout: {name}: got {value!r}; must be mesh axes as "data expert", a tuple of them, or None')
+        raise ValueError(
+            f'layout: {name}: got {value!r}; must be mesh axes as "data expert", a tuple, or None'
+        )
     axes = tuple(value.split() if isinstance(value, str) else value or ())
     for axis in axes:
         if axis not in MESH_AXES:
-            raise ValueError(f"layout: {name}: got mesh axis {axis!r}{close(axis, MESH_AXES)}; allowed: {', '.join(MESH_AXES)}")
+            allowed = ", ".join(MESH_AXES)
+            raise ValueError(
+                f"layout: {name}: got mesh axis {axis!r}{close(axis, MESH_AXES)}; "
+                f"allowed: {allowed}"
+            )
         if axes.count(axis) > 1:
-            raise ValueError(f"layout: {name}: mesh axis {axis!r} stands twice in {value!r}")
+            raise ValueError(f"layout: {name}: mesh axis {axis!r} is twice in {value!r}")
     return axes
 
 
@@ -79,28 +90,36 @@ def close(word: str, words: Sequence[str]) -> str:
 
 
 def check_table(where: Where, exchange: bool) -> None:
-    """Raises ValueError for a layout that no array could have, or that the model cannot compute with."""
+    """Raises ValueError for a layout that no array can have, or no model can compute with."""
     for names in ARRAYS:
         _check_array(names, where)
     tokens = where["act_batch"] + where["act_seq"]
     if len(where["act_seq"]) > 1:
-        raise ValueError(f"layout: act_seq: got {_shown(where['act_seq'])}; a sequence is split over one mesh axis")
+        shown = _shown(where["act_seq"])
+        raise ValueError(f"layout: act_seq: got {shown}; a sequence is split over one mesh axis")
     if where["cache_slots"]:
-        raise ValueError("layout: cache_slots: leave it out; decoding splits the cache over the axis of act_seq")
-    for name in ("experts", "expert_embed", "embed"):  # sent or gathered among devices that hold different tokens
+        raise ValueError(
+            "layout: cache_slots: leave it out; decoding splits the cache over the axis of act_seq"
+        )
+    # Sent or gathered among devices that hold different tokens.
+    for name in ("experts", "expert_embed", "embed"):
         if rest := [axis for axis in where[name] if axis not in tokens]:
             raise ValueError(
-                f"layout: {name}: got mesh axis {rest[0]!r}, which must split tokens too; add it to act_batch or act_seq, "
-                f"which are over {_shown(tokens)}"
+                f"layout: {name}: got mesh axis {rest[0]!r}, which must split tokens too; "
+                f"add it to act_batch or act_seq, which are over {_shown(tokens)}"
             )
-    for name in ("vocab", "expert_hidden"):  # partial results are summed over devices that hold the same tokens
+    # Partial results are summed over devices that hold the same tokens.
+    for name in ("vocab", "expert_hidden"):
         if both := [axis for axis in where[name] if axis in tokens]:
             raise ValueError(
-                f"layout: {name}: got mesh axis {both[0]!r}, which splits tokens; allowed: axes outside act_batch and act_seq, "
-                f"which are over {_shown(tokens)}"
+                f"layout: {name}: got mesh axis {both[0]!r}, which splits tokens; allowed: axes "
+                f"outside act_batch and act_seq, which are over {_shown(tokens)}"
             )
     if exchange and not where["experts"]:
-        raise ValueError("layout: exchange=True sends tokens to the devices of their experts; experts is not split")
+        raise ValueError(
+            "layout: exchange=True sends tokens to the devices of their experts; "
+            "experts is not split"
+        )
 
 
 def _check_array(names: Sequence[str], where: Where) -> None:
@@ -108,7 +127,10 @@ def _check_array(names: Sequence[str], where: Where) -> None:
     for axis in flat:
         if flat.count(axis) > 1:
             users = " and ".join(name for name in names if axis in where[name])
-            raise ValueError(f"layout: mesh axis {axis!r} is used twice by an array with axes {', '.join(names)}: by {users}")
+            raise ValueError(
+                f"layout: mesh axis {axis!r} is used twice by an array with axes "
+                f"{', '.join(names)}: by {users}"
+            )
 
 
 def _shown(axes: Sequence[str]) -> str:

@@ -20,7 +20,9 @@ _NO_AXIS: tuple[str, ...] = ()
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class AxisRules:
-    """A frozen table logical axis -> mesh axes, made by `layout`. The empty table means one device: every call is the identity.
+    """A frozen table logical axis -> mesh axes, made by `layout`.
+
+    The empty table means one device: every call is the identity.
 
     Attributes:
       exchange: send each token to the devices of its experts (worth it where more devices hold experts than a token uses),
@@ -110,29 +112,35 @@ _gathered.defvjp(
 )
 
 
-def layout(*, exchange: bool = False, name: str = "", **where: str | Sequence[str] | None) -> AxisRules:
-    """A layout of your own: which mesh axes split each logical axis, as layout(act_batch="data expert", experts="expert").
+def layout(
+    *, exchange: bool = False, name: str = "", **where: str | Sequence[str] | None
+) -> AxisRules:
+    """A layout of your own: which mesh axes split each logical axis.
 
-    A logical axis that is left out, or given None, is replicated: every device holds it whole. Logical axes are
-    listed in sharding/axes.py, mesh axes are "slice", "data", "fsdp", "context", "expert" and "tensor".
+    Example: layout(act_batch="data expert", experts="expert"). A logical axis that is left out, or
+    given None, is replicated: every device holds it whole. sharding/axes.py lists the axes.
 
     Args:
       exchange: see AxisRules.
       name: what reports call the layout (default: "own").
-      where: logical_axis="mesh axes, separated by blanks", outermost first; a tuple of them; or None.
+      where: logical_axis="mesh axes, separated by blanks", outermost first; a tuple; or None.
 
     Raises:
-      ValueError: an unknown axis, a mesh axis used twice by one array, or a layout that the model cannot compute with.
+      ValueError: an unknown axis, a mesh axis used twice by one array, or a layout that the model
+        cannot compute with.
     """
     if not isinstance(exchange, bool) or not isinstance(name, str):
-        raise ValueError(f"layout: got exchange {exchange!r}, name {name!r}; must be a bool, a string")
+        raise ValueError(
+            f"layout: got exchange {exchange!r}, name {name!r}; must be a bool and a string"
+        )
     if name in LAYOUTS:
         raise ValueError(f"layout: name: {name!r} is a layout of v4jax; choose another name")
     return _layout(name, exchange, **where)
 
 
 def _layout(name: str, exchange: bool = False, **where) -> AxisRules:
-    found = dict.fromkeys(LOGICAL_AXES, _NO_AXIS) | {axis: axes_of(axis, value) for axis, value in where.items()}
+    found = dict.fromkeys(LOGICAL_AXES, _NO_AXIS)
+    found |= {axis: axes_of(axis, value) for axis, value in where.items()}
     check_table(found, exchange)
     return AxisRules(tuple(found.items()), exchange, name)
 
@@ -150,7 +158,8 @@ _TENSOR = dict(
 LAYOUTS: dict[str, AxisRules] = {
     # every axis at once: batch over slice, data, fsdp and expert; sequence over context; experts over expert; weights cut
     "full": _layout(
-        "full", act_batch="slice data fsdp expert", act_seq="context", experts="expert", **_cut_weights("fsdp context"), **_TENSOR
+        "full", act_batch="slice data fsdp expert", act_seq="context", experts="expert",
+        **_cut_weights("fsdp context"), **_TENSOR,
     ),
     # every device holds all weights
     "dp": _layout("dp", act_batch="slice data"),
@@ -158,7 +167,9 @@ LAYOUTS: dict[str, AxisRules] = {
     "fsdp": _layout("fsdp", act_batch="slice data fsdp", **_cut_weights("fsdp")),
     # experts on their devices, everything else replicated
     "ep": _layout("ep", act_batch="slice data expert", experts="expert"),
-    "ep_fsdp": _layout("ep_fsdp", act_batch="slice data fsdp expert", experts="expert", **_cut_weights("fsdp")),
+    "ep_fsdp": _layout(
+        "ep_fsdp", act_batch="slice data fsdp expert", experts="expert", **_cut_weights("fsdp")
+    ),
     "ep_tp": _layout("ep_tp", act_batch="slice data expert", experts="expert", **_TENSOR),
     # long sequences: each device holds a stretch of every row; experts on their devices
     "cp_ep": _layout("cp_ep", act_batch="slice data expert", act_seq="context", experts="expert"),
@@ -182,17 +193,22 @@ def rules_of(layout: AxisRules | str | None) -> AxisRules:
         _check(layout)
         return layout
     if layout is not None and not isinstance(layout, str):
-        raise ValueError(f"layout: got {layout!r}; must be a name or an AxisRules, see sharding.rules.layout")
+        raise ValueError(
+            f"layout: got {layout!r}; must be a name or an AxisRules, see sharding.rules.layout"
+        )
     name = "full" if layout is None else layout
     if name not in LAYOUTS:
-        raise ValueError(f"layout: got {name!r}{close(name, tuple(LAYOUTS))}; known: {', '.join(LAYOUTS)}")
+        known = ", ".join(LAYOUTS)
+        raise ValueError(f"layout: got {name!r}{close(name, tuple(LAYOUTS))}; known: {known}")
     return LAYOUTS[name]
 
 
 def _check(rules: AxisRules) -> None:
     where = {name: axes_of(name, axes) for name, axes in rules.table}
     if missing := [name for name in LOGICAL_AXES if name not in where]:
-        raise ValueError(f"layout: got an AxisRules without {missing[0]!r}; make it with sharding.rules.layout")
+        raise ValueError(
+            f"layout: got an AxisRules without {missing[0]!r}; make it with sharding.rules.layout"
+        )
     check_table(where, rules.exchange)
 
 
@@ -206,11 +222,17 @@ def layout_for(layout: AxisRules | str | None, mesh_sizes: dict[str, int]) -> Ax
     used = {axis for _, axes in rules.table for axis in axes}
     for axis, size in mesh_sizes.items():
         if size > 1 and axis not in used:
-            raise ValueError(f"layout {str(rules)!r} does not use mesh axis {axis}={size}; drop it from --mesh or choose another layout")
+            raise ValueError(
+                f"layout {str(rules)!r} does not use mesh axis {axis}={size}; "
+                "drop it from --mesh or choose another layout"
+            )
     return rules
 
 
 def check_has_mesh(layout: AxisRules | str | None, mesh: str | None) -> None:
-    """Raises ValueError for a layout other than "full", the default, that is given without a mesh: it would be ignored."""
+    """Raises ValueError for a layout, other than the default, without a mesh: it would be ignored."""
     if not mesh and rules_of(layout) != LAYOUTS["full"]:
-        raise ValueError(f"layout {str(layout)!r} needs a mesh; give one, for example --mesh data=2, or leave the layout at full")
+        raise ValueError(
+            f"layout {str(layout)!r} needs a mesh; give one, for example --mesh data=2, "
+            "or leave the layout at full"
+        )

@@ -1,4 +1,4 @@
-"""A layout of the user's own: made and checked like the named ones, taken wherever a name is, refused in one line."""
+"""A layout of the user's own: made and checked like the named ones, and taken wherever a name is."""
 
 import dataclasses
 import json
@@ -43,7 +43,10 @@ def test_a_layout_is_frozen_and_shows_how_it_was_made():
     with pytest.raises(dataclasses.FrozenInstanceError):
         mine.exchange = False
     assert (str(mine), str(layout(**EP)), str(LAYOUTS["ep"])) == ("mine", "own", "ep")
-    assert repr(mine) == "layout(experts='expert', act_batch='slice data expert', exchange=True, name='mine')"
+    assert (
+        repr(mine)
+        == "layout(experts='expert', act_batch='slice data expert', exchange=True, name='mine')"
+    )
     again = eval(repr(mine))
     assert (again, again.name) == (mine, "mine")
 
@@ -53,7 +56,7 @@ def test_a_layout_is_frozen_and_shows_how_it_was_made():
     [
         ({"expert": "expert"}, r"got logical axis 'expert' \(did you mean .*'experts'.*\); known: layers, vocab"),
         ({"experts": "experts"}, r"experts: got mesh axis 'experts' \(did you mean 'expert'\?\); allowed: slice, data"),
-        ({"act_batch": "data data"}, "act_batch: mesh axis 'data' stands twice in 'data data'"),
+        ({"act_batch": "data data"}, "act_batch: mesh axis 'data' is twice in 'data data'"),
         ({"act_batch": 3}, "act_batch: got 3; must be mesh axes"),
         ({"act_batch": ("data", 3)}, "act_batch: got .*; must be mesh axes"),
         ({"act_batch": "data", "act_heads": "data"}, "'data' is used twice by an array with axes act_batch, act_seq, act_heads: by act_batch and act_heads"),
@@ -87,7 +90,11 @@ def test_the_checks_know_every_array_of_the_model():
             names = set(re.findall(r'"(\w+)"', line)) - {"cache_slots"}
             assert any(names <= one for one in known), (path, line)
             called |= names
-    assert {"act_heads", "act_hidden", "act_vocab", "act_streams", "index_heads"} <= called <= set(LOGICAL_AXES)
+    assert (
+        {"act_heads", "act_hidden", "act_vocab", "act_streams", "index_heads"}
+        <= called
+        <= set(LOGICAL_AXES)
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,7 +131,9 @@ def test_a_layout_without_a_mesh_is_refused_not_ignored(given, tmp_path):
         lambda: as_dict(dataclasses.replace(CFG, layout=given)),
         lambda: look(dataclasses.replace(CFG, layout=given), Request(paper=True)),
     ):
-        with pytest.raises(ValueError, match="needs a mesh; give one, for example --mesh data=2") as error:
+        with pytest.raises(
+            ValueError, match="needs a mesh; give one, for example --mesh data=2"
+        ) as error:
             (tmp_path / "config.json").write_text(json.dumps(MODEL.to_dict()))
             call()
         assert "\n" not in str(error.value)
@@ -143,21 +152,30 @@ number = 3
 @pytest.fixture
 def file(tmp_path):
     (tmp_path / "my.py").write_text(WRONG)
-    (tmp_path / "bad.py").write_text("from sharding.rules import layout\nx = layout(experts='expart')")
+    (tmp_path / "bad.py").write_text(
+        "from sharding.rules import layout\nx = layout(experts='expart')"
+    )
     return tmp_path / "my.py"
 
 
 def test_a_layout_of_a_file_is_called_as_it_was_asked_for(file):
     assert read_layout(f"{file}:mine") == layout(act_batch="data expert", experts="expert")
     assert str(read_layout(f"{file}:mine")) == f"{file}:mine"
-    assert read_layout("ep") == "ep" and read_layout(None) is None and read_layout(LAYOUTS["ep"]) is LAYOUTS["ep"]
+    assert (
+        read_layout("ep") == "ep"
+        and read_layout(None) is None
+        and read_layout(LAYOUTS["ep"]) is LAYOUTS["ep"]
+    )
     assert api.place_on("expert=2", f"{file}:mine")[1] == read_layout(f"{file}:mine")
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{tmp}/my.py:mne", "my.py: has no layout 'mne' (did you mean 'mine'?); layouts there: mine, other, half"),
+        (
+            "{tmp}/my.py:mne",
+            "my.py: has no layout 'mne' (did you mean 'mine'?); layouts there: mine, other, half",
+        ),
         ("{tmp}/my.py", "must be FILE.py:NAME; layouts there: mine, other, half"),
         ("{tmp}/my.py:", "must be FILE.py:NAME; layouts there: mine"),
         ("{tmp}/my.py:number", "number is of type int; must be made by sharding.rules.layout"),
@@ -202,7 +220,9 @@ def test_the_command_line_of_train_takes_names_and_files(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", str(EXAMPLE), "--help"])
     said = capsys.readouterr().out
-    assert not stop.value.code and "--layout NAME|FILE.py:NAME" in said and "(default: mine)" in said
+    assert (
+        not stop.value.code and "--layout NAME|FILE.py:NAME" in said and "(default: mine)" in said
+    )
 
 
 def test_the_layout_lab_estimates_compares_searches_and_draws_it(capsys):
@@ -216,7 +236,11 @@ def test_the_layout_lab_estimates_compares_searches_and_draws_it(capsys):
 
 
 def test_a_search_ranks_it_among_the_named_ones():
-    cfg = dataclasses.replace(CFG, layout=layout(name="mine", act_batch="expert", experts="expert", embed="expert"), mesh="")
+    cfg = dataclasses.replace(
+        CFG,
+        layout=layout(name="mine", act_batch="expert", experts="expert", embed="expert"),
+        mesh="",
+    )
     found = look_for(cfg, Request(), 8).found
     assert {"mine", "full", "pod"} <= {one.layout for one in found.ranked}
     best = next(one for one in found.ranked if one.layout == "mine")
@@ -227,7 +251,7 @@ def test_a_search_ranks_it_among_the_named_ones():
 
 @pytest.mark.slow
 def test_a_run_samples_exports_resumes_and_is_scored_in_it(tmp_path, capsys):
-    """Two steps in a layout of one's own, the third in another: losses are those of three steps on one device."""
+    """Two steps in it, the third in another: the losses of three steps on one device."""
     (tmp_path / "text").mkdir()
     for i in range(8):
         (tmp_path / f"text/{i}.txt").write_text(f"document {i}: the cat sat on the mat. " * 20)
@@ -239,16 +263,33 @@ def test_a_run_samples_exports_resumes_and_is_scored_in_it(tmp_path, capsys):
         learning_rate=1e-3, warmup_steps=0, log_every=1, eval_batches=0, remat=False, export="float32",
     )  # fmt: skip
     train(cfg)
-    mine = layout(name="mine", act_batch="fsdp expert", experts="expert", expert_embed="fsdp", embed="expert fsdp")
-    ours = dataclasses.replace(cfg, run_dir=str(tmp_path / "own"), mesh="fsdp=2,expert=2", layout=mine)
+    mine = layout(
+        name="mine",
+        act_batch="fsdp expert",
+        experts="expert",
+        expert_embed="fsdp",
+        embed="expert fsdp",
+    )
+    ours = dataclasses.replace(
+        cfg, run_dir=str(tmp_path / "own"), mesh="fsdp=2,expert=2", layout=mine
+    )
     train(dataclasses.replace(ours, steps=2, export="none"))
     train(dataclasses.replace(ours, layout="ep_fsdp", sample_prompt="the", sample_tokens=2))
     one, own = ([line["loss"] for line in read_metrics(tmp_path / run)] for run in ("one", "own"))
     assert len(one) == 3 and own == pytest.approx(one, rel=1e-5)
-    assert cli._sample(dataclasses.replace(ours, sample_prompt="the", sample_tokens=2))["sample"].startswith("the")
+    assert cli._sample(dataclasses.replace(ours, sample_prompt="the", sample_tokens=2))[
+        "sample"
+    ].startswith("the")
 
     np.save(tmp_path / "tokens.npy", np.arange(16).reshape(2, 8))
     score = f"score {tmp_path}/own/export --tokens {tmp_path}/tokens.npy --out"
     assert cli.main(f"{score} {tmp_path}/a.npz".split()) == 0
-    assert cli.main(f"{score} {tmp_path}/b.npz --mesh fsdp=2,expert=4 --layout {tmp_path}/my.py:mine".split()) == 0
-    np.testing.assert_allclose(np.load(tmp_path / "b.npz")["nll"], np.load(tmp_path / "a.npz")["nll"], rtol=1e-5)
+    assert (
+        cli.main(
+            f"{score} {tmp_path}/b.npz --mesh fsdp=2,expert=4 --layout {tmp_path}/my.py:mine".split()
+        )
+        == 0
+    )
+    np.testing.assert_allclose(
+        np.load(tmp_path / "b.npz")["nll"], np.load(tmp_path / "a.npz")["nll"], rtol=1e-5
+    )

@@ -1,4 +1,4 @@
-"""A user's config file: it finds its neighbours, shadows nothing, and what is wrong with it is one line."""
+"""A user's config: it finds its neighbours, shadows nothing, and what is wrong in it is one line."""
 
 import fnmatch
 import json
@@ -27,16 +27,27 @@ def write(folder, **files):
     return folder
 
 
-@pytest.mark.parametrize("name", ["my_config", "json", "jax", "v4jax", "configs", "numpy", "has-dash and blank"])
+@pytest.mark.parametrize(
+    "name", ["my_config", "json", "jax", "v4jax", "configs", "numpy", "has-dash and blank"]
+)
 def test_a_config_of_any_name_and_place_runs_and_shadows_nothing(tmp_path, name):
     before = dict(sys.modules), list(sys.path)
-    write(tmp_path, **{name: "import json, numpy, jax, v4jax.config\njson.loads, numpy.ones, jax.jit" + GOOD})
+    write(
+        tmp_path,
+        **{name: "import json, numpy, jax, v4jax.config\njson.loads, numpy.ones, jax.jit" + GOOD},
+    )
     assert call(tmp_path / f"{name}.py", "get_config").steps == 7
-    assert all(sys.modules[key] is value for key, value in before[0].items()) and sys.path == before[1]
+    assert (
+        all(sys.modules[key] is value for key, value in before[0].items()) and sys.path == before[1]
+    )
 
 
 def test_a_folder_named_like_an_installed_module_shadows_nothing(tmp_path):
-    folder = write(tmp_path / "jax", numpy="", cfg="import jax, numpy\ndef get_config(): return jax.jit, numpy.ones")
+    folder = write(
+        tmp_path / "jax",
+        numpy="",
+        cfg="import jax, numpy\ndef get_config(): return jax.jit, numpy.ones",
+    )
     assert call(folder / "cfg.py", "get_config")[0].__module__.startswith("jax.")
 
 
@@ -49,7 +60,9 @@ def test_a_config_finds_its_neighbours_and_nobody_else_does(tmp_path):
 
 
 def test_a_config_finds_what_the_folder_above_holds(tmp_path):
-    folder = write(tmp_path / "runs", cfg="from far_above import sizes\ndef get_config(): return sizes.N")
+    folder = write(
+        tmp_path / "runs", cfg="from far_above import sizes\ndef get_config(): return sizes.N"
+    )
     write(tmp_path / "far_above", sizes="N = 3")
     assert call(folder / "cfg.py", "get_config") == 3
 
@@ -93,7 +106,9 @@ BROKEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["train {path} --dry-run", "layout {path} --paper", "cost {path}"])
+@pytest.mark.parametrize(
+    "command", ["train {path} --dry-run", "layout {path} --paper", "cost {path}"]
+)
 @pytest.mark.parametrize(("text", "line"), BROKEN.values(), ids=BROKEN)
 def test_what_a_config_raises_is_one_line_with_its_place(tmp_path, capsys, text, line, command):
     write(tmp_path, cfg=text, near="x = 1\nx / 0", bad="def")
@@ -131,7 +146,15 @@ def test_the_whole_traceback_is_shown_on_request(tmp_path, capsys, monkeypatch):
 
 def test_a_config_far_from_the_checkout_plans_its_run(tmp_path):
     write(tmp_path, my_config=GOOD)
-    done = run(sys.executable, "-m", "v4jax", "train", str(tmp_path / "my_config.py"), "--dry-run", "--json")
+    done = run(
+        sys.executable,
+        "-m",
+        "v4jax",
+        "train",
+        str(tmp_path / "my_config.py"),
+        "--dry-run",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["stages"][0]["last_step"] == 7
 
@@ -143,6 +166,10 @@ def test_every_file_of_the_packages_is_installed():
         for path in (ROOT / package).rglob("*"):
             if path.is_file() and path.suffix not in (".py", ".pyc"):
                 name = path.relative_to(ROOT / package).as_posix()
-                assert any(fnmatch.fnmatch(name, one) for one in tools["package-data"][package]), path
+                assert any(fnmatch.fnmatch(name, one) for one in tools["package-data"][package]), (
+                    path
+                )
     assert all((ROOT / package / "py.typed").is_file() for package in ("v4jax", "sharding"))
-    assert not (ROOT / "configs/__init__.py").exists(), "a user's own folder called configs would hide the installed one"
+    assert not (ROOT / "configs/__init__.py").exists(), (
+        "a user's own folder called configs would hide the installed one"
+    )

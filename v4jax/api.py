@@ -38,14 +38,17 @@ def place_on(mesh: str | None, layout: AxisRules | str | None) -> tuple[Mesh, Ax
     return device_mesh, AxisRules() if one else rules
 
 
-def load(path, dtype: str = "float32", mesh: str | None = None, layout: AxisRules | str | None = None):
+def load(
+    path, dtype: str = "float32", mesh: str | None = None, layout: AxisRules | str | None = None
+):
     """Opens a safetensors directory or a v4jax run: (ModelConfig, nested dict of jax arrays).
 
     Args:
       path: a directory with config.json and *.safetensors, or a v4jax run or store.
       dtype: "float32" or "bfloat16", of every *.weight; what official files keep in float32 stays so.
       mesh: axis sizes such as "data=2,expert=4"; None: one device.
-      layout: how the arrays lie on the mesh: a name, an AxisRules (sharding.rules.layout), or "FILE.py:NAME"; None: "full".
+      layout: how the arrays lie on the mesh: a name, an AxisRules (sharding.rules.layout), or
+        "FILE.py:NAME"; None: "full".
 
     Raises:
       ValueError: no such checkpoint, or anything in it that does not fit, naming the tensor.

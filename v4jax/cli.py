@@ -266,7 +266,8 @@ def _read_config_file(path):
 
     found = call(path, "get_config")
     if not isinstance(found, TrainConfig):
-        raise BadInput(f"{path}: get_config() gave {type(found).__name__}; must give a v4jax.train.config.TrainConfig")
+        kind = type(found).__name__
+        raise BadInput(f"{path}: get_config() gave {kind}; must give a v4jax.train.config.TrainConfig")
     return found
 
 
@@ -289,7 +290,7 @@ def _override(cfg, rest: list[str], program: str):
 
 @contextlib.contextmanager
 def _no_wrapping(rest: list[str]):
-    """Errors come in lines of any length, so that no path is broken in two; help comes as wide as the terminal."""
+    """Lets an error be one long line, so that no path is broken in two; help stays as it is."""
     before = os.environ.get("COLUMNS")
     if not {"-h", "--help"} & set(rest):
         os.environ["COLUMNS"] = "10000"

@@ -1,8 +1,9 @@
-"""Python files of the user's own: a config's function, a layout by its name. What they raise becomes one line.
+"""Python files of the user: a config's function, a layout by name. An error in one is one line.
 
-A file finds its neighbours, and what the folder above holds, after everything that is installed: a config called
-jax.py shadows nothing. Only as a package with their folder's name do neighbours come first: in a folder called configs,
-`from configs import models` means the models.py beside the file, not the one that is installed with v4jax.
+A file can import its neighbours, and what the folder above holds; what is installed comes first, so
+that a config called jax.py shadows nothing. As members of their folder, neighbours come first: in a
+folder called configs, `from configs import models` means the models.py beside the file, not the one
+that is installed with v4jax.
 
 Next file to read: v4jax/cli.py.
 """
@@ -26,21 +27,23 @@ def call(path: str | pathlib.Path, name: str) -> Any:
     """What the function `name` of the Python file `path`, called without arguments, returns.
 
     Raises:
-      ValueError: no such file or function, or whatever the file raises, with the line that raised it.
+      ValueError: no such file or function, or whatever the file raises, with its line.
     """
     with _running(path) as module:
         if not hasattr(module, name):
             raise _Refused(f"{path}: has no function {name}()")
         function = getattr(module, name)
         if not callable(function):
-            raise _Refused(f"{path}: {name} is of type {type(function).__name__}; must be a function")
-        if needed := [one.name for one in inspect.signature(function).parameters.values() if _is_needed(one)]:
+            kind = type(function).__name__
+            raise _Refused(f"{path}: {name} is of type {kind}; must be a function")
+        parameters = inspect.signature(function).parameters.values()
+        if needed := [one.name for one in parameters if _is_needed(one)]:
             raise _Refused(f"{path}: {name}({', '.join(needed)}) must need no arguments")
         return function()
 
 
 def read_layout(layout: AxisRules | str | None) -> AxisRules | str | None:
-    """The layout of a Python file for "FILE.py:NAME"; anything else, such as the name of a layout, as it is.
+    """The layout of a Python file for "FILE.py:NAME"; anything else, such as a name, as it is.
 
     Raises:
       ValueError: no such file, no such layout in it, or whatever the file raises.
@@ -57,7 +60,9 @@ def read_layout(layout: AxisRules | str | None) -> AxisRules | str | None:
             raise _Refused(f"{path}: has no layout {name!r}{close(name, tuple(there))}; {has}")
         if name not in there:
             kind = type(vars(module)[name]).__name__
-            raise _Refused(f"{path}: {name} is of type {kind}; must be made by sharding.rules.layout; {has}")
+            raise _Refused(
+                f"{path}: {name} is of type {kind}; must be made by sharding.rules.layout; {has}"
+            )
         return dataclasses.replace(rules_of(there[name]), name=layout)
 
 
@@ -98,34 +103,42 @@ def _new_module(name: str, file: pathlib.Path) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _importable(folder: pathlib.Path, module: types.ModuleType) -> Iterator[None]:
-    """Lets `module`, a file of `folder`, import its neighbours within the block; no other file meets them afterwards."""
+    """Lets `module`, a file of `folder`, import its neighbours in the block.
+
+    They are forgotten after it, so that another file does not get them instead of its own.
+    """
     paths = [str(one) for one in (folder, folder.parent) if str(one) not in sys.path]
-    package = _package(folder)
-    shadowed = {}
-    if package is not None:
-        shadowed = {name: one for name, one in sys.modules.items() if _is_in(name, package.__name__)}
-    before = set(sys.modules) - set(shadowed)
-    for name in shadowed:
+    ours = {module.__name__: module}  # dataclasses look for it
+    if (package := _package(folder)) is not None:
+        ours[package.__name__] = package
+    hidden = {name: one for name, one in sys.modules.items() if name.partition(".")[0] in ours}
+    before = set(sys.modules) - set(hidden)
+    for name in hidden:
         del sys.modules[name]
-    if package is not None:
-        sys.modules[package.__name__] = package
-    sys.modules[module.__name__] = module  # dataclasses look for it
+    sys.modules.update(ours)
     sys.path.extend(paths)
     try:
         yield
     finally:
         for path in paths:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError):  # the file has removed it itself
                 sys.path.remove(path)
         for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], "__file__", None)
-            if name in (module.__name__, package and package.__name__) or (file and pathlib.Path(file).parent == folder):
+            if name in ours or _lies_in(sys.modules[name], folder):
                 del sys.modules[name]
-        sys.modules.update(shadowed)
+        sys.modules.update(hidden)
+
+
+def _lies_in(module: types.ModuleType, folder: pathlib.Path) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is not None and pathlib.Path(file).parent == folder
 
 
 def _package(folder: pathlib.Path) -> types.ModuleType | None:
-    """The folder as a package, its own files before those of other folders of the name; None where something installed is called so."""
+    """The folder as a package, its files before those of other folders of the name.
+
+    None where something installed has the name, or the name cannot be imported.
+    """
     if not folder.name.isidentifier() or (folder / "__init__.py").exists():
         return None
     known = importlib.util.find_spec(folder.name)
@@ -136,12 +149,8 @@ def _package(folder: pathlib.Path) -> types.ModuleType | None:
     return package
 
 
-def _is_in(name: str, package: str) -> bool:
-    return name == package or name.startswith(package + ".")
-
-
 def _line(error: BaseException, path: pathlib.Path, file: pathlib.Path) -> str:
-    """The error and where it was raised: the last line of the file, or of a neighbour, that Python came through."""
+    """The error and its place: the innermost line of the file, or a neighbour, that led to it."""
     where = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     text = str(error)
     if isinstance(error, SyntaxError) and error.filename:

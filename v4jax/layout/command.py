@@ -138,7 +138,9 @@ def compare(cfg: TrainConfig, request: Request, texts: list[str]) -> Comparison:
 def _layout_and_mesh(text: str) -> tuple[str, str]:
     layout, colon, mesh = text.rpartition(":")
     if not colon or (mesh and "=" not in mesh):
-        raise ValueError(f"--compare: got {text!r}; must be LAYOUT:MESH, as pod:fsdp=8,expert=16 or FILE.py:NAME:fsdp=8")
+        raise ValueError(
+            f"--compare: got {text!r}; must be LAYOUT:MESH, as pod:fsdp=8,expert=16 or FILE.py:NAME:fsdp=8"
+        )
     return layout, mesh
 
 
@@ -233,8 +235,8 @@ def nearest_fit(cfg: TrainConfig, request: Request) -> str:
         best = search(cfg, target.hardware, target.devices, request.what, request.fp8, request.released).ranked[0]
     except ValueError as error:
         return str(error)
-    flags = f"--mesh {best.mesh}" if best.layout == str(cfg.layout) else f"--layout {best.layout} --mesh {best.mesh}"
-    return f"{flags} fits in {gigabytes(best.memory_bytes)}"
+    layout = "" if best.layout == str(cfg.layout) else f"--layout {best.layout} "
+    return f"{layout}--mesh {best.mesh} fits in {gigabytes(best.memory_bytes)}"
 
 
 def _nearest_lengths(cfg: TrainConfig, rules, sizes) -> str:

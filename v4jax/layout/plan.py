@@ -72,4 +72,5 @@ def plan(cfg: TrainConfig) -> list[StagePlan]:
 
 def as_dict(cfg: TrainConfig) -> dict[str, Any]:
     """The plan as one JSON object."""
-    return {"run_dir": cfg.run_dir, "mesh": cfg.mesh, "layout": str(cfg.layout), "stages": [dataclasses.asdict(stage) for stage in plan(cfg)]}
+    stages = [dataclasses.asdict(stage) for stage in plan(cfg)]
+    return {"run_dir": cfg.run_dir, "mesh": cfg.mesh, "layout": str(cfg.layout), "stages": stages}

@@ -96,13 +96,20 @@ def search(cfg: TrainConfig, hardware: Hardware, devices: int, what: str = "trai
 
 def as_estimated(cfg: TrainConfig, found: Estimate) -> TrainConfig:
     """`cfg` on the mesh and in the layout of one of its search's estimates."""
-    return dataclasses.replace(cfg, mesh=found.mesh, layout=cfg.layout if found.layout == str(cfg.layout) else found.layout)
+    layout = cfg.layout if found.layout == str(cfg.layout) else found.layout
+    return dataclasses.replace(cfg, mesh=found.mesh, layout=layout)
 
 
-def candidates(cfg: TrainConfig, devices: int, rejected: collections.Counter) -> Iterator[tuple[str | AxisRules, str]]:
-    """(layout, mesh) worth an estimate, the named layouts and `cfg`'s own; what cannot be is counted in `rejected` by its reason."""
+def candidates(
+    cfg: TrainConfig, devices: int, rejected: collections.Counter
+) -> Iterator[tuple[str | AxisRules, str]]:
+    """(layout, mesh) worth an estimate, of the named layouts and `cfg`'s own.
+
+    What cannot be is counted in `rejected` by its reason.
+    """
     seen = set()
-    own = [cfg.layout] if isinstance(cfg.layout, AxisRules) and cfg.layout not in LAYOUTS.values() else []
+    is_own = isinstance(cfg.layout, AxisRules) and cfg.layout not in LAYOUTS.values()
+    own = [cfg.layout] if is_own else []
     for layout, rules in (*LAYOUTS.items(), *((rules, rules) for rules in own)):
         used = [axis for axis in MESH_AXES if axis != "slice" and any(axis in axes for _, axes in rules.table)]
         for sizes in factorings(devices, len(used)):

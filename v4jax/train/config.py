@@ -21,7 +21,8 @@ from v4jax.train.stages import Stage, check_stages
 
 _LAYOUT_FLAG = PrimitiveConstructorSpec(
     nargs=1, metavar="NAME|FILE.py:NAME", instance_from_str=lambda words: read_layout(words[0]),
-    is_instance=lambda value: isinstance(value, (AxisRules, str)), str_from_instance=lambda value: [str(value)],
+    is_instance=lambda value: isinstance(value, (AxisRules, str)),
+    str_from_instance=lambda value: [str(value)],
 )  # fmt: skip
 """How --layout is read and shown."""
 

@@ -1,9 +1,9 @@
 """Python files of the user: a config's function, a layout by name. An error in one is one line.
 
 A file can import its neighbours, and what the folder above holds; what is installed comes first, so
-that a config called jax.py shadows nothing. As members of their folder, neighbours come first: in a
-folder called configs, `from configs import models` means the models.py beside the file, not the one
-that is installed with v4jax.
+that a config named like an installed module shadows nothing. As members of their folder, neighbours
+come first: in a folder called configs, `from configs import models` means the file beside the one
+that says so, not the one that is installed with v4jax.
 
 Next file to read: v4jax/cli.py.
 """

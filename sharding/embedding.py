@@ -38,5 +38,5 @@ def embed_lookup(rules: AxisRules, table_VD: jax.Array, tokens_BS: jax.Array) ->
     return jax.shard_map(
         local,
         in_specs=(rules.spec(("vocab", "embed")), rules.spec(("act_batch", "act_seq"))),
-        out_specs=rules.spec(("act_batch", "act_seq", "act_embed")),
+        out_specs=rules.spec(("act_batch", "act_seq", None)),
     )(table_VD, tokens_BS)

@@ -8,30 +8,44 @@ Next file to read: sharding/manual.py.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import PartitionSpec
 
-MESH_AXES = ("slice", "data", "fsdp", "context", "expert", "tensor")
-"""Every mesh has these axes, outermost (slowest links) first; an axis that is not asked for has size 1."""
+from sharding.axes import LOGICAL_AXES, MESH_AXES, axes_of, check_table, close
 
 _NO_AXIS: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class AxisRules:
-    """A frozen table logical axis -> mesh axes. The empty table (the default) means one device: every call is the identity.
+    """A frozen table logical axis -> mesh axes, made by `layout`.
+
+    The empty table means one device: every call is the identity.
 
     Attributes:
       exchange: send each token to the devices of its experts (worth it where more devices hold experts than a token uses),
         instead of gathering all tokens on every device that holds experts.
+      name: what reports call it. Layouts that differ in nothing else are equal.
     """
 
     table: tuple[tuple[str, tuple[str, ...]], ...] = ()
     exchange: bool = False
+    name: str = dataclasses.field(default="", compare=False)
 
     def __bool__(self) -> bool:
         return bool(self.table)
+
+    def __str__(self) -> str:
+        return self.name or "own"
+
+    def __repr__(self) -> str:
+        if not self.table:
+            return "AxisRules()"
+        said = [f"{name}={' '.join(axes)!r}" for name, axes in self.table if axes]
+        said += ["exchange=True"] * self.exchange + [f"name={self.name!r}"] * bool(self.name)
+        return f"layout({', '.join(said)})"
 
     def mesh_axes(self, name: str | None) -> tuple[str, ...]:
         """Mesh axes that `name` is split over; () for None or a replicated axis.
@@ -98,20 +112,37 @@ _gathered.defvjp(
 )
 
 
-# Weight axes, then activation axes. Names of the two kinds differ, or an FSDP table would shard activations by mistake.
-_LOGICAL_AXES = (
-    "layers vocab embed norm streams_embed mix q_lora q_lora_in heads head_dim sinks group_in groups index_heads entry "
-    "ape_rows expert_embed experts expert_hidden hidden routes table_rows table_slots embed_out "
-    "act_batch act_seq act_streams act_embed act_heads act_hidden act_vocab act_routes cache_slots"
-).split()
+def layout(
+    *, exchange: bool = False, name: str = "", **where: str | Sequence[str] | None
+) -> AxisRules:
+    """A layout of your own: which mesh axes split each logical axis.
+
+    Example: layout(act_batch="data expert", experts="expert"). A logical axis that is left out, or
+    given None, is replicated: every device holds it whole. sharding/axes.py lists the axes.
+
+    Args:
+      exchange: see AxisRules.
+      name: what reports call the layout (default: "own").
+      where: logical_axis="mesh axes, separated by blanks", outermost first; a tuple; or None.
+
+    Raises:
+      ValueError: an unknown axis, a mesh axis used twice by one array, or a layout that the model
+        cannot compute with.
+    """
+    if not isinstance(exchange, bool) or not isinstance(name, str):
+        raise ValueError(
+            f"layout: got exchange {exchange!r}, name {name!r}; must be a bool and a string"
+        )
+    if name in LAYOUTS:
+        raise ValueError(f"layout: name: {name!r} is a layout of v4jax; choose another name")
+    return _layout(name, exchange, **where)
 
 
-def _layout(*, exchange: bool = False, **where: str) -> AxisRules:
-    """A layout from logical_axis="mesh axes, separated by blanks"; every axis not named is replicated."""
-    unknown = [name for name in where if name not in _LOGICAL_AXES]
-    if unknown:
-        raise ValueError(f"logical axis {unknown[0]!r} does not exist; known: {', '.join(_LOGICAL_AXES)}")
-    return AxisRules(tuple((name, tuple(where.get(name, "").split())) for name in _LOGICAL_AXES), exchange)
+def _layout(name: str, exchange: bool = False, **where) -> AxisRules:
+    found = dict.fromkeys(LOGICAL_AXES, _NO_AXIS)
+    found |= {axis: axes_of(axis, value) for axis, value in where.items()}
+    check_table(found, exchange)
+    return AxisRules(tuple(found.items()), exchange, name)
 
 
 def _cut_weights(axes: str) -> dict[str, str]:
@@ -127,21 +158,24 @@ _TENSOR = dict(
 LAYOUTS: dict[str, AxisRules] = {
     # every axis at once: batch over slice, data, fsdp and expert; sequence over context; experts over expert; weights cut
     "full": _layout(
-        act_batch="slice data fsdp expert", act_seq="context", experts="expert", **_cut_weights("fsdp context"), **_TENSOR
+        "full", act_batch="slice data fsdp expert", act_seq="context", experts="expert",
+        **_cut_weights("fsdp context"), **_TENSOR,
     ),
     # every device holds all weights
-    "dp": _layout(act_batch="slice data"),
+    "dp": _layout("dp", act_batch="slice data"),
     # weights cut over fsdp, gathered layer by layer
-    "fsdp": _layout(act_batch="slice data fsdp", **_cut_weights("fsdp")),
+    "fsdp": _layout("fsdp", act_batch="slice data fsdp", **_cut_weights("fsdp")),
     # experts on their devices, everything else replicated
-    "ep": _layout(act_batch="slice data expert", experts="expert"),
-    "ep_fsdp": _layout(act_batch="slice data fsdp expert", experts="expert", **_cut_weights("fsdp")),
-    "ep_tp": _layout(act_batch="slice data expert", experts="expert", **_TENSOR),
+    "ep": _layout("ep", act_batch="slice data expert", experts="expert"),
+    "ep_fsdp": _layout(
+        "ep_fsdp", act_batch="slice data fsdp expert", experts="expert", **_cut_weights("fsdp")
+    ),
+    "ep_tp": _layout("ep_tp", act_batch="slice data expert", experts="expert", **_TENSOR),
     # long sequences: each device holds a stretch of every row; experts on their devices
-    "cp_ep": _layout(act_batch="slice data expert", act_seq="context", experts="expert"),
+    "cp_ep": _layout("cp_ep", act_batch="slice data expert", act_seq="context", experts="expert"),
     # a pod: experts over expert, all other weights over everything that splits tokens, so that nothing large is held twice
     "pod": _layout(
-        exchange=True, act_batch="slice data fsdp expert", act_seq="context", experts="expert",
+        "pod", exchange=True, act_batch="slice data fsdp expert", act_seq="context", experts="expert",
         embed="fsdp context expert", expert_embed="fsdp context", streams_embed="fsdp context expert",
         q_lora_in="fsdp context expert", group_in="fsdp context expert", **_TENSOR,
     ),
@@ -149,18 +183,56 @@ LAYOUTS: dict[str, AxisRules] = {
 """Named layouts. `full` is the default: with an axis of size 1 it becomes any of the others but `pod`."""
 
 
-def layout_for(name: str | None, mesh_sizes: dict[str, int]) -> AxisRules:
-    """The layout called `name` (None: "full"), checked against the mesh it will run on.
+def rules_of(layout: AxisRules | str | None) -> AxisRules:
+    """The layout that `layout` is or names; None: "full".
+
+    Raises:
+      ValueError: no such name, or an AxisRules that `layout` above would not have made.
+    """
+    if isinstance(layout, AxisRules):
+        _check(layout)
+        return layout
+    if layout is not None and not isinstance(layout, str):
+        raise ValueError(
+            f"layout: got {layout!r}; must be a name or an AxisRules, see sharding.rules.layout"
+        )
+    name = "full" if layout is None else layout
+    if name not in LAYOUTS:
+        known = ", ".join(LAYOUTS)
+        raise ValueError(f"layout: got {name!r}{close(name, tuple(LAYOUTS))}; known: {known}")
+    return LAYOUTS[name]
+
+
+def _check(rules: AxisRules) -> None:
+    where = {name: axes_of(name, axes) for name, axes in rules.table}
+    if missing := [name for name in LOGICAL_AXES if name not in where]:
+        raise ValueError(
+            f"layout: got an AxisRules without {missing[0]!r}; make it with sharding.rules.layout"
+        )
+    check_table(where, rules.exchange)
+
+
+def layout_for(layout: AxisRules | str | None, mesh_sizes: dict[str, int]) -> AxisRules:
+    """The layout that `layout` is or names (None: "full"), checked against the mesh it will run on.
 
     Raises:
       ValueError: no such layout, or the mesh has an axis larger than 1 that the layout does not use.
     """
-    name = name or "full"
-    if name not in LAYOUTS:
-        raise ValueError(f"layout: got {name!r}; known: {', '.join(LAYOUTS)}")
-    rules = LAYOUTS[name]
+    rules = rules_of(layout)
     used = {axis for _, axes in rules.table for axis in axes}
     for axis, size in mesh_sizes.items():
         if size > 1 and axis not in used:
-            raise ValueError(f"layout {name!r} does not use mesh axis {axis}={size}; drop it from --mesh or choose another layout")
+            raise ValueError(
+                f"layout {str(rules)!r} does not use mesh axis {axis}={size}; "
+                "drop it from --mesh or choose another layout"
+            )
     return rules
+
+
+def check_has_mesh(layout: AxisRules | str | None, mesh: str | None) -> None:
+    """Raises ValueError for a layout, other than the default, without a mesh: it would be ignored."""
+    if not mesh and rules_of(layout) != LAYOUTS["full"]:
+        raise ValueError(
+            f"layout {str(layout)!r} needs a mesh; give one, for example --mesh data=2, "
+            "or leave the layout at full"
+        )

@@ -9,8 +9,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # A file may import what stands on an earlier line (packages: also their own files in the order the text gives).
 ORDER = [
-    "sharding.rules", "sharding.mesh", "sharding.targets", "sharding.processes", "sharding.params", "sharding.embedding",
-    "sharding.manual", "sharding.counting", "sharding.exchange", "sharding.experts", "sharding.matrices", "sharding.audit", "v4jax.storage", "v4jax.foreign", "v4jax.config", "v4jax.generation_config",
+    "sharding.axes", "sharding.rules", "sharding.mesh", "sharding.targets", "sharding.processes", "sharding.params", "sharding.embedding",
+    "sharding.manual", "sharding.counting", "sharding.exchange", "sharding.experts", "sharding.matrices", "sharding.audit", "v4jax.storage", "v4jax.foreign", "v4jax.python_files", "v4jax.config", "v4jax.generation_config",
     "v4jax.cost", "v4jax.tokenizer", "v4jax.chat.tokens", "v4jax.chat.dsml", "v4jax.chat.encoding",
     "v4jax.chat.parse", "v4jax.checkpoint.text", "v4jax.checkpoint.disk", "v4jax.checkpoint.intact",
     "v4jax.data.config", "v4jax.data.documents", "v4jax.data.records", "v4jax.data.conversations", "v4jax.data.store",

@@ -9,7 +9,7 @@ from reference.weights import random_weights
 
 from sharding.audit import collectives
 from sharding.mesh import make_mesh, parse_mesh
-from sharding.rules import LAYOUTS, AxisRules, layout_for
+from sharding.rules import LAYOUTS, AxisRules, layout, layout_for
 from v4jax.checkpoint.names import from_official
 from v4jax.config import ModelConfig, RopeScaling
 from v4jax.layout import least_expert_bytes, sent_to_experts
@@ -35,7 +35,7 @@ def batch_of():
     return {"tokens": rng.integers(0, 96, (8, 136)).astype(np.int32), "segment_ids": segments.astype(np.int32)}
 
 
-def run(mesh: str, layout: str = "full"):
+def run(mesh: str, layout: str | AxisRules = "full"):
     """(state after a step, gradients, metrics, compiled text) on `mesh`."""
     sizes = parse_mesh(mesh)
     rules = layout_for(layout, sizes) if mesh else AxisRules()
@@ -68,6 +68,10 @@ def one_device():
     return run("")
 
 
+OWN = layout(  # axes that no named layout pairs: heads over data, matrices over context and out of order
+    act_batch="expert fsdp", act_seq="context", experts="fsdp expert", expert_embed="context", embed="context fsdp",
+    heads="expert", groups="expert", group_in="context", vocab=None, streams_embed=("fsdp", "expert"), norm="context",
+)  # fmt: skip
 SLOW = [
     ("data=8", "dp"), ("fsdp=8", "fsdp"), ("expert=8", "ep"), ("data=2,fsdp=2,expert=2", "ep_fsdp"), ("expert=4,tensor=2", "ep_tp"),
     ("data=2,tensor=4", "full"), ("context=8", "cp_ep"), ("context=4,expert=2", "cp_ep"), ("fsdp=2,context=2,tensor=2", "full"),
@@ -77,7 +81,7 @@ SLOW = [
 
 @pytest.mark.parametrize(
     "mesh, layout",
-    [("fsdp=2,expert=2,tensor=2", "full"), ("context=2,expert=2,tensor=2", "pod")]
+    [("fsdp=2,expert=2,tensor=2", "full"), ("context=2,expert=2,tensor=2", "pod"), ("fsdp=2,context=2,expert=2", OWN)]
     + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW],
 )
 def test_a_step_on_eight_devices_is_the_step_on_one(one_device, mesh, layout):
@@ -105,7 +109,7 @@ def test_a_step_on_eight_devices_is_the_step_on_one(one_device, mesh, layout):
     check_traffic(text, mesh, layout)
 
 
-def check_traffic(text: str, mesh: str, layout: str):
+def check_traffic(text: str, mesh: str, layout: str | AxisRules):
     """What must not travel does not: expert weights over axes that hold them, logits, router scores; tokens only as needed."""
     sizes = parse_mesh(mesh)
     rules, found = layout_for(layout, sizes), collectives(text, make_mesh(sizes))

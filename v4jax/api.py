@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.params import named_shardings
 from sharding.processes import check_whole
-from sharding.rules import AxisRules, layout_for
+from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax.checkpoint.load import load_safetensors, open_safetensors
 from v4jax.checkpoint.names import leaf_dtype, official_names, plain_dtype
 from v4jax.checkpoint.store import is_run, load_store_params
@@ -20,14 +20,17 @@ from v4jax.config import ModelConfig
 from v4jax.generation_config import with_end_tokens
 from v4jax.model.transformer import abstract_params, param_axes
 from v4jax.storage import local_path
+from v4jax.python_files import read_layout
 
 
-def place_on(mesh: str | None, layout: str | None) -> tuple[Mesh, AxisRules]:
+def place_on(mesh: str | None, layout: AxisRules | str | None) -> tuple[Mesh, AxisRules]:
     """The mesh of a spec such as "data=2,expert=4" and the rules for it; one device and empty rules for no mesh.
 
     Raises:
-      ValueError: see parse_mesh, make_mesh and layout_for.
+      ValueError: a layout without a mesh; see also parse_mesh, make_mesh, read_layout and layout_for.
     """
+    layout = read_layout(layout)
+    check_has_mesh(layout, mesh)
     sizes = parse_mesh(mesh)
     one = math.prod(sizes.values()) == 1
     rules = layout_for(layout, sizes)
@@ -36,7 +39,9 @@ def place_on(mesh: str | None, layout: str | None) -> tuple[Mesh, AxisRules]:
     return device_mesh, AxisRules() if one else rules
 
 
-def load(path, dtype: str = "float32", mesh: str | None = None, layout: str | None = None):
+def load(
+    path, dtype: str = "float32", mesh: str | None = None, layout: AxisRules | str | None = None
+):
     """Opens a safetensors directory or a v4jax run: (ModelConfig, nested dict of jax arrays).
 
     The config's eos_token_ids are those of config.json and of generation_config.json.
@@ -44,7 +49,9 @@ def load(path, dtype: str = "float32", mesh: str | None = None, layout: str | No
     Args:
       path: a directory with config.json and *.safetensors, or a v4jax run or store.
       dtype: "float32" or "bfloat16", of every *.weight; what official files keep in float32 stays so.
-      mesh, layout: where the arrays go; None: the first device.
+      mesh: axis sizes such as "data=2,expert=4"; None: one device.
+      layout: how the arrays lie on the mesh: a name, an AxisRules (sharding.rules.layout), or
+        "FILE.py:NAME"; None: "full".
 
     Raises:
       ValueError: no such checkpoint, or anything in it that does not fit, naming the tensor.

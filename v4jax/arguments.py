@@ -49,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
 
 def _on_mesh(sub):
     sub.add_argument("--mesh", help="for example data=2,expert=4 (axes: slice, data, fsdp, context, expert, tensor)")
-    sub.add_argument("--layout", help="sharding layout (default: full); sharding/rules.py has them")
+    sub.add_argument("--layout", metavar="NAME|FILE.py:NAME",
+                     help="sharding layout, named or your own (default: full); needs --mesh")  # fmt: skip
     sub.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype (default float32)"
     )
@@ -180,7 +181,8 @@ def _cost(sub):
 def _layout(sub):
     sub.add_argument("config", nargs="?", type=PATH, help="CONFIG.py or config.json")
     sub.add_argument("--mesh", help="for example fsdp=8,expert=16 (default: that of CONFIG.py)")
-    sub.add_argument("--layout", help="sharding layout (default: that of CONFIG.py, or full)")
+    sub.add_argument("--layout", metavar="NAME|FILE.py:NAME",
+                     help="sharding layout, named or your own (default: that of CONFIG.py, or full)")  # fmt: skip
     sub.add_argument("--target", default="cpu", help="cpu; a TPU topology such as v5p:4x4x8 (extra `tpu`); h100:N (extra `gpu`); on paper "
                         "cloudmatrix384:1024, my-chip.json:16 and others (v4jax/layout/hardware.json)")  # fmt: skip
     sub.add_argument("--what", choices=("train", "decode"), default="train", help="the step: train (the default), or decode, one new token a row")
@@ -195,7 +197,8 @@ def _layout(sub):
     sub.add_argument("--search", action="store_true", help="rank every layout and mesh of --chips chips on paper")
     sub.add_argument("--chips", type=int, help="chips to search on (default: as many as the target names)")
     sub.add_argument("--confirm", type=int, default=0, metavar="K", help="with --search: compile the best K (default 0)")
-    sub.add_argument("--compare", nargs=2, metavar=("A", "B"), help="show two layouts side by side, each LAYOUT:MESH")
+    sub.add_argument("--compare", nargs=2, metavar=("A", "B"),
+                     help="show two layouts side by side, each LAYOUT:MESH or FILE.py:NAME:MESH")  # fmt: skip
     sub.add_argument(
         "--report", metavar="OUT.html", type=NEW_FILE,
         help="write one page that works offline (of a search: of its winner)",

@@ -4,7 +4,6 @@ Next file to read: README.md, which shows every command.
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import math
@@ -24,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
         code = _run(argv)
         sys.stdout.flush()
     except (BadInput, ValueError) as error:
+        if os.environ.get("V4JAX_TRACEBACK"):
+            traceback.print_exc()
         print(f"v4jax: {_one_line(error)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
@@ -59,6 +60,10 @@ def _run(argv: list[str]) -> int:
         raise BadInput(f"unknown argument {rest[0]!r}; see v4jax {arguments.command} --help")
     if arguments.command == "launch":
         return _launch(arguments, command)
+    if getattr(arguments, "layout", None):
+        from v4jax.python_files import read_layout
+
+        arguments.layout = read_layout(arguments.layout)
     result = RUNS[arguments.command](arguments, rest)
     if result is not None:
         _print(result, arguments.json)
@@ -257,19 +262,15 @@ def _launch(arguments, command: list[str]) -> int:
 
 
 def _read_config_file(path):
-    """`get_config()` of a Python file, run with its own directory's parent importable (so configs import each other)."""
-    path = pathlib.Path(path)
-    if path.suffix != ".py" or not path.is_file():
-        raise BadInput(f"{path}: no such CONFIG.py; it must be a Python file with get_config()")
-    root = str(path.resolve().parent.parent)
-    if root not in sys.path:
-        sys.path.insert(0, root)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise BadInput(f"{path}: has no function get_config()")
-    return module.get_config()
+    """`get_config()` of a Python file."""
+    from v4jax.python_files import call
+    from v4jax.train.config import TrainConfig
+
+    found = call(path, "get_config")
+    if not isinstance(found, TrainConfig):
+        kind = type(found).__name__
+        raise BadInput(f"{path}: get_config() gave {kind}; must give a v4jax.train.config.TrainConfig")
+    return found
 
 
 def _override(cfg, rest: list[str], program: str):
@@ -278,13 +279,29 @@ def _override(cfg, rest: list[str], program: str):
 
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), _no_wrapping(rest):
             return tyro.cli(type(cfg), default=cfg, args=rest, prog=program)
     except SystemExit as stop:
         if not stop.code:
             raise
         words = re.sub(r"[─-╿]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()))
+        words = re.sub(r"^\s*Value error\s+Error parsing (TrainConfig:)?", "", words)
+        words = re.split("Argument helptext:|For full helptext", words)[0]
         raise BadInput(words or "bad override") from None
+
+
+@contextlib.contextmanager
+def _no_wrapping(rest: list[str]):
+    """Lets an error be one long line, so that no path is broken in two; help stays as it is."""
+    before = os.environ.get("COLUMNS")
+    if not {"-h", "--help"} & set(rest):
+        os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _start(mesh: str | None, preemptible: bool = False) -> None:

@@ -9,14 +9,15 @@ import math
 from typing import Any, NamedTuple
 
 from sharding.mesh import parse_mesh
-from sharding.rules import MESH_AXES, layout_for
+from sharding.rules import MESH_AXES, check_has_mesh, layout_for
 from v4jax.config import ModelConfig
 from v4jax.layout.compiled import LayoutReport, report_layout
 from v4jax.layout.estimate import Estimate, estimate, gigabytes, platform_of
 from v4jax.layout.hardware import Target, target_of
 from v4jax.layout.notes import notes
-from v4jax.layout.search import Found, factorings, impossible, search
+from v4jax.layout.search import Found, as_estimated, factorings, impossible, search
 from v4jax.layout.weights import cut_of, weights_of
+from v4jax.python_files import read_layout
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import check_batch
 
@@ -96,7 +97,7 @@ def config_of(config: TrainConfig | str, options) -> TrainConfig:
         config = TrainConfig(model=model, run_dir="", steps=1, batch_size=1, seq_len=4096, learning_rate=1e-4, warmup_steps=0)
     changes = {"mesh": options.mesh, "layout": options.layout, "seq_len": options.seq}
     config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
-    meshes = [text.partition(":")[2] for text in options.compare or ()] or [config.mesh]
+    meshes = [_layout_and_mesh(text)[1] for text in options.compare or ()] or [config.mesh]
     devices = math.lcm(*(math.prod(parse_mesh(mesh).values()) for mesh in meshes))
     if options.search:
         devices = devices_of(options.target, options.chips)
@@ -125,15 +126,22 @@ def look(cfg: TrainConfig, request: Request) -> Result:
 
 
 def compare(cfg: TrainConfig, request: Request, texts: list[str]) -> Comparison:
-    """Estimates of two layouts, each given as LAYOUT:MESH."""
+    """Estimates of two layouts, each given as LAYOUT:MESH or FILE.py:NAME:MESH."""
     pair = []
     for text in texts:
-        layout, colon, mesh = text.partition(":")
-        if not colon:
-            raise ValueError(f"--compare: got {text!r}; must be LAYOUT:MESH, as pod:fsdp=8,expert=16")
-        one = dataclasses.replace(cfg, layout=layout, mesh=mesh)
+        layout, mesh = _layout_and_mesh(text)
+        one = dataclasses.replace(cfg, layout=read_layout(layout), mesh=mesh)
         pair.append(estimate(one, checked(one, request).hardware, request.what, request.fp8, request.released))
     return Comparison(*pair)
+
+
+def _layout_and_mesh(text: str) -> tuple[str, str]:
+    layout, colon, mesh = text.rpartition(":")
+    if not colon or (mesh and "=" not in mesh):
+        raise ValueError(
+            f"--compare: got {text!r}; must be LAYOUT:MESH, as pod:fsdp=8,expert=16 or FILE.py:NAME:fsdp=8"
+        )
+    return layout, mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +176,7 @@ def look_for(cfg: TrainConfig, request: Request, chips: int | None, confirm: int
         raise ValueError(f"--effort: got {request.effort!r}, but nothing is compiled; it goes with --confirm K")
     found = search(cfg, target.hardware, devices_of(request.target, chips), request.what, request.fp8, request.released)
     best = found.ranked[:confirm]
-    cuts = (dataclasses.replace(cfg, mesh=e.mesh, layout=e.layout) for e in best)
+    cuts = (as_estimated(cfg, one) for one in best)
     return Searched(found, tuple(report_layout(cut, request.target, what=request.what, effort=request.effort) for cut in cuts))
 
 
@@ -184,6 +192,7 @@ def devices_of(target: str, chips: int | None) -> int:
 
 def checked(cfg: TrainConfig, request: Request) -> Target:
     """The target, once mesh, layout and batch were found to fit it."""
+    check_has_mesh(cfg.layout, cfg.mesh)
     sizes = parse_mesh(cfg.mesh)
     devices = math.prod(sizes.values())
     target = target_of(request.target, devices)
@@ -226,7 +235,8 @@ def nearest_fit(cfg: TrainConfig, request: Request) -> str:
         best = search(cfg, target.hardware, target.devices, request.what, request.fp8, request.released).ranked[0]
     except ValueError as error:
         return str(error)
-    return f"--layout {best.layout} --mesh {best.mesh} fits in {gigabytes(best.memory_bytes)}"
+    layout = "" if best.layout == str(cfg.layout) else f"--layout {best.layout} "
+    return f"{layout}--mesh {best.mesh} fits in {gigabytes(best.memory_bytes)}"
 
 
 def _nearest_lengths(cfg: TrainConfig, rules, sizes) -> str:

@@ -108,7 +108,7 @@ def report_layout(
     found = collectives(compiled.as_text(), mesh) if compiled else []
     least = least_expert_bytes(cfg, rules, sizes, what)
     return LayoutReport(
-        what=what, mesh=cfg.mesh, layout=cfg.layout, target=target,
+        what=what, mesh=cfg.mesh, layout=str(cfg.layout), target=target,
         state_bytes=_bytes_of(state),
         temporary_bytes=_temporary(compiled, mesh) if compiled else None,
         code_bytes=compiled.memory_analysis().generated_code_size_in_bytes if compiled else None,

@@ -113,7 +113,7 @@ def estimate(cfg: TrainConfig, hardware: Hardware, what: str = "train", fp8: boo
     chips = 1 if hardware.shared else devices / hardware.devices_per_chip
     rate = tokens / seconds
     return Estimate(
-        what=what, mesh=cfg.mesh, layout=cfg.layout, hardware=hardware.name, devices=devices, seq=cfg.seq_len, batch=cfg.batch_size,
+        what=what, mesh=cfg.mesh, layout=str(cfg.layout), hardware=hardware.name, devices=devices, seq=cfg.seq_len, batch=cfg.batch_size,
         memory=held(terms, values), hbm=device.hbm_bytes, working_set=largest_working_set(terms, values), parts=parts, sent=sent,
         step_seconds=seconds, exchange_seconds=exchanging, bound=_bound(parts, device, exchanging),
         mfu=counted / (seconds * hardware.bf16_flops * chips), tokens_per_second=rate,

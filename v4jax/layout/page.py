@@ -21,6 +21,7 @@ from v4jax.layout.estimate import platform_of, terms_of
 from v4jax.layout.hardware import Hardware, target_of
 from v4jax.layout.memory import MEMORY, WORKING
 from v4jax.layout.notes import notes, parameters
+from v4jax.layout.search import as_estimated
 from v4jax.layout.terms import Term, constants_of
 from v4jax.storage import local_path
 from v4jax.train.config import TrainConfig
@@ -39,7 +40,7 @@ def report(path: str, cfg: TrainConfig, request: Request, result: Result | Searc
     path = local_path(path, "path")
     if isinstance(result, Searched):
         best = result.found.ranked[0]
-        cfg = dataclasses.replace(cfg, mesh=best.mesh, layout=best.layout)
+        cfg = as_estimated(cfg, best)
         hardware = target_of(request.target).hardware
         lines = (result.found.why(), *notes(cfg, best, platform_of(hardware)))
         result = Result(best, next(iter(result.confirmed), None), lines)

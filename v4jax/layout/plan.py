@@ -8,7 +8,7 @@ import itertools
 from typing import Any
 
 from sharding.mesh import parse_mesh
-from sharding.rules import layout_for
+from sharding.rules import check_has_mesh, layout_for
 from v4jax.layout.estimate import gigabytes, memory_of
 from v4jax.layout.hardware import hardware_of
 from v4jax.train.config import TrainConfig
@@ -52,6 +52,7 @@ def plan(cfg: TrainConfig) -> list[StagePlan]:
     Raises:
       ValueError: a mesh, layout, batch or length that do not fit one another.
     """
+    check_has_mesh(cfg.layout, cfg.mesh)
     sizes = parse_mesh(cfg.mesh)
     rules, rate, hardware = layout_for(cfg.layout, sizes), schedule_of(cfg), hardware_of("cpu")
     stages, tokens = [], 0
@@ -71,4 +72,5 @@ def plan(cfg: TrainConfig) -> list[StagePlan]:
 
 def as_dict(cfg: TrainConfig) -> dict[str, Any]:
     """The plan as one JSON object."""
-    return {"run_dir": cfg.run_dir, "mesh": cfg.mesh, "layout": cfg.layout, "stages": [dataclasses.asdict(stage) for stage in plan(cfg)]}
+    stages = [dataclasses.asdict(stage) for stage in plan(cfg)]
+    return {"run_dir": cfg.run_dir, "mesh": cfg.mesh, "layout": str(cfg.layout), "stages": stages}

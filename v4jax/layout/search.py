@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from sharding.rules import LAYOUTS, MESH_AXES
+from sharding.rules import LAYOUTS, MESH_AXES, AxisRules
 from v4jax.layout.estimate import USABLE, Estimate, estimate, gigabytes, memory_of
 from v4jax.layout.hardware import Hardware
 from v4jax.train.config import TrainConfig
@@ -94,14 +94,27 @@ def search(cfg: TrainConfig, hardware: Hardware, devices: int, what: str = "trai
     return Found(ranked=tuple(fits), front=front(fits), rejected=dict(rejected.most_common()), tried=tried)
 
 
-def candidates(cfg: TrainConfig, devices: int, rejected: collections.Counter) -> Iterator[tuple[str, str]]:
-    """(layout, mesh) worth an estimate; what cannot be is counted in `rejected` by its reason."""
+def as_estimated(cfg: TrainConfig, found: Estimate) -> TrainConfig:
+    """`cfg` on the mesh and in the layout of one of its search's estimates."""
+    layout = cfg.layout if found.layout == str(cfg.layout) else found.layout
+    return dataclasses.replace(cfg, mesh=found.mesh, layout=layout)
+
+
+def candidates(
+    cfg: TrainConfig, devices: int, rejected: collections.Counter
+) -> Iterator[tuple[str | AxisRules, str]]:
+    """(layout, mesh) worth an estimate, of the named layouts and `cfg`'s own.
+
+    What cannot be is counted in `rejected` by its reason.
+    """
     seen = set()
-    for layout, rules in LAYOUTS.items():
+    is_own = isinstance(cfg.layout, AxisRules) and cfg.layout not in LAYOUTS.values()
+    own = [cfg.layout] if is_own else []
+    for layout, rules in (*LAYOUTS.items(), *((rules, rules) for rules in own)):
         used = [axis for axis in MESH_AXES if axis != "slice" and any(axis in axes for _, axes in rules.table)]
         for sizes in factorings(devices, len(used)):
             mesh = {axis: size for axis, size in zip(used, sizes, strict=True)}
-            key = (rules.exchange, tuple(sorted((a, s) for a, s in mesh.items() if s > 1)))
+            key = (layout in own, rules.exchange, tuple(sorted((a, s) for a, s in mesh.items() if s > 1)))
             if key in seen:  # `full` with an axis of size 1 is one of the others
                 continue
             if reason := impossible(cfg, mesh):

@@ -4,17 +4,28 @@ Next file to read: v4jax/train/loop.py.
 """
 
 import dataclasses
+from typing import Annotated
+
+from tyro.constructors import PrimitiveConstructorSpec
 
 from sharding.mesh import parse_mesh
-from sharding.rules import LAYOUTS
+from sharding.rules import AxisRules, rules_of
 from v4jax.checkpoint.formats import FORMATS
 from v4jax.config import CSA, ModelConfig
+from v4jax.python_files import read_layout
 from v4jax.quant.fake import check_quant
 from v4jax.data.config import DataConfig
 from v4jax.storage import local_path
 from v4jax.train.loss import LossWeights
 from v4jax.train.stability import StabilityConfig
 from v4jax.train.stages import Stage, check_stages
+
+_LAYOUT_FLAG = PrimitiveConstructorSpec(
+    nargs=1, metavar="NAME|FILE.py:NAME", instance_from_str=lambda words: read_layout(words[0]),
+    is_instance=lambda value: isinstance(value, (AxisRules, str)),
+    str_from_instance=lambda value: [str(value)],
+)  # fmt: skip
+"""How --layout is read and shown."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,8 +46,9 @@ class TrainConfig:
     mesh: str = ""
     """Axis sizes such as "data=2,expert=4" (axes: slice, data, fsdp, context, expert, tensor);
     empty: one device."""
-    layout: str = "full"
-    """Name of the sharding layout: full, dp, fsdp, ep, ep_fsdp, ep_tp, cp_ep or pod."""
+    layout: Annotated[AxisRules | str, _LAYOUT_FLAG] = "full"
+    """Sharding layout: full, dp, fsdp, ep, ep_fsdp, ep_tp, cp_ep or pod, or one of your own
+    (in Python an AxisRules that sharding.rules.layout made)."""
     steps: int
     """Optimizer steps of the whole run, 1 or more."""
     batch_size: int
@@ -113,7 +125,7 @@ class TrainConfig:
             if getattr(self, name) != "":
                 local_path(getattr(self, name), name)
         parse_mesh(self.mesh)
-        _allow(self, "layout", tuple(LAYOUTS))
+        rules_of(self.layout)
         _allow(self, "dtype", ("float32", "bfloat16"))
         _allow(self, "export", (*FORMATS, "none"))
         _allow(self, "attention", ("sparse", "dense", "indexer"))

@@ -24,7 +24,7 @@ import numpy as np
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.processes import anywhere, check_whole, from_rows, is_first, local_rows
 from sharding.processes import stop_requests, wait_for_all
-from sharding.rules import AxisRules, layout_for
+from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax.checkpoint.export import carried_files, kinds_for, save_safetensors
 from v4jax.checkpoint.store import Store, check_config, is_run, write_config
 from v4jax.data.config import tokenizer_of
@@ -60,6 +60,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         left. Such a state is neither saved nor exported.
       OSError: a checkpoint could not be written; those before it are intact.
     """
+    check_has_mesh(cfg.layout, cfg.mesh)
     run = _check_folders(cfg)
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes) if math.prod(sizes.values()) > 1 else AxisRules()

@@ -1,0 +1,162 @@
+"""Python files of the user: a config's function, a layout by name. An error in one is one line.
+
+A file can import its neighbours, and what the folder above holds; what is installed comes first, so
+that a config named like an installed module shadows nothing. As members of their folder, neighbours
+come first: in a folder called configs, `from configs import models` means the file beside the one
+that says so, not the one that is installed with v4jax.
+
+Next file to read: v4jax/cli.py.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import inspect
+import pathlib
+import sys
+import traceback
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from sharding.axes import close
+from sharding.rules import AxisRules, rules_of
+
+
+def call(path: str | pathlib.Path, name: str) -> Any:
+    """What the function `name` of the Python file `path`, called without arguments, returns.
+
+    Raises:
+      ValueError: no such file or function, or whatever the file raises, with its line.
+    """
+    with _running(path) as module:
+        if not hasattr(module, name):
+            raise _Refused(f"{path}: has no function {name}()")
+        function = getattr(module, name)
+        if not callable(function):
+            kind = type(function).__name__
+            raise _Refused(f"{path}: {name} is of type {kind}; must be a function")
+        parameters = inspect.signature(function).parameters.values()
+        if needed := [one.name for one in parameters if _is_needed(one)]:
+            raise _Refused(f"{path}: {name}({', '.join(needed)}) must need no arguments")
+        return function()
+
+
+def read_layout(layout: AxisRules | str | None) -> AxisRules | str | None:
+    """The layout of a Python file for "FILE.py:NAME"; anything else, such as a name, as it is.
+
+    Raises:
+      ValueError: no such file, no such layout in it, or whatever the file raises.
+    """
+    if not isinstance(layout, str) or not (":" in layout or layout.endswith(".py")):
+        return layout
+    path, _, name = layout.rpartition(":") if ":" in layout else (layout, ":", "")
+    with _running(path) as module:
+        there = {key: value for key, value in vars(module).items() if isinstance(value, AxisRules)}
+        has = f"layouts there: {', '.join(there) or 'none'}"
+        if not name:
+            raise _Refused(f"layout: got {layout!r}; must be FILE.py:NAME; {has}")
+        if name not in vars(module):
+            raise _Refused(f"{path}: has no layout {name!r}{close(name, tuple(there))}; {has}")
+        if name not in there:
+            kind = type(vars(module)[name]).__name__
+            raise _Refused(
+                f"{path}: {name} is of type {kind}; must be made by sharding.rules.layout; {has}"
+            )
+        return dataclasses.replace(rules_of(there[name]), name=layout)
+
+
+class _Refused(ValueError):
+    """A finished line; every other error in a file gets file and line added."""
+
+
+def _is_needed(parameter: inspect.Parameter) -> bool:
+    optional = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and not optional
+
+
+@contextlib.contextmanager
+def _running(path: str | pathlib.Path) -> Iterator[types.ModuleType]:
+    """The module of the file `path`, whose code may be called within the block."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; must be a Python file such as CONFIG.py")
+    if not path.exists():
+        raise ValueError(f"{path}: no such CONFIG.py or other Python file")
+    if path.suffix != ".py":
+        raise ValueError(f"{path}: must be a Python file, with a name that ends in .py")
+    file = path.resolve()
+    module = _new_module(f"_file_{file.stem}", file)
+    with _importable(file.parent, module):
+        try:
+            module.__spec__.loader.exec_module(module)
+            yield module
+        except _Refused:
+            raise
+        except (Exception, SystemExit) as error:
+            raise ValueError(_line(error, path, file)) from error
+
+
+def _new_module(name: str, file: pathlib.Path) -> types.ModuleType:
+    return importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, file))
+
+
+@contextlib.contextmanager
+def _importable(folder: pathlib.Path, module: types.ModuleType) -> Iterator[None]:
+    """Lets `module`, a file of `folder`, import its neighbours in the block.
+
+    They are forgotten after it, so that another file does not get them instead of its own.
+    """
+    paths = [str(one) for one in (folder, folder.parent) if str(one) not in sys.path]
+    ours = {module.__name__: module}  # dataclasses look for it
+    if (package := _package(folder)) is not None:
+        ours[package.__name__] = package
+    hidden = {name: one for name, one in sys.modules.items() if name.partition(".")[0] in ours}
+    before = set(sys.modules) - set(hidden)
+    for name in hidden:
+        del sys.modules[name]
+    sys.modules.update(ours)
+    sys.path.extend(paths)
+    try:
+        yield
+    finally:
+        for path in paths:
+            with contextlib.suppress(ValueError):  # the file has removed it itself
+                sys.path.remove(path)
+        for name in set(sys.modules) - before:
+            if name in ours or _lies_in(sys.modules[name], folder):
+                del sys.modules[name]
+        sys.modules.update(hidden)
+
+
+def _lies_in(module: types.ModuleType, folder: pathlib.Path) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is not None and pathlib.Path(file).parent == folder
+
+
+def _package(folder: pathlib.Path) -> types.ModuleType | None:
+    """The folder as a package, its files before those of other folders of the name.
+
+    None where something installed has the name, or the name cannot be imported.
+    """
+    if not folder.name.isidentifier() or (folder / "__init__.py").exists():
+        return None
+    known = importlib.util.find_spec(folder.name)
+    if known is not None and known.origin is not None:
+        return None
+    package = types.ModuleType(folder.name)
+    package.__path__ = [str(folder), *(known.submodule_search_locations if known else ())]
+    return package
+
+
+def _line(error: BaseException, path: pathlib.Path, file: pathlib.Path) -> str:
+    """The error and its place: the innermost line of the file, or a neighbour, that led to it."""
+    where = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    text = str(error)
+    if isinstance(error, SyntaxError) and error.filename:
+        where.append((error.filename, error.lineno))
+        text = error.msg
+    ours = [(name, line) for name, line in where if pathlib.Path(name).parent == file.parent]
+    name, line = ours[-1] if ours else (str(file), None)
+    place = str(path if name == str(file) else name) + (f":{line}" if line else "")
+    return f"{place}: {type(error).__name__}{': ' * bool(text)}{text}"

@@ -19,8 +19,8 @@ from v4jax.checkpoint.store import is_run, load_store_params
 from v4jax.config import ModelConfig
 from v4jax.generation_config import with_end_tokens
 from v4jax.model.transformer import abstract_params, param_axes
-from v4jax.storage import local_path
 from v4jax.python_files import read_layout
+from v4jax.storage import local_path
 
 
 def place_on(mesh: str | None, layout: AxisRules | str | None) -> tuple[Mesh, AxisRules]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from sharding.axes import close
 from sharding.rules import AxisRules, rules_of
+from v4jax.storage import local_path
 
 
 def call(path: str | pathlib.Path, name: str) -> Any:
@@ -51,7 +52,7 @@ def read_layout(layout: AxisRules | str | None) -> AxisRules | str | None:
     if not isinstance(layout, str) or not (":" in layout or layout.endswith(".py")):
         return layout
     path, _, name = layout.rpartition(":") if ":" in layout else (layout, ":", "")
-    with _running(path) as module:
+    with _running(path, "layout") as module:
         there = {key: value for key, value in vars(module).items() if isinstance(value, AxisRules)}
         has = f"layouts there: {', '.join(there) or 'none'}"
         if not name:
@@ -76,9 +77,9 @@ def _is_needed(parameter: inspect.Parameter) -> bool:
 
 
 @contextlib.contextmanager
-def _running(path: str | pathlib.Path) -> Iterator[types.ModuleType]:
+def _running(path: str | pathlib.Path, what: str = "") -> Iterator[types.ModuleType]:
     """The module of the file `path`, whose code may be called within the block."""
-    path = pathlib.Path(path)
+    path = local_path(path, what)
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; must be a Python file such as CONFIG.py")
     if not path.exists():

@@ -114,12 +114,12 @@ def _sample(cfg) -> dict:
     from v4jax.generate.decode import Setting, generate
     from v4jax.generate.sampling import Sampling
     from v4jax.generate.text import TextStop
-    from v4jax.tokenizer import load_tokenizer
+    from v4jax.tokenizer import load_tokenizer, prompt_ids
 
     tokenizer = load_tokenizer(cfg.run_dir)
     model, params = load(cfg.run_dir, mesh=cfg.mesh, layout=cfg.layout)
     mesh, rules = place_on(cfg.mesh, cfg.layout)
-    prompt = [tokenizer.bos_token_id] + tokenizer.encode(cfg.sample_prompt)
+    prompt = prompt_ids(tokenizer, cfg.sample_prompt)
     with jax.set_mesh(mesh):
         (completion,) = generate(
             model, params, [prompt], cfg.sample_tokens, seeds=[cfg.seed],

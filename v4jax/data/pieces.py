@@ -13,7 +13,7 @@ import numpy as np
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.documents import Document, fingerprint, held_out_of, read_documents, split_documents
 from v4jax.data.store import TokenStore, open_store
-from v4jax.tokenizer import Tokenizer
+from v4jax.tokenizer import Tokenizer, document_ids
 
 READ_ROWS = 4
 """Rows of tokens that one piece of a long document fills, about, where rows cut documents."""
@@ -104,9 +104,8 @@ class Pieces:
         document = self._documents[which]
         begin = (index - (int(self._ends[which - 1]) if which else 0)) * self._step
         end = min(begin + self._step, document.size)
-        bos = [self._tokenizer.bos_token_id] if begin == 0 else []
-        eos = [self._tokenizer.eos_token_id] if end == document.size else []
-        ids = bos + self._tokenizer.encode(_read_between(document.path, begin, end)) + eos
+        text, last = _read_between(document.path, begin, end), end == document.size
+        ids = document_ids(self._tokenizer, text, begins=begin == 0, ends=last)
         return {"tokens": np.array(ids, np.int32)}
 
     @property

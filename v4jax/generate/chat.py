@@ -19,7 +19,7 @@ from v4jax.generate.decode import Setting, check_request
 from v4jax.generate.row import Row
 from v4jax.generate.sampling import Sampling
 from v4jax.generate.text import TextStop
-from v4jax.tokenizer import Tokenizer, load_tokenizer, require_tokens
+from v4jax.tokenizer import Tokenizer, load_tokenizer, prompt_ids, require_tokens
 
 CACHE_TOKENS = 4096
 """Room of the cache where none is asked for and the model reaches so far."""
@@ -44,7 +44,7 @@ def run(flags) -> dict | None:
     history = [] if flags.system is None else [{"role": "system", "content": flags.system}]
     cfg = ModelConfig.from_json(flags.checkpoint)
     room = min(CACHE_TOKENS, cfg.max_position_embeddings) if flags.cache_tokens is None else flags.cache_tokens
-    shortest = tokenizer.encode(_encode(flags, [*history, {"role": "user", "content": ""}]))
+    shortest = _ids(flags, tokenizer, [*history, {"role": "user", "content": ""}])
     check_request(cfg, [shortest], [flags.seed], flags.max_new_tokens, room, setting)
     cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout)
     mesh, rules = place_on(flags.mesh, flags.layout)
@@ -62,7 +62,7 @@ def _turn(flags, row: Row, tokenizer: Tokenizer, history: list[Message], line: s
     shown = _AllText(tokenizer, REASONING, {END_THINK: ANSWER}) if flags.thinking == "thinking" else _AllText(tokenizer)
     stop = TextStop(tokenizer.encode(EOS), (), shown, write)
     try:
-        completion = row.answer(tokenizer.encode(_encode(flags, turns)), flags.max_new_tokens, flags.seed, stop)
+        completion = row.answer(_ids(flags, tokenizer, turns), flags.max_new_tokens, flags.seed, stop)
     except ValueError as error:
         print(f"v4jax: this turn is left out: {error}", file=sys.stderr)
         return
@@ -87,8 +87,11 @@ class _AllText:
         return self._head + "".join(self._tokenizer.decode(run) if text is None else text * len(list(run)) for text, run in runs)
 
 
-def _encode(flags, messages: list[Message]) -> str:
-    return encode_messages(messages, flags.thinking, reasoning_effort=flags.effort, release=flags.release)
+def _ids(flags, tokenizer: Tokenizer, messages: list[Message]) -> list[int]:
+    text = encode_messages(
+        messages, flags.thinking, reasoning_effort=flags.effort, release=flags.release
+    )
+    return prompt_ids(tokenizer, text)
 
 
 def _read(text: str, mode: str) -> Message:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -55,3 +56,9 @@ def test_prompts_begin_with_one_bos(tmp_path):
     flags = argparse.Namespace(thinking="chat", effort=None, release="v4")
     ids = chat._ids(flags, CHAT, [{"role": "user", "content": "0?"}])
     assert ids == [0, *CHAT.encode("<｜User｜>0?<｜Assistant｜></think>")]
+
+
+def test_only_the_tokenizers_file_adds_bos():
+    package = pathlib.Path(__file__).parent.parent / "v4jax"
+    users = [path.name for path in package.rglob("*.py") if ".bos_token_id" in path.read_text()]
+    assert users == ["tokenizer.py"]

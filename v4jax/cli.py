@@ -234,7 +234,7 @@ def _measure(path: str) -> dict:
     from v4jax.layout.measure import measure
 
     found = measure()
-    pathlib.Path(path).write_text(json.dumps(found, indent=1) + "\n")
+    pathlib.Path(path).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     return found
 
 
@@ -296,7 +296,9 @@ def _start(mesh: str | None, preemptible: bool = False) -> None:
 
 def _print(result: dict, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(result))
+        from v4jax.checkpoint.text import json_text
+
+        print(json_text(result))
         return
     for name, value in result.items():
         print(f"{name}: {value}")

@@ -2,7 +2,7 @@
 
 Axes: N tokens of all documents, D documents.
 
-Next file to read: v4jax/data/pieces.py.
+Next file to read: v4jax/data/selection.py.
 """
 
 import contextlib

@@ -13,6 +13,7 @@ import itertools
 import math
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,7 +31,7 @@ from v4jax.data.store import prepare_cache
 from v4jax.model.weights import Csa
 from v4jax.train.anticipate import Feed, compile_choice
 from v4jax.train.config import TrainConfig
-from v4jax.train.data import held_out_sets, train_batches, unigram_loss
+from v4jax.train.data import held_out_sets, left_out_lines, train_batches, unigram_loss
 from v4jax.train.loss import loss_and_routing, targets
 from v4jax.train.report import Reporter, Silent, plot_losses, require_plots
 from v4jax.train.resume import check_source, go_back, items_of, start
@@ -72,6 +73,10 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         _cache(cfg, tokenizer)
         data = Batches(cfg, lambda view: _data(view, tokenizer, local_rows(place, (view.batch_size, view.seq_len))))
         held_out = _held_out(cfg, tokenizer, rows)
+        for done in starts(cfg)[1:]:  # what a later stage cannot read is said now, not in the middle of the run
+            view = stage_at(cfg, done)
+            _data(view, tokenizer, local_rows(place, (view.batch_size, view.seq_len)))
+        _say_left_out(cfg, tokenizer)
         _prepare(run, cfg, tokenizer)
         with Store(run, cfg.keep, cfg.keep_every, cfg.keep_best, writes=True) as store:
             begin = start(cfg, rules, shardings, store, data)
@@ -102,6 +107,14 @@ def _held_out(cfg: TrainConfig, tokenizer, rows: list[int] | None) -> dict:
         cfg.data, tokenizer, cfg.seq_len, cfg.batch_size, vocab_size=cfg.model.vocab_size, rows=rows,
         max_batches=cfg.eval_batches,
     )  # fmt: skip
+
+
+def _say_left_out(cfg: TrainConfig, tokenizer) -> None:
+    """One line a source on stderr, before anything is trained: what of its conversations is left out."""
+    if is_first():
+        seq_lens = [stage_at(cfg, done).seq_len for done in starts(cfg)]
+        for line in left_out_lines(cfg.data, tokenizer, seq_lens, cfg.seq_len):
+            print(f"v4jax: {line}", file=sys.stderr)
 
 
 def _prepare(run: pathlib.Path, cfg: TrainConfig, tokenizer) -> None:
@@ -165,7 +178,8 @@ def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store
             held_out_nll = None
             if held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
                 nll = {f"{name}_nll": evaluate(state.public, batches) for name, batches in held_out.items()}
-                held_out_nll = nll["held_out_nll"]
+                # The best checkpoints are chosen by it, and NaN is neither better nor worse.
+                held_out_nll = nll["held_out_nll"] if math.isfinite(nll["held_out_nll"]) else None
                 report.evaluation(step, nll)
             if save:
                 jax.block_until_ready(state)

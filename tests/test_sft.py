@@ -19,9 +19,11 @@ from v4jax.data.conversations import conversation_tokens
 from v4jax.data.selection import used_conversations
 from v4jax.data.store import TokenStore, open_store
 from v4jax.tokenizer import ByteTokenizer
+from v4jax.train import loop
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_batches, left_out_lines, train_batches, unigram_loss
 from v4jax.train.loop import train
+from v4jax.train.stages import Stage
 
 CHAT = ByteTokenizer(CHAT_TOKENS + FIM_TOKENS)
 NAMES = {v: k for k, v in CHAT._ids.items()}
@@ -282,6 +284,29 @@ def test_no_row_is_without_a_token_to_learn(tmp_path, seed):
         held = held_out_batches(data, CHAT, **(SIZES | {"seq_len": 32}))
         filled = [(t, s, m) for b in held for t, s, m in zip(b["tokens"], b["segment_ids"], b["loss_mask"], strict=True) if s.any()]
         assert filled and all(is_predicted(row) for row in filled)
+
+
+def run_of(data, tmp_path, **more):
+    model = small_config(vocab_size=280, num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1, hidden_size=32, moe_intermediate_size=16)
+    return TrainConfig(model=model, data=data, run_dir=str(tmp_path / "run"), steps=4, batch_size=4, seq_len=96, learning_rate=5e-3, warmup_steps=2, **more)
+
+
+def test_a_run_says_once_what_it_leaves_out(tmp_path, capsys):
+    cfg = cut(tmp_path / "chat.jsonl", [*(asked_for(f"{i}") for i in range(8)), asked_for("u" * 99)])
+    stages = (Stage(after=1, batch_size=2), Stage(after=2, seq_len=48))
+    loop._say_left_out(run_of(cfg, tmp_path, stages=stages), CHAT)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith(f"v4jax: source {cfg.source}: 1 of 9 conversations are left out") for line in lines)
+    assert "seq_len=48" in lines[0] and "seq_len=96" in lines[1]
+
+
+@pytest.mark.parametrize("stages", [(), (Stage(after=2, seq_len=16),)])
+def test_a_run_without_a_token_to_learn_in_any_stage_leaves_nothing_behind(tmp_path, stages):
+    prompt = "u" * (20 if stages else 99)
+    cfg = run_of(cut(tmp_path / "chat.jsonl", [asked_for(f"{i}{prompt}") for i in range(8)]), tmp_path, stages=stages)
+    with pytest.raises(ValueError, match="is left to train on: . cut to seq_len="):
+        train(cfg)
+    assert not (tmp_path / "run").exists()
 
 
 def test_held_out_rows_without_a_token_to_predict_are_refused(tmp_path):

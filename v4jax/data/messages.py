@@ -77,12 +77,12 @@ def _message(message: dict[str, Any]) -> Message:
     if "tools" in given:
         given["tools"] = _tools(given["tools"])
     if message.get("content") is None and role != "system" and "tool_calls" not in given:
-        raise ValueError(f"got no content; a {role} message must have one")
+        raise ValueError(f"got no content; messages of role {role} must have one")
     if role == "assistant":
         return _answer(given)
     content = given.get("content", "")
     if role in ("developer", "latest_reminder") and not content:
-        raise ValueError(f"got content {content!r}; a {role} message's must not be empty")
+        raise ValueError(f"got content {content!r}; that of role {role} must not be empty")
     # Parts of a tool's result may be of any type: the format has a text for those that it cannot show.
     if role != "tool" or not _is_list_of_objects(content):
         given["content"] = "\n\n".join(_texts(content))
@@ -145,8 +145,9 @@ def _answer(given: dict[str, Any]) -> Message:
         thoughts.append(_thought(parts[0]))
         parts = parts[1:]
     content = "\n\n".join(_texts(parts))
-    if not all(isinstance(thought, str) for thought in thoughts):
-        raise ValueError(f"got reasoning {thoughts!r}; must be text")
+    for thought in thoughts:
+        if not isinstance(thought, str):
+            raise ValueError(f"got reasoning {thought!r}; must be text")
     if THINK in content or END_THINK in content:
         inner, content = _split(content)
         if thoughts:

@@ -268,6 +268,7 @@ def test_tools_of_a_record_do_not_replace_those_of_its_system_message():
         (answer("", tool_calls=[{"function": {"arguments": {}}}]), 'must be {"type": "function"'),
         (answer("", tool_calls=[call({}) | {"output": "x"}]), "got key 'output', which would be lost"),
         (answer("", tool_calls=[{"function": {"name": "f", "arguments": {}, "result": 1}}]), "got key 'result', which would be lost"),
+        (answer("", tool_calls=[call({}) | {"output": None}, call({}) | {"custom": "x"}]), "got key 'custom'"),
         (answer("", tool_calls="look()"), "got tool_calls 'look()'; must be a list of objects"),
     ],
 )

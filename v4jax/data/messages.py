@@ -206,7 +206,8 @@ def _calls(calls: Any) -> list[dict]:
     calls = [_wrapped(call) for call in calls]
     for call in calls:
         function = call["function"]
-        _check_keys(function, ("name", "arguments", "id"), "functions of tool calls")
+        named = [key for key, part in function.items() if not _is_empty(part)]
+        _check_keys(named, ("name", "arguments", "id"), "functions of tool calls")
         arguments = function.get("arguments")
         try:
             good = isinstance(arguments if isinstance(arguments, dict) else from_json(arguments), dict)
@@ -224,8 +225,8 @@ def _wrapped(value: dict[str, Any]) -> dict[str, Any]:
     outer = {key: part for key, part in value.items() if key in _OUTER and not _is_empty(part)}
     inner = {key: part for key, part in value.items() if key not in _OUTER}
     if isinstance(inner.get("function"), dict):
-        outside = [key for key, part in inner.items() if not _is_empty(part)]
-        _check_keys(outside, ("function", *_OUTER), "tools and tool calls")
+        beside = [key for key, part in inner.items() if not _is_empty(part)]
+        _check_keys(beside, ("function", *_OUTER), "tools and tool calls")
         inner = inner["function"]
     if not isinstance(inner.get("name"), str):
         raise ValueError(f'got {value!r}; must be {{"type": "function", "function": {{"name": ...}}}}')

@@ -141,7 +141,7 @@ def test_rows_hold_whole_conversations_with_their_masks(cfg):
 @pytest.mark.parametrize(("too_long", "most"), [("drop", 13), ("cut", 14)])
 def test_conversations_longer_than_a_row(tmp_path, too_long, most):
     cfg = write(tmp_path / "chat.jsonl", [{"messages": [says("user", "u" * i), says("assistant", "yes")]} for i in range(1, 30)])
-    with pytest.raises(ValueError, match=r"conversation 28 of .*chat.jsonl \(counted from 0\) has 38 tokens, a row 22; raise seq_len"):
+    with pytest.raises(ValueError, match=r"chat.jsonl:29: conversation 28 of .*chat.jsonl \(counted from 0\) has 38 tokens, a row 22; raise seq_len"):
         train_batches(cfg, CHAT, 22, 2, vocab_size=280)
     cfg = dataclasses.replace(cfg, chat=ChatFormat(too_long=too_long))
     batches = itertools.islice(train_batches(cfg, CHAT, 22, 2, vocab_size=280), 40)

@@ -9,10 +9,13 @@ Axes: D conversations.
 Next file to read: v4jax/data/pieces.py.
 """
 
+import itertools
+
 import numpy as np
 
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.documents import held_out_of
+from v4jax.data.records import read_records
 from v4jax.data.store import TokenStore
 
 
@@ -62,9 +65,10 @@ def _left_out(
     long_D = learnable_D & (sizes_D > seq_len)
     if cfg.chat.too_long == "error" and long_D.any():
         longest = int(np.argmax(np.where(long_D, sizes_D, 0)))
+        place, _ = next(itertools.islice(read_records(source), longest, None))
         raise ValueError(
-            f"source: conversation {longest} of {source.path} (counted from 0) has {sizes_D[longest]} tokens, a row {seq_len}; "
-            "raise seq_len, or set too_long to drop or cut"
+            f"{place}: conversation {longest} of {source.path} (counted from 0) has {sizes_D[longest]} tokens, "
+            f"a row {seq_len}; raise seq_len, or set too_long to drop or cut"
         )
     reasons = {"by weight or train_on, nothing of them is learned": ~learnable_D}
     if cfg.chat.too_long == "drop":

@@ -1,4 +1,4 @@
-"""Claims about messages of data sets: one meaning for each spelling, and no message that would be lost, moved or misread."""
+"""Claims about messages of data sets: each spelling has one meaning, and none is lost or misread."""
 
 import json
 import re
@@ -32,10 +32,12 @@ def calls(*arguments, **more):
 
 
 def tokens(messages, record=None, **chat):
-    return conversation_tokens({"messages": messages} | (record or {}), "messages", ChatFormat(**chat), CHAT)[0].tolist()
+    return conversation_tokens(
+        {"messages": messages} | (record or {}), "messages", ChatFormat(**chat), CHAT
+    )[0].tolist()
 
 
-# ---- reasoning -------------------------------------------------------------------------------------------------------
+# ---- reasoning -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -45,8 +47,18 @@ def tokens(messages, record=None, **chat):
         answer(reasoning="easy", reasoning_content="easy"),
         answer(reasoning=None, reasoning_content="easy"),
         answer("<think>easy</think>4"),
-        answer([{"type": "thinking", "thinking": "easy", "signature": "x"}, {"type": "text", "text": "4"}]),
-        answer([{"type": "reasoning", "text": "easy"}, {"type": "text", "text": "4", "image_url": None}]),
+        answer(
+            [
+                {"type": "thinking", "thinking": "easy", "signature": "x"},
+                {"type": "text", "text": "4"},
+            ]
+        ),
+        answer(
+            [
+                {"type": "reasoning", "text": "easy"},
+                {"type": "text", "text": "4", "image_url": None},
+            ]
+        ),
         answer([{"type": "text", "text": "<think>easy</think>4"}]),
     ],
 )
@@ -64,21 +76,48 @@ def test_white_space_around_reasoning_stays():
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        (answer(reasoning="easy", reasoning_content="hard"), "got reasoning twice, and not the same"),
-        (answer([{"type": "thinking", "thinking": "hard"}], reasoning="easy"), "got reasoning twice, and not the same"),
-        (answer("<think>easy</think>4", reasoning_content="easy"), "<think> in the content beside reasoning of its own"),
-        (answer("<think>a</think><think>b</think>4"), "allowed: one <think>...</think> at its beginning"),
+        (
+            answer(reasoning="easy", reasoning_content="hard"),
+            "got reasoning twice, and not the same",
+        ),
+        (
+            answer([{"type": "thinking", "thinking": "hard"}], reasoning="easy"),
+            "got reasoning twice, and not the same",
+        ),
+        (
+            answer("<think>easy</think>4", reasoning_content="easy"),
+            "<think> in the content beside reasoning of its own",
+        ),
+        (
+            answer("<think>a</think><think>b</think>4"),
+            "allowed: one <think>...</think> at its beginning",
+        ),
         (answer("<think>a<think>b</think>4"), "allowed: one <think>...</think> at its beginning"),
         (answer("so <think>a</think>4"), "allowed: one <think>...</think> at its beginning"),
         (answer("<think>a"), "allowed: one <think>...</think> at its beginning"),
         (answer("a</think>4"), "allowed: one <think>...</think> at its beginning"),
         (answer(reasoning=["easy"]), "got reasoning ['easy']; must be text"),
-        (answer(reasoning_content="a</think>b"), "could not be read back: answer: got special token </think>"),
-        (answer([{"type": "text", "text": "4"}, {"type": "thinking", "thinking": "a"}]), "got a part of type 'thinking'"),
-        (answer([{"type": "reasoning", "summary": ["a"]}]), "got key 'summary', which would be lost"),
+        (
+            answer(reasoning_content="a</think>b"),
+            "could not be read back: answer: got special token </think>",
+        ),
+        (
+            answer([{"type": "text", "text": "4"}, {"type": "thinking", "thinking": "a"}]),
+            "got a part of type 'thinking'",
+        ),
+        (
+            answer([{"type": "reasoning", "summary": ["a"]}]),
+            "got key 'summary', which would be lost",
+        ),
         (answer([{"type": "thinking"}]), "got a part of type 'thinking' with 0 texts"),
-        (answer([{"type": "tool_use", "name": "f"}]), "got a part of type 'tool_use' in the content; allowed here: text"),
-        (answer([{"type": "text", "text": "4", "weight": 1}]), "got key 'weight', which would be lost"),
+        (
+            answer([{"type": "tool_use", "name": "f"}]),
+            "got a part of type 'tool_use' in the content; allowed here: text",
+        ),
+        (
+            answer([{"type": "text", "text": "4", "weight": 1}]),
+            "got key 'weight', which would be lost",
+        ),
         (answer(4), "got content 4; must be text, or a list of parts"),
     ],
 )
@@ -87,13 +126,24 @@ def test_reasoning_that_may_mean_two_things_is_refused(message, words):
         training_messages([ASK, message])
 
 
-# ---- keys and texts --------------------------------------------------------------------------------------------------
+# ---- keys and texts ------------------------------------------------------------------------------
 
 
 def test_keys_without_a_value_and_names_change_nothing():
-    empty = dict(refusal=None, audio=None, function_call=None, annotations=[], tool_calls=None, name="Ann", weight=1, tool_call_id=None)
+    empty = dict(
+        refusal=None,
+        audio=None,
+        function_call=None,
+        annotations=[],
+        tool_calls=None,
+        name="Ann",
+        weight=1,
+        tool_call_id=None,
+    )
     record = {"tools": None, "thinking_mode": None, "reasoning_effort": None}
-    assert tokens([ASK | {"tool_calls": [], "name": "Bob"}, answer() | empty], record) == tokens([ASK, answer()])
+    assert tokens([ASK | {"tool_calls": [], "name": "Bob"}, answer() | empty], record) == tokens(
+        [ASK, answer()]
+    )
     assert training_messages([ASK, answer(weight=None)])[1].get("weight", 1) == 1
     assert training_messages([ASK, answer(weight=False)])[1]["weight"] == 0
 
@@ -101,7 +151,10 @@ def test_keys_without_a_value_and_names_change_nothing():
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        (answer(thought="hm"), "got key 'thought', which would be lost; assistant messages may have role, content"),
+        (
+            answer(thought="hm"),
+            "got key 'thought', which would be lost; assistant messages may have role, content",
+        ),
         (answer(train=False), "got key 'train'"),
         (answer(prefix=True), "got key 'prefix'"),
         (answer(function_call={"name": "f"}), "got key 'function_call'"),
@@ -115,9 +168,18 @@ def test_keys_without_a_value_and_names_change_nothing():
         (answer(task="sing"), "got task 'sing'; allowed: action, "),
         (answer(None), "got no content; messages of role assistant must have one"),
         ({"role": "user"}, "got no content; messages of role user must have one"),
-        ({"role": "tool", "tool_call_id": "x"}, "got no content; messages of role tool must have one"),
-        ({"role": "developer", "content": ""}, "got content ''; that of role developer must not be empty"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "got a part of type 'image_url' in the content"),
+        (
+            {"role": "tool", "tool_call_id": "x"},
+            "got no content; messages of role tool must have one",
+        ),
+        (
+            {"role": "developer", "content": ""},
+            "got content ''; that of role developer must not be empty",
+        ),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
+            "got a part of type 'image_url' in the content",
+        ),
         ({"role": "function", "content": "x"}, "got role 'function'; allowed: system"),
     ],
 )
@@ -126,7 +188,17 @@ def test_what_a_conversation_would_lose_is_refused(message, words):
         training_messages([ASK, message])
 
 
-@pytest.mark.parametrize("token", ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜latest_reminder｜>", *TASKS.values()])
+@pytest.mark.parametrize(
+    "token",
+    [
+        "<｜begin▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
+        "<｜User｜>",
+        "<｜Assistant｜>",
+        "<｜latest_reminder｜>",
+        *TASKS.values(),
+    ],
+)
 def test_no_text_begins_or_ends_a_turn(token):
     text = f"a {token} b"
     for message in (
@@ -151,9 +223,11 @@ def test_text_parts_are_joined_in_every_role():
     assert tokens(split) == tokens(whole)
 
 
-# ---- order -----------------------------------------------------------------------------------------------------------
+# ---- order ---------------------------------------------------------------------------------------
 
-SYSTEM, REMINDER, DEVELOPER = ({"role": role, "content": "s"} for role in ("system", "latest_reminder", "developer"))
+SYSTEM, REMINDER, DEVELOPER = (
+    {"role": role, "content": "s"} for role in ("system", "latest_reminder", "developer")
+)
 RESULT = {"role": "tool", "content": "seen"}
 
 
@@ -168,10 +242,23 @@ RESULT = {"role": "tool", "content": "seen"}
         ([ASK, REMINDER, answer()], 1, "comes where an assistant message must be"),
         ([ASK, REMINDER, ASK, answer()], 1, "comes where an assistant message must be"),
         ([DEVELOPER, answer(), ASK, answer()], 1, "would not follow <｜Assistant｜>"),
-        ([ASK, RESULT, answer()], 1, "a tool message, but the assistant's latest message calls no tool"),
+        (
+            [ASK, RESULT, answer()],
+            1,
+            "a tool message, but the assistant's latest message calls no tool",
+        ),
         ([RESULT, answer()], 0, "a tool message, but the assistant's latest message calls no tool"),
         ([ASK, calls({}), RESULT, answer(), RESULT, answer()], 4, "a tool message, but"),
-        ([ASK, answer("", tool_calls=[call({}, id="x")]), RESULT | {"tool_call_id": "y"}, answer()], 2, "got tool_call_id 'y'; the latest calls are x"),
+        (
+            [
+                ASK,
+                answer("", tool_calls=[call({}, id="x")]),
+                RESULT | {"tool_call_id": "y"},
+                answer(),
+            ],
+            2,
+            "got tool_call_id 'y'; the latest calls are x",
+        ),
     ],
 )
 def test_an_order_that_gives_an_answer_no_beginning_is_refused(messages, place, words):
@@ -187,7 +274,13 @@ def test_an_order_that_gives_an_answer_no_beginning_is_refused(messages, place, 
         [SYSTEM, REMINDER, DEVELOPER, answer()],
         [ASK, ASK, answer()],
         [ASK, calls({}, {}), RESULT, RESULT, answer()],
-        [ASK, answer("", tool_calls=[call({}, id="x"), call({}, id="y")]), RESULT | {"tool_call_id": "y"}, RESULT | {"tool_call_id": "x"}, answer()],
+        [
+            ASK,
+            answer("", tool_calls=[call({}, id="x"), call({}, id="y")]),
+            RESULT | {"tool_call_id": "y"},
+            RESULT | {"tool_call_id": "x"},
+            answer(),
+        ],
         [ASK | {"task": "query"}, answer()],
         [ASK | {"task": "action"}, answer()],
         [ASK, answer(task="title"), answer("T")],
@@ -202,10 +295,12 @@ def test_every_order_that_the_format_has_is_encoded_as_released(messages, mode):
 
 def test_old_developer_messages_may_be_kept():
     messages = [DEVELOPER, answer(), ASK, answer()]
-    assert tokens(messages, drop_thinking=False) == CHAT.encode(encode_messages(messages, "thinking", drop_thinking=False))
+    assert tokens(messages, drop_thinking=False) == CHAT.encode(
+        encode_messages(messages, "thinking", drop_thinking=False)
+    )
 
 
-# ---- tools -----------------------------------------------------------------------------------------------------------
+# ---- tools ---------------------------------------------------------------------------------------
 
 
 def test_arguments_are_an_object_or_its_text():
@@ -225,10 +320,16 @@ def test_tools_are_found_in_every_form():
             if isinstance(tools, list) and None not in tools:
                 assert tokens([ASK, answer()], {"tools": given}) == wanted
             else:
-                with pytest.raises(ValueError, match="tools: got .*must be a list of objects, or its JSON text"):
+                with pytest.raises(
+                    ValueError, match="tools: got .*must be a list of objects, or its JSON text"
+                ):
                     tokens([ASK, answer()], {"tools": given})
     declared = {"role": "system", "content": "", "tools": json.dumps([FUNCTION])}
-    assert tokens([declared, ASK, answer()]) == wanted == tokens([declared, ASK, answer()], {"tools": [TOOL]})
+    assert (
+        tokens([declared, ASK, answer()])
+        == wanted
+        == tokens([declared, ASK, answer()], {"tools": [TOOL]})
+    )
     assert tokens([ASK, answer()], {"tools": "[]"}) == tokens([ASK, answer()])
 
 
@@ -236,7 +337,10 @@ def test_tools_are_found_in_every_form():
     ("tools", "words"),
     [
         ("look", "tools: got tools 'look', which are not JSON"),
-        ([{"type": "code_interpreter"}], "tools: got a tool or call of type 'code_interpreter'; allowed: function"),
+        (
+            [{"type": "code_interpreter"}],
+            "tools: got a tool or call of type 'code_interpreter'; allowed: function",
+        ),
         ([{"function": "look"}], 'must be {"type": "function", "function": {"name": ...}}'),
         ([TOOL | {"strict": True}], "got key 'strict', which would be lost"),
     ],
@@ -256,9 +360,15 @@ def test_tools_of_a_record_do_not_replace_those_of_its_system_message():
     ("message", "words"),
     [
         (calls({"at": f"a{CLOSING}b"}), "could not be read back: tool call"),
-        (calls(json.dumps({"at": f"x{CLOSING}\n"}, ensure_ascii=False)), "could not be read back: tool call"),
+        (
+            calls(json.dumps({"at": f"x{CLOSING}\n"}, ensure_ascii=False)),
+            "could not be read back: tool call",
+        ),
         (calls({'a" string="true">x<b y="': "1"}), "read back"),
-        (answer("", tool_calls=[{"function": {"name": "f</｜DSML｜invoke", "arguments": {}}}]), "could not be read back: tool call"),
+        (
+            answer("", tool_calls=[{"function": {"name": "f</｜DSML｜invoke", "arguments": {}}}]),
+            "could not be read back: tool call",
+        ),
         (answer("a ｜DSML｜ b"), "could not be read back: answer: got special token ｜DSML｜"),
         (calls("x=1"), "got arguments 'x=1'; must be an object, or its JSON text"),
         (calls("[1]"), "got arguments '[1]'; must be an object, or its JSON text"),
@@ -266,9 +376,18 @@ def test_tools_of_a_record_do_not_replace_those_of_its_system_message():
         (calls('{"a": NaN}'), "must be an object, or its JSON text"),
         (calls({"a": float("inf")}), "parameter 'a' is 'Infinity'"),
         (answer("", tool_calls=[{"function": {"arguments": {}}}]), 'must be {"type": "function"'),
-        (answer("", tool_calls=[call({}) | {"output": "x"}]), "got key 'output', which would be lost"),
-        (answer("", tool_calls=[{"function": {"name": "f", "arguments": {}, "result": 1}}]), "got key 'result', which would be lost"),
-        (answer("", tool_calls=[call({}) | {"output": None}, call({}) | {"custom": "x"}]), "got key 'custom'"),
+        (
+            answer("", tool_calls=[call({}) | {"output": "x"}]),
+            "got key 'output', which would be lost",
+        ),
+        (
+            answer("", tool_calls=[{"function": {"name": "f", "arguments": {}, "result": 1}}]),
+            "got key 'result', which would be lost",
+        ),
+        (
+            answer("", tool_calls=[call({}) | {"output": None}, call({}) | {"custom": "x"}]),
+            "got key 'custom'",
+        ),
         (answer("", tool_calls="look()"), "got tool_calls 'look()'; must be a list of objects"),
     ],
 )
@@ -278,7 +397,10 @@ def test_calls_that_cannot_be_read_back_are_refused(message, words):
 
 
 def test_the_record_is_left_as_it_was():
-    record = {"messages": [ASK, calls({"a": 1}, reasoning="hm"), RESULT, answer("<think>a</think>b")], "tools": [FUNCTION]}
+    record = {
+        "messages": [ASK, calls({"a": 1}, reasoning="hm"), RESULT, answer("<think>a</think>b")],
+        "tools": [FUNCTION],
+    }
     before = json.dumps(record)
     tokens(record["messages"], record)
     assert json.dumps(record) == before

@@ -1,8 +1,8 @@
 """Text to token ids and back: one token per byte, or a Hugging Face tokenizer.json.
 
-Both kinds answer to the same names: vocab_size, bos_token, eos_token, bos_token_id, eos_token_id, bytes_per_token,
-fingerprint, encode, decode, save. `encode` adds nothing; `document_ids` and `prompt_ids` are the only places that add bos
-and eos.
+Both kinds answer to the same names: vocab_size, bos_token, eos_token, bos_token_id, eos_token_id,
+bytes_per_token, fingerprint, encode, decode, save. `encode` adds nothing; `document_ids` and
+`prompt_ids` are the only places that add bos and eos.
 
 Next file to read: v4jax/chat/tokens.py.
 """
@@ -161,11 +161,12 @@ def load_tokenizer(path) -> Tokenizer:
 def document_ids(
     tokenizer: Tokenizer, text: str, *, begins: bool = True, ends: bool = True
 ) -> list[int]:
-    """Token ids of a document: one bos, its text, one eos, whether or not the text spells them out.
+    """Token ids of a document: one bos, its text, one eos, even if the text spells them out.
 
     begins, ends: whether the text is that of the document's beginning and of its end.
 
-    Example: "<｜begin▁of▁sentence｜>a" and "a" give the same ids where the tokenizer reads special tokens.
+    Example: "<｜begin▁of▁sentence｜>a" and "a" give the same ids if the tokenizer reads special
+    tokens.
     """
     bos = [tokenizer.bos_token_id] if begins else []
     eos = [tokenizer.eos_token_id] if ends else []
@@ -174,7 +175,7 @@ def document_ids(
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a text to be continued: one bos, whether or not the text spells it out, and no eos added."""
+    """Token ids of a text to be continued: one bos, even if the text spells it out; no eos added."""
     return document_ids(tokenizer, text, ends=False)
 
 

@@ -21,7 +21,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def json_text(value: Any, **options) -> str:
-    """JSON with null for numbers that are not finite: JSON has none, and what Python writes for them no other reader takes."""
+    """JSON with null for numbers that are not finite, which JSON does not have."""
     return json.dumps(_finite(value), allow_nan=False, **options)
 
 

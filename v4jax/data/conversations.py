@@ -1,7 +1,8 @@
-"""Conversations as tokens, with a mark on those that are learned: what an assistant wrote, and nothing else.
+"""Conversations as tokens, with a mark on those that are learned: what an assistant wrote.
 
-Learned are an answer's reasoning, </think>, content, tool calls and end token; not what opens the answer (<Assistant> and
-<think>, or </think> where the turn does not think), which a server puts into the prompt.
+An answer's reasoning, </think>, content, tool calls and end token are learned. What opens the
+answer is not (<Assistant> and <think>, or </think> where the turn does not think): a server puts it
+into the prompt.
 
 Axes: T tokens of one conversation.
 
@@ -26,12 +27,13 @@ _OPENINGS = (ASSISTANT + THINK, ASSISTANT + END_THINK, *TASKS.values())
 def conversation_tokens(
     record: dict[str, Any], column: str, chat: ChatFormat, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens int32 [T], learned uint8 [T]) of one record; nothing is learned where weights or train_on say so.
+    """(tokens int32 [T], learned uint8 [T]) of one record.
 
-    The record has its messages in `column`, and perhaps "tools", "thinking_mode" and "reasoning_effort" (null: absent).
+    The record has its messages in `column`, and perhaps "tools", "thinking_mode" and
+    "reasoning_effort" (null: absent). Weights of 0 and train_on may leave nothing to learn.
 
     Raises:
-      ValueError: messages that `training_messages` refuses, no answer, or an answer that nothing opens.
+      ValueError: messages that `training_messages` refuses, no answer, or one that nothing opens.
     """
     messages = training_messages(record[column], record.get("tools"))
     if not any(message["role"] == "assistant" for message in messages):
@@ -55,14 +57,18 @@ def conversation_tokens(
 
 
 def _is_learned(span: Span, messages: list[Message], chat: ChatFormat) -> bool:
-    return span.written and (span.current or chat.train_on == "all") and bool(messages[span.place].get("weight", 1))
+    return (
+        span.written
+        and (span.current or chat.train_on == "all")
+        and bool(messages[span.place].get("weight", 1))
+    )
 
 
 def _check_openings(spans: list[Span], added: int) -> None:
-    """Refuses answers that nothing opens, and openings that no answer follows but at the end.
+    """Raises ValueError for an answer that nothing opens, or an opening that no answer follows.
 
-    The released code gives some text for any order of messages: an answer after a system message follows no <Assistant>,
-    and no server will ever ask for one there.
+    The released code gives some text for any order of messages. An answer after a system message
+    follows no <Assistant>, and no server will ever ask for one there.
 
     added: how many messages were put before those of the record.
     """
@@ -70,8 +76,11 @@ def _check_openings(spans: list[Span], added: int) -> None:
         opened = not before.written and before.text.endswith(_OPENINGS)
         if span.written and not opened:
             raise ValueError(
-                f"message {span.place - added}: this assistant message would not follow {ASSISTANT}; it must come right "
-                "after a user, developer or tool message (drop_thinking leaves out old developer messages)"
+                f"message {span.place - added}: this assistant message would not follow "
+                f"{ASSISTANT}; it must come right after a user, developer or tool message "
+                "(drop_thinking leaves out old developer messages)"
             )
         if opened and not span.written:
-            raise ValueError(f"message {span.place - added}: comes where an assistant message must be")
+            raise ValueError(
+                f"message {span.place - added}: comes where an assistant message must be"
+            )

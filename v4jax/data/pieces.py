@@ -48,8 +48,8 @@ class StoredPieces:
     """Random access to documents of a store, cut every `step` tokens: piece i is tokens int32 [T], and with `masked` also
     loss_mask int32 [T]. first_only: of each document only its first piece.
 
-    With `masked`, a document's last token is left out where it would be a piece of its own: nothing predicts it, and
-    best-fit packing could fill a whole batch with such pieces. `lone`: how many there are.
+    With `masked`, a document's last token is left out where it would be a piece of its own: nothing
+    predicts it, and best-fit packing could fill a whole batch with such pieces. `lone`: how many.
     """
 
     def __init__(self, store: TokenStore, documents: np.ndarray, step: int, masked: bool, first_only: bool):

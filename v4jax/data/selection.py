@@ -1,8 +1,8 @@
 """Which conversations of a store are used, and why the others are left out.
 
-Left out is a conversation of which nothing would be learned: a row that holds nothing else would be a step that only
-decays the weights. The split does not depend on the length of rows, so that no stage of a run trains on what another one
-holds out.
+A conversation of which nothing would be learned is left out: a step on such rows only decays the
+weights. The split does not depend on the length of rows, so that no stage of a run trains on what
+another one holds out.
 
 Axes: D conversations.
 
@@ -22,7 +22,7 @@ from v4jax.data.store import TokenStore
 def used_conversations(
     cfg: DataConfig, source: Source, store: TokenStore, seq_len: int, part: str
 ) -> np.ndarray:
-    """Which conversations of a source are used to "train", those "held_out", or "all" of them; bool [D].
+    """Which conversations of a source a part uses ("train", "held_out" or "all"), bool [D].
 
     Raises:
       ValueError: one is too long where that is an error, or none is left.
@@ -35,23 +35,25 @@ def used_conversations(
         chosen_D[learnable_D] = held_D == (part == "held_out")
     used_D = chosen_D & ~np.any(list(left_out.values()), axis=0)
     if not used_D.any():
-        purpose = {"train": "to train on", "held_out": "to evaluate on", "all": "to evaluate on"}[part]
+        purpose = "to train on" if part == "train" else "to evaluate on"
         why = _counted(left_out, chosen_D | ~learnable_D)
         raise ValueError(
-            f"source: no conversation of {source.path} is left {purpose}: {why}; raise seq_len or held_out"
+            f"source: no conversation of {source.path} is left {purpose}: {why}; "
+            "raise seq_len or held_out"
         )
     return used_D
 
 
 def left_out_line(cfg: DataConfig, source: Source, store: TokenStore, seq_len: int) -> str:
-    """How many conversations of a source are left out or cut with rows of seq_len tokens, and why; "" for none."""
+    """How many conversations rows of seq_len tokens leave out or cut, and why; "" for none."""
     sizes_D = _sizes(store)
     left_out = _left_out(cfg, source, store, _learned_within(store, sizes_D), seq_len)
     gone_D = np.any(list(left_out.values()), axis=0)
     cut = int((sizes_D > seq_len)[~gone_D].sum())
     said = []
     if gone_D.any():
-        said.append(f"{gone_D.sum()} of {len(gone_D)} conversations are left out ({_counted(left_out, gone_D)})")
+        why = _counted(left_out, gone_D)
+        said.append(f"{gone_D.sum()} of {len(gone_D)} conversations are left out ({why})")
     if cut:
         said.append(f"{cut} of {len(gone_D)} conversations are cut to seq_len={seq_len}")
     return f"source {source.path}: {', '.join(said)}" if said else ""
@@ -67,8 +69,9 @@ def _left_out(
         longest = int(np.argmax(np.where(long_D, sizes_D, 0)))
         place, _ = next(itertools.islice(read_records(source), longest, None))
         raise ValueError(
-            f"{place}: conversation {longest} of {source.path} (counted from 0) has {sizes_D[longest]} tokens, "
-            f"a row {seq_len}; raise seq_len, or set too_long to drop or cut"
+            f"{place}: conversation {longest} of {source.path} (counted from 0) has "
+            f"{sizes_D[longest]} tokens, a row {seq_len}; "
+            "raise seq_len, or set too_long to drop or cut"
         )
     reasons = {"by weight or train_on, nothing of them is learned": ~learnable_D}
     if cfg.chat.too_long == "drop":
@@ -79,7 +82,10 @@ def _left_out(
 
 def _counted(left_out: dict[str, np.ndarray], among_D: np.ndarray) -> str:
     counts = {reason: int((which_D & among_D).sum()) for reason, which_D in left_out.items()}
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count) or "none is there"
+    return (
+        ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+        or "none is there"
+    )
 
 
 def _sizes(store: TokenStore) -> np.ndarray:
@@ -93,7 +99,8 @@ def _learned_within(store: TokenStore, first_D: np.ndarray) -> np.ndarray:
     Its very first token has no predecessor and is never learned.
     """
     begins_D = np.concatenate([[0], store.ends[:-1]])
-    # The maximum from each bound to the next: of every other one nothing is asked. The last one reaches to the end by itself.
+    # The maximum from each bound to the next, of which every other one is wanted; the last one
+    # reaches to the end by itself.
     bounds = np.stack([begins_D + 1, begins_D + first_D], axis=1).ravel()
     bounds = bounds[:-1] if bounds[-1] == len(store.learned) else bounds
     return np.maximum.reduceat(store.learned, bounds)[::2] > 0

@@ -62,7 +62,8 @@ def _turn(flags, row: Row, tokenizer: Tokenizer, history: list[Message], line: s
     shown = _AllText(tokenizer, REASONING, {END_THINK: ANSWER}) if flags.thinking == "thinking" else _AllText(tokenizer)
     stop = TextStop(tokenizer.encode(EOS), (), shown, write)
     try:
-        completion = row.answer(_ids(flags, tokenizer, turns), flags.max_new_tokens, flags.seed, stop)
+        ids = _ids(flags, tokenizer, turns)
+        completion = row.answer(ids, flags.max_new_tokens, flags.seed, stop)
     except ValueError as error:
         print(f"v4jax: this turn is left out: {error}", file=sys.stderr)
         return

@@ -93,8 +93,8 @@ def held_out_batches(
     every = list(itertools.islice(packed(pieces, seq_len, cfg.packing, cfg.masked), limit))
     if not any(len(_targets(stack([row]))) for row in every):
         raise ValueError(
-            f"held_out: no token of its {len(every)} row(s) of seq_len={seq_len} has a predecessor to be predicted from; "
-            "raise seq_len or held_out"
+            f"held_out: no token of its {len(every)} row(s) of seq_len={seq_len} "
+            "has a predecessor; raise seq_len or held_out"
         )
     empty = {name: np.zeros_like(value) for name, value in every[0].items()}
     every += [empty] * (-len(every) % batch_size)
@@ -110,15 +110,20 @@ def held_out_sets(cfg: DataConfig, *args, **kwargs) -> dict[str, list[Batch]]:
     return {name: held_out_batches(cfg, *args, of=of, **kwargs) for name, of in named.items()}
 
 
-def left_out_lines(cfg: DataConfig, tokenizer: Tokenizer, seq_lens: Iterable[int], held_seq_len: int) -> list[str]:
-    """A line for each source of which conversations are left out or cut, saying how many and why.
+def left_out_lines(
+    cfg: DataConfig, tokenizer: Tokenizer, seq_lens: Iterable[int], held_seq_len: int
+) -> list[str]:
+    """A line for each source of which conversations are left out or cut: how many, and why.
 
     seq_lens: of the rows to train on; held_seq_len: of those to evaluate on.
     """
     asked = [(source, seq_len) for source in cfg.sources for seq_len in sorted(set(seq_lens))]
     asked += [(source, held_seq_len) for source in cfg.evaluate_on]
-    chats = [(source, open_store(cfg, source, tokenizer), seq_len) for source, seq_len in asked if source.format == "chat"]
-    lines = [left_out_line(cfg, source, store, seq_len) for source, store, seq_len in chats]
+    lines = [
+        left_out_line(cfg, source, open_store(cfg, source, tokenizer), seq_len)
+        for source, seq_len in asked
+        if source.format == "chat"
+    ]
     return [line for line in lines if line]
 
 

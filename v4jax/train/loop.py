@@ -73,7 +73,8 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         _cache(cfg, tokenizer)
         data = Batches(cfg, lambda view: _data(view, tokenizer, local_rows(place, (view.batch_size, view.seq_len))))
         held_out = _held_out(cfg, tokenizer, rows)
-        for done in starts(cfg)[1:]:  # what a later stage cannot read is said now, not in the middle of the run
+        # What a later stage cannot read is said now, not in the middle of the run.
+        for done in starts(cfg)[1:]:
             view = stage_at(cfg, done)
             _data(view, tokenizer, local_rows(place, (view.batch_size, view.seq_len)))
         _say_left_out(cfg, tokenizer)
@@ -110,7 +111,7 @@ def _held_out(cfg: TrainConfig, tokenizer, rows: list[int] | None) -> dict:
 
 
 def _say_left_out(cfg: TrainConfig, tokenizer) -> None:
-    """One line a source on stderr, before anything is trained: what of its conversations is left out."""
+    """A line on stderr for each source of conversations: how many are left out, and why."""
     if is_first():
         seq_lens = [stage_at(cfg, done).seq_len for done in starts(cfg)]
         for line in left_out_lines(cfg.data, tokenizer, seq_lens, cfg.seq_len):

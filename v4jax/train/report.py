@@ -133,7 +133,8 @@ class Reporter:
         self._open(step, record.rollbacks)
         given_up = list(trace[-(at - step) :])
         event = {"step": step, "event": "rollback", "rollback": record.rollbacks, "at": at, "why": why}
-        self._file.write(json_text(event | {"skipped": record.skipped[-1], "losses_given_up": given_up}) + "\n")
+        event |= {"skipped": record.skipped[-1], "losses_given_up": given_up}
+        self._file.write(json_text(event) + "\n")
         self._file.flush()
         self._board.add_text("rollback", f"step {at}: {why}; back to step {step}", step)
         self._last = (step, None)
@@ -187,9 +188,9 @@ class Silent:
 
 
 def read_metrics(run) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, metrics of a step or an "event"; a last line cut short by a crash is left out.
+    """The lines of metrics.jsonl, metrics of a step or an "event"; None: not a finite number.
 
-    None: a number that was not finite.
+    A last line cut short by a crash is left out.
     """
     path = pathlib.Path(run) / METRICS
     if not path.exists():

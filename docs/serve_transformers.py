@@ -24,7 +24,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     model, tokenizer = open_export(arguments.export)
-    ids = [tokenizer.bos_token_id] + tokenizer.encode(arguments.prompt, add_special_tokens=False)
+    text = arguments.prompt.removeprefix(tokenizer.bos_token)
+    ids = [tokenizer.bos_token_id] + tokenizer.encode(text, add_special_tokens=False)
     with torch.no_grad():
         out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=arguments.max_new_tokens)[0, len(ids) :].tolist()
     print(json.dumps({"tokens": out}) if arguments.json else arguments.prompt + tokenizer.decode(out, skip_special_tokens=True))

@@ -137,6 +137,15 @@ def test_arguments_that_are_no_json_are_one_parameter():
     assert text == f"{B}{U}a{A}</think>\n\n{block(invoke('f', parameter('arguments', 'x=1')))}{E}"
 
 
+def test_arguments_may_be_the_object_that_their_text_stands_for():
+    arguments = {"city": "é", "days": 3, "more": {"a": [None, 1.5]}}
+    given, text = ({"function": {"name": "f", "arguments": value}} for value in (arguments, json.dumps(arguments)))
+    found = [encode_messages([says("user", "a"), says("assistant", tool_calls=[one])]) for one in (given, text)]
+    assert found[0] == found[1] and parameter("city", "é") in found[0]
+    empty = [says("user", "a"), says("assistant", tool_calls=[{"function": {"name": "f", "arguments": {}}}])]
+    assert block(invoke("f", "")) in encode_messages(empty)
+
+
 # ---- search, tasks, developer ----------------------------------------------------------------------------------------
 
 
@@ -277,6 +286,7 @@ def test_parse_reads_calls():
         (CALL.replace('name="f"', "name=f"), "chat", 'expected name="..."'),
         (CALL.replace('string="true"', 'string="yes"'), "chat", 'expected name="..." string="true|false"'),
         (CALL.replace('"b"', '"a"'), "chat", "f has parameter 'a' twice"),
+        (CALL.replace(">2<", ">NaN<"), "chat", "parameter 'b' is 'NaN'; with string=\"false\" it must be JSON"),
         (CALL.replace(">2<", ">two<"), "chat", "parameter 'b' is 'two'; with string=\"false\" it must be JSON"),
         (CALL.replace("</｜DSML｜parameter>\n</", "</｜DSML｜parameter>x\n</"), "chat", "got '>x\\n' after a parameter"),
         (CALL.split("</｜DSML｜invoke")[0], "chat", "to the end"),
@@ -312,6 +322,7 @@ def test_every_cut_of_an_answer_is_refused():
         ([says("assistant", tool_calls=["f"])], {}, "message 0: got tool_calls ['f']"),
         ([says("assistant", tool_calls=[{"name": "f"}])], {}, "tool_calls: got {'name': 'f'}"),
         ([says("assistant", tool_calls=[call("f", "[1]")])], {}, "must be the JSON text of an object"),
+        ([says("assistant", tool_calls=[{"function": {"name": "f", "arguments": {"a": {1}}}}])], {}, "got {'a': {1}}: "),
         ([], {"thinking_mode": "deep"}, "thinking_mode: got 'deep'; allowed: chat, thinking"),
         ([], {"reasoning_effort": "low"}, "reasoning_effort: got 'low'; allowed: None, high, max"),
         ([], {"release": "v5"}, "release: got 'v5'; allowed: v4, 0731"),

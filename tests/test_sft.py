@@ -14,12 +14,16 @@ from trees import random_params, small_config
 import v4jax
 from v4jax.chat.encoding import encode_messages
 from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS
-from v4jax.data.config import ChatFormat, DataConfig
+from v4jax.data.config import ChatFormat, DataConfig, Source
 from v4jax.data.conversations import conversation_tokens
+from v4jax.data.selection import used_conversations
+from v4jax.data.store import TokenStore, open_store
 from v4jax.tokenizer import ByteTokenizer
+from v4jax.train import loop
 from v4jax.train.config import TrainConfig
-from v4jax.train.data import held_out_batches, train_batches, unigram_loss
+from v4jax.train.data import held_out_batches, left_out_lines, train_batches, unigram_loss
 from v4jax.train.loop import train
+from v4jax.train.stages import Stage
 
 CHAT = ByteTokenizer(CHAT_TOKENS + FIM_TOKENS)
 NAMES = {v: k for k, v in CHAT._ids.items()}
@@ -137,7 +141,7 @@ def test_rows_hold_whole_conversations_with_their_masks(cfg):
 @pytest.mark.parametrize(("too_long", "most"), [("drop", 13), ("cut", 14)])
 def test_conversations_longer_than_a_row(tmp_path, too_long, most):
     cfg = write(tmp_path / "chat.jsonl", [{"messages": [says("user", "u" * i), says("assistant", "yes")]} for i in range(1, 30)])
-    with pytest.raises(ValueError, match=r"conversation 28 of .*chat.jsonl \(counted from 0\) has 38 tokens, a row 22; raise seq_len"):
+    with pytest.raises(ValueError, match=r"chat.jsonl:29: conversation 28 of .*chat.jsonl \(counted from 0\) has 38 tokens, a row 22; raise seq_len"):
         train_batches(cfg, CHAT, 22, 2, vocab_size=280)
     cfg = dataclasses.replace(cfg, chat=ChatFormat(too_long=too_long))
     batches = itertools.islice(train_batches(cfg, CHAT, 22, 2, vocab_size=280), 40)
@@ -154,9 +158,12 @@ def test_conversations_longer_than_a_row(tmp_path, too_long, most):
         ('{"messages": "hi"}', r"chat.jsonl:3: messages: got str"),
         ('{"messages": [{"role": "bot", "content": ""}]}', r"chat.jsonl:3: message 0: got role 'bot'"),
         ('{"messages": [{"role": "user", "content": "x"}]}', r"chat.jsonl:3: messages: no assistant message to learn from"),
-        ('{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}]}',
-         r"chat.jsonl:3: message 0: got arguments {'a': 1}; must be the JSON text of an object"),
-        ('{"messages": [{"role": "assistant", "content": "x"}], "thinking_mode": "deep"}', r"chat.jsonl:3: thinking_mode: got 'deep'"),
+        ('{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x=1"}}]}]}',
+         r"chat.jsonl:3: message 0: got arguments 'x=1'; must be an object, or its JSON text"),
+        ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "thought": "z"}]}',
+         r"chat.jsonl:3: message 1: got key 'thought', which would be lost; assistant messages may have role, content, task"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', r"chat.jsonl:3: message 0: this assistant message would not follow"),
+        ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}], "thinking_mode": "deep"}', r"chat.jsonl:3: thinking_mode: got 'deep'"),
     ],
 )  # fmt: skip
 def test_broken_conversations_are_named_by_file_and_line(tmp_path, line, words):
@@ -165,6 +172,152 @@ def test_broken_conversations_are_named_by_file_and_line(tmp_path, line, words):
         file.write("\n" + line + "\n")
     with pytest.raises(ValueError, match=words):
         train_batches(cfg, CHAT, **SIZES)
+
+
+# ---- conversations of which nothing is learned -----------------------------------------------------------------------
+
+
+def asked_for(prompt, **answer):
+    return {"messages": [says("user", prompt), says("assistant", "yes", **answer)]}
+
+
+def rows_of(cfg, count, **sizes):
+    """The rows of so many training batches, of one row each: (tokens, segments, mask)."""
+    batches = itertools.islice(train_batches(cfg, CHAT, **(SIZES | sizes | {"batch_size": 1})), count)
+    return [tuple(batch[name][0] for name in ("tokens", "segment_ids", "loss_mask")) for batch in batches]
+
+
+def is_predicted(row):
+    tokens, segments, mask = row
+    return ((segments[1:] == segments[:-1]) & (segments[1:] > 0) & (mask[1:] > 0)).any()
+
+
+def cut(path, records):
+    cfg = write(path, records)
+    return dataclasses.replace(cfg, chat=ChatFormat(too_long="cut"))
+
+
+@pytest.mark.parametrize("too_long", ["cut", "drop"])
+def test_a_source_of_which_nothing_is_learned_is_refused_before_training(tmp_path, too_long):
+    cfg = cut(tmp_path / "chat.jsonl", [asked_for(f"{i} long prompt" * 20) for i in range(20)])
+    cfg = dataclasses.replace(cfg, chat=ChatFormat(too_long=too_long))
+    for batches, purpose in ((train_batches, "to train on"), (held_out_batches, "to evaluate on")):
+        with pytest.raises(ValueError, match=rf"no conversation of .*chat.jsonl is left {purpose}: \d+ (cut|longer)") as caught:
+            batches(cfg, CHAT, **SIZES)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_held_out_part_of_which_nothing_is_learned_is_refused():
+    cfg = DataConfig(source="x", format="chat", packing="best_fit", held_out=0.1, chat=ChatFormat(too_long="cut"))
+    learned = np.array([0, 0, 0, 0, 1, 0, 1, 1, 0, 0, 1], np.uint8)  # of 5, 3 and 3 tokens
+    store = TokenStore(np.zeros(11, np.int32), learned, np.array([5, 8, 11]), np.array([0.05, 0.5, 0.6]), "")
+    assert used_conversations(cfg, cfg.sources[0], store, 5, "held_out").tolist() == [True, False, False]
+    for part, wanted in (("train", [False, True, True]), ("all", [False, True, True])):
+        assert used_conversations(cfg, cfg.sources[0], store, 4, part).tolist() == wanted
+    with pytest.raises(ValueError, match="of x is left to evaluate on: 1 cut to seq_len=4, nothing of them is learned; raise"):
+        used_conversations(cfg, cfg.sources[0], store, 4, "held_out")
+
+
+def test_every_reason_is_counted_in_one_line(tmp_path):
+    records = [asked_for(f"{i}") for i in range(8)]
+    records += [asked_for(f"{i}", weight=0) for i in range(3)]
+    records += [asked_for(f"{i}" * 200) for i in range(10, 15)]
+    records += [{"messages": [says("user", f"{i}"), says("assistant", "so " * 50)]} for i in range(2)]
+    cfg = cut(tmp_path / "chat.jsonl", records)
+    (line,) = left_out_lines(cfg, CHAT, [96, 96], 96)
+    assert line == (
+        f"source {cfg.source}: 8 of 18 conversations are left out (3 by weight or train_on, nothing of them is learned, "
+        "5 cut to seq_len=96, nothing of them is learned), 2 of 18 conversations are cut to seq_len=96"
+    )
+    dropping = dataclasses.replace(cfg, chat=ChatFormat(too_long="drop"))
+    (line,) = left_out_lines(dropping, CHAT, [96], 96)
+    assert "10 of 18" in line and "7 longer than seq_len=96" in line and "cut" not in line
+    short, long = left_out_lines(dataclasses.replace(cfg, held_out=0.5), CHAT, [96, 4096], 96)
+    assert "8 of 18" in short and "3 of 18" in long
+    assert left_out_lines(write(tmp_path / "chat.jsonl", records[:8]), CHAT, [96], 96) == []
+
+
+def test_train_on_last_leaves_out_what_has_no_last_answer(tmp_path):
+    unanswered = {"messages": [*asked_for("a")["messages"], says("user", "b")]}
+    cfg = write(tmp_path / "chat.jsonl", [unanswered, *(asked_for(f"{i}") for i in range(5))])
+    assert left_out_lines(cfg, CHAT, [96], 96) == []
+    cfg = dataclasses.replace(cfg, chat=ChatFormat(train_on="last"))
+    assert "1 of 6 conversations are left out (1 by weight or train_on" in left_out_lines(cfg, CHAT, [96], 96)[0]
+
+
+def test_evaluation_sources_are_counted_too(tmp_path):
+    cfg = write(tmp_path / "chat.jsonl", [asked_for(f"{i}") for i in range(8)])
+    write(tmp_path / "other.jsonl", [asked_for("a", weight=0), asked_for("b")])
+    other = Source(path=str(tmp_path / "other.jsonl"), format="chat", column="messages")
+    (line,) = left_out_lines(dataclasses.replace(cfg, evaluate_on=(other,)), CHAT, [96], 96)
+    assert line.startswith(f"source {other.path}: 1 of 2 conversations are left out")
+
+
+def test_the_split_does_not_depend_on_the_length_of_rows(tmp_path):
+    cfg = cut(tmp_path / "chat.jsonl", [asked_for(f"{i} " * (1 + 9 * (i % 9))) for i in range(60)])
+    sides = {}
+    for seq_len in (48, 96, 512):
+        store = open_store(cfg, cfg.sources[0], CHAT)
+        parts = [used_conversations(cfg, cfg.sources[0], store, seq_len, part) for part in ("train", "held_out")]
+        for side, used in zip(("train", "held_out"), parts, strict=True):
+            for place in used.nonzero()[0]:
+                assert sides.setdefault(place, side) == side
+    assert len(sides) == 60
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_no_row_is_without_a_token_to_learn(tmp_path, seed):
+    """So that no batch is, of any number of rows: a step on it would only decay the weights."""
+    rng = np.random.default_rng(seed)
+    records = [
+        asked_for("u" * int(rng.integers(1, 60)) + f"{i}", weight=int(rng.random() < 0.5), reasoning_content="r" * int(rng.integers(0, 40)))
+        for i in range(60)
+    ]
+    cfg = cut(tmp_path / "chat.jsonl", records)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{i % 10}" * (31 + 32 * (i % 3))}) + "\n" for i in range(20)))
+    text = Source(path=str(tmp_path / "text.jsonl"), format="jsonl", weight=20.0)  # of 1 + 32 n tokens each
+    cfg = dataclasses.replace(cfg, held_out=0.5)
+    mixed = dataclasses.replace(cfg, mixture=(*cfg.sources, text))
+    for data in (cfg, mixed):
+        rows = rows_of(data, 150, seq_len=32)
+        assert all(is_predicted(row) for row in rows)
+        held = held_out_batches(data, CHAT, **(SIZES | {"seq_len": 32}))
+        filled = [(t, s, m) for b in held for t, s, m in zip(b["tokens"], b["segment_ids"], b["loss_mask"], strict=True) if s.any()]
+        assert filled and all(is_predicted(row) for row in filled)
+
+
+def run_of(data, tmp_path, **more):
+    model = small_config(vocab_size=280, num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1, hidden_size=32, moe_intermediate_size=16)
+    return TrainConfig(model=model, data=data, run_dir=str(tmp_path / "run"), steps=4, batch_size=4, seq_len=96, learning_rate=5e-3, warmup_steps=2, **more)
+
+
+def test_a_run_says_once_what_it_leaves_out(tmp_path, capsys):
+    cfg = cut(tmp_path / "chat.jsonl", [*(asked_for(f"{i}") for i in range(8)), asked_for("u" * 99)])
+    stages = (Stage(after=1, batch_size=2), Stage(after=2, seq_len=48))
+    loop._say_left_out(run_of(cfg, tmp_path, stages=stages), CHAT)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith(f"v4jax: source {cfg.source}: 1 of 9 conversations are left out") for line in lines)
+    assert "seq_len=48" in lines[0] and "seq_len=96" in lines[1]
+
+
+@pytest.mark.parametrize("stages", [(), (Stage(after=2, seq_len=16),)])
+def test_a_run_without_a_token_to_learn_in_any_stage_leaves_nothing_behind(tmp_path, stages):
+    prompt = "u" * (20 if stages else 99)
+    cfg = run_of(cut(tmp_path / "chat.jsonl", [asked_for(f"{i}{prompt}") for i in range(8)]), tmp_path, stages=stages)
+    with pytest.raises(ValueError, match="is left to train on: . cut to seq_len="):
+        train(cfg)
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_rows_without_a_token_to_predict_are_refused(tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    cfg = DataConfig(source=str(tmp_path / "text.jsonl"), format="jsonl")
+    assert held_out_batches(cfg, ByteTokenizer(), 2, 1, vocab_size=280)
+    stuck = [{"tokens": np.zeros(4, int), "tokens_segment_ids": np.arange(4)}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("v4jax.train.data.packed", lambda *_: stuck)
+        with pytest.raises(ValueError, match="held_out: no token of its 1 row"):
+            held_out_batches(cfg, ByteTokenizer(), 4, 1, vocab_size=280)
 
 
 def test_settings_that_do_not_fit_conversations_are_refused(cfg):

@@ -12,7 +12,9 @@ from v4jax.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
     check_tokens,
+    document_ids,
     load_tokenizer,
+    prompt_ids,
     require_tokens,
 )
 
@@ -245,3 +247,36 @@ def test_check_tokens_takes_any_shape_and_only_integers():
         check_tokens(np.int32(11), 10)
     with pytest.raises(ValueError, match="dtype float64"):
         check_tokens(np.array([1.0]), 10)
+
+
+# ---- bos and eos -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["ab", f"{BOS_TOKEN}ab", f"{BOS_TOKEN * 2}ab{EOS_TOKEN}", f"ab{EOS_TOKEN * 2}"])
+def test_a_document_has_one_bos_and_one_eos_whatever_its_text_spells_out(tmp_path, text):
+    ours, merging = ByteTokenizer(["<a>"]), load_tokenizer(small_bpe(tmp_path))
+    for tokenizer, inner in ((ours, [99, 100]), (merging, [2])):
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        assert document_ids(tokenizer, text) == [bos, *inner, eos]
+        assert document_ids(tokenizer, text, begins=False)[-1] == eos
+        if not text.endswith(EOS_TOKEN):
+            assert prompt_ids(tokenizer, text) == [bos, *inner]
+
+
+def test_names_of_special_tokens_inside_a_text_and_at_a_cut_stay():
+    tokenizer = ByteTokenizer(["<a>"])
+    assert document_ids(tokenizer, f"a{EOS_TOKEN}{BOS_TOKEN}b") == [0, 99, 1, 0, 100, 1]
+    assert document_ids(tokenizer, f"{BOS_TOKEN}a{EOS_TOKEN}", begins=False, ends=False) == [0, 99, 1]
+    assert prompt_ids(tokenizer, f"a{EOS_TOKEN}") == [0, 99, 1]
+
+
+def test_a_tokenizer_without_special_tokens_reads_their_names_as_text():
+    tokenizer = ByteTokenizer()
+    for text in (BOS_TOKEN, EOS_TOKEN, f"{BOS_TOKEN}a{EOS_TOKEN}"):
+        assert tokenizer.decode(document_ids(tokenizer, text)) == text
+
+
+def test_names_of_another_tokenizer_are_its_own(tmp_path):
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = load_tokenizer(small_bpe(tmp_path, specials=("<s>", "</s>"), config=names))
+    assert document_ids(tokenizer, "<s>ab</s>") == [3, 2, 4] == document_ids(tokenizer, "ab")

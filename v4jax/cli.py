@@ -120,12 +120,12 @@ def _sample(cfg) -> dict:
     from v4jax.generate.sampling import Sampling
     from v4jax.generate.text import TextStop
     from v4jax.storage import local_path
-    from v4jax.tokenizer import load_tokenizer
+    from v4jax.tokenizer import load_tokenizer, prompt_ids
 
     tokenizer = load_tokenizer(cfg.run_dir)
     model, params = load(cfg.run_dir, mesh=cfg.mesh, layout=cfg.layout)
     mesh, rules = place_on(cfg.mesh, cfg.layout)
-    prompt = [tokenizer.bos_token_id] + tokenizer.encode(cfg.sample_prompt)
+    prompt = prompt_ids(tokenizer, cfg.sample_prompt)
     with jax.set_mesh(mesh):
         (completion,) = generate(
             model, params, [prompt], cfg.sample_tokens, seeds=[cfg.seed],
@@ -241,7 +241,7 @@ def _measure(path: str) -> dict:
     from v4jax.layout.measure import measure
 
     found = measure()
-    pathlib.Path(path).write_text(json.dumps(found, indent=1) + "\n")
+    pathlib.Path(path).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     return found
 
 
@@ -315,7 +315,9 @@ def _start(mesh: str | None, preemptible: bool = False) -> None:
 
 def _print(result: dict, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(result))
+        from v4jax.checkpoint.text import json_text
+
+        print(json_text(result))
         return
     for name, value in result.items():
         print(f"{name}: {value}")

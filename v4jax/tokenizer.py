@@ -1,6 +1,8 @@
 """Text to token ids and back: one token per byte, or a Hugging Face tokenizer.json.
 
-Both kinds answer to the same names: vocab_size, bos_token_id, eos_token_id, bytes_per_token, fingerprint, encode, decode, save.
+Both kinds answer to the same names: vocab_size, bos_token, eos_token, bos_token_id, eos_token_id,
+bytes_per_token, fingerprint, encode, decode, save. `encode` adds nothing; `document_ids` and
+`prompt_ids` are the only places that add bos and eos.
 
 Next file to read: v4jax/chat/tokens.py.
 """
@@ -33,6 +35,7 @@ class ByteTokenizer:
     Example: "é!" is the bytes C3 A9 21, so encode("é!") == [197, 171, 35]; ByteTokenizer(["<a>"]).encode("<a>") == [258].
     """
 
+    bos_token, eos_token = BOS_TOKEN, EOS_TOKEN
     bos_token_id = 0
     eos_token_id = 1
     bytes_per_token = 1
@@ -106,8 +109,8 @@ class HuggingFaceTokenizer:
         self._known = frozenset(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.vocab_size = 1 + max(self._known)
         names = _parse(config, self._config_text)
-        self.bos_token_id = self._special_id(path, names, "bos_token")
-        self.eos_token_id = self._special_id(path, names, "eos_token")
+        self.bos_token, self.bos_token_id = self._special(path, names, "bos_token")
+        self.eos_token, self.eos_token_id = self._special(path, names, "eos_token")
 
     @property
     def fingerprint(self) -> str:
@@ -131,7 +134,7 @@ class HuggingFaceTokenizer:
         """Writes tokenizer.json as it was read, and tokenizer_config.json."""
         _write(directory, self._text, self._config_text)
 
-    def _special_id(self, path: pathlib.Path, names: dict, which: str) -> int:
+    def _special(self, path: pathlib.Path, names: dict, which: str) -> tuple[str, int]:
         name = names.get(which)
         name = name.get("content") if isinstance(name, dict) else name
         token = self._tokenizer.token_to_id(name) if isinstance(name, str) else None
@@ -139,7 +142,7 @@ class HuggingFaceTokenizer:
             raise ValueError(
                 f"{path}: {which} {name!r} is not in its vocabulary; tokenizer_config.json beside it must name one"
             )
-        return token
+        return name, token
 
 
 Tokenizer = ByteTokenizer | HuggingFaceTokenizer
@@ -155,6 +158,44 @@ def load_tokenizer(path) -> Tokenizer:
     path = path / "tokenizer.json" if path.is_dir() else path
     raw = _parse(path, _read_text(path))
     return ByteTokenizer(_further_specials(raw)) if _is_byte_tokenizer(raw) else HuggingFaceTokenizer(path)
+
+
+def document_ids(
+    tokenizer: Tokenizer, text: str, *, begins: bool = True, ends: bool = True
+) -> list[int]:
+    """Token ids of a document: one bos, its text, one eos, even if the text spells them out.
+
+    begins, ends: whether the text is that of the document's beginning and of its end.
+
+    Example: "<｜begin▁of▁sentence｜>a" and "a" give the same ids if the tokenizer reads special
+    tokens.
+    """
+    bos = [tokenizer.bos_token_id] if begins else []
+    eos = [tokenizer.eos_token_id] if ends else []
+    text = without_marks(tokenizer, text, begins=begins, ends=ends)
+    return bos + tokenizer.encode(text) + eos
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text to be continued: one bos, even if the text spells it out; no eos added."""
+    return document_ids(tokenizer, text, ends=False)
+
+
+def without_marks(
+    tokenizer: Tokenizer, text: str, *, begins: bool = True, ends: bool = True
+) -> str:
+    """The text of a document without bos at its beginning and eos at its end.
+
+    Text stays as it is where the tokenizer reads the name of a special token as plain text.
+    """
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    if begins and text.startswith(bos) and tokenizer.encode(bos) == [tokenizer.bos_token_id]:
+        while text.startswith(bos):
+            text = text[len(bos) :]
+    if ends and text.endswith(eos) and tokenizer.encode(eos) == [tokenizer.eos_token_id]:
+        while text.endswith(eos):
+            text = text[: -len(eos)]
+    return text
 
 
 def require_tokens(tokenizer: Tokenizer, names: Iterable[str], purpose: str) -> None:

@@ -16,6 +16,7 @@ Next file to read: v4jax/chat/encoding.py.
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from v4jax.chat.tokens import DSML, END_THINK, THINK
@@ -54,8 +55,30 @@ You MUST strictly follow the above defined tool name and parameter schemas to in
 
 
 def to_json(value: Any) -> str:
-    """JSON with every character as it is, as the format has it."""
-    return json.dumps(value, ensure_ascii=False)
+    """JSON with every character as it is, as the format has it.
+
+    Raises:
+      ValueError: a value that JSON does not have.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError as error:
+        raise ValueError(f"got {value!r}: {error}") from None
+
+
+def from_json(text: Any) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+      ValueError: no text, no JSON, or NaN and Infinity, which Python reads and JSON does not have.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"got {type(text).__name__}; must be JSON text")
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"got {name}; JSON has no such number")
 
 
 def render_tools(tools: list[dict]) -> str:
@@ -71,6 +94,8 @@ def render_tools(tools: list[dict]) -> str:
 
 def render_calls(calls: list[dict]) -> str:
     """The block of tool calls in OpenAI's form, {"function": {"name": ..., "arguments": JSON text}}.
+
+    Arguments may also be the object itself, which stands for its JSON text.
 
     Raises:
       ValueError: a call without name or arguments, or arguments that are JSON but no object.
@@ -88,6 +113,8 @@ def _call(call: dict) -> tuple[str, Any]:
 
 def _parameters(arguments: Any) -> str:
     """One line a parameter. What is no JSON text becomes one parameter called "arguments", as released."""
+    if isinstance(arguments, Mapping):
+        arguments = to_json(dict(arguments))
     try:
         values = json.loads(arguments)
     except (TypeError, ValueError):
@@ -139,7 +166,7 @@ def _parameter(text: str, begin: int) -> tuple[str, str, int]:
     if is_string == "true":
         return key, to_json(value), begin
     try:
-        json.loads(value)
+        from_json(value)
     except ValueError:
         raise ValueError(f'tool call: parameter {key!r} is {value!r}; with string="false" it must be JSON') from None
     return key, value, begin

@@ -1,8 +1,14 @@
-"""Small files that are there whole or not at all. Next file to read: v4jax/checkpoint/intact.py."""
+"""Small files that are there whole or not at all, and JSON that every reader takes.
 
+Next file to read: v4jax/checkpoint/intact.py.
+"""
+
+import json
+import math
 import os
 import pathlib
 import tempfile
+from typing import Any
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -12,3 +18,16 @@ def write_text(path: pathlib.Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
+
+
+def json_text(value: Any, **options) -> str:
+    """JSON with null for numbers that are not finite, which JSON does not have."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -73,7 +73,7 @@ class ChatFormat:
     "weight": 0 is never learned."""
     too_long: str = "error"
     """What happens to a conversation longer than a row: error, drop, or cut (its end is left
-    out)."""
+    out). One of which nothing is left to learn is left out; the run says how many are."""
 
     def __post_init__(self):
         allowed = {

@@ -12,8 +12,9 @@ import numpy as np
 
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.documents import Document, fingerprint, held_out_of, read_documents, split_documents
+from v4jax.data.selection import used_conversations
 from v4jax.data.store import TokenStore, open_store
-from v4jax.tokenizer import Tokenizer
+from v4jax.tokenizer import Tokenizer, document_ids
 
 READ_ROWS = 4
 """Rows of tokens that one piece of a long document fills, about, where rows cut documents."""
@@ -31,33 +32,25 @@ def open_pieces(cfg: DataConfig, source: Source, tokenizer: Tokenizer, seq_len: 
         documents = held_out if part == "held_out" else train
         return Pieces(documents, tokenizer, seq_len), fingerprint(documents)
     store = open_store(cfg, source, tokenizer)
-    chosen_D = np.ones(len(store.ends), bool) if part == "all" else held_out_of(store.hashes, cfg.held_out) == (part == "held_out")
     if source.format == "chat":
-        chosen_D = _short_enough(cfg, source, store, chosen_D, seq_len)
+        chosen_D = used_conversations(cfg, source, store, seq_len, part)
+    elif part == "all":
+        chosen_D = np.ones(len(store.ends), bool)
+    else:
+        chosen_D = held_out_of(store.hashes, cfg.held_out) == (part == "held_out")
     step = seq_len if cfg.packing == "best_fit" else READ_ROWS * seq_len
     pieces = StoredPieces(store, np.flatnonzero(chosen_D), step, cfg.masked, first_only=source.format == "chat")
-    return pieces, f"{store.fingerprint}-{zlib.crc32(chosen_D.tobytes()):08x}"
-
-
-def _short_enough(cfg: DataConfig, source: Source, store: TokenStore, chosen_D: np.ndarray, seq_len: int) -> np.ndarray:
-    """The chosen conversations that are used, by cfg.chat.too_long."""
-    sizes_D = np.diff(store.ends, prepend=0)
-    if cfg.chat.too_long == "error" and (sizes_D > seq_len).any():
-        longest = int(np.argmax(sizes_D))
-        raise ValueError(
-            f"source: conversation {longest} of {source.path} (counted from 0) has {sizes_D[longest]} tokens, a row {seq_len}; "
-            "raise seq_len, or set too_long to drop or cut"
-        )
-    if cfg.chat.too_long == "drop":
-        chosen_D = chosen_D & (sizes_D <= seq_len)
-    if not chosen_D.any():
-        raise ValueError(f"source: every conversation of {source.path} is longer than seq_len={seq_len}")
-    return chosen_D
+    mark = f"{store.fingerprint}-{zlib.crc32(chosen_D.tobytes()):08x}"
+    return pieces, f"{mark}-{pieces.lone}" if pieces.lone else mark
 
 
 class StoredPieces:
     """Random access to documents of a store, cut every `step` tokens: piece i is tokens int32 [T], and with `masked` also
-    loss_mask int32 [T]. first_only: of each document only its first piece."""
+    loss_mask int32 [T]. first_only: of each document only its first piece.
+
+    With `masked`, a document's last token is left out where it would be a piece of its own: nothing
+    predicts it, and best-fit packing could fill a whole batch with such pieces. `lone`: how many.
+    """
 
     def __init__(self, store: TokenStore, documents: np.ndarray, step: int, masked: bool, first_only: bool):
         self._store, self._step, self._masked = store, step, masked
@@ -65,6 +58,9 @@ class StoredPieces:
         self._stops = np.asarray(store.ends)[documents]
         if first_only:
             self._stops = np.minimum(self._stops, self._begins + step)
+        lone_D = masked & ((self._stops - self._begins) % step == 1)
+        self._stops = self._stops - lone_D
+        self.lone = int(lone_D.sum())
         self._ends = np.cumsum(-(-(self._stops - self._begins) // step))
 
     def __len__(self) -> int:
@@ -104,9 +100,8 @@ class Pieces:
         document = self._documents[which]
         begin = (index - (int(self._ends[which - 1]) if which else 0)) * self._step
         end = min(begin + self._step, document.size)
-        bos = [self._tokenizer.bos_token_id] if begin == 0 else []
-        eos = [self._tokenizer.eos_token_id] if end == document.size else []
-        ids = bos + self._tokenizer.encode(_read_between(document.path, begin, end)) + eos
+        text, last = _read_between(document.path, begin, end), end == document.size
+        ids = document_ids(self._tokenizer, text, begins=begin == 0, ends=last)
         return {"tokens": np.array(ids, np.int32)}
 
     @property

@@ -1,6 +1,6 @@
 """Records of files: lines of JSON, rows of Parquet, records of ArrayRecord.
 
-Next file to read: v4jax/data/conversations.py.
+Next file to read: v4jax/data/checks.py.
 """
 
 import json

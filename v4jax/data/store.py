@@ -2,7 +2,7 @@
 
 Axes: N tokens of all documents, D documents.
 
-Next file to read: v4jax/data/pieces.py.
+Next file to read: v4jax/data/selection.py.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from v4jax.data.config import DataConfig, Source
 from v4jax.data.conversations import conversation_tokens
 from v4jax.data.documents import read_documents, unit_hash
 from v4jax.data.records import read_records, read_texts, record_files
-from v4jax.tokenizer import Tokenizer, require_tokens
+from v4jax.tokenizer import Tokenizer, document_ids, require_tokens, without_marks
 
-_VERSION = 1
+_VERSION = 2
 _FILES = {"tokens": "<i4", "learned": "u1", "ends": "<i8", "hashes": "<f8"}
 
 
@@ -150,7 +150,9 @@ def _tokenised(cfg: DataConfig, source: Source, tokenizer: Tokenizer) -> Iterato
     else:
         named = ((text, text) for _, text in read_texts(source))
     for index, (name, text) in enumerate(named):
-        ids = [tokenizer.bos_token_id, *tokenizer.encode(_maybe_fim(cfg, index, text)), tokenizer.eos_token_id]
+        # Before the text is cut for fill-in-middle, which would move a bos into the middle.
+        text = _maybe_fim(cfg, index, without_marks(tokenizer, text))
+        ids = document_ids(tokenizer, text)
         yield np.array(ids, np.int32), np.ones(len(ids), np.uint8), unit_hash(name)
 
 

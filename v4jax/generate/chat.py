@@ -20,7 +20,7 @@ from v4jax.generate.decode import Setting, check_request
 from v4jax.generate.row import Row
 from v4jax.generate.text import TextStop
 from v4jax.generation_config import disagreement
-from v4jax.tokenizer import Tokenizer, load_tokenizer, require_tokens
+from v4jax.tokenizer import Tokenizer, load_tokenizer, prompt_ids, require_tokens
 
 CACHE_TOKENS = 4096
 """Room of the cache where none is asked for and the model reaches so far."""
@@ -46,7 +46,7 @@ def run(flags) -> dict | None:
         dtype=flags.dtype, quant=flags.quant, storage=flags.cache, sampling=choice.sampling
     )
     room = min(CACHE_TOKENS, cfg.max_position_embeddings) if flags.cache_tokens is None else flags.cache_tokens
-    shortest = tokenizer.encode(_encode(flags, [*history, {"role": "user", "content": ""}]))
+    shortest = _ids(flags, tokenizer, [*history, {"role": "user", "content": ""}])
     check_request(cfg, [shortest], [flags.seed], choice.most(len(shortest), room), room, setting)
     say(choice.line, disagreement(cfg, tokenizer))
     cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout)
@@ -82,9 +82,9 @@ def _turn(chat: _Chat, history: list[Message], line: str) -> None:
     write = (lambda _: None) if flags.json else functools.partial(print, end="", flush=True)
     shown = _AllText(tokenizer, REASONING, {END_THINK: ANSWER}) if flags.thinking == "thinking" else _AllText(tokenizer)
     stop = TextStop(chat.ends, (), shown, write)
-    prompt = tokenizer.encode(_encode(flags, turns))
-    most = chat.choice.most(len(prompt), chat.room)
     try:
+        prompt = _ids(flags, tokenizer, turns)
+        most = chat.choice.most(len(prompt), chat.room)
         completion = chat.row.answer(prompt, most, flags.seed, stop)
     except ValueError as error:
         print(f"v4jax: this turn is left out: {error}", file=sys.stderr)
@@ -113,8 +113,11 @@ class _AllText:
         return self._head + "".join(self._tokenizer.decode(run) if text is None else text * len(list(run)) for text, run in runs)
 
 
-def _encode(flags, messages: list[Message]) -> str:
-    return encode_messages(messages, flags.thinking, reasoning_effort=flags.effort, release=flags.release)
+def _ids(flags, tokenizer: Tokenizer, messages: list[Message]) -> list[int]:
+    text = encode_messages(
+        messages, flags.thinking, reasoning_effort=flags.effort, release=flags.release
+    )
+    return prompt_ids(tokenizer, text)
 
 
 def _read(text: str, mode: str) -> Message:

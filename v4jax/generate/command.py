@@ -15,7 +15,7 @@ from v4jax.generate.decode import Completion, Setting, check_request, generate
 from v4jax.generate.prefix import PrefixStore, check_store
 from v4jax.generate.text import TextStop
 from v4jax.generation_config import disagreement
-from v4jax.tokenizer import check_tokens, load_tokenizer
+from v4jax.tokenizer import check_tokens, load_tokenizer, prompt_ids
 
 
 def run(flags) -> dict | None:
@@ -78,7 +78,7 @@ def _read_prompt(flags):
     if flags.prompt is None:
         return None, _ids(flags.tokens, "--tokens")
     tokenizer = load_tokenizer(flags.checkpoint)
-    return tokenizer, [tokenizer.bos_token_id] + tokenizer.encode(flags.prompt)
+    return tokenizer, prompt_ids(tokenizer, flags.prompt)
 
 
 def _ids(text: str, flag: str) -> list[int]:

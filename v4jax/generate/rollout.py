@@ -137,7 +137,8 @@ class _Log:
         self._file.close()
 
     def write(self, job: int, tokens: Sequence[int], scores: Sequence[float]) -> None:
-        self._file.write(json.dumps([job, list(tokens), list(scores)]).encode() + b"\n")
+        line = json.dumps([job, list(tokens), list(scores)], allow_nan=False)
+        self._file.write(line.encode() + b"\n")
         self._add(job, tokens, scores)
 
     def _read(self, line: bytes) -> None:

@@ -47,7 +47,8 @@ def report(path: str, cfg: TrainConfig, request: Request, result: Result | Searc
     elif not isinstance(result, Result):
         raise ValueError("--report: shows one layout; leave out --compare")
     hardware = target_of(request.target, result.estimate.devices).hardware
-    text = json.dumps(page_data(cfg, hardware, result, request)).replace("<", "\\u003c")
+    data = page_data(cfg, hardware, result, request)
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     path.write_text(TEMPLATE.read_text().replace(">DATA<", f">{text}<"))
 
 

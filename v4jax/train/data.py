@@ -23,6 +23,8 @@ from v4jax.data.config import DataConfig, Source
 from v4jax.data.mixture import Joined, shuffled
 from v4jax.data.pieces import open_pieces
 from v4jax.data.rows import Batch, StackedRows, packed, stack
+from v4jax.data.selection import left_out_line
+from v4jax.data.store import open_store
 from v4jax.tokenizer import Tokenizer
 
 
@@ -89,6 +91,11 @@ def held_out_batches(
     pieces = grain.MapDataset.source(Joined(parts)).seed(0).shuffle()
     limit = None if max_batches is None else max_batches * batch_size
     every = list(itertools.islice(packed(pieces, seq_len, cfg.packing, cfg.masked), limit))
+    if not any(len(_targets(stack([row]))) for row in every):
+        raise ValueError(
+            f"held_out: no token of its {len(every)} row(s) of seq_len={seq_len} "
+            "has a predecessor; raise seq_len or held_out"
+        )
     empty = {name: np.zeros_like(value) for name, value in every[0].items()}
     every += [empty] * (-len(every) % batch_size)
     return [stack([every[begin + row] for row in rows]) for begin in range(0, len(every), batch_size)]
@@ -101,6 +108,23 @@ def held_out_sets(cfg: DataConfig, *args, **kwargs) -> dict[str, list[Batch]]:
         named |= {source.label: [(source, "held_out")] for source in cfg.sources}
     named |= {source.label: [(source, "all")] for source in cfg.evaluate_on}
     return {name: held_out_batches(cfg, *args, of=of, **kwargs) for name, of in named.items()}
+
+
+def left_out_lines(
+    cfg: DataConfig, tokenizer: Tokenizer, seq_lens: Iterable[int], held_seq_len: int
+) -> list[str]:
+    """A line for each source of which conversations are left out or cut: how many, and why.
+
+    seq_lens: of the rows to train on; held_seq_len: of those to evaluate on.
+    """
+    asked = [(source, seq_len) for source in cfg.sources for seq_len in sorted(set(seq_lens))]
+    asked += [(source, held_seq_len) for source in cfg.evaluate_on]
+    lines = [
+        left_out_line(cfg, source, open_store(cfg, source, tokenizer), seq_len)
+        for source, seq_len in asked
+        if source.format == "chat"
+    ]
+    return [line for line in lines if line]
 
 
 def unigram_loss(train: Iterable[Batch], held_out: Iterable[Batch], vocab_size: int) -> float:

@@ -14,6 +14,7 @@ import logging
 import math
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,7 +35,8 @@ from v4jax.model.weights import Csa
 from v4jax.storage import folder_to_fill
 from v4jax.train.anticipate import Feed, compile_choice
 from v4jax.train.config import TrainConfig
-from v4jax.train.data import held_out_sets, predicted_tokens, train_batches, unigram_loss
+from v4jax.train.data import held_out_sets, left_out_lines, predicted_tokens
+from v4jax.train.data import train_batches, unigram_loss
 from v4jax.train.finite import not_finite
 from v4jax.train.loss import loss_and_routing, targets
 from v4jax.train.report import Reporter, Silent, plot_losses, require_plots
@@ -82,7 +84,11 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         data = Batches(cfg, lambda view: _data(view, tokenizer, local_rows(place, (view.batch_size, view.seq_len))))
         held_out = _held_out(cfg, tokenizer, rows)
         _check_predicts(held_out)
-        _check_run(run, cfg)
+        # What a later stage cannot read is said now, not in the middle of the run.
+        for done in starts(cfg)[1:]:
+            view = stage_at(cfg, done)
+            _data(view, tokenizer, local_rows(place, (view.batch_size, view.seq_len)))
+        _say_left_out(cfg, tokenizer)
         # Before anything is written: weights that are refused leave no run behind.
         unsaved = None if anywhere(is_run(run)) else fresh(cfg, shardings)
         _prepare(run, cfg, tokenizer)
@@ -143,11 +149,12 @@ def _check_predicts(held_out: dict) -> None:
             )
 
 
-def _check_run(run: pathlib.Path, cfg: TrainConfig) -> None:
-    """Raises ValueError for a run directory or given weights of another model."""
-    check_config(run, cfg.model)
-    if cfg.init_from and not (run / "config.json").exists():
-        check_source(cfg)
+def _say_left_out(cfg: TrainConfig, tokenizer) -> None:
+    """A line on stderr for each source of conversations: how many are left out, and why."""
+    if is_first():
+        seq_lens = [stage_at(cfg, done).seq_len for done in starts(cfg)]
+        for line in left_out_lines(cfg.data, tokenizer, seq_lens, cfg.seq_len):
+            print(f"v4jax: {line}", file=sys.stderr)
 
 
 def _prepare(run: pathlib.Path, cfg: TrainConfig, tokenizer) -> None:

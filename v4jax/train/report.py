@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sharding.mesh import make_mesh, parse_mesh
-from v4jax.checkpoint.text import write_text
+from v4jax.checkpoint.text import json_text, write_text
 from v4jax.cost import train_flops_per_token
 from v4jax.storage import local_path
 from v4jax.train.config import TrainConfig
@@ -72,7 +72,7 @@ class Reporter:
         from tensorboardX import SummaryWriter
 
         lines = [line for line in read_metrics(self._run) if line["step"] <= step and line.get("rollback", 0) <= rollbacks]
-        write_text(self._run / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(self._run / METRICS, "".join(json_text(line) + "\n" for line in lines))
         self._file = (self._run / METRICS).open("a")
         self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=step + 1)
 
@@ -118,7 +118,7 @@ class Reporter:
 
     def inside(self, step: int, found: dict[str, dict[str, Any]]) -> None:
         """A look inside (train/watch.py): all of it as one line, extremes over layers to TensorBoard."""
-        self._file.write(json.dumps({"step": step, "inside": found}) + "\n")
+        self._file.write(json_text({"step": step, "inside": found}) + "\n")
         self._file.flush()
         for name, values in found["layers"].items():
             finite = [value for value in values if value is not None]
@@ -132,9 +132,10 @@ class Reporter:
         """The run went back from step `at` to `step`. One line says so, and the losses in between, the last of `trace`."""
         self._close()
         self._open(step, record.rollbacks)
-        given_up = [loss if math.isfinite(loss) else None for loss in trace[-(at - step) :]]
+        given_up = list(trace[-(at - step) :])
         event = {"step": step, "event": "rollback", "rollback": record.rollbacks, "at": at, "why": why}
-        self._file.write(json.dumps(event | {"skipped": record.skipped[-1], "losses_given_up": given_up}) + "\n")
+        event |= {"skipped": record.skipped[-1], "losses_given_up": given_up}
+        self._file.write(json_text(event) + "\n")
         self._file.flush()
         self._board.add_text("rollback", f"step {at}: {why}; back to step {step}", step)
         self._last = (step, None)
@@ -142,7 +143,7 @@ class Reporter:
         self._show(step, f"rollback {record.rollbacks}: step {at}: {why}; batches {first} to {last} skipped")
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.write(json_text({"step": step, **metrics}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
@@ -188,7 +189,10 @@ class Silent:
 
 
 def read_metrics(run) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, metrics of a step or an "event"; a last line cut short by a crash is left out."""
+    """The lines of metrics.jsonl, metrics of a step or an "event"; None: not a finite number.
+
+    A last line cut short by a crash is left out.
+    """
     path = local_path(run, "run") / METRICS
     if not path.exists():
         return []
@@ -203,7 +207,7 @@ def plot_losses(run: pathlib.Path, unigram_nll: float | None = None) -> pathlib.
     lines = read_metrics(run)
 
     def series(name):
-        points = [(line["step"], line[name]) for line in lines if name in line]
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         return [list(values) for values in zip(*points, strict=True)] or [[], []]
 
     figure = Figure(figsize=(9, 6.5), layout="constrained")

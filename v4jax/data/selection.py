@@ -1,0 +1,106 @@
+"""Which conversations of a store are used, and why the others are left out.
+
+A conversation of which nothing would be learned is left out: a step on such rows only decays the
+weights. The split does not depend on the length of rows, so that no stage of a run trains on what
+another one holds out.
+
+Axes: D conversations.
+
+Next file to read: v4jax/data/pieces.py.
+"""
+
+import itertools
+
+import numpy as np
+
+from v4jax.data.config import DataConfig, Source
+from v4jax.data.documents import held_out_of
+from v4jax.data.records import read_records
+from v4jax.data.store import TokenStore
+
+
+def used_conversations(
+    cfg: DataConfig, source: Source, store: TokenStore, seq_len: int, part: str
+) -> np.ndarray:
+    """Which conversations of a source a part uses ("train", "held_out" or "all"), bool [D].
+
+    Raises:
+      ValueError: one is too long where that is an error, or none is left.
+    """
+    learnable_D = _learned_within(store, _sizes(store))
+    left_out = _left_out(cfg, source, store, learnable_D, seq_len)
+    chosen_D = learnable_D.copy()
+    if part != "all" and learnable_D.any():
+        held_D = held_out_of(np.asarray(store.hashes)[learnable_D], cfg.held_out)
+        chosen_D[learnable_D] = held_D == (part == "held_out")
+    used_D = chosen_D & ~np.any(list(left_out.values()), axis=0)
+    if not used_D.any():
+        purpose = "to train on" if part == "train" else "to evaluate on"
+        why = _counted(left_out, chosen_D | ~learnable_D)
+        raise ValueError(
+            f"source: no conversation of {source.path} is left {purpose}: {why}; "
+            "raise seq_len or held_out"
+        )
+    return used_D
+
+
+def left_out_line(cfg: DataConfig, source: Source, store: TokenStore, seq_len: int) -> str:
+    """How many conversations rows of seq_len tokens leave out or cut, and why; "" for none."""
+    sizes_D = _sizes(store)
+    left_out = _left_out(cfg, source, store, _learned_within(store, sizes_D), seq_len)
+    gone_D = np.any(list(left_out.values()), axis=0)
+    cut = int((sizes_D > seq_len)[~gone_D].sum())
+    said = []
+    if gone_D.any():
+        why = _counted(left_out, gone_D)
+        said.append(f"{gone_D.sum()} of {len(gone_D)} conversations are left out ({why})")
+    if cut:
+        said.append(f"{cut} of {len(gone_D)} conversations are cut to seq_len={seq_len}")
+    return f"source {source.path}: {', '.join(said)}" if said else ""
+
+
+def _left_out(
+    cfg: DataConfig, source: Source, store: TokenStore, learnable_D: np.ndarray, seq_len: int
+) -> dict[str, np.ndarray]:
+    """Reason -> which conversations are left out for it, bool [D]; each for one reason at most."""
+    sizes_D = _sizes(store)
+    long_D = learnable_D & (sizes_D > seq_len)
+    if cfg.chat.too_long == "error" and long_D.any():
+        longest = int(np.argmax(np.where(long_D, sizes_D, 0)))
+        place, _ = next(itertools.islice(read_records(source), longest, None))
+        raise ValueError(
+            f"{place}: conversation {longest} of {source.path} (counted from 0) has "
+            f"{sizes_D[longest]} tokens, a row {seq_len}; "
+            "raise seq_len, or set too_long to drop or cut"
+        )
+    reasons = {"by weight or train_on, nothing of them is learned": ~learnable_D}
+    if cfg.chat.too_long == "drop":
+        return reasons | {f"longer than seq_len={seq_len}": long_D}
+    beyond_D = learnable_D & ~_learned_within(store, np.minimum(sizes_D, seq_len))
+    return reasons | {f"cut to seq_len={seq_len}, nothing of them is learned": beyond_D}
+
+
+def _counted(left_out: dict[str, np.ndarray], among_D: np.ndarray) -> str:
+    counts = {reason: int((which_D & among_D).sum()) for reason, which_D in left_out.items()}
+    return (
+        ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+        or "none is there"
+    )
+
+
+def _sizes(store: TokenStore) -> np.ndarray:
+    """Tokens of each conversation, [D]."""
+    return np.diff(store.ends, prepend=0)
+
+
+def _learned_within(store: TokenStore, first_D: np.ndarray) -> np.ndarray:
+    """Whether any of the first first_D tokens of each conversation is learned, bool [D].
+
+    Its very first token has no predecessor and is never learned.
+    """
+    begins_D = np.concatenate([[0], store.ends[:-1]])
+    # The maximum from each bound to the next, of which every other one is wanted; the last one
+    # reaches to the end by itself.
+    bounds = np.stack([begins_D + 1, begins_D + first_D], axis=1).ravel()
+    bounds = bounds[:-1] if bounds[-1] == len(store.learned) else bounds
+    return np.maximum.reduceat(store.learned, bounds)[::2] > 0

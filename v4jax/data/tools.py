@@ -1,0 +1,103 @@
+"""Tools, calls and results of training records, in the one form that the format has.
+
+Next file to read: v4jax/data/messages.py.
+"""
+
+from typing import Any
+
+from v4jax.chat.dsml import from_json
+from v4jax.chat.encoding import Message
+from v4jax.data.checks import check_keys, check_tokens, is_empty, is_list_of_objects
+
+_OUTER = ("id", "type", "index")
+"""What a tool or a call has beside "function"."""
+
+
+def plain_tools(tools: Any) -> list[dict]:
+    """Tools as {"type": "function", "function": {...}}."""
+    if isinstance(tools, str) and tools:
+        try:
+            tools = from_json(tools)
+        except ValueError as error:
+            raise ValueError(f"got tools {tools!r}, which are not JSON: {error}") from None
+    if is_empty(tools):
+        return []
+    if not is_list_of_objects(tools):
+        raise ValueError(f"got tools {tools!r}; must be a list of objects, or its JSON text")
+    check_tokens(tools)
+    return [_wrapped(tool) for tool in tools]
+
+
+def plain_calls(calls: Any) -> list[dict]:
+    """Tool calls as {"type": "function", "function": {"name": ..., "arguments": ...}}."""
+    if not is_list_of_objects(calls):
+        raise ValueError(f"got tool_calls {calls!r}; must be a list of objects")
+    calls = [_wrapped(call) for call in calls]
+    for call in calls:
+        function = call["function"]
+        check_keys(function, ("name", "arguments", "id"), "functions of tool calls")
+        arguments = function.get("arguments")
+        try:
+            value = _value(arguments)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise ValueError(f"got arguments {arguments!r}; must be an object, or its JSON text")
+    return calls
+
+
+def _wrapped(value: dict[str, Any]) -> dict[str, Any]:
+    """A tool or a call with what describes the function below "function"."""
+    if value.get("type", "function") not in ("function", None):
+        raise ValueError(f"got a tool or call of type {value['type']!r}; allowed: function")
+    outer = {key: part for key, part in value.items() if key in _OUTER and not is_empty(part)}
+    inner = {key: part for key, part in value.items() if key not in _OUTER}
+    if isinstance(inner.get("function"), dict):
+        check_keys(inner, ("function", *_OUTER), "tools and tool calls")
+        inner = inner["function"]
+    if not isinstance(inner.get("name"), str):
+        raise ValueError(
+            f'got {value!r}; must be {{"type": "function", "function": {{"name": ...}}}}'
+        )
+    return outer | {"type": "function", "function": inner}
+
+
+def meaning(call: dict[str, Any]) -> tuple[str, Any]:
+    """(name, arguments as a value) of a call, by which calls are compared."""
+    return call["function"]["name"], _value(call["function"]["arguments"])
+
+
+def _value(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, dict) else from_json(arguments)
+
+
+def check_results(messages: list[Message]) -> None:
+    """Raises ValueError for a tool's result that answers no call of the latest answer."""
+    calls: list[dict] = []
+    for place, message in enumerate(messages):
+        if message["role"] == "assistant":
+            calls = message.get("tool_calls", [])
+        if message["role"] != "tool":
+            continue
+        if not calls:
+            raise ValueError(
+                f"message {place}: a tool message, but the assistant's latest message calls no tool"
+            )
+        ids = [name for call in calls if (name := call.get("id") or call["function"].get("id"))]
+        asked = message.get("tool_call_id")
+        if ids and asked is not None and asked not in ids:
+            raise ValueError(
+                f"message {place}: got tool_call_id {asked!r}; "
+                f"the latest calls are {', '.join(map(str, ids))}"
+            )
+
+
+def declared(messages: list[Message], tools: list[dict]) -> list[Message]:
+    """Messages whose first one declares the tools."""
+    if not tools:
+        return messages
+    if not messages or messages[0]["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": "", "tools": tools}, *messages]
+    if messages[0].get("tools", tools) != tools:
+        raise ValueError("got some in the record and others in message 0; allowed: one of them")
+    return [messages[0] | {"tools": tools}, *messages[1:]]

@@ -5,13 +5,17 @@ Axes: T tokens of one piece.
 Next file to read: v4jax/data/mixture.py.
 """
 
-import pathlib
+import itertools
+import os
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 
 from v4jax.data.config import DataConfig, Source
-from v4jax.data.documents import Document, fingerprint, held_out_of, read_documents, split_documents
+from v4jax.data.documents import Document, content, fingerprint, held_out_of, read_documents, split_documents
+from v4jax.data.files import at, say_once
+from v4jax.data.records import read_records
 from v4jax.data.store import TokenStore, open_store
 from v4jax.tokenizer import Tokenizer
 
@@ -19,37 +23,60 @@ READ_ROWS = 4
 """Rows of tokens that one piece of a long document fills, about, where rows cut documents."""
 
 
+class Mark(NamedTuple):
+    """Tells pieces from others. documents: by names and sizes of whole files, else by tokens. content: by every byte."""
+
+    documents: str
+    content: str
+
+
 def open_pieces(cfg: DataConfig, source: Source, tokenizer: Tokenizer, seq_len: int, part: str):
-    """(pieces, fingerprint of them) of a source's documents to "train" on, those "held_out", or "all".
+    """(pieces, Mark) of a source's documents to "train" on, those "held_out", or "all".
 
     Raises:
       ValueError: anything wrong with the source; names it.
     """
     if source.format == "text" and not cfg.cache and cfg.packing == "split" and cfg.fim_rate == 0:
         documents = read_documents(source)
-        train, held_out = (documents, documents) if part == "all" else split_documents(cfg, documents)
-        documents = held_out if part == "held_out" else train
-        return Pieces(documents, tokenizer, seq_len), fingerprint(documents)
+        if not any(document.compressed for document in documents):  # those cannot be read from the middle
+            return _read_in_place(cfg, source, tokenizer, seq_len, part, documents)
     store = open_store(cfg, source, tokenizer)
-    chosen_D = np.ones(len(store.ends), bool) if part == "all" else held_out_of(store.hashes, cfg.held_out) == (part == "held_out")
+    chosen_D = np.ones(len(store.ends), bool)
+    if part != "all":
+        with at(f"{source.path}"):
+            chosen_D = held_out_of(store.hashes, cfg.held_out) == (part == "held_out")
     if source.format == "chat":
         chosen_D = _short_enough(cfg, source, store, chosen_D, seq_len)
     step = seq_len if cfg.packing == "best_fit" else READ_ROWS * seq_len
     pieces = StoredPieces(store, np.flatnonzero(chosen_D), step, cfg.masked, first_only=source.format == "chat")
-    return pieces, f"{store.fingerprint}-{zlib.crc32(chosen_D.tobytes()):08x}"
+    mark = f"{store.fingerprint}-{zlib.crc32(chosen_D.tobytes()):08x}"
+    return pieces, Mark(mark, mark)
+
+
+def _read_in_place(cfg: DataConfig, source: Source, tokenizer: Tokenizer, seq_len: int, part: str, documents: list[Document]):
+    if part != "all":
+        with at(f"{source.path}"):
+            train, held_out = split_documents(cfg, documents)
+        documents = held_out if part == "held_out" else train
+    return Pieces(documents, tokenizer, seq_len), Mark(fingerprint(documents), content(documents))
 
 
 def _short_enough(cfg: DataConfig, source: Source, store: TokenStore, chosen_D: np.ndarray, seq_len: int) -> np.ndarray:
     """The chosen conversations that are used, by cfg.chat.too_long."""
     sizes_D = np.diff(store.ends, prepend=0)
-    if cfg.chat.too_long == "error" and (sizes_D > seq_len).any():
+    long_D = sizes_D > seq_len
+    if cfg.chat.too_long == "error" and long_D.any():
         longest = int(np.argmax(sizes_D))
+        place, _ = next(itertools.islice(read_records(source), longest, None))
         raise ValueError(
-            f"source: conversation {longest} of {source.path} (counted from 0) has {sizes_D[longest]} tokens, a row {seq_len}; "
+            f"{place}: conversation {longest} of {source.path} (counted from 0) has {sizes_D[longest]} tokens, a row {seq_len}; "
             "raise seq_len, or set too_long to drop or cut"
         )
+    if long_D.any():
+        done = {"drop": "left out", "cut": "cut"}[cfg.chat.too_long]
+        say_once(f"source {source.label}: {long_D.sum()} of {len(long_D)} conversations are longer than a row of {seq_len} tokens and {done}")
     if cfg.chat.too_long == "drop":
-        chosen_D = chosen_D & (sizes_D <= seq_len)
+        chosen_D = chosen_D & ~long_D
     if not chosen_D.any():
         raise ValueError(f"source: every conversation of {source.path} is longer than seq_len={seq_len}")
     return chosen_D
@@ -106,7 +133,8 @@ class Pieces:
         end = min(begin + self._step, document.size)
         bos = [self._tokenizer.bos_token_id] if begin == 0 else []
         eos = [self._tokenizer.eos_token_id] if end == document.size else []
-        ids = bos + self._tokenizer.encode(_read_between(document.path, begin, end)) + eos
+        with at(str(document.path)):
+            ids = bos + self._tokenizer.encode(_read_between(document, begin, end)) + eos
         return {"tokens": np.array(ids, np.int32)}
 
     @property
@@ -115,9 +143,12 @@ class Pieces:
         return sum(document.size for document in self._documents) / self._tokenizer.bytes_per_token / len(self)
 
 
-def _read_between(path: pathlib.Path, begin: int, end: int) -> str:
-    """The characters of a UTF-8 file whose first byte is in [begin, end)."""
-    with path.open("rb") as file:
+def _read_between(document: Document, begin: int, end: int) -> str:
+    """The characters of a document whose first byte is in [begin, end)."""
+    with document.path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != document.size:
+            raise ValueError(f"changed while it was read: had {document.size} bytes, has {size}")
         file.seek(begin)
         data = file.read(end - begin + 3)  # a character has at most 3 bytes after its first
     first, last = 0, end - begin
@@ -128,4 +159,4 @@ def _read_between(path: pathlib.Path, begin: int, end: int) -> str:
     try:
         return data[first:last].decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"source: {path} changed while it was read: {error}") from None
+        raise ValueError(f"changed while it was read: {error}") from None

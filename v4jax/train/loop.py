@@ -26,6 +26,7 @@ from sharding.rules import AxisRules, layout_for
 from v4jax.checkpoint.export import carried_files, kinds_for, save_safetensors
 from v4jax.checkpoint.store import Store, check_config, write_config
 from v4jax.data.config import tokenizer_of
+from v4jax.data.files import tell_left_out
 from v4jax.data.store import prepare_cache
 from v4jax.model.weights import Csa
 from v4jax.train.anticipate import Feed, compile_choice
@@ -33,7 +34,7 @@ from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_sets, train_batches, unigram_loss
 from v4jax.train.loss import loss_and_routing, targets
 from v4jax.train.report import Reporter, Silent, plot_losses, require_plots
-from v4jax.train.resume import check_source, go_back, items_of, start
+from v4jax.train.resume import check_data, check_source, go_back, items_of, start
 from v4jax.train.stability import Record, remember, spike
 from v4jax.train.stages import Batches, at_stage, number_at, stage_at, starts, steps_left
 from v4jax.train.step import Steps, batch_sharding, check_batch, compile_step, state_shardings
@@ -65,6 +66,8 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         kinds_for(cfg.model, cfg.export)
     run = pathlib.Path(cfg.run_dir)
     tokenizer = tokenizer_of(cfg.data)
+    check_data(cfg, tokenizer)
+    tell_left_out(cfg.data)
     with jax.set_mesh(mesh):
         shardings = state_shardings(cfg, rules, mesh)
         place = batch_sharding(rules, mesh)
@@ -76,6 +79,8 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         with Store(run, cfg.keep, cfg.keep_every, cfg.keep_best, writes=True) as store:
             begin = start(cfg, rules, shardings, store, data)
             with _reporter(run, cfg, begin.step, begin.record) as report:
+                if begin.changed:
+                    report.event(begin.step, "data changed", changed=begin.changed)
                 put = functools.partial(_put, place, rows, cfg.batch_size)
                 state, last = _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store, report)
         if last < cfg.steps:
@@ -125,7 +130,7 @@ def _reporter(run: pathlib.Path, cfg: TrainConfig, first: int, record: Record) -
 
 def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store, report):
     """(state, step it stands at): trains from `begin` (see resume.start) to the last step, or until the job is asked to end."""
-    state, step, record, ahead = begin
+    state, step, record, ahead, _ = begin
     first, stop, stage, place = step, False, None, batch_sharding(rules, mesh)
     with stop_requests() as asked_to_stop:
         for turn in itertools.count(first + 1):  # goes on where a rollback sets `step` back: processes agree on a turn to end at
@@ -153,7 +158,7 @@ def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store
                 if why := spike(cfg.stability, record, *seen):
                     at, before, drawn = step, record, record.batch(step) + len(feed)
                     feed.drop()
-                    state, step, record, _ = go_back(cfg, shardings, store, state, before, at, drawn, why)
+                    state, step, record, *_ = go_back(cfg, shardings, store, state, before, at, drawn, why)
                     report.rollback(step, record, at, why, trace=(*before.losses, seen[0]))
                     continue
                 record = remember(cfg.stability, record, *seen)

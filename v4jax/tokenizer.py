@@ -112,8 +112,9 @@ class HuggingFaceTokenizer:
     @property
     def fingerprint(self) -> str:
         """Equal for tokenizers that give the same ids, bos and eos among them."""
-        names = [self._tokenizer.id_to_token(token) for token in (self.bos_token_id, self.eos_token_id)]
-        # The usual names are left out: token caches go by this, and those made before the names counted stay good.
+        marks = self.bos_token_id, self.eos_token_id
+        names = [self._tokenizer.id_to_token(token) for token in marks]
+        # Token caches go by this; those from before the names counted, of the usual ones, stay good.
         return _digest(self._text if names == [BOS_TOKEN, EOS_TOKEN] else f"{self._text}\n{names}")
 
     @property
@@ -168,7 +169,10 @@ def token_table(text: str) -> dict[int, str]:
     """Id -> token of a tokenizer.json, given as its text."""
     raw = json.loads(text)
     vocab = raw.get("model", {}).get("vocab", {})
-    tokens = vocab.items() if isinstance(vocab, dict) else ((token, i) for i, (token, _) in enumerate(vocab))
+    if isinstance(vocab, dict):
+        tokens = vocab.items()
+    else:  # of the kind "Unigram": pairs of token and score
+        tokens = ((token, i) for i, (token, _) in enumerate(vocab))
     added = ((token["content"], token["id"]) for token in raw.get("added_tokens") or ())
     return {i: token for token, i in itertools.chain(tokens, added)}
 

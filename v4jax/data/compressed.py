@@ -30,14 +30,14 @@ def open_data(path: pathlib.Path) -> Iterator[BinaryIO]:
     """Opens a file for reading its bytes, decompressed where its name ends in .gz or .zst.
 
     Raises:
-      ValueError: it cannot be read, or is damaged or cut short (also later, while it is read); names it.
+      ValueError: it cannot be read, or is damaged or cut short (also while it is read); names it.
     """
     opened = {".gz": gzip.open, ".zst": _open_zst}.get(path.suffix.lower(), pathlib.Path.open)
     try:
         with opened(path, "rb") as file:
             yield file
     except (OSError, EOFError, zlib.error) as error:
-        said = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        said = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(f"{path}: cannot be read: {said}") from error
 
 
@@ -58,8 +58,11 @@ def _zstd(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception]]:
     try:
         import zstandard
     except ImportError:
-        raise ValueError(f"{path}: reading .zst needs the package zstandard; pip install 'v4jax[zstd]'") from None
-    return zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).decompressobj, zstandard.ZstdError
+        raise ValueError(
+            f"{path}: reading .zst needs the package zstandard; pip install 'v4jax[zstd]'"
+        ) from None
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
+    return decompressor.decompressobj, zstandard.ZstdError
 
 
 def _open_zst(path: pathlib.Path, mode: str) -> io.BufferedReader:
@@ -67,7 +70,10 @@ def _open_zst(path: pathlib.Path, mode: str) -> io.BufferedReader:
 
 
 class _ZstdFile(io.RawIOBase):
-    """The bytes of a .zst file, frame by frame. The package's own reader takes a frame cut short for a whole one."""
+    """The bytes of a .zst file, frame by frame.
+
+    zstandard's own reader takes a frame that is cut short for a whole one.
+    """
 
     def __init__(self, path: pathlib.Path, mode: str):
         self._new, self._error = _zstd(path)

@@ -18,7 +18,11 @@ from v4jax.data.files import at, find_files, nothing_found
 
 
 class Document(NamedTuple):
-    """One UTF-8 file: its path relative to the source, with '/' on every system; the file itself; bytes and CRC-32 of its text."""
+    """One UTF-8 file.
+
+    name: its path relative to the source, with '/' on every system. size, crc: bytes and CRC-32 of
+    its text, which is decompressed.
+    """
 
     name: str
     path: pathlib.Path
@@ -89,7 +93,7 @@ def _read_through(path: pathlib.Path) -> tuple[int, int, str]:
     with open_data(path) as file:
         while True:
             data = file.read(1 << 20)
-            begin = size - len(decoder.getstate()[0])  # bytes of a character cut in two wait for the rest of it
+            begin = size - len(decoder.getstate()[0])  # some bytes wait for the rest of a character
             try:
                 decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
@@ -111,7 +115,7 @@ def unit_hash(name: str) -> float:
 
 
 def fingerprint(documents: list[Document]) -> str:
-    """Changes when a document is added, removed, renamed or resized. Runs from before there was `content` go by it."""
+    """Changes when a document is added, removed, renamed or resized; all that older runs go by."""
     listing = "\n".join(f"{document.size} {document.name}" for document in documents)
     return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 

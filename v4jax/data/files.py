@@ -1,4 +1,4 @@
-"""The files of a source: found, accounted for where they are left out, and opened, compressed or not.
+"""The files of a source: which are read, and which are left out and why.
 
 Next file to read: v4jax/data/compressed.py.
 """
@@ -36,8 +36,9 @@ _JSON_LINE_BYTES = 64 * 2**20
 class Found(NamedTuple):
     """What a source's place holds.
 
-    files: those that are read, sorted: name relative to the source (with '/' on every system), and path.
-    left_out: (name, why), those that matter most first. excluded: how many files glob rules out.
+    files: (name relative to the source, with '/' on every system; path) of those that are read,
+    sorted. left_out: (name, why), those that matter most first. excluded: how many files glob
+    rules out.
     """
 
     files: list[tuple[str, pathlib.Path]]
@@ -47,12 +48,12 @@ class Found(NamedTuple):
 
 @contextlib.contextmanager
 def at(place: str) -> Iterator[None]:
-    """Puts the place of a file or record before any error of what is done with it, as a ValueError of one line."""
+    """Puts a place before any error in the block, which becomes a ValueError of one line."""
     try:
         yield
     except MemoryError:
         raise
-    except Exception as error:  # whatever a record breaks, and in whichever package, its place is what helps
+    except Exception as error:  # a bad record may break any package in any way
         said = " ".join(str(error).split())
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{place}: {kind}{said}") from error
@@ -76,12 +77,12 @@ def tell_left_out(cfg: DataConfig) -> None:
 def find_files(source: Source) -> Found:
     """Every file of a source, read or left out.
 
-    Links are followed, each real folder once, under a name without links if it has one. Names that start with a dot,
-    empty files and files that the format does not read are left out.
+    Links are followed, each real folder once, under a name without links if it has one. Names that
+    start with a dot, empty files and files that the format does not read are left out.
 
     Raises:
-      ValueError: no such place, one that cannot be listed, a file beside its own compressed copy, or .zst files
-        without the package that reads them.
+      ValueError: no such place, one that cannot be listed, a file beside its own compressed copy,
+        or .zst files without the package that reads them.
     """
     root = pathlib.Path(source.path).expanduser()
     if source.path == "stdlib" and source.format == "text":
@@ -116,12 +117,14 @@ def left_out_line(source: Source) -> str | None:
     if found.left_out:
         shown = ", ".join(f"{name} ({why})" for name, why in found.left_out[:_SHOWN])
         more = len(found.left_out) - _SHOWN
-        parts.append(f"{len(found.left_out)} left out: {shown}" + (f" and {more} more" if more > 0 else ""))
+        more_words = f" and {more} more" if more > 0 else ""
+        parts.append(f"{len(found.left_out)} left out: {shown}{more_words}")
     if found.excluded:
         parts.append(f"{found.excluded} excluded by glob={source.glob!r}")
     if not parts:
         return None
-    return f"source {source.label} ({source.path}): {len(found.files)} file(s) are read; {'; '.join(parts)}"
+    read = f"{len(found.files)} file(s) are read"
+    return f"source {source.label} ({source.path}): {'; '.join([read, *parts])}"
 
 
 def nothing_found(source: Source) -> ValueError:
@@ -130,22 +133,24 @@ def nothing_found(source: Source) -> ValueError:
     said = f" ({left_out})" if left_out else ""
     root = pathlib.Path(source.path).expanduser()
     if source.format == "text":
-        return ValueError(f"source: {root} has no text in files matching {source.glob!r}; expected UTF-8 text files{said}")
-    suffixes = " or ".join(_SUFFIXES[source.format])
-    return ValueError(f"source: {root} is no file and holds none matching {source.glob!r} with suffix {suffixes}{said}")
+        return ValueError(
+            f"source: {root} has no text in files matching {source.glob!r}; "
+            f"expected UTF-8 text files{said}"
+        )
+    return ValueError(f"source: {root} is no {_expected(source)}{said}")
 
 
-# ---- walking ---------------------------------------------------------------------------------------------------------
+# ---- walking -------------------------------------------------------------------------------------
 
 
 _DOT, _EMPTY = "dot name", "empty"
 
 
 def _walk(root: pathlib.Path, glob: tuple[str, ...]) -> Iterator[tuple[str, pathlib.Path, str]]:
-    """(name, path, "" or why it is left out whatever it holds) of all files below root, each real folder once.
+    """(name, path, "" or why it is left out whatever it holds) of all files, each real folder once.
 
-    Folders that glob reaches come before others, folders without links before those with: so a folder that can be
-    reached in two ways is read under a name that glob wants, and under its own if it wants both.
+    Folders that glob reaches come before others, and folders without links before those with: a
+    folder that has two names is read under one that glob wants, and under its own if it wants both.
     """
     seen, around = set(), {_identity(folder) for folder in root.resolve().parents}
     queue = [(False, 0, "")]
@@ -182,7 +187,10 @@ def _identity(folder: pathlib.Path) -> tuple[int, int]:
 
 
 def _matches(parts: tuple[str, ...], glob: tuple[str, ...], below: bool = False) -> bool:
-    """Whether a name matches a glob, part by part, where ** is any number of parts; with `below`, whether names under it can."""
+    """Whether a name matches a glob, part by part; ** is any number of parts.
+
+    below: instead, whether a name below it, in that folder, can.
+    """
     if not parts:
         return bool(glob) if below else all(part == "**" for part in glob)
     if not glob:
@@ -198,17 +206,19 @@ def _stdlib_files() -> list[tuple[str, pathlib.Path]]:
     return [
         ("/".join(parts), path)
         for parts, path in paths
-        if not any(part.startswith(".") or part in _STDLIB_SKIPPED for part in parts) and path.is_file()
+        if not any(part.startswith(".") or part in _STDLIB_SKIPPED for part in parts)
+        and path.is_file()
     ]
 
 
-# ---- what is read ----------------------------------------------------------------------------------------------------
+# ---- what is read --------------------------------------------------------------------------------
 
 
 def _expected(source: Source) -> str:
     if source.format == "text":
         return "folder; expected a folder of UTF-8 text files, or 'stdlib'"
-    return f"file and holds none matching {source.glob!r} with suffix {' or '.join(_SUFFIXES[source.format])}"
+    suffixes = " or ".join(_SUFFIXES[source.format])
+    return f"file and holds none matching {source.glob!r} with suffix {suffixes}"
 
 
 def _fault(path: pathlib.Path, source: Source) -> str:
@@ -217,7 +227,10 @@ def _fault(path: pathlib.Path, source: Source) -> str:
         return "a link to nothing"
     if not path.is_file():
         return "no regular file"
-    compressed = path.suffix.lower() in COMPRESSED and source.format not in ("parquet", "arrayrecord")
+    compressed = path.suffix.lower() in COMPRESSED and source.format not in (
+        "parquet",
+        "arrayrecord",
+    )
     inner = plain_name(path.name) if compressed else path.name
     suffix = pathlib.PurePath(_SHARD.sub("", inner)).suffix.lower()
     if source.format != "text" and suffix not in _SUFFIXES[source.format]:
@@ -235,7 +248,7 @@ def _is_empty(path: pathlib.Path) -> bool:
 
 
 def _json_fault(path: pathlib.Path, column: str) -> str:
-    """Why a .json file is not read: it may be JSON lines, and it may be anything else; its first line shows which."""
+    """Why a .json file is not read; "" if its first line shows that it holds JSON lines."""
     with open_data(path) as file:
         line = file.readline(_JSON_LINE_BYTES)
         while line and not line.strip():
@@ -256,4 +269,6 @@ def _refuse_twins(root: pathlib.Path, files: list[tuple[str, pathlib.Path]]) -> 
     for name, _ in files:
         other = by_plain.setdefault(plain_name(name), name)
         if other != name:
-            raise ValueError(f"source: {root} holds both {other} and {name}; remove one, or narrow glob")
+            raise ValueError(
+                f"source: {root} holds both {other} and {name}; remove one, or narrow glob"
+            )

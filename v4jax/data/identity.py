@@ -1,7 +1,7 @@
-"""What a stream of batches depends on, so that a run does not go on with other data than it began with, in silence.
+"""What a stream of batches depends on: a run must not go on with other data in silence.
 
-Files go by size and a checksum of samples of their content: a whole corpus would take hours to read. Their names count
-relative to the source, so a corpus may lie elsewhere when a run goes on.
+Files go by size and a checksum of samples of their content: reading all of a corpus takes hours.
+Their names count relative to the source, so a corpus may lie elsewhere when a run goes on.
 
 Next file to read: v4jax/data/pieces.py.
 """
@@ -20,7 +20,7 @@ from v4jax.tokenizer import Tokenizer
 _SAMPLE_BYTES = 64 * 2**10
 _READERS = 16
 _LISTED = 1000
-"""Files of a source that are noted one by one, so that a difference can be named; more are noted as one."""
+"""Up to so many files of a source are noted one by one, so that a difference can be named."""
 
 _BEFORE = {"packing": "split"}
 """What older checkpoints leave out where it was so."""
@@ -39,9 +39,12 @@ class Difference(NamedTuple):
         return f"was saved with {self.name} {self.was}, this run has {self.now}"
 
 
-def settings_of(cfg: DataConfig, tokenizer: Tokenizer, seq_len: int, batch_size: int) -> dict[str, Any]:
-    """Everything of the configuration and the files that batches depend on, as JSON values, in the order to name them."""
-    chat = dataclasses.asdict(cfg.chat) if any(source.format == "chat" for source in cfg.sources) else {}
+def settings_of(
+    cfg: DataConfig, tokenizer: Tokenizer, seq_len: int, batch_size: int
+) -> dict[str, Any]:
+    """What batches depend on, in configuration and files: JSON values in the order to name them."""
+    talks = any(source.format == "chat" for source in cfg.sources)
+    chat = dataclasses.asdict(cfg.chat) if talks else {}
     return {
         "tokenizer": f"{type(tokenizer).__name__} of {tokenizer.vocab_size}",
         "tokenizer content": tokenizer.fingerprint,
@@ -62,17 +65,18 @@ def settings_of(cfg: DataConfig, tokenizer: Tokenizer, seq_len: int, batch_size:
 
 
 def file_marks(source: Source) -> dict[str, Any]:
-    """A source's label, number of files, a digest of their names, sizes and samples, and these one by one unless they are many."""
+    """A source's files: how many, a digest of names, sizes and samples, and each one if few."""
     files = sorted(find_files(source).files)
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
         marks = pool.map(_mark, [path for _, path in files])
         listed = {name: mark for (name, _), mark in zip(files, marks, strict=True)}
     digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
-    return {"label": source.label, "count": len(files), "digest": digest, "listed": listed if len(files) <= _LISTED else {}}
+    listed = listed if len(files) <= _LISTED else {}
+    return {"label": source.label, "count": len(files), "digest": digest, "listed": listed}
 
 
 def differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[Difference]:
-    """What training data differs in, as two results of `settings_of`; of an older checkpoint, in what it has."""
+    """What training data differ in, by two results of `settings_of`; the first may be older."""
     saved = _BEFORE | saved
     found = []
     for name, now in ours.items():
@@ -87,7 +91,7 @@ def differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[Difference]
 
 
 def evaluation_differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[Difference]:
-    """Sets to evaluate on that have the name of another one: what is measured on them cannot be compared.
+    """Sets to evaluate on that took the name of another one: their losses cannot be compared.
 
     One that is added or left out is no difference.
     """
@@ -97,7 +101,8 @@ def evaluation_differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[
         for name in ("format", "column"):
             if was[name] != now[name]:
                 found.append(Difference(f"evaluate_on {label}: {name}", was[name], now[name]))
-        found += [one._replace(name=f"evaluate_on {one.name}") for one in _file_differences(was["files"], now["files"])]
+        files = _file_differences(was["files"], now["files"])
+        found += [one._replace(name=f"evaluate_on {one.name}") for one in files]
     return found
 
 
@@ -120,9 +125,14 @@ def _file_differences(was: dict[str, Any], now: dict[str, Any]) -> list[Differen
         return []
     before, after, label = was["listed"], now["listed"], now["label"]
     if not before or not after:
-        return [Difference(f"files of {label}", *(f"{one['count']} with digest {one['digest']}" for one in (was, now)))]
+        counts = (f"{one['count']} with digest {one['digest']}" for one in (was, now))
+        return [Difference(f"files of {label}", *counts)]
     return [
-        Difference(label if name == "." else f"{label}/{name}", before.get(name, _NONE), after.get(name, _NONE))
+        Difference(
+            label if name == "." else f"{label}/{name}",
+            before.get(name, _NONE),
+            after.get(name, _NONE),
+        )
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     ]

@@ -5,7 +5,6 @@ Axes: T tokens of one piece.
 Next file to read: v4jax/data/mixture.py.
 """
 
-import itertools
 import os
 import zlib
 from typing import NamedTuple
@@ -13,9 +12,16 @@ from typing import NamedTuple
 import numpy as np
 
 from v4jax.data.config import DataConfig, Source
-from v4jax.data.documents import Document, content, fingerprint, held_out_of, read_documents, split_documents
-from v4jax.data.files import at, say_once
-from v4jax.data.records import read_records
+from v4jax.data.documents import (
+    Document,
+    content,
+    fingerprint,
+    held_out_of,
+    read_documents,
+    split_documents,
+)
+from v4jax.data.files import at
+from v4jax.data.records import place_of
 from v4jax.data.store import TokenStore, open_store
 from v4jax.tokenizer import Tokenizer
 
@@ -24,7 +30,7 @@ READ_ROWS = 4
 
 
 class Mark(NamedTuple):
-    """Tells pieces from others. documents: by names and sizes of whole files, else by tokens. content: by every byte."""
+    """Tells pieces from others: by names and sizes of documents (or tokens), and by every byte."""
 
     documents: str
     content: str
@@ -38,12 +44,13 @@ def open_pieces(cfg: DataConfig, source: Source, tokenizer: Tokenizer, seq_len: 
     """
     if source.format == "text" and not cfg.cache and cfg.packing == "split" and cfg.fim_rate == 0:
         documents = read_documents(source)
-        if not any(document.compressed for document in documents):  # those cannot be read from the middle
+        # A compressed file cannot be read from the middle.
+        if not any(document.compressed for document in documents):
             return _read_in_place(cfg, source, tokenizer, seq_len, part, documents)
     store = open_store(cfg, source, tokenizer)
     chosen_D = np.ones(len(store.ends), bool)
     if part != "all":
-        with at(f"{source.path}"):
+        with at(source.path):
             chosen_D = held_out_of(store.hashes, cfg.held_out) == (part == "held_out")
     if source.format == "chat":
         chosen_D = _short_enough(cfg, source, store, chosen_D, seq_len)
@@ -53,9 +60,17 @@ def open_pieces(cfg: DataConfig, source: Source, tokenizer: Tokenizer, seq_len: 
     return pieces, Mark(mark, mark)
 
 
-def _read_in_place(cfg: DataConfig, source: Source, tokenizer: Tokenizer, seq_len: int, part: str, documents: list[Document]):
+def _read_in_place(
+    cfg: DataConfig,
+    source: Source,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    part: str,
+    documents: list[Document],
+):
+    """As `open_pieces`, of documents that are read and tokenised when they are needed."""
     if part != "all":
-        with at(f"{source.path}"):
+        with at(source.path):
             train, held_out = split_documents(cfg, documents)
         documents = held_out if part == "held_out" else train
     return Pieces(documents, tokenizer, seq_len), Mark(fingerprint(documents), content(documents))
@@ -64,19 +79,15 @@ def _read_in_place(cfg: DataConfig, source: Source, tokenizer: Tokenizer, seq_le
 def _short_enough(cfg: DataConfig, source: Source, store: TokenStore, chosen_D: np.ndarray, seq_len: int) -> np.ndarray:
     """The chosen conversations that are used, by cfg.chat.too_long."""
     sizes_D = np.diff(store.ends, prepend=0)
-    long_D = sizes_D > seq_len
-    if cfg.chat.too_long == "error" and long_D.any():
+    if cfg.chat.too_long == "error" and (sizes_D > seq_len).any():
         longest = int(np.argmax(sizes_D))
-        place, _ = next(itertools.islice(read_records(source), longest, None))
         raise ValueError(
-            f"{place}: conversation {longest} of {source.path} (counted from 0) has {sizes_D[longest]} tokens, a row {seq_len}; "
-            "raise seq_len, or set too_long to drop or cut"
+            f"{place_of(source, longest)}: conversation {longest} of {source.path} (counted from "
+            f"0) has {sizes_D[longest]} tokens, a row {seq_len}; raise seq_len, or set too_long to "
+            "drop or cut"
         )
-    if long_D.any():
-        done = {"drop": "left out", "cut": "cut"}[cfg.chat.too_long]
-        say_once(f"source {source.label}: {long_D.sum()} of {len(long_D)} conversations are longer than a row of {seq_len} tokens and {done}")
     if cfg.chat.too_long == "drop":
-        chosen_D = chosen_D & ~long_D
+        chosen_D = chosen_D & (sizes_D <= seq_len)
     if not chosen_D.any():
         raise ValueError(f"source: every conversation of {source.path} is longer than seq_len={seq_len}")
     return chosen_D

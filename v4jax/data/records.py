@@ -3,6 +3,7 @@
 Next file to read: v4jax/data/conversations.py.
 """
 
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -28,12 +29,12 @@ def record_files(source: Source) -> list[pathlib.Path]:
 
 
 def read_records(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and place, record as a dict) of every record, in order of file and place. Records hold source.column.
+    """(file and place, record as a dict) of every record, in order; each holds source.column.
 
     What a caller does with a record belongs into `with at(place):` (v4jax/data/files.py).
 
     Raises:
-      ValueError: a file that is not of the format, or a record without the column; names file and place.
+      ValueError: a file that is not of the format, or a record without the column; names both.
     """
     readers = {"jsonl": _lines, "chat": _lines, "parquet": _rows, "arrayrecord": _array_records}
     for path in record_files(source):
@@ -41,7 +42,9 @@ def read_records(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
             with at(f"{path}:{place}"):
                 record = _object(data, place, path) if isinstance(data, bytes) else data
                 if source.column and source.column not in record:
-                    raise ValueError(f"has no column {source.column!r}; there are: {', '.join(sorted(record))}")
+                    raise ValueError(
+                        f"has no column {source.column!r}; there are: {', '.join(sorted(record))}"
+                    )
             yield f"{path}:{place}", record
 
 
@@ -61,7 +64,16 @@ def read_texts(source: Source) -> Iterator[tuple[str, str]]:
         if text:
             yield place, text
     if empty:
-        say_once(f"source {source.label} ({source.path}): {empty} record(s) with an empty text are left out")
+        say_once(
+            f"source {source.label} ({source.path}): {empty} record(s) with an empty text "
+            "are left out"
+        )
+
+
+def place_of(source: Source, number: int) -> str:
+    """File and place of the record of a number, counted from 0 over all files."""
+    place, _ = next(itertools.islice(read_records(source), number, None))
+    return place
 
 
 def _lines(path: pathlib.Path, _) -> Iterator[tuple[int, bytes]]:
@@ -77,7 +89,9 @@ def _object(data: bytes, place: int, path: pathlib.Path) -> dict:
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}{_hint(data, place, path)}") from None
     if not isinstance(record, dict):
-        raise ValueError(f"got {type(record).__name__}; must be a JSON object{_hint(data, place, path)}")
+        raise ValueError(
+            f"got {type(record).__name__}; must be a JSON object{_hint(data, place, path)}"
+        )
     return record
 
 
@@ -101,17 +115,23 @@ def _rows(path: pathlib.Path, column: str) -> Iterator[tuple[int, dict]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"{path}: reading Parquet needs the package pyarrow; pip install 'v4jax[parquet]'") from None
+        raise ValueError(
+            f"{path}: reading Parquet needs the package pyarrow; pip install 'v4jax[parquet]'"
+        ) from None
     place = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            wanted = [column] if column in names else names  # without the column, a row shows which there are
+            wanted = (
+                [column] if column in names else names
+            )  # without the column, a row shows which there are
             for batch in file.iter_batches(columns=wanted):
                 for index in range(batch.num_rows):
                     place += 1
                     with at(f"{path}:{place}"):
-                        record = {name: batch.column(name)[index].as_py() for name in batch.schema.names}
+                        record = {
+                            name: batch.column(name)[index].as_py() for name in batch.schema.names
+                        }
                     yield place, record
     except (pyarrow.ArrowException, OSError) as error:
         where = f"{path}: after row {place}" if place else f"{path}"
@@ -122,8 +142,12 @@ def _array_records(path: pathlib.Path, column: str) -> Iterator[tuple[int, Any]]
     try:
         records = grain.sources.ArrayRecordDataSource([str(path)])
         count = len(records)
-    except Exception as error:  # the reader raises bare Exception subclasses of its own for every fault
-        raise ValueError(f"{path}: not an ArrayRecord file: {' '.join(str(error).split())}") from None
+    except (
+        Exception
+    ) as error:  # the reader raises bare Exception subclasses of its own for every fault
+        raise ValueError(
+            f"{path}: not an ArrayRecord file: {' '.join(str(error).split())}"
+        ) from None
     for index in range(count):
         with at(f"{path}:{index}"):
             data = records[index] if column else {"": _utf8(records[index])}

@@ -81,8 +81,9 @@ class _StackedRowsIterator(grain.DatasetIterator):
     async def save(self, directory) -> Awaitable[None]:
         """Writes this process's rows, as they are now, to a file of its own; in the background."""
         state = self.get_state()
-        if jax.process_index():  # the first process's file, which is the one that is compared, lists the files for all
-            state["settings"] = {name: value for name, value in state["settings"].items() if name not in _LISTS}
+        if jax.process_index():  # the first process's file is the one that is compared
+            settings = state["settings"].items()
+            state["settings"] = {name: value for name, value in settings if name not in _LISTS}
         name, text = f"process_{jax.process_index()}.json", json.dumps(state)
 
         async def write():

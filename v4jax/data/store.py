@@ -32,7 +32,7 @@ from v4jax.tokenizer import Tokenizer, require_tokens
 
 _VERSION = 1
 _SOURCES = "sources.json"
-"""In a cache: the files that it was made of (v4jax/data/identity.py). Caches from before there was this file go without."""
+"""In a cache: the files that it was made of (v4jax/data/identity.py). Older caches have none."""
 
 _FILES = {"tokens": "<i4", "learned": "u1", "ends": "<i8", "hashes": "<f8"}
 
@@ -54,9 +54,9 @@ class TokenStore(NamedTuple):
 def open_store(cfg: DataConfig, source: Source, tokenizer: Tokenizer) -> TokenStore:
     """The source's tokens, from cfg.cache if they are there and intact, else made now (and put there).
 
-    A cache goes by everything its tokens depend on: names, sizes and times of the files, tokenizer, settings. One that
-    is damaged, or whose files hold something else at the same size and time, is put aside with a line on stderr and made
-    again; a cache is complete or is not there.
+    A cache goes by everything its tokens depend on: names, sizes and times of the files, tokenizer,
+    settings. One that is damaged, or whose files hold something else at the same size and time, is
+    put aside with a line on stderr and made again; a cache is complete or is not there.
 
     Raises:
       ValueError: anything wrong with the source, or a tokenizer without the special tokens that are needed.
@@ -150,15 +150,16 @@ def _tokenised(cfg: DataConfig, source: Source, tokenizer: Tokenizer) -> Iterato
     if source.format == "chat":
         for place, record in read_records(source):
             with at(place):
-                made = *conversation_tokens(record, source.column, cfg.chat, tokenizer), unit_hash(json.dumps(record))
+                tokens = conversation_tokens(record, source.column, cfg.chat, tokenizer)
+                made = *tokens, unit_hash(json.dumps(record))
             yield made
         return
     for index, (place, text, document) in enumerate(_texts(source)):
         with at(place):
             encoded = tokenizer.encode(_maybe_fim(cfg, index, text))
             ids = np.array([tokenizer.bos_token_id, *encoded, tokenizer.eos_token_id], np.int32)
-            made = ids, np.ones(len(ids), np.uint8), unit_hash(text) if document is None else name_hash(document)
-        yield made
+            place_in_split = unit_hash(text) if document is None else name_hash(document)
+        yield ids, np.ones(len(ids), np.uint8), place_in_split
 
 
 def _texts(source: Source) -> Iterator[tuple[str, str, Document | None]]:
@@ -199,13 +200,16 @@ def _fault(folder: pathlib.Path, source: Source) -> str | None:
     if wrong is not None:
         return f"damaged ({wrong})"
     made_of = folder / _SOURCES
-    if made_of.is_file() and json.loads(made_of.read_text())["digest"] != file_marks(source)["digest"]:
-        return f"out of date (files of {source.path} hold something else now, at the same size and time)"
-    return None
+    if not made_of.is_file():
+        return None
+    if json.loads(made_of.read_text())["digest"] == file_marks(source)["digest"]:
+        return None
+    return f"out of date (files of {source.path} hold something else at the same size and time)"
 
 
 def _put_aside(folder: pathlib.Path, fault: str) -> None:
     aside = folder.with_name(folder.name + ".damaged")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
-    print(f"v4jax: token cache {folder} is {fault}; put aside as {aside.name}, made again", file=sys.stderr)
+    said = f"token cache {folder} is {fault}; put aside as {aside.name}, made again"
+    print(f"v4jax: {said}", file=sys.stderr)

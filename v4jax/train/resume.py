@@ -31,8 +31,8 @@ from v4jax.train.step import TrainState, init_state, state_from
 
 
 class Begin(NamedTuple):
-    """The state, how many steps it has done, what is remembered, batches that were drawn ahead (anticipate.Feed.items), and what
-    of the data is not as it was, in words."""
+    """The state, how many steps it has done, what is remembered, batches that were drawn ahead
+    (anticipate.Feed.items), and what of the data is not as it was, in words."""
 
     state: TrainState
     step: int
@@ -42,16 +42,17 @@ class Begin(NamedTuple):
 
 
 def check_data(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Refuses to go on with other data than the newest checkpoint's, before anything is tokenised, drawn or written.
+    """Refuses to go on with other data than the newest checkpoint's, before long work or writing.
 
     Raises:
       ValueError: names the first setting or file that differs.
     """
-    steps = [path for path in (pathlib.Path(cfg.run_dir) / CHECKPOINTS).glob("*") if path.name.isdecimal()]
-    newest = max(steps, key=lambda path: int(path.name), default=None)
-    saved = saved_settings(newest / "data") if newest else None
+    folder = pathlib.Path(cfg.run_dir) / CHECKPOINTS
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+    newest = max(steps, default=0)
+    saved = saved_settings(folder / str(newest) / "data")
     if saved is not None:
-        view = stream_view(cfg, int(newest.name) - 1)
+        view = stream_view(cfg, newest - 1)
         _changes(cfg, saved, settings_of(view.data, tokenizer, view.seq_len, view.batch_size))
 
 
@@ -75,24 +76,48 @@ def start(cfg: TrainConfig, rules: AxisRules, shardings: TrainState, store: Stor
     return _load(cfg, shardings, store, step, {"data": data} | ahead)._replace(changed=changed)
 
 
-def _changes(cfg: TrainConfig, saved: dict[str, Any], ours: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
-    """(whether a position in the data means nothing any more, what differs in words); neither but with data.allow_change."""
-    trained, evaluated = differences(saved, ours), evaluation_differences(saved, ours)
+def _changes(
+    cfg: TrainConfig, saved: dict[str, Any], ours: dict[str, Any]
+) -> tuple[bool, tuple[str, ...]]:
+    """(whether the position in the data has lost its meaning, what differs in words).
+
+    Raises:
+      ValueError: something differs, and not cfg.data.allow_change.
+    """
+    trained = differences(saved, ours)
+    evaluated = evaluation_differences(saved, ours)
     if trained and not cfg.data.allow_change:
-        raise ValueError(f"data position: {trained[0]}; only the same can go on (--data.allow-change: from a fresh position)")
+        raise ValueError(
+            f"data position: {trained[0]}; only the same can go on "
+            "(--data.allow-change: from a fresh position)"
+        )
     if evaluated and not cfg.data.allow_change:
-        raise ValueError(f"{evaluated[0]}; its loss cannot be compared any more: give it another name (or --data.allow-change)")
+        raise ValueError(
+            f"{evaluated[0]}; its loss cannot be compared any more: "
+            "give it another name (or --data.allow-change)"
+        )
     return bool(trained), tuple(map(str, trained + evaluated))
 
 
-def _say_on_resume(path: pathlib.Path, saved: dict[str, Any], moved: bool, changed: tuple[str, ...]) -> None:
-    """On stderr: that data changed, or that nothing in an older checkpoint shows whether they did."""
+def _say_on_resume(
+    path: pathlib.Path, saved: dict[str, Any], moved: bool, changed: tuple[str, ...]
+) -> None:
+    """Says on stderr that data changed, or what of an older checkpoint shows whether they did."""
     if "files" not in saved:
-        say_once(f"{path} is of an older v4jax: whether data and tokenizer are the same is checked by {', '.join(saved) or 'nothing'} alone")
-    if changed:
-        where = "from a fresh position in the data, where what was trained on or held out may change sides" if moved else "where it was"
-        more = f" (and {len(changed) - 1} other difference(s))" if len(changed) > 1 else ""
-        say_once(f"data changed: {path} {changed[0]}{more}; going on {where}, as data.allow_change says")
+        say_once(
+            f"{path} is of an older v4jax: whether data and tokenizer are the same is checked by "
+            f"{', '.join(saved) or 'nothing'} alone"
+        )
+    if not changed:
+        return
+    where = "where it was"
+    if moved:
+        where = (
+            "from a fresh position in the data; documents that were trained on may be held out "
+            "now, and the other way round"
+        )
+    more = f" (and {len(changed) - 1} other difference(s))" if len(changed) > 1 else ""
+    say_once(f"data changed: {path} {changed[0]}{more}; allow_change: going on {where}")
 
 
 def items_of(state: TrainState, record: Record) -> dict[str, Any]:
@@ -150,7 +175,7 @@ def _fresh(cfg: TrainConfig, shardings) -> TrainState:
 
 
 def check_source(cfg: TrainConfig) -> None:
-    """Refuses weights of another model to start from (names the first field that differs), or of other tokens."""
+    """Refuses to start from weights of another model or of other tokens; names what differs."""
     found = ModelConfig.from_json(cfg.init_from).to_dict()
     for name, ours in cfg.model.to_dict().items():
         if found.get(name) != ours:
@@ -158,11 +183,13 @@ def check_source(cfg: TrainConfig) -> None:
     path = pathlib.Path(cfg.init_from) / "tokenizer.json"
     if not path.is_file() or cfg.data.allow_change:
         return
-    theirs, mine = token_table(path.read_text(encoding="utf-8")), token_table(tokenizer_of(cfg.data).json_text)
+    theirs = token_table(path.read_text(encoding="utf-8"))
+    mine = token_table(tokenizer_of(cfg.data).json_text)
     for token in sorted(theirs.keys() & mine.keys()):
         if theirs[token] != mine[token]:
             raise ValueError(
-                f"init_from: {cfg.init_from} has another tokenizer: id {token} is {theirs[token]!r} there, {mine[token]!r} here "
+                f"init_from: {cfg.init_from} has another tokenizer: id {token} is "
+                f"{theirs[token]!r} there, {mine[token]!r} here "
                 "(--data.allow-change goes on all the same)"
             )
 

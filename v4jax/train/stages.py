@@ -85,7 +85,8 @@ def at_stage(cfg, record, done: int):
 def stream_view(cfg, done: int):
     """`stage_at`, with the seed of the stream that the step after `done` steps reads."""
     view = stage_at(cfg, done)
-    return dataclasses.replace(view, data=dataclasses.replace(view.data, seed=(view.data.seed + stream_at(cfg, done)) % 2**32))
+    seed = (view.data.seed + stream_at(cfg, done)) % 2**32
+    return dataclasses.replace(view, data=dataclasses.replace(view.data, seed=seed))
 
 
 class Batches:

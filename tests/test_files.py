@@ -88,9 +88,11 @@ def test_what_is_left_out_is_named_and_counted(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / ".git").mkdir()
     (tmp_path / "gone.jsonl").symlink_to("nothing")
+    (tmp_path / "itself.jsonl").symlink_to("itself.jsonl")
     (tmp_path / "nothing.jsonl.gz").write_bytes(gzip.compress(b""))
     assert find_files(source(tmp_path)).left_out == [
         ("gone.jsonl", "a link to nothing"),
+        ("itself.jsonl", "a link to nothing"),
         ("no-suffix", "no suffix"),
         ("notes.md", "suffix '.md'"),
         ("empty.jsonl", "empty"),
@@ -98,11 +100,11 @@ def test_what_is_left_out_is_named_and_counted(tmp_path):
         (".git/", "dot name"),
     ]
     assert left_out_line(source(tmp_path, name="s")) == (
-        f"source s ({tmp_path}): 1 file(s) are read; 6 left out: gone.jsonl (a link to nothing), "
-        "no-suffix (no suffix), notes.md (suffix '.md') and 3 more"
+        f"source s ({tmp_path}): 1 file(s) are read; 7 left out: gone.jsonl (a link to nothing), "
+        "itself.jsonl (a link to nothing), no-suffix (no suffix) and 4 more"
     )
     assert left_out_line(source(tmp_path, name="s", glob="1*")).endswith(
-        "1 left out: .git/ (dot name); 5 excluded by glob='1*'"
+        "1 left out: .git/ (dot name); 6 excluded by glob='1*'"
     )
 
 
@@ -154,7 +156,7 @@ def test_a_folder_without_a_file_to_read_says_what_is_there(tmp_path):
     (tmp_path / "x.csv").write_text("a")
     with pytest.raises(
         ValueError,
-        match=r"none matching '\*\*/\*' with suffix .jsonl or .ndjson or .json .*x.csv \(suffix '.csv'\)",
+        match=r"holds none matching .* suffix .jsonl or .ndjson or .json .*x.csv \(suffix '.csv'\)",
     ):
         texts(source(tmp_path))
 

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import stat
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -28,7 +29,11 @@ _SUFFIXES = {
     "arrayrecord": (".array_record", ".arrayrecord"),
 }
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_DOT, _EMPTY = "dot name", "empty"
 _SHARD = re.compile(r"-\d+-of-\d+$")
+_COMPRESSIBLE = ("text", "jsonl", "chat")
+_HEAD_BYTES = 4096
+"""More than a compressed file of nothing takes."""
 _SHOWN = 3
 _JSON_LINE_BYTES = 64 * 2**20
 
@@ -143,9 +148,6 @@ def nothing_found(source: Source) -> ValueError:
 # ---- walking -------------------------------------------------------------------------------------
 
 
-_DOT, _EMPTY = "dot name", "empty"
-
-
 def _walk(root: pathlib.Path, glob: tuple[str, ...]) -> Iterator[tuple[str, pathlib.Path, str]]:
     """(name, path, "" or why it is left out whatever it holds) of all files, each real folder once.
 
@@ -165,8 +167,8 @@ def _walk(root: pathlib.Path, glob: tuple[str, ...]) -> Iterator[tuple[str, path
         for entry in _entries(root / folder):
             name = f"{folder}/{entry.name}" if folder else entry.name
             if entry.name.startswith("."):
-                yield name + "/" * entry.is_dir(), pathlib.Path(entry.path), _DOT
-            elif entry.is_dir():
+                yield name + "/" * _is_folder(entry), root / name, _DOT
+            elif _is_folder(entry):
                 outside = not _matches(tuple(name.split("/")), glob, below=True)
                 heapq.heappush(queue, (outside, links + entry.is_symlink(), name))
             else:
@@ -179,6 +181,13 @@ def _entries(folder: pathlib.Path) -> list[os.DirEntry]:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise ValueError(f"source: {folder} cannot be listed: {error.strerror}") from None
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # as of a link to itself
+        return False
 
 
 def _identity(folder: pathlib.Path) -> tuple[int, int]:
@@ -223,23 +232,24 @@ def _expected(source: Source) -> str:
 
 def _fault(path: pathlib.Path, source: Source) -> str:
     """Why a file is left out; "" for one that is read."""
-    if not path.exists():
+    try:
+        state = path.stat()
+    except OSError:  # as of a link that leads nowhere, or to itself
         return "a link to nothing"
-    if not path.is_file():
+    if not stat.S_ISREG(state.st_mode):
         return "no regular file"
-    compressed = path.suffix.lower() in COMPRESSED and source.format not in (
-        "parquet",
-        "arrayrecord",
-    )
+    compressed = source.format in _COMPRESSIBLE and path.suffix.lower() in COMPRESSED
     inner = plain_name(path.name) if compressed else path.name
     suffix = pathlib.PurePath(_SHARD.sub("", inner)).suffix.lower()
     if source.format != "text" and suffix not in _SUFFIXES[source.format]:
         return f"suffix {path.suffix!r}" if path.suffix else "no suffix"
     if source.format == "text" and suffix in (".tar", ".tgz"):
         return "an archive: unpack it"
-    if path.stat().st_size == 0 or compressed and _is_empty(path):
+    if state.st_size == 0 or (compressed and state.st_size < _HEAD_BYTES and _is_empty(path)):
         return _EMPTY
-    return _json_fault(path, source.column) if suffix == ".json" and source.format != "text" else ""
+    if source.format != "text" and suffix == ".json":
+        return _json_fault(path, source.column)
+    return ""
 
 
 def _is_empty(path: pathlib.Path) -> bool:

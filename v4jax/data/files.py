@@ -211,13 +211,15 @@ def _matches(parts: tuple[str, ...], glob: tuple[str, ...], below: bool = False)
 
 def _stdlib_files() -> list[tuple[str, pathlib.Path]]:
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    paths = ((path.relative_to(root).parts, path) for path in sorted(root.glob("**/*.py")))
-    return [
-        ("/".join(parts), path)
-        for parts, path in paths
-        if not any(part.startswith(".") or part in _STDLIB_SKIPPED for part in parts)
-        and path.is_file()
-    ]
+    paths = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [
+            name for name in inner if not name.startswith(".") and name not in _STDLIB_SKIPPED
+        ]
+        paths += [
+            pathlib.Path(folder, name) for name in names if name.endswith(".py") and name[0] != "."
+        ]
+    return [(path.relative_to(root).as_posix(), path) for path in sorted(paths) if path.is_file()]
 
 
 # ---- what is read --------------------------------------------------------------------------------

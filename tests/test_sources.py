@@ -251,7 +251,9 @@ def test_mixtures_resume_exactly_and_do_not_depend_on_processes(mixture, packing
 def test_other_weights_or_packing_are_not_gone_on_with(mixture):
     state = train_batches(mixture, BYTES, **SIZES).get_state()
     heavier = (dataclasses.replace(mixture.mixture[0], weight=7.0), *mixture.mixture[1:])
-    for change, words in (({"mixture": heavier}, "weights"), ({"packing": "best_fit"}, "packing"), ({"held_out": 0.5}, "documents")):
+    changes = {"weights": heavier, "packing": "best_fit", "held_out": 0.5}
+    for words, value in changes.items():
+        change = {"mixture" if words == "weights" else words: value}
         with pytest.raises(ValueError, match=f"was saved with {words}"):
             train_batches(dataclasses.replace(mixture, **change), BYTES, **SIZES).set_state(state)
 

@@ -50,7 +50,7 @@ class ByteTokenizer:
     @property
     def fingerprint(self) -> str:
         """Equal for tokenizers that give the same ids."""
-        return _digest(self._json())
+        return _digest(self.json_text)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the UTF-8 bytes of text, without bos and eos added; `decode` gives text without special tokens back exactly.
@@ -81,9 +81,11 @@ class ByteTokenizer:
 
         Same ids there, except that they always read the literal text of BOS_TOKEN or EOS_TOKEN as that special token.
         """
-        _write(directory, self._json(), _config_json())
+        _write(directory, self.json_text, _config_json())
 
-    def _json(self) -> str:
+    @property
+    def json_text(self) -> str:
+        """Its tokenizer.json."""
         return json.dumps(_byte_tokenizer_json(self._names[_SPECIALS:]), ensure_ascii=False, indent=1)
 
 
@@ -114,8 +116,16 @@ class HuggingFaceTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for tokenizers that give the same ids."""
-        return _digest(self._text)
+        """Equal for tokenizers that give the same ids, bos and eos among them."""
+        marks = self.bos_token_id, self.eos_token_id
+        names = [self._tokenizer.id_to_token(token) for token in marks]
+        # Token caches go by this; those from before the names counted, of the usual ones, stay good.
+        return _digest(self._text if names == [BOS_TOKEN, EOS_TOKEN] else f"{self._text}\n{names}")
+
+    @property
+    def json_text(self) -> str:
+        """Its tokenizer.json."""
+        return self._text
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text, without bos and eos added. Raises ValueError as ByteTokenizer.encode does."""
@@ -196,6 +206,18 @@ def without_marks(
         while text.endswith(eos):
             text = text[: -len(eos)]
     return text
+
+
+def token_table(text: str) -> dict[int, str]:
+    """Id -> token of a tokenizer.json, given as its text."""
+    raw = json.loads(text)
+    vocab = raw.get("model", {}).get("vocab", {})
+    if isinstance(vocab, dict):
+        tokens = vocab.items()
+    else:  # of the kind "Unigram": pairs of token and score
+        tokens = ((token, i) for i, (token, _) in enumerate(vocab))
+    added = ((token["content"], token["id"]) for token in raw.get("added_tokens") or ())
+    return {i: token for token, i in itertools.chain(tokens, added)}
 
 
 def require_tokens(tokenizer: Tokenizer, names: Iterable[str], purpose: str) -> None:

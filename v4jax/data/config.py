@@ -1,6 +1,6 @@
 """Which text to train on, and how it is cut: the settings, checked.
 
-Next file to read: v4jax/data/documents.py.
+Next file to read: v4jax/data/files.py.
 """
 
 import dataclasses
@@ -24,12 +24,14 @@ class Source:
     folder ("./stdlib" for one of that name), or, unless format is text, a file."""
     format: str = "text"
     """text (each UTF-8 file is a document), or a document a record: jsonl, parquet (extra
-    v4jax[parquet]), arrayrecord (JSON objects), chat (JSON lines of conversations)."""
+    v4jax[parquet]), arrayrecord (JSON objects), chat (JSON lines of conversations). Files of text,
+    jsonl and chat may be compressed: .gz, or .zst (extra v4jax[zstd])."""
     column: str = "text"
     """Key of a record that holds the document: its text, or a conversation's messages. Empty,
     for arrayrecord: the record itself is the text."""
     glob: str = "**/*"
-    """Which files of a folder are read, as a pattern relative to it."""
+    """Which files of a folder are read, as a pattern relative to it. Links are followed; a run
+    names what else is left out: suffixes of other formats, empty files, names with a dot first."""
     weight: float = 1.0
     """Share of the training tokens, relative to the other sources'; above 0."""
     name: str = ""
@@ -119,6 +121,9 @@ class DataConfig:
     tokenizer and settings are unchanged."""
     chat: ChatFormat = ChatFormat()
     """How conversations are encoded, and what of them is learned."""
+    allow_change: bool = False
+    """Go on although data, tokenizer or batch sizes are not those of the checkpoint: with its
+    weights and optimizer, from a fresh position in the data, so that text may be met again."""
 
     def __post_init__(self):
         for name in ("source", "tokenizer"):

@@ -6,23 +6,37 @@ Next file to read: v4jax/data/records.py.
 import codecs
 import hashlib
 import pathlib
-import sysconfig
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from v4jax.data.compressed import COMPRESSED, open_data, plain_name
 from v4jax.data.config import DataConfig, Source
-
-_STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+from v4jax.data.files import at, find_files, nothing_found
 
 
 class Document(NamedTuple):
-    """One UTF-8 file: its path relative to the source, with '/' on every system; the file itself; its bytes."""
+    """One UTF-8 file.
+
+    name: its path relative to the source, with '/' on every system. size, crc: bytes and CRC-32 of
+    its text, which is decompressed.
+    """
 
     name: str
     path: pathlib.Path
     size: int
+    crc: int = 0
+
+    @property
+    def compressed(self) -> bool:
+        return self.path.suffix.lower() in COMPRESSED
+
+    def text(self) -> str:
+        """All of it."""
+        with at(str(self.path)), open_data(self.path) as file:
+            return file.read().decode("utf-8")
 
 
 def read_documents(source: Source) -> list[Document]:
@@ -33,31 +47,16 @@ def read_documents(source: Source) -> list[Document]:
     Raises:
       ValueError: no such folder, no document in it, or a file of it that is not UTF-8 text; names it.
     """
-    ours = source.path == "stdlib"
-    root, glob = (pathlib.Path(sysconfig.get_paths()["stdlib"]), "**/*.py") if ours else (pathlib.Path(source.path).expanduser(), source.glob)
-    if not root.is_dir():
-        raise ValueError(f"source: {root} is no folder; expected a folder of UTF-8 text files, or 'stdlib'")
     documents = []
-    for path in found_files(root, glob):
-        parts = path.relative_to(root).parts
-        if ours and _STDLIB_SKIPPED.intersection(parts):
-            continue
-        fault, size = _utf8_fault(path)
-        if fault and not ours:
+    for name, path in find_files(source).files:
+        size, crc, fault = _read_through(path)
+        if fault and source.path != "stdlib":
             raise ValueError(f"source: {path} is not UTF-8 text ({fault}); remove it or narrow glob={source.glob!r}")
         if size and not fault:
-            documents.append(Document("/".join(parts), path, size))
+            documents.append(Document(name, path, size, crc))
     if not documents:
-        raise ValueError(f"source: {root} has no text in files matching {glob!r}; expected UTF-8 text files")
+        raise nothing_found(source)
     return sorted(documents)
-
-
-def found_files(root: pathlib.Path, glob: str) -> list[pathlib.Path]:
-    """Files below root that match; no part of their path below root starts with a dot. In any order."""
-    return [
-        path for path in root.glob(glob)
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    ]  # fmt: skip
 
 
 def split_documents(cfg: DataConfig, documents: list[Document]) -> tuple[list[Document], list[Document]]:
@@ -66,7 +65,7 @@ def split_documents(cfg: DataConfig, documents: list[Document]) -> tuple[list[Do
     Raises:
       ValueError: fewer than two documents.
     """
-    held_D = held_out_of([unit_hash(document.name) for document in documents], cfg.held_out)
+    held_D = held_out_of([name_hash(document) for document in documents], cfg.held_out)
     sides = [[document for document, held in zip(documents, held_D, strict=True) if held == side] for side in (False, True)]
     return sides[0], sides[1]
 
@@ -88,18 +87,26 @@ def held_out_of(hashes: Sequence[float], share: float) -> np.ndarray:
     return held_D
 
 
-def _utf8_fault(path: pathlib.Path) -> tuple[str, int]:
-    """("" or why the file is no UTF-8 text, its size in bytes up to there)."""
-    decoder, size = codecs.getincrementaldecoder("utf-8")(), 0
-    try:
-        with path.open("rb") as file:
-            while data := file.read(1 << 20):
-                decoder.decode(data)
-                size += len(data)
-            decoder.decode(b"", final=True)
-    except (OSError, UnicodeDecodeError) as error:
-        return f"{type(error).__name__}: {error.strerror if isinstance(error, OSError) else error.reason}", size
-    return "", size
+def _read_through(path: pathlib.Path) -> tuple[int, int, str]:
+    """(size in bytes, CRC-32, "" or why it is not UTF-8) of a file's text."""
+    decoder, size, crc = codecs.getincrementaldecoder("utf-8")(), 0, 0
+    with open_data(path) as file:
+        while True:
+            data = file.read(1 << 20)
+            begin = size - len(decoder.getstate()[0])  # some bytes wait for the rest of a character
+            try:
+                decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                return size, crc, f"byte {begin + error.start}: {error.reason}"
+            if not data:
+                return size, crc, ""
+            size += len(data)
+            crc = zlib.crc32(data, crc)
+
+
+def name_hash(document: Document) -> float:
+    """`unit_hash` of its name: a file that is compressed stays on its side of the split."""
+    return unit_hash(plain_name(document.name))
 
 
 def unit_hash(name: str) -> float:
@@ -108,6 +115,11 @@ def unit_hash(name: str) -> float:
 
 
 def fingerprint(documents: list[Document]) -> str:
-    """Changes when a document is added, removed, renamed or resized."""
+    """Changes when a document is added, removed, renamed or resized; all that older runs go by."""
     listing = "\n".join(f"{document.size} {document.name}" for document in documents)
     return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def content(documents: list[Document]) -> str:
+    """Changes with every byte of every document."""
+    return f"{zlib.crc32(' '.join(str(document.crc) for document in documents).encode()):08x}"

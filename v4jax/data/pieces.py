@@ -5,13 +5,22 @@ Axes: T tokens of one piece.
 Next file to read: v4jax/data/mixture.py.
 """
 
-import pathlib
+import os
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 
 from v4jax.data.config import DataConfig, Source
-from v4jax.data.documents import Document, fingerprint, held_out_of, read_documents, split_documents
+from v4jax.data.documents import (
+    Document,
+    content,
+    fingerprint,
+    held_out_of,
+    read_documents,
+    split_documents,
+)
+from v4jax.data.files import at
 from v4jax.data.selection import used_conversations
 from v4jax.data.store import TokenStore, open_store
 from v4jax.tokenizer import Tokenizer, document_ids
@@ -20,28 +29,53 @@ READ_ROWS = 4
 """Rows of tokens that one piece of a long document fills, about, where rows cut documents."""
 
 
+class Mark(NamedTuple):
+    """Tells pieces from others: by names and sizes of documents (or tokens), and by every byte."""
+
+    documents: str
+    content: str
+
+
 def open_pieces(cfg: DataConfig, source: Source, tokenizer: Tokenizer, seq_len: int, part: str):
-    """(pieces, fingerprint of them) of a source's documents to "train" on, those "held_out", or "all".
+    """(pieces, Mark) of a source's documents to "train" on, those "held_out", or "all".
 
     Raises:
       ValueError: anything wrong with the source; names it.
     """
     if source.format == "text" and not cfg.cache and cfg.packing == "split" and cfg.fim_rate == 0:
         documents = read_documents(source)
-        train, held_out = (documents, documents) if part == "all" else split_documents(cfg, documents)
-        documents = held_out if part == "held_out" else train
-        return Pieces(documents, tokenizer, seq_len), fingerprint(documents)
+        # A compressed file cannot be read from the middle.
+        if not any(document.compressed for document in documents):
+            return _read_in_place(cfg, source, tokenizer, seq_len, part, documents)
     store = open_store(cfg, source, tokenizer)
     if source.format == "chat":
         chosen_D = used_conversations(cfg, source, store, seq_len, part)
     elif part == "all":
         chosen_D = np.ones(len(store.ends), bool)
     else:
-        chosen_D = held_out_of(store.hashes, cfg.held_out) == (part == "held_out")
+        with at(source.path):
+            chosen_D = held_out_of(store.hashes, cfg.held_out) == (part == "held_out")
     step = seq_len if cfg.packing == "best_fit" else READ_ROWS * seq_len
     pieces = StoredPieces(store, np.flatnonzero(chosen_D), step, cfg.masked, first_only=source.format == "chat")
     mark = f"{store.fingerprint}-{zlib.crc32(chosen_D.tobytes()):08x}"
-    return pieces, f"{mark}-{pieces.lone}" if pieces.lone else mark
+    mark = f"{mark}-{pieces.lone}" if pieces.lone else mark
+    return pieces, Mark(mark, mark)
+
+
+def _read_in_place(
+    cfg: DataConfig,
+    source: Source,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    part: str,
+    documents: list[Document],
+):
+    """As `open_pieces`, of documents that are read and tokenised when they are needed."""
+    if part != "all":
+        with at(source.path):
+            train, held_out = split_documents(cfg, documents)
+        documents = held_out if part == "held_out" else train
+    return Pieces(documents, tokenizer, seq_len), Mark(fingerprint(documents), content(documents))
 
 
 class StoredPieces:
@@ -100,8 +134,10 @@ class Pieces:
         document = self._documents[which]
         begin = (index - (int(self._ends[which - 1]) if which else 0)) * self._step
         end = min(begin + self._step, document.size)
-        text, last = _read_between(document.path, begin, end), end == document.size
-        ids = document_ids(self._tokenizer, text, begins=begin == 0, ends=last)
+        ends = end == document.size
+        with at(str(document.path)):
+            text = _read_between(document, begin, end)
+            ids = document_ids(self._tokenizer, text, begins=begin == 0, ends=ends)
         return {"tokens": np.array(ids, np.int32)}
 
     @property
@@ -110,9 +146,12 @@ class Pieces:
         return sum(document.size for document in self._documents) / self._tokenizer.bytes_per_token / len(self)
 
 
-def _read_between(path: pathlib.Path, begin: int, end: int) -> str:
-    """The characters of a UTF-8 file whose first byte is in [begin, end)."""
-    with path.open("rb") as file:
+def _read_between(document: Document, begin: int, end: int) -> str:
+    """The characters of a document whose first byte is in [begin, end)."""
+    with document.path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != document.size:
+            raise ValueError(f"changed while it was read: had {document.size} bytes, has {size}")
         file.seek(begin)
         data = file.read(end - begin + 3)  # a character has at most 3 bytes after its first
     first, last = 0, end - begin
@@ -123,4 +162,4 @@ def _read_between(path: pathlib.Path, begin: int, end: int) -> str:
     try:
         return data[first:last].decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"source: {path} changed while it was read: {error}") from None
+        raise ValueError(f"changed while it was read: {error}") from None

@@ -1,8 +1,9 @@
-"""Records of files: lines of JSON, rows of Parquet, records of ArrayRecord.
+"""Records of files: lines of JSON, rows of Parquet, records of ArrayRecord; each with its place.
 
 Next file to read: v4jax/data/checks.py.
 """
 
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -10,13 +11,9 @@ from typing import Any
 
 import grain
 
+from v4jax.data.compressed import open_data
 from v4jax.data.config import Source
-from v4jax.data.documents import found_files
-
-_SUFFIXES = {
-    "jsonl": (".jsonl", ".ndjson"), "chat": (".jsonl", ".ndjson"), "parquet": (".parquet",),
-    "arrayrecord": (".array_record", ".arrayrecord"),
-}  # fmt: skip
+from v4jax.data.files import at, find_files, nothing_found, say_once
 
 
 def record_files(source: Source) -> list[pathlib.Path]:
@@ -25,27 +22,29 @@ def record_files(source: Source) -> list[pathlib.Path]:
     Raises:
       ValueError: there is none.
     """
-    root = pathlib.Path(source.path).expanduser()
-    if root.is_file():
-        return [root]
-    suffixes = _SUFFIXES[source.format]
-    files = sorted(path for path in found_files(root, source.glob) if path.suffix in suffixes) if root.is_dir() else []
+    files = [path for _, path in find_files(source).files]
     if not files:
-        raise ValueError(f"source: {root} is no file and holds none matching {source.glob!r} with suffix {' or '.join(suffixes)}")
+        raise nothing_found(source)
     return files
 
 
 def read_records(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and place, record as a dict) of every record, in order of file and place. Records hold source.column.
+    """(file and place, record as a dict) of every record, in order; each holds source.column.
+
+    What a caller does with a record belongs into `with at(place):` (v4jax/data/files.py).
 
     Raises:
-      ValueError: a file that is not of the format, or a record without the column; names file and place.
+      ValueError: a file that is not of the format, or a record without the column; names both.
     """
     readers = {"jsonl": _lines, "chat": _lines, "parquet": _rows, "arrayrecord": _array_records}
     for path in record_files(source):
-        for place, record in readers[source.format](path, source.column):
-            if source.column and source.column not in record:
-                raise ValueError(f"{path}:{place}: has no column {source.column!r}; there are: {', '.join(sorted(record))}")
+        for place, data in readers[source.format](path, source.column):
+            with at(f"{path}:{place}"):
+                record = _object(data, place, path) if isinstance(data, bytes) else data
+                if source.column and source.column not in record:
+                    raise ValueError(
+                        f"has no column {source.column!r}; there are: {', '.join(sorted(record))}"
+                    )
             yield f"{path}:{place}", record
 
 
@@ -55,29 +54,60 @@ def read_texts(source: Source) -> Iterator[tuple[str, str]]:
     Raises:
       ValueError: as read_records does, or a column that is not text.
     """
+    empty = 0
     for place, record in read_records(source):
         text = record[source.column]
         if not isinstance(text, str):
-            raise ValueError(f"{place}: column {source.column!r} is {type(text).__name__}; must be text")
+            got = "null" if text is None else type(text).__name__
+            raise ValueError(f"{place}: column {source.column!r} is {got}; must be text")
+        empty += not text
         if text:
             yield place, text
+    if empty:
+        say_once(
+            f"source {source.label} ({source.path}): {empty} record(s) with an empty text "
+            "are left out"
+        )
 
 
-def _lines(path: pathlib.Path, _) -> Iterator[tuple[int, dict]]:
-    with path.open("rb") as file:
+def place_of(source: Source, number: int) -> str:
+    """File and place of the record of a number, counted from 0 over all files."""
+    place, _ = next(itertools.islice(read_records(source), number, None))
+    return place
+
+
+def _lines(path: pathlib.Path, _) -> Iterator[tuple[int, bytes]]:
+    with open_data(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield number, _object(path, number, line)
+                yield number, line
 
 
-def _object(path: pathlib.Path, place: int, data: bytes) -> dict:
+def _object(data: bytes, place: int, path: pathlib.Path) -> dict:
     try:
-        record = json.loads(data.decode("utf-8"))
-    except ValueError as error:  # UnicodeDecodeError is one, too
-        raise ValueError(f"{path}:{place}: not JSON: {error}") from None
+        record = json.loads(_utf8(data))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}{_hint(data, place, path)}") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{path}:{place}: got {type(record).__name__}; must be a JSON object")
+        raise ValueError(
+            f"got {type(record).__name__}; must be a JSON object{_hint(data, place, path)}"
+        )
     return record
+
+
+def _hint(data: bytes, place: int, path: pathlib.Path) -> str:
+    """How to make JSON lines of what seems to be one value over several lines, or one array."""
+    if place != 1 or not data.lstrip().startswith((b"[", b"{\n", b"{\r")):
+        return ""
+    query = ".[]" if data.lstrip().startswith(b"[") else "."
+    return f"; one object a line is read, and jq -c '{query}' {path.name} makes them"
+
+
+def _utf8(data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text: byte {error.start} of it: {error.reason}") from None
 
 
 def _rows(path: pathlib.Path, column: str) -> Iterator[tuple[int, dict]]:
@@ -85,35 +115,40 @@ def _rows(path: pathlib.Path, column: str) -> Iterator[tuple[int, dict]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"{path}: reading Parquet needs the package pyarrow; pip install 'v4jax[parquet]'") from None
+        raise ValueError(
+            f"{path}: reading Parquet needs the package pyarrow; pip install 'v4jax[parquet]'"
+        ) from None
+    place = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            wanted = [column] if column in names else names  # without the column, a row shows which there are
-            place = 0
+            wanted = (
+                [column] if column in names else names
+            )  # without the column, a row shows which there are
             for batch in file.iter_batches(columns=wanted):
-                for record in batch.to_pylist():
+                for index in range(batch.num_rows):
                     place += 1
+                    with at(f"{path}:{place}"):
+                        record = {
+                            name: batch.column(name)[index].as_py() for name in batch.schema.names
+                        }
                     yield place, record
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not a Parquet file: {' '.join(str(error).split())}") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        where = f"{path}: after row {place}" if place else f"{path}"
+        raise ValueError(f"{where}: not a Parquet file: {' '.join(str(error).split())}") from None
 
 
-def _array_records(path: pathlib.Path, column: str) -> Iterator[tuple[int, dict]]:
+def _array_records(path: pathlib.Path, column: str) -> Iterator[tuple[int, Any]]:
     try:
         records = grain.sources.ArrayRecordDataSource([str(path)])
         count = len(records)
-    except Exception as error:  # the reader raises bare Exception subclasses of its own for every fault
-        raise ValueError(f"{path}: not an ArrayRecord file: {' '.join(str(error).split())}") from None
+    except (
+        Exception
+    ) as error:  # the reader raises bare Exception subclasses of its own for every fault
+        raise ValueError(
+            f"{path}: not an ArrayRecord file: {' '.join(str(error).split())}"
+        ) from None
     for index in range(count):
-        if column:
-            yield index, _object(path, index, records[index])
-        else:
-            yield index, {"": _utf8(path, index, records[index])}
-
-
-def _utf8(path: pathlib.Path, place: int, data: bytes) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}:{place}: not UTF-8 text: {error.reason}") from None
+        with at(f"{path}:{index}"):
+            data = records[index] if column else {"": _utf8(records[index])}
+        yield index, data

@@ -12,9 +12,14 @@ import grain
 import jax
 import numpy as np
 
+from v4jax.data.identity import differences
+
 Batch = dict[str, np.ndarray]
 """tokens int32 [B,S], and segment_ids int32 [B,S]: 1, 2, ... per document of the row, 0 where a row is padded. Of
 conversations also loss_mask int32 [B,S]: 1 on the tokens to be learned."""
+
+_LISTS = ("files", "evaluate_on")
+"""Settings that grow with the number of files."""
 
 _BINS = 16
 """Rows that best-fit packing fills at a time, for each row of the batch."""
@@ -59,12 +64,8 @@ class _StackedRowsIterator(grain.DatasetIterator):
         return {"settings": self._settings, "rows": rows}
 
     def set_state(self, state: dict) -> None:
-        for name, value in self._settings.items():
-            was = state["settings"].get(name)
-            if was != value:
-                raise ValueError(
-                    f"data position: was saved with {name} {was}, this run has {value}; only the same can go on"
-                )
+        for difference in differences(state["settings"], self._settings):
+            raise ValueError(f"data position: {difference}; only the same can go on")
         for number, row in zip(self._numbers, self._parents, strict=True):
             if str(number) not in state["rows"]:
                 raise ValueError(f"data position: has no row {number}; a file of the checkpoint is missing")
@@ -79,7 +80,11 @@ class _StackedRowsIterator(grain.DatasetIterator):
 
     async def save(self, directory) -> Awaitable[None]:
         """Writes this process's rows, as they are now, to a file of its own; in the background."""
-        name, text = f"process_{jax.process_index()}.json", json.dumps(self.get_state())
+        state = self.get_state()
+        if jax.process_index():  # the first process's file is the one that is compared
+            settings = state["settings"].items()
+            state["settings"] = {name: value for name, value in settings if name not in _LISTS}
+        name, text = f"process_{jax.process_index()}.json", json.dumps(state)
 
         async def write():
             (await directory.await_creation() / name).write_text(text)

@@ -9,13 +9,11 @@ Axes: D conversations.
 Next file to read: v4jax/data/pieces.py.
 """
 
-import itertools
-
 import numpy as np
 
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.documents import held_out_of
-from v4jax.data.records import read_records
+from v4jax.data.records import place_of
 from v4jax.data.store import TokenStore
 
 
@@ -67,9 +65,8 @@ def _left_out(
     long_D = learnable_D & (sizes_D > seq_len)
     if cfg.chat.too_long == "error" and long_D.any():
         longest = int(np.argmax(np.where(long_D, sizes_D, 0)))
-        place, _ = next(itertools.islice(read_records(source), longest, None))
         raise ValueError(
-            f"{place}: conversation {longest} of {source.path} (counted from 0) has "
+            f"{place_of(source, longest)}: conversation {longest} of {source.path} (counted from 0) has "
             f"{sizes_D[longest]} tokens, a row {seq_len}; "
             "raise seq_len, or set too_long to drop or cut"
         )

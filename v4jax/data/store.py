@@ -2,7 +2,7 @@
 
 Axes: N tokens of all documents, D documents.
 
-Next file to read: v4jax/data/selection.py.
+Next file to read: v4jax/data/identity.py.
 """
 
 import contextlib
@@ -24,11 +24,17 @@ from v4jax.chat.tokens import CHAT_TOKENS, FIM_BEGIN, FIM_END, FIM_HOLE, FIM_TOK
 from v4jax.checkpoint.intact import SUMS_FILE, damage, write_sums
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.conversations import conversation_tokens
-from v4jax.data.documents import read_documents, unit_hash
-from v4jax.data.records import read_records, read_texts, record_files
+from v4jax.data.documents import Document, name_hash, read_documents, unit_hash
+from v4jax.data.files import at, find_files
+from v4jax.data.identity import file_marks
+from v4jax.data.records import read_records, read_texts
+from v4jax.storage import local_path
 from v4jax.tokenizer import Tokenizer, document_ids, require_tokens, without_marks
 
 _VERSION = 2
+_SOURCES = "sources.json"
+"""In a cache: the files that it was made of (v4jax/data/identity.py). Older caches have none."""
+
 _FILES = {"tokens": "<i4", "learned": "u1", "ends": "<i8", "hashes": "<f8"}
 
 
@@ -49,8 +55,9 @@ class TokenStore(NamedTuple):
 def open_store(cfg: DataConfig, source: Source, tokenizer: Tokenizer) -> TokenStore:
     """The source's tokens, from cfg.cache if they are there and intact, else made now (and put there).
 
-    A cache goes by everything its tokens depend on: names, sizes and times of the files, tokenizer, settings. One that
-    is damaged is put aside with a line on stderr and made again; a cache is complete or is not there.
+    A cache goes by everything its tokens depend on: names, sizes and times of the files, tokenizer,
+    settings. One that is damaged, or whose files hold something else at the same size and time, is
+    put aside with a line on stderr and made again; a cache is complete or is not there.
 
     Raises:
       ValueError: anything wrong with the source, or a tokenizer without the special tokens that are needed.
@@ -62,9 +69,9 @@ def open_store(cfg: DataConfig, source: Source, tokenizer: Tokenizer) -> TokenSt
     key = _key(cfg, source, tokenizer)
     if not cfg.cache:
         return _in_memory(dataclasses.replace(cfg, cache=""), source, tokenizer, key)
-    folder = pathlib.Path(cfg.cache).expanduser() / f"{source.label}-{key}"
+    folder = local_path(cfg.cache, "cache") / f"{source.label}-{key}"
     if folder.is_dir():
-        fault = damage(folder) if (folder / SUMS_FILE).is_file() else f"{SUMS_FILE} is missing"
+        fault = _fault(folder, source)
         if fault is None:
             return _mapped(folder)
         _put_aside(folder, fault)
@@ -80,7 +87,8 @@ def prepare_cache(cfg: DataConfig, tokenizer: Tokenizer) -> None:
 
 def _key(cfg: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
     """Changes with everything that the tokens depend on."""
-    files = [document.path for document in read_documents(source)] if source.format == "text" else record_files(source)
+    found = find_files(source).files
+    files = [path for _, path in (sorted(found) if source.format == "text" else found)]
     states = [(path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     about = [_VERSION, source.format, source.column, tokenizer.fingerprint, list(zip(map(str, files), states, strict=True))]
     if source.format == "chat":
@@ -103,6 +111,7 @@ def _in_memory(cfg: DataConfig, source: Source, tokenizer: Tokenizer, key: str) 
 
 def _write(folder: pathlib.Path, cfg: DataConfig, source: Source, tokenizer: Tokenizer) -> None:
     """Makes the cache beside its place, then moves it there. Of processes that do so at once, one is first; the rest are equal."""
+    marks = file_marks(source)
     work = folder.with_name(f".{folder.name}.{os.getpid()}")
     work.mkdir(parents=True, exist_ok=True)
     try:
@@ -110,6 +119,7 @@ def _write(folder: pathlib.Path, cfg: DataConfig, source: Source, tokenizer: Tok
             files = {name: stack.enter_context((work / name).open("wb")) for name in _FILES}
             fingerprint = _fill(files, cfg, source, tokenizer)
         (work / "fingerprint").write_text(fingerprint)
+        (work / _SOURCES).write_text(json.dumps(marks))
         write_sums(work)
         try:
             work.rename(folder)
@@ -140,20 +150,28 @@ def _tokenised(cfg: DataConfig, source: Source, tokenizer: Tokenizer) -> Iterato
     equal records fall on one side of the split."""
     if source.format == "chat":
         for place, record in read_records(source):
-            try:
-                yield *conversation_tokens(record, source.column, cfg.chat, tokenizer), unit_hash(json.dumps(record))
-            except ValueError as error:
-                raise ValueError(f"{place}: {error}") from None
+            with at(place):
+                tokens = conversation_tokens(record, source.column, cfg.chat, tokenizer)
+                made = *tokens, unit_hash(json.dumps(record))
+            yield made
         return
+    for index, (place, text, document) in enumerate(_texts(source)):
+        with at(place):
+            place_in_split = unit_hash(text) if document is None else name_hash(document)
+            # Before the text is cut for fill-in-middle, which would move a bos into the middle.
+            text = _maybe_fim(cfg, index, without_marks(tokenizer, text))
+            ids = np.array(document_ids(tokenizer, text), np.int32)
+        yield ids, np.ones(len(ids), np.uint8), place_in_split
+
+
+def _texts(source: Source) -> Iterator[tuple[str, str, Document | None]]:
+    """(place, text, file if it is one whole file) of each document."""
     if source.format == "text":
-        named = ((document.name, document.path.read_bytes().decode("utf-8")) for document in read_documents(source))
+        for document in read_documents(source):
+            yield str(document.path), document.text(), document
     else:
-        named = ((text, text) for _, text in read_texts(source))
-    for index, (name, text) in enumerate(named):
-        # Before the text is cut for fill-in-middle, which would move a bos into the middle.
-        text = _maybe_fim(cfg, index, without_marks(tokenizer, text))
-        ids = document_ids(tokenizer, text)
-        yield np.array(ids, np.int32), np.ones(len(ids), np.uint8), unit_hash(name)
+        for place, text in read_texts(source):
+            yield place, text, None
 
 
 def _maybe_fim(cfg: DataConfig, index: int, text: str) -> str:
@@ -176,8 +194,24 @@ def _mapped(folder: pathlib.Path) -> TokenStore:
     return TokenStore(**arrays, fingerprint=(folder / "fingerprint").read_text())
 
 
+def _fault(folder: pathlib.Path, source: Source) -> str | None:
+    """Why a cache is not used, in words."""
+    if not (folder / SUMS_FILE).is_file():
+        return f"damaged ({SUMS_FILE} is missing)"
+    wrong = damage(folder)
+    if wrong is not None:
+        return f"damaged ({wrong})"
+    made_of = folder / _SOURCES
+    if not made_of.is_file():
+        return None
+    if json.loads(made_of.read_text())["digest"] == file_marks(source)["digest"]:
+        return None
+    return f"out of date (files of {source.path} hold something else at the same size and time)"
+
+
 def _put_aside(folder: pathlib.Path, fault: str) -> None:
     aside = folder.with_name(folder.name + ".damaged")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
-    print(f"v4jax: token cache {folder} is damaged ({fault}); put aside as {aside.name}, made again", file=sys.stderr)
+    said = f"token cache {folder} is {fault}; put aside as {aside.name}, made again"
+    print(f"v4jax: {said}", file=sys.stderr)

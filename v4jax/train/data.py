@@ -20,6 +20,7 @@ import grain
 import numpy as np
 
 from v4jax.data.config import DataConfig, Source
+from v4jax.data.identity import settings_of
 from v4jax.data.mixture import Joined, shuffled
 from v4jax.data.pieces import open_pieces
 from v4jax.data.rows import Batch, StackedRows, packed, stack
@@ -50,17 +51,9 @@ def train_batches(
     parts, marks = zip(*(open_pieces(cfg, source, tokenizer, seq_len, "train") for source in cfg.sources), strict=True)
     weights, names = [source.weight for source in cfg.sources], [source.label for source in cfg.sources]
     pieces = shuffled(parts, weights, names, cfg.seed)
-    settings = {
-        "documents": " ".join(marks),
-        "tokenizer": f"{type(tokenizer).__name__} of {tokenizer.vocab_size}",
-        "seed": cfg.seed,
-        "seq_len": seq_len,
-        "batch_size": batch_size,
-    }
-    if cfg.packing != "split":
-        settings["packing"] = cfg.packing
-    if cfg.mixture:
-        settings["weights"] = weights
+    settings = settings_of(cfg, tokenizer, seq_len, batch_size)
+    settings["documents"] = " ".join(mark.documents for mark in marks)
+    settings["content"] = " ".join(mark.content for mark in marks)
     streams = [packed(pieces[row::batch_size], seq_len, cfg.packing, cfg.masked) for row in rows]
     return iter(StackedRows(streams, rows, settings))
 

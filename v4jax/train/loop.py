@@ -29,6 +29,7 @@ from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax.checkpoint.export import carried_files, kinds_for, save_safetensors
 from v4jax.checkpoint.store import Store, check_config, is_run, write_config
 from v4jax.data.config import tokenizer_of
+from v4jax.data.files import tell_left_out
 from v4jax.data.store import prepare_cache
 from v4jax.generation_config import disagreement
 from v4jax.model.weights import Csa
@@ -40,7 +41,7 @@ from v4jax.train.data import train_batches, unigram_loss
 from v4jax.train.finite import not_finite
 from v4jax.train.loss import loss_and_routing, targets
 from v4jax.train.report import Reporter, Silent, plot_losses, require_plots
-from v4jax.train.resume import check_source, fresh, go_back, items_of, start
+from v4jax.train.resume import check_data, check_source, fresh, go_back, items_of, start
 from v4jax.train.stability import Record, remember, spike
 from v4jax.train.stages import Batches, at_stage, number_at, stage_at, starts, steps_left
 from v4jax.train.step import Steps, batch_sharding, check_batch, compile_step, state_shardings
@@ -76,6 +77,8 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     tokenizer = tokenizer_of(cfg.data)
     if is_first() and (said := disagreement(cfg.model, tokenizer)):
         logging.getLogger("v4jax").warning("%s", said)
+    check_data(cfg, tokenizer)
+    tell_left_out(cfg.data)
     with jax.set_mesh(mesh):
         shardings = state_shardings(cfg, rules, mesh)
         place = batch_sharding(rules, mesh)
@@ -95,6 +98,8 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         with Store(run, cfg.keep, cfg.keep_every, cfg.keep_best, writes=True) as store:
             begin = start(cfg, rules, shardings, store, data, unsaved)
             with _reporter(run, cfg, begin.step, begin.record) as report:
+                if begin.changed:
+                    report.event(begin.step, "data changed", changed=begin.changed)
                 put = functools.partial(_put, place, rows, cfg.batch_size)
                 state, last = _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store, report)
         if last < cfg.steps:
@@ -175,7 +180,7 @@ def _reporter(run: pathlib.Path, cfg: TrainConfig, first: int, record: Record) -
 
 def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store, report):
     """(state, step it stands at): trains from `begin` (see resume.start) to the last step, or until the job is asked to end."""
-    state, step, record, ahead = begin
+    state, step, record, ahead, _ = begin
     first, stop, stage, place = step, False, None, batch_sharding(rules, mesh)
     with stop_requests() as asked_to_stop:
         for turn in itertools.count(first + 1):  # goes on where a rollback sets `step` back: processes agree on a turn to end at
@@ -207,7 +212,7 @@ def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store
                 if why is not None:
                     at, before, drawn = step, record, record.batch(step) + len(feed)
                     feed.drop()
-                    state, step, record, _ = go_back(cfg, shardings, store, state, before, at, drawn, why)
+                    state, step, record, *_ = go_back(cfg, shardings, store, state, before, at, drawn, why)
                     report.rollback(step, record, at, why, trace=(*before.losses, seen[0]))
                     continue
                 record = remember(cfg.stability, record, *seen)

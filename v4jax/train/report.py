@@ -142,6 +142,11 @@ class Reporter:
         first, last = record.skipped[-1]
         self._show(step, f"rollback {record.rollbacks}: step {at}: {why}; batches {first} to {last} skipped")
 
+    def event(self, step: int, name: str, **said: Any) -> None:
+        """Something that happened to the run before the step after `step`."""
+        self._file.write(json.dumps({"step": step, "event": name} | said) + "\n")
+        self._file.flush()
+
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         self._file.write(json_text({"step": step, **metrics}) + "\n")
         self._file.flush()
@@ -185,6 +190,9 @@ class Silent:
         pass
 
     def rollback(self, step: int, record: Record, at: int, why: str, trace: Sequence[float]) -> None:
+        pass
+
+    def event(self, step: int, name: str, **said: Any) -> None:
         pass
 
 

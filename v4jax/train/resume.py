@@ -6,6 +6,7 @@ Next file to read: v4jax/train/loop.py.
 import dataclasses
 import functools
 import logging
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -16,22 +17,45 @@ from sharding.processes import anywhere
 from sharding.rules import AxisRules
 from v4jax.api import load_onto
 from v4jax.checkpoint.note import Note
-from v4jax.checkpoint.store import ABANDONED, DAMAGED, Store, check_same_arrays
+from v4jax.checkpoint.store import ABANDONED, CHECKPOINTS, DAMAGED, Store, check_same_arrays
 from v4jax.config import ModelConfig
+from v4jax.data.config import tokenizer_of
+from v4jax.data.files import say_once
+from v4jax.data.identity import differences, evaluation_differences, saved_settings, settings_of
+from v4jax.storage import local_path
+from v4jax.tokenizer import Tokenizer, token_table
 from v4jax.train.anticipate import ahead_placed
 from v4jax.train.config import TrainConfig
 from v4jax.train.finite import not_finite
 from v4jax.train.stability import Record, TrainingFailed, gone_back
+from v4jax.train.stages import stream_view
 from v4jax.train.step import TrainState, init_state, state_from
 
 
 class Begin(NamedTuple):
-    """The state, how many steps it has done, what is remembered, and batches that were drawn ahead (anticipate.Feed.items)."""
+    """The state, how many steps it has done, what is remembered, batches that were drawn ahead
+    (anticipate.Feed.items), and what of the data is not as it was, in words."""
 
     state: TrainState
     step: int
     record: Record
     ahead: dict[str, Any]
+    changed: tuple[str, ...] = ()
+
+
+def check_data(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Refuses to go on with other data than the newest checkpoint's, before long work or writing.
+
+    Raises:
+      ValueError: names the first setting or file that differs.
+    """
+    folder = local_path(cfg.run_dir, "run_dir") / CHECKPOINTS
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+    newest = max(steps, default=0)
+    saved = saved_settings(folder / str(newest) / "data")
+    if saved is not None:
+        view = stream_view(cfg, newest - 1)
+        _changes(cfg, saved, settings_of(view.data, tokenizer, view.seq_len, view.batch_size))
 
 
 def start(
@@ -52,11 +76,60 @@ def start(
     store.put_aside_after(step, DAMAGED)
     if step > cfg.steps:
         raise ValueError(f"steps: got {cfg.steps}; {cfg.run_dir} has already done {step}")
-    data.at(step - 1).check(store.path(step) / "data")
+    saved = saved_settings(store.path(step) / "data") or {}
+    moved, changed = _changes(cfg, saved, data.at(step - 1).settings)
+    moved = anywhere(moved)
+    _say_on_resume(store.path(step), saved, moved, changed)
+    if moved:
+        return _load(cfg, shardings, store, step, {})._replace(changed=changed)
     ahead, path = {}, store.path(step) / "ahead"
     if anywhere(path.is_dir()):
         ahead = {"ahead": ahead_placed(ocp.metadata(store.path(step), "ahead").metadata, rules, shardings.step.mesh)}
-    return _load(cfg, shardings, store, step, {"data": data} | ahead)
+    return _load(cfg, shardings, store, step, {"data": data} | ahead)._replace(changed=changed)
+
+
+def _changes(
+    cfg: TrainConfig, saved: dict[str, Any], ours: dict[str, Any]
+) -> tuple[bool, tuple[str, ...]]:
+    """(whether the position in the data has lost its meaning, what differs in words).
+
+    Raises:
+      ValueError: something differs, and not cfg.data.allow_change.
+    """
+    trained = differences(saved, ours)
+    evaluated = evaluation_differences(saved, ours)
+    if trained and not cfg.data.allow_change:
+        raise ValueError(
+            f"data position: {trained[0]}; only the same can go on "
+            "(--data.allow-change: from a fresh position)"
+        )
+    if evaluated and not cfg.data.allow_change:
+        raise ValueError(
+            f"{evaluated[0]}; its loss cannot be compared any more: "
+            "give it another name (or --data.allow-change)"
+        )
+    return bool(trained), tuple(map(str, trained + evaluated))
+
+
+def _say_on_resume(
+    path: pathlib.Path, saved: dict[str, Any], moved: bool, changed: tuple[str, ...]
+) -> None:
+    """Says on stderr that data changed, or what of an older checkpoint shows whether they did."""
+    if "files" not in saved:
+        say_once(
+            f"{path} is of an older v4jax: whether data and tokenizer are the same is checked by "
+            f"{', '.join(saved) or 'nothing'} alone"
+        )
+    if not changed:
+        return
+    where = "where it was"
+    if moved:
+        where = (
+            "from a fresh position in the data; documents that were trained on may be held out "
+            "now, and the other way round"
+        )
+    more = f" (and {len(changed) - 1} other difference(s))" if len(changed) > 1 else ""
+    say_once(f"data changed: {path} {changed[0]}{more}; allow_change: going on {where}")
 
 
 def items_of(state: TrainState, record: Record) -> dict[str, Any]:
@@ -126,12 +199,24 @@ def fresh(cfg: TrainConfig, shardings) -> TrainState:
 
 
 def check_source(cfg: TrainConfig) -> None:
-    """Refuses weights of another model to start from (names the first field that differs)."""
+    """Refuses to start from weights of another model or of other tokens; names what differs."""
     found = ModelConfig.from_json(cfg.init_from)
     if name := cfg.model.difference(found):
         theirs, ours = found.to_dict().get(name), cfg.model.to_dict().get(name)
         head = f"init_from: {cfg.init_from} is another model"
         raise ValueError(f"{head}: {name} is {theirs} there, {ours} here")
+    path = local_path(cfg.init_from, "init_from") / "tokenizer.json"
+    if not path.is_file() or cfg.data.allow_change:
+        return
+    theirs = token_table(path.read_text(encoding="utf-8"))
+    mine = token_table(tokenizer_of(cfg.data).json_text)
+    for token in sorted(theirs.keys() & mine.keys()):
+        if theirs[token] != mine[token]:
+            raise ValueError(
+                f"init_from: {cfg.init_from} has another tokenizer: id {token} is "
+                f"{theirs[token]!r} there, {mine[token]!r} here "
+                "(--data.allow-change goes on all the same)"
+            )
 
 
 def _from_weights(cfg: TrainConfig, shardings) -> TrainState:

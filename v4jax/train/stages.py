@@ -11,9 +11,7 @@ Next file to read: v4jax/train/config.py.
 """
 
 import dataclasses
-import json
 import math
-import pathlib
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -84,6 +82,13 @@ def at_stage(cfg, record, done: int):
     return dataclasses.replace(record, losses=(), grad_norms=()) if done in starts(cfg)[1:] else record
 
 
+def stream_view(cfg, done: int):
+    """`stage_at`, with the seed of the stream that the step after `done` steps reads."""
+    view = stage_at(cfg, done)
+    seed = (view.data.seed + stream_at(cfg, done)) % 2**32
+    return dataclasses.replace(view, data=dataclasses.replace(view.data, seed=seed))
+
+
 class Batches:
     """The batches of a run, stage by stage. Orbax saves and loads every stream read so far; `at` says which one is in use.
 
@@ -100,18 +105,13 @@ class Batches:
         """Turns to the stream of the step after `done` steps; one that was read before goes on where it stopped."""
         self._now = stream_at(self._cfg, done)
         if self._now not in self._streams:
-            view = stage_at(self._cfg, done)
-            data = dataclasses.replace(view.data, seed=(view.data.seed + self._now) % 2**32)
-            self._streams[self._now] = self._read(dataclasses.replace(view, data=data))
+            self._streams[self._now] = self._read(stream_view(self._cfg, done))
         return self
 
-    def check(self, directory: pathlib.Path) -> None:
-        """Raises ValueError if the position saved in `directory` is of another stream than the one in use."""
-        for path in sorted(directory.glob("*.json"))[:1]:
-            saved, ours = json.loads(path.read_text())["settings"], self._streams[self._now].get_state()["settings"]
-            for name, value in ours.items():
-                if saved.get(name) != value:
-                    raise ValueError(f"data position: was saved with {name} {saved.get(name)}, this run has {value}; only the same can go on")
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the stream in use depends on (v4jax/data/identity.py)."""
+        return self._streams[self._now].get_state()["settings"]
 
     def __next__(self):
         return next(self._streams[self._now])

@@ -1,0 +1,242 @@
+"""Claims about which files of a source are read, what is said of others, and places in errors."""
+
+import gzip
+import json
+import os
+import sys
+
+import pytest
+
+from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS
+from v4jax.data.config import DataConfig, Source
+from v4jax.data.documents import read_documents, split_documents
+from v4jax.data.files import find_files, left_out_line, tell_left_out
+from v4jax.data.records import read_texts
+from v4jax.data.store import open_store
+from v4jax.tokenizer import ByteTokenizer
+from v4jax.train.data import held_out_sets, train_batches
+
+CHAT = ByteTokenizer(CHAT_TOKENS + FIM_TOKENS)
+SIZES = dict(seq_len=32, batch_size=2, vocab_size=CHAT.vocab_size)
+
+
+def zstd(data: bytes) -> bytes:
+    return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
+
+
+def lines(*texts) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def names(source: Source) -> list[str]:
+    return [name for name, _ in find_files(source).files]
+
+
+def texts(source: Source) -> list[str]:
+    return [text for _, text in read_texts(source)]
+
+
+def source(path, form="jsonl", **more) -> Source:
+    return Source(path=str(path), format=form, **more)
+
+
+# ---- links ---------------------------------------------------------------------------------------
+
+
+def test_links_to_folders_are_followed_and_each_real_folder_is_read_once(tmp_path):
+    root, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    (root / "real").mkdir(parents=True)
+    (elsewhere / "deep").mkdir(parents=True)
+    (root / "real" / "1.txt").write_text("one")
+    (elsewhere / "deep" / "2.txt").write_text("two")
+    (root / "linked").symlink_to(elsewhere)
+    (root / "again").symlink_to(elsewhere)
+    (root / "a").symlink_to(root / "real")  # sorts before the folder it shows
+    (root / "real" / "cycle").symlink_to(root)
+    (elsewhere / "up").symlink_to(tmp_path)
+    assert names(source(root, "text")) == ["again/deep/2.txt", "real/1.txt"]
+    assert "again/up/ (a link to a folder around the source)" in left_out_line(source(root, "text"))
+
+
+def test_a_folder_is_read_under_the_name_that_glob_wants(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "1.txt").write_text("one")
+    (tmp_path / "link").symlink_to("real")
+    assert names(source(tmp_path, "text", glob="link/*.txt")) == ["link/1.txt"]
+    assert (
+        names(source(tmp_path, "text", glob="**/1.txt"))
+        == names(source(tmp_path, "text", glob="*/*"))
+        == ["real/1.txt"]
+    )
+    assert names(source(tmp_path, "text", glob="re[a-z]l/**")) == ["real/1.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="nothing is closed to root")
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(ValueError, match="closed cannot be listed: Permission denied"):
+        find_files(source(tmp_path, "text"))
+
+
+# ---- what is left out ----------------------------------------------------------------------------
+
+
+def test_what_is_left_out_is_named_and_counted(tmp_path):
+    (tmp_path / "1.jsonl").write_bytes(lines("a", "b"))
+    (tmp_path / "notes.md").write_text("x")
+    (tmp_path / "no-suffix").write_text("x")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "gone.jsonl").symlink_to("nothing")
+    (tmp_path / "itself.jsonl").symlink_to("itself.jsonl")
+    (tmp_path / "nothing.jsonl.gz").write_bytes(gzip.compress(b""))
+    assert find_files(source(tmp_path)).left_out == [
+        ("gone.jsonl", "a link to nothing"),
+        ("itself.jsonl", "a link to nothing"),
+        ("no-suffix", "no suffix"),
+        ("notes.md", "suffix '.md'"),
+        ("empty.jsonl", "empty"),
+        ("nothing.jsonl.gz", "empty"),
+        (".git/", "dot name"),
+    ]
+    assert left_out_line(source(tmp_path, name="s")) == (
+        f"source s ({tmp_path}): 1 file(s) are read; 7 left out: gone.jsonl (a link to nothing), "
+        "itself.jsonl (a link to nothing), no-suffix (no suffix) and 4 more"
+    )
+    assert left_out_line(source(tmp_path, name="s", glob="1*")).endswith(
+        "1 left out: .git/ (dot name); 6 excluded by glob='1*'"
+    )
+
+
+def test_it_is_said_once_a_source_on_stderr(tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jsonl").write_bytes(lines("x", "y"))
+        (tmp_path / name / "2.md").write_text("x")
+    cfg = DataConfig(mixture=(source(tmp_path / "a"),), evaluate_on=(source(tmp_path / "b"),))
+    tell_left_out(cfg)
+    tell_left_out(cfg)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" (")[0] for line in said] == ["v4jax: source a", "v4jax: source b"]
+    assert all("2.md (suffix '.md')" in line for line in said)
+    (tmp_path / "a" / "2.md").unlink()
+    assert left_out_line(cfg.sources[0]) is None
+
+
+def test_records_without_text_are_counted(tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_bytes(lines("a", "", "b", ""))
+    assert texts(source(tmp_path / "x.jsonl")) == ["a", "b"]
+    assert "2 record(s) with an empty text are left out" in capsys.readouterr().err
+
+
+def test_json_is_read_if_it_is_json_lines_and_else_left_out_with_a_reason(tmp_path):
+    (tmp_path / "1.jsonl").write_bytes(lines("a"))
+    (tmp_path / "2.json").write_bytes(b"\n" + lines("b", "c"))
+    (tmp_path / "array.json").write_text(json.dumps([{"text": "d"}]))
+    (tmp_path / "info.json").write_text('{"rows": 3}\n')
+    (tmp_path / "wide.json").write_text(json.dumps({"text": "e"}, indent=1))
+    assert texts(source(tmp_path)) == ["a", "b", "c"]
+    assert find_files(source(tmp_path)).left_out == [
+        ("array.json", "a JSON array, not JSON lines: jq -c '.[]' array.json makes them"),
+        ("info.json", "its first line has no 'text'"), ("wide.json", "not JSON lines"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value, query", [([{"text": "d"}], ".[]"), ({"text": "d"}, ".")])
+def test_a_file_of_one_json_value_is_refused_with_a_way_out(tmp_path, value, query):
+    (tmp_path / "x.json").write_text(json.dumps(value, indent=1))
+    with pytest.raises(
+        ValueError, match="x.json:1: not JSON: .*; one object a line is read, and jq -c"
+    ) as caught:
+        texts(source(tmp_path / "x.json"))
+    assert f"jq -c '{query}' x.json" in str(caught.value)
+
+
+def test_a_folder_without_a_file_to_read_says_what_is_there(tmp_path):
+    (tmp_path / "x.csv").write_text("a")
+    with pytest.raises(
+        ValueError,
+        match=r"holds none matching .* suffix .jsonl or .ndjson or .json .*x.csv \(suffix '.csv'\)",
+    ):
+        texts(source(tmp_path))
+
+
+def test_numbered_parts_of_array_records_are_read(tmp_path):
+    (tmp_path / "train.array_record-00000-of-00002").write_text("x")
+    assert names(source(tmp_path, "arrayrecord")) == ["train.array_record-00000-of-00002"]
+
+
+# ---- compressed files ----------------------------------------------------------------------------
+
+
+def test_compressed_lines_are_read_beside_others(tmp_path):
+    (tmp_path / "1.jsonl").write_bytes(lines("a"))
+    (tmp_path / "2.jsonl.gz").write_bytes(gzip.compress(lines("b")) + gzip.compress(lines("c")))
+    (tmp_path / "3.ndjson.zst").write_bytes(zstd(lines("d")) + zstd(lines("e")))
+    (tmp_path / "4.JSON.GZ").write_bytes(gzip.compress(lines("f")))
+    assert texts(source(tmp_path)) == list("abcdef")
+    assert texts(source(tmp_path / "3.ndjson.zst")) == ["d", "e"]
+
+
+def test_compressed_text_is_the_same_text_on_the_same_side(tmp_path):
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "packed").mkdir()
+    for i in range(20):
+        text = f"text {i} é".encode()
+        (tmp_path / "plain" / f"{i}.txt").write_bytes(text)
+        data, suffix = (gzip.compress(text), ".gz") if i % 2 else (zstd(text), ".zst")
+        (tmp_path / "packed" / f"{i}.txt{suffix}").write_bytes(data)
+    sides = []
+    for name in ("plain", "packed"):
+        cfg = DataConfig(source=str(tmp_path / name), held_out=0.3)
+        documents = read_documents(cfg.sources[0])
+        assert all(document.size == len(document.text().encode()) for document in documents)
+        sides.append(
+            [{document.text() for document in side} for side in split_documents(cfg, documents)]
+        )
+        batches = held_out_sets(cfg, CHAT, **SIZES)["held_out"]
+        assert sum(
+            (batch["tokens"][batch["segment_ids"] > 0] == 1).sum() for batch in batches
+        ) == len(sides[-1][1])
+        assert next(train_batches(cfg, CHAT, **SIZES))
+    assert sides[0] == sides[1]
+
+
+@pytest.mark.parametrize("suffix, pack", [(".gz", gzip.compress), (".zst", zstd)])
+@pytest.mark.parametrize("form", ["jsonl", "text"])
+def test_a_compressed_file_cut_short_or_damaged_is_named(tmp_path, suffix, pack, form):
+    whole = pack(lines(*(str(i) * 50 for i in range(3000))))
+    path = tmp_path / f"x.jsonl{suffix}"
+    (tmp_path / "y.jsonl").write_bytes(lines("a"))
+    for data in (
+        whole[:-9],
+        whole[: len(whole) // 2],
+        whole + b"junk",
+        whole[:9] + b"\xff" * 9 + whole[18:],
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=rf"x\.jsonl{suffix}: cannot be read: "):
+            open_store(DataConfig(source=str(tmp_path), format=form), source(tmp_path, form), CHAT)
+
+
+def test_a_file_beside_its_compressed_copy_is_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(lines("a"))
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(lines("a")))
+    for form in ("jsonl", "text"):
+        with pytest.raises(
+            ValueError, match="holds both x.jsonl and x.jsonl.gz; remove one, or narrow glob"
+        ):
+            find_files(source(tmp_path, form))
+
+
+def test_without_its_package_zst_is_one_line_before_anything_is_read(tmp_path, monkeypatch):
+    (tmp_path / "1.jsonl").write_bytes(b"no JSON, but that is not what comes first")
+    (tmp_path / "2.jsonl.zst").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "compression", None)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    for path in (tmp_path, tmp_path / "2.jsonl.zst"):
+        with pytest.raises(
+            ValueError,
+            match=r"2.jsonl.zst: .* needs the package zstandard; pip install 'v4jax\[zstd\]'",
+        ):
+            texts(source(path))

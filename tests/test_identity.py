@@ -1,0 +1,274 @@
+"""Claims about going on with the same data: what is noted, what is refused, what is allowed."""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+
+import pytest
+
+from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS
+from v4jax.data import identity
+from v4jax.data.config import DataConfig, Source
+from v4jax.data.identity import differences, evaluation_differences, settings_of
+from v4jax.data.store import open_store
+from v4jax.tokenizer import EOS_TOKEN, ByteTokenizer, HuggingFaceTokenizer
+from v4jax.train.data import train_batches
+
+BYTES, CHAT = ByteTokenizer(), ByteTokenizer(CHAT_TOKENS + FIM_TOKENS)
+SIZES = dict(seq_len=32, batch_size=2, vocab_size=400)
+OLD = ("documents", "tokenizer", "seed", "seq_len", "batch_size")
+"""The settings of checkpoints from before files were noted."""
+
+
+def through_json(value):
+    return json.loads(json.dumps(value))
+
+
+def settings(cfg, tokenizer=BYTES, seq_len=32, batch_size=2):
+    return through_json(settings_of(cfg, tokenizer, seq_len, batch_size))
+
+
+def state_of(cfg, tokenizer=BYTES):
+    return through_json(train_batches(cfg, tokenizer, **SIZES).get_state())
+
+
+def edit(path: pathlib.Path, old: bytes, new: bytes) -> None:
+    """Changes a file at equal size and time."""
+    before = path.stat()
+    data = path.read_bytes()
+    assert old in data and len(old) == len(new)
+    path.write_bytes(data.replace(old, new, 1))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "text").mkdir()
+    for i in range(6):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"document {i}: the cat sat on the mat")
+    return tmp_path / "text"
+
+
+@pytest.fixture
+def records(tmp_path):
+    (tmp_path / "r").mkdir()
+    for name in "ab":
+        texts = [{"text": f"{name}{i} the cat sat", "more": "x"} for i in range(9)]
+        (tmp_path / "r" / f"{name}.jsonl").write_text(
+            "".join(json.dumps(text) + "\n" for text in texts)
+        )
+    return tmp_path / "r"
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, name, values",
+    [
+        (dict(packing="best_fit"), "packing", "split, this run has best_fit"),
+        (dict(fim_rate=0.5), "fim_rate", "0.0, this run has 0.5"),
+        (dict(held_out=0.4), "held_out", "0.2, this run has 0.4"),
+        (dict(seed=1), "seed", "0, this run has 1"),
+        (dict(column="more"), "columns", r"\['text'\], this run has \['more'\]"),
+        (dict(glob="a*"), "r/b.jsonl", r"\d+ bytes \w+, this run has no such file"),
+    ],
+)
+def test_another_setting_is_refused_by_its_name_with_both_values_either_way(
+    records, change, name, values
+):
+    cfg = DataConfig(source=str(records), format="jsonl", held_out=0.2)
+    other = dataclasses.replace(cfg, **change)
+    ours, theirs = train_batches(cfg, CHAT, **SIZES), train_batches(other, CHAT, **SIZES)
+    with pytest.raises(
+        ValueError, match=f"^data position: was saved with {name} {values}; only the same can go on"
+    ):
+        theirs.set_state(through_json(ours.get_state()))
+    with pytest.raises(ValueError, match=f"^data position: was saved with {name} "):
+        ours.set_state(through_json(theirs.get_state()))
+
+
+def test_chat_settings_matter_where_there_are_conversations(tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    cfg = DataConfig(source=str(tmp_path), format="chat", column="messages", packing="best_fit")
+    last = dataclasses.replace(cfg, chat=dataclasses.replace(cfg.chat, train_on="last"))
+    (found,) = differences(settings(cfg), settings(last))
+    assert str(found) == "was saved with chat.train_on all, this run has last"
+    lines = [dataclasses.replace(one, format="jsonl") for one in (cfg, last)]
+    assert differences(*map(settings, lines)) == []
+
+
+def test_more_or_fewer_sources_are_a_difference(records):
+    one, two = (
+        Source(path=str(records / "a.jsonl"), format="jsonl"),
+        Source(path=str(records / "b.jsonl"), format="jsonl"),
+    )
+    found = differences(
+        settings(DataConfig(mixture=(one,))), settings(DataConfig(mixture=(one, two)))
+    )
+    assert str(found[0]) == "was saved with weights [1.0], this run has [1.0, 1.0]"
+
+
+def test_another_tokenizer_of_the_same_size_is_a_difference(folder):
+    other = ByteTokenizer([name + "x" for name in CHAT_TOKENS + FIM_TOKENS])
+    cfg = DataConfig(source=str(folder))
+    (found,) = differences(settings(cfg, CHAT), settings(cfg, other))
+    assert found == ("tokenizer content", CHAT.fingerprint, other.fingerprint)
+
+
+def test_a_tokenizer_with_another_end_of_text_is_another(tmp_path):
+    pytest.importorskip("tokenizers")
+    CHAT.save(tmp_path)
+    usual = HuggingFaceTokenizer(tmp_path / "tokenizer.json")
+    assert (
+        usual.fingerprint == hashlib.sha256(usual.json_text.encode()).hexdigest()[:16]
+    )  # caches go by it
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(path.read_text().replace(EOS_TOKEN, CHAT_TOKENS[0]))
+    other = HuggingFaceTokenizer(tmp_path / "tokenizer.json")
+    assert other.eos_token_id != usual.eos_token_id and other.fingerprint != usual.fingerprint
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("form", ["text", "jsonl", "jsonl.gz"])
+def test_a_text_edited_at_equal_size_and_time_is_a_difference(
+    folder, records, tmp_path, form, cached
+):
+    root, name = (folder, "3.txt") if form == "text" else (records, "a.jsonl")
+    if form == "jsonl.gz":
+        data = gzip.compress((root / name).read_bytes(), 0)
+        (root / name).unlink()
+        name += ".gz"
+        (root / name).write_bytes(data)
+    cfg = DataConfig(
+        source=str(root),
+        format=form.partition(".")[0],
+        cache=str(tmp_path / "cache") if cached else "",
+    )
+    state = state_of(cfg)
+    if form == "jsonl.gz":
+        before = (root / name).stat()
+        (root / name).write_bytes(gzip.compress(gzip.decompress(data).replace(b"cat", b"dog"), 0))
+        os.utime(root / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+    else:
+        edit(root / name, b"cat", b"dog")
+    with pytest.raises(
+        ValueError,
+        match=rf"saved with {root.name}/{name} (\d+) bytes \w+, this run has \1 bytes \w+; only",
+    ):
+        train_batches(cfg, BYTES, **SIZES).set_state(state)
+
+
+def test_an_edit_between_the_samples_is_a_difference_too(folder, records):
+    """Samples are what is cheap before anything is read; whatever is read anyway goes in whole."""
+    (folder / "big.txt").write_text("x" * 300_000 + "cat" + "y" * 700_000)
+    lines = [json.dumps({"text": "x" * 300_000 + "cat"}), json.dumps({"text": "y" * 700_000})]
+    (records / "c.jsonl").write_text("\n".join(lines))
+    for path, form in ((folder / "big.txt", "text"), (records / "c.jsonl", "jsonl")):
+        cfg = DataConfig(source=str(path.parent), format=form)
+        state, sampled = state_of(cfg), settings(cfg)
+        before = path.stat().st_mtime_ns
+        edit(path, b"cat", b"dog")
+        os.utime(path, ns=(before + 1, before + 1))
+        assert differences(sampled, settings(cfg)) == []
+        with pytest.raises(ValueError, match="data position: was saved with (content|documents) "):
+            train_batches(cfg, BYTES, **SIZES).set_state(state)
+
+
+def test_a_corpus_may_move_and_a_file_of_it_may_not(folder, records, tmp_path):
+    one = DataConfig(source=str(records / "a.jsonl"), format="jsonl")
+    text, lines = DataConfig(source=str(folder)), DataConfig(source=str(records), format="jsonl")
+    states = [state_of(cfg) for cfg in (text, lines, one)]
+    (tmp_path / "elsewhere").mkdir()
+    folder.rename(tmp_path / "elsewhere" / "t")
+    records.rename(tmp_path / "elsewhere" / "lines")
+    there = [tmp_path / "elsewhere" / name for name in ("t", "lines", "lines/a.jsonl")]
+    moved = [
+        dataclasses.replace(cfg, source=str(path))
+        for cfg, path in zip((text, lines, one), there, strict=True)
+    ]
+    for cfg, state in zip(moved, states, strict=True):
+        train_batches(cfg, BYTES, **SIZES).set_state(state)
+    (there[1] / "a.jsonl").rename(there[1] / "c.jsonl")
+    with pytest.raises(
+        ValueError, match=r"was saved with lines/a.jsonl \d+ bytes \w+, this run has no such file"
+    ):
+        train_batches(moved[1], BYTES, **SIZES).set_state(states[1])
+
+
+def test_many_files_are_noted_as_one(folder, monkeypatch):
+    monkeypatch.setattr(identity, "_LISTED", 3)
+    cfg = DataConfig(source=str(folder))
+    before = settings(cfg)
+    assert before["files"][0]["listed"] == {}
+    edit(folder / "3.txt", b"cat", b"dog")
+    (found,) = differences(before, settings(cfg))
+    assert found.name == "files of text" and "6 with digest" in found.was and found.was != found.now
+
+
+def test_a_cache_of_files_edited_at_equal_size_and_time_is_made_again(records, tmp_path, capsys):
+    cfg = DataConfig(source=str(records), format="jsonl", cache=str(tmp_path / "cache"))
+    first = open_store(cfg, cfg.sources[0], BYTES)
+    edit(records / "a.jsonl", b"cat", b"dog")
+    again = open_store(cfg, cfg.sources[0], BYTES)
+    assert b"dog" in BYTES.decode(again.tokens).encode() and again.fingerprint != first.fingerprint
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "is out of date (files of" in said and "made again" in said
+    (folder,) = [
+        path for path in (tmp_path / "cache").iterdir() if not path.name.endswith(".damaged")
+    ]
+    (folder / "sources.json").unlink()  # as in caches from before there was this file
+    sums = json.loads((folder / "checksums.json").read_text())
+    (folder / "checksums.json").write_text(
+        json.dumps({name: one for name, one in sums.items() if name != "sources.json"})
+    )
+    assert (
+        open_store(cfg, cfg.sources[0], BYTES).fingerprint == again.fingerprint
+        and capsys.readouterr().err == ""
+    )
+
+
+# ---- older checkpoints and evaluation ------------------------------------------------------------
+
+
+def test_an_older_checkpoint_is_compared_by_what_it_has(folder):
+    cfg = DataConfig(source=str(folder))
+    state = state_of(cfg)
+    state["settings"] = {name: state["settings"][name] for name in OLD}
+    train_batches(cfg, BYTES, **SIZES).set_state(state)
+    for change, words in (
+        (dict(packing="best_fit"), "packing split"),
+        (dict(seed=2), "seed 0"),
+        (dict(held_out=0.5), "documents "),
+    ):
+        with pytest.raises(ValueError, match=f"was saved with {words}"):
+            train_batches(dataclasses.replace(cfg, **change), BYTES, **SIZES).set_state(state)
+
+
+def test_a_set_to_evaluate_on_keeps_its_name_only_with_its_content(folder, records):
+    a, b = (
+        Source(path=str(records / f"{name}.jsonl"), format="jsonl", name="extra") for name in "ab"
+    )
+    none, first, other = (
+        DataConfig(source=str(folder), evaluate_on=sets) for sets in ((), (a,), (b,))
+    )
+    (found,) = evaluation_differences(settings(first), settings(other))
+    assert (
+        str(found).startswith("was saved with evaluate_on extra ")
+        and differences(settings(first), settings(other)) == []
+    )
+    column = DataConfig(source=str(folder), evaluate_on=(dataclasses.replace(a, column="more"),))
+    (found,) = evaluation_differences(settings(first), settings(column))
+    assert str(found) == "was saved with evaluate_on extra: column text, this run has more"
+    assert (
+        evaluation_differences(settings(none), settings(first))
+        == evaluation_differences(settings(first), settings(none))
+        == []
+    )

@@ -1,0 +1,114 @@
+"""Files that may be compressed, read as the bytes that they hold.
+
+Next file to read: v4jax/data/documents.py.
+"""
+
+import contextlib
+import gzip
+import io
+import pathlib
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+COMPRESSED = (".gz", ".zst")
+"""Suffixes of files that are decompressed while they are read."""
+
+_CHUNK_BYTES = 2**20
+_WINDOW_BYTES = 2**31
+"""The widest that `zstd --long=31` writes."""
+
+
+def plain_name(name: str) -> str:
+    """A file's name without the suffix of its compression: "a.txt" of "a.txt.gz"."""
+    path = pathlib.PurePosixPath(name)
+    return name[: -len(path.suffix)] if path.suffix.lower() in COMPRESSED else name
+
+
+@contextlib.contextmanager
+def open_data(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """Opens a file for reading its bytes, decompressed where its name ends in .gz or .zst.
+
+    Raises:
+      ValueError: it cannot be read, or is damaged or cut short (also while it is read); names it.
+    """
+    opened = {".gz": gzip.open, ".zst": _open_zst}.get(path.suffix.lower(), pathlib.Path.open)
+    try:
+        with opened(path, "rb") as file:
+            yield file
+    except (OSError, EOFError, zlib.error) as error:
+        said = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read: {said}") from error
+
+
+def require_zstd(path: pathlib.Path) -> None:
+    """Raises ValueError, which names `path`, unless something can read .zst files."""
+    _zstd(path)
+
+
+def _zstd(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception]]:
+    """(makes a decompressor of one frame, what it raises)."""
+    try:
+        from compression import zstd  # Python >= 3.14
+
+        options = {zstd.DecompressionParameter.window_log_max: _WINDOW_BYTES.bit_length() - 1}
+        return lambda: zstd.ZstdDecompressor(options=options), zstd.ZstdError
+    except ImportError:
+        pass
+    try:
+        import zstandard
+    except ImportError:
+        raise ValueError(
+            f"{path}: reading .zst needs the package zstandard; pip install 'v4jax[zstd]'"
+        ) from None
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
+    return decompressor.decompressobj, zstandard.ZstdError
+
+
+def _open_zst(path: pathlib.Path, mode: str) -> io.BufferedReader:
+    return io.BufferedReader(_ZstdFile(path, mode), _CHUNK_BYTES)
+
+
+class _ZstdFile(io.RawIOBase):
+    """The bytes of a .zst file, frame by frame.
+
+    zstandard's own reader takes a frame that is cut short for a whole one.
+    """
+
+    def __init__(self, path: pathlib.Path, mode: str):
+        self._new, self._error = _zstd(path)
+        self._file = path.open(mode)
+        self._frame, self._packed, self._bytes = None, b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+    def readinto(self, buffer) -> int:
+        while not self._bytes and self._decompress():
+            pass
+        size = min(len(buffer), len(self._bytes))
+        buffer[:size] = self._bytes[:size]
+        self._bytes = self._bytes[size:]
+        return size
+
+    def _decompress(self) -> bool:
+        """Some more of the file; False at its end."""
+        data = self._packed or self._file.read(_CHUNK_BYTES)
+        if not data:
+            if self._frame is not None:
+                raise EOFError("compressed file ended before the end of a frame")
+            return False
+        self._frame = self._frame or self._new()
+        try:
+            self._bytes = memoryview(self._frame.decompress(data))
+        except self._error as error:
+            raise EOFError(f"not a whole .zst file: {error}") from None
+        self._packed = b""
+        if self._frame.eof:
+            self._packed, self._frame = self._frame.unused_data, None
+        return True

@@ -1,0 +1,287 @@
+"""The files of a source: which are read, and which are left out and why.
+
+Next file to read: v4jax/data/compressed.py.
+"""
+
+import contextlib
+import fnmatch
+import functools
+import heapq
+import json
+import os
+import pathlib
+import re
+import stat
+import sys
+import sysconfig
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from sharding.processes import is_first
+from v4jax.data.compressed import COMPRESSED, open_data, plain_name, require_zstd
+from v4jax.data.config import DataConfig, Source
+from v4jax.storage import local_path
+
+_LINES = (".jsonl", ".ndjson", ".json")
+_SUFFIXES = {
+    "jsonl": _LINES,
+    "chat": _LINES,
+    "parquet": (".parquet",),
+    "arrayrecord": (".array_record", ".arrayrecord"),
+}
+_STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_DOT, _EMPTY = "dot name", "empty"
+_SHARD = re.compile(r"-\d+-of-\d+$")
+_COMPRESSIBLE = ("text", "jsonl", "chat")
+_HEAD_BYTES = 4096
+"""More than a compressed file of nothing takes."""
+_SHOWN = 3
+_JSON_LINE_BYTES = 64 * 2**20
+
+
+class Found(NamedTuple):
+    """What a source's place holds.
+
+    files: (name relative to the source, with '/' on every system; path) of those that are read,
+    sorted. left_out: (name, why), those that matter most first. excluded: how many files glob
+    rules out.
+    """
+
+    files: list[tuple[str, pathlib.Path]]
+    left_out: list[tuple[str, str]]
+    excluded: int
+
+
+@contextlib.contextmanager
+def at(place: str) -> Iterator[None]:
+    """Puts a place before any error in the block, which becomes a ValueError of one line."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # a bad record may break any package in any way
+        said = " ".join(str(error).split())
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{place}: {kind}{said}") from error
+
+
+@functools.lru_cache(maxsize=None)
+def say_once(line: str) -> None:
+    """A line on stderr, of the first process, however often it is said."""
+    if is_first():
+        print(f"v4jax: {line}", file=sys.stderr)
+
+
+def tell_left_out(cfg: DataConfig) -> None:
+    """Says, a line a source, what lies in its folder and is not read."""
+    for source in (*cfg.sources, *cfg.evaluate_on):
+        line = left_out_line(source)
+        if line:
+            say_once(line)
+
+
+def find_files(source: Source) -> Found:
+    """Every file of a source, read or left out.
+
+    Links are followed, each real folder once, under a name without links if it has one. Names that
+    start with a dot, empty files and files that the format does not read are left out.
+
+    Raises:
+      ValueError: no such place, one that cannot be listed, a file beside its own compressed copy,
+        or .zst files without the package that reads them.
+    """
+    root = local_path(source.path, "source")
+    if source.path == "stdlib" and source.format == "text":
+        return Found(_stdlib_files(), [], 0)
+    if source.format != "text" and root.is_file():
+        if root.suffix.lower() == ".zst":
+            require_zstd(root)
+        return Found([(".", root)], [], 0)
+    if not root.is_dir():
+        raise ValueError(f"source: {root} is no {_expected(source)}")
+    files, left_out, excluded = [], [], 0
+    glob = pathlib.PurePath(source.glob).parts
+    for name, path, fault in _walk(root, glob):
+        if not fault and not _matches(tuple(name.split("/")), glob):
+            excluded += 1
+            continue
+        fault = fault or _fault(path, source)
+        if fault:
+            left_out.append((name, fault))
+        else:
+            files.append((name, path))
+    files.sort(key=lambda file: file[1])
+    _refuse_twins(root, files)
+    left_out.sort(key=lambda one: (one[1] == _DOT, one[1] == _EMPTY, one[0]))
+    return Found(files, left_out, excluded)
+
+
+def left_out_line(source: Source) -> str | None:
+    """One line about what a source's folder holds and is not read; None: nothing."""
+    found = find_files(source)
+    parts = []
+    if found.left_out:
+        shown = ", ".join(f"{name} ({why})" for name, why in found.left_out[:_SHOWN])
+        more = len(found.left_out) - _SHOWN
+        more_words = f" and {more} more" if more > 0 else ""
+        parts.append(f"{len(found.left_out)} left out: {shown}{more_words}")
+    if found.excluded:
+        parts.append(f"{found.excluded} excluded by glob={source.glob!r}")
+    if not parts:
+        return None
+    read = f"{len(found.files)} file(s) are read"
+    return f"source {source.label} ({source.path}): {'; '.join([read, *parts])}"
+
+
+def nothing_found(source: Source) -> ValueError:
+    """The error for a folder without a file to read; says what is there instead."""
+    left_out = left_out_line(source)
+    said = f" ({left_out})" if left_out else ""
+    root = local_path(source.path, "source")
+    if source.format == "text":
+        return ValueError(
+            f"source: {root} has no text in files matching {source.glob!r}; "
+            f"expected UTF-8 text files{said}"
+        )
+    return ValueError(f"source: {root} is no {_expected(source)}{said}")
+
+
+# ---- walking -------------------------------------------------------------------------------------
+
+
+def _walk(root: pathlib.Path, glob: tuple[str, ...]) -> Iterator[tuple[str, pathlib.Path, str]]:
+    """(name, path, "" or why it is left out whatever it holds) of all files, each real folder once.
+
+    Folders that glob reaches come before others, and folders without links before those with: a
+    folder that has two names is read under one that glob wants, and under its own if it wants both.
+    """
+    seen, around = set(), {_identity(folder) for folder in root.resolve().parents}
+    queue = [(False, 0, "")]
+    while queue:
+        _, links, folder = heapq.heappop(queue)
+        identity = _identity(root / folder)
+        if identity in around:
+            yield f"{folder}/", root / folder, "a link to a folder around the source"
+        if identity in around or identity in seen:
+            continue
+        seen.add(identity)
+        for entry in _entries(root / folder):
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name.startswith("."):
+                yield name + "/" * _is_folder(entry), root / name, _DOT
+            elif _is_folder(entry):
+                outside = not _matches(tuple(name.split("/")), glob, below=True)
+                heapq.heappush(queue, (outside, links + entry.is_symlink(), name))
+            else:
+                yield name, root / name, ""
+
+
+def _entries(folder: pathlib.Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise ValueError(f"source: {folder} cannot be listed: {error.strerror}") from None
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # as of a link to itself
+        return False
+
+
+def _identity(folder: pathlib.Path) -> tuple[int, int]:
+    state = folder.stat()
+    return state.st_dev, state.st_ino
+
+
+def _matches(parts: tuple[str, ...], glob: tuple[str, ...], below: bool = False) -> bool:
+    """Whether a name matches a glob, part by part; ** is any number of parts.
+
+    below: instead, whether a name below it, in that folder, can.
+    """
+    if not parts:
+        return bool(glob) if below else all(part == "**" for part in glob)
+    if not glob:
+        return False
+    if glob[0] == "**":
+        return _matches(parts, glob[1:], below) or _matches(parts[1:], glob, below)
+    return fnmatch.fnmatchcase(parts[0], glob[0]) and _matches(parts[1:], glob[1:], below)
+
+
+def _stdlib_files() -> list[tuple[str, pathlib.Path]]:
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    paths = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [
+            name for name in inner if not name.startswith(".") and name not in _STDLIB_SKIPPED
+        ]
+        paths += [
+            pathlib.Path(folder, name) for name in names if name.endswith(".py") and name[0] != "."
+        ]
+    return [(path.relative_to(root).as_posix(), path) for path in sorted(paths) if path.is_file()]
+
+
+# ---- what is read --------------------------------------------------------------------------------
+
+
+def _expected(source: Source) -> str:
+    if source.format == "text":
+        return "folder; expected a folder of UTF-8 text files, or 'stdlib'"
+    suffixes = " or ".join(_SUFFIXES[source.format])
+    return f"file and holds none matching {source.glob!r} with suffix {suffixes}"
+
+
+def _fault(path: pathlib.Path, source: Source) -> str:
+    """Why a file is left out; "" for one that is read."""
+    try:
+        state = path.stat()
+    except OSError:  # as of a link that leads nowhere, or to itself
+        return "a link to nothing"
+    if not stat.S_ISREG(state.st_mode):
+        return "no regular file"
+    compressed = source.format in _COMPRESSIBLE and path.suffix.lower() in COMPRESSED
+    inner = plain_name(path.name) if compressed else path.name
+    suffix = pathlib.PurePath(_SHARD.sub("", inner)).suffix.lower()
+    if source.format != "text" and suffix not in _SUFFIXES[source.format]:
+        return f"suffix {path.suffix!r}" if path.suffix else "no suffix"
+    if source.format == "text" and suffix in (".tar", ".tgz"):
+        return "an archive: unpack it"
+    if state.st_size == 0 or (compressed and state.st_size < _HEAD_BYTES and _is_empty(path)):
+        return _EMPTY
+    if source.format != "text" and suffix == ".json":
+        return _json_fault(path, source.column)
+    return ""
+
+
+def _is_empty(path: pathlib.Path) -> bool:
+    with open_data(path) as file:
+        return not file.read(1)
+
+
+def _json_fault(path: pathlib.Path, column: str) -> str:
+    """Why a .json file is not read; "" if its first line shows that it holds JSON lines."""
+    with open_data(path) as file:
+        line = file.readline(_JSON_LINE_BYTES)
+        while line and not line.strip():
+            line = file.readline(_JSON_LINE_BYTES)
+    if line.lstrip().startswith(b"["):
+        return f"a JSON array, not JSON lines: jq -c '.[]' {path.name} makes them"
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        return "not JSON lines"
+    return "" if column in record else f"its first line has no {column!r}"
+
+
+def _refuse_twins(root: pathlib.Path, files: list[tuple[str, pathlib.Path]]) -> None:
+    by_plain: dict[str, str] = {}
+    for name, _ in files:
+        other = by_plain.setdefault(plain_name(name), name)
+        if other != name:
+            raise ValueError(
+                f"source: {root} holds both {other} and {name}; remove one, or narrow glob"
+            )

@@ -84,10 +84,10 @@ def held_out_batches(
     pieces = grain.MapDataset.source(Joined(parts)).seed(0).shuffle()
     limit = None if max_batches is None else max_batches * batch_size
     every = list(itertools.islice(packed(pieces, seq_len, cfg.packing, cfg.masked), limit))
-    if not any(len(_targets(stack([row]))) for row in every):
+    if not any(predicted_tokens(stack([row])).size for row in every):
         raise ValueError(
-            f"held_out: no token of its {len(every)} row(s) of seq_len={seq_len} "
-            "has a predecessor; raise seq_len or held_out"
+            f"held_out: got no token to predict in {len(every)} row(s) of seq_len={seq_len}: none "
+            "has a predecessor in its document; raise seq_len or held_out, or set eval_batches to 0"
         )
     empty = {name: np.zeros_like(value) for name, value in every[0].items()}
     every += [empty] * (-len(every) % batch_size)

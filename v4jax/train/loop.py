@@ -36,8 +36,7 @@ from v4jax.model.weights import Csa
 from v4jax.storage import folder_to_fill
 from v4jax.train.anticipate import Feed, compile_choice
 from v4jax.train.config import TrainConfig
-from v4jax.train.data import held_out_sets, left_out_lines, predicted_tokens
-from v4jax.train.data import train_batches, unigram_loss
+from v4jax.train.data import held_out_sets, left_out_lines, train_batches, unigram_loss
 from v4jax.train.finite import not_finite
 from v4jax.train.loss import loss_and_routing, targets
 from v4jax.train.report import Reporter, Silent, plot_losses, require_plots
@@ -86,7 +85,6 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         _cache(cfg, tokenizer)
         data = Batches(cfg, lambda view: _data(view, tokenizer, local_rows(place, (view.batch_size, view.seq_len))))
         held_out = _held_out(cfg, tokenizer, rows)
-        _check_predicts(held_out)
         # What a later stage cannot read is said now, not in the middle of the run.
         for done in starts(cfg)[1:]:
             view = stage_at(cfg, done)
@@ -141,17 +139,6 @@ def _held_out(cfg: TrainConfig, tokenizer, rows: list[int] | None) -> dict:
         cfg.data, tokenizer, cfg.seq_len, cfg.batch_size, vocab_size=cfg.model.vocab_size, rows=rows,
         max_batches=cfg.eval_batches,
     )  # fmt: skip
-
-
-def _check_predicts(held_out: dict) -> None:
-    """Raises ValueError for held-out batches with no token to predict: their mean loss is 0 / 0."""
-    for name, batches in held_out.items():
-        if not anywhere(any(predicted_tokens(batch).size for batch in batches)):
-            raise ValueError(
-                f"{name}: got no token to predict in {len(batches)} batch(es); at least one must "
-                "follow another of its document (in conversations, one to be learned); or set "
-                "eval_batches to 0"
-            )
 
 
 def _say_left_out(cfg: TrainConfig, tokenizer) -> None:

@@ -316,7 +316,7 @@ def test_held_out_rows_without_a_token_to_predict_are_refused(tmp_path):
     stuck = [{"tokens": np.zeros(4, int), "tokens_segment_ids": np.arange(4)}]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("v4jax.train.data.packed", lambda *_: stuck)
-        with pytest.raises(ValueError, match="held_out: no token of its 1 row"):
+        with pytest.raises(ValueError, match="held_out: got no token to predict in 1 row"):
             held_out_batches(cfg, ByteTokenizer(), 4, 1, vocab_size=280)
 
 

@@ -5,14 +5,16 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import ROOT
 from test_mesh import CFG, MODEL
-from trees import small_config
+from trees import random_params, small_config
 
 import v4jax
 from sharding.axes import ARRAYS, LOGICAL_AXES
+from sharding.params import named_shardings
 from sharding.rules import LAYOUTS, AxisRules, layout, layout_for
 from v4jax import api, cli
 from v4jax.data.config import DataConfig
@@ -20,7 +22,7 @@ from v4jax.layout.command import Request, look, look_for
 from v4jax.layout.page import page_data
 from v4jax.layout.hardware import hardware_of
 from v4jax.layout.plan import as_dict
-from v4jax.model.transformer import param_axes
+from v4jax.model.transformer import abstract_params, param_axes
 from v4jax.python_files import read_layout
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
@@ -249,6 +251,23 @@ def test_a_search_ranks_it_among_the_named_ones():
     assert page["title"] == f"mine on {best.mesh}" and "experts" in page["cuts"]["expert"]
 
 
+TINY = small_config(
+    vocab_size=260, num_hidden_layers=1, compress_ratios=(4,), num_nextn_predict_layers=0,
+    num_hash_layers=0, n_routed_experts=8, q_lora_rank=24,
+)  # fmt: skip
+
+
+def test_values_in_it_are_those_of_one_device():
+    """A whole training step: tests/test_mesh.py."""
+    params, tokens = random_params(TINY), jnp.arange(64).reshape(4, 16)
+    one = v4jax.forward(TINY, params, tokens).logits
+    mesh, rules = api.place_on("fsdp=2,expert=2", read_layout(f"{EXAMPLE}:mine"))
+    with jax.set_mesh(mesh):
+        places = named_shardings(mesh, rules, abstract_params(TINY), param_axes(TINY))
+        own = v4jax.forward(TINY, jax.device_put(params, places), tokens, rules=rules).logits
+    np.testing.assert_allclose(own, one, rtol=1e-5, atol=1e-5 * np.abs(one).max())
+
+
 @pytest.mark.slow
 def test_a_run_samples_exports_resumes_and_is_scored_in_it(tmp_path, capsys):
     """Two steps in it, the third in another: the losses of three steps on one device."""
@@ -257,10 +276,9 @@ def test_a_run_samples_exports_resumes_and_is_scored_in_it(tmp_path, capsys):
         (tmp_path / f"text/{i}.txt").write_text(f"document {i}: the cat sat on the mat. " * 20)
     (tmp_path / "my.py").write_text(EXAMPLE.read_text())
     cfg = TrainConfig(
-        model=small_config(vocab_size=260, num_hidden_layers=1, compress_ratios=(4,), num_nextn_predict_layers=0, num_hash_layers=0,
-                           n_routed_experts=8, q_lora_rank=24),
-        data=DataConfig(source=str(tmp_path / "text")), run_dir=str(tmp_path / "one"), steps=3, batch_size=4, seq_len=16,
-        learning_rate=1e-3, warmup_steps=0, log_every=1, eval_batches=0, remat=False, export="float32",
+        model=TINY, data=DataConfig(source=str(tmp_path / "text")), run_dir=str(tmp_path / "one"),
+        steps=3, batch_size=4, seq_len=16, learning_rate=1e-3, warmup_steps=0, log_every=1,
+        eval_batches=0, remat=False, export="float32",
     )  # fmt: skip
     train(cfg)
     mine = layout(
@@ -277,19 +295,13 @@ def test_a_run_samples_exports_resumes_and_is_scored_in_it(tmp_path, capsys):
     train(dataclasses.replace(ours, layout="ep_fsdp", sample_prompt="the", sample_tokens=2))
     one, own = ([line["loss"] for line in read_metrics(tmp_path / run)] for run in ("one", "own"))
     assert len(one) == 3 and own == pytest.approx(one, rel=1e-5)
-    assert cli._sample(dataclasses.replace(ours, sample_prompt="the", sample_tokens=2))[
-        "sample"
-    ].startswith("the")
+    asks = dataclasses.replace(ours, sample_prompt="the", sample_tokens=2)
+    assert cli._sample(asks)["sample"].startswith("the")
 
     np.save(tmp_path / "tokens.npy", np.arange(16).reshape(2, 8))
-    score = f"score {tmp_path}/own/export --tokens {tmp_path}/tokens.npy --out"
-    assert cli.main(f"{score} {tmp_path}/a.npz".split()) == 0
-    assert (
-        cli.main(
-            f"{score} {tmp_path}/b.npz --mesh fsdp=2,expert=4 --layout {tmp_path}/my.py:mine".split()
-        )
-        == 0
-    )
-    np.testing.assert_allclose(
-        np.load(tmp_path / "b.npz")["nll"], np.load(tmp_path / "a.npz")["nll"], rtol=1e-5
-    )
+    score = f"score {tmp_path}/own/export --tokens {tmp_path}/tokens.npy --out {tmp_path}"
+    assert cli.main(f"{score}/a.npz".split()) == 0
+    flags = f"--mesh fsdp=2,expert=4 --layout {tmp_path}/my.py:mine"
+    assert cli.main(f"{score}/b.npz {flags}".split()) == 0
+    one_nll, own_nll = (np.load(tmp_path / name)["nll"] for name in ("a.npz", "b.npz"))
+    np.testing.assert_allclose(own_nll, one_nll, rtol=1e-5)

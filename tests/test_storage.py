@@ -178,6 +178,8 @@ ALL_LINES = [
     ),
     ("target", "layout {cfg} --target {path}.json:8"),
     ("target", "layout {cfg} --target {path}"),
+    ("layout", "layout {cfg} --layout {path}.py:NAME"),
+    ("layout", "train {cfg} --layout {path}.py:NAME"),
     ("argument target", "convert {ckpt} {path} --verify"),
 ]
 CONFIG = """

@@ -157,10 +157,10 @@ def _tokenised(cfg: DataConfig, source: Source, tokenizer: Tokenizer) -> Iterato
         return
     for index, (place, text, document) in enumerate(_texts(source)):
         with at(place):
-            place_in_split = unit_hash(text) if document is None else name_hash(document)
             # Before the text is cut for fill-in-middle, which would move a bos into the middle.
-            text = _maybe_fim(cfg, index, without_marks(tokenizer, text))
-            ids = np.array(document_ids(tokenizer, text), np.int32)
+            cut = _maybe_fim(cfg, index, without_marks(tokenizer, text))
+            ids = np.array(document_ids(tokenizer, cut), np.int32)
+            place_in_split = unit_hash(text) if document is None else name_hash(document)
         yield ids, np.ones(len(ids), np.uint8), place_in_split
 
 

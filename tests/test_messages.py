@@ -1,4 +1,4 @@
-"""Claims about messages of data sets: each spelling has one meaning, and none is lost or misread."""
+"""Claims about messages of data sets: each spelling has one meaning, none is lost or misread."""
 
 import json
 import re
@@ -201,10 +201,17 @@ def test_what_a_conversation_would_lose_is_refused(message, words):
 )
 def test_no_text_begins_or_ends_a_turn(token):
     text = f"a {token} b"
+    parts = [{"type": "text", "text": text}]
+    tool = TOOL | {"function": {"name": text}}
     for message in (
-        ASK | {"content": text}, answer(text), answer(reasoning_content=text), calls({"at": [text]}), calls(json.dumps({"at": text}, ensure_ascii=False)),
-        {"role": "system", "content": [{"type": "text", "text": text}]}, {"role": "system", "content": "", "tools": [TOOL | {"function": {"name": text}}]},
-    ):  # fmt: skip
+        ASK | {"content": text},
+        answer(text),
+        answer(reasoning_content=text),
+        calls({"at": [text]}),
+        calls(json.dumps({"at": text}, ensure_ascii=False)),
+        {"role": "system", "content": parts},
+        {"role": "system", "content": "", "tools": [tool]},
+    ):
         with pytest.raises(ValueError, match=re.escape(f"message 0: got {token} in a text")):
             training_messages([message])
     with pytest.raises(ValueError, match=re.escape(f"tools: got {token} in a text")):

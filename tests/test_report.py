@@ -1,4 +1,4 @@
-"""Whatever a run measures, metrics.jsonl and --json results are JSON: null for what is not finite."""
+"""metrics.jsonl and --json results are JSON whatever a run measures: null for not finite."""
 
 import json
 import math

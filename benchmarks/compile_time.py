@@ -20,13 +20,35 @@ from v4jax.train.step import state_from, train_step
 def config(layers: int) -> TrainConfig:
     ratios = (0, 0, 4) + (128, 4) * ((layers - 3) // 2) + (0,)
     model = ModelConfig(
-        vocab_size=512, hidden_size=64, moe_intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, head_dim=32,
-        qk_rope_head_dim=16, q_lora_rank=32, o_groups=2, o_lora_rank=32, n_routed_experts=8, num_experts_per_tok=2,
-        routed_scaling_factor=1.5, compress_ratios=ratios, sliding_window=32, index_n_heads=4, index_head_dim=32, index_topk=32,
+        vocab_size=512,
+        hidden_size=64,
+        moe_intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        head_dim=32,
+        qk_rope_head_dim=16,
+        q_lora_rank=32,
+        o_groups=2,
+        o_lora_rank=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        routed_scaling_factor=1.5,
+        compress_ratios=ratios,
+        sliding_window=32,
+        index_n_heads=4,
+        index_head_dim=32,
+        index_topk=32,
         compress_rope_theta=160000.0,
-    )  # fmt: skip
+    )
     return TrainConfig(
-        model=model, run_dir="unused", steps=10, batch_size=2, seq_len=256, learning_rate=1e-3, warmup_steps=1, remat=True
+        model=model,
+        run_dir="unused",
+        steps=10,
+        batch_size=2,
+        seq_len=256,
+        learning_rate=1e-3,
+        warmup_steps=1,
+        remat=True,
     )
 
 
@@ -36,7 +58,9 @@ def seconds(layers: int) -> tuple[float, float]:
     state = jax.eval_shape(lambda: state_from(cfg, init_params(cfg.model, jax.random.key(0))))
     batch = {"tokens": jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len), "int32")}
     start = time.perf_counter()
-    lowered = jax.jit(functools.partial(train_step, cfg, AxisRules()), donate_argnums=0).lower(state, batch)
+    lowered = jax.jit(functools.partial(train_step, cfg, AxisRules()), donate_argnums=0).lower(
+        state, batch
+    )
     middle = time.perf_counter()
     lowered.compile()
     return middle - start, time.perf_counter() - middle
@@ -50,7 +74,10 @@ def main():
         jax.clear_caches()
         trace, compiling = seconds(layers)
         totals[layers] = trace + compiling
-        print(f"{layers:6d} {trace:6.1f}s {compiling:7.1f}s   {totals[layers] / totals[7]:.2f}", flush=True)
+        print(
+            f"{layers:6d} {trace:6.1f}s {compiling:7.1f}s   {totals[layers] / totals[7]:.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ def cache_bytes(cfg, tokens: int) -> int:
     from v4jax.generate.cache import empty_cache
 
     cache = jax.eval_shape(lambda: empty_cache(cfg, 1, tokens, jnp.bfloat16, "official"))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache.layers, cache.mtp)))
+    return sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache.layers, cache.mtp))
+    )
 
 
 def draw(curves: dict[str, list[tuple[int, float, float]]], path: str) -> None:
@@ -32,7 +34,9 @@ def draw(curves: dict[str, list[tuple[int, float, float]]], path: str) -> None:
         axes = figure.add_subplot(1, 2, place)
         for name, points in curves.items():
             if points[0][place]:
-                axes.loglog([point[0] for point in points], [point[place] for point in points], label=name)
+                axes.loglog(
+                    [point[0] for point in points], [point[place] for point in points], label=name
+                )
         axes.set_title(title)
         axes.set_xlabel("tokens of context")
         axes.grid(alpha=0.3)
@@ -50,14 +54,23 @@ def main():
 
     lengths = [2**n for n in range(12, 21)]
     curves = {"DeepSeek-V3.2": [(n, deepseek_v32(n).flops, deepseek_v32(n).cache) for n in lengths]}
-    print("model    tokens   FLOPs/token   / V3.2   report   cache bytes   / V3.2   report   / GQA-8")
+    print(
+        "model    tokens   FLOPs/token   / V3.2   report   cache bytes   / V3.2   report   / GQA-8"
+    )
     for name, published in PUBLISHED.items():
         cfg = getattr(models, name)()
         curves[f"V4-{name}"] = [(n, cost(cfg, n).total.flops, cache_bytes(cfg, n)) for n in lengths]
         curves[f"GQA-8, bf16, layers of {name}"] = [(n, 0, gqa8(cfg, n).cache) for n in lengths]
         for n, flops, size in curves[f"V4-{name}"][::2]:
             v32, said = deepseek_v32(n), published if n == 2**20 else ("", "")
-            row = (f"{flops / 1e9:9.1f}B", f"{flops / v32.flops:8.3f}", f"{said[0]!s:>6}", f"{size / 1e6:10.1f}M", f"{size / v32.cache:8.3f}", f"{said[1]!s:>6}")
+            row = (
+                f"{flops / 1e9:9.1f}B",
+                f"{flops / v32.flops:8.3f}",
+                f"{said[0]!s:>6}",
+                f"{size / 1e6:10.1f}M",
+                f"{size / v32.cache:8.3f}",
+                f"{said[1]!s:>6}",
+            )
             print(f"{name:6s} {n:8d}   {'   '.join(row)}   {size / gqa8(cfg, n).cache:7.3f}")
     draw(curves, arguments.out)
 

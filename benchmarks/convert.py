@@ -16,6 +16,7 @@ conversion begins after a pause. The fastest copy without one is shown beside it
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import math
 import os
@@ -30,7 +31,14 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from v4jax.checkpoint.export import config_json, kinds_for, plan_files, total_bytes, write_json, write_tensors
+from v4jax.checkpoint.export import (
+    config_json,
+    kinds_for,
+    plan_files,
+    total_bytes,
+    write_json,
+    write_tensors,
+)
 from v4jax.checkpoint.formats import DTYPES, Stored
 from v4jax.checkpoint.names import official_shapes, turned
 from v4jax.checkpoint.stream import create
@@ -39,10 +47,14 @@ from v4jax.quant import fp8, mxfp4
 
 WORKERS = 2
 ROWS = {
-    "store": ("bf16", "orbax", "bfloat16"), "back": ("store", "safetensors", "bfloat16"), "official": ("bf16", "safetensors", "official"),
-    "again": ("official", "safetensors", "official"), "low": ("official", "orbax", "bfloat16"), "out": ("low", "safetensors", "official"),
+    "store": ("bf16", "orbax", "bfloat16"),
+    "back": ("store", "safetensors", "bfloat16"),
+    "official": ("bf16", "safetensors", "official"),
+    "again": ("official", "safetensors", "official"),
+    "low": ("official", "orbax", "bfloat16"),
+    "out": ("low", "safetensors", "official"),
     "wide": ("official", "safetensors", "bfloat16"),
-}  # fmt: skip
+}
 """Target of a conversion -> source, format, dtype; in this order."""
 PAUSE = 15
 """Seconds before each measurement, in which a host takes back what was freed."""
@@ -68,10 +80,24 @@ def model(gigabytes: float) -> ModelConfig:
     """V4's parts at about that many bytes in bfloat16, most of them experts; the vocabulary is the real one."""
     experts = max(2, round((gigabytes * 1e9 / 2 - 2 * 129280 * 1024) / (4 * 3 * 1024 * 1024)))
     return ModelConfig(
-        vocab_size=129280, hidden_size=1024, moe_intermediate_size=1024, num_hidden_layers=3, num_attention_heads=16, head_dim=128,
-        qk_rope_head_dim=64, q_lora_rank=512, o_groups=4, o_lora_rank=512, n_routed_experts=experts, num_experts_per_tok=2,
-        routed_scaling_factor=1.5, compress_ratios=(128, 4, 128, 0), num_hash_layers=1, index_n_heads=16, compress_rope_theta=160000.0,
-    )  # fmt: skip
+        vocab_size=129280,
+        hidden_size=1024,
+        moe_intermediate_size=1024,
+        num_hidden_layers=3,
+        num_attention_heads=16,
+        head_dim=128,
+        qk_rope_head_dim=64,
+        q_lora_rank=512,
+        o_groups=4,
+        o_lora_rank=512,
+        n_routed_experts=experts,
+        num_experts_per_tok=2,
+        routed_scaling_factor=1.5,
+        compress_ratios=(128, 4, 128, 0),
+        num_hash_layers=1,
+        index_n_heads=16,
+        compress_rope_theta=160000.0,
+    )
 
 
 def make(cfg: ModelConfig, directory: pathlib.Path) -> int:
@@ -82,10 +108,16 @@ def make(cfg: ModelConfig, directory: pathlib.Path) -> int:
 
     def stored(name: str) -> Stored:
         if name.endswith("tid2eid"):
-            return Stored(rng.permuted(np.tile(np.arange(cfg.n_routed_experts), (shapes[name][0], 1)), axis=1)[:, : shapes[name][1]].copy())
+            return Stored(
+                rng.permuted(
+                    np.tile(np.arange(cfg.n_routed_experts), (shapes[name][0], 1)), axis=1
+                )[:, : shapes[name][1]].copy()
+            )
         size = math.prod(shapes[name])
         start = int(rng.integers(len(pool) - size))
-        return Stored(pool[start : start + size].reshape(shapes[name]).astype(DTYPES[kinds[name].dtype]))
+        return Stored(
+            pool[start : start + size].reshape(shapes[name]).astype(DTYPES[kinds[name].dtype])
+        )
 
     directory.mkdir()
     files = plan_files(cfg, kinds, 10**9)
@@ -110,7 +142,9 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> float:
 def convert(source, target, format: str, dtype: str) -> tuple[float, int, float, float]:
     """(seconds, peak resident bytes, user and kernel seconds of all threads) of one conversion in a process of its own."""
     command = [sys.executable, "-c", CHILD, source, target, format, dtype, str(WORKERS)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
     return tuple(json.loads(done.stdout))
 
 
@@ -137,7 +171,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=4)
     parser.add_argument("--folder", default=tempfile.gettempdir())
-    parser.add_argument("--only", default=",".join(ROWS), help="targets; those that they are made from are made too")
+    parser.add_argument(
+        "--only", default=",".join(ROWS), help="targets; those that they are made from are made too"
+    )
     arguments = parser.parse_args()
     wanted = set(arguments.only.split(","))
     if not wanted <= ROWS.keys():
@@ -155,10 +191,19 @@ def main() -> None:
         rate = size / sorted(at_rest)[1]
         largest = max(4 * math.prod(shape) for shape in official_shapes(cfg).values())
         bound = 1.5e9 + 2 * largest
-        print(f"{size / 1e9:.2f} GB in bfloat16; largest slice {largest / 1e9:.2f} GB in float32: at most {bound / 1e9:.2f} GB of memory")
-        print("| conversion | from, to GB | seconds | MB/s | of the copy's | user s | kernel s | of the processor's | peak GB |\n|---|---|---|---|---|---|---|---|---|")
-        print(f"| plain copy, fsync, median of 3 | {size / 1e9:.2f} | {size / rate:.1f} | {rate / 1e6:.0f} | 1.00 | | | | |")
-        print(f"| the same right after another one, best of 3 | {size / 1e9:.2f} | {at_once:.1f} | {size / at_once / 1e6:.0f} | | | | | |", flush=True)
+        print(
+            f"{size / 1e9:.2f} GB in bfloat16; largest slice {largest / 1e9:.2f} GB in float32: at most {bound / 1e9:.2f} GB of memory"
+        )
+        print(
+            "| conversion | from, to GB | seconds | MB/s | of the copy's | user s | kernel s | of the processor's | peak GB |\n|---|---|---|---|---|---|---|---|---|"
+        )
+        print(
+            f"| plain copy, fsync, median of 3 | {size / 1e9:.2f} | {size / rate:.1f} | {rate / 1e6:.0f} | 1.00 | | | | |"
+        )
+        print(
+            f"| the same right after another one, best of 3 | {size / 1e9:.2f} | {at_once:.1f} | {size / at_once / 1e6:.0f} | | | | | |",
+            flush=True,
+        )
         for target, (source, format, dtype) in ROWS.items():
             if target not in wanted:
                 continue
@@ -166,19 +211,31 @@ def main() -> None:
             seconds, peak, user, kernel = convert(root / source, root / target, format, dtype)
             sizes = size_of(root / source), size_of(root / target)
             moved = max(*sizes, size if "bfloat16" in dtype or source in ("bf16", "low") else 0)
-            print(f"| {source} -> {target} ({format}, {dtype}) | {sizes[0] / 1e9:.2f}, {sizes[1] / 1e9:.2f} | {seconds:.1f} | {moved / seconds / 1e6:.0f} "
-                  f"| {moved / seconds / rate:.2f} | {user:.1f} | {kernel:.1f} | {user / WORKERS / seconds:.2f} | {peak / 1e9:.2f}{'' if peak <= bound else ' ABOVE THE BOUND'} |", flush=True)  # fmt: skip
+            print(
+                f"| {source} -> {target} ({format}, {dtype}) | {sizes[0] / 1e9:.2f}, {sizes[1] / 1e9:.2f} | {seconds:.1f} | {moved / seconds / 1e6:.0f} "
+                f"| {moved / seconds / rate:.2f} | {user:.1f} | {kernel:.1f} | {user / WORKERS / seconds:.2f} | {peak / 1e9:.2f}{'' if peak <= bound else ' ABOVE THE BOUND'} |",
+                flush=True,
+            )
             if target in ("back", "again", "out", "wide"):
                 shutil.rmtree(root / target)
         x = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
         for code, numbers in ((fp8, x), (mxfp4, x.astype(ml_dtypes.bfloat16))):
             stored = code.quantise(numbers)
-            for what, action in (("to", lambda: code.quantise(numbers)), ("from", lambda: code.dequantise(*stored))):  # noqa: B023
-                print(f"| processor alone: {what} {code.__name__.split('.')[-1]}, as bfloat16 bytes | | | {processor_bound(action, x.nbytes) / 2e6:.0f} | | | | | |")
+            for what, action in (
+                ("to", functools.partial(code.quantise, numbers)),
+                ("from", functools.partial(code.dequantise, *stored)),
+            ):
+                print(
+                    f"| processor alone: {what} {code.__name__.split('.')[-1]}, as bfloat16 bytes | | | {processor_bound(action, x.nbytes) / 2e6:.0f} | | | | | |"
+                )
         half = x.astype(ml_dtypes.bfloat16)
-        print(f"| processor alone: transposing bfloat16 | | | {processor_bound(lambda: turned(half, half.dtype), half.nbytes) / 1e6:.0f} | | | | | |")
+        print(
+            f"| processor alone: transposing bfloat16 | | | {processor_bound(lambda: turned(half, half.dtype), half.nbytes) / 1e6:.0f} | | | | | |"
+        )
         numbers = mxfp4.dequantise(*mxfp4.quantise(half))
-        print(f"| processor alone: a store's compression | | | {processor_bound(lambda: compress(numbers), numbers.nbytes) / 1e6:.0f} | | | | | |")
+        print(
+            f"| processor alone: a store's compression | | | {processor_bound(lambda: compress(numbers), numbers.nbytes) / 1e6:.0f} | | | | | |"
+        )
     finally:
         shutil.rmtree(root)
 

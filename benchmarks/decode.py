@@ -27,11 +27,28 @@ def models() -> dict:
     from v4jax.config import ModelConfig
 
     small = ModelConfig(
-        vocab_size=8192, hidden_size=256, moe_intermediate_size=256, num_hidden_layers=7, num_attention_heads=8, head_dim=64,
-        qk_rope_head_dim=16, q_lora_rank=128, o_groups=4, o_lora_rank=64, n_routed_experts=16, num_experts_per_tok=4,
-        routed_scaling_factor=1.5, compress_ratios=(0, 0, 4, 128, 4, 128, 4, 0), num_hash_layers=3, sliding_window=128,
-        index_n_heads=8, index_head_dim=32, index_topk=128, compress_rope_theta=160000.0, max_position_embeddings=16384,
-    )  # fmt: skip
+        vocab_size=8192,
+        hidden_size=256,
+        moe_intermediate_size=256,
+        num_hidden_layers=7,
+        num_attention_heads=8,
+        head_dim=64,
+        qk_rope_head_dim=16,
+        q_lora_rank=128,
+        o_groups=4,
+        o_lora_rank=64,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        routed_scaling_factor=1.5,
+        compress_ratios=(0, 0, 4, 128, 4, 128, 4, 0),
+        num_hash_layers=3,
+        sliding_window=128,
+        index_n_heads=8,
+        index_head_dim=32,
+        index_topk=128,
+        compress_rope_theta=160000.0,
+        max_position_embeddings=16384,
+    )
     many = dataclasses.replace(small, n_routed_experts=64, num_experts_per_tok=6)
     demo = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "configs/demo.py"))["get_model"]()
     return {"demo": demo, "small": small, "experts": many}
@@ -53,7 +70,9 @@ def rates() -> tuple[float, float]:
 
     x, w = jnp.ones(2**26), jnp.ones((2048, 2048))
     add, dot = jax.jit(jnp.sum), jax.jit(jnp.dot)
-    return x.nbytes / _best(lambda: add(x).block_until_ready()), 2 * 2048**3 / _best(lambda: dot(w, w).block_until_ready())
+    return x.nbytes / _best(lambda: add(x).block_until_ready()), 2 * 2048**3 / _best(
+        lambda: dot(w, w).block_until_ready()
+    )
 
 
 def _best(run, times: int = 5) -> float:
@@ -83,7 +102,14 @@ def touched_parameters(cfg, active: float, batch: int) -> float:
     """Weights that `batch` rows read, where each chooses its experts evenly: some are chosen twice."""
     experts, chosen = cfg.n_routed_experts, cfg.num_experts_per_tok
     touched = experts * (1 - (1 - chosen / experts) ** batch)
-    return active + (touched - chosen) * cfg.num_hidden_layers * 3 * cfg.hidden_size * cfg.moe_intermediate_size
+    return (
+        active
+        + (touched - chosen)
+        * cfg.num_hidden_layers
+        * 3
+        * cfg.hidden_size
+        * cfg.moe_intermediate_size
+    )
 
 
 def ours(folder, prompts, tokens: int) -> tuple[float, float]:
@@ -95,7 +121,9 @@ def ours(folder, prompts, tokens: int) -> tuple[float, float]:
     params, room = split_layers(cfg, params), len(prompts[0]) + tokens
 
     def run(count, tell):
-        generate(cfg, params, prompts, count, stop=lambda row, _: bool(row == 0 and tell()), room=room)
+        generate(
+            cfg, params, prompts, count, stop=lambda row, _: bool(row == 0 and tell()), room=room
+        )
 
     return steps_of(run, tokens)
 
@@ -114,7 +142,14 @@ def theirs(folder, prompts, tokens: int) -> tuple[float, float]:
             return torch.zeros(len(ids), dtype=torch.bool)
 
         with torch.no_grad():
-            model.generate(rows, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0, stopping_criteria=[heard])
+            model.generate(
+                rows,
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+                stopping_criteria=[heard],
+            )
 
     return steps_of(run, tokens)
 
@@ -132,16 +167,32 @@ def compare(cfg, folder, cases, tokens: int, ours_only: bool, read: float, produ
         peer = None if ours_only else theirs(folder, prompts, count)
         total = cost(cfg, length).total
         bytes_read = 4 * touched_parameters(cfg, total.active, batch)
-        floors = (batch * length * total.flops / products, max(bytes_read / read, batch * total.flops / products))
+        floors = (
+            batch * length * total.flops / products,
+            max(bytes_read / read, batch * total.flops / products),
+        )
         for i, what in enumerate((f"prefill {length}", f"decode at {length}, a step")):
             last = f"{1000 * peer[i]:15.2f}   {peer[i] / found[i]:13.1f}" if peer else ""
-            print(f"batch {batch}, {what:24s} {1000 * floors[i]:9.2f} {1000 * found[i]:10.2f} {last}", flush=True)
+            print(
+                f"batch {batch}, {what:24s} {1000 * floors[i]:9.2f} {1000 * found[i]:10.2f} {last}",
+                flush=True,
+            )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=["demo", "small", "experts"], default=["demo", "small", "experts"])
-    parser.add_argument("--tokens", type=int, default=64, help="decoded after the first; a quarter of it after long prompts")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=["demo", "small", "experts"],
+        default=["demo", "small", "experts"],
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=64,
+        help="decoded after the first; a quarter of it after long prompts",
+    )
     parser.add_argument("--prompt", type=int, default=4096)
     parser.add_argument("--only", type=int, help="cases of this prompt length")
     parser.add_argument("--ours-only", action="store_true")
@@ -152,7 +203,11 @@ def main():
     simulate_devices(1)  # as the command line does: keeps freed memory
     read, products = rates()
     print(f"measured: {read / 1e9:.1f} GB/s read, {products / 1e9:.0f} GFLOP/s")
-    cases = [case for case in ((1, 64), (8, 64), (1, arguments.prompt)) if arguments.only in (None, case[1])]
+    cases = [
+        case
+        for case in ((1, 64), (8, 64), (1, arguments.prompt))
+        if arguments.only in (None, case[1])
+    ]
     for name in arguments.models:
         print(f"{name:25s} floor ms   v4jax ms   transformers ms   times as fast")
         cfg = models()[name]

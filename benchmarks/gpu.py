@@ -32,22 +32,40 @@ LOOP = mock.patch.object(triton, "suits", lambda *widths: False)
 
 def case(dtype, experts: int, width: int, hidden: int, size: int, blocks: int):
     """(weights, x, gate, groups, cotangent): uneven loads, an expert without rows, blocks not in use."""
-    sizes = np.random.default_rng(0).multinomial(blocks - experts // 2, np.full(experts, 1 / experts))
+    sizes = np.random.default_rng(0).multinomial(
+        blocks - experts // 2, np.full(experts, 1 / experts)
+    )
     sizes[0], sizes[1] = sizes[0] + sizes[1], 0
     used = int(sizes.sum())
-    by_block = np.concatenate((np.repeat(np.arange(experts), sizes), np.full(blocks - used, experts - 1)))
-    groups = Groups(jnp.asarray(sizes * size, jnp.int32), jnp.asarray(by_block, jnp.int32), jnp.int32(used))
+    by_block = np.concatenate(
+        (np.repeat(np.arange(experts), sizes), np.full(blocks - used, experts - 1))
+    )
+    groups = Groups(
+        jnp.asarray(sizes * size, jnp.int32), jnp.asarray(by_block, jnp.int32), jnp.int32(used)
+    )
     keys = jax.random.split(jax.random.key(0), 6)
     shapes = (experts, width, hidden), (experts, width, hidden), (experts, hidden, width)
-    w = grouped.ExpertWeights(*(jax.random.normal(key, shape) * shape[1] ** -0.5 for key, shape in zip(keys, shapes)))
+    w = grouped.ExpertWeights(
+        *(
+            jax.random.normal(key, shape) * shape[1] ** -0.5
+            for key, shape in zip(keys, shapes, strict=True)
+        )
+    )
     x, ct = (jax.random.normal(key, (blocks * size, width)).astype(dtype) for key in keys[3:5])
-    gate = jnp.where(jnp.arange(blocks * size) < used * size, jax.random.uniform(keys[5], (blocks * size,)), 0)
+    gate = jnp.where(
+        jnp.arange(blocks * size) < used * size, jax.random.uniform(keys[5], (blocks * size,)), 0
+    )
     return w, x, gate, groups, ct
 
 
 def experts(w, x, gate, groups, ct):
     """The experts' output and its gradients."""
-    y, pull = jax.vjp(lambda w, x, gate: grouped.expert_ffn(grouped.Activation(10.0), w, x, gate, groups), w, x, gate)
+    y, pull = jax.vjp(
+        lambda w, x, gate: grouped.expert_ffn(grouped.Activation(10.0), w, x, gate, groups),
+        w,
+        x,
+        gate,
+    )
     return y, pull(ct)
 
 
@@ -76,31 +94,55 @@ def kernels() -> None:
         got = jax.jit(experts)(*args)
         with LOOP:
             expected = jax.jit(lambda *args: experts(*args))(*args)
-        print(f"kernels against the loop, {dtype.__name__}: {difference(got, expected):.1e}", flush=True)
-    w, x, gate, groups, ct = case(jnp.bfloat16, experts=32, width=2048, hidden=1024, size=128, blocks=512)
+        print(
+            f"kernels against the loop, {dtype.__name__}: {difference(got, expected):.1e}",
+            flush=True,
+        )
+    w, x, gate, groups, ct = case(
+        jnp.bfloat16, experts=32, width=2048, hidden=1024, size=128, blocks=512
+    )
     flops = 2 * int(groups.group_sizes.sum()) * w.w1.shape[1] * w.w1.shape[2]
     one, hidden = w.w1.astype(jnp.bfloat16), ct[:, : w.w1.shape[2]]
-    rate = lambda times, taken: f"{taken * 1e3:.1f} ms, {times * flops / taken / 1e12:.0f} TFLOP/s"  # noqa: E731
+
+    def rate(times, taken):
+        return f"{taken * 1e3:.1f} ms, {times * flops / taken / 1e12:.0f} TFLOP/s"
+
     print("grouped_dot:", rate(1, seconds(jax.jit(triton.grouped_dot), x, one, groups)))
     print("grouped_outer:", rate(1, seconds(jax.jit(triton.grouped_outer), x, hidden, groups)))
-    print("experts, forward and backward, kernels:", rate(9, seconds(jax.jit(experts), w, x, gate, groups, ct)))
+    print(
+        "experts, forward and backward, kernels:",
+        rate(9, seconds(jax.jit(experts), w, x, gate, groups, ct)),
+    )
     with LOOP:
-        print("experts, forward and backward, loop:", rate(9, seconds(jax.jit(lambda *args: experts(*args)), w, x, gate, groups, ct)), flush=True)
+        print(
+            "experts, forward and backward, loop:",
+            rate(9, seconds(jax.jit(lambda *args: experts(*args)), w, x, gate, groups, ct)),
+            flush=True,
+        )
 
 
 def whole_model() -> None:
     cfg = demo.get_model()
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (4, 384)).astype(np.int32)
     found = {}
-    for device in (jax.devices("cpu")[0], jax.devices()[0]):
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        initial = init_params(cfg, jax.random.key(0))
+    for device in (cpu, jax.devices()[0]):
         with jax.default_device(device):
-            params = init_params(cfg, jax.random.key(0)) if not found else jax.device_put(params, device)
+            params = jax.device_put(initial, device)
             router = params["router"]
-            loss = jax.value_and_grad(lambda weights, router: loss_and_routing(cfg, weights | {"router": router}, {"tokens": tokens})[0])
+            loss = jax.value_and_grad(
+                lambda weights, router: loss_and_routing(
+                    cfg, weights | {"router": router}, {"tokens": tokens}
+                )[0]
+            )
             weights = {name: value for name, value in params.items() if name != "router"}
             found[device] = jax.tree.map(np.asarray, jax.jit(loss)(weights, router))
     (a, grads_a), (b, grads_b) = found.values()
-    print(f"demo's model, float32, GPU against CPU: loss {abs(a - b) / abs(a):.1e}, worst gradient {difference(grads_b, grads_a):.1e}")
+    print(
+        f"demo's model, float32, GPU against CPU: loss {abs(a - b) / abs(a):.1e}, worst gradient {difference(grads_b, grads_a):.1e}"
+    )
 
 
 if __name__ == "__main__":

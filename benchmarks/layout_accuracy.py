@@ -18,18 +18,47 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from pods import CASES as PODS  # noqa: E402
-from pods import RESULTS, keep, pod_config  # noqa: E402
+from pods import CASES as PODS
+from pods import RESULTS, keep, pod_config
 
-MID = dict(hidden_size=2048, moe_intermediate_size=1024, n_routed_experts=32, num_attention_heads=32, q_lora_rank=512, o_groups=8)
+MID = dict(
+    hidden_size=2048,
+    moe_intermediate_size=1024,
+    n_routed_experts=32,
+    num_attention_heads=32,
+    q_lora_rank=512,
+    o_groups=8,
+)
 SLIM = dict(
-    hidden_size=512, moe_intermediate_size=256, n_routed_experts=32, num_attention_heads=16, q_lora_rank=256, o_groups=8, o_lora_rank=128,
-    head_dim=128, qk_rope_head_dim=64, index_n_heads=16, index_head_dim=128, index_topk=128, vocab_size=8192,
-)  # fmt: skip
+    hidden_size=512,
+    moe_intermediate_size=256,
+    n_routed_experts=32,
+    num_attention_heads=16,
+    q_lora_rank=256,
+    o_groups=8,
+    o_lora_rank=128,
+    head_dim=128,
+    qk_rope_head_dim=64,
+    index_n_heads=16,
+    index_head_dim=128,
+    index_topk=128,
+    vocab_size=8192,
+)
 SMALL = dict(
-    hidden_size=256, moe_intermediate_size=192, n_routed_experts=16, num_attention_heads=8, q_lora_rank=96, o_groups=4, o_lora_rank=80,
-    head_dim=64, qk_rope_head_dim=16, index_n_heads=8, index_head_dim=32, index_topk=64, vocab_size=1024,
-)  # fmt: skip
+    hidden_size=256,
+    moe_intermediate_size=192,
+    n_routed_experts=16,
+    num_attention_heads=8,
+    q_lora_rank=96,
+    o_groups=4,
+    o_lora_rank=80,
+    head_dim=64,
+    qk_rope_head_dim=16,
+    index_n_heads=8,
+    index_head_dim=32,
+    index_topk=64,
+    vocab_size=1024,
+)
 CASES = {  # name: (layers, MTP, sizes, mesh, layout, target, tokens a row, rows, dtype)
     "tpu-fsdp": (4, 0, SLIM, "fsdp=8", "fsdp", "v5p:2x2x2", 2048, 16),
     "tpu-full": (4, 0, SLIM, "fsdp=2,expert=2,tensor=2", "full", "v5p:2x2x2", 2048, 8),
@@ -38,7 +67,16 @@ CASES = {  # name: (layers, MTP, sizes, mesh, layout, target, tokens a row, rows
     "tpu-v6e": (4, 0, SLIM, "context=4,expert=4", "cp_ep", "v6e:4x4", 4096, 8),
     "tpu-v5e": (8, 0, MID, "data=2,expert=4,tensor=2", "ep_tp", "v5e:4x4", 2048, 8),
     "tpu-7x": (4, 0, SLIM, "fsdp=4,expert=4", "pod", "tpu7x:2x2x2", 2048, 32),
-    "tpu-7x-256": (4, 0, SLIM | dict(n_routed_experts=128), "fsdp=2,expert=128", "pod", "tpu7x:4x4x8", 1024, 256),
+    "tpu-7x-256": (
+        4,
+        0,
+        SLIM | dict(n_routed_experts=128),
+        "fsdp=2,expert=128",
+        "pod",
+        "tpu7x:4x4x8",
+        1024,
+        256,
+    ),
     "tpu-ep-tp": (4, 0, MID, "expert=4,tensor=2", "ep_tp", "v5p:2x2x2", 4096, 8),
     "tpu-cp": (4, 0, SLIM, "context=4,expert=2", "cp_ep", "v5p:2x2x2", 32768, 2),
     "tpu-fsdp-mid": (4, 0, MID, "fsdp=16", "fsdp", "v5p:2x2x4", 4096, 16),
@@ -51,13 +89,17 @@ CASES = {  # name: (layers, MTP, sizes, mesh, layout, target, tokens a row, rows
     "cpu-cp": (4, 0, SMALL, "context=4,expert=2", "cp_ep", "cpu", 1024, 4),
     "cpu-ep-tp": (4, 0, SMALL, "expert=4,tensor=2", "ep_tp", "cpu", 512, 8),
     "cpu-pod-8": (4, 0, SMALL, "fsdp=2,expert=4", "pod", "cpu", 512, 8),
-}  # fmt: skip
+}
 
 
 def main() -> None:
     command, names = (sys.argv[1:] or ["table"])[0], sys.argv[2:]
-    if command not in ("run", "table") or (unknown := [name for name in names if name not in CASES]):
-        raise SystemExit(f"usage: layout_accuracy.py run [CASE ...] | table; cases: {', '.join(CASES)}; unknown: {locals().get('unknown')}")
+    if command not in ("run", "table") or (
+        unknown := [name for name in names if name not in CASES]
+    ):
+        raise SystemExit(
+            f"usage: layout_accuracy.py run [CASE ...] | table; cases: {', '.join(CASES)}; unknown: {locals().get('unknown')}"
+        )
     if command == "run":
         os.environ["JAX_PLATFORMS"] = "cpu"
         from sharding.mesh import simulate_devices
@@ -79,10 +121,25 @@ def config(name: str):
     model = models.flash()
     if layers != model.num_hidden_layers:
         ratios = (4, 128) * (layers // 2) + (0,) * mtp
-        model = model.replace(**sizes, num_hidden_layers=layers, num_hash_layers=0, num_nextn_predict_layers=mtp, compress_ratios=ratios)
+        model = model.replace(
+            **sizes,
+            num_hidden_layers=layers,
+            num_hash_layers=0,
+            num_nextn_predict_layers=mtp,
+            compress_ratios=ratios,
+        )
     dtype = "float32" if target == "cpu" else "bfloat16"
     cfg = TrainConfig(
-        model=model, run_dir="", mesh=mesh, layout=layout, steps=1, batch_size=rows, seq_len=seq, learning_rate=1e-4, warmup_steps=0, dtype=dtype
+        model=model,
+        run_dir="",
+        mesh=mesh,
+        layout=layout,
+        steps=1,
+        batch_size=rows,
+        seq_len=seq,
+        learning_rate=1e-4,
+        warmup_steps=0,
+        dtype=dtype,
     )
     return cfg, target
 
@@ -102,18 +159,27 @@ def table() -> None:
     from v4jax.layout.hardware import target_of
 
     rows = {row["case"]: row for row in map(json.loads, RESULTS.read_text().splitlines())}
-    print("| case | layers | mesh | layout | target | weights + optimizer | ratio | all held | ratio | sent | ratio |")
+    print(
+        "| case | layers | mesh | layout | target | weights + optimizer | ratio | all held | ratio | sent | ratio |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for name in (name for name in (*CASES, *PODS) if name in rows):
         cfg, target = config(name)
         found = rows[name]
         devices = math.prod(parse_mesh(cfg.mesh).values())
         paper = estimate(dataclasses.replace(cfg), target_of(target, devices).hardware)
-        state, sent = paper.memory["weights"] + paper.memory["optimizer"], sum(row[0] for row in paper.sent.values())
+        state, sent = (
+            paper.memory["weights"] + paper.memory["optimizer"],
+            sum(row[0] for row in paper.sent.values()),
+        )
         held, moved = found["state"] + found["temporary"], sum(found["sent"].values())
-        whole = "- | -" if target == "cpu" else f"{held / 1e9:.2f} GB | {paper.memory_bytes / held:.2f}"
-        print(f"| {name} | {cfg.model.num_hidden_layers} | {cfg.mesh} | {cfg.layout} | {target} | {found['state'] / 1e9:.3f} GB | {state / found['state']:.3f} "
-              f"| {whole} | {moved / 1e9:.3f} GB | {sent / moved:.3f} |")  # fmt: skip
+        whole = (
+            "- | -" if target == "cpu" else f"{held / 1e9:.2f} GB | {paper.memory_bytes / held:.2f}"
+        )
+        print(
+            f"| {name} | {cfg.model.num_hidden_layers} | {cfg.mesh} | {cfg.layout} | {target} | {found['state'] / 1e9:.3f} GB | {state / found['state']:.3f} "
+            f"| {whole} | {moved / 1e9:.3f} GB | {sent / moved:.3f} |"
+        )
 
 
 if __name__ == "__main__":

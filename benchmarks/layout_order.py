@@ -24,18 +24,43 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 CASES = [
-    "dp:data=8", "fsdp:fsdp=8", "ep:expert=8", "full:data=2,tensor=4", "ep_tp:expert=4,tensor=2", "ep_fsdp:data=2,fsdp=2,expert=2",
-    "cp_ep:context=8", "cp_ep:context=4,expert=2", "full:fsdp=2,context=2,tensor=2", "pod:expert=8",
-]  # fmt: skip
+    "dp:data=8",
+    "fsdp:fsdp=8",
+    "ep:expert=8",
+    "full:data=2,tensor=4",
+    "ep_tp:expert=4,tensor=2",
+    "ep_fsdp:data=2,fsdp=2,expert=2",
+    "cp_ep:context=8",
+    "cp_ep:context=4,expert=2",
+    "full:fsdp=2,context=2,tensor=2",
+    "pod:expert=8",
+]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--turns", type=int, default=8, help="steps of each that are timed")
-    parser.add_argument("--profile", default="cpu", help="hardware profile: a name or a JSON file (v4jax layout --measure writes one)")
-    parser.add_argument("--cases", nargs="*", default=CASES, choices=CASES, metavar="CASE", help="layouts to compile or to time")
+    parser.add_argument(
+        "--profile",
+        default="cpu",
+        help="hardware profile: a name or a JSON file (v4jax layout --measure writes one)",
+    )
+    parser.add_argument(
+        "--cases",
+        nargs="*",
+        default=CASES,
+        choices=CASES,
+        metavar="CASE",
+        help="layouts to compile or to time",
+    )
     parser.add_argument("--compile", action="store_true", help="compile only, into the cache")
-    parser.add_argument("--cache", default=pathlib.Path(tempfile.gettempdir()) / "v4jax-layout-order", help="where compiled programs stay")
+    parser.add_argument(
+        "--cache",
+        default=pathlib.Path(tempfile.gettempdir()) / "v4jax-layout-order",
+        help="where compiled programs stay",
+    )
     arguments = parser.parse_args()
     import jax
 
@@ -51,7 +76,16 @@ def main() -> None:
         return
     if arguments.turns and len(arguments.cases) > 1:
         for case in arguments.cases:
-            command = [sys.executable, __file__, "--turns", str(arguments.turns), "--cases", case, "--cache", str(cache)]
+            command = [
+                sys.executable,
+                __file__,
+                "--turns",
+                str(arguments.turns),
+                "--cases",
+                case,
+                "--cache",
+                str(cache),
+            ]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             print(f"{case} is timed", flush=True)
         arguments.turns = 0
@@ -65,19 +99,29 @@ def main() -> None:
         took[case] = min(fastest_step(config(case), arguments.turns), took.get(case, float("inf")))
         file.write_text(json.dumps(took))
     paper = {case: estimate(config(case), hardware_of(arguments.profile)) for case in CASES}
-    print("| layout: mesh | paper ms | measured ms | measured / paper | bound by |\n|---|---|---|---|---|")
+    print(
+        "| layout: mesh | paper ms | measured ms | measured / paper | bound by |\n|---|---|---|---|---|"
+    )
     for case in sorted(CASES, key=lambda case: paper[case].step_seconds):
         ms, real = paper[case].step_seconds * 1e3, took.get(case, float("nan")) * 1e3
         print(f"| {case} | {ms:.0f} | {real:.0f} | {real / ms:.2f} | {paper[case].bound} |")
-    print(f"\nKendall's tau: {kendall([paper[c].step_seconds for c in took], [took[c] for c in took]):.2f} over {len(took)} layouts" if len(took) > 1 else "")
+    print(
+        f"\nKendall's tau: {kendall([paper[c].step_seconds for c in took], [took[c] for c in took]):.2f} over {len(took)} layouts"
+        if len(took) > 1
+        else ""
+    )
 
 
 def config(case: str):
     from configs import demo
 
     layout, _, mesh = case.partition(":")
-    model = demo.get_model().replace(num_hidden_layers=2, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(4, 128))
-    return dataclasses.replace(demo.get_config(), model=model, batch_size=8, mesh=mesh, layout=layout)
+    model = demo.get_model().replace(
+        num_hidden_layers=2, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(4, 128)
+    )
+    return dataclasses.replace(
+        demo.get_config(), model=model, batch_size=8, mesh=mesh, layout=layout
+    )
 
 
 def fastest_step(cfg, turns: int) -> float:
@@ -108,9 +152,18 @@ def prepared(cfg):
     with jax.set_mesh(mesh):
         places = state_shardings(cfg, rules, mesh)
         state = init_state(cfg, places)
-        tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (cfg.batch_size, cfg.seq_len), dtype=np.int32)
-        batch = jax.device_put({"tokens": tokens, "segment_ids": np.ones_like(tokens)}, batch_sharding(rules, mesh))
-        return mesh, compile_step(cfg, rules, places, mesh).lower(state, batch).compile(), state, batch
+        tokens = np.random.default_rng(0).integers(
+            0, cfg.model.vocab_size, (cfg.batch_size, cfg.seq_len), dtype=np.int32
+        )
+        batch = jax.device_put(
+            {"tokens": tokens, "segment_ids": np.ones_like(tokens)}, batch_sharding(rules, mesh)
+        )
+        return (
+            mesh,
+            compile_step(cfg, rules, places, mesh).lower(state, batch).compile(),
+            state,
+            batch,
+        )
 
 
 def kendall(a: list[float], b: list[float]) -> float:

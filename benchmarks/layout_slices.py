@@ -11,9 +11,15 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 OPTIMIZER = {
-    "dp": "data=128", "fsdp": "fsdp=128", "ep": "expert=128", "ep_fsdp": "fsdp=8,expert=16", "ep_tp": "expert=16,tensor=8",
-    "cp_ep": "context=8,expert=16", "full": "fsdp=4,expert=16,tensor=2", "pod": "fsdp=8,expert=16",
-}  # fmt: skip
+    "dp": "data=128",
+    "fsdp": "fsdp=128",
+    "ep": "expert=128",
+    "ep_fsdp": "fsdp=8,expert=16",
+    "ep_tp": "expert=16,tensor=8",
+    "cp_ep": "context=8,expert=16",
+    "full": "fsdp=4,expert=16,tensor=2",
+    "pod": "fsdp=8,expert=16",
+}
 """Layout -> a mesh of 128 devices."""
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
@@ -26,14 +32,23 @@ def main() -> None:
 
 
 def slices() -> None:
-    print("| model | step | chip | chips | layout: mesh | memory of a device | step | bound by | MFU |\n|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| model | step | chip | chips | layout: mesh | memory of a device | step | bound by | MFU |\n|---|---|---|---|---|---|---|---|---|"
+    )
     for model in ("flash", "pro"):
-        for what, seq, per_device in (("train", 4096, 1), ("train", 65536, 1 / 16), ("decode", 2**20, 1)):
+        for what, seq, per_device in (
+            ("train", 4096, 1),
+            ("train", 65536, 1 / 16),
+            ("decode", 2**20, 1),
+        ):
             for chip in ("v5p", "tpu7x"):
                 chips, best = smallest(model, what, seq, per_device, chip)
                 length = "1M context, released formats" if what == "decode" else f"S {seq}"
-                print(f"| V4-{model.capitalize()} | {what}, {length} | {chip} | {chips} | {best.layout}: {best.mesh} | {best.memory_bytes / 1e9:.0f} of "
-                      f"{best.hbm / 1e9:.0f} GB | {best.step_seconds * 1e3:,.0f} ms | {best.bound} | {best.mfu:.1%} |", flush=True)  # fmt: skip
+                print(
+                    f"| V4-{model.capitalize()} | {what}, {length} | {chip} | {chips} | {best.layout}: {best.mesh} | {best.memory_bytes / 1e9:.0f} of "
+                    f"{best.hbm / 1e9:.0f} GB | {best.step_seconds * 1e3:,.0f} ms | {best.bound} | {best.mfu:.1%} |",
+                    flush=True,
+                )
 
 
 def smallest(model: str, what: str, seq: int, per_device: float, chip: str):
@@ -44,7 +59,9 @@ def smallest(model: str, what: str, seq: int, per_device: float, chip: str):
     hardware = hardware_of(chip)
     for chips in SIZES:
         devices = chips * hardware.devices_per_chip
-        cfg = dataclasses.replace(training(model), seq_len=seq, batch_size=max(1, int(devices * per_device)))
+        cfg = dataclasses.replace(
+            training(model), seq_len=seq, batch_size=max(1, int(devices * per_device))
+        )
         try:
             return chips, search(cfg, hardware, devices, what, released=what == "decode").ranked[0]
         except ValueError:
@@ -58,19 +75,29 @@ def published() -> None:
     from v4jax.layout.estimate import estimate
     from v4jax.layout.hardware import hardware_of
 
-    print("| run | mesh on paper | predicted step | predicted | published | gap | bound by |\n|---|---|---|---|---|---|---|")
-    cfg = dataclasses.replace(training("pro"), seq_len=4096, batch_size=4096, layout="pod", mesh="fsdp=4,expert=64")
+    print(
+        "| run | mesh on paper | predicted step | predicted | published | gap | bound by |\n|---|---|---|---|---|---|---|"
+    )
+    cfg = dataclasses.replace(
+        training("pro"), seq_len=4096, batch_size=4096, layout="pod", mesh="fsdp=4,expert=64"
+    )
     found = estimate(cfg, hardware_of("gb300"), fp8=True)
     flops = cost(cfg.model, 4096).train_flops * 4096 * 4096 / 256
-    print(f"| 256 GB300, 4096 x 4K, MXFP8, step | {found.mesh} | {found.step_seconds:.1f} s | {found.step_seconds:.1f} s | 21.5 s | {found.step_seconds / 21.5 - 1:+.0%} | {found.bound} |")
+    print(
+        f"| 256 GB300, 4096 x 4K, MXFP8, step | {found.mesh} | {found.step_seconds:.1f} s | {found.step_seconds:.1f} s | 21.5 s | {found.step_seconds / 21.5 - 1:+.0%} | {found.bound} |"
+    )
     rate = flops / found.step_seconds / 1e12
     print(f"| the same, TFLOP/s a GPU | | | {rate:.0f} | 996 | {rate / 996 - 1:+.0%} | |")
     # What the published figures say of each other: FLOPs a token that 996 TFLOP/s in 21.5 s imply, and ours.
-    print(f"| the same, model FLOPs a token | | | {flops * 256 / 4096**2 / 1e9:.0f} G | {996e12 * 21.5 * 256 / 4096**2 / 1e9:.0f} G | {flops / (996e12 * 21.5) - 1:+.0%} | |")
+    print(
+        f"| the same, model FLOPs a token | | | {flops * 256 / 4096**2 / 1e9:.0f} G | {996e12 * 21.5 * 256 / 4096**2 / 1e9:.0f} G | {flops / (996e12 * 21.5) - 1:+.0%} | |"
+    )
     for rows in (4096, 1024):  # the run's batch is not published
         cfg = dataclasses.replace(cfg, batch_size=rows, mesh="data=2,fsdp=8,expert=64")
         found = estimate(cfg, hardware_of("cloudmatrix384"))
-        print(f"| 1,024 Ascend 910C, {rows} x 4K, bf16, MFU | {found.mesh} | {found.step_seconds:.1f} s | {found.mfu:.1%} | 34.9% | {found.mfu / 0.349 - 1:+.0%} | {found.bound} |")
+        print(
+            f"| 1,024 Ascend 910C, {rows} x 4K, bf16, MFU | {found.mesh} | {found.step_seconds:.1f} s | {found.mfu:.1%} | 34.9% | {found.mfu / 0.349 - 1:+.0%} | {found.bound} |"
+        )
 
 
 def optimizer() -> None:
@@ -81,20 +108,34 @@ def optimizer() -> None:
     from v4jax.layout.terms import bases, constants_of, total
 
     def of_a_device(layout: str, mesh: str) -> tuple[float, dict[str, float]]:
-        cfg, sizes = dataclasses.replace(training("flash"), mesh=mesh, layout=layout, seq_len=4096, batch_size=128), parse_mesh(mesh)
+        cfg, sizes = (
+            dataclasses.replace(
+                training("flash"), mesh=mesh, layout=layout, seq_len=4096, batch_size=128
+            ),
+            parse_mesh(mesh),
+        )
         rules = layout_for(layout, sizes)
         terms = [term for term in terms_of(cfg, rules, sizes, "tpu") if term.part == "optimizer"]
         values = bases(constants_of(cfg.model, rules, sizes), cfg.seq_len, cfg.batch_size)
         kinds = sorted({term.collective for term in terms if term.kind == "sent"})
-        sent = {kind: total((term for term in terms if term.kind == "sent" and term.collective == kind), values) for kind in kinds}
+        sent = {
+            kind: total(
+                (term for term in terms if term.kind == "sent" and term.collective == kind), values
+            )
+            for kind in kinds
+        }
         return total((term for term in terms if term.kind == "flops"), values), sent
 
     whole = of_a_device("full", "")[0]
-    print("| layout: mesh | FLOPs of a device | / an even share | sent by a device |\n|---|---|---|---|")
+    print(
+        "| layout: mesh | FLOPs of a device | / an even share | sent by a device |\n|---|---|---|---|"
+    )
     for layout, mesh in OPTIMIZER.items():
         flops, sent = of_a_device(layout, mesh)
         kinds = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in sent.items()) or "nothing"
-        print(f"| {layout}: {mesh} | {flops / 1e12:.1f} TFLOP | {flops / whole * 128:.2f} | {kinds} |")
+        print(
+            f"| {layout}: {mesh} | {flops / 1e12:.1f} TFLOP | {flops / whole * 128:.2f} | {kinds} |"
+        )
 
 
 def training(model: str):

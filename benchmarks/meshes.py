@@ -18,17 +18,31 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 MESHES = [
-    "data=8", "fsdp=8", "expert=8", "data=2,tensor=4", "expert=4,tensor=2", "data=2,fsdp=2,expert=2", "context=8",
-    "context=4,expert=2", "context=2,expert=2,tensor=2", "fsdp=2,context=2,tensor=2",
-]  # fmt: skip
+    "data=8",
+    "fsdp=8",
+    "expert=8",
+    "data=2,tensor=4",
+    "expert=4,tensor=2",
+    "data=2,fsdp=2,expert=2",
+    "context=8",
+    "context=4,expert=2",
+    "context=2,expert=2,tensor=2",
+    "fsdp=2,context=2,tensor=2",
+]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=6, help="steps timed; the fastest counts")
     parser.add_argument("--meshes", nargs="*", default=MESHES)
     parser.add_argument("--compile", action="store_true", help="compile only, into the cache")
-    parser.add_argument("--cache", default=pathlib.Path(tempfile.gettempdir()) / "v4jax-meshes", help="where compiled programs stay")
+    parser.add_argument(
+        "--cache",
+        default=pathlib.Path(tempfile.gettempdir()) / "v4jax-meshes",
+        help="where compiled programs stay",
+    )
     arguments = parser.parse_args()
     import jax
 
@@ -67,8 +81,12 @@ def seconds(cfg, steps: int) -> float:
         places = state_shardings(cfg, rules, mesh)
         state = init_state(cfg, places)
         rng = np.random.default_rng(0)
-        tokens = rng.integers(0, cfg.model.vocab_size, (cfg.batch_size, cfg.seq_len), dtype=np.int32)
-        batch = jax.device_put({"tokens": tokens, "segment_ids": np.ones_like(tokens)}, batch_sharding(rules, mesh))
+        tokens = rng.integers(
+            0, cfg.model.vocab_size, (cfg.batch_size, cfg.seq_len), dtype=np.int32
+        )
+        batch = jax.device_put(
+            {"tokens": tokens, "segment_ids": np.ones_like(tokens)}, batch_sharding(rules, mesh)
+        )
         step = compile_step(cfg, rules, places, mesh).lower(state, batch).compile()
         if not steps:
             return 0.0

@@ -22,11 +22,29 @@ def get_model():
     from v4jax.config import ModelConfig
 
     return ModelConfig(
-        vocab_size=512, hidden_size=64, moe_intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, head_dim=32,
-        qk_rope_head_dim=16, q_lora_rank=32, o_groups=2, o_lora_rank=32, n_routed_experts=8, num_experts_per_tok=2,
-        routed_scaling_factor=1.5, compress_ratios=(0, 4, 128), num_hash_layers=1, num_nextn_predict_layers=0, sliding_window=128,
-        index_n_heads=1, index_head_dim=32, index_topk=128, compress_rope_theta=160000.0, max_position_embeddings=TOKENS + 4 * NEW,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=64,
+        moe_intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        head_dim=32,
+        qk_rope_head_dim=16,
+        q_lora_rank=32,
+        o_groups=2,
+        o_lora_rank=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        routed_scaling_factor=1.5,
+        compress_ratios=(0, 4, 128),
+        num_hash_layers=1,
+        num_nextn_predict_layers=0,
+        sliding_window=128,
+        index_n_heads=1,
+        index_head_dim=32,
+        index_topk=128,
+        compress_rope_theta=160000.0,
+        max_position_embeddings=TOKENS + 4 * NEW,
+    )
 
 
 def read_rate() -> float:
@@ -54,18 +72,28 @@ def traffic(cfg, cache, tokens: int) -> dict[str, float]:
     def size(tree) -> float:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
-    parts = dict.fromkeys(("weights", "rings", "HCA entries", "CSA entries", "index keys", "index scores"), 0.0)
+    parts = dict.fromkeys(
+        ("weights", "rings", "HCA entries", "CSA entries", "index keys", "index scores"), 0.0
+    )
     parts["weights"] = 4 * cost(cfg, tokens).total.active
     for group in cfg.layer_groups:
         for i, kind in enumerate(group.kinds):
             layer, ratio = cache.layers[group.name][f"block_{i}"], kind.compress_ratio
-            parts["rings"] += size((layer.window, layer.entry and (layer.entry.c, layer.entry.z), layer.index and (layer.index.c, layer.index.z)))
+            parts["rings"] += size(
+                (
+                    layer.window,
+                    layer.entry and (layer.entry.c, layer.entry.z),
+                    layer.index and (layer.index.c, layer.index.z),
+                )
+            )
             if layer.entry is None:
                 continue
             slots = jax.tree.leaves(layer.entry.slots)[0].shape[2]
             used = tokens // ratio
             seen = min(used, cfg.index_topk) if ratio == CSA else used
-            parts[f"{'CSA' if ratio == CSA else 'HCA'} entries"] += size(layer.entry.slots) * seen / slots
+            parts[f"{'CSA' if ratio == CSA else 'HCA'} entries"] += (
+                size(layer.entry.slots) * seen / slots
+            )
             if layer.index is not None:
                 parts["index keys"] += size(layer.index.slots) * used / slots
                 parts["index scores"] += 2 * 4 * used * group.repeats
@@ -85,7 +113,9 @@ class Run:
 
         self.cfg = get_model()
         self.params = split_layers(self.cfg, init_params(self.cfg, jax.random.key(0)))
-        self.setting = Setting(storage=storage, quant="official" if storage == "official" else "none")
+        self.setting = Setting(
+            storage=storage, quant="official" if storage == "official" else "none"
+        )
         self.room, self.seed_B = tokens + 4 * NEW, np.zeros(1, np.uint32)
         self.tokens = np.random.default_rng(0).integers(2, self.cfg.vocab_size, tokens).tolist()
         self.done, self.state, self.news = 0, None, None
@@ -98,18 +128,25 @@ class Run:
         while self.done < until:
             part = self.tokens[self.done : min(self.done + STRETCH, until)]
             cache = None if self.state is None else self.state.cache
-            self.state, self.news = prefill(self.cfg, self.setting, self.params, [part], self.seed_B, self.room, cache)
+            self.state, self.news = prefill(
+                self.cfg, self.setting, self.params, [part], self.seed_B, self.room, cache
+            )
             self.news.token_PBN.block_until_ready()
             self.done += len(part)
             spent = time.perf_counter() - start
-            print(f"prefill: {self.done:8d} of {len(self.tokens)} tokens, {spent:6.1f} s, {1e6 * spent / (self.done - first):5.0f} us a token, "
-                  f"peak {peak() / 1e9:.2f} GB", flush=True)  # fmt: skip
+            print(
+                f"prefill: {self.done:8d} of {len(self.tokens)} tokens, {spent:6.1f} s, {1e6 * spent / (self.done - first):5.0f} us a token, "
+                f"peak {peak() / 1e9:.2f} GB",
+                flush=True,
+            )
 
     def skip(self, until: int) -> None:
         """The cache as if there had been `until` tokens: what a step costs does not depend on what is in it."""
         import jax.numpy as jnp
 
-        self.state = self.state._replace(cache=self.state.cache._replace(length_B=jnp.full(1, until, jnp.int32)))
+        self.state = self.state._replace(
+            cache=self.state.cache._replace(length_B=jnp.full(1, until, jnp.int32))
+        )
         self.done = until
 
     def decode(self, tokens: int) -> float:
@@ -118,8 +155,15 @@ class Run:
 
         start = time.perf_counter()
         (completion,), cache = decode(
-            self.cfg, self.setting, self.params, self.state, self.news, self.seed_B, lambda *_: False, [tokens + 1]
-        )  # fmt: skip
+            self.cfg,
+            self.setting,
+            self.params,
+            self.state,
+            self.news,
+            self.seed_B,
+            lambda *_: False,
+            [tokens + 1],
+        )
         seconds = (time.perf_counter() - start) / tokens
         import jax.numpy as jnp
 
@@ -135,7 +179,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--storage", default="dtype", choices=("dtype", "official"))
-    parser.add_argument("--decode-only", action="store_true", help="no prefill: the length of the cache is set")
+    parser.add_argument(
+        "--decode-only", action="store_true", help="no prefill: the length of the cache is set"
+    )
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from sharding.mesh import simulate_devices
@@ -152,16 +198,27 @@ def main():
         run.decode(STEPS)  # the first time compiles
         seconds[until] = run.decode(NEW)
         rows.append((until, seconds[until], traffic(run.cfg, run.state.cache, until)))
-    print(f"all in {time.perf_counter() - start:.0f} s; read rate {rate / 1e9:.1f} GB/s; peak {peak() / 1e9:.2f} GB")
+    print(
+        f"all in {time.perf_counter() - start:.0f} s; read rate {rate / 1e9:.1f} GB/s; peak {peak() / 1e9:.2f} GB"
+    )
     names = list(rows[0][2])
-    print("tokens    ms a token   bytes read " + "".join(f"{name:>15s}" for name in names) + "   ms at the read rate")
+    print(
+        "tokens    ms a token   bytes read "
+        + "".join(f"{name:>15s}" for name in names)
+        + "   ms at the read rate"
+    )
     for tokens, time_each, parts in rows:
         total = sum(parts.values())
-        print(f"{tokens:8d} {1e3 * time_each:10.2f} {total / 1e6:11.2f}M " + "".join(f"{parts[name] / 1e6:14.2f}M" for name in names)
-              + f" {1e3 * total / rate:12.2f}")  # fmt: skip
+        print(
+            f"{tokens:8d} {1e3 * time_each:10.2f} {total / 1e6:11.2f}M "
+            + "".join(f"{parts[name] / 1e6:14.2f}M" for name in names)
+            + f" {1e3 * total / rate:12.2f}"
+        )
     (_, short, few), (_, long, many) = rows
     more = sum(many.values()) - sum(few.values())
-    print(f"a token at the end / at 16K: {long / short:.2f} (bar 4); {1e3 * (long - short):.2f} ms more, {more / 1e6:.1f} MB more: {more / (long - short) / 1e9:.1f} GB/s")
+    print(
+        f"a token at the end / at 16K: {long / short:.2f} (bar 4); {1e3 * (long - short):.2f} ms more, {more / 1e6:.1f} MB more: {more / (long - short) / 1e9:.1f} GB/s"
+    )
     if peak() > LIMIT:
         raise SystemExit(f"held {peak() / 1e9:.1f} GB; the bar is {LIMIT / 1e9:.0f}")
 

@@ -23,11 +23,27 @@ from v4jax.train.report import matmul_rate
 from v4jax.train.step import Steps, compile_step, init_state, state_shardings
 
 MODEL = ModelConfig(
-    vocab_size=4096, hidden_size=256, moe_intermediate_size=256, num_hidden_layers=5, num_attention_heads=8, head_dim=64,
-    qk_rope_head_dim=16, q_lora_rank=64, o_groups=4, o_lora_rank=64, n_routed_experts=16, num_experts_per_tok=4,
-    routed_scaling_factor=1.5, compress_ratios=(0, 0, 4, 128, 4, 0), num_hash_layers=2, sliding_window=32, index_n_heads=4,
-    index_head_dim=32, index_topk=16, compress_rope_theta=160000.0,
-)  # fmt: skip
+    vocab_size=4096,
+    hidden_size=256,
+    moe_intermediate_size=256,
+    num_hidden_layers=5,
+    num_attention_heads=8,
+    head_dim=64,
+    qk_rope_head_dim=16,
+    q_lora_rank=64,
+    o_groups=4,
+    o_lora_rank=64,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    routed_scaling_factor=1.5,
+    compress_ratios=(0, 0, 4, 128, 4, 0),
+    num_hash_layers=2,
+    sliding_window=32,
+    index_n_heads=4,
+    index_head_dim=32,
+    index_topk=16,
+    compress_rope_theta=160000.0,
+)
 BATCH, SEQ = 8, 256
 
 
@@ -38,7 +54,9 @@ def routing_weights(params) -> float:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         late = name.startswith("mtp") and ("experts" in name or "hc_head" in name)
         if not name.startswith(("embed", "head")) and not late:
-            total += leaf.size * (MODEL.num_experts_per_tok / MODEL.n_routed_experts if "/experts/" in name else 1)
+            total += leaf.size * (
+                MODEL.num_experts_per_tok / MODEL.n_routed_experts if "/experts/" in name else 1
+            )
     return total
 
 
@@ -59,7 +77,10 @@ def kinds_of_step(cfg: TrainConfig):
 
     return {
         "plain": (step, 0),
-        "anticipatory routing (lag 1)": (lambda: step(choose(held[0].public, batch)), 2 * routing_weights(held[0].params) * BATCH * SEQ),
+        "anticipatory routing (lag 1)": (
+            lambda: step(choose(held[0].public, batch)),
+            2 * routing_weights(held[0].params) * BATCH * SEQ,
+        ),
         "look inside (at watch_every steps)": (lambda: step(watch=True), 0),
     }
 
@@ -71,9 +92,15 @@ def main():
     arguments = parser.parse_args()
     simulate_devices(1)  # as the command line does
     cfg = TrainConfig(
-        model=MODEL, run_dir="unused", steps=1000, batch_size=BATCH, seq_len=SEQ, learning_rate=1e-4, warmup_steps=0,
+        model=MODEL,
+        run_dir="unused",
+        steps=1000,
+        batch_size=BATCH,
+        seq_len=SEQ,
+        learning_rate=1e-4,
+        warmup_steps=0,
         remat=not arguments.no_remat,
-    )  # fmt: skip
+    )
     kinds = kinds_of_step(cfg)
     rate = matmul_rate(np.float32)
     times = {name: [] for name in kinds}
@@ -85,11 +112,15 @@ def main():
             step()
             times[name].append(time.perf_counter() - start)
     plain = statistics.median(times["plain"])
-    print(f"{BATCH} x {SEQ} tokens, float32, rematerialisation {'on' if cfg.remat else 'off'}, {rate / 1e9:.0f} GFLOP/s, {jax.devices()[0].device_kind}")
+    print(
+        f"{BATCH} x {SEQ} tokens, float32, rematerialisation {'on' if cfg.remat else 'off'}, {rate / 1e9:.0f} GFLOP/s, {jax.devices()[0].device_kind}"
+    )
     print(f"{'step':36s} {'ms':>8s} {'/ plain':>8s} {'floor':>8s}")
     for name, values in times.items():
         median = statistics.median(values)
-        print(f"{name:36s} {median * 1e3:8.0f} {median / plain:8.3f} {1 + kinds[name][1] / rate / plain:8.3f}")
+        print(
+            f"{name:36s} {median * 1e3:8.0f} {median / plain:8.3f} {1 + kinds[name][1] / rate / plain:8.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -38,19 +38,33 @@ def pod_config(name: str):
 def keep(name: str, report: dict) -> None:
     """Appends what a case holds and sends to RESULTS."""
     sent = {f"{axes}: {kind}": size for axes, kind, _, size in report["collectives"]}
-    row = {"case": name, "state": report["state_bytes"], "temporary": report["temporary_bytes"], "sent": sent, "seconds": report["compile_seconds"]}
+    row = {
+        "case": name,
+        "state": report["state_bytes"],
+        "temporary": report["temporary_bytes"],
+        "sent": sent,
+        "seconds": report["compile_seconds"],
+    }
     with RESULTS.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--effort", choices=("quick", "full"), default="quick", help="of the compiler")
-    parser.add_argument("cases", metavar="CASE", nargs="*", help=f"default: all of {', '.join(CASES)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--effort", choices=("quick", "full"), default="quick", help="of the compiler"
+    )
+    parser.add_argument(
+        "cases", metavar="CASE", nargs="*", help=f"default: all of {', '.join(CASES)}"
+    )
     options = parser.parse_args()
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"case: got {unknown.pop()!r}; known: {', '.join(CASES)}")
-    print("| case | mesh | effort | state | temporary | program | sum of 95 GB | sent by a chip and step | lowered + compiled | core-seconds | host memory |")
+    print(
+        "| case | mesh | effort | state | temporary | program | sum of 95 GB | sent by a chip and step | lowered + compiled | core-seconds | host memory |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for name in options.cases or CASES:
         print(row(name, *CASES[name], options.effort), flush=True)
@@ -59,10 +73,27 @@ def main() -> int:
 
 def row(name: str, config: str, target: str, mesh: str, seq: int, batch: int, effort: str) -> str:
     """One line of the table; where the step does not fit a chip, what the compiler says."""
-    command = [sys.executable, "-m", "v4jax", "layout", f"configs/{config}.py", "--layout", "pod", "--json", "--mesh", mesh]
+    command = [
+        sys.executable,
+        "-m",
+        "v4jax",
+        "layout",
+        f"configs/{config}.py",
+        "--layout",
+        "pod",
+        "--json",
+        "--mesh",
+        mesh,
+    ]
     command += ["--target", target, "--seq", str(seq), "--batch", str(batch), "--effort", effort]
     start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True) as job:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        text=True,
+    ) as job:
         out = job.stdout.read()
         error = job.stderr.read()
         _, status, used = os.wait4(job.pid, 0)
@@ -78,8 +109,11 @@ def row(name: str, config: str, target: str, mesh: str, seq: int, batch: int, ef
     sent = sum(size for *_, size in report["collectives"]) / 1e9
     paper = report["estimate"]
     parts = " | ".join(f"{size:.1f} GB" for size in sizes)
-    return (head + f"{parts} | {sum(sizes):.1f} GB, on paper {paper['memory_bytes'] / 1e9:.1f} GB | {sent:.0f} GB, on paper "
-            f"{sum(row[2] for row in paper['sent']) / 1e9:.0f} GB | {took}")  # fmt: skip
+    return (
+        head
+        + f"{parts} | {sum(sizes):.1f} GB, on paper {paper['memory_bytes'] / 1e9:.1f} GB | {sent:.0f} GB, on paper "
+        f"{sum(row[2] for row in paper['sent']) / 1e9:.0f} GB | {took}"
+    )
 
 
 if __name__ == "__main__":

@@ -44,19 +44,38 @@ STEPS, DENSE, ALONE = 300, 180, 40
 # A short window and few entries chosen of many (8 of 128), so that it matters which.
 MODEL = demo.get_model().replace(sliding_window=16, index_topk=8)
 BASE = TrainConfig(
-    model=MODEL, run_dir="", steps=STEPS, batch_size=8, seq_len=512, learning_rate=4e-3, warmup_steps=20, decay_steps=100, log_every=5,
-    eval_every=10**6, eval_batches=32, checkpoint_every=10**6, keep=1, remat=False, export="none", attention="dense",
-)  # fmt: skip
+    model=MODEL,
+    run_dir="",
+    steps=STEPS,
+    batch_size=8,
+    seq_len=512,
+    learning_rate=4e-3,
+    warmup_steps=20,
+    decay_steps=100,
+    log_every=5,
+    eval_every=10**6,
+    eval_batches=32,
+    checkpoint_every=10**6,
+    keep=1,
+    remat=False,
+    export="none",
+    attention="dense",
+)
 _SPARSE = (Stage(after=DENSE, attention="indexer"), Stage(after=DENSE + ALONE, attention="sparse"))
 VARIANTS = {
     "all on, dense attention": BASE,
     "AdamW for every matrix": BASE,
     "plain residual (hc_mult 1)": dataclasses.replace(BASE, model=MODEL.replace(hc_mult=1)),
     "without MTP": dataclasses.replace(
-        BASE, model=MODEL.replace(num_nextn_predict_layers=0, compress_ratios=MODEL.compress_ratios[:-1])
+        BASE,
+        model=MODEL.replace(num_nextn_predict_layers=0, compress_ratios=MODEL.compress_ratios[:-1]),
     ),
-    "sparse, trained indexer": dataclasses.replace(BASE, steps=STEPS + ALONE, index_learning_rate=4e-3, stages=_SPARSE),
-    "sparse, untrained indexer": dataclasses.replace(BASE, stages=(Stage(after=DENSE, attention="sparse"),)),
+    "sparse, trained indexer": dataclasses.replace(
+        BASE, steps=STEPS + ALONE, index_learning_rate=4e-3, stages=_SPARSE
+    ),
+    "sparse, untrained indexer": dataclasses.replace(
+        BASE, stages=(Stage(after=DENSE, attention="sparse"),)
+    ),
     "QAT": dataclasses.replace(BASE, quant="official"),
     "no bias update": dataclasses.replace(BASE, bias_rate=0.0),
 }
@@ -71,8 +90,13 @@ def also_with_a_new_indexer(evaluator, held_out: list[float]):
 
         def both(params, batches):
             new = init_params(cfg.model, jax.random.key(cfg.seed + 1))
-            is_index = lambda path: "indexer" in jax.tree_util.keystr(path)  # noqa: E731
-            mixed = jax.tree_util.tree_map_with_path(lambda path, a, b: b if is_index(path) else a, params, new)
+
+            def is_index(path):
+                return "indexer" in jax.tree_util.keystr(path)
+
+            mixed = jax.tree_util.tree_map_with_path(
+                lambda path, a, b: b if is_index(path) else a, params, new
+            )
             held_out.append(evaluate(mixed, batches))
             return evaluate(params, batches)
 
@@ -84,16 +108,38 @@ def also_with_a_new_indexer(evaluator, held_out: list[float]):
 def run(name: str, seed: int) -> dict:
     """One run: held-out nats per byte (also with a new indexer, where one was trained), the mean of max/mean expert load over its last
     quarter, seconds."""
-    optimizer = mock.patch("v4jax.train.muon.optimizer_of", lambda path, trains_index=False: "frozen" if "indexer" in path else "adamw")
+    optimizer = mock.patch(
+        "v4jax.train.muon.optimizer_of",
+        lambda path, trains_index=False: "frozen" if "indexer" in path else "adamw",
+    )
     start, new_indexer = time.perf_counter(), []
-    evaluator = mock.patch.object(loop, "_evaluator", also_with_a_new_indexer(loop._evaluator, new_indexer))
+    evaluator = mock.patch.object(
+        loop, "_evaluator", also_with_a_new_indexer(loop._evaluator, new_indexer)
+    )
     cfg, plain = VARIANTS[name], contextlib.nullcontext()
-    with tempfile.TemporaryDirectory() as folder, evaluator if cfg.index_learning_rate else plain, optimizer if name.startswith("AdamW") else plain:
-        summary = loop.train(dataclasses.replace(cfg, run_dir=folder, seed=seed, data=DataConfig(seed=seed)))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        evaluator if cfg.index_learning_rate else plain,
+        optimizer if name.startswith("AdamW") else plain,
+    ):
+        summary = loop.train(
+            dataclasses.replace(cfg, run_dir=folder, seed=seed, data=DataConfig(seed=seed))
+        )
         if "stopped_at" in summary:
-            raise SystemExit(f"stopped at step {summary['stopped_at']} of {name}, seed {seed}; finished runs are kept, start again to go on")
-        lines = [line for line in read_metrics(folder) if line["step"] > 0.75 * cfg.steps and "expert_load_mean" in line]
-    result = {"name": name, "seed": seed, "held_out_nll": summary["held_out_nll"], "seconds": time.perf_counter() - start}
+            raise SystemExit(
+                f"stopped at step {summary['stopped_at']} of {name}, seed {seed}; finished runs are kept, start again to go on"
+            )
+        lines = [
+            line
+            for line in read_metrics(folder)
+            if line["step"] > 0.75 * cfg.steps and "expert_load_mean" in line
+        ]
+    result = {
+        "name": name,
+        "seed": seed,
+        "held_out_nll": summary["held_out_nll"],
+        "seconds": time.perf_counter() - start,
+    }
     result["load"] = float(np.mean([line["expert_load_mean"] for line in lines]))
     captured = {"captured": lines[-1]["index_captured"]} if "index_captured" in lines[-1] else {}
     return result | captured | ({"new_indexer_nll": new_indexer[-1]} if new_indexer else {})
@@ -107,12 +153,16 @@ def run_missing(path: pathlib.Path, names: list[str], seeds: list[int], budget: 
     """Adds a line to `path` for each variant and seed that it lacks."""
     start = time.perf_counter()
     for name, seed in [(name, seed) for seed in seeds for name in names]:
-        if any((line["name"], line["seed"]) == (name, seed) for line in results(path)):  # another process may have done it meanwhile
+        if any(
+            (line["name"], line["seed"]) == (name, seed) for line in results(path)
+        ):  # another process may have done it meanwhile
             continue
         if time.perf_counter() - start > budget:
             break
         line = json.dumps(run(name, seed)) + "\n"
-        with open(path, "a") as file:  # one write: processes side by side do not cut into each other's lines
+        with open(
+            path, "a"
+        ) as file:  # one write, so that processes do not cut into each other's lines
             file.write(line)
 
 
@@ -120,9 +170,12 @@ def run_side_by_side(path: pathlib.Path, budget: float) -> None:
     """A process of this script for each variant; they share the accelerator, and its memory as they need it."""
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     command = [sys.executable, __file__, "--results", str(path), "--budget", str(budget), "--only"]
-    logs = [tempfile.TemporaryFile("w+") for _ in VARIANTS]
+    logs = [tempfile.TemporaryFile("w+") for _ in VARIANTS]  # noqa: SIM115
     pairs = zip(VARIANTS, logs, strict=True)
-    processes = [subprocess.Popen([*command, name], env=environment, stdout=log, stderr=subprocess.STDOUT) for name, log in pairs]
+    processes = [
+        subprocess.Popen([*command, name], env=environment, stdout=log, stderr=subprocess.STDOUT)
+        for name, log in pairs
+    ]
     for name, process, log in zip(VARIANTS, processes, logs, strict=True):
         if process.wait():
             log.seek(0)
@@ -134,28 +187,54 @@ def report(path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
     found = {name: [line for line in results(path) if line["name"] == name] for name in VARIANTS}
-    swapped = [line | {"held_out_nll": line["new_indexer_nll"]} for line in results(path) if "new_indexer_nll" in line]
+    swapped = [
+        line | {"held_out_nll": line["new_indexer_nll"]}
+        for line in results(path)
+        if "new_indexer_nll" in line
+    ]
     found["trained, then a new indexer"] = swapped
     found = {name: lines for name, lines in found.items() if lines}
-    base = {line["seed"]: line["held_out_nll"] for line in results(path) if line["name"] == next(iter(VARIANTS))}
-    rows = ["| run | held out, nats per byte: mean (least to most) | against the first, seed by seed | mean | max/mean load |", "|---|---|---|---|---|"]
+    base = {
+        line["seed"]: line["held_out_nll"]
+        for line in results(path)
+        if line["name"] == next(iter(VARIANTS))
+    }
+    rows = [
+        "| run | held out, nats per byte: mean (least to most) | against the first, seed by seed | mean | max/mean load |",
+        "|---|---|---|---|---|",
+    ]
     for name, lines in found.items():
         nll = np.array([line["held_out_nll"] for line in lines])
-        gap = [line["held_out_nll"] - base[line["seed"]] for line in sorted(lines, key=lambda line: line["seed"]) if line["seed"] in base]
+        gap = [
+            line["held_out_nll"] - base[line["seed"]]
+            for line in sorted(lines, key=lambda line: line["seed"])
+            if line["seed"] in base
+        ]
         load = np.mean([line["load"] for line in lines])
         each = ", ".join(f"{one:+.3f}" for one in gap)
-        rows.append(f"| {name} | {nll.mean():.3f} ({nll.min():.3f} to {nll.max():.3f}) | {each} | {np.mean(gap):+.3f} | {load:.2f} |")
+        rows.append(
+            f"| {name} | {nll.mean():.3f} ({nll.min():.3f} to {nll.max():.3f}) | {each} | {np.mean(gap):+.3f} | {load:.2f} |"
+        )
     print("\n".join(rows))
     head, rest = TABLE.read_text().split("<!-- table -->")
-    TABLE.write_text(head + "<!-- table -->\n" + "\n".join(rows) + "\n<!-- end -->" + rest.split("<!-- end -->")[1])
+    TABLE.write_text(
+        head
+        + "<!-- table -->\n"
+        + "\n".join(rows)
+        + "\n<!-- end -->"
+        + rest.split("<!-- end -->")[1]
+    )
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for y, (name, lines) in enumerate(found.items()):  # seeds differ in what is held out, so only runs of one seed compare
+    # Seeds differ in what is held out, so only runs of one seed compare.
+    for y, lines in enumerate(found.values()):
         gap = [line["held_out_nll"] - base[line["seed"]] for line in lines if line["seed"] in base]
         axes.plot(gap, [y] * len(gap), "o", alpha=0.7)
     axes.set_yticks(range(len(found)), list(found))
     axes.invert_yaxis()
-    axes.set_xscale("symlog", linthresh=0.05, linscale=3)  # one of them is ten times as far away as all others
+    axes.set_xscale(
+        "symlog", linthresh=0.05, linscale=3
+    )  # one of them is ten times as far away as all others
     axes.set_xlim(right=0.7)
     axes.set_xticks([-0.02, 0, 0.02, 0.04, 0.1, 0.4], ["-0.02", "0", "0.02", "0.04", "0.1", "0.4"])
     axes.set_xlabel("held-out nats per byte above the first of the same seed")
@@ -164,19 +243,32 @@ def report(path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no run is started")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds after which no run is started"
+    )
     parser.add_argument("--only", choices=VARIANTS, help="this variant alone; no report")
     parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=SEEDS)
-    parser.add_argument("--side-by-side", action="store_true", help="all variants at once, a process each")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="file of finished runs")
+    parser.add_argument(
+        "--side-by-side", action="store_true", help="all variants at once, a process each"
+    )
+    parser.add_argument(
+        "--results", type=pathlib.Path, default=RESULTS, help="file of finished runs"
+    )
     parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     simulate_devices(1)  # as the command line does
     if arguments.side_by_side:
         run_side_by_side(arguments.results, arguments.budget)
     elif not arguments.report:
-        run_missing(arguments.results, [arguments.only] if arguments.only else list(VARIANTS), arguments.seeds, arguments.budget)
+        run_missing(
+            arguments.results,
+            [arguments.only] if arguments.only else list(VARIANTS),
+            arguments.seeds,
+            arguments.budget,
+        )
     if not arguments.only:
         report(arguments.results)
 

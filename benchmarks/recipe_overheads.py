@@ -25,7 +25,10 @@ SPARSE = dataclasses.replace(BASE, attention="sparse")
 WITHOUT_MTP = MODEL.replace(num_nextn_predict_layers=0, compress_ratios=MODEL.compress_ratios[:-1])
 PAIRS = {
     "MTP": (dataclasses.replace(SPARSE, model=WITHOUT_MTP), SPARSE),
-    "mHC (4 streams against 1)": (dataclasses.replace(SPARSE, model=MODEL.replace(hc_mult=1)), SPARSE),
+    "mHC (4 streams against 1)": (
+        dataclasses.replace(SPARSE, model=MODEL.replace(hc_mult=1)),
+        SPARSE,
+    ),
     "indexer learning, sparse": (SPARSE, dataclasses.replace(SPARSE, index_learning_rate=1e-3)),
     "QAT": (SPARSE, dataclasses.replace(SPARSE, quant="official")),
 }
@@ -38,7 +41,11 @@ def stepper(cfg: TrainConfig):
     with jax.set_mesh(mesh):
         places = state_shardings(cfg, AxisRules(), mesh)
         held = [init_state(cfg, places)]
-        tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, (cfg.batch_size, cfg.seq_len)).astype(np.int32)
+        tokens = (
+            np.random.default_rng(0)
+            .integers(0, cfg.model.vocab_size, (cfg.batch_size, cfg.seq_len))
+            .astype(np.int32)
+        )
         batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens)}
         step = compile_step(cfg, AxisRules(), places, mesh).lower(held[0], batch).compile()
 
@@ -61,7 +68,10 @@ def main() -> None:
         times = [[step() for step in steps] for _ in range(rounds + 2)][2:]
         off, on = (statistics.median(column) for column in zip(*times, strict=True))
         flops = [train_flops_per_token(cfg.model, cfg.seq_len) for cfg in pair]
-        print(f"| {name} | {off * 1e3:.0f} ms | {on * 1e3:.0f} ms | {on / off:.2f} | {flops[1] / flops[0]:.2f} |", flush=True)
+        print(
+            f"| {name} | {off * 1e3:.0f} ms | {on * 1e3:.0f} ms | {on / off:.2f} | {flops[1] / flops[0]:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

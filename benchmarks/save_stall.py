@@ -29,20 +29,37 @@ from v4jax.train.step import compile_step, init_state, state_shardings
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20, help="steps of a round: what lies between two saves")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="steps of a round: what lies between two saves"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     simulate_devices(1)
-    model = dataclasses.replace(MODEL, num_nextn_predict_layers=1, compress_ratios=(*MODEL.compress_ratios, 0))
-    cfg = TrainConfig(model=model, run_dir="", steps=10**6, batch_size=8, seq_len=256, learning_rate=1e-4, warmup_steps=0)
+    model = dataclasses.replace(
+        MODEL, num_nextn_predict_layers=1, compress_ratios=(*MODEL.compress_ratios, 0)
+    )
+    cfg = TrainConfig(
+        model=model,
+        run_dir="",
+        steps=10**6,
+        batch_size=8,
+        seq_len=256,
+        learning_rate=1e-4,
+        warmup_steps=0,
+    )
     mesh, rules = make_mesh(parse_mesh("")), AxisRules()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="v4jax-stall-"))
     try:
         with jax.set_mesh(mesh), Store(folder, keep=1, writes=True) as store:
             shardings = state_shardings(cfg, rules, mesh)
             step, state = compile_step(cfg, rules, shardings, mesh), init_state(cfg, shardings)
-            tokens = np.random.default_rng(0).integers(2, model.vocab_size, (cfg.batch_size, cfg.seq_len), np.int32)
-            batch = {"tokens": jax.numpy.asarray(tokens), "segment_ids": jax.numpy.ones_like(tokens)}
+            tokens = np.random.default_rng(0).integers(
+                2, model.vocab_size, (cfg.batch_size, cfg.seq_len), np.int32
+            )
+            batch = {
+                "tokens": jax.numpy.asarray(tokens),
+                "segment_ids": jax.numpy.ones_like(tokens),
+            }
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
             costs, calls, plain, until = [], [], [], []
             for i in range(arguments.rounds + 1):
@@ -56,11 +73,18 @@ def main() -> None:
                     jax.block_until_ready(metrics)
                     times.append(time.perf_counter() - start)
                     # A step that began before the save was done counts as beside it.
-                    beside = beside or (len(times) if (store.path(i) / "checksums.json").exists() else 0)
-                print(f"round {i} of {arguments.rounds}, {time.perf_counter() - begin:.0f} s", file=sys.stderr)
+                    beside = beside or (
+                        len(times) if (store.path(i) / "checksums.json").exists() else 0
+                    )
+                print(
+                    f"round {i} of {arguments.rounds}, {time.perf_counter() - begin:.0f} s",
+                    file=sys.stderr,
+                )
                 if i:
                     if not 0 < beside <= arguments.steps * 2 / 3:
-                        sys.exit(f"save {i} was not on the disk after two thirds of its {arguments.steps} steps: give more --steps")
+                        sys.exit(
+                            f"save {i} was not on the disk after two thirds of its {arguments.steps} steps: give more --steps"
+                        )
                     usual = float(np.median(times[beside:]))
                     costs.append(call + sum(times[:beside]) - beside * usual)
                     calls.append(call)
@@ -69,9 +93,13 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     cost, usual = float(np.median(costs)), float(np.median(plain))
-    print("| state | save call | steps beside it | a save costs (least to most) | step | stall, saving every so many steps | bar |\n|---|---|---|---|---|---|---|")
-    print(f"| {size / 1e6:.0f} MB | {np.median(calls) * 1e3:.0f} ms | {max(until)} | {cost * 1e3:.0f} ms ({min(costs) * 1e3:.0f} to {max(costs) * 1e3:.0f}) "
-          f"| {usual * 1e3:.0f} ms | {arguments.steps}: {cost / (usual * arguments.steps):+.1%} | 5% |")  # fmt: skip
+    print(
+        "| state | save call | steps beside it | a save costs (least to most) | step | stall, saving every so many steps | bar |\n|---|---|---|---|---|---|---|"
+    )
+    print(
+        f"| {size / 1e6:.0f} MB | {np.median(calls) * 1e3:.0f} ms | {max(until)} | {cost * 1e3:.0f} ms ({min(costs) * 1e3:.0f} to {max(costs) * 1e3:.0f}) "
+        f"| {usual * 1e3:.0f} ms | {arguments.steps}: {cost / (usual * arguments.steps):+.1%} | 5% |"
+    )
 
 
 if __name__ == "__main__":

@@ -12,9 +12,15 @@ import statistics
 import time
 
 TEXTS = (
-    "def __init__(self, name, value=None):\n        ", "import os\nimport sys\n\n", "class ", "        if not isinstance(",
-    "    def test_", "        raise ValueError(", '    """Return ', "for key, value in ",
-)  # fmt: skip
+    "def __init__(self, name, value=None):\n        ",
+    "import os\nimport sys\n\n",
+    "class ",
+    "        if not isinstance(",
+    "    def test_",
+    "        raise ValueError(",
+    '    """Return ',
+    "for key, value in ",
+)
 
 
 def main():
@@ -40,11 +46,20 @@ def main():
     def run(setting, tokens):
         """(seconds, completions), one prompt after the other."""
         start = time.perf_counter()
-        found = [generate(cfg, params, [row], tokens, stop=lambda *_: False, room=512, setting=setting)[0] for row in prompts]
+        found = [
+            generate(cfg, params, [row], tokens, stop=lambda *_: False, room=512, setting=setting)[
+                0
+            ]
+            for row in prompts
+        ]
         return time.perf_counter() - start, found
 
-    print("                 plain             speculative                                        cost of a step")
-    print("temperature   ms a token   ms a token   times as fast   drafts that stay   ms a step   in plain steps")
+    print(
+        "                 plain             speculative                                        cost of a step"
+    )
+    print(
+        "temperature   ms a token   ms a token   times as fast   drafts that stay   ms a step   in plain steps"
+    )
     for temperature in (0.0, 0.7, 1.0):
         plain = Setting(sampling=Sampling(temperature=temperature))
         settings, seconds, found = (plain, plain._replace(speculative=True)), ([], []), [None, None]
@@ -55,11 +70,15 @@ def main():
                 first, _ = run(setting, 1)
                 whole, found[i] = run(setting, arguments.tokens)
                 seconds[i].append((whole - first) / len(prompts) / (arguments.tokens - 1))
-        assert [row.tokens for row in found[0]] == [row.tokens for row in found[1]], "speculation changed a token"
+        assert [row.tokens for row in found[0]] == [row.tokens for row in found[1]], (
+            "speculation changed a token"
+        )
         one, two = map(statistics.median, seconds)
         share = sum(row.accepted for row in found[1]) / sum(row.drafted for row in found[1])
         step = two * (1 + share)
-        print(f"{temperature:11.1f} {1e3 * one:12.2f} {1e3 * two:12.2f} {one / two:15.2f} {share:18.1%} {1e3 * step:11.2f} {step / one:16.2f}")
+        print(
+            f"{temperature:11.1f} {1e3 * one:12.2f} {1e3 * two:12.2f} {one / two:15.2f} {share:18.1%} {1e3 * step:11.2f} {step / one:16.2f}"
+        )
 
 
 if __name__ == "__main__":

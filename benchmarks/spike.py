@@ -22,11 +22,27 @@ from v4jax.train.config import TrainConfig
 from v4jax.train.stability import StabilityConfig
 
 MODEL = ModelConfig(
-    vocab_size=264, hidden_size=64, moe_intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, head_dim=32,
-    qk_rope_head_dim=16, q_lora_rank=32, o_groups=2, o_lora_rank=32, n_routed_experts=8, num_experts_per_tok=2,
-    routed_scaling_factor=1.5, compress_ratios=(0, 4, 128, 4, 0), num_hash_layers=1, sliding_window=32, index_n_heads=4,
-    index_head_dim=32, index_topk=16, compress_rope_theta=160000.0,
-)  # fmt: skip
+    vocab_size=264,
+    hidden_size=64,
+    moe_intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    head_dim=32,
+    qk_rope_head_dim=16,
+    q_lora_rank=32,
+    o_groups=2,
+    o_lora_rank=32,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    routed_scaling_factor=1.5,
+    compress_ratios=(0, 4, 128, 4, 0),
+    num_hash_layers=1,
+    sliding_window=32,
+    index_n_heads=4,
+    index_head_dim=32,
+    index_topk=16,
+    compress_rope_theta=160000.0,
+)
 
 
 class Harmed:
@@ -57,26 +73,46 @@ class Harmed:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--out", default=None, help="where the runs are left (default: a new temporary folder)")
+    parser.add_argument(
+        "--out", default=None, help="where the runs are left (default: a new temporary folder)"
+    )
     arguments = parser.parse_args()
     simulate_devices(1)  # as the command line does
     out, steps = pathlib.Path(arguments.out or tempfile.mkdtemp()), arguments.steps
     guard = StabilityConfig(rollbacks=3, window=32, least=16, anticipate=steps // 8)
     cfg = TrainConfig(
-        model=MODEL, run_dir=str(out / "clean"), steps=steps, batch_size=8, seq_len=128, learning_rate=3e-3, warmup_steps=10,
-        decay_steps=steps // 2, log_every=2, watch_every=4, eval_every=steps // 4, eval_batches=8, checkpoint_every=steps // 16, remat=False,
+        model=MODEL,
+        run_dir=str(out / "clean"),
+        steps=steps,
+        batch_size=8,
+        seq_len=128,
+        learning_rate=3e-3,
+        warmup_steps=10,
+        decay_steps=steps // 2,
+        log_every=2,
+        watch_every=4,
+        eval_every=steps // 4,
+        eval_batches=8,
+        checkpoint_every=steps // 16,
+        remat=False,
         export="none",
-    )  # fmt: skip
+    )
     data = loop._data(cfg, loop.tokenizer_of(cfg.data), None)
     rows = [next(data)["tokens"][0] for _ in range(steps)]
     real = loop.compile_step
     ends = {"clean": loop.train(cfg)}
     for name, stability in (("recovered", guard), ("not recovered", StabilityConfig())):
-        loop.compile_step = lambda *a, **kind: Harmed(real(*a, **kind), rows[steps // 3], rows[2 * steps // 3])
-        ends[name] = loop.train(dataclasses.replace(cfg, run_dir=str(out / name.replace(" ", "_")), stability=stability))
+        loop.compile_step = lambda *a, **kind: Harmed(
+            real(*a, **kind), rows[steps // 3], rows[2 * steps // 3]
+        )
+        ends[name] = loop.train(
+            dataclasses.replace(cfg, run_dir=str(out / name.replace(" ", "_")), stability=stability)
+        )
     print(f"{'run':16s} {'held-out nats':>14s} {'/ clean':>8s}     in {out}")
     for name, end in ends.items():
-        print(f"{name:16s} {end['held_out_nll']:14.4f} {end['held_out_nll'] / ends['clean']['held_out_nll']:8.4f}")
+        print(
+            f"{name:16s} {end['held_out_nll']:14.4f} {end['held_out_nll'] / ends['clean']['held_out_nll']:8.4f}"
+        )
 
 
 if __name__ == "__main__":

@@ -30,11 +30,28 @@ from v4jax.train.loss import loss_and_routing
 from v4jax.train.report import matmul_rate
 
 MODEL = ModelConfig(
-    vocab_size=4096, hidden_size=256, moe_intermediate_size=256, num_hidden_layers=5, num_attention_heads=8, head_dim=64,
-    qk_rope_head_dim=16, q_lora_rank=64, o_groups=4, o_lora_rank=64, n_routed_experts=16, num_experts_per_tok=4,
-    routed_scaling_factor=1.5, compress_ratios=(0, 0, 4, 128, 4), num_hash_layers=2, num_nextn_predict_layers=0,
-    sliding_window=32, index_n_heads=4, index_head_dim=32, index_topk=16, compress_rope_theta=160000.0,
-)  # fmt: skip
+    vocab_size=4096,
+    hidden_size=256,
+    moe_intermediate_size=256,
+    num_hidden_layers=5,
+    num_attention_heads=8,
+    head_dim=64,
+    qk_rope_head_dim=16,
+    q_lora_rank=64,
+    o_groups=4,
+    o_lora_rank=64,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    routed_scaling_factor=1.5,
+    compress_ratios=(0, 0, 4, 128, 4),
+    num_hash_layers=2,
+    num_nextn_predict_layers=0,
+    sliding_window=32,
+    index_n_heads=4,
+    index_head_dim=32,
+    index_topk=16,
+    compress_rope_theta=160000.0,
+)
 BATCH, SEQ = 8, 256
 
 
@@ -60,10 +77,16 @@ def program(tokens: np.ndarray, mesh: str):
     params = jax.device_put(init_params(MODEL, jax.random.key(0)), places)
     router = params.pop("router")
     tx = optax.adamw(1e-4)
-    batch = {"tokens": jax.device_put(tokens, NamedSharding(device_mesh, rules.spec(("act_batch", "act_seq"))))}
+    batch = {
+        "tokens": jax.device_put(
+            tokens, NamedSharding(device_mesh, rules.spec(("act_batch", "act_seq")))
+        )
+    }
 
     def step(params, state, batch):
-        objective = lambda p: loss_and_routing(MODEL, p | {"router": router}, batch, rules=rules)[0]  # noqa: E731
+        def objective(p):
+            return loss_and_routing(MODEL, p | {"router": router}, batch, rules=rules)[0]
+
         value, grads = jax.value_and_grad(objective)(params)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
@@ -89,14 +112,21 @@ def theirs(tokens: np.ndarray):
 
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    raw = {key: value for key, value in MODEL.to_dict().items() if key not in ("architectures", "model_type")}
+    raw = {
+        key: value
+        for key, value in MODEL.to_dict().items()
+        if key not in ("architectures", "model_type")
+    }
     config = DeepseekV4Config(**raw)
     config._attn_implementation = "eager"
     model = DeepseekV4ForCausalLM(config).float().train()
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if "tid2eid" in name:
-                rows = [torch.randperm(MODEL.n_routed_experts)[: MODEL.num_experts_per_tok] for _ in range(buffer.shape[0])]
+                rows = [
+                    torch.randperm(MODEL.n_routed_experts)[: MODEL.num_experts_per_tok]
+                    for _ in range(buffer.shape[0])
+                ]
                 buffer.copy_(torch.stack(rows))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     ids = torch.tensor(tokens, dtype=torch.long)
@@ -148,7 +178,9 @@ def seconds(step) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--mesh", default="", help="simulated devices, for example data=2 (default: one device)")
+    parser.add_argument(
+        "--mesh", default="", help="simulated devices, for example data=2 (default: one device)"
+    )
     parser.add_argument("--ours-only", action="store_true", help="skip transformers")
     arguments = parser.parse_args()
     simulate_devices(math.prod(parse_mesh(arguments.mesh).values()))
@@ -168,12 +200,16 @@ def main():
     rate = matmul_rate(jnp.float32)
     active = active_parameters(MODEL, init_params(MODEL, jax.random.key(0)))
     floor = 6 * active * BATCH * SEQ / rate
-    print(f"matmul rate {rate / 1e9:.0f} GFLOP/s, active parameters {active / 1e6:.1f}M, tokens {BATCH * SEQ}")
+    print(
+        f"matmul rate {rate / 1e9:.0f} GFLOP/s, active parameters {active / 1e6:.1f}M, tokens {BATCH * SEQ}"
+    )
     for name, value in median.items():
         print(f"{name:20s} {value * 1e3:8.0f} ms   {value / floor:5.2f} x floor")
     print(f"{'floor':20s} {floor * 1e3:8.0f} ms")
     if "transformers step" in median:
-        print(f"ratio v4jax / transformers: {median['v4jax step'] / median['transformers step']:.3f}  (bar 0.5, aim 0.35)")
+        print(
+            f"ratio v4jax / transformers: {median['v4jax step'] / median['transformers step']:.3f}  (bar 0.5, aim 0.35)"
+        )
 
 
 if __name__ == "__main__":

@@ -16,16 +16,25 @@ import re
 import tempfile
 
 PARTS = {
-    "shared expert": "shared_experts", "routed experts": "ffn/experts",
-    "mHC": r"hc_(attn|ffn|head)|HyperHead|block_\d+/(attention|experts)/(?!attn|ffn)", "router": "ffn/", "indexer": "indexer",
-    "compressor": "compressor", "attention": "/attn", "norms": "norm", "embedding": "embed", "head, loss": r"head|logit|loss|choose_token|jvp\(\)",
-}  # fmt: skip
+    "shared expert": "shared_experts",
+    "routed experts": "ffn/experts",
+    "mHC": r"hc_(attn|ffn|head)|HyperHead|block_\d+/(attention|experts)/(?!attn|ffn)",
+    "router": "ffn/",
+    "indexer": "indexer",
+    "compressor": "compressor",
+    "attention": "/attn",
+    "norms": "norm",
+    "embedding": "embed",
+    "head, loss": r"head|logit|loss|choose_token|jvp\(\)",
+}
 """Part -> what the first of them to match finds in an operation's op_name."""
 
 
 def op_names(text: str) -> dict[str, str]:
     """HLO operation -> its op_name, of a compiled program's text."""
-    found = re.finditer(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?(?:op_name="([^"]*)"|$)', text, re.MULTILINE)
+    found = re.finditer(
+        r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?(?:op_name="([^"]*)"|$)', text, re.MULTILINE
+    )
     return {match[1]: match[2] or "" for match in found}
 
 
@@ -42,7 +51,9 @@ def self_times(folder) -> dict[str, list]:
     total = collections.defaultdict(lambda: [0.0, 0])
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
         for line in plane.lines if "CPU" in plane.name else ():
-            events = ((e.start_ns, -e.duration_ns, dict(e.stats).get("hlo_op")) for e in line.events)
+            events = (
+                (e.start_ns, -e.duration_ns, dict(e.stats).get("hlo_op")) for e in line.events
+            )
             open_ = []  # (operation, end) around the event
             for start, minus, name in sorted(event for event in events if event[2]):
                 while open_ and open_[-1][1] <= start:
@@ -70,16 +81,22 @@ def print_trace(run, text: str, steps: int, top: int) -> None:
     print(f"{'part':32s}  ms a step   operations")
     for name, (milliseconds, count) in sorted(parts.items(), key=lambda item: -item[1][0]):
         print(f"{name:32s} {milliseconds / steps:10.2f} {count / steps:12.1f}")
-    print(f"{'sum':32s} {sum(v[0] for v in parts.values()) / steps:10.2f} {sum(v[1] for v in parts.values()) / steps:12.1f}")
+    print(
+        f"{'sum':32s} {sum(v[0] for v in parts.values()) / steps:10.2f} {sum(v[1] for v in parts.values()) / steps:12.1f}"
+    )
     for name, (milliseconds, count) in sorted(times.items(), key=lambda item: -item[1][0])[:top]:
-        print(f"{milliseconds / steps:10.3f} {count / steps:7.1f}  {name:36s} {names.get(name, '')[-110:]}")
+        print(
+            f"{milliseconds / steps:10.3f} {count / steps:7.1f}  {name:36s} {names.get(name, '')[-110:]}"
+        )
 
 
 def train(arguments) -> None:
     import numpy as np
     from train_step import BATCH, MODEL, SEQ, program
 
-    step, state, batch = program(np.random.default_rng(0).integers(0, MODEL.vocab_size, (BATCH, SEQ)), "")
+    step, state, batch = program(
+        np.random.default_rng(0).integers(0, MODEL.vocab_size, (BATCH, SEQ)), ""
+    )
     compiled = step.lower(*state, batch).compile()
     state = compiled(*state, batch)[:2]
     print_trace(lambda: float(compiled(*state, batch)[2]), compiled.as_text(), 1, arguments.top)
@@ -102,7 +119,12 @@ def decode(arguments) -> None:
     state, _ = prefill(cfg, setting, params, prompts, seed_B, 128)
     compiled = advance.lower(cfg, setting, params, state, active_B, seed_B).compile()
     state, _ = compiled(params, state, active_B, seed_B)
-    print_trace(lambda: np.asarray(compiled(params, state, active_B, seed_B)[1].token_PBN), compiled.as_text(), STEPS, arguments.top)
+    print_trace(
+        lambda: np.asarray(compiled(params, state, active_B, seed_B)[1].token_PBN),
+        compiled.as_text(),
+        STEPS,
+        arguments.top,
+    )
 
 
 def length(arguments) -> None:
@@ -111,7 +133,9 @@ def length(arguments) -> None:
     run, params, tokens = program(arguments.rows)
     compiled = run.lower(params, tokens).compile()
     compiled(params, tokens).block_until_ready()
-    print_trace(lambda: compiled(params, tokens).block_until_ready(), compiled.as_text(), 1, arguments.top)
+    print_trace(
+        lambda: compiled(params, tokens).block_until_ready(), compiled.as_text(), 1, arguments.top
+    )
 
 
 def main():
@@ -119,7 +143,9 @@ def main():
     parser.add_argument("what", choices=("train", "decode", "length"))
     parser.add_argument("--batch", type=int, default=8, help="rows that are decoded")
     parser.add_argument("--rows", type=int, default=4096, help="tokens of length.py's row")
-    parser.add_argument("--top", type=int, default=20, help="operations that are printed one by one")
+    parser.add_argument(
+        "--top", type=int, default=20, help="operations that are printed one by one"
+    )
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from sharding.mesh import simulate_devices

@@ -10,7 +10,9 @@ from transformers import AutoTokenizer, DeepseekV4ForCausalLM
 
 def open_export(directory: str):
     """(model, tokenizer) of an export in float32 or bfloat16; exits if a tensor is missing, or is not known to transformers."""
-    model, info = DeepseekV4ForCausalLM.from_pretrained(directory, dtype="auto", attn_implementation="eager", output_loading_info=True)
+    model, info = DeepseekV4ForCausalLM.from_pretrained(
+        directory, dtype="auto", attn_implementation="eager", output_loading_info=True
+    )
     if any(info.values()):
         sys.exit(f"{directory}: {info}")
     return model.eval(), AutoTokenizer.from_pretrained(directory)
@@ -27,8 +29,14 @@ def main() -> None:
     text = arguments.prompt.removeprefix(tokenizer.bos_token)
     ids = [tokenizer.bos_token_id] + tokenizer.encode(text, add_special_tokens=False)
     with torch.no_grad():
-        out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=arguments.max_new_tokens)[0, len(ids) :].tolist()
-    print(json.dumps({"tokens": out}) if arguments.json else arguments.prompt + tokenizer.decode(out, skip_special_tokens=True))
+        out = model.generate(
+            torch.tensor([ids]), do_sample=False, max_new_tokens=arguments.max_new_tokens
+        )[0, len(ids) :].tolist()
+    print(
+        json.dumps({"tokens": out})
+        if arguments.json
+        else arguments.prompt + tokenizer.decode(out, skip_special_tokens=True)
+    )
 
 
 if __name__ == "__main__":

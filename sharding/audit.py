@@ -17,11 +17,31 @@ from jax.sharding import Mesh
 
 from sharding.exchange import FURTHER_ROUND
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
 _BYTES = {
-    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
-    "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1,
-}  # fmt: skip
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+    "f8e4m3fn": 1,
+    "f8e5m2": 1,
+}
 
 
 _Array = tuple[str, tuple[int, ...]]
@@ -57,9 +77,13 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
     found = []
     for name, calls in _calls(bodies).items():
         # XLA:TPU spreads a collective over the fusions that run beside it, and writes it in each of them: where it starts it counts.
-        goes_on = not any('custom_call_target="AsyncCollectiveStart"' in line for line in bodies[name])
+        goes_on = not any(
+            'custom_call_target="AsyncCollectiveStart"' in line for line in bodies[name]
+        )
         for line in bodies[name]:
-            match = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z\-]+?)(?:-start)?\(%?([\w.\-]+)?", line)
+            match = re.match(
+                r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z\-]+?)(?:-start)?\(%?([\w.\-]+)?", line
+            )
             if match is None or match[2] not in KINDS or (goes_on and "chain_id=" in line):
                 continue
             if calls is None:
@@ -67,15 +91,23 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
             groups = _groups(line, mesh.size)
             if groups.shape[1] > 1:
                 moved = _moved(match[1], line)
-                if match[2] == "ragged-all-to-all":  # operand or result has headroom; the other holds the rows of an even load
-                    moved = [min(moved[0], _arrays(_shape_of(match[3], bodies[name]))[0], key=_size)]
+                if (
+                    match[2] == "ragged-all-to-all"
+                ):  # operand or result has headroom; the other holds the rows of an even load
+                    moved = [
+                        min(moved[0], _arrays(_shape_of(match[3], bodies[name]))[0], key=_size)
+                    ]
                 found.append(_collective(match[2], moved, line, groups, mesh, calls))
     return found
 
 
 def _shape_of(name: str, lines: list[str]) -> str:
     """The type that the instruction called `name` gives."""
-    (found,) = (match[1] for line in lines if (match := re.match(rf"\s*%?{re.escape(name)} = (.*?) [a-z\-]+\(", line)))
+    (found,) = (
+        match[1]
+        for line in lines
+        if (match := re.match(rf"\s*%?{re.escape(name)} = (.*?) [a-z\-]+\(", line))
+    )
     return found
 
 
@@ -111,7 +143,10 @@ def _parts(tuple_: str) -> list[str]:
 
 def _arrays(type_: str) -> list[_Array]:
     """The arrays of a type such as "f32[768,1,128]{2,1,0}" or a tuple of such."""
-    return [(dtype, tuple(int(d) for d in dims.split(",") if d)) for dtype, dims in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", type_)]
+    return [
+        (dtype, tuple(int(d) for d in dims.split(",") if d))
+        for dtype, dims in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", type_)
+    ]
 
 
 def _size(array: _Array) -> int:
@@ -119,7 +154,9 @@ def _size(array: _Array) -> int:
     return math.prod(array[1]) * _BYTES[array[0]]
 
 
-def _collective(kind: str, moved: list[_Array], line: str, groups: np.ndarray, mesh: Mesh, calls: int) -> Collective:
+def _collective(
+    kind: str, moved: list[_Array], line: str, groups: np.ndarray, mesh: Mesh, calls: int
+) -> Collective:
     whole, n = sum(map(_size, moved)), groups.shape[1]
     sent = {
         "all-reduce": 2 * whole * (n - 1) // n,
@@ -127,13 +164,22 @@ def _collective(kind: str, moved: list[_Array], line: str, groups: np.ndarray, m
         "collective-permute": whole,
     }.get(kind, whole * (n - 1) // n)
     source = re.search(r'op_name="([^"]*)"', line)
-    return Collective(kind, _axes(groups, mesh), max(moved, key=_size)[1], calls, sent, source[1] if source else "")
+    return Collective(
+        kind,
+        _axes(groups, mesh),
+        max(moved, key=_size)[1],
+        calls,
+        sent,
+        source[1] if source else "",
+    )
 
 
 def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
     """Mesh axes along which the members of a group differ."""
     places = np.stack(np.unravel_index(groups, tuple(mesh.shape.values())), axis=-1)
-    return tuple(axis for i, axis in enumerate(mesh.shape) if (places[..., i] != places[:, :1, i]).any()) or ("?",)
+    return tuple(
+        axis for i, axis in enumerate(mesh.shape) if (places[..., i] != places[:, :1, i]).any()
+    ) or ("?",)
 
 
 def _groups(line: str, devices: int) -> np.ndarray:
@@ -144,11 +190,15 @@ def _groups(line: str, devices: int) -> np.ndarray:
     """
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
     if pairs:
-        return np.array([[int(i) for i in pair.split(",")] for pair in re.findall(r"(\d+,\d+)", pairs[1])])
+        return np.array(
+            [[int(i) for i in pair.split(",")] for pair in re.findall(r"(\d+,\d+)", pairs[1])]
+        )
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line)
     if iota:
         return _iota(iota[2]).reshape(_numbers(iota[1]))
-    along = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{('[^}]*)\}", line)
+    along = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{('[^}]*)\}", line
+    )
     if along:
         return _along(along[1], _iota(along[2] or f"[{devices}]"), along[3])
     listed = re.search(r"replica_groups=\{((?:\{[\d,]+\},?)*)\}", line)
@@ -161,15 +211,22 @@ def _groups(line: str, devices: int) -> np.ndarray:
 def _along(mesh: str, places: np.ndarray, members: str) -> np.ndarray:
     """Groups along some axes of a mesh; 'b':(2)2 is the part of axis b that is 2 long and has 2 places before it."""
     names = re.findall(r"'(\w+)'=(\d+)", mesh)
-    parts = [(name, int(before or 1), int(size or dict(names)[name])) for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", members)]
+    parts = [
+        (name, int(before or 1), int(size or dict(names)[name]))
+        for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", members)
+    ]
     shape, place_of = [], {}
     for name, size in names:
-        cuts = {1, int(size)} | {cut for part, before, here in parts if part == name for cut in (before, before * here)}
+        cuts = {1, int(size)} | {
+            cut for part, before, here in parts if part == name for cut in (before, before * here)
+        }
         for before, end in itertools.pairwise(sorted(cuts)):
             place_of[name, before] = len(shape)
             shape.append(end // before)
     inner = [place_of[name, before] for name, before, size in parts if size > 1]
-    return np.moveaxis(places.reshape(shape), inner, range(-len(inner), 0)).reshape(-1, math.prod(size for _, _, size in parts))
+    return np.moveaxis(places.reshape(shape), inner, range(-len(inner), 0)).reshape(
+        -1, math.prod(size for _, _, size in parts)
+    )
 
 
 def _iota(text: str) -> np.ndarray:
@@ -201,9 +258,14 @@ def _calls(bodies: dict[str, list[str]]) -> dict[str, int | None]:
     calls: dict[str, int | None] = {}
 
     def visit(name: str, times: int | None):
-        calls[name] = None if times is None or calls.get(name, 0) is None else calls.get(name, 0) + times
+        calls[name] = (
+            None if times is None or calls.get(name, 0) is None else calls.get(name, 0) + times
+        )
         for line in bodies[name]:
-            for role, inner in re.findall(r"(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", line):
+            for role, inner in re.findall(
+                r"(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)",
+                line,
+            ):
                 if inner in bodies and role != "condition":
                     trips = _trips(line, bodies) if role == "body" else 1
                     visit(inner, None if trips is None or times is None else times * trips)
@@ -227,14 +289,34 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
     found = limit and re.search(rf"%{re.escape(limit[2])} = \S+ constant\((\d+)\)", condition)
     if not found:
         return None
-    counter = re.search(rf"%{re.escape(limit[1])} = .*get-tuple-element\(.*\), index=(\d+)", condition)
-    return -(-int(found[1]) // (_step(bodies[re.search(r"body=%?([\w.\-]+)", line)[1]], int(counter[1])) if counter else 1))
+    counter = re.search(
+        rf"%{re.escape(limit[1])} = .*get-tuple-element\(.*\), index=(\d+)", condition
+    )
+    return -(
+        -int(found[1])
+        // (
+            _step(bodies[re.search(r"body=%?([\w.\-]+)", line)[1]], int(counter[1]))
+            if counter
+            else 1
+        )
+    )
 
 
 def _step(body: list[str], place: int) -> int:
     """By how much one run of a loop's body raises the counter at `place` of its state; 1 if the text does not tell."""
     (result,) = (line for line in body if "ROOT " in line)
     name = re.findall(r"%([\w.\-]+)", result.split(" tuple(")[-1])[place]
-    added = next((re.findall(r"%([\w.\-]+)", line.split(" add(")[1])[:2] for line in body if f"%{name} = " in line and " add(" in line), [])
-    values = (re.search(rf"%{re.escape(part)} = \S+ constant\((\d+)\)", line) for part in added for line in body)
+    added = next(
+        (
+            re.findall(r"%([\w.\-]+)", line.split(" add(")[1])[:2]
+            for line in body
+            if f"%{name} = " in line and " add(" in line
+        ),
+        [],
+    )
+    values = (
+        re.search(rf"%{re.escape(part)} = \S+ constant\((\d+)\)", line)
+        for part in added
+        for line in body
+    )
     return next((int(value[1]) for value in values if value), 1)

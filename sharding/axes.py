@@ -12,12 +12,40 @@ MESH_AXES = ("slice", "data", "fsdp", "context", "expert", "tensor")
 # Weight axes, then activation axes. Names of the two kinds differ, or an FSDP table would shard
 # activations by mistake.
 LOGICAL_AXES = tuple(
-    (
-        "layers vocab embed norm streams_embed mix q_lora q_lora_in heads head_dim sinks group_in "
-        "groups index_heads entry ape_rows expert_embed experts expert_hidden hidden routes "
-        "table_rows table_slots embed_out "
-        "act_batch act_seq act_streams act_embed act_heads act_hidden act_vocab cache_slots"
-    ).split()
+    [
+        "layers",
+        "vocab",
+        "embed",
+        "norm",
+        "streams_embed",
+        "mix",
+        "q_lora",
+        "q_lora_in",
+        "heads",
+        "head_dim",
+        "sinks",
+        "group_in",
+        "groups",
+        "index_heads",
+        "entry",
+        "ape_rows",
+        "expert_embed",
+        "experts",
+        "expert_hidden",
+        "hidden",
+        "routes",
+        "table_rows",
+        "table_slots",
+        "embed_out",
+        "act_batch",
+        "act_seq",
+        "act_streams",
+        "act_embed",
+        "act_heads",
+        "act_hidden",
+        "act_vocab",
+        "cache_slots",
+    ]
 )
 
 ARRAYS = tuple(

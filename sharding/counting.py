@@ -16,7 +16,9 @@ def running_sum(x_NE: jax.Array) -> jax.Array:
     """y[..., n, e] = sum of x[..., m, e] for m <= n, float32 [..., N, E]; exact for integers of sums below 2^24."""
     *lead, n, width = x_NE.shape
     blocks = -(-n // _BLOCK)
-    x_NE = jnp.pad(x_NE.astype(jnp.float32), [(0, 0)] * len(lead) + [(0, blocks * _BLOCK - n), (0, 0)])
+    x_NE = jnp.pad(
+        x_NE.astype(jnp.float32), [(0, 0)] * len(lead) + [(0, blocks * _BLOCK - n), (0, 0)]
+    )
     x = x_NE.reshape(*lead, blocks, _BLOCK, width)
     inner = _product(jnp.tril(jnp.ones((_BLOCK, _BLOCK), jnp.float32)), x)
     before = _product(jnp.tril(jnp.ones((blocks, blocks), jnp.float32), -1), inner[..., -1, :])

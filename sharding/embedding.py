@@ -34,7 +34,9 @@ def embed_lookup(rules: AxisRules, table_VD: jax.Array, tokens_BS: jax.Array) ->
 
     rest = tuple(axis for axis in width if axis not in tokens)
     if rest:
-        raise ValueError(f"embed is split over {rest}, which do not split the tokens; embed_lookup does not support that")
+        raise ValueError(
+            f"embed is split over {rest}, which do not split the tokens; embed_lookup does not support that"
+        )
     return jax.shard_map(
         local,
         in_specs=(rules.spec(("vocab", "embed")), rules.spec(("act_batch", "act_seq"))),

@@ -65,7 +65,9 @@ def route(index_TK: jax.Array, experts: int, holders: tuple[str, ...]) -> Route:
     rank_N, count_E = ranks(index_N, experts)
     slot_N = _before(count_E, 0)[index_N] + rank_N
     order_N = jnp.zeros_like(iota_N).at[slot_N].set(iota_N, unique_indices=True)
-    return Route(order_N, order_N // active, slot_N.reshape(tokens, active), lax.all_gather(count_E, holders))
+    return Route(
+        order_N, order_N // active, slot_N.reshape(tokens, active), lax.all_gather(count_E, holders)
+    )
 
 
 def round_rows(assignments: int) -> int:
@@ -96,7 +98,9 @@ def window(path: Route, turn: jax.Array | int, rows: int) -> Window:
     return Window(_before(sent_SZ, 1) + first - place_SZ, last - first, first - turn * rows)
 
 
-def expert_of_rows(path: Route, turn: jax.Array | int, rows: int, holders: tuple[str, ...]) -> jax.Array:
+def expert_of_rows(
+    path: Route, turn: jax.Array | int, rows: int, holders: tuple[str, ...]
+) -> jax.Array:
     """int32 [Q]: which of this device's experts each row of round `turn` is for; -1 where no row lands.
 
     It needs no exchange of its own: every sender's rows come in the order of their experts, and all counts are known.
@@ -117,19 +121,25 @@ def exchange(x_ND: jax.Array, rows: int, moves: Window, holders: tuple[str, ...]
     """
     moves = Window(*(vary_like(a, x_ND) for a in moves))
     return lax.platform_dependent(
-        x_ND, moves,
+        x_ND,
+        moves,
         cpu=functools.partial(_exchange_by_gather, rows=rows, holders=holders),
         default=functools.partial(_exchange_ragged, rows=rows, holders=holders),
-    )  # fmt: skip
+    )
 
 
 def _exchange_ragged(x_ND, moves: Window, rows, holders):
     me = lax.axis_index(holders)
     zeros = vary_like(jnp.zeros((rows, x_ND.shape[1]), x_ND.dtype), x_ND)
     return lax.ragged_all_to_all(
-        x_ND, zeros, moves.source[me], moves.size[me], moves.target[me], moves.size[:, me],
+        x_ND,
+        zeros,
+        moves.source[me],
+        moves.size[me],
+        moves.target[me],
+        moves.size[:, me],
         axis_name=holders if len(holders) > 1 else holders[0],
-    )  # fmt: skip
+    )
 
 
 def _exchange_by_gather(x_ND, moves: Window, rows, holders):
@@ -137,7 +147,9 @@ def _exchange_by_gather(x_ND, moves: Window, rows, holders):
     # Rows are the same in every round: XLA would gather those of further rounds before their loop, whether or not it runs.
     x_ND, moves = lax.optimization_barrier((x_ND, moves))
     x_SND = lax.all_gather(x_ND, holders)
-    offset_SQ = vary_like(jnp.arange(rows, dtype=jnp.int32), x_ND)[None] - moves.target[:, me][:, None]
+    offset_SQ = (
+        vary_like(jnp.arange(rows, dtype=jnp.int32), x_ND)[None] - moves.target[:, me][:, None]
+    )
     lands_SQ = (offset_SQ >= 0) & (offset_SQ < moves.size[:, me][:, None])
     sender_Q = jnp.argmax(lands_SQ, axis=0)
     row_Q = moves.source[sender_Q, me] + jnp.take_along_axis(offset_SQ, sender_Q[None], axis=0)[0]
@@ -170,7 +182,9 @@ def _sum_rounds_bwd(one, saved, ct):
     pull, count, fixed, inputs = saved
 
     def add(turn, total):
-        return jax.tree.map(jnp.add, total, jax.vjp(functools.partial(one, turn, fixed), inputs)[1](ct)[0])
+        return jax.tree.map(
+            jnp.add, total, jax.vjp(functools.partial(one, turn, fixed), inputs)[1](ct)[0]
+        )
 
     first = pull(ct)[0]
     with jax.named_scope(FURTHER_ROUND):

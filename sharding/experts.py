@@ -24,10 +24,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from sharding.counting import ranks
-from sharding.exchange import Route, exchange, expert_of_rows, round_rows, rounds_needed, route, sum_rounds, window
+from sharding.exchange import (
+    Route,
+    exchange,
+    expert_of_rows,
+    round_rows,
+    rounds_needed,
+    route,
+    sum_rounds,
+    window,
+)
 from sharding.manual import vary, vary_like
 from sharding.rules import AxisRules
-
 
 AT_ONCE = 4
 """Blocks that XLA:CPU multiplies at once, and of which there is a whole multiple: one product of 128 rows x 256 x 256 takes two cores
@@ -53,9 +61,15 @@ ExpertFunction = Callable[[Any, jax.Array, jax.Array, Groups], jax.Array]
 
 
 def apply_experts(
-    rules: AxisRules, expert: ExpertFunction, weights, axes, x_BSD: jax.Array, index_BSK: jax.Array, gate_BSK: jax.Array,
+    rules: AxisRules,
+    expert: ExpertFunction,
+    weights,
+    axes,
+    x_BSD: jax.Array,
+    index_BSK: jax.Array,
+    gate_BSK: jax.Array,
     share: float = 0.5,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
     """y[b,s] = sum_k expert_{index[b,s,k]}(x[b,s], gate[b,s,k]), over all experts of the mesh.
 
     Args:
@@ -76,7 +90,9 @@ def apply_experts(
     tokens = rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq")
 
     def local(weights, x_bsd, index_bsk, gate_bsk):
-        weights = {name: _whole(rules, tokens, weights[name], axes[name], x_bsd.dtype) for name in weights}
+        weights = {
+            name: _whole(rules, tokens, weights[name], axes[name], x_bsd.dtype) for name in weights
+        }
         x_bsd, gate_bsk = (vary(a, cut) for a in (x_bsd, gate_bsk))
         index_bsk = vary(index_bsk, cut)
         if holders and rules.exchange:
@@ -94,14 +110,20 @@ def apply_experts(
 
     act = rules.spec(("act_batch", "act_seq", None))
     return jax.shard_map(
-        local, in_specs=({name: rules.spec(axes[name]) for name in weights}, act, act, act), out_specs=act
+        local,
+        in_specs=({name: rules.spec(axes[name]) for name in weights}, act, act, act),
+        out_specs=act,
     )(weights, x_BSD, index_BSK, gate_BSK)
 
 
-def _whole(rules: AxisRules, tokens: tuple[str, ...], w: jax.Array, names: tuple[str, ...], dtype) -> jax.Array:
+def _whole(
+    rules: AxisRules, tokens: tuple[str, ...], w: jax.Array, names: tuple[str, ...], dtype
+) -> jax.Array:
     """This device's experts with their full width: gathered over FSDP axes as numbers of `dtype`, marked as used by every token shard."""
     for dim, name in enumerate(names):
-        gathered = tuple(axis for axis in rules.mesh_axes(name) if axis in tokens and name != "experts")
+        gathered = tuple(
+            axis for axis in rules.mesh_axes(name) if axis in tokens and name != "experts"
+        )
         if gathered:
             w = _gathered(gathered, dim, dtype, w)
     return vary(w, tokens + rules.mesh_axes("expert_hidden"))
@@ -132,9 +154,13 @@ def _run(expert, share, weights, num_experts, x_BSD, index_BSK, gate_BSK) -> jax
     batch, seq, width = x_BSD.shape
     here, active = jax.tree.leaves(weights)[0].shape[0], index_BSK.shape[-1]
     assignments = batch * seq * active
-    block = min(_block_size(assignments, num_experts, share), 1 << (batch * seq - 1).bit_length())  # an expert gets a token once at most
+    block = min(
+        _block_size(assignments, num_experts, share), 1 << (batch * seq - 1).bit_length()
+    )  # an expert gets a token once at most
     plan = _plan(index_BSK.reshape(-1), here, block)
-    x_PD = _spread(x_BSD.reshape(-1, width), plan.row // active, plan.used, plan.slot.reshape(-1, active))
+    x_PD = _spread(
+        x_BSD.reshape(-1, width), plan.row // active, plan.used, plan.slot.reshape(-1, active)
+    )
     gate_P1 = _spread(gate_BSK.reshape(-1, 1), plan.row, plan.used, plan.slot[:, None])
     y_PD = expert(weights, x_PD, gate_P1[:, 0], plan.groups)
     y_TD = _collect(y_PD, plan.row // active, plan.used, plan.slot.reshape(-1, active))
@@ -158,7 +184,12 @@ def _one_round(run, holders, rows, turn, path: Route, inputs) -> jax.Array:
     moves, every = window(path, turn, rows), jnp.ones_like(path.token_N, bool)
     x_ND = _spread(x_TD, path.token_N, every, path.slot_TK)
     x_QD = exchange(x_ND, rows, moves, holders)
-    gate_Q1 = exchange(_spread(gate_N1, path.assignment_N, every, path.slot_TK.reshape(-1, 1)), rows, moves, holders)
+    gate_Q1 = exchange(
+        _spread(gate_N1, path.assignment_N, every, path.slot_TK.reshape(-1, 1)),
+        rows,
+        moves,
+        holders,
+    )
     index_Q = expert_of_rows(path, turn, rows, holders)
     here = jax.tree.leaves(weights)[0].shape[0]  # all rows that came are for these
     y_QD = run(weights, here, x_QD[None], index_Q[None, :, None], gate_Q1[None])[0]
@@ -191,16 +222,25 @@ def _plan(index_N: jax.Array, num_experts: int, block: int) -> _Plan:
     sizes_E = -(-count_E // block) * block
     ends_E = jnp.cumsum(sizes_E)
     first_row = vary_like(jnp.arange(blocks, dtype=jnp.int32), index_N) * block
-    expert_of_block = jnp.minimum(jnp.searchsorted(ends_E, first_row, side="right"), num_experts - 1).astype(jnp.int32)
+    expert_of_block = jnp.minimum(
+        jnp.searchsorted(ends_E, first_row, side="right"), num_experts - 1
+    ).astype(jnp.int32)
 
     iota_N = vary_like(jnp.arange(n, dtype=jnp.int32), index_N)
     inside_N = (index_N >= 0) & (index_N < num_experts)
     row_N = (ends_E - sizes_E)[jnp.clip(index_N, 0, num_experts - 1)] + rank_N
-    slot_N = jnp.where(inside_N, row_N, blocks * block + iota_N)  # each different: rows of others fall off the end
+    slot_N = jnp.where(
+        inside_N, row_N, blocks * block + iota_N
+    )  # each different: rows of others fall off the end
     assignment_P = vary_like(jnp.full(blocks * block, n, jnp.int32), index_N)
     assignment_P = assignment_P.at[slot_N].set(iota_N, mode="drop", unique_indices=True)
     used_P = assignment_P < n
-    return _Plan(jnp.where(used_P, assignment_P, 0), used_P, slot_N, Groups(sizes_E, expert_of_block, ends_E[-1] // block))
+    return _Plan(
+        jnp.where(used_P, assignment_P, 0),
+        used_P,
+        slot_N,
+        Groups(sizes_E, expert_of_block, ends_E[-1] // block),
+    )
 
 
 @jax.custom_vjp
@@ -225,7 +265,9 @@ def _collect(y_PD, token_P, used_P, slot_TK):
     total = jnp.zeros((), jnp.float32)
     for k in range(slot_TK.shape[1]):
         slot_T = slot_TK[:, k]
-        total = total + jnp.where((slot_T < rows)[:, None], y_PD[jnp.minimum(slot_T, rows - 1)], 0).astype(jnp.float32)
+        total = total + jnp.where(
+            (slot_T < rows)[:, None], y_PD[jnp.minimum(slot_T, rows - 1)], 0
+        ).astype(jnp.float32)
     return total.astype(y_PD.dtype)
 
 

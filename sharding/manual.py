@@ -38,7 +38,9 @@ def with_rows_before(x_bs: jax.Array, rows: int, axis: str | None) -> jax.Array:
         hop += 1
         take = min(missing, shard)
         # A device that nobody sends to receives zeros.
-        parts.append(lax.ppermute(x_bs[:, shard - take :], axis, [(i, i + hop) for i in range(count - hop)]))
+        parts.append(
+            lax.ppermute(x_bs[:, shard - take :], axis, [(i, i + hop) for i in range(count - hop)])
+        )
         missing -= take
     if missing > 0:
         parts.append(jnp.zeros_like(x_bs, shape=(x_bs.shape[0], missing, *x_bs.shape[2:])))

@@ -20,13 +20,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-
 TOGETHER = 2**29
 """Bytes of stacks of one shape that are worked on as one: each call of f is a program of its own, which takes a compiler seconds,
 but stacks that are joined are held twice."""
 
 
-def on_whole_matrices(f: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array], specs: Sequence[PartitionSpec] | None) -> list[jax.Array]:
+def on_whole_matrices(
+    f: Callable[[jax.Array], jax.Array],
+    arrays: Sequence[jax.Array],
+    specs: Sequence[PartitionSpec] | None,
+) -> list[jax.Array]:
     """f(x) of each array [..., A, Z], for a function of stacks [N, A, Z] that treats every matrix by itself; arrays lie as `specs` say.
 
     `specs` None: all are whole, nothing moves. Otherwise needs an ambient mesh. Not differentiable.
@@ -36,7 +39,9 @@ def on_whole_matrices(f: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.
         return [out.reshape(x.shape) for out, x in zip(outs, arrays, strict=True)]
     # Results of copies are gathered to equal values, which the type system of shard_map cannot see.
     local = functools.partial(_local, f, specs)
-    return jax.shard_map(local, in_specs=(list(specs),), out_specs=list(specs), check_vma=False)(list(arrays))
+    return jax.shard_map(local, in_specs=(list(specs),), out_specs=list(specs), check_vma=False)(
+        list(arrays)
+    )
 
 
 class _Way(NamedTuple):
@@ -48,14 +53,23 @@ class _Way(NamedTuple):
 
 
 def _local(f, specs, arrays: list[jax.Array]) -> list[jax.Array]:
-    pieces, ways = [x.reshape(-1, *x.shape[-2:]) for x in arrays], [_way(x, spec) for x, spec in zip(arrays, specs, strict=True)]
+    pieces, ways = (
+        [x.reshape(-1, *x.shape[-2:]) for x in arrays],
+        [_way(x, spec) for x, spec in zip(arrays, specs, strict=True)],
+    )
     joined = _groups(pieces, ways)
-    stacks, undo, alike = zip(*(_whole(_join(pieces, group), ways[group[0]]) for group in joined), strict=True)
+    stacks, undo, alike = zip(
+        *(_whole(_join(pieces, group), ways[group[0]]) for group in joined), strict=True
+    )
     groups = _groups(stacks, alike)
-    shares, gather = zip(*(_share_out(_join(stacks, group), alike[group[0]]) for group in groups), strict=True)
+    shares, gather = zip(
+        *(_share_out(_join(stacks, group), alike[group[0]]) for group in groups), strict=True
+    )
     outs = [back(out) for back, out in zip(gather, _together(f, shares), strict=True)]
     outs = [back(out) for back, out in zip(undo, _part(outs, stacks, groups), strict=True)]
-    return [out.reshape(x.shape) for out, x in zip(_part(outs, pieces, joined), arrays, strict=True)]
+    return [
+        out.reshape(x.shape) for out, x in zip(_part(outs, pieces, joined), arrays, strict=True)
+    ]
 
 
 def _together(f, stacks: Sequence[jax.Array]) -> list[jax.Array]:
@@ -79,7 +93,9 @@ def _join(stacks: Sequence[jax.Array], group: list[int]) -> jax.Array:
     return jnp.concatenate([stacks[i] for i in group])
 
 
-def _part(joined: Sequence[jax.Array], stacks: Sequence[jax.Array], groups: list[list[int]]) -> list[jax.Array]:
+def _part(
+    joined: Sequence[jax.Array], stacks: Sequence[jax.Array], groups: list[list[int]]
+) -> list[jax.Array]:
     """The results for each stack out of those for each group."""
     outs = {}
     for out, group in zip(joined, groups, strict=True):
@@ -92,9 +108,13 @@ def _part(joined: Sequence[jax.Array], stacks: Sequence[jax.Array], groups: list
 
 def _way(x: jax.Array, spec: PartitionSpec) -> _Way:
     sizes = jax.sharding.get_abstract_mesh().shape
-    parts = [part if isinstance(part, tuple) else (part,) for part in spec] + [()] * (x.ndim - len(spec))
+    parts = [part if isinstance(part, tuple) else (part,) for part in spec] + [()] * (
+        x.ndim - len(spec)
+    )
     cut = [tuple(axis for axis in part if axis and sizes[axis] > 1) for part in parts]
-    copies = tuple(axis for axis, size in sizes.items() if size > 1 and not any(axis in part for part in cut))
+    copies = tuple(
+        axis for axis, size in sizes.items() if size > 1 and not any(axis in part for part in cut)
+    )
     return _Way(cut[-2], cut[-1], copies)
 
 
@@ -113,7 +133,11 @@ def _whole(stack: jax.Array, way: _Way):
                 alike.append(axis)
             stack, back = _collect(stack, axis, lax.axis_size(axis), dim)
             undo.append(back)
-    return stack, lambda out: functools.reduce(lambda out, back: back(out), reversed(undo), out), tuple(alike)
+    return (
+        stack,
+        lambda out: functools.reduce(lambda out, back: back(out), reversed(undo), out),
+        tuple(alike),
+    )
 
 
 def _share_out(stack: jax.Array, alike: tuple[str, ...]):
@@ -141,9 +165,13 @@ def _collect(stack, axis: str, size: int, dim: int):
     count, width = len(stack), stack.shape[dim]
     if count == 1:
         whole = lax.all_gather(stack, axis, axis=dim, tiled=True)
-        return whole, lambda out: lax.dynamic_slice_in_dim(out, lax.axis_index(axis) * width, width, axis=dim)
+        return whole, lambda out: lax.dynamic_slice_in_dim(
+            out, lax.axis_index(axis) * width, width, axis=dim
+        )
     whole = lax.all_to_all(_fill_up(stack, size), axis, split_axis=0, concat_axis=dim, tiled=True)
-    return whole, lambda out: lax.all_to_all(out, axis, split_axis=dim, concat_axis=0, tiled=True)[:count]
+    return whole, lambda out: lax.all_to_all(out, axis, split_axis=dim, concat_axis=0, tiled=True)[
+        :count
+    ]
 
 
 def _fill_up(stack, multiple: int):

@@ -28,11 +28,15 @@ def parse_mesh(spec: str | None) -> dict[str, int]:
             continue
         axis, _, size = part.partition("=")
         if axis not in MESH_AXES:
-            raise ValueError(f"mesh: got axis {axis!r} in {spec!r}; allowed: {', '.join(MESH_AXES)}")
+            raise ValueError(
+                f"mesh: got axis {axis!r} in {spec!r}; allowed: {', '.join(MESH_AXES)}"
+            )
         if axis in sizes:
             raise ValueError(f"mesh: axis {axis!r} stands twice in {spec!r}")
         if not size.isdecimal() or int(size) < 1:
-            raise ValueError(f"mesh: got size {size!r} for axis {axis!r} in {spec!r}; must be a positive integer")
+            raise ValueError(
+                f"mesh: got size {size!r} for axis {axis!r} in {spec!r}; must be a positive integer"
+            )
         sizes[axis] = int(size)
     return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
 
@@ -46,9 +50,13 @@ def simulate_devices(count: int) -> None:
         keep_freed_memory()
         # On one device: its temporary memory then comes from the thread that calls it, whose heap is the one that may be of any size.
         jax.config.update("jax_cpu_enable_async_dispatch", count > 1)
-    fixed = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    fixed = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get(
+        "XLA_FLAGS", ""
+    )
     if count > 1 and not fixed:
-        with contextlib.suppress(RuntimeError):  # JAX has started already: make_mesh will say whether there are enough
+        with contextlib.suppress(
+            RuntimeError
+        ):  # JAX has started already: make_mesh will say whether there are enough
             jax.config.update("jax_num_cpu_devices", count)
 
 
@@ -61,8 +69,18 @@ def keep_freed_memory(one_heap: bool = False) -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        arena_max, mmap_max, trim_threshold, top_pad = -8, -4, -1, -2  # names of mallopt(3), numbers of malloc.h
-        for option, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)):
+        arena_max, mmap_max, trim_threshold, top_pad = (
+            -8,
+            -4,
+            -1,
+            -2,
+        )  # names of mallopt(3), numbers of malloc.h
+        for option, value in (
+            (arena_max, 1),
+            (mmap_max, 0),
+            (trim_threshold, 2**31 - 1),
+            (top_pad, 2**28),
+        ):
             if option != arena_max or one_heap:
                 libc.mallopt(option, value)
 
@@ -76,7 +94,12 @@ def make_mesh(sizes: dict[str, int]) -> Mesh:
     need, have = math.prod(sizes.values()), jax.device_count()
     if need > have:
         shown = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
-        raise ValueError(f"mesh {shown} needs {need} devices; {have} {jax.default_backend()} device(s) are there")
+        raise ValueError(
+            f"mesh {shown} needs {need} devices; {have} {jax.default_backend()} device(s) are there"
+        )
     return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=jax.devices()[:need]
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=jax.devices()[:need],
     )

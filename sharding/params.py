@@ -25,7 +25,9 @@ def named_shardings(mesh: Mesh, rules: AxisRules, abstract, axes):
             parts = math.prod(mesh.shape[axis] for axis in rules.mesh_axes(name))
             if size % parts:
                 where = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in rules.mesh_axes(name))
-                raise ValueError(f"{tensor} {leaf.shape}: axis {name!r} of size {size} does not divide by {where}")
+                raise ValueError(
+                    f"{tensor} {leaf.shape}: axis {name!r} of size {size} does not divide by {where}"
+                )
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, abstract, axes)
@@ -34,4 +36,6 @@ def named_shardings(mesh: Mesh, rules: AxisRules, abstract, axes):
 def bytes_per_device(abstract, shardings) -> int:
     """Bytes one device holds of a tree of arrays placed by a tree of NamedSharding."""
     leaves = zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True)
-    return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves)
+    return sum(
+        math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves
+    )

@@ -29,7 +29,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-COORDINATOR, PROCESSES, PROCESS, CLUSTER = "V4JAX_COORDINATOR", "V4JAX_PROCESSES", "V4JAX_PROCESS", "V4JAX_CLUSTER"
+COORDINATOR, PROCESSES, PROCESS, CLUSTER = (
+    "V4JAX_COORDINATOR",
+    "V4JAX_PROCESSES",
+    "V4JAX_PROCESS",
+    "V4JAX_CLUSTER",
+)
 
 HEARTBEAT_SECONDS = 30
 """A process that has been silent for so long is dead, and all others end with an error. JAX's own default is 100."""
@@ -54,8 +59,14 @@ def start(preemptible: bool = False) -> None:
     jax.config.update("jax_enable_preemption_service", preemptible)
     try:
         jax.distributed.initialize(**settings, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except (ValueError, KeyError, TypeError) as error:  # what JAX raises where the cluster's variables are not there
-        raise ValueError(f"{CLUSTER}={os.environ.get(CLUSTER)}: this machine is not part of one ({error})") from None
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:  # what JAX raises where the cluster's variables are not there
+        raise ValueError(
+            f"{CLUSTER}={os.environ.get(CLUSTER)}: this machine is not part of one ({error})"
+        ) from None
     if jax.default_backend() == "cpu":
         _keep_stdout_clean()
     logging.getLogger("v4jax").info("process %d of %d", jax.process_index(), jax.process_count())
@@ -71,12 +82,20 @@ def _settings(environ: Mapping[str, str]) -> dict | None:
         if cluster not in ("slurm", "tpu"):
             raise ValueError(f"{CLUSTER}: got {cluster!r}; allowed: slurm, tpu")
         on_gke = "TPU_WORKER_HOSTNAMES" in environ or "TPU_PROCESS_ADDRESSES" in environ
-        return {"cluster_detection_method": "slurm" if cluster == "slurm" else "gketpu" if on_gke else "gcetpu"}
+        return {
+            "cluster_detection_method": "slurm"
+            if cluster == "slurm"
+            else "gketpu"
+            if on_gke
+            else "gcetpu"
+        }
     if not given:
         return None
     if len(given) < 3:
         missing = [name for name in (COORDINATOR, PROCESSES, PROCESS) if name not in given]
-        raise ValueError(f"{given[0]} is set, but {missing[0]} is not; a job of several processes needs all three")
+        raise ValueError(
+            f"{given[0]} is set, but {missing[0]} is not; a job of several processes needs all three"
+        )
     address, count, index = (environ[name] for name in (COORDINATOR, PROCESSES, PROCESS))
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
@@ -123,14 +142,22 @@ def wait_for_all(what: str) -> None:
         said = np.uint32(zlib.crc32(what.encode()))
         total = _sum_of_bits(np.array([said]))[0]
         if total != np.uint32((int(said) * jax.process_count()) % 2**32):
-            raise RuntimeError(f"processes do different things: this one waits for {what!r}, another does not")
+            raise RuntimeError(
+                f"processes do different things: this one waits for {what!r}, another does not"
+            )
 
 
 def anywhere(flag: bool) -> bool:
     """Whether it is true of any process. Every process calls it."""
     if jax.process_count() == 1:
         return flag
-    return bool(_sum_of_bits(np.array([flag and i == jax.process_index() for i in range(jax.process_count())], np.uint8)).any())
+    return bool(
+        _sum_of_bits(
+            np.array(
+                [flag and i == jax.process_index() for i in range(jax.process_count())], np.uint8
+            )
+        ).any()
+    )
 
 
 @contextlib.contextmanager
@@ -160,7 +187,10 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
 def check_whole(mesh: Mesh) -> None:
     """Raises ValueError where a job of several processes has devices that `mesh` leaves out."""
     if jax.process_count() > 1 and mesh.size != jax.device_count():
-        shown = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "of one device"
+        shown = (
+            ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+            or "of one device"
+        )
         raise ValueError(
             f"mesh {shown} uses {mesh.size} device(s); a job of {jax.process_count()} processes must use all its "
             f"{jax.device_count()}"
@@ -202,10 +232,15 @@ def gather(x, index: tuple[int, ...] = ()) -> np.ndarray:
     shape = x.shape[len(index) :]
     whole = np.zeros(shape, x.dtype)
     for shard in x.addressable_shards:
-        lead = [range(size)[part] for size, part in zip(x.shape, shard.index[: len(index)], strict=False)]
+        lead = [
+            range(size)[part]
+            for size, part in zip(x.shape, shard.index[: len(index)], strict=False)
+        ]
         mine = shard.replica_id == 0 or x.is_fully_replicated
         if mine and all(i in held for i, held in zip(index, lead, strict=True)):
-            data = np.asarray(shard.data)[tuple(i - held.start for i, held in zip(index, lead, strict=True))]
+            data = np.asarray(shard.data)[
+                tuple(i - held.start for i, held in zip(index, lead, strict=True))
+            ]
             whole[shard.index[len(index) :]] = data
     return whole if x.is_fully_addressable or x.is_fully_replicated else _sum_of_bits(whole)
 
@@ -215,7 +250,10 @@ def _sum_of_bits(part: np.ndarray) -> np.ndarray:
     bits = np.atleast_1d(part).view(f"u{part.dtype.itemsize}")
     first_devices = {device.process_index: device for device in reversed(jax.devices())}
     mesh = Mesh(np.array([first_devices[i] for i in range(jax.process_count())]), ("process",))
-    split, everywhere = NamedSharding(mesh, PartitionSpec("process")), NamedSharding(mesh, PartitionSpec())
+    split, everywhere = (
+        NamedSharding(mesh, PartitionSpec("process")),
+        NamedSharding(mesh, PartitionSpec()),
+    )
     shape = (jax.process_count(), *bits.shape)
     parts = jax.make_array_from_callback(shape, split, lambda _: bits[None])
     with jax.set_mesh(mesh):

@@ -58,7 +58,9 @@ class AxisRules:
         for known, axes in self.table:
             if known == name:
                 return axes
-        raise ValueError(f"logical axis {name!r} is not in the layout; known: {', '.join(n for n, _ in self.table)}")
+        raise ValueError(
+            f"logical axis {name!r} is not in the layout; known: {', '.join(n for n, _ in self.table)}"
+        )
 
     def spec(self, names: tuple[str | None, ...], without: tuple[str, ...] = ()) -> PartitionSpec:
         """PartitionSpec of an array whose axes are called `names`; mesh axes in `without` are left out.
@@ -66,11 +68,15 @@ class AxisRules:
         Raises:
           ValueError: an unknown name, or one mesh axis used by two axes of the array.
         """
-        parts = [tuple(axis for axis in self.mesh_axes(name) if axis not in without) for name in names]
+        parts = [
+            tuple(axis for axis in self.mesh_axes(name) if axis not in without) for name in names
+        ]
         flat = [axis for part in parts for axis in part]
         for axis in flat:
             if flat.count(axis) > 1:
-                raise ValueError(f"mesh axis {axis!r} is used twice by an array with axes {names}: {parts}")
+                raise ValueError(
+                    f"mesh axis {axis!r} is used twice by an array with axes {names}: {parts}"
+                )
         return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
@@ -86,8 +92,14 @@ class AxisRules:
         """
         if not self.table:
             return w
-        tokens = [axis for axis in MESH_AXES if axis in self.mesh_axes("act_batch") + self.mesh_axes("act_seq")]
-        steps = tuple(self.spec(names, without=tuple(tokens[i:])) for i in range(len(tokens), -1, -1))
+        tokens = [
+            axis
+            for axis in MESH_AXES
+            if axis in self.mesh_axes("act_batch") + self.mesh_axes("act_seq")
+        ]
+        steps = tuple(
+            self.spec(names, without=tuple(tokens[i:])) for i in range(len(tokens), -1, -1)
+        )
         return _gathered(w, tuple(dict.fromkeys(steps)))
 
     def shards(self, name: str) -> int:
@@ -108,7 +120,8 @@ def _gathered(w, steps: tuple[PartitionSpec, ...]):
 
 
 _gathered.defvjp(
-    lambda w, steps: (_gathered(w, steps), None), lambda steps, _, ct: (jax.lax.with_sharding_constraint(ct, steps[0]),)
+    lambda w, steps: (_gathered(w, steps), None),
+    lambda steps, _, ct: (jax.lax.with_sharding_constraint(ct, steps[0]),),
 )
 
 
@@ -151,15 +164,27 @@ def _cut_weights(axes: str) -> dict[str, str]:
 
 
 _TENSOR = dict(
-    vocab="tensor", heads="tensor", sinks="tensor", groups="tensor", index_heads="tensor", hidden="tensor",
-    expert_hidden="tensor", act_heads="tensor", act_hidden="tensor", act_vocab="tensor",
-)  # fmt: skip
+    vocab="tensor",
+    heads="tensor",
+    sinks="tensor",
+    groups="tensor",
+    index_heads="tensor",
+    hidden="tensor",
+    expert_hidden="tensor",
+    act_heads="tensor",
+    act_hidden="tensor",
+    act_vocab="tensor",
+)
 
 LAYOUTS: dict[str, AxisRules] = {
     # every axis at once: batch over slice, data, fsdp and expert; sequence over context; experts over expert; weights cut
     "full": _layout(
-        "full", act_batch="slice data fsdp expert", act_seq="context", experts="expert",
-        **_cut_weights("fsdp context"), **_TENSOR,
+        "full",
+        act_batch="slice data fsdp expert",
+        act_seq="context",
+        experts="expert",
+        **_cut_weights("fsdp context"),
+        **_TENSOR,
     ),
     # every device holds all weights
     "dp": _layout("dp", act_batch="slice data"),
@@ -175,11 +200,19 @@ LAYOUTS: dict[str, AxisRules] = {
     "cp_ep": _layout("cp_ep", act_batch="slice data expert", act_seq="context", experts="expert"),
     # a pod: experts over expert, all other weights over everything that splits tokens, so that nothing large is held twice
     "pod": _layout(
-        "pod", exchange=True, act_batch="slice data fsdp expert", act_seq="context", experts="expert",
-        embed="fsdp context expert", expert_embed="fsdp context", streams_embed="fsdp context expert",
-        q_lora_in="fsdp context expert", group_in="fsdp context expert", **_TENSOR,
+        "pod",
+        exchange=True,
+        act_batch="slice data fsdp expert",
+        act_seq="context",
+        experts="expert",
+        embed="fsdp context expert",
+        expert_embed="fsdp context",
+        streams_embed="fsdp context expert",
+        q_lora_in="fsdp context expert",
+        group_in="fsdp context expert",
+        **_TENSOR,
     ),
-}  # fmt: skip
+}
 """Named layouts. `full` is the default: with an axis of size 1 it becomes any of the others but `pod`."""
 
 

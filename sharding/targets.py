@@ -16,14 +16,28 @@ NODE = 8
 """GPUs of a host, as in a DGX or HGX H100: the devices that NVLink joins."""
 
 _H100 = {  # what an H100 SXM tells CUDA about itself (openxla/xla, specs/h100_sxm.txtpb)
-    "threads_per_block_limit": 1024, "threads_per_warp": 32, "shared_memory_per_block": 49152, "shared_memory_per_core": 233472,
-    "threads_per_core_limit": 2048, "core_count": 132, "fpus_per_core": 128, "block_dim_limit_x": 2147483647,
-    "block_dim_limit_y": 65535, "block_dim_limit_z": 65535, "memory_bandwidth": 3352320000000, "l2_cache_size": 52428800,
-    "clock_rate_ghz": 1.98, "device_memory_size": 84978434048, "shared_memory_per_block_optin": 232448,
-    "registers_per_core_limit": 65536, "registers_per_block_limit": 65536,
-}  # fmt: skip
+    "threads_per_block_limit": 1024,
+    "threads_per_warp": 32,
+    "shared_memory_per_block": 49152,
+    "shared_memory_per_core": 233472,
+    "threads_per_core_limit": 2048,
+    "core_count": 132,
+    "fpus_per_core": 128,
+    "block_dim_limit_x": 2147483647,
+    "block_dim_limit_y": 65535,
+    "block_dim_limit_z": 65535,
+    "memory_bandwidth": 3352320000000,
+    "l2_cache_size": 52428800,
+    "clock_rate_ghz": 1.98,
+    "device_memory_size": 84978434048,
+    "shared_memory_per_block_optin": 232448,
+    "registers_per_core_limit": 65536,
+    "registers_per_block_limit": 65536,
+}
 _H100_TEXT = (
-    "gpu_device_info { cuda_compute_capability { major: 9 } " + " ".join(f"{name}: {value}" for name, value in _H100.items()) + " }"
+    "gpu_device_info { cuda_compute_capability { major: 9 } "
+    + " ".join(f"{name}: {value}" for name, value in _H100.items())
+    + " }"
     ' platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "NVIDIA H100 80GB HBM3"'
 )
 
@@ -36,11 +50,15 @@ def topology_mesh(target: str, sizes: dict[str, int]) -> Mesh:
     """
     devices = _gpus(target) if target.startswith("h100:") else _tpus(target)
     if math.prod(sizes.values()) != len(devices):
-        raise ValueError(f"mesh has {math.prod(sizes.values())} devices; target {target} has {len(devices)}")
+        raise ValueError(
+            f"mesh has {math.prod(sizes.values())} devices; target {target} has {len(devices)}"
+        )
     if target.startswith("h100:"):  # outer axes across hosts, inner ones within
         placed = np.array(devices).reshape(tuple(sizes.values()))
     else:
-        placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+        placed = mesh_utils.create_device_mesh(
+            tuple(sizes.values()), devices, allow_split_physical_axes=True
+        )
     return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
@@ -62,8 +80,14 @@ def _tpus(target: str) -> list[jax.Device]:
 def _gpus(target: str) -> list[jax.Device]:
     count = target.removeprefix("h100:")
     if not count.isdecimal() or int(count) < 1 or (int(count) > NODE and int(count) % NODE):
-        raise ValueError(f"target: got {target!r}; must be h100:N with N up to {NODE}, or a multiple of {NODE} (GPUs of a host)")
+        raise ValueError(
+            f"target: got {target!r}; must be h100:N with N up to {NODE}, or a multiple of {NODE} (GPUs of a host)"
+        )
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise ValueError(f"target {target!r} needs the extra `gpu`: pip install 'v4jax[gpu]'")
     hosts, each = max(int(count) // NODE, 1), min(int(count), NODE)
-    return list(topologies.get_topology_desc(platform="cuda", topology=f"1x{hosts}x{each}", target_config=_H100_TEXT).devices)
+    return list(
+        topologies.get_topology_desc(
+            platform="cuda", topology=f"1x{hosts}x{each}", target_config=_H100_TEXT
+        ).devices
+    )

@@ -20,7 +20,9 @@ def python(code: str) -> list[str]:
 
 
 def run(*command: str, timeout: float = 2 * MINUTE) -> subprocess.CompletedProcess:
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment())
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment()
+    )
 
 
 def launched(code: str, count: int = 2, output: str = "all") -> list[str]:

@@ -18,7 +18,9 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-gc.set_threshold(200_000, 20, 50)  # tracing makes millions of small objects, and looking for cycles among them is a tenth of its time
+gc.set_threshold(
+    200_000, 20, 50
+)  # tracing makes millions of small objects, and looking for cycles among them is a tenth of its time
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -29,6 +29,9 @@ def assert_same(got, expected):
 def write(directory, tensors=TENSORS, raw=None):
     """A one-file checkpoint written without `export`."""
     directory.mkdir(exist_ok=True)
-    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, directory / "model.safetensors")
+    save_file(
+        {name: np.ascontiguousarray(x) for name, x in tensors.items()},
+        directory / "model.safetensors",
+    )
     (directory / "config.json").write_text(json.dumps(CFG.to_dict() if raw is None else raw))
     return directory

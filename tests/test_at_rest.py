@@ -104,7 +104,10 @@ def test_matrices_at_rest_beside_others_on_a_mesh():
     x[1, 3] *= np.float32(1e30)
     with jax.set_mesh(mesh):
         place = NamedSharding(mesh, spec)
-        one = lambda x: on_whole_matrices(newton_schulz, [x], [spec])[0]  # noqa: E731
+
+        def one(x):
+            return on_whole_matrices(newton_schulz, [x], [spec])[0]
+
         run = jax.jit(one, in_shardings=place, out_shardings=place)
         got = np.asarray(run(jax.device_put(x, place)))
     assert not got[0, 0].any()
@@ -202,7 +205,10 @@ def test_gates_of_experts_that_all_score_next_to_nothing(logit):
 def test_gates_of_experts_without_any_score_are_equal():
     logits = jnp.full((1, 1, 4), -1e4)
     index = jnp.asarray([[[0, 3]]])
-    weight = lambda x: gate_weights(router_scores(x, jnp.eye(4)), index, 1.0)  # noqa: E731
+
+    def weight(x):
+        return gate_weights(router_scores(x, jnp.eye(4)), index, 1.0)
+
     got, slope = jax.value_and_grad(lambda logits: weight(logits)[0, 0, 0])(logits)
     assert float(got) == 0.5 and not np.asarray(slope).any()
 
@@ -253,10 +259,15 @@ def gradients():
     A small model with the eps of a newer release, its indexer taught; compiled once.
     """
     cfg = small_config(
-        vocab_size=64, num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1,
-        hidden_size=16, moe_intermediate_size=16,
-        n_routed_experts=4, rms_norm_eps=1e-20,
-    )  # fmt: skip
+        vocab_size=64,
+        num_hidden_layers=2,
+        compress_ratios=(0, 4, 0),
+        num_hash_layers=1,
+        hidden_size=16,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        rms_norm_eps=1e-20,
+    )
 
     @jax.jit
     def run(params, batch):

@@ -20,8 +20,18 @@ def compiled(f, mesh, spec, shape=(16, 8)):
     [  # a device holds [4, 4] float32 = 64 bytes
         (lambda x: lax.psum(x, "expert"), "all-reduce", ("expert",), 64),
         (lambda x: lax.psum(x, ("data", "tensor")), "all-reduce", ("data", "tensor"), 96),
-        (lambda x: lax.all_gather(x, "tensor", axis=1, tiled=True)[:, :4], "all-gather", ("tensor",), 64),
-        (lambda x: jnp.tile(lax.psum_scatter(x, "data", tiled=True), (2, 1)), "reduce-scatter", ("data",), 32),
+        (
+            lambda x: lax.all_gather(x, "tensor", axis=1, tiled=True)[:, :4],
+            "all-gather",
+            ("tensor",),
+            64,
+        ),
+        (
+            lambda x: jnp.tile(lax.psum_scatter(x, "data", tiled=True), (2, 1)),
+            "reduce-scatter",
+            ("data",),
+            32,
+        ),
         (lambda x: lax.all_to_all(x, "expert", 0, 0, tiled=True), "all-to-all", ("expert",), 32),
         (lambda x: lax.ppermute(x, "expert", [(0, 1)]), "collective-permute", ("expert",), 64),
     ],
@@ -36,8 +46,12 @@ def test_a_loop_counts_as_often_as_it_runs():
     mesh = make_mesh(parse_mesh("expert=8"))
 
     def f(x):
-        inner = lambda x, _: (lax.ppermute(x, "expert", [(i, (i + 1) % 8) for i in range(8)]) * 2, None)  # noqa: E731
-        outer = lambda x, _: (lax.scan(inner, jnp.sin(x), length=5)[0], None)  # noqa: E731
+        def inner(x, _):
+            return (lax.ppermute(x, "expert", [(i, (i + 1) % 8) for i in range(8)]) * 2, None)
+
+        def outer(x, _):
+            return (lax.scan(inner, jnp.sin(x), length=5)[0], None)
+
         return lax.scan(outer, x, length=3)[0]
 
     found = collectives(compiled(f, mesh, P("expert")), mesh)
@@ -84,7 +98,12 @@ ENTRY %main (x: f32[1,4]) -> f32[8,4] {{
 
 def test_a_loop_of_unknown_length_is_refused():
     mesh = make_mesh(parse_mesh("expert=8"))
-    f = lambda x: lax.while_loop(lambda x: x.sum() < 100, lambda x: lax.psum(jnp.abs(x) + 1, "expert"), x)  # noqa: E731
+
+    def f(x):
+        return lax.while_loop(
+            lambda x: x.sum() < 100, lambda x: lax.psum(jnp.abs(x) + 1, "expert"), x
+        )
+
     with pytest.raises(ValueError, match="unknown length"):
         collectives(compiled(f, mesh, P("expert")), mesh)
 
@@ -97,7 +116,10 @@ def test_a_loop_of_unknown_length_is_refused():
         ("[4,2]<=[8]", [[0, 1], [2, 3], [4, 5], [6, 7]]),
         ("[2,4]<=[4,2]T(1,0)", [[0, 2, 4, 6], [1, 3, 5, 7]]),
         ("mesh['a'=2,'b'=1,'c'=4] {'a'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
-        ("mesh['a'=2,'b'=1,'c'=4], device_ids=([2,2,2]T(1,0,2)) {'a'}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        (
+            "mesh['a'=2,'b'=1,'c'=4], device_ids=([2,2,2]T(1,0,2)) {'a'}",
+            [[0, 2], [1, 3], [4, 6], [5, 7]],
+        ),
         ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
         ("mesh['a'=2,'b'=4] {'b':(1)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
         ("mesh['a'=2,'b'=4] {'a','b':(2)2}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
@@ -121,10 +143,22 @@ def test_groups_in_another_form_are_refused():
         ("f32[8,4]{1,0}", "all-gather", [("f32", (8, 4))]),
         ("(f32[8]{0}, bf16[2,2]{1,0})", "all-to-all", [("f32", (8,)), ("bf16", (2, 2))]),
         ("(s32[2]{0}, s32[8]{0})", "all-gather-start", [("s32", (8,))]),
-        ("((bf16[8,16]{1,0}, /*index=1*/f32[4]{0}), (bf16[16,16]{1,0}, f32[8]{0}))", "all-gather-start", [("bf16", (16, 16)), ("f32", (8,))]),
+        (
+            "((bf16[8,16]{1,0}, /*index=1*/f32[4]{0}), (bf16[16,16]{1,0}, f32[8]{0}))",
+            "all-gather-start",
+            [("bf16", (16, 16)), ("f32", (8,))],
+        ),
         ("(f32[8]{0}, f32[3]{0})", "all-reduce-start", [("f32", (8,)), ("f32", (3,))]),
-        ("(f32[8,2]{1,0:T(8,128)}, f32[8,2]{1,0}, u32[]{:S(2)}, u32[]{:S(2)})", "collective-permute-start", [("f32", (8, 2))]),
-        ("((bf16[5,2]{1,0}, bf16[8,2]{1,0}, s64[2]{0}), bf16[8,2]{1,0})", "ragged-all-to-all-start", [("bf16", (8, 2))]),
+        (
+            "(f32[8,2]{1,0:T(8,128)}, f32[8,2]{1,0}, u32[]{:S(2)}, u32[]{:S(2)})",
+            "collective-permute-start",
+            [("f32", (8, 2))],
+        ),
+        (
+            "((bf16[5,2]{1,0}, bf16[8,2]{1,0}, s64[2]{0}), bf16[8,2]{1,0})",
+            "ragged-all-to-all-start",
+            [("bf16", (8, 2))],
+        ),
     ],
 )
 def test_what_moves_in_every_form_that_xla_writes(type_, kind, moved):

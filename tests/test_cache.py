@@ -12,16 +12,20 @@ from trees import small_config
 
 import v4jax
 from configs import models as models_of_configs
-from v4jax.cost import cost, deepseek_v32, gqa8
 from v4jax.checkpoint.names import from_official
+from v4jax.cost import cost, deepseek_v32, gqa8
 from v4jax.generate.cache import draft, empty_cache, extend, logits_of, split_layers
 from v4jax.model import indexer
 from v4jax.model.state import SPARE_ROWS, Slots, Stretch, keep_rows
 
 PATTERNS = {
-    "flash": dict(compress_ratios=(0, 0, 4, 128, 4, 0), num_hidden_layers=5, num_hash_layers=3, index_topk=8),
+    "flash": dict(
+        compress_ratios=(0, 0, 4, 128, 4, 0), num_hidden_layers=5, num_hash_layers=3, index_topk=8
+    ),
     # one scanned group of two pairs, so that layers find their place in a stack
-    "pairs": dict(compress_ratios=(128, 4, 128, 4, 0), num_hidden_layers=4, num_hash_layers=0, index_topk=80),
+    "pairs": dict(
+        compress_ratios=(128, 4, 128, 4, 0), num_hidden_layers=4, num_hash_layers=0, index_topk=80
+    ),
 }
 LENGTH = 712
 TOLERANCE = 2e-4
@@ -63,7 +67,14 @@ def run(cfg, params, cache, tokens, counts, chunk):
             rows[b, :n] = tokens[b, at : at + n]
             later = tokens[b, at + 1 : at + 1 + n]
             following[b, : len(later)] = later
-        logits, mtp, cache = step(cfg, params, cache, jnp.asarray(rows), jnp.asarray(following), jnp.asarray(take, jnp.int32))
+        logits, mtp, cache = step(
+            cfg,
+            params,
+            cache,
+            jnp.asarray(rows),
+            jnp.asarray(following),
+            jnp.asarray(take, jnp.int32),
+        )
         for b, n in enumerate(take):
             out[b].append((np.asarray(logits)[b, :n], np.asarray(mtp)[b, :n]))
         done += take
@@ -84,7 +95,13 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 @pytest.mark.parametrize(
     ("pattern", "chunk"),
     [slow("flash", 1), slow("flash", 3), ("flash", 64), slow("flash", 129), slow("flash", LENGTH)]
-    + [slow("pairs", 1), slow("pairs", 3), slow("pairs", 64), slow("pairs", 129), slow("pairs", LENGTH)],
+    + [
+        slow("pairs", 1),
+        slow("pairs", 3),
+        slow("pairs", 64),
+        slow("pairs", 129),
+        slow("pairs", LENGTH),
+    ],
 )
 def test_any_chunks_then_decoding_give_the_full_forward(models, pattern, chunk):
     cfg, params, tokens, logits, mtp = models(pattern)
@@ -137,10 +154,15 @@ def test_long_rows_are_scored_in_blocks(models, monkeypatch):
 
 def test_the_best_slots_are_those_of_a_full_search(monkeypatch):
     """Scores of a few values only, so that most are ties; rows that see everything, less than k slots, and nothing."""
-    monkeypatch.setattr(indexer, "SCORE_BLOCK", 12)  # 48 for so few queries: two blocks that overlap
+    monkeypatch.setattr(
+        indexer, "SCORE_BLOCK", 12
+    )  # 48 for so few queries: two blocks that overlap
     monkeypatch.setattr(indexer, "GROUP", 4)
     rng = np.random.default_rng(0)
-    key_LBCJ, q_BTIJ = jnp.asarray(rng.integers(-1, 2, (2, 2, 64, 3)), jnp.float32), jnp.asarray(rng.integers(-1, 2, (2, 3, 2, 3)), jnp.float32)
+    key_LBCJ, q_BTIJ = (
+        jnp.asarray(rng.integers(-1, 2, (2, 2, 64, 3)), jnp.float32),
+        jnp.asarray(rng.integers(-1, 2, (2, 3, 2, 3)), jnp.float32),
+    )
     w_BTI, row_BT = jnp.ones((2, 3, 2)), jnp.asarray([[255, 13, 2], [160, 27, 99]], jnp.int32)
     index = indexer.IndexInputs(q_BTIJ, w_BTI, Slots(key_LBCJ, jnp.int32(1), jnp.int32(64)))
     score_BTK, slot_BTK = jax.jit(lambda: indexer.best_slots(index, row_BT, 5))()
@@ -160,12 +182,20 @@ def test_a_few_rows_are_kept_as_many_are(rows):
     ring = jnp.asarray(rng.standard_normal((2, 4, 12, 5)), jnp.float32)
     x = jnp.asarray(rng.standard_normal((4, rows, 5)), jnp.float32)
     stretch = Stretch(jnp.array([0, 11, 35, 7]), jnp.minimum(jnp.array([rows, rows, 0, 2]), rows))
-    longer = jnp.pad(x, ((0, 0), (0, SPARE_ROWS), (0, 0)), constant_values=9)  # filled up, which must not matter
-    (few, few_before), (many, many_before) = (keep_rows(ring, jnp.int32(1), new, stretch) for new in (x, longer))
+    longer = jnp.pad(
+        x, ((0, 0), (0, SPARE_ROWS), (0, 0)), constant_values=9
+    )  # filled up, which must not matter
+    (few, few_before), (many, many_before) = (
+        keep_rows(ring, jnp.int32(1), new, stretch) for new in (x, longer)
+    )
     np.testing.assert_array_equal(few, many)
     before = ring.shape[2] - SPARE_ROWS
-    for b, count in enumerate(np.asarray(stretch.count_B)):  # the rows that a token behind them sees, and the real ones
-        np.testing.assert_array_equal(few_before(before)[b, : before + count], many_before(before)[b, : before + count])
+    for b, count in enumerate(
+        np.asarray(stretch.count_B)
+    ):  # the rows that a token behind them sees, and the real ones
+        np.testing.assert_array_equal(
+            few_before(before)[b, : before + count], many_before(before)[b, : before + count]
+        )
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -173,24 +203,41 @@ def test_a_step_copies_no_cache(models, batch):
     """A token writes a row of each array of the cache: the compiled program copies none of them."""
     cfg, params, *_ = models("flash")
     params, cache = split_layers(cfg, params), empty_cache(cfg, batch, 2**14)
-    one = functools.partial(jax.jit, donate_argnums=1)(lambda params, cache, token_B1, count_B: extend(cfg, params, cache, token_B1, count_B))
-    program = one.lower(params, cache, jnp.zeros((batch, 1), jnp.int32), jnp.ones(batch, jnp.int32)).compile().as_text()
-    copied = {tuple(map(int, shape.split(","))) for shape in re.findall(r"= f32\[([\d,]+)\]\S* copy\(", program)}
+    one = functools.partial(jax.jit, donate_argnums=1)(
+        lambda params, cache, token_B1, count_B: extend(cfg, params, cache, token_B1, count_B)
+    )
+    program = (
+        one.lower(params, cache, jnp.zeros((batch, 1), jnp.int32), jnp.ones(batch, jnp.int32))
+        .compile()
+        .as_text()
+    )
+    copied = {
+        tuple(map(int, shape.split(",")))
+        for shape in re.findall(r"= f32\[([\d,]+)\]\S* copy\(", program)
+    }
     assert copied and not copied & {leaf.shape for leaf in jax.tree.leaves(cache)}
 
 
 def test_packed_storage_changes_nothing():
     """bfloat16, quant="official": what fp8 and MXFP4 hold is what the model computed with; states are equal bit for bit."""
     cfg = small_config(
-        compress_ratios=(4, 128, 0), num_hidden_layers=2, num_hash_layers=0, hidden_size=32, moe_intermediate_size=32, head_dim=88,
-        index_head_dim=32, qk_rope_head_dim=8,
-    )  # fmt: skip
+        compress_ratios=(4, 128, 0),
+        num_hidden_layers=2,
+        num_hash_layers=0,
+        hidden_size=32,
+        moe_intermediate_size=32,
+        head_dim=88,
+        index_head_dim=32,
+        qk_rope_head_dim=8,
+    )
     params = jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 0)))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 70)))
 
     @jax.jit
     def go(cache, count_B):
-        chunk, cache = extend(cfg, params, cache, tokens, count_B, dtype=jnp.bfloat16, quant="official")
+        chunk, cache = extend(
+            cfg, params, cache, tokens, count_B, dtype=jnp.bfloat16, quant="official"
+        )
         return chunk.x_BTD, cache
 
     states, sizes = [], []
@@ -199,7 +246,12 @@ def test_packed_storage_changes_nothing():
         _, cache = go(cache, jnp.array([70, 61]))
         x_BTD, cache = go(cache, jnp.array([70, 70]))
         states.append(x_BTD)
-        (slots,) = [block.entry.slots for group in cache.layers.values() for block in group.values() if block.index is not None]
+        (slots,) = [
+            block.entry.slots
+            for group in cache.layers.values()
+            for block in group.values()
+            if block.index is not None
+        ]
         sizes.append(sum(leaf.nbytes for leaf in jax.tree.leaves(slots)))
     np.testing.assert_array_equal(*states)
     assert sizes == [2 * 64 * 88 * 2, 2 * 64 * (80 + 2 + 2 * 8)]
@@ -210,7 +262,9 @@ def test_a_million_tokens_take_the_bytes_the_report_says(name, most):
     """The real pytree of the full model, without computing it: official storage beside DeepSeek-V3.2 and a bf16 GQA-8 model."""
     cfg, tokens = getattr(models_of_configs, name)(), 2**20
     cache = jax.eval_shape(lambda: empty_cache(cfg, 1, tokens, jnp.bfloat16, "official"))
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache.layers, cache.mtp)))
+    size = sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache.layers, cache.mtp))
+    )
     assert size <= most * deepseek_v32(tokens).cache
     assert 0.015 < size / gqa8(cfg, tokens).cache < 0.022
     # cost.py counts the same from the configuration alone, less the rings' spare rows and MTP.

@@ -74,10 +74,21 @@ MODEL = small_config(
 
 def config(folder, run_dir, **changes) -> TrainConfig:
     fields = dict(
-        model=MODEL, data=DataConfig(source=str(folder), held_out=0.2), run_dir=str(run_dir),
-        steps=2, batch_size=2, seq_len=32, learning_rate=1e-3, warmup_steps=1, log_every=1,
-        eval_every=100, eval_batches=1, checkpoint_every=2, remat=False, export="none",
-    )  # fmt: skip
+        model=MODEL,
+        data=DataConfig(source=str(folder), held_out=0.2),
+        run_dir=str(run_dir),
+        steps=2,
+        batch_size=2,
+        seq_len=32,
+        learning_rate=1e-3,
+        warmup_steps=1,
+        log_every=1,
+        eval_every=100,
+        eval_batches=1,
+        checkpoint_every=2,
+        remat=False,
+        export="none",
+    )
     return TrainConfig(**fields | changes)
 
 

@@ -24,9 +24,15 @@ from v4jax.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer(CHAT_TOKENS)
 CFG = small_config(
-    vocab_size=TOKENIZER.vocab_size, compress_ratios=(4, 128, 0), num_hidden_layers=2, num_hash_layers=1, index_topk=8,
-    hidden_size=32, moe_intermediate_size=16, num_nextn_predict_layers=1,
-)  # fmt: skip
+    vocab_size=TOKENIZER.vocab_size,
+    compress_ratios=(4, 128, 0),
+    num_hidden_layers=2,
+    num_hash_layers=1,
+    index_topk=8,
+    hidden_size=32,
+    moe_intermediate_size=16,
+    num_nextn_predict_layers=1,
+)
 ROOM = 256
 
 
@@ -89,7 +95,9 @@ def test_a_kept_row_answers_as_a_fresh_one(params):
         got = row.answer(prompt, 3, 0, never)
         (expected,) = generate(CFG, params, [prompt], 3, stop=never, room=ROOM)
         assert got.tokens == expected.tokens
-        np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=2e-4)  # as logits of a cache, issue 6
+        np.testing.assert_allclose(
+            got.log_probs, expected.log_probs, atol=2e-4
+        )  # as logits of a cache, issue 6
         assert row.tokens == prompt + got.tokens[:-1]
 
     first = rng.integers(2, 258, 126).tolist()
@@ -112,7 +120,9 @@ def test_a_row_on_a_mesh(params):
         prompt = [0, 5, 6, *first.tokens, 9]
         assert row.known(prompt) == 5
         again = row.answer(prompt, 3, 0, never)
-        (expected,) = generate(CFG, params, [prompt], 3, stop=never, room=ROOM, setting=Setting(rules=rules))
+        (expected,) = generate(
+            CFG, params, [prompt], 3, stop=never, room=ROOM, setting=Setting(rules=rules)
+        )
     assert again.tokens == expected.tokens
 
 
@@ -122,29 +132,60 @@ def test_an_untrained_model_is_listened_to_politely(checkpoint, params, monkeypa
     assert talk(monkeypatch, "hi\n\nagain\n" + 140 * "x" + "\n", *flags) == 0
     out, err = capsys.readouterr()
     messages = json.loads(out)["messages"]
-    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert [message["role"] for message in messages] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
     assert [messages[1]["content"], messages[3]["content"]] == ["hi", "again"]
     assert err.count("kept as plain text: answer:") == 2
     assert "this turn is left out: prompt of" in err and "the cache, which has room for 140" in err
     assert len(err.splitlines()) == 3
     prompt = TOKENIZER.encode(encode_messages(messages[:4]))
     (expected,) = generate(CFG, params, [prompt], 12, room=ROOM)
-    assert chat._AllText(TOKENIZER).decode(expected.tokens).removesuffix(EOS) == messages[4]["content"]
+    assert (
+        chat._AllText(TOKENIZER).decode(expected.tokens).removesuffix(EOS) == messages[4]["content"]
+    )
 
 
 def test_thinking_is_marked_off_and_dropped_from_earlier_turns(checkpoint, monkeypatch, capsys):
     script = Script("Easy.</think>4" + EOS, "Hm.</think>naïve" + EOS)
     monkeypatch.setattr(chat, "Row", script)
-    assert talk(monkeypatch, "2+2?\nwhat?\n", checkpoint, "--thinking", "thinking", "--effort", "max", "--system", "S") == 0
+    assert (
+        talk(
+            monkeypatch,
+            "2+2?\nwhat?\n",
+            checkpoint,
+            "--thinking",
+            "thinking",
+            "--effort",
+            "max",
+            "--system",
+            "S",
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
-    assert (out, err) == ("[reasoning]\nEasy.\n[answer]\n4\n[reasoning]\nHm.\n[answer]\nnaïve\n", "")
+    assert (out, err) == (
+        "[reasoning]\nEasy.\n[answer]\n4\n[reasoning]\nHm.\n[answer]\nnaïve\n",
+        "",
+    )
     turns = [
-        {"role": "system", "content": "S"}, {"role": "user", "content": "2+2?"},
-        {"role": "assistant", "content": "4", "reasoning_content": "Easy."}, {"role": "user", "content": "what?"},
-    ]  # fmt: skip
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "4", "reasoning_content": "Easy."},
+        {"role": "user", "content": "what?"},
+    ]
     for prompt, given in zip(script.prompts, (turns[:2], turns), strict=True):
-        assert prompt == TOKENIZER.encode(encode_messages(given, "thinking", reasoning_effort="max"))
-    assert not any(TOKENIZER.encode("Easy.") == script.prompts[1][i : i + 5] for i in range(len(script.prompts[1])))
+        assert prompt == TOKENIZER.encode(
+            encode_messages(given, "thinking", reasoning_effort="max")
+        )
+    assert not any(
+        TOKENIZER.encode("Easy.") == script.prompts[1][i : i + 5]
+        for i in range(len(script.prompts[1]))
+    )
 
 
 def test_what_does_not_parse_is_kept_as_it_stands(checkpoint, monkeypatch, capsys):
@@ -164,7 +205,10 @@ def test_what_does_not_parse_is_kept_as_it_stands(checkpoint, monkeypatch, capsy
     [
         ("{ckpt} --top-p 0.5", "temperature 0, which takes the likeliest token"),
         ("{ckpt} --effort max", "only --thinking thinking has an effort"),
-        ("{ckpt} --thinking thinking --effort low", "reasoning_effort: got 'low'; allowed: None, high, max"),
+        (
+            "{ckpt} --thinking thinking --effort low",
+            "reasoning_effort: got 'low'; allowed: None, high, max",
+        ),
         ("{ckpt} --thinking loud", "invalid choice: 'loud'"),
         ("{ckpt} --max-new-tokens 9 --cache-tokens 8", "the cache, which has room for 8"),
         ("{ckpt} --cache official", "cache: got 'official' with quant 'none'"),

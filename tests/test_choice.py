@@ -26,9 +26,14 @@ from v4jax.train.config import TrainConfig
 
 TOKENIZER = ByteTokenizer(CHAT_TOKENS)
 MODEL = small_config(
-    vocab_size=TOKENIZER.vocab_size, compress_ratios=(4, 128, 0), num_hidden_layers=2,
-    num_hash_layers=1, index_topk=8, hidden_size=32, moe_intermediate_size=16,
-)  # fmt: skip
+    vocab_size=TOKENIZER.vocab_size,
+    compress_ratios=(4, 128, 0),
+    num_hidden_layers=2,
+    num_hash_layers=1,
+    index_topk=8,
+    hidden_size=32,
+    moe_intermediate_size=16,
+)
 
 
 def flags_of(directory, *flags):
@@ -101,12 +106,14 @@ def test_without_the_file_nothing_changes(tmp_path):
         ({"max_new_tokens": 5}, (), (), "max_new_tokens 5, or what there is room for"),
         ({"max_new_tokens": 5}, ("--max-new-tokens", "6"), (), ""),
         (
-            {"temperature": 1, "repetition_penalty": 1.1, "max_length": 20, "top_k": 4}, (), (),
+            {"temperature": 1, "repetition_penalty": 1.1, "max_length": 20, "top_k": 4},
+            (),
+            (),
             "temperature 1, top_k 4; not used: repetition_penalty 1.1, max_length 20",
         ),
         ({"stop_strings": ["x"]}, (), (), "not used: stop_strings ['x']"),
     ],
-)  # fmt: skip
+)
 def test_the_line_says_what_counts_of_the_file_and_what_does_not(file, flags, ends, line, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(file))
     assert choice_of(flags_of(tmp_path, *flags), ends).line == (
@@ -179,10 +186,15 @@ def test_the_help_says_where_defaults_come_from():
 @pytest.mark.parametrize(
     ("config", "file", "ids"),
     [
-        (1, None, (1,)), (1, 7, (1, 7)), ([1, 7], [9, 7, 1], (1, 7, 9)), ([1, 7], 1, (1, 7)),
-        (1, [], (1,)), (None, [7, 5], (7, 5)), (None, None, ()),
+        (1, None, (1,)),
+        (1, 7, (1, 7)),
+        ([1, 7], [9, 7, 1], (1, 7, 9)),
+        ([1, 7], 1, (1, 7)),
+        (1, [], (1,)),
+        (None, [7, 5], (7, 5)),
+        (None, None, ()),
     ],
-)  # fmt: skip
+)
 def test_both_files_count(config, file, ids, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CFG.to_dict() | {"eos_token_id": config}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": file}))
@@ -332,9 +344,16 @@ def test_the_sample_of_a_run_ends_at_them(tmp_path, monkeypatch):
     monkeypatch.setattr("v4jax.api.load", lambda *_, **__: (listed, None))
     monkeypatch.setattr("v4jax.generate.decode.generate", lambda *_, **__: [completion])
     cfg = TrainConfig(
-        model=MODEL, run_dir=str(tmp_path), steps=1, batch_size=1, seq_len=8, learning_rate=1e-3,
-        warmup_steps=0, sample_prompt="x", sample_tokens=3,
-    )  # fmt: skip
+        model=MODEL,
+        run_dir=str(tmp_path),
+        steps=1,
+        batch_size=1,
+        seq_len=8,
+        learning_rate=1e-3,
+        warmup_steps=0,
+        sample_prompt="x",
+        sample_tokens=3,
+    )
     assert cli._sample(cfg) == {"sample": "xab"}
     assert (tmp_path / "sample.txt").read_text() == "xab"
 

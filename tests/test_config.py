@@ -4,13 +4,23 @@ import json
 import math
 
 import pytest
-from configs.models import flash, pro
 from trees import small_config
 
+from configs.models import flash, pro
 from v4jax.config import CSA, HCA, WINDOW_ONLY, LayerGroup, LayerKind, ModelConfig, RopeScaling
 
-YARN = {"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536, "beta_fast": 32, "beta_slow": 1}
-NAMES = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
+YARN = {
+    "type": "yarn",
+    "factor": 16,
+    "original_max_position_embeddings": 65536,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+NAMES = {
+    0: "sliding_attention",
+    4: "compressed_sparse_attention",
+    128: "heavily_compressed_attention",
+}
 DROP = object()
 
 
@@ -45,7 +55,9 @@ def changed(raw, changes):
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cfg", [small_config(), flash(), pro(), small_config(rope_scaling=None)], ids=str)
+@pytest.mark.parametrize(
+    "cfg", [small_config(), flash(), pro(), small_config(rope_scaling=None)], ids=str
+)
 def test_what_is_written_is_read_back(cfg, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(cfg.to_dict()))
     assert ModelConfig.from_json(tmp_path) == cfg == ModelConfig.from_json(tmp_path / "config.json")
@@ -65,17 +77,26 @@ def test_transformers_counts_mtp_but_gives_its_layer_no_type(mtp):
 
 def test_rope_dims_come_from_the_partial_factor():
     raw = changed(transformers_style(), {"qk_rope_head_dim": DROP})
-    assert ModelConfig.from_dict(raw).qk_rope_head_dim == 8  # 24 * 0.333... rounds to 8, where int() may give 7
+    assert (
+        ModelConfig.from_dict(raw).qk_rope_head_dim == 8
+    )  # 24 * 0.333... rounds to 8, where int() may give 7
 
 
 def test_rope_of_transformers_without_yarn():
-    rope = {"main": {"rope_theta": 5000.0}, "compress": {"rope_type": "default", "rope_theta": 7000.0}}
+    rope = {
+        "main": {"rope_theta": 5000.0},
+        "compress": {"rope_type": "default", "rope_theta": 7000.0},
+    }
     cfg = ModelConfig.from_dict(transformers_style() | {"rope_parameters": rope})
     assert (cfg.rope_theta, cfg.compress_rope_theta, cfg.rope_scaling) == (5000.0, 7000.0, None)
 
 
 def test_keys_that_describe_no_equation_are_ignored():
-    extra = {"quantization_config": {"quant_method": "fp8"}, "torch_dtype": "bfloat16", "use_cache": True}
+    extra = {
+        "quantization_config": {"quant_method": "fp8"},
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+    }
     assert ModelConfig.from_dict(official() | extra) == small_config()
 
 
@@ -83,7 +104,10 @@ def test_keys_that_describe_no_equation_are_ignored():
 @pytest.mark.parametrize(
     ("said", "ids", "written"),
     [
-        (5, (5,), 5), ([5], (5,), 5), ([5, 6], (5, 6), [5, 6]), ([6, 5, 6, 5], (6, 5), [6, 5]),
+        (5, (5,), 5),
+        ([5], (5,), 5),
+        ([5, 6], (5, 6), [5, 6]),
+        ([6, 5, 6, 5], (6, 5), [6, 5]),
         (None, (), None),
     ],
 )
@@ -126,7 +150,12 @@ def test_what_else_ends_a_row_does_not_tell_models_apart():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not JSON"), ("[1]", "expected a JSON object, got list"), ("\xff", "not JSON"), (None, "no such file")],
+    [
+        ("{", "not JSON"),
+        ("[1]", "expected a JSON object, got list"),
+        ("\xff", "not JSON"),
+        (None, "no such file"),
+    ],
 )
 def test_bad_files_are_named(tmp_path, text, message):
     path = tmp_path / "config.json"
@@ -151,7 +180,9 @@ PAIR = (LayerKind(HCA, False), LayerKind(CSA, False))
 
 
 @pytest.mark.parametrize(
-    ("cfg", "first", "pairs"), [(flash(), SWA_HASH, 20), (pro(), HCA_HASH, 29)], ids=["flash", "pro"]
+    ("cfg", "first", "pairs"),
+    [(flash(), SWA_HASH, 20), (pro(), HCA_HASH, 29)],
+    ids=["flash", "pro"],
 )
 def test_released_sizes_are_three_groups(cfg, first, pairs):
     assert cfg.layer_groups == (
@@ -159,18 +190,36 @@ def test_released_sizes_are_three_groups(cfg, first, pairs):
         LayerGroup(2, (CSA_HASH,), 1),
         LayerGroup(3, PAIR, pairs),
     )
-    assert [group.name for group in cfg.layer_groups] == ["layers_0_1", "layers_2_2", f"layers_3_{2 + 2 * pairs}"]
+    assert [group.name for group in cfg.layer_groups] == [
+        "layers_0_1",
+        "layers_2_2",
+        f"layers_3_{2 + 2 * pairs}",
+    ]
     assert cfg.num_hidden_layers == 3 + 2 * pairs
 
 
 @pytest.mark.parametrize(
-    "ratios", [(0,), (4, 4, 4), (0, 4, 0, 4, 0), (0, 0, 4, 128, 4), (128, 4, 128, 4, 4, 0, 0), (4, 4, 0, 4, 4, 0, 128)]
+    "ratios",
+    [
+        (0,),
+        (4, 4, 4),
+        (0, 4, 0, 4, 0),
+        (0, 0, 4, 128, 4),
+        (128, 4, 128, 4, 4, 0, 0),
+        (4, 4, 0, 4, 4, 0, 128),
+    ],
 )
 @pytest.mark.parametrize("hashed", [0, 1])
 def test_groups_unroll_to_the_layers(ratios, hashed):
-    cfg = small_config(num_hidden_layers=len(ratios), compress_ratios=(*ratios, 0), num_hash_layers=hashed)
+    cfg = small_config(
+        num_hidden_layers=len(ratios), compress_ratios=(*ratios, 0), num_hash_layers=hashed
+    )
     unrolled = [kind for group in cfg.layer_groups for kind in group.kinds * group.repeats]
-    assert tuple(unrolled) == cfg.layer_kinds == tuple(LayerKind(r, i < hashed) for i, r in enumerate(ratios))
+    assert (
+        tuple(unrolled)
+        == cfg.layer_kinds
+        == tuple(LayerKind(r, i < hashed) for i, r in enumerate(ratios))
+    )
     starts = [group.first for group in cfg.layer_groups]
     lengths = [len(group.kinds) * group.repeats for group in cfg.layer_groups]
     assert starts == [sum(lengths[:i]) for i in range(len(lengths))]
@@ -228,19 +277,37 @@ _OFFICIAL_REFUSALS = [
     ({"compress_ratios": [0, 4]}, "compress_ratios: got 2 entries; must be 8"),
     ({"compress_ratios": [0, 0, 4, 128, 4, 128, 4]}, "compress_ratios: got 7 entries; must be 8"),
     ({"num_nextn_predict_layers": 0}, "compress_ratios: got 8 entries; must be 7"),
-    ({"compress_ratios": [0, 0, 4, 128, 8, 128, 4, 0]}, "compress_ratios: got 8; allowed: 0 .*, 4 .*, 128"),
+    (
+        {"compress_ratios": [0, 0, 4, 128, 8, 128, 4, 0]},
+        "compress_ratios: got 8; allowed: 0 .*, 4 .*, 128",
+    ),
     ({"compress_ratios": [0, 0, 4, 128, [4], 128, 4, 0]}, "compress_ratios: got .4.; allowed"),
     ({"compress_ratios": [0, 0, 4.0, 128, 4, 128, 4, 0]}, "compress_ratios: got 4.0; allowed"),
-    ({"compress_ratios": [0, 0, 4, 128, 4, 128, 4, 4]}, "the MTP entry is 4; the MTP layer allows only 0"),
+    (
+        {"compress_ratios": [0, 0, 4, 128, 4, 128, 4, 4]},
+        "the MTP entry is 4; the MTP layer allows only 0",
+    ),
     ({"num_hash_layers": 8}, "num_hash_layers: got 8; must be in .0, num_hidden_layers=7"),
     ({"num_hash_layers": "3"}, "num_hash_layers: got '3'"),
     # rotary
-    ({"compress_rope_theta": DROP}, "compress_rope_theta: got None; a model with compressed layers must state it"),
+    (
+        {"compress_rope_theta": DROP},
+        "compress_rope_theta: got None; a model with compressed layers must state it",
+    ),
     ({"compress_rope_theta": 0}, "compress_rope_theta: got 0;"),
     ({"compress_rope_theta": "160000"}, "compress_rope_theta: got '160000'"),
-    ({"rope_scaling": YARN | {"type": "linear"}}, "rope_scaling: got type 'linear'; allowed: 'yarn'"),
-    ({"rope_scaling": {"type": "yarn", "factor": 16}}, "rope_scaling: missing key.* original_max_position_embeddings"),
-    ({"rope_scaling": YARN | {"attention_factor": 1.277}}, "attention_factor 1.277; DeepSeek-V4 allows only 1.0"),
+    (
+        {"rope_scaling": YARN | {"type": "linear"}},
+        "rope_scaling: got type 'linear'; allowed: 'yarn'",
+    ),
+    (
+        {"rope_scaling": {"type": "yarn", "factor": 16}},
+        "rope_scaling: missing key.* original_max_position_embeddings",
+    ),
+    (
+        {"rope_scaling": YARN | {"attention_factor": 1.277}},
+        "attention_factor 1.277; DeepSeek-V4 allows only 1.0",
+    ),
     ({"rope_scaling": YARN | {"factor": 0.5}}, "rope_scaling: .* allowed: factor >= 1"),
     ({"rope_scaling": YARN | {"factor": "16"}}, "rope_scaling: .* allowed: factor >= 1"),
     ({"rope_scaling": YARN | {"factor": math.nan}}, "rope_scaling: .* allowed: factor >= 1"),
@@ -253,20 +320,38 @@ _OFFICIAL_REFUSALS = [
     ({"num_experts_per_tok": 7}, "num_experts_per_tok: got 7; must be at most n_routed_experts=6"),
 ]
 _TRANSFORMERS_REFUSALS = [
-    ({"layer_types": ["full_attention"] * 7}, "layer_types: got 'full_attention'; allowed: sliding_attention"),
+    (
+        {"layer_types": ["full_attention"] * 7},
+        "layer_types: got 'full_attention'; allowed: sliding_attention",
+    ),
     ({"layer_types": [["sliding_attention"]] * 7}, "layer_types: got "),
     ({"layer_types": ["sliding_attention"] * 3}, "compress_ratios: got 4 entries; must be 8"),
     ({"layer_types": 7}, "layer_types: got 7; must be a list"),
     ({"layer_types": DROP}, "missing key.* compress_ratios"),
-    ({"compress_rates": {"compressed_sparse_attention": 8}}, "compress_rates: .*=8; DeepSeek-V4 allows only 4"),
+    (
+        {"compress_rates": {"compressed_sparse_attention": 8}},
+        "compress_rates: .*=8; DeepSeek-V4 allows only 4",
+    ),
     ({"compress_rates": 4}, "compress_rates: got 4; must be an object"),
-    ({"mlp_layer_types": ["moe", "hash_moe"] + ["moe"] * 5}, "must be hash_moe layers first, then moe, 7 in all"),
+    (
+        {"mlp_layer_types": ["moe", "hash_moe"] + ["moe"] * 5},
+        "must be hash_moe layers first, then moe, 7 in all",
+    ),
     ({"mlp_layer_types": ["moe"] * 6}, "must be hash_moe layers first, then moe, 7 in all"),
     ({"mlp_layer_types": "moe"}, "mlp_layer_types: got 'moe'; must be a list"),
     ({"qk_rope_head_dim": DROP, "partial_rotary_factor": "x"}, "missing key.* qk_rope_head_dim"),
-    ({"rope_parameters": YARN}, "rope_parameters: .* must be an object with the objects main and compress"),
-    ({"rope_parameters": {"main": {}, "compress": 4}}, "must be an object with the objects main and compress"),
-    ({"rope_parameters": {"main": {}, "compress": {"rope_type": "linear"}}}, "rope_scaling: got type 'linear'"),
+    (
+        {"rope_parameters": YARN},
+        "rope_parameters: .* must be an object with the objects main and compress",
+    ),
+    (
+        {"rope_parameters": {"main": {}, "compress": 4}},
+        "must be an object with the objects main and compress",
+    ),
+    (
+        {"rope_parameters": {"main": {}, "compress": {"rope_type": "linear"}}},
+        "rope_scaling: got type 'linear'",
+    ),
     ({"num_nextn_predict_layers": "1"}, "num_nextn_predict_layers: got '1'; allowed: 0 or 1"),
 ]
 
@@ -292,7 +377,9 @@ def test_replace_checks_again():
 
 def test_window_only_models_need_no_compressed_rotary_and_no_indexer():
     ratios = (0,) * 8
-    cfg = small_config(compress_ratios=ratios, compress_rope_theta=None, rope_scaling=None, index_topk=0)
+    cfg = small_config(
+        compress_ratios=ratios, compress_rope_theta=None, rope_scaling=None, index_topk=0
+    )
     assert ModelConfig.from_dict(cfg.to_dict()) == cfg
 
 

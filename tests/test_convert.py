@@ -25,7 +25,9 @@ from v4jax.checkpoint.formats import FORMATS, decode
 from v4jax.checkpoint.load import open_safetensors
 from v4jax.convert import compare, convert, open_checkpoint
 
-CFG = small_config(hidden_size=160, moe_intermediate_size=64)  # MXFP4 needs multiples of 32; 160 makes partial fp8 blocks
+CFG = small_config(
+    hidden_size=160, moe_intermediate_size=64
+)  # MXFP4 needs multiples of 32; 160 makes partial fp8 blocks
 PARAMS = random_params(CFG)
 EXPERT, DENSE = "layers.4.ffn.experts.3.w2.weight", "layers.4.attn.wo_b.weight"
 
@@ -45,7 +47,11 @@ def sources(tmp_path_factory):
 def tensors_of(directory):
     """Name in the file -> (dtype, bytes)."""
     files = sorted(pathlib.Path(directory).glob("*.safetensors"))
-    return {one.stored: (one.dtype, read_tensor(one).tobytes()) for file in files for one in headers_of(file)}
+    return {
+        one.stored: (one.dtype, read_tensor(one).tobytes())
+        for file in files
+        for one in headers_of(file)
+    }
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -54,7 +60,9 @@ def test_release_to_store_to_release_is_byte_identical(sources, tmp_path, format
     convert(tmp_path / "store", tmp_path / "back", dtype=format)
     assert tensors_of(tmp_path / "back") == tensors_of(sources / format)
     assert (tmp_path / "back" / "tokenizer.json").exists()
-    before, after = (json.loads((d / "config.json").read_text()) for d in (sources / format, tmp_path / "back"))
+    before, after = (
+        json.loads((d / "config.json").read_text()) for d in (sources / format, tmp_path / "back")
+    )
     assert after == before and after["note"] == "kept"
     assert open_checkpoint(tmp_path / "store").format == format
 
@@ -66,7 +74,10 @@ def test_matrices_larger_than_a_chunk(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "_CHUNK_BYTES", 9_000)
     convert(sources / "official", tmp_path / "store", format="orbax")
     leaf = stream.open_leaves(tmp_path / "store", CFG)["embed", "weight"]
-    assert 1 < leaf.chunk_layout.write_chunk.shape[0] < CFG.vocab_size and CFG.vocab_size % leaf.chunk_layout.write_chunk.shape[0]
+    assert (
+        1 < leaf.chunk_layout.write_chunk.shape[0] < CFG.vocab_size
+        and CFG.vocab_size % leaf.chunk_layout.write_chunk.shape[0]
+    )
     assert compare(sources / "official", tmp_path / "store")["equal"] == len(official_names(CFG))
 
 
@@ -81,24 +92,45 @@ def test_a_scale_that_does_not_follow_from_the_numbers_is_kept(tmp_path):
     name = "mtp.0.ffn.experts.0.w1"
     assert open_safetensors(tmp_path / "b").scale(f"{name}.weight")[0, 0] == 2
     save_safetensors(CFG, load_safetensors(tmp_path / "a")[1], tmp_path / "anew", dtype="official")
-    assert tensors_of(tmp_path / "anew")[f"{name}.scale"] != tensors_of(tmp_path / "a")[f"{name}.scale"]
+    assert (
+        tensors_of(tmp_path / "anew")[f"{name}.scale"]
+        != tensors_of(tmp_path / "a")[f"{name}.scale"]
+    )
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_what_is_stored_as_what(sources, dtype):
     found = {name: kind for name, (kind, _) in tensors_of(sources / dtype).items()}
-    low = {"float32": ("F32", "F32"), "bfloat16": ("BF16", "BF16"), "fp8": ("F8_E4M3", "F8_E4M3"), "official": ("F8_E4M3", "I8")}[dtype]
+    low = {
+        "float32": ("F32", "F32"),
+        "bfloat16": ("BF16", "BF16"),
+        "fp8": ("F8_E4M3", "F8_E4M3"),
+        "official": ("F8_E4M3", "I8"),
+    }[dtype]
     assert (found[DENSE], found[EXPERT]) == low
     assert found.get("layers.4.attn.wo_b.scale") == {"fp8": "F32", "official": "F8_E8M0"}.get(dtype)
     plain = "F32" if dtype == "float32" else "BF16"
-    for name in ("embed.weight", "head.weight", "norm.weight", "layers.4.ffn.gate.weight", "layers.4.attn.compressor.wkv.weight",
-                 "layers.4.attn.indexer.weights_proj.weight"):  # fmt: skip
+    for name in (
+        "embed.weight",
+        "head.weight",
+        "norm.weight",
+        "layers.4.ffn.gate.weight",
+        "layers.4.attn.compressor.wkv.weight",
+        "layers.4.attn.indexer.weights_proj.weight",
+    ):
         assert found[name] == plain
-    for name in ("layers.4.attn.attn_sink", "layers.4.attn.compressor.ape", "layers.4.hc_attn_fn", "layers.4.ffn.gate.bias"):
+    for name in (
+        "layers.4.attn.attn_sink",
+        "layers.4.attn.compressor.ape",
+        "layers.4.hc_attn_fn",
+        "layers.4.ffn.gate.bias",
+    ):
         assert found[name] == "F32"
     assert found["layers.2.ffn.gate.tid2eid"] == "I64"
     raw = json.loads((sources / dtype / "config.json").read_text())
-    assert raw.get("quantization_config", {}).get("quant_method") == ("fp8" if dtype in ("fp8", "official") else None)
+    assert raw.get("quantization_config", {}).get("quant_method") == (
+        "fp8" if dtype in ("fp8", "official") else None
+    )
     assert raw.get("expert_dtype") == ("fp4" if dtype == "official" else None)
 
 
@@ -111,18 +143,28 @@ def test_loading_is_official_dequantisation(sources, format):
     expected = {}
     for file in sorted((sources / format).glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            expected |= {name: opened.get_tensor(name) for name in opened.keys()}
+            expected |= {name: opened.get_tensor(name) for name in opened}
     table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
     _, params = load_safetensors(sources / format)
     for name, got in to_official(CFG, params).items():
         stored, scale = expected[name], expected.get(name.removesuffix("weight") + "scale")
         if scale is not None and stored.dtype == torch.int8:
             byte = stored.view(torch.uint8).long()
-            stored = table[torch.stack([byte & 15, byte >> 4], -1).flatten(1)] * scale.float().repeat_interleave(32, 1)
+            stored = table[
+                torch.stack([byte & 15, byte >> 4], -1).flatten(1)
+            ] * scale.float().repeat_interleave(32, 1)
         elif scale is not None:
-            wide = scale.float().repeat_interleave(128, 0)[: got.shape[0]].repeat_interleave(128, 1)[:, : got.shape[1]]
+            wide = (
+                scale.float()
+                .repeat_interleave(128, 0)[: got.shape[0]]
+                .repeat_interleave(128, 1)[:, : got.shape[1]]
+            )
             stored = stored.float() * wide
-        np.testing.assert_array_equal(got, stored.float().numpy() if stored.is_floating_point() else stored.numpy(), err_msg=name)
+        np.testing.assert_array_equal(
+            got,
+            stored.float().numpy() if stored.is_floating_point() else stored.numpy(),
+            err_msg=name,
+        )
 
 
 def test_a_plain_export_drops_what_says_low_precision(sources, tmp_path):
@@ -155,7 +197,11 @@ def test_compare_names_the_worst_tensor(sources, tmp_path):
     params["layers_3_6"]["block_1"]["attn"]["wo_b"][0] += 100
     save_safetensors(CFG, params, tmp_path / "b", dtype="float32")
     found = compare(sources / "float32", tmp_path / "b")
-    assert found["worst"] == DENSE and found["equal"] == found["tensors"] - 1 and found["difference"] == pytest.approx(100, rel=1e-3)
+    assert (
+        found["worst"] == DENSE
+        and found["equal"] == found["tensors"] - 1
+        and found["difference"] == pytest.approx(100, rel=1e-3)
+    )
     save_safetensors(small_config(), random_params(small_config()), tmp_path / "other")
     with pytest.raises(ValueError, match="these are two models"):
         compare(sources / "float32", tmp_path / "other")
@@ -185,7 +231,9 @@ def test_bad_requests_leave_nothing(sources, tmp_path):
         convert(sources / "official", sources / "fp8")
     odd = small_config()  # hidden width 40: no MXFP4
     save_safetensors(odd, random_params(odd), tmp_path / "odd")
-    with pytest.raises(ValueError, match=r"w\d.weight: MXFP4: got \d+ input features; must be a multiple of 32"):
+    with pytest.raises(
+        ValueError, match=r"w\d.weight: MXFP4: got \d+ input features; must be a multiple of 32"
+    ):
         convert(tmp_path / "odd", tmp_path / "out", dtype="official")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd"]
 
@@ -194,10 +242,17 @@ def test_bad_requests_leave_nothing(sources, tmp_path):
 def test_a_killed_conversion_goes_on_where_it_was(sources, tmp_path, format):
     code = "import v4jax.convert as c; c._GROUP_BYTES = 30_000; "  # or all of this small model would be one group
     code += f"c.convert({str(sources / 'official')!r}, {str(tmp_path / 'out')!r}, {format!r}, max_file_bytes=300_000)"
-    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
     partial, deadline = tmp_path / ".out.partial", time.time() + 120
     noted = partial / "written.txt"
-    done = lambda: len(list(partial.glob("*.safetensors"))) > 3 or (noted.exists() and b"\n" in noted.read_bytes())  # noqa: E731
+
+    def done():
+        return len(list(partial.glob("*.safetensors"))) > 3 or (
+            noted.exists() and b"\n" in noted.read_bytes()
+        )
+
     while not done() and time.time() < deadline and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
@@ -233,7 +288,10 @@ def test_another_conversion_to_the_same_place_waits_for_nobody(sources, tmp_path
 @contextlib.contextmanager
 def full_disk(limit: int):
     """No file may become longer: what writing says then is what it says when a disk is full (OSError, its number apart)."""
-    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits, before = (
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
         yield
@@ -244,11 +302,24 @@ def full_disk(limit: int):
 
 @pytest.mark.parametrize("format", ["safetensors", "orbax"])
 def test_a_full_disk_is_an_error_and_the_next_try_goes_on(sources, tmp_path, format, capsys):
-    arguments = ["convert", str(sources / "official"), str(tmp_path / "out"), "--format", format, "--workers", "1"]
+    arguments = [
+        "convert",
+        str(sources / "official"),
+        str(tmp_path / "out"),
+        "--format",
+        format,
+        "--workers",
+        "1",
+    ]
     with full_disk(100_000 if format == "safetensors" else 10_000):
         assert cli.main(arguments) == 1
     said = capsys.readouterr().err
-    assert said.startswith("v4jax: failed: ") and said.count("\n") == 1 and "could not be written" in said and "too large" in said.lower(), said
+    assert (
+        said.startswith("v4jax: failed: ")
+        and said.count("\n") == 1
+        and "could not be written" in said
+        and "too large" in said.lower()
+    ), said
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
     assert cli.main([*arguments, "--verify", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["equal"] == len(official_names(CFG))
@@ -258,9 +329,14 @@ def test_a_full_disk_is_an_error_and_the_next_try_goes_on(sources, tmp_path, for
 def test_a_full_disk_during_an_export_leaves_the_earlier_one(tmp_path):
     save_safetensors(CFG, PARAMS, tmp_path / "out", dtype="official")
     before = tensors_of(tmp_path / "out")
-    with full_disk(1_000_000), pytest.raises(OSError, match="model.safetensors.tmp could not be written: File too large"):
+    with (
+        full_disk(1_000_000),
+        pytest.raises(OSError, match="model.safetensors.tmp could not be written: File too large"),
+    ):
         save_safetensors(CFG, PARAMS, tmp_path / "out", dtype="float32", overwrite=True)
-    assert tensors_of(tmp_path / "out") == before and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert tensors_of(tmp_path / "out") == before and [
+        path.name for path in tmp_path.iterdir()
+    ] == ["out"]
 
 
 def test_logits_of_a_store_are_those_of_its_source(sources, tmp_path, caplog):
@@ -269,8 +345,13 @@ def test_logits_of_a_store_are_those_of_its_source(sources, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     convert(sources / "official", tmp_path / "store", format="orbax")
     tokens = np.arange(40)[None] % CFG.vocab_size
-    logits = [v4jax.forward(*v4jax.load(d), tokens).logits for d in (sources / "official", tmp_path / "store")]
+    logits = [
+        v4jax.forward(*v4jax.load(d), tokens).logits
+        for d in (sources / "official", tmp_path / "store")
+    ]
     np.testing.assert_array_equal(*logits)
     assert np.isfinite(logits[0]).all()
     source = open_safetensors(sources / "official")
-    assert decode(source.kinds[EXPERT], source.stored(EXPERT)).dtype == "bfloat16"  # which holds these numbers exactly
+    assert (
+        decode(source.kinds[EXPERT], source.stored(EXPERT)).dtype == "bfloat16"
+    )  # which holds these numbers exactly

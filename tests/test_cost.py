@@ -5,10 +5,10 @@ import math
 
 import jax
 import pytest
-from configs.models import flash, pro
 from flax.traverse_util import flatten_dict
 from trees import small_config
 
+from configs.models import flash, pro
 from v4jax.cost import cost as model_cost
 from v4jax.cost import deepseek_v32, train_flops_per_token
 from v4jax.model.transformer import abstract_params
@@ -24,10 +24,15 @@ def parts(cost):
 # ---- parameters ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cfg", "total", "active"), [(flash(), 284, 13), (pro(), 1573, 49)], ids=["flash", "pro"])
+@pytest.mark.parametrize(
+    ("cfg", "total", "active"), [(flash(), 284, 13), (pro(), 1573, 49)], ids=["flash", "pro"]
+)
 def test_released_sizes_have_the_reports_counts(cfg, total, active):
     cost = model_cost(cfg)
-    assert (round(cost.total.parameters / 1e9), round(cost.total.active / 1e9)) == (total, active)  # 1.573T is 1.6T
+    assert (round(cost.total.parameters / 1e9), round(cost.total.active / 1e9)) == (
+        total,
+        active,
+    )  # 1.573T is 1.6T
 
 
 def test_no_other_way_of_counting_gives_the_reports_numbers():
@@ -38,12 +43,16 @@ def test_no_other_way_of_counting_gives_the_reports_numbers():
 
     assert rounded(small.total.parameters + small.mtp.parameters) == (291,)
     assert rounded(small.total.parameters - 2 * parts(small)["head"].parameters) == (283,)
-    with_embedding = [cost.total.active + parts(cost)["embedding"].parameters for cost in (small, large)]
+    with_embedding = [
+        cost.total.active + parts(cost)["embedding"].parameters for cost in (small, large)
+    ]
     assert rounded(*with_embedding) == (14, 50)
     assert rounded(large.total.active - parts(large)["head"].active) == (48,)
 
 
-@pytest.mark.parametrize("cfg", [flash(), pro(), small_config(), NO_MTP], ids=["flash", "pro", "small", "no_mtp"])
+@pytest.mark.parametrize(
+    "cfg", [flash(), pro(), small_config(), NO_MTP], ids=["flash", "pro", "small", "no_mtp"]
+)
 def test_every_weight_of_the_model_is_counted_once(cfg):
     leaves = flatten_dict(abstract_params(cfg))
     cost = model_cost(cfg, 1)
@@ -123,7 +132,11 @@ def test_v32_has_37_billion_active_parameters():
 
 def test_flops_grow_by_the_indexer_and_the_dense_entries_alone():
     half, whole = parts(model_cost(flash(), MILLION // 2)), parts(model_cost(flash(), MILLION))
-    grown = {name: whole[name].flops - half[name].flops for name in whole if whole[name].flops != half[name].flops}
+    grown = {
+        name: whole[name].flops - half[name].flops
+        for name in whole
+        if whole[name].flops != half[name].flops
+    }
     assert grown == {
         "indexers": 21 * 2 * 64 * (128 + 1) * MILLION // 8,
         "attention HCA": 20 * 4 * 64 * 512 * MILLION // 256,
@@ -177,11 +190,18 @@ def test_rows_and_dict_tell_the_same():
     assert rows["ratio to it"] == ("", "", "12.1%", "7.3%")
     assert len({len(row) for row in cost.rows()}) == 1
     plain = json.loads(json.dumps(cost.to_dict()))
-    assert plain["total"]["parameters"] == sum(part["parameters"] for part in plain["parts"]) == cost.total.parameters
+    assert (
+        plain["total"]["parameters"]
+        == sum(part["parameters"] for part in plain["parts"])
+        == cost.total.parameters
+    )
     assert plain["v32"]["cache"] == cost.v32.cache and plain["context"] == MILLION
 
 
 @pytest.mark.parametrize("context", [0, -1, MILLION + 1, 1.5, True, "4096"])
 def test_a_context_outside_the_model_is_refused(context):
-    with pytest.raises(ValueError, match="context: got .*; must be an integer in .1, max_position_embeddings=1048576"):
+    with pytest.raises(
+        ValueError,
+        match="context: got .*; must be an integer in .1, max_position_embeddings=1048576",
+    ):
         model_cost(flash(), context)

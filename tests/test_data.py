@@ -49,7 +49,9 @@ def segments(batches):
 
 def same(left, right):
     return len(left) == len(right) and all(
-        (a[key] == b[key]).all() for a, b in zip(left, right, strict=True) for key in ("tokens", "segment_ids")
+        (a[key] == b[key]).all()
+        for a, b in zip(left, right, strict=True)
+        for key in ("tokens", "segment_ids")
     )
 
 
@@ -58,9 +60,21 @@ def same(left, right):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("source", ""), ("tokenizer", None), ("glob", ""), ("glob", "/x/*"), ("glob", "../*"), ("held_out", 0.0),
-     ("held_out", 1.0), ("held_out", math.nan), ("held_out", "0.1"), ("seed", -1), ("seed", 2**32), ("seed", True)],
-)  # fmt: skip
+    [
+        ("source", ""),
+        ("tokenizer", None),
+        ("glob", ""),
+        ("glob", "/x/*"),
+        ("glob", "../*"),
+        ("held_out", 0.0),
+        ("held_out", 1.0),
+        ("held_out", math.nan),
+        ("held_out", "0.1"),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("seed", True),
+    ],
+)
 def test_config_refuses_and_names_the_field(field, value):
     with pytest.raises(ValueError, match=rf"^{field}: got "):
         DataConfig(**{field: value})
@@ -81,7 +95,9 @@ def test_documents_are_all_files_that_hold_text_sorted(folder, cfg):
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "x.txt").write_bytes(b"\xff")
     documents = read_documents(cfg.sources[0])
-    assert [document.name for document in documents] == sorted(f"d{i % 3}/{i:02}.txt" for i in range(40))
+    assert [document.name for document in documents] == sorted(
+        f"d{i % 3}/{i:02}.txt" for i in range(40)
+    )
     assert all(document.size == document.path.stat().st_size for document in documents)
     assert len(read_documents(dataclasses.replace(cfg, glob="d0/*.txt").sources[0])) == 14
 
@@ -90,7 +106,9 @@ def test_stdlib_documents_are_its_sources_without_tests():
     documents = read_documents(Source(path="stdlib"))
     names = {document.name for document in documents}
     assert {"ast.py", "json/decoder.py", "asyncio/events.py"} <= names
-    assert not any(part in name.split("/") for name in names for part in ("test", "tests", "site-packages"))
+    assert not any(
+        part in name.split("/") for name in names for part in ("test", "tests", "site-packages")
+    )
     assert len(documents) > 300 and sum(document.size for document in documents) > 5e6
 
 
@@ -114,11 +132,17 @@ def test_a_folder_without_text_is_refused_by_name(tmp_path):
 
 def test_split_follows_the_name_alone(folder, cfg):
     train, held_out = split_documents(cfg, read_documents(cfg.sources[0]))
-    assert 2 <= len(held_out) <= 16 and not set(train) & set(held_out) and len(train) + len(held_out) == 40
+    assert (
+        2 <= len(held_out) <= 16
+        and not set(train) & set(held_out)
+        and len(train) + len(held_out) == 40
+    )
     for i in range(40, 200):
         (folder / f"{i}.txt").write_text("more")
     _, more = split_documents(dataclasses.replace(cfg, seed=5), read_documents(cfg.sources[0]))
-    assert {document.name for document in held_out} == {d.name for d in more if d.name.startswith("d")}
+    assert {document.name for document in held_out} == {
+        d.name for d in more if d.name.startswith("d")
+    }
 
 
 def test_split_is_that_of_sha256():
@@ -166,17 +190,27 @@ def test_pieces_put_together_are_the_documents(cfg, seq_len):
     documents = read_documents(cfg.sources[0])
     pieces = Pieces(documents, BYTES, seq_len)
     tokens = np.concatenate([pieces[i]["tokens"] for i in range(len(pieces))]).tolist()
-    expected = [[0, *BYTES.encode(document.path.read_bytes().decode()), 1] for document in documents]
+    expected = [
+        [0, *BYTES.encode(document.path.read_bytes().decode()), 1] for document in documents
+    ]
     assert tokens == list(itertools.chain(*expected))
-    assert len(pieces) > len(documents) and all(0 < len(pieces[i]["tokens"]) <= 4 * seq_len + 5 for i in range(20))
+    assert len(pieces) > len(documents) and all(
+        0 < len(pieces[i]["tokens"]) <= 4 * seq_len + 5 for i in range(20)
+    )
 
 
 def test_an_epoch_holds_every_token_once_and_the_next_has_another_order(cfg):
     train, _ = split_documents(cfg, read_documents(cfg.sources[0]))
     pieces = Pieces(train, BYTES, 16)
     total = sum(len(pieces[i]["tokens"]) for i in range(len(pieces)))
-    tokens = np.concatenate([b["tokens"][0] for b in itertools.islice(
-        train_batches(cfg, BYTES, seq_len=16, batch_size=1, vocab_size=258), 2 * total // 16)])  # fmt: skip
+    tokens = np.concatenate(
+        [
+            b["tokens"][0]
+            for b in itertools.islice(
+                train_batches(cfg, BYTES, seq_len=16, batch_size=1, vocab_size=258), 2 * total // 16
+            )
+        ]
+    )
     first, second = tokens[:total], tokens[total : 2 * total]
     every = np.concatenate([pieces[i]["tokens"] for i in range(len(pieces))])
     assert (np.sort(first) == np.sort(every)).all() and (first[: len(second)] != second).any()
@@ -184,7 +218,9 @@ def test_an_epoch_holds_every_token_once_and_the_next_has_another_order(cfg):
 
 def test_batches_depend_on_the_seed_only(cfg):
     first, again, other = (
-        list(itertools.islice(train_batches(dataclasses.replace(cfg, seed=seed), BYTES, **SIZES), 20))
+        list(
+            itertools.islice(train_batches(dataclasses.replace(cfg, seed=seed), BYTES, **SIZES), 20)
+        )
         for seed in (0, 0, 1)
     )
     assert same(first, again) and not same(first, other)
@@ -194,14 +230,22 @@ def test_batches_are_the_same_on_every_machine(cfg):
     # A change of this number means that runs saved before it cannot go on bit-exactly.
     digest = hashlib.sha256()
     for batch in itertools.islice(train_batches(cfg, BYTES, **SIZES), 20):
-        digest.update(batch["tokens"].astype("<i4").tobytes() + batch["segment_ids"].astype("<i4").tobytes())
+        digest.update(
+            batch["tokens"].astype("<i4").tobytes() + batch["segment_ids"].astype("<i4").tobytes()
+        )
     assert digest.hexdigest()[:16] == "4cf1b0d3c9999291"
 
 
 def test_processes_share_the_batch_of_one_process(cfg):
     whole = list(itertools.islice(train_batches(cfg, BYTES, **SIZES), 10))
-    parts = [itertools.islice(train_batches(cfg, BYTES, **SIZES, rows=rows), 10) for rows in ([0, 2], [1, 3])]
-    joined = [{key: np.stack([a[key], b[key]], 1).reshape(4, 16) for key in a} for a, b in zip(*parts, strict=True)]
+    parts = [
+        itertools.islice(train_batches(cfg, BYTES, **SIZES, rows=rows), 10)
+        for rows in ([0, 2], [1, 3])
+    ]
+    joined = [
+        {key: np.stack([a[key], b[key]], 1).reshape(4, 16) for key in a}
+        for a, b in zip(*parts, strict=True)
+    ]
     assert same(whole, joined)
 
 
@@ -211,7 +255,10 @@ def test_processes_share_the_batch_of_one_process(cfg):
         (dict(vocab_size=257), r"vocab_size: got 257; .* at least 258"),
         (dict(seq_len=1), "seq_len: got 1"),
         (dict(batch_size=0), "batch_size: got 0"),
-        (dict(rows=[0, 4]), r"rows: got \[0, 4\]; must be one or more rows of the batch, in \[0, 4\)"),
+        (
+            dict(rows=[0, 4]),
+            r"rows: got \[0, 4\]; must be one or more rows of the batch, in \[0, 4\)",
+        ),
         (dict(rows=[]), r"rows: got \[\]"),
     ],
 )
@@ -279,7 +326,9 @@ def test_other_processes_resume_from_the_rows_that_all_have_saved(cfg, tmp_path)
     for rows in ([0, 1], [2, 3], [0, 1, 2, 3]):
         part = train_batches(cfg, BYTES, **SIZES, rows=rows)
         asyncio.run(load(part, before))
-        assert same(list(itertools.islice(part, 5)), [{key: a[key][rows] for key in a} for a in expected])
+        assert same(
+            list(itertools.islice(part, 5)), [{key: a[key][rows] for key in a} for a in expected]
+        )
     (before / "process_2.json").unlink()
     with pytest.raises(ValueError, match="has no row 1; a file of the checkpoint is missing"):
         asyncio.run(load(train_batches(cfg, BYTES, **SIZES), before))
@@ -292,7 +341,9 @@ async def load(iterator, directory):
 def test_resume_on_other_data_or_sizes_is_refused(folder, cfg):
     state = json.loads(json.dumps(train_batches(cfg, BYTES, **SIZES).get_state()))
     for name, change in (("batch_size", 8), ("seq_len", 32)):
-        with pytest.raises(ValueError, match=f"data position: was saved with {name} {SIZES[name]}, .* has {change}"):
+        with pytest.raises(
+            ValueError, match=f"data position: was saved with {name} {SIZES[name]}, .* has {change}"
+        ):
             train_batches(cfg, BYTES, **(SIZES | {name: change})).set_state(state)
     with pytest.raises(ValueError, match="was saved with seed 0, this run has 3"):
         train_batches(dataclasses.replace(cfg, seed=3), BYTES, **SIZES).set_state(state)
@@ -314,17 +365,25 @@ def test_held_out_batches_hold_every_held_out_token_once(cfg):
     tokens = np.concatenate([batch["tokens"] for batch in batches])
     assert (ids > 0).sum() == expected and (tokens[ids == 0] == 0).all()
     assert (tokens[ids > 0] == 1).sum() == len(documents)
-    assert all(array.shape == (4, 16) and array.dtype == np.int32 for batch in batches for array in batch.values())
+    assert all(
+        array.shape == (4, 16) and array.dtype == np.int32
+        for batch in batches
+        for array in batch.values()
+    )
     assert len(ids) - 4 < math.ceil(expected / 16) <= len(ids)
     assert same(batches, held_out_batches(dataclasses.replace(cfg, seed=9), BYTES, **SIZES))
 
 
 def test_held_out_batches_can_be_bounded_and_shared(cfg):
     batches = held_out_batches(cfg, BYTES, **SIZES)
-    assert same(held_out_batches(cfg, BYTES, **SIZES, max_batches=2), batches[:2]) and len(batches) > 2
+    assert (
+        same(held_out_batches(cfg, BYTES, **SIZES, max_batches=2), batches[:2]) and len(batches) > 2
+    )
     assert same(held_out_batches(cfg, BYTES, **SIZES, max_batches=10_000), batches)
     parts = [held_out_batches(cfg, BYTES, **SIZES, rows=rows) for rows in ([0, 1], [2, 3])]
-    assert same([{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)], batches)
+    assert same(
+        [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)], batches
+    )
     with pytest.raises(ValueError, match="max_batches: got 0"):
         held_out_batches(cfg, BYTES, **SIZES, max_batches=0)
 
@@ -333,7 +392,9 @@ def test_no_held_out_text_is_trained_on(tmp_path):
     for i in range(50):
         (tmp_path / f"{i}.txt").write_text(f"<{i}>")
     cfg = DataConfig(source=str(tmp_path), held_out=0.3)
-    held = {BYTES.decode(ids) for ids in segments(held_out_batches(cfg, BYTES, 256, 1, vocab_size=258))}
+    held = {
+        BYTES.decode(ids) for ids in segments(held_out_batches(cfg, BYTES, 256, 1, vocab_size=258))
+    }
     batches = itertools.islice(train_batches(cfg, BYTES, 256, 1, vocab_size=258), 8)
     train = {BYTES.decode(ids) for ids in segments(batches)}
     assert len(held) >= 5 and not held & train

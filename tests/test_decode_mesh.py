@@ -21,9 +21,21 @@ from v4jax.model import indexer
 from v4jax.model.transformer import abstract_params, param_axes
 
 CFG = small_config(
-    compress_ratios=(0, 4, 128, 0), num_hidden_layers=3, num_hash_layers=1, hidden_size=40, moe_intermediate_size=24, vocab_size=96,
-    num_attention_heads=8, o_groups=8, o_lora_rank=5, q_lora_rank=40, n_routed_experts=8, index_n_heads=8, index_head_dim=24, index_topk=7,
-)  # fmt: skip
+    compress_ratios=(0, 4, 128, 0),
+    num_hidden_layers=3,
+    num_hash_layers=1,
+    hidden_size=40,
+    moe_intermediate_size=24,
+    vocab_size=96,
+    num_attention_heads=8,
+    o_groups=8,
+    o_lora_rank=5,
+    q_lora_rank=40,
+    n_routed_experts=8,
+    index_n_heads=8,
+    index_head_dim=24,
+    index_topk=7,
+)
 CHUNK, LENGTH, ROOM = 150, 451, 1024
 SLOTS = ROOM // 4
 """Of CSA. No other axis of the model is so long, or a half, a quarter or an eighth of it."""
@@ -39,7 +51,14 @@ def model():
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def step(rules, params, cache, tokens_BT):
-    chunk, cache = extend(CFG, params, cache, tokens_BT, jnp.full(len(tokens_BT), tokens_BT.shape[1], jnp.int32), rules=rules)
+    chunk, cache = extend(
+        CFG,
+        params,
+        cache,
+        tokens_BT,
+        jnp.full(len(tokens_BT), tokens_BT.shape[1], jnp.int32),
+        rules=rules,
+    )
     return logits_of(params, chunk.x_BTD, rules), cache
 
 
@@ -48,8 +67,17 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 @pytest.mark.parametrize(
     ("mesh", "layout"),
-    [("data=2,context=4", None), slow("context=8", "cp_ep"), slow("context=2,expert=2,tensor=2", None)]
-    + [slow("tensor=8", None), slow("expert=8", None), slow("data=2,fsdp=4", None), slow("context=2,expert=4", "pod")],
+    [
+        ("data=2,context=4", None),
+        slow("context=8", "cp_ep"),
+        slow("context=2,expert=2,tensor=2", None),
+    ]
+    + [
+        slow("tensor=8", None),
+        slow("expert=8", None),
+        slow("data=2,fsdp=4", None),
+        slow("context=2,expert=4", "pod"),
+    ],
 )
 def test_rows_continued_on_a_mesh_are_those_of_one_device(model, mesh, layout, monkeypatch):
     """Three chunks and one token. Scores come in blocks of 24 keys, which do not divide what devices hold."""
@@ -61,26 +89,48 @@ def test_rows_continued_on_a_mesh_are_those_of_one_device(model, mesh, layout, m
     rows = 8 if sizes["expert"] * sizes["fsdp"] > 2 else 2
     with jax.set_mesh(device_mesh):
         rules = decoding_rules(own)
-        params = jax.device_put(params, named_shardings(device_mesh, own, abstract_params(CFG), param_axes(CFG)))
-        params, cache, got = split_layers(CFG, params, rules), jax.jit(lambda: empty_cache(CFG, rows, ROOM, rules=rules))(), []
+        params = jax.device_put(
+            params, named_shardings(device_mesh, own, abstract_params(CFG), param_axes(CFG))
+        )
+        params, cache, got = (
+            split_layers(CFG, params, rules),
+            jax.jit(lambda: empty_cache(CFG, rows, ROOM, rules=rules))(),
+            [],
+        )
         for start in range(0, LENGTH, CHUNK):
-            logits, cache = step(rules, params, cache, jnp.asarray(tokens[:rows, start : start + CHUNK]))
+            logits, cache = step(
+                rules, params, cache, jnp.asarray(tokens[:rows, start : start + CHUNK])
+            )
             got.append(np.asarray(logits))
-        np.testing.assert_allclose(np.concatenate(got, axis=1), expected[:rows], atol=2e-4)  # issue 6: sums in another order
+        np.testing.assert_allclose(
+            np.concatenate(got, axis=1), expected[:rows], atol=2e-4
+        )  # issue 6: sums in another order
         if sizes["context"] > 1:
-            check_traffic(step.lower(rules, params, cache, jnp.asarray(tokens[:rows, :1])).compile().as_text(), cache, sizes["context"])
+            check_traffic(
+                step.lower(rules, params, cache, jnp.asarray(tokens[:rows, :1]))
+                .compile()
+                .as_text(),
+                cache,
+                sizes["context"],
+            )
 
 
 def check_traffic(program: str, cache, parts: int) -> None:
     """Every device holds its stretch of the entries, and what travels is the scores of the best of each, never a stretch."""
     slots = cache.layers["layers_1_1"]["block_0"].entry.slots
     assert {shard.data.shape[2] for shard in slots.addressable_shards} == {SLOTS // parts}
-    found = re.findall(r"= \w+\[([\d,]+)\]\S* (all-gather|all-to-all|collective-permute|all-reduce)\(", program)
+    found = re.findall(
+        r"= \w+\[([\d,]+)\]\S* (all-gather|all-to-all|collective-permute|all-reduce)\(", program
+    )
     sizes = [([int(size) for size in shape.split(",")], kind) for shape, kind in found]
-    assert any(parts * CFG.index_topk in shape for shape, _ in sizes), "where are the scores of all?"
+    assert any(parts * CFG.index_topk in shape for shape, _ in sizes), (
+        "where are the scores of all?"
+    )
     for shape, kind in sizes:
         # What index heads on other devices score of a stretch is added, a number a key: no rows.
-        assert SLOTS not in shape and (SLOTS // parts not in shape or (kind == "all-reduce" and np.prod(shape) <= 2 * SLOTS)), (shape, kind)
+        assert SLOTS not in shape and (
+            SLOTS // parts not in shape or (kind == "all-reduce" and np.prod(shape) <= 2 * SLOTS)
+        ), (shape, kind)
 
 
 @pytest.mark.slow
@@ -89,7 +139,10 @@ def test_generate_on_a_cut_cache(model, speculative):
     """Of one row there is nothing to cut but its cache."""
     params, tokens, _ = model
     prompt = tokens[0, :130].tolist()
-    never = lambda *_: False  # noqa: E731
+
+    def never(*_):
+        return False
+
     (expected,) = generate(CFG, params, [prompt], 8, stop=never, room=ROOM)
     sizes = parse_mesh("context=4")
     with jax.set_mesh(make_mesh(sizes)):

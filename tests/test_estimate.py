@@ -29,20 +29,41 @@ V5P = hardware_of("v5p")
 
 
 def full(config, mesh, layout="pod", **changes):
-    return dataclasses.replace(config.get_config(), mesh=mesh, layout=layout, **({"seq_len": 4096, "batch_size": 128} | changes))
+    return dataclasses.replace(
+        config.get_config(),
+        mesh=mesh,
+        layout=layout,
+        **({"seq_len": 4096, "batch_size": 128} | changes),
+    )
 
 
-@pytest.mark.parametrize("mesh, layout", [("fsdp=2,expert=2,tensor=2", "full"), pytest.param("context=2,expert=4", "pod", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mesh, layout",
+    [
+        ("fsdp=2,expert=2,tensor=2", "full"),
+        pytest.param("context=2,expert=4", "pod", marks=pytest.mark.slow),
+    ],
+)
 def test_weights_and_optimizer_are_exact(mesh, layout):
     cfg = dataclasses.replace(CFG, mesh=mesh, layout=layout)
     sizes = parse_mesh(mesh)
     places = state_shardings(cfg, layout_for(layout, sizes), make_mesh(sizes))
     state = jax.eval_shape(functools.partial(state_from, cfg), abstract_params(cfg.model))
     memory = estimate(cfg, V5P).memory
-    assert memory["weights"] + memory["optimizer"] == pytest.approx(bytes_per_device(state, places), rel=1e-3)
+    assert memory["weights"] + memory["optimizer"] == pytest.approx(
+        bytes_per_device(state, places), rel=1e-3
+    )
 
 
-@pytest.mark.parametrize("mesh, layout", [("fsdp=2,expert=2,tensor=2", "full"), ("data=4,expert=2", "ep"), ("context=2,expert=4", "pod"), ("fsdp=8", "fsdp")])
+@pytest.mark.parametrize(
+    "mesh, layout",
+    [
+        ("fsdp=2,expert=2,tensor=2", "full"),
+        ("data=4,expert=2", "ep"),
+        ("context=2,expert=4", "pod"),
+        ("fsdp=8", "fsdp"),
+    ],
+)
 def test_muon_on_paper_is_the_program(mesh, layout):
     """Whole matrices a device works on and what it sends for them, beside a trace of the program."""
     sizes = parse_mesh(mesh)
@@ -56,7 +77,11 @@ def test_muon_on_paper_is_the_program(mesh, layout):
         return x
 
     with jax.set_mesh(mesh):
-        program = jax.make_jaxpr(lambda arrays: on_whole_matrices(f, arrays, [rules.spec(weight.axes) for weight in weights]))(arrays)
+        program = jax.make_jaxpr(
+            lambda arrays: on_whole_matrices(
+                f, arrays, [rules.spec(weight.axes) for weight in weights]
+            )
+        )(arrays)
     for name, axis, size in moves(program.jaxpr):
         if sizes[axis] > 1:
             sent[axis, name] += size * (sizes[axis] - 1) // sizes[axis]
@@ -75,8 +100,15 @@ def moves(jaxpr):
             axes = eqn.params["axis_name"]
             (axis,) = axes if isinstance(axes, tuple) else (axes,)
             (out,) = eqn.outvars
-            yield eqn.primitive.name.replace("_", "-"), axis, out.aval.size * out.aval.dtype.itemsize
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")):
+            yield (
+                eqn.primitive.name.replace("_", "-"),
+                axis,
+                out.aval.size * out.aval.dtype.itemsize,
+            )
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()),
+            is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr"),
+        ):
             if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
                 yield from moves(getattr(inner, "jaxpr", inner))
 
@@ -93,13 +125,20 @@ def test_full_models_have_their_parameters_and_flops():
 
 
 def test_what_a_layout_cuts_is_held_and_sent_less():
-    one, two = (estimate(full(flash, mesh, layout, batch_size=256), V5P) for mesh, layout in (("fsdp=8,expert=16", "pod"), ("fsdp=16,expert=16", "pod")))
+    one, two = (
+        estimate(full(flash, mesh, layout, batch_size=256), V5P)
+        for mesh, layout in (("fsdp=8,expert=16", "pod"), ("fsdp=16,expert=16", "pod"))
+    )
     assert two.memory["weights"] == pytest.approx(one.memory["weights"] / 2, rel=0.01)
     exchange = ("expert",), "ragged-all-to-all"
-    assert two.sent[exchange][0] == pytest.approx(one.sent[exchange][0] / 2)  # half the rows a device
+    assert two.sent[exchange][0] == pytest.approx(
+        one.sent[exchange][0] / 2
+    )  # half the rows a device
     gathered = estimate(full(flash, "fsdp=8,expert=16", "full"), V5P)
     # Gathering tokens sends n-1 rows a token, exchanging them K (n-1)/n.
-    assert gathered.sent[("expert",), "all-gather"][0] == pytest.approx(one.sent[exchange][0] / 2 / 2 * 16 / 6, rel=0.1)
+    assert gathered.sent[("expert",), "all-gather"][0] == pytest.approx(
+        one.sent[exchange][0] / 2 / 2 * 16 / 6, rel=0.1
+    )
 
 
 def test_decoding_reads_caches_and_weights():
@@ -132,7 +171,10 @@ def test_a_search_ranks_what_fits_and_says_why():
     times = [e.step_seconds for e in found.ranked]
     assert times == sorted(times) and found.tried >= len(found.ranked) > 10
     for one in found.front:
-        assert not any(e.step_seconds < one.step_seconds and e.memory_bytes < one.memory_bytes for e in found.ranked)
+        assert not any(
+            e.step_seconds < one.step_seconds and e.memory_bytes < one.memory_bytes
+            for e in found.ranked
+        )
     assert found.ranked[0].mesh in found.why() and "times as long" in found.why()
     assert found.rejected["tensor beyond the output groups"] > 0
 
@@ -149,11 +191,15 @@ def test_what_cannot_be_names_the_nearest_that_can():
     ]:
         with pytest.raises(ValueError, match=line):
             checked(dataclasses.replace(CFG, **changes), Request(target))
-    with pytest.raises(ValueError, match="nothing fits on 8 devices of NVIDIA H100 SXM.*try --chips"):
+    with pytest.raises(
+        ValueError, match="nothing fits on 8 devices of NVIDIA H100 SXM.*try --chips"
+    ):
         search(full(flash, "", batch_size=8), hardware_of("h100"), 8)
     with pytest.raises(ValueError, match="--batch 8"):
         search(dataclasses.replace(CFG, batch_size=7, seq_len=135), hardware_of("cpu"), 8)
-    assert nearest_mesh(CFG, parse_mesh("tensor=2,expert=4"), 16) == "expert=8,tensor=2"  # two output groups: tensor stays
+    assert (
+        nearest_mesh(CFG, parse_mesh("tensor=2,expert=4"), 16) == "expert=8,tensor=2"
+    )  # two output groups: tensor stays
 
 
 def test_a_look_on_paper_warns():
@@ -164,24 +210,45 @@ def test_a_look_on_paper_warns():
     replicated = look(full(flash, "expert=128", "ep"), Request("tpu7x:4x4x4", paper=True))
     assert "is held 128 times" in "\n".join(replicated.notes)
     rows = parameters(full(flash, "fsdp=8,expert=16"))
-    assert "experts" in rows[0][0] and rows[0][4] >= rows[-1][4] and rows[0][3] == "-, expert, fsdp, -"
+    assert (
+        "experts" in rows[0][0] and rows[0][4] >= rows[-1][4] and rows[0][3] == "-, expert, fsdp, -"
+    )
 
 
 def test_operands_in_fp8_are_made_first():
     """One layer's, counted by hand: what enters and leaves its products, a byte each for either pass, and its matrices."""
-    tiny = CFG.model.replace(num_hidden_layers=1, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(0,))
-    cfg = dataclasses.replace(CFG, model=tiny, mesh="", layout="full", batch_size=1, dtype="bfloat16", remat=False)
+    tiny = CFG.model.replace(
+        num_hidden_layers=1, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(0,)
+    )
+    cfg = dataclasses.replace(
+        CFG, model=tiny, mesh="", layout="full", batch_size=1, dtype="bfloat16", remat=False
+    )
     with_fp8, without = (estimate(cfg, hardware_of("h100"), fp8=fp8).parts for fp8 in (True, False))
-    d, f, k, heads = tiny.hidden_size, tiny.moe_intermediate_size, tiny.num_experts_per_tok + 1, tiny.num_attention_heads * tiny.head_dim
+    d, f, k, heads = (
+        tiny.hidden_size,
+        tiny.moe_intermediate_size,
+        tiny.num_experts_per_tok + 1,
+        tiny.num_attention_heads * tiny.head_dim,
+    )
     groups, q = tiny.o_groups * tiny.o_lora_rank, tiny.q_lora_rank
-    rows = (d + q + heads + groups + k * (d + f)) + (q + tiny.head_dim + heads + groups + d + k * (2 * f + d))
-    matrices = d * (q + tiny.head_dim) + q * heads + heads * tiny.o_lora_rank + groups * d + 3 * d * f * (tiny.n_routed_experts + 1)
+    rows = (d + q + heads + groups + k * (d + f)) + (
+        q + tiny.head_dim + heads + groups + d + k * (2 * f + d)
+    )
+    matrices = (
+        d * (q + tiny.head_dim)
+        + q * heads
+        + heads * tiny.o_lora_rank
+        + groups * d
+        + 3 * d * f * (tiny.n_routed_experts + 1)
+    )
     assert "fp8 operands" not in without
     assert with_fp8["fp8 operands"][1] == 4 * (cfg.seq_len * rows + matrices)
 
 
 def test_two_layouts_side_by_side():
-    pair = compare(full(flash, ""), Request("v5p"), ["pod:fsdp=8,expert=16", "full:fsdp=8,expert=16"])
+    pair = compare(
+        full(flash, ""), Request("v5p"), ["pod:fsdp=8,expert=16", "full:fsdp=8,expert=16"]
+    )
     rows = {row[0]: row for row in pair.rows()}
     assert float(rows["exchanges"][3]) > 1 and rows["memory"][3]
     with pytest.raises(ValueError, match="must be LAYOUT:MESH"):

@@ -18,10 +18,20 @@ from v4jax.model import attention, indexer
 from v4jax.train.loss import loss_and_routing
 
 PATTERNS = {
-    "flash": dict(compress_ratios=(0, 0, 4, 128, 4, 0), num_hidden_layers=5, num_hash_layers=3, index_n_heads=8),
-    "pro": dict(compress_ratios=(128, 128, 4, 128, 0), num_hidden_layers=4, num_hash_layers=2, index_n_heads=8,
-                rope_scaling=None),
-}  # fmt: skip
+    "flash": dict(
+        compress_ratios=(0, 0, 4, 128, 4, 0),
+        num_hidden_layers=5,
+        num_hash_layers=3,
+        index_n_heads=8,
+    ),
+    "pro": dict(
+        compress_ratios=(128, 128, 4, 128, 0),
+        num_hidden_layers=4,
+        num_hash_layers=2,
+        index_n_heads=8,
+        rope_scaling=None,
+    ),
+}
 
 
 @pytest.fixture(scope="module", params=PATTERNS)
@@ -35,7 +45,16 @@ def tokens_of(cfg, shape, seed=0):
     return np.random.default_rng(seed).integers(0, cfg.vocab_size, shape)
 
 
-@pytest.mark.parametrize("seq", [1, 5, 131, pytest.param(300, marks=pytest.mark.slow), pytest.param(700, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seq",
+    [
+        1,
+        5,
+        131,
+        pytest.param(300, marks=pytest.mark.slow),
+        pytest.param(700, marks=pytest.mark.slow),
+    ],
+)
 def test_logits_are_those_of_the_equations(model, seq):
     cfg, weights, params = model
     tokens = tokens_of(cfg, (2, seq))
@@ -60,7 +79,9 @@ def in_order(cfg, aux):
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss_and_gradient(cfg, params, batch):
-    (_, aux), grads = jax.value_and_grad(lambda p: loss_and_routing(cfg, p, batch), has_aux=True)(params)
+    (_, aux), grads = jax.value_and_grad(lambda p: loss_and_routing(cfg, p, batch), has_aux=True)(
+        params
+    )
     return aux[0], aux[1], grads
 
 
@@ -85,8 +106,12 @@ def test_packed_documents_equal_documents_alone():
     got = v4jax.forward(cfg, params, packed["tokens"], packed["segment_ids"])
     real = segments[0] > 0
     np.testing.assert_allclose(np.asarray(got.logits)[0, real], expected.logits[0, real], atol=5e-5)
-    inner = real & np.append(segments[0, 1:] == segments[0, :-1], False)  # MTP means nothing at a document's last token
-    np.testing.assert_allclose(np.asarray(got.mtp_logits)[0, inner], expected.mtp_logits[0, inner], atol=5e-5)
+    inner = real & np.append(
+        segments[0, 1:] == segments[0, :-1], False
+    )  # MTP means nothing at a document's last token
+    np.testing.assert_allclose(
+        np.asarray(got.mtp_logits)[0, inner], expected.mtp_logits[0, inner], atol=5e-5
+    )
 
     metrics, routing, grads = loss_and_gradient(cfg, params, packed)
     other_metrics, other_routing, other_grads = loss_and_gradient(cfg, params, separate)
@@ -97,7 +122,9 @@ def test_packed_documents_equal_documents_alone():
         assert float(metrics[name]) == pytest.approx(float(other_metrics[name]), rel=1e-5), name
     for load, other in zip(in_order(cfg, routing), in_order(cfg, other_routing), strict=True):
         np.testing.assert_array_equal(load, other)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(other_grads), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(other_grads), strict=True
+    ):
         # Sums run in another order: relative to the tensor's norm; 1e-7 absolute for gradients that are zero but for rounding.
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 1e-7, jax.tree_util.keystr(path)
 
@@ -109,7 +136,12 @@ def test_chunks_and_gathered_entries_change_nothing(monkeypatch):
     params = jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 2)))
     batch = {"tokens": jnp.asarray(tokens_of(cfg, (2, 140), 3))}
     runs = {}
-    forms = {"whole": (2**26, 10**9, 4096), "chunked": (2**12, 10**9, 4096), "gathered": (2**12, 1, 4096), "in blocks": (2**12, 1, 8)}
+    forms = {
+        "whole": (2**26, 10**9, 4096),
+        "chunked": (2**12, 10**9, 4096),
+        "gathered": (2**12, 1, 4096),
+        "in blocks": (2**12, 1, 8),
+    }
     for name, (chunk_bytes, gather_from, score_block) in forms.items():
         monkeypatch.setattr(attention, "CHUNK_BYTES", chunk_bytes)
         monkeypatch.setattr(attention, "GATHER_FROM", gather_from)
@@ -119,8 +151,13 @@ def test_chunks_and_gathered_entries_change_nothing(monkeypatch):
     value, grads = runs["whole"]
     for name in list(forms)[1:]:
         assert float(runs[name][0]) == pytest.approx(float(value), rel=1e-6)
-        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(runs[name][1]), jax.tree.leaves(grads), strict=True):
-            assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-7, (name, jax.tree_util.keystr(path))
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(runs[name][1]), jax.tree.leaves(grads), strict=True
+        ):
+            assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-7, (
+                name,
+                jax.tree_util.keystr(path),
+            )
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -129,14 +166,29 @@ def test_gradients_of_mtp_are_whole_before_the_layers_go_on(monkeypatch, remat):
     cfg = small_config(compress_ratios=(4, 4, 0), num_hidden_layers=2, num_hash_layers=0)
     params = jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 2)))
     batch = {"tokens": jnp.asarray(tokens_of(cfg, (2, 20), 3))}
-    grad = lambda p: jax.grad(lambda p: loss_and_routing(cfg, p, batch, remat=remat)[0])(p)  # noqa: E731
-    shapes = lambda leaves: collections.Counter(leaf.shape for leaf in leaves)  # noqa: E731
-    needed = shapes(jax.tree.leaves(params["mtp"])) + collections.Counter([(2, 20, cfg.hc_mult, cfg.hidden_size)])
-    barriers = [eqn for eqn in jax.make_jaxpr(grad)(params).eqns if eqn.primitive.name == "optimization_barrier"]
+
+    def grad(p):
+        return jax.grad(lambda p: loss_and_routing(cfg, p, batch, remat=remat)[0])(p)
+
+    def shapes(leaves):
+        return collections.Counter(leaf.shape for leaf in leaves)
+
+    needed = shapes(jax.tree.leaves(params["mtp"])) + collections.Counter(
+        [(2, 20, cfg.hc_mult, cfg.hidden_size)]
+    )
+    barriers = [
+        eqn
+        for eqn in jax.make_jaxpr(grad)(params).eqns
+        if eqn.primitive.name == "optimization_barrier"
+    ]
     assert any(needed <= shapes(var.aval for var in eqn.outvars) for eqn in barriers)
     got = jax.jit(grad)(params)
     monkeypatch.setattr(v4jax.model.transformer, "run_mtp", lambda mtp, *inputs: mtp(*inputs))
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(jax.jit(lambda p: grad(p))(params)), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got),
+        jax.tree.leaves(jax.jit(lambda p: grad(p))(params)),
+        strict=True,
+    ):
         # What is fused with what differs: rounding, relative to the tensor's norm.
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-7, jax.tree_util.keystr(path)
 
@@ -149,7 +201,10 @@ def test_index_scores_head_by_head_are_those_of_all_heads(batch):
     args = [jnp.asarray(rng.normal(size=shape).astype(np.float32)) for shape in shapes]
     want, got = indexer._scores(*args), jax.jit(indexer._scores_by_head)(*args)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    grads = [jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2))(*args) for f in (indexer._scores, indexer._scores_by_head)]
+    grads = [
+        jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2))(*args)
+        for f in (indexer._scores, indexer._scores_by_head)
+    ]
     for a, b in zip(*grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
@@ -162,7 +217,10 @@ def test_the_smaller_index_wins_a_tie():
     np.testing.assert_array_equal(top_k_mask(score, 7), chosen)
 
 
-@pytest.mark.parametrize(("slots", "k", "kinds"), [(7, 7, 9), (33, 5, 3), (100, 1, 9), (500, 3, 2), (1000, 128, 20), (4100, 16, 300)])
+@pytest.mark.parametrize(
+    ("slots", "k", "kinds"),
+    [(7, 7, 9), (33, 5, 3), (100, 1, 9), (500, 3, 2), (1000, 128, 20), (4100, 16, 300)],
+)
 def test_the_best_of_groups_are_those_of_top_k(slots, k, kinds):
     """Ties and rows with fewer visible slots than k included; slots that are no multiple of a group or a word; gradients too."""
     from v4jax.model.indexer import best_of
@@ -175,5 +233,10 @@ def test_the_best_of_groups_are_those_of_top_k(slots, k, kinds):
     np.testing.assert_array_equal(np.sort(slot, -1), np.sort(jax.lax.top_k(score, k)[1], -1))
     np.testing.assert_array_equal(best, np.take_along_axis(score, np.asarray(slot), -1))
     finite = jnp.asarray(rng.normal(size=(1, 9, slots)).astype(np.float32))
-    total = lambda top: jax.grad(lambda s: jnp.sum(jnp.sin(top(s)[0])))(finite)  # noqa: E731
-    np.testing.assert_array_equal(total(lambda s: best_of(s, k)), total(lambda s: jax.lax.top_k(s, k)))
+
+    def total(top):
+        return jax.grad(lambda s: jnp.sum(jnp.sin(top(s)[0])))(finite)
+
+    np.testing.assert_array_equal(
+        total(lambda s: best_of(s, k)), total(lambda s: jax.lax.top_k(s, k))
+    )

@@ -16,7 +16,10 @@ from sharding.rules import AxisRules, layout_for
 from v4jax.model.grouped import Activation, ExpertWeights, expert_ffn
 
 E, K, D, F, BATCH, SEQ = 8, 3, 8, 16, 8, 6
-INTO, OUT = ("experts", "expert_embed", "expert_hidden"), ("experts", "expert_hidden", "expert_embed")
+INTO, OUT = (
+    ("experts", "expert_embed", "expert_hidden"),
+    ("experts", "expert_hidden", "expert_embed"),
+)
 AXES = {"w1": INTO, "w3": INTO, "w2": OUT}
 
 
@@ -30,20 +33,31 @@ def apply(rules, weights, x, index, gate):
 
 def routed(load: str) -> np.ndarray:
     rng = np.random.default_rng(1)
-    if load == "one expert":  # every device's rows want the same device: as many rounds as there can be
+    if (
+        load == "one expert"
+    ):  # every device's rows want the same device: as many rounds as there can be
         return np.full((BATCH, SEQ, K), 5, np.int32)
     if load == "one device":
         return rng.integers(2, 4, (BATCH, SEQ, K)).astype(np.int32)
-    return np.stack([rng.permutation(E)[:K] for _ in range(BATCH * SEQ)]).reshape(BATCH, SEQ, K).astype(np.int32)
+    return (
+        np.stack([rng.permutation(E)[:K] for _ in range(BATCH * SEQ)])
+        .reshape(BATCH, SEQ, K)
+        .astype(np.int32)
+    )
 
 
-@pytest.mark.parametrize("mesh", ["expert=8", "fsdp=2,expert=4", "expert=2,tensor=2,data=2", "context=2,expert=4"])
+@pytest.mark.parametrize(
+    "mesh", ["expert=8", "fsdp=2,expert=4", "expert=2,tensor=2,data=2", "context=2,expert=4"]
+)
 def test_exchange_equals_one_device_at_any_load(mesh):
     sizes = parse_mesh(mesh)
     rules, device_mesh = layout_for("pod", sizes), make_mesh(sizes)
     assert rules.exchange
     keys = iter(jax.random.split(jax.random.key(0), 6))
-    weights = {name: jax.random.normal(next(keys), (E, F, D) if name == "w2" else (E, D, F)) for name in AXES}
+    weights = {
+        name: jax.random.normal(next(keys), (E, F, D) if name == "w2" else (E, D, F))
+        for name in AXES
+    }
     x, ct = jax.random.normal(next(keys), (2, BATCH, SEQ, D))
     gate = jax.random.uniform(next(keys), (BATCH, SEQ, K))
 
@@ -57,7 +71,9 @@ def test_exchange_equals_one_device_at_any_load(mesh):
         for load in ("even", "one device", "one expert"):
             index = jnp.asarray(routed(load))
             for got, want in zip(
-                jax.tree.leaves(shared(weights, x, index, gate, ct)), jax.tree.leaves(alone(weights, x, index, gate, ct)), strict=True
+                jax.tree.leaves(shared(weights, x, index, gate, ct)),
+                jax.tree.leaves(alone(weights, x, index, gate, ct)),
+                strict=True,
             ):  # sums of up to 3 * 48 products in another order
                 np.testing.assert_allclose(got, want, atol=3e-6 * float(np.abs(want).max()), rtol=0)
 
@@ -69,10 +85,21 @@ def test_matrices_travel_in_the_compute_dtype_and_their_gradients_in_float32(lay
     weights = {name: jnp.ones((E, F, D) if name == "w2" else (E, D, F)) for name in AXES}
     x, gate = jnp.ones((BATCH, SEQ, D), jnp.bfloat16), jnp.ones((BATCH, SEQ, K))
     with jax.set_mesh(make_mesh(sizes)):
-        loss = lambda weights: apply(rules, weights, x, routed("even"), gate).astype(jnp.float32).sum()  # noqa: E731
+
+        def loss(weights):
+            return apply(rules, weights, x, routed("even"), gate).astype(jnp.float32).sum()
+
         program = str(jax.make_jaxpr(jax.grad(loss))(weights))
-    assert re.findall(rf":(\w+)\[{E // 2},(?:{D},{F}|{F},{D})\]\S* = all_gather", program) == ["bf16"] * 3
-    assert re.findall(rf":(\w+)\[{E // 2},(?:{D // 2},{F}|{F},{D // 2})\]\S* = reduce_scatter", program) == ["f32"] * 3
+    assert (
+        re.findall(rf":(\w+)\[{E // 2},(?:{D},{F}|{F},{D})\]\S* = all_gather", program)
+        == ["bf16"] * 3
+    )
+    assert (
+        re.findall(
+            rf":(\w+)\[{E // 2},(?:{D // 2},{F}|{F},{D // 2})\]\S* = reduce_scatter", program
+        )
+        == ["f32"] * 3
+    )
 
 
 def test_other_weights_are_held_where_they_lie_before_they_are_gathered():
@@ -80,22 +107,32 @@ def test_other_weights_are_held_where_they_lie_before_they_are_gathered():
     sizes = parse_mesh("fsdp=2,expert=2")
     rules, names = layout_for("pod", sizes), ("embed", "q_lora")
     with jax.set_mesh(make_mesh(sizes)):
-        program = jax.make_jaxpr(lambda w: rules.gather(w.astype(jnp.bfloat16), names))(jnp.ones((8, 4))).jaxpr
+        program = jax.make_jaxpr(lambda w: rules.gather(w.astype(jnp.bfloat16), names))(
+            jnp.ones((8, 4))
+        ).jaxpr
     (call,) = (eqn for eqn in program.eqns if "custom_vjp" in eqn.primitive.name)
     inner = next(value for value in call.params.values() if hasattr(value, "jaxpr")).jaxpr.eqns
-    specs = [eqn.params["sharding"].spec for eqn in inner if eqn.primitive.name == "sharding_constraint"]
-    assert specs[0] == rules.spec(names) and specs[-1] == rules.spec(names, without=("fsdp", "context", "expert"))
+    specs = [
+        eqn.params["sharding"].spec for eqn in inner if eqn.primitive.name == "sharding_constraint"
+    ]
+    assert specs[0] == rules.spec(names) and specs[-1] == rules.spec(
+        names, without=("fsdp", "context", "expert")
+    )
 
 
 def test_every_row_lands_once_and_comes_home():
     """Rounds of 4 rows on 4 devices with uneven queues: each row lands on its expert's device, in one round, and returns."""
     sizes = parse_mesh("expert=4")
     holders, tokens, rows = ("expert",), 5, 4
-    index = np.random.default_rng(0).integers(0, E, (4, tokens, K)).astype(np.int32) // 2  # devices 0 and 1 only
+    index = (
+        np.random.default_rng(0).integers(0, E, (4, tokens, K)).astype(np.int32) // 2
+    )  # devices 0 and 1 only
 
     def local(index_sTK, turn):
         path = route(index_sTK[0], E, holders)
-        names = (jax.lax.axis_index(holders) * 100 + path.assignment_N + 1).astype(jnp.float32)[:, None]
+        names = (jax.lax.axis_index(holders) * 100 + path.assignment_N + 1).astype(jnp.float32)[
+            :, None
+        ]
         moves = window(path, turn, rows)
         landed = exchange(names, rows, moves, holders)
         home = exchange(landed, names.shape[0], moves.back(), holders)
@@ -134,7 +171,9 @@ def test_rounds_have_headroom():
 def test_running_sums_and_ranks_are_a_stable_sort(n):
     index = np.random.default_rng(n).integers(-1, 6, n).astype(np.int32)  # -1 and 5 are no kinds
     rank, count = ranks(jnp.asarray(index), 5)
-    np.testing.assert_array_equal(count, np.bincount(index[(index >= 0) & (index < 5)], minlength=5))
+    np.testing.assert_array_equal(
+        count, np.bincount(index[(index >= 0) & (index < 5)], minlength=5)
+    )
     for i, kind in enumerate(index):
         assert rank[i] == (np.sum(index[:i] == kind) if 0 <= kind < 5 else 0)
     values = np.random.default_rng(0).integers(0, 1000, (2, n, 3))

@@ -138,8 +138,9 @@ def test_json_is_read_if_it_is_json_lines_and_else_left_out_with_a_reason(tmp_pa
     assert texts(source(tmp_path)) == ["a", "b", "c"]
     assert find_files(source(tmp_path)).left_out == [
         ("array.json", "a JSON array, not JSON lines: jq -c '.[]' array.json makes them"),
-        ("info.json", "its first line has no 'text'"), ("wide.json", "not JSON lines"),
-    ]  # fmt: skip
+        ("info.json", "its first line has no 'text'"),
+        ("wide.json", "not JSON lines"),
+    ]
 
 
 @pytest.mark.parametrize("value, query", [([{"text": "d"}], ".[]"), ({"text": "d"}, ".")])

@@ -15,9 +15,14 @@ from v4jax.generate.text import TextStop
 from v4jax.tokenizer import ByteTokenizer
 
 SMALL = dict(
-    compress_ratios=(0, 4, 128, 0), num_hidden_layers=3, num_hash_layers=1, index_n_heads=8, index_topk=8, hidden_size=32,
+    compress_ratios=(0, 4, 128, 0),
+    num_hidden_layers=3,
+    num_hash_layers=1,
+    index_n_heads=8,
+    index_topk=8,
+    hidden_size=32,
     moe_intermediate_size=16,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +42,18 @@ def test_greedy_is_the_argmax_and_log_probs_are_the_forwards(model):
     prompts = [rng.integers(0, cfg.vocab_size, n).tolist() for n in (125, 3)]
     completions = generate(cfg, params, prompts, 6, stop=never)
     for prompt, completion in zip(prompts, completions, strict=True):
-        row = np.zeros((1, 131), np.int32)  # right padding changes nothing, and one length is one program
+        row = np.zeros(
+            (1, 131), np.int32
+        )  # right padding changes nothing, and one length is one program
         row[0, : len(prompt) + 6] = prompt + completion.tokens
-        logits = np.asarray(v4jax.forward(cfg, params, jnp.asarray(row)).logits)[0, len(prompt) - 1 :][:6]
+        logits = np.asarray(v4jax.forward(cfg, params, jnp.asarray(row)).logits)[
+            0, len(prompt) - 1 :
+        ][:6]
         np.testing.assert_array_equal(completion.tokens, logits.argmax(-1))
         expected = jax.nn.log_softmax(logits)[np.arange(6), completion.tokens]
-        np.testing.assert_allclose(completion.log_probs, expected, atol=2e-4)  # as logits of a cache, issue 6
+        np.testing.assert_allclose(
+            completion.log_probs, expected, atol=2e-4
+        )  # as logits of a cache, issue 6
         assert completion.ended == "length"
 
 
@@ -55,8 +66,12 @@ def test_logits_that_are_no_numbers_are_said_and_not_given(model):
 
 def test_prompts_and_lengths_may_be_arrays(model):
     rows = np.array([[3, 5, 7], [4, 5, 6]])
-    assert generate(*model, rows, np.int64(2), stop=never) == generate(*model, rows.tolist(), [2, 2], stop=never)
-    with pytest.raises(ValueError, match=r"max_new_tokens: got 3 numbers; must be one, or one for each of 2 prompt"):
+    assert generate(*model, rows, np.int64(2), stop=never) == generate(
+        *model, rows.tolist(), [2, 2], stop=never
+    )
+    with pytest.raises(
+        ValueError, match=r"max_new_tokens: got 3 numbers; must be one, or one for each of 2 prompt"
+    ):
         generate(*model, rows, [1, 2, 3])
 
 
@@ -64,11 +79,29 @@ def test_prompts_and_lengths_may_be_arrays(model):
 def test_what_a_sequence_samples_depends_on_its_seed_alone(model):
     cfg, params = model
     warm = Sampling(temperature=1.5)
-    together = generate(cfg, params, [[3, 5, 7], [9], [3, 5, 7]], 12, setting=Setting(sampling=warm), seeds=[4, 0, 5], stop=never)
-    alone = generate(cfg, params, [[3, 5, 7]], 12, setting=Setting(sampling=warm), seeds=[5], stop=never)
+    together = generate(
+        cfg,
+        params,
+        [[3, 5, 7], [9], [3, 5, 7]],
+        12,
+        setting=Setting(sampling=warm),
+        seeds=[4, 0, 5],
+        stop=never,
+    )
+    alone = generate(
+        cfg, params, [[3, 5, 7]], 12, setting=Setting(sampling=warm), seeds=[5], stop=never
+    )
     assert together[2].tokens == alone[0].tokens
     assert together[0].tokens != together[2].tokens
-    stopped = generate(cfg, params, [[3, 5, 7]], 12, setting=Setting(sampling=warm), seeds=[5], stop=lambda _, tokens: len(tokens) == 4)
+    stopped = generate(
+        cfg,
+        params,
+        [[3, 5, 7]],
+        12,
+        setting=Setting(sampling=warm),
+        seeds=[5],
+        stop=lambda _, tokens: len(tokens) == 4,
+    )
     assert (stopped[0].tokens, stopped[0].ended) == (alone[0].tokens[:4], "stop")
 
 
@@ -76,7 +109,9 @@ def test_what_a_sequence_samples_depends_on_its_seed_alone(model):
 def test_speculation_changes_no_token(model, temperature):
     """Across windows of both ratios, rows of different lengths; drafts of both fates."""
     cfg, params = model
-    prompts = [np.random.default_rng(7).integers(0, cfg.vocab_size, n).tolist() for n in (118, 1, 9)]
+    prompts = [
+        np.random.default_rng(7).integers(0, cfg.vocab_size, n).tolist() for n in (118, 1, 9)
+    ]
     plain = Setting(sampling=Sampling(temperature=temperature))
     expected = generate(cfg, params, prompts, 20, stop=never, setting=plain)
     got = generate(cfg, params, prompts, 20, stop=never, setting=plain._replace(speculative=True))
@@ -96,7 +131,9 @@ def cut(tokens, ends):
 def test_a_row_ends_at_the_first_of_all_end_tokens(model, speculative, order):
     """Neither their order nor repetition matters. The programs are those of the test above."""
     cfg, params = model
-    prompts = [np.random.default_rng(7).integers(0, cfg.vocab_size, n).tolist() for n in (118, 1, 9)]
+    prompts = [
+        np.random.default_rng(7).integers(0, cfg.vocab_size, n).tolist() for n in (118, 1, 9)
+    ]
     setting = Setting(sampling=Sampling(temperature=1.2), speculative=speculative)
     whole = [row.tokens for row in generate(cfg, params, prompts, 20, stop=never, setting=setting)]
     ends = [cfg.eos_token_id, whole[0][4], whole[1][2], whole[2][7], whole[0][4]]
@@ -112,13 +149,27 @@ def test_a_row_ends_at_the_first_of_all_end_tokens(model, speculative, order):
 def test_accepted_drafts_are_taken(model):
     """A head of few columns makes MTP agree often: what stays must be as good as what is taken back."""
     cfg, params = model
-    params = params | {"head": {"weight": params["head"]["weight"].at[:, 3:].set(0) * jnp.where(jnp.arange(97) < 3, 1, 0)[None]}}
+    params = params | {
+        "head": {
+            "weight": params["head"]["weight"].at[:, 3:].set(0)
+            * jnp.where(jnp.arange(97) < 3, 1, 0)[None]
+        }
+    }
     few = Setting(sampling=Sampling(temperature=0.5, top_k=3))
     expected = generate(cfg, params, [[5, 6, 7], [8]], 40, stop=never, setting=few)
-    got = generate(cfg, params, [[5, 6, 7], [8]], 40, stop=never, setting=few._replace(speculative=True))
+    got = generate(
+        cfg, params, [[5, 6, 7], [8]], 40, stop=never, setting=few._replace(speculative=True)
+    )
     assert [row.tokens for row in got] == [row.tokens for row in expected]
     assert sum(row.accepted for row in got) >= 5
-    ended = generate(cfg, params, [[5, 6, 7]], 40, stop=lambda _, ids: len(ids) == 9, setting=few._replace(speculative=True))
+    ended = generate(
+        cfg,
+        params,
+        [[5, 6, 7]],
+        40,
+        stop=lambda _, ids: len(ids) == 9,
+        setting=few._replace(speculative=True),
+    )
     assert ended[0].tokens == expected[0].tokens[:9]
 
 
@@ -145,11 +196,15 @@ def test_frequencies_are_the_distributions(model):
     sampling = Sampling(temperature=0.7, top_k=4)
     n = 20000
     rows = jnp.broadcast_to(logits, (n, 6))
-    token, score = jax.jit(lambda seed: choose_token(sampling, rows, seed, jnp.full(n, 17)))(jnp.arange(n, dtype=jnp.uint32))
+    token, score = jax.jit(lambda seed: choose_token(sampling, rows, seed, jnp.full(n, 17)))(
+        jnp.arange(n, dtype=jnp.uint32)
+    )
     expected = np.asarray(jax.nn.softmax(shaped_logits(sampling, logits))[0])
     # Four standard deviations of a frequency are at most 4 * 0.5 / sqrt(20000) = 0.0141.
     np.testing.assert_allclose(np.bincount(token, minlength=6) / n, expected, atol=0.0142)
-    np.testing.assert_allclose(score, np.asarray(jax.nn.log_softmax(logits))[0][np.asarray(token)], atol=1e-5)
+    np.testing.assert_allclose(
+        score, np.asarray(jax.nn.log_softmax(logits))[0][np.asarray(token)], atol=1e-5
+    )
 
 
 def test_stop_strings_and_streaming_hold_back_what_may_go():
@@ -180,10 +235,18 @@ def test_greedy_tokens_are_those_of_transformers(seed, tmp_path):
     cfg = small_config(**SMALL | dict(compress_ratios=patterns[seed]))
     params = jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, seed)))
     v4jax.save_safetensors(cfg, params, tmp_path, dtype="float32")
-    peer = DeepseekV4ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+    peer = DeepseekV4ForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     for length in (1, 30, 120):
         prompt = np.random.default_rng(seed).integers(2, cfg.vocab_size, length)
         with torch.no_grad():
-            theirs = peer.generate(torch.tensor(prompt[None]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+            theirs = peer.generate(
+                torch.tensor(prompt[None]),
+                max_new_tokens=24,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
         (ours,) = generate(cfg, params, [prompt.tolist()], 24, stop=never)
         assert ours.tokens == theirs[0, length:].tolist()

@@ -34,7 +34,11 @@ def test_logits_and_every_gradient(name):
     np.testing.assert_allclose(logits, golden["logits"], atol=2e-4)  # issue 2's bar; measured 1e-5
     ours = to_official(cfg, grads)
     names = [key.removeprefix("grad:") for key in golden.files if key.startswith("grad:")]
-    assert set(names) == {key for key in ours if not key.startswith("mtp.") and not key.endswith((".tid2eid", "gate.bias"))}
+    assert set(names) == {
+        key
+        for key in ours
+        if not key.startswith("mtp.") and not key.endswith((".tid2eid", "gate.bias"))
+    }
     for key in names:
         norm, product = golden[f"grad:{key}"]
         got = make.summary(key, ours[key])

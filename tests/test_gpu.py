@@ -16,13 +16,29 @@ from v4jax.model import triton
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the extra `gpu`: pip install -e '.[gpu]'"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_cuda13_plugin") is None,
+        reason="needs the extra `gpu`: pip install -e '.[gpu]'",
+    ),
 ]
 
 
 def test_a_step_compiles_for_two_hosts_of_h100():
-    model = CFG.model.replace(num_hidden_layers=1, compress_ratios=(4, 0), num_hash_layers=0, hidden_size=256, moe_intermediate_size=64)
-    cfg = dataclasses.replace(CFG, model=model, batch_size=16, mesh="fsdp=2,expert=4,tensor=2", layout="pod", dtype="bfloat16")
+    model = CFG.model.replace(
+        num_hidden_layers=1,
+        compress_ratios=(4, 0),
+        num_hash_layers=0,
+        hidden_size=256,
+        moe_intermediate_size=64,
+    )
+    cfg = dataclasses.replace(
+        CFG,
+        model=model,
+        batch_size=16,
+        mesh="fsdp=2,expert=4,tensor=2",
+        layout="pod",
+        dtype="bfloat16",
+    )
     report = report_layout(cfg, "h100:16")
     sent = {(axes, kind): size for axes, kind, _, size in report.collectives}
     for key in (("expert", "ragged-all-to-all"), ("fsdp", "all-gather"), ("tensor", "all-reduce")):
@@ -35,16 +51,29 @@ def test_a_step_compiles_for_two_hosts_of_h100():
 def test_the_kernels_compile(dtype):
     """In widths of which some are no multiple of a whole tile. Their numbers: test_parts.py, and benchmarks/gpu.py on a GPU."""
     mesh = topology_mesh("h100:1", {"data": 1})
-    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))  # noqa: E731
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
     for size, narrow, wide in ((16, 48, 160), (128, 1024, 2048)):
         groups = Groups(array(jnp.int32, 8), array(jnp.int32, 40), array(jnp.int32))
-        x, w, ct = array(dtype, 40 * size, narrow), array(dtype, 8, narrow, wide), array(dtype, 40 * size, wide)
+        x, w, ct = (
+            array(dtype, 40 * size, narrow),
+            array(dtype, 8, narrow, wide),
+            array(dtype, 40 * size, wide),
+        )
         with jax.set_mesh(mesh):
             for kernel, operands in ((triton.grouped_dot, (x, w)), (triton.grouped_outer, (x, ct))):
                 assert "triton" in jax.jit(kernel).lower(*operands, groups).compile().as_text()
 
 
-@pytest.mark.parametrize("target, line", [("h100:12", "must be h100:N with N up to 8, or a multiple of 8"), ("h100:8", "mesh has 4 devices")])
+@pytest.mark.parametrize(
+    "target, line",
+    [
+        ("h100:12", "must be h100:N with N up to 8, or a multiple of 8"),
+        ("h100:8", "mesh has 4 devices"),
+    ],
+)
 def test_bad_targets(target, line):
     with pytest.raises(ValueError, match=line):
         report_layout(dataclasses.replace(CFG, mesh="expert=4"), target)

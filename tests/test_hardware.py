@@ -33,12 +33,22 @@ def test_a_target_is_a_chip_and_a_number():
 def test_a_device_of_a_chip_has_its_share():
     chip = hardware_of("tpu7x")
     device = chip.of_a_device(8)
-    assert device.bf16_flops == chip.bf16_flops / 2 and device.tiers[0].bandwidth == chip.tiers[0].bandwidth / 2
+    assert (
+        device.bf16_flops == chip.bf16_flops / 2
+        and device.tiers[0].bandwidth == chip.tiers[0].bandwidth / 2
+    )
     assert hardware_of("cpu").of_a_device(8).hbm_bandwidth == hardware_of("cpu").hbm_bandwidth / 8
 
 
 def test_the_users_own_file_is_a_target(tmp_path):
-    entry = {"bf16_flops": 1e15, "fp8_flops": 2e15, "hbm_bytes": 1e11, "hbm_bandwidth": 3e12, "tiers": [{"bandwidth": 1e11}], "price": 2.5}
+    entry = {
+        "bf16_flops": 1e15,
+        "fp8_flops": 2e15,
+        "hbm_bytes": 1e11,
+        "hbm_bandwidth": 3e12,
+        "tiers": [{"bandwidth": 1e11}],
+        "price": 2.5,
+    }
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(entry))
     assert target_of(f"{path}:16").devices == 16 and hardware_of(str(path)).price == 2.5
@@ -51,7 +61,15 @@ def test_the_users_own_file_is_a_target(tmp_path):
         hardware_of(str(path))
 
 
-@pytest.mark.parametrize("text, line", [("v6p:4x4", "nearest: v6e"), ("h100:x", "must be chips"), ("h100:0", "must be chips"), ("none.json:4", "none.json")])
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("v6p:4x4", "nearest: v6e"),
+        ("h100:x", "must be chips"),
+        ("h100:0", "must be chips"),
+        ("none.json:4", "none.json"),
+    ],
+)
 def test_an_unknown_target_is_one_line(text, line):
     with pytest.raises(ValueError, match=line):
         target_of(text)
@@ -60,5 +78,7 @@ def test_an_unknown_target_is_one_line(text, line):
 
 def test_this_machine_can_be_measured():
     found = measure(2)
-    assert found["shared"] and all(found[name] > 0 for name in ("bf16_flops", "hbm_bandwidth", "latency"))
+    assert found["shared"] and all(
+        found[name] > 0 for name in ("bf16_flops", "hbm_bandwidth", "latency")
+    )
     assert found["tiers"][0]["bandwidth"] > 0 and found["hbm_bytes"] > 1e9

@@ -34,8 +34,6 @@ ALLOWED = {
 """Fields of a TrainConfig that take one of a few strings, and these."""
 
 
-
-
 def commands() -> dict[str, argparse.ArgumentParser]:
     (subs,) = [a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)]
     return subs.choices
@@ -44,11 +42,16 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 def overrides(capsys) -> dict[str, str]:
     """Flag -> text, without its default, of `v4jax train CONFIG.py --help`."""
     model = small_config()
-    cfg = TrainConfig(model=model, run_dir="r", steps=1, batch_size=1, seq_len=2, learning_rate=1, warmup_steps=0)
+    cfg = TrainConfig(
+        model=model, run_dir="r", steps=1, batch_size=1, seq_len=2, learning_rate=1, warmup_steps=0
+    )
     with pytest.raises(SystemExit) as stop:
         tyro.cli(TrainConfig, default=cfg, args=["--help"])
     assert not stop.value.code
-    lines = [line.strip("│╭╰─╮╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()]
+    lines = [
+        line.strip("│╭╰─╮╯ ")
+        for line in re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    ]
     flags = re.split(r"\n(?=--)", "\n".join(lines))
     found = {}
     for flag in flags[1:]:
@@ -89,11 +92,15 @@ def test_the_text_of_an_override_names_every_allowed_value(capsys):
     texts = overrides(capsys)
     for name, allowed in ALLOWED.items():
         for value in allowed:
-            assert re.search(rf"\b{value}\b", texts[name]), f"--{name} does not name {value}: {texts[name]}"
+            assert re.search(rf"\b{value}\b", texts[name]), (
+                f"--{name} does not name {value}: {texts[name]}"
+            )
 
 
 @pytest.mark.parametrize("config", [Source, Stage])
 def test_fields_that_only_a_config_file_sets_are_described_too(config):
     source = inspect.getsource(config)
     for field in dataclasses.fields(config):
-        assert re.search(rf'\n    {field.name}: [^\n]*\n    """\S', source), f"{config.__name__}.{field.name}"
+        assert re.search(rf'\n    {field.name}: [^\n]*\n    """\S', source), (
+            f"{config.__name__}.{field.name}"
+        )

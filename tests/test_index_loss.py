@@ -23,7 +23,9 @@ from v4jax.model.transformer import abstract_params
 from v4jax.model.weights import Csa
 from v4jax.train.loss import loss_and_routing
 
-ONE = small_config(num_hidden_layers=1, num_hash_layers=0, compress_ratios=(4, 0), index_n_heads=8, vocab_size=96)
+ONE = small_config(
+    num_hidden_layers=1, num_hash_layers=0, compress_ratios=(4, 0), index_n_heads=8, vocab_size=96
+)
 WEIGHTS = random_weights(ONE, 0)
 PARAMS = jax.tree.map(jnp.asarray, from_official(ONE, WEIGHTS))
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 70))
@@ -33,7 +35,9 @@ SEGMENTS = np.repeat([[1, 2, 3, 0]], [3, 40, 20, 7], axis=1).repeat(2, 0).astype
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def run(cfg, params, batch, csa):
     """(metrics, gradients of the training objective)."""
-    (_, aux), grads = jax.value_and_grad(lambda p: loss_and_routing(cfg, p, batch, csa=csa), has_aux=True)(params)
+    (_, aux), grads = jax.value_and_grad(
+        lambda p: loss_and_routing(cfg, p, batch, csa=csa), has_aux=True
+    )(params)
     return aux[0], grads
 
 
@@ -45,8 +49,12 @@ def expected_loss(tokens_BS, segments_BS, dense):
         for start, stop in documents(segments_S):
             if segments_S[start] == 0:
                 continue
-            streams = np.repeat(weights["embed.weight"][tokens_S[start:stop]][:, None], ONE.hc_mult, axis=1)
-            x_SD = hyper.collapse(hyper.mix(ONE, weights, "layers.0.hc_attn", streams).pre_SX, streams)
+            streams = np.repeat(
+                weights["embed.weight"][tokens_S[start:stop]][:, None], ONE.hc_mult, axis=1
+            )
+            x_SD = hyper.collapse(
+                hyper.mix(ONE, weights, "layers.0.hc_attn", streams).pre_SX, streams
+            )
             x_SD = hyper.rms_norm(x_SD, ONE.rms_norm_eps, weights["layers.0.attn_norm.weight"])
             found.append(reference.index_loss(ONE, weights, "layers.0.attn", x_SD, dense))
     return np.concatenate(found).mean(axis=0)
@@ -60,7 +68,9 @@ def test_the_loss_is_the_equation(form, packed, monkeypatch):
     monkeypatch.setattr(attention, "GATHER_FROM", 1 if form == "gathered" else 10**9)
     run.clear_cache()
     segments = SEGMENTS if packed else np.ones_like(SEGMENTS)
-    batch = {"tokens": jnp.asarray(TOKENS)} | ({"segment_ids": jnp.asarray(segments)} if packed else {})
+    batch = {"tokens": jnp.asarray(TOKENS)} | (
+        {"segment_ids": jnp.asarray(segments)} if packed else {}
+    )
     metrics, _ = run(ONE, PARAMS, batch, Csa(form == "dense", True))
     kl, uniform = expected_loss(TOKENS, segments, form == "dense")
     assert float(metrics["index_kl"]) == pytest.approx(kl, rel=2e-5)  # float32 against float64
@@ -81,7 +91,9 @@ def test_where_everything_is_chosen_both_losses_agree():
 def test_only_the_indexer_learns_from_it(dense):
     batch = {"tokens": jnp.asarray(TOKENS), "segment_ids": jnp.asarray(SEGMENTS)}
     run.clear_cache()
-    (plain_metrics, plain), (metrics, taught) = (run(ONE, PARAMS, batch, Csa(dense, teach)) for teach in (False, True))
+    (plain_metrics, plain), (metrics, taught) = (
+        run(ONE, PARAMS, batch, Csa(dense, teach)) for teach in (False, True)
+    )
     assert float(metrics["nll"]) == pytest.approx(float(plain_metrics["nll"]), rel=1e-6)
     moved = 0
     for path, a in flatten_dict(taught).items():
@@ -98,7 +110,10 @@ def test_no_array_is_quadratic_in_the_length(monkeypatch):
     monkeypatch.setattr(attention, "CHUNK_BYTES", 2**16)
     seq, tokens = 1432, jax.ShapeDtypeStruct((2, 1432), jnp.int32)
     for dense in (False, True):
-        loss = lambda params, tokens, csa=Csa(dense, True): loss_and_routing(MODEL, params, {"tokens": tokens}, csa=csa, remat=True)[0]  # noqa: E731
+
+        def loss(params, tokens, csa=Csa(dense, True)):
+            return loss_and_routing(MODEL, params, {"tokens": tokens}, csa=csa, remat=True)[0]
+
         found = set(shapes(jax.make_jaxpr(jax.grad(loss))(abstract_params(MODEL), tokens).jaxpr))
         assert any(seq in shape for shape in found)
         for shape in found:
@@ -106,15 +121,24 @@ def test_no_array_is_quadratic_in_the_length(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh, layout", [("fsdp=2,context=2,tensor=2", "full"), ("context=2,expert=2,tensor=2", "pod")])
+@pytest.mark.parametrize(
+    "mesh, layout", [("fsdp=2,context=2,tensor=2", "full"), ("context=2,expert=2,tensor=2", "pod")]
+)
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh, layout, dense):
     """Heads are added up across devices before the mass is normalised; the mean is over the queries of all."""
     params = jax.tree.map(jnp.asarray, from_official(MODEL, random_weights(MODEL, 0)))
     batch = jax.tree.map(jnp.asarray, batch_of())
-    value = lambda rules: jax.jit(jax.value_and_grad(  # noqa: E731
-        lambda p: loss_and_routing(MODEL, p, batch, rules=rules, csa=Csa(dense, True))[::-1][0][0]["index_kl"]
-    ))  # fmt: skip
+
+    def value(rules):
+        return jax.jit(
+            jax.value_and_grad(
+                lambda p: loss_and_routing(MODEL, p, batch, rules=rules, csa=Csa(dense, True))[
+                    ::-1
+                ][0][0]["index_kl"]
+            )
+        )
+
     kl, grads = value(AxisRules())(params)
     sizes = parse_mesh(mesh)
     with jax.set_mesh(make_mesh(sizes)):
@@ -122,5 +146,7 @@ def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh, layout, dense):
     assert float(cut_kl) == pytest.approx(float(kl), rel=1e-5)
     for path, a in flatten_dict(grads).items():
         if "indexer" in path:
-            assert np.linalg.norm(flatten_dict(cut)[path] - a) <= 1e-4 * np.linalg.norm(a) + 1e-8, path
+            assert np.linalg.norm(flatten_dict(cut)[path] - a) <= 1e-4 * np.linalg.norm(a) + 1e-8, (
+                path
+            )
             assert np.asarray(a).any(), path

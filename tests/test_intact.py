@@ -23,7 +23,12 @@ from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
 
 MODEL = small_config(
-    vocab_size=260, num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1, hidden_size=32, moe_intermediate_size=32
+    vocab_size=260,
+    num_hidden_layers=2,
+    compress_ratios=(0, 4, 0),
+    num_hash_layers=1,
+    hidden_size=32,
+    moe_intermediate_size=32,
 )
 
 
@@ -37,9 +42,21 @@ def text_folder(tmp_path_factory):
 
 def config(text_folder, run, **changes) -> TrainConfig:
     fields = dict(
-        model=MODEL, data=DataConfig(source=str(text_folder), held_out=0.2), run_dir=str(run), steps=6, batch_size=2, seq_len=24,
-        learning_rate=5e-3, warmup_steps=0, log_every=1, eval_every=2, eval_batches=1, checkpoint_every=2, remat=False, export="none",
-    )  # fmt: skip
+        model=MODEL,
+        data=DataConfig(source=str(text_folder), held_out=0.2),
+        run_dir=str(run),
+        steps=6,
+        batch_size=2,
+        seq_len=24,
+        learning_rate=5e-3,
+        warmup_steps=0,
+        log_every=1,
+        eval_every=2,
+        eval_batches=1,
+        checkpoint_every=2,
+        remat=False,
+        export="none",
+    )
     return TrainConfig(**fields | changes)
 
 
@@ -59,17 +76,23 @@ def losses(run) -> dict[int, float]:
 def test_processes_share_the_files_and_leave_out_each_others_lists_half_written_too(tmp_path):
     for i in range(5):
         (tmp_path / f"array-{i}").write_text(str(i))
-    (tmp_path / "checksums-0-of-2.jsonabc.tmp").write_text("{")  # process 0 is writing while process 1 lists the files
+    (tmp_path / "checksums-0-of-2.jsonabc.tmp").write_text(
+        "{"
+    )  # process 0 is writing while process 1 lists the files
     write_sums(tmp_path, 1, 2)
     (tmp_path / "checksums-0-of-2.jsonabc.tmp").unlink()
     write_sums(tmp_path, 0, 2)
     assert damage(tmp_path) is None
-    noted = [set(json.loads((tmp_path / f"checksums-{turn}-of-2.json").read_text())) for turn in range(2)]
+    noted = [
+        set(json.loads((tmp_path / f"checksums-{turn}-of-2.json").read_text())) for turn in range(2)
+    ]
     assert not noted[0] & noted[1] and noted[0] | noted[1] == {f"array-{i}" for i in range(5)}
 
 
 def same_weights(a, b):
-    for x, y in zip(jax.tree.leaves(v4jax.load(a)[1]), jax.tree.leaves(v4jax.load(b)[1]), strict=True):
+    for x, y in zip(
+        jax.tree.leaves(v4jax.load(a)[1]), jax.tree.leaves(v4jax.load(b)[1]), strict=True
+    ):
         np.testing.assert_array_equal(x, y)
 
 
@@ -86,13 +109,19 @@ def flip(path: pathlib.Path):
 
 HARMS = {
     "a flipped bit": (flip, "holds other bytes than were written"),
-    "a file cut short": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes; [0-9]* were written"),
+    "a file cut short": (
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        "bytes; [0-9]* were written",
+    ),
     "a file gone": (lambda path: path.unlink(), "is missing"),
 }
 
 
 def largest(step_dir: pathlib.Path, item: str) -> pathlib.Path:
-    return max((path for path in (step_dir / item).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in (step_dir / item).rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,10 +129,20 @@ def largest(step_dir: pathlib.Path, item: str) -> pathlib.Path:
     [
         ("a flipped bit", "params"),
         ("a file gone", "optimizer"),
-        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("a flipped bit", "optimizer"), ("a file cut short", "params"), ("a file cut short", "optimizer"), ("a file gone", "params"))),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in (
+                ("a flipped bit", "optimizer"),
+                ("a file cut short", "params"),
+                ("a file cut short", "optimizer"),
+                ("a file gone", "params"),
+            )
+        ),
     ],
 )
-def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(whole, tmp_path, caplog, harm, item):
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(
+    whole, tmp_path, caplog, harm, item
+):
     cfg = copy_of(whole, tmp_path)
     run = pathlib.Path(cfg.run_dir)
     action, words = HARMS[harm]
@@ -120,12 +159,17 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(whole, tmp
     assert losses(cfg.run_dir) == losses(whole.run_dir)
 
 
-def test_a_checkpoint_that_nothing_proves_is_used_only_where_there_is_no_other(whole, tmp_path, caplog):
+def test_a_checkpoint_that_nothing_proves_is_used_only_where_there_is_no_other(
+    whole, tmp_path, caplog
+):
     """As when the process was killed between Orbax's last rename and the checksums."""
     cfg = copy_of(whole, tmp_path)
     checkpoints = pathlib.Path(cfg.run_dir) / "checkpoints"
     (checkpoints / "6" / "checksums.json").unlink()
-    with pytest.raises(ValueError, match="checkpoints/6 is damaged: it has no checksums, so nothing proves it whole"):
+    with pytest.raises(
+        ValueError,
+        match="checkpoints/6 is damaged: it has no checksums, so nothing proves it whole",
+    ):
         train(dataclasses.replace(cfg, strict=True))
     with Store(cfg.run_dir) as store:
         assert store.latest == 6 and store.latest_intact() == 4
@@ -138,7 +182,9 @@ def test_a_checkpoint_that_nothing_proves_is_used_only_where_there_is_no_other(w
         assert store.latest_intact() == 4
     train(cfg)
     same_weights(cfg.run_dir, whole.run_dir)
-    assert [path.name.split("-")[0] for path in (pathlib.Path(cfg.run_dir) / "damaged").iterdir()] == ["6"]
+    assert [
+        path.name.split("-")[0] for path in (pathlib.Path(cfg.run_dir) / "damaged").iterdir()
+    ] == ["6"]
 
 
 def test_weights_are_read_from_the_newest_intact_checkpoint(whole, tmp_path, caplog):
@@ -160,7 +206,15 @@ def test_weights_are_read_from_the_newest_intact_checkpoint(whole, tmp_path, cap
 
 
 def test_what_is_kept(whole, tmp_path):
-    cfg = dataclasses.replace(whole, run_dir=str(tmp_path / "run"), keep=1, keep_every=4, keep_best=1, checkpoint_every=1, eval_every=1)
+    cfg = dataclasses.replace(
+        whole,
+        run_dir=str(tmp_path / "run"),
+        keep=1,
+        keep_every=4,
+        keep_best=1,
+        checkpoint_every=1,
+        eval_every=1,
+    )
     train(cfg)
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     held_out = {line["step"]: line["held_out_nll"] for line in lines if "held_out_nll" in line}
@@ -197,8 +251,12 @@ def test_a_full_disk_is_an_error_and_the_checkpoints_before_it_stay(whole, text_
     script.write_text(FULL_DISK.format(text=str(text_folder), run=cfg.run_dir))
     here = pathlib.Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{here.parent}:{here}", "JAX_NUM_CPU_DEVICES": "8"}
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and "OSError: a checkpoint could not be written" in done.stderr, done.stderr[-2000:]
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and "OSError: a checkpoint could not be written" in done.stderr, (
+        done.stderr[-2000:]
+    )
     assert "those before it are intact" in done.stderr
     with Store(cfg.run_dir) as store:
         assert store.latest_intact(strict=True) == 2
@@ -211,17 +269,29 @@ def test_what_stands_beside_the_weights_goes_along(text_folder, tmp_path):
     """From a release through training to its export: config.json, but for the precision, and generation_config.json."""
     source = tmp_path / "source"
     v4jax.save_safetensors(MODEL, random_params(MODEL), source, dtype="official")
-    raw = json.loads((source / "config.json").read_text()) | {"note": "kept", "auto_map": {"AutoConfig": "x.Y"}}
+    raw = json.loads((source / "config.json").read_text()) | {
+        "note": "kept",
+        "auto_map": {"AutoConfig": "x.Y"},
+    }
     assert "quantization_config" in raw
     (source / "config.json").write_text(json.dumps(raw))
     (source / "generation_config.json").write_text('{"temperature": 0.7}')
     (source / "pytorch_model.bin").write_bytes(b"stays")
-    for export, dropped in (("bfloat16", {"quantization_config", "expert_dtype"}), ("official", set())):
+    for export, dropped in (
+        ("bfloat16", {"quantization_config", "expert_dtype"}),
+        ("official", set()),
+    ):
         run = tmp_path / export
         train(config(text_folder, run, steps=1, init_from=str(source), export=export))
         got = json.loads((run / "export" / "config.json").read_text())
         assert got == {name: value for name, value in raw.items() if name not in dropped}
-        names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+        names = {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
         assert {path.name for path in (run / "export").iterdir()} == names
         assert (run / "export" / "generation_config.json").read_text() == '{"temperature": 0.7}'
 
@@ -232,11 +302,19 @@ def test_a_run_may_start_from_any_checkpoint(whole, text_folder, tmp_path):
     fresh = config(text_folder, tmp_path / "fresh", steps=1)
     train(fresh)
     for source in (whole.run_dir, str(tmp_path / "official")):
-        cfg = config(text_folder, tmp_path / f"from-{pathlib.Path(source).name}", init_from=source, steps=1, learning_rate=1e-12)
+        cfg = config(
+            text_folder,
+            tmp_path / f"from-{pathlib.Path(source).name}",
+            init_from=source,
+            steps=1,
+            learning_rate=1e-12,
+        )
         train(cfg)
         _, started = v4jax.load(source)
         _, got = v4jax.load(cfg.run_dir)
-        for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(started), jax.tree.leaves(got), strict=True):
+        for (path, x), y in zip(
+            jax.tree_util.tree_leaves_with_path(started), jax.tree.leaves(got), strict=True
+        ):
             bound = 1e-3 if path[0].key == "router" else 1e-6  # one step moves the bias by its rate
             np.testing.assert_allclose(x, y, atol=1.01 * bound, err_msg=jax.tree_util.keystr(path))
         assert losses(cfg.run_dir)[1] < losses(fresh.run_dir)[1]
@@ -254,17 +332,43 @@ def get_config():
 def test_sigterm_saves_and_the_run_goes_on(text_folder, tmp_path, processes):
     file = tmp_path / "cfg.py"
     run = tmp_path / "run"
-    file.write_text(CONFIG.format(text=str(text_folder), run=str(run), mesh="data=2" if processes == 2 else ""))
+    file.write_text(
+        CONFIG.format(text=str(text_folder), run=str(run), mesh="data=2" if processes == 2 else "")
+    )
     command = [sys.executable, "-m", "v4jax", "train", str(file)]
     if processes == 2:
-        command = [sys.executable, "-m", "v4jax", "launch", "--processes", "2", "--devices", "1", "--", *command]
-    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent), "JAX_PLATFORMS": "cpu"}
+        command = [
+            sys.executable,
+            "-m",
+            "v4jax",
+            "launch",
+            "--processes",
+            "2",
+            "--devices",
+            "1",
+            "--",
+            *command,
+        ]
+    environment = os.environ | {
+        "PYTHONPATH": str(pathlib.Path(__file__).parent),
+        "JAX_PLATFORMS": "cpu",
+    }
 
     def start(*more):
-        return subprocess.Popen([*command, *more], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [*command, *more],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     job, deadline = start(), time.time() + 240
-    while time.time() < deadline and job.poll() is None and len(losses(run) if (run / "metrics.jsonl").exists() else ()) < 3:
+    while (
+        time.time() < deadline
+        and job.poll() is None
+        and len(losses(run) if (run / "metrics.jsonl").exists() else ()) < 3
+    ):
         time.sleep(0.05)
     job.send_signal(signal.SIGTERM)
     out, err = job.communicate(timeout=200)

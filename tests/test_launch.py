@@ -17,12 +17,17 @@ from v4jax.launch import _free_port, launch
 
 
 def test_every_process_gets_its_place_and_its_lines_are_marked():
-    done = run(*launched("""
+    done = run(
+        *launched(
+            """
         import os, sys
         names = "V4JAX_PROCESS", "V4JAX_PROCESSES", "JAX_NUM_CPU_DEVICES", "JAX_PLATFORMS"
         print(*(os.environ[name] for name in names))
         print(os.environ["V4JAX_COORDINATOR"], file=sys.stderr)
-    """, count=3))  # fmt: skip
+    """,
+            count=3,
+        )
+    )
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == [f"[{i}] {i} 3 4 cpu" for i in range(3)]
     assert len(set(re.findall(r"127\.0\.0\.1:\d+", done.stderr))) == 1
@@ -30,27 +35,34 @@ def test_every_process_gets_its_place_and_its_lines_are_marked():
 
 def test_the_first_to_fail_gives_the_exit_code_and_ends_the_others():
     begin = time.monotonic()
-    done = run(*launched("""
+    done = run(
+        *launched(
+            """
         import os, sys, time
         if os.environ["V4JAX_PROCESS"] == "1":
             print("my fault", file=sys.stderr)
             sys.exit(7)
         time.sleep(100)
-    """, output="first"))  # fmt: skip
+    """,
+            output="first",
+        )
+    )
     assert done.returncode == 7 and time.monotonic() - begin < 20
     assert "[1] my fault" in done.stderr and "process 1 ended with exit code 7" in done.stderr
 
 
 def test_a_killed_process_counts_as_128_and_its_signal_also_when_others_ignore_sigterm():
     begin = time.monotonic()
-    done = run(*launched("""
+    done = run(
+        *launched("""
         import os, signal, time
         if os.environ["V4JAX_PROCESS"] == "1":
             time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(100)
-    """))  # fmt: skip
+    """)
+    )
     assert done.returncode == 137 and time.monotonic() - begin < 30
 
 
@@ -66,12 +78,19 @@ def test_signals_are_passed_on(number):
         time.sleep(100)
     """
     with subprocess.Popen(
-        launched(code), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment()
+        launched(code),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment(),
     ) as job:
         assert [job.stdout.readline()[4:], job.stdout.readline()[4:]] == ["ready\n"] * 2
         job.send_signal(number)
         out, _ = job.communicate(timeout=30)
-    assert sorted(out.splitlines()) == [f"[{i}] got {int(number)}" for i in (0, 1)] and job.returncode == 5
+    assert (
+        sorted(out.splitlines()) == [f"[{i}] got {int(number)}" for i in (0, 1)]
+        and job.returncode == 5
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +98,10 @@ def test_signals_are_passed_on(number):
     [
         ("launch --processes 0 --devices 1 -- true", "--processes: got 0"),
         ("launch --processes 1 --devices 1", "needs a command after --"),
-        ("launch --processes 1 --devices 1 -- no-such-command-here", "no such command 'no-such-command-here'"),
+        (
+            "launch --processes 1 --devices 1 -- no-such-command-here",
+            "no such command 'no-such-command-here'",
+        ),
         ("launch --devices 1 -- true", "--processes"),
     ],
 )
@@ -106,8 +128,14 @@ def place(**variables):
     ("variables", "words"),
     [
         (place(PROCESS="0", PROCESSES="2"), "V4JAX_PROCESSES is set, but V4JAX_COORDINATOR is not"),
-        (place(COORDINATOR="here", PROCESS="0", PROCESSES="2"), "V4JAX_COORDINATOR: got 'here'; must be host:port"),
-        (place(COORDINATOR="here:1", PROCESS="2", PROCESSES="2"), r"V4JAX_PROCESS: got '2'; must be in \[0, V4J"),
+        (
+            place(COORDINATOR="here", PROCESS="0", PROCESSES="2"),
+            "V4JAX_COORDINATOR: got 'here'; must be host:port",
+        ),
+        (
+            place(COORDINATOR="here:1", PROCESS="2", PROCESSES="2"),
+            r"V4JAX_PROCESS: got '2'; must be in \[0, V4J",
+        ),
         (place(COORDINATOR="here:1", PROCESS="0", PROCESSES="-1"), "V4JAX_PROCESSES: got '-1'"),
         (place(CLUSTER="pbs"), "V4JAX_CLUSTER: got 'pbs'; allowed: slurm, tpu"),
         (place(CLUSTER="slurm", PROCESS="0"), "V4JAX_CLUSTER=slurm and V4JAX_PROCESS are both set"),
@@ -119,9 +147,17 @@ def test_variables_that_do_not_fit_are_refused(variables, words):
 
 
 def test_only_what_is_asked_for_is_detected():
-    slurm = dict(SLURM_JOB_ID="1", SLURM_NTASKS="2", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_STEP_NODELIST="node1")
+    slurm = dict(
+        SLURM_JOB_ID="1",
+        SLURM_NTASKS="2",
+        SLURM_PROCID="0",
+        SLURM_LOCALID="0",
+        SLURM_STEP_NODELIST="node1",
+    )
     assert processes._settings(slurm) is None
-    assert processes._settings(slurm | place(CLUSTER="slurm")) == {"cluster_detection_method": "slurm"}
+    assert processes._settings(slurm | place(CLUSTER="slurm")) == {
+        "cluster_detection_method": "slurm"
+    }
     assert processes._settings(place(CLUSTER="tpu")) == {"cluster_detection_method": "gcetpu"}
     on_gke = place(CLUSTER="tpu") | {"TPU_WORKER_HOSTNAMES": "a,b"}
     assert processes._settings(on_gke) == {"cluster_detection_method": "gketpu"}
@@ -138,13 +174,22 @@ def test_slurm_is_asked_when_its_variables_are_there_and_refused_when_not(tmp_pa
         start()
         print(jax.process_count(), jax.device_count())
     """)
-    cpu = environment() | place(CLUSTER="slurm") | dict(JAX_NUM_CPU_DEVICES="3", JAX_COORDINATOR_PORT=str(_free_port()))
+    cpu = (
+        environment()
+        | place(CLUSTER="slurm")
+        | dict(JAX_NUM_CPU_DEVICES="3", JAX_COORDINATOR_PORT=str(_free_port()))
+    )
     job = cpu | dict(SLURM_JOB_ID="7", SLURM_NTASKS="2", SLURM_STEP_NODELIST="localhost")
     tasks = [
-        subprocess.Popen(code, stdout=subprocess.PIPE, text=True, env=job | dict(SLURM_PROCID=i, SLURM_LOCALID=i))
+        subprocess.Popen(
+            code, stdout=subprocess.PIPE, text=True, env=job | dict(SLURM_PROCID=i, SLURM_LOCALID=i)
+        )
         for i in "01"
     ]
     assert [task.communicate(timeout=MINUTE)[0] for task in tasks] == ["2 6\n"] * 2
     alone = [sys.executable, "-m", "v4jax", "generate", str(tmp_path), "--tokens", "1"]
     done = subprocess.run(alone, capture_output=True, text=True, env=cpu, timeout=MINUTE)
-    assert done.returncode == 2 and "V4JAX_CLUSTER=slurm: this machine is not part of one" in done.stderr
+    assert (
+        done.returncode == 2
+        and "V4JAX_CLUSTER=slurm: this machine is not part of one" in done.stderr
+    )

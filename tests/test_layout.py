@@ -22,7 +22,12 @@ from v4jax.layout.portable import write_stablehlo
 
 
 def run(*arguments, code=0):
-    done = subprocess.run([sys.executable, "-m", "v4jax", "layout", *arguments], capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, "-m", "v4jax", "layout", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr
 
@@ -45,7 +50,12 @@ def test_a_small_step_reports_what_it_sends():
     report = report_layout(dataclasses.replace(CFG, mesh="fsdp=2,expert=4"))
     sent = {(axes, kind): size for axes, kind, _, size in report.collectives}
     # Tokens to the devices that hold experts and back; weights gathered over fsdp, gradients scattered.
-    for key in (("expert", "all-gather"), ("expert", "reduce-scatter"), ("fsdp", "all-gather"), ("fsdp", "reduce-scatter")):
+    for key in (
+        ("expert", "all-gather"),
+        ("expert", "reduce-scatter"),
+        ("fsdp", "all-gather"),
+        ("fsdp", "reduce-scatter"),
+    ):
         assert sent[key] > 0, sent
     assert not any("?" in axes for axes, _ in sent)
     assert report.temporary_bytes > 0 and report.compile_seconds > 0
@@ -53,30 +63,50 @@ def test_a_small_step_reports_what_it_sends():
     assert all(len(row) == 4 for row in report.rows())
     # The paper model of the same layout, for simulated devices.
     predicted = estimate(dataclasses.replace(CFG, mesh="fsdp=2,expert=4"), hardware_of("cpu"))
-    assert predicted.memory["weights"] + predicted.memory["optimizer"] == pytest.approx(report.state_bytes, rel=1e-3)
-    assert sum(row[0] for row in predicted.sent.values()) == pytest.approx(sum(row[3] for row in report.collectives), rel=0.1)
+    assert predicted.memory["weights"] + predicted.memory["optimizer"] == pytest.approx(
+        report.state_bytes, rel=1e-3
+    )
+    assert sum(row[0] for row in predicted.sent.values()) == pytest.approx(
+        sum(row[3] for row in report.collectives), rel=0.1
+    )
 
 
 TWO_LAYERS = dataclasses.replace(
-    CFG, batch_size=8, seq_len=1024,
-    model=CFG.model.replace(num_hidden_layers=2, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(4, 128)),
-)  # fmt: skip
+    CFG,
+    batch_size=8,
+    seq_len=1024,
+    model=CFG.model.replace(
+        num_hidden_layers=2, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(4, 128)
+    ),
+)
 
 
-@pytest.mark.parametrize("mesh, layout", [("context=4,tensor=2", "full"), ("fsdp=2,expert=4", "pod")])
+@pytest.mark.parametrize(
+    "mesh, layout", [("context=4,tensor=2", "full"), ("fsdp=2,expert=4", "pod")]
+)
 def test_a_step_of_decoding_lowers_and_holds_what_the_paper_says(mesh, layout):
     cfg = dataclasses.replace(TWO_LAYERS, mesh=mesh, layout=layout)
-    report, paper = report_layout(cfg, lower_only=True, what="decode"), estimate(cfg, hardware_of("cpu"), "decode")
-    assert paper.memory["weights"] + paper.memory["caches"] == pytest.approx(report.state_bytes, rel=1e-3)
+    report, paper = (
+        report_layout(cfg, lower_only=True, what="decode"),
+        estimate(cfg, hardware_of("cpu"), "decode"),
+    )
+    assert paper.memory["weights"] + paper.memory["caches"] == pytest.approx(
+        report.state_bytes, rel=1e-3
+    )
     assert report.what == "decode" and report.temporary_bytes is None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh, layout", [("context=4,tensor=2", "full"), ("expert=4,tensor=2", "ep_tp"), ("fsdp=2,expert=4", "pod")])
+@pytest.mark.parametrize(
+    "mesh, layout",
+    [("context=4,tensor=2", "full"), ("expert=4,tensor=2", "ep_tp"), ("fsdp=2,expert=4", "pod")],
+)
 def test_a_step_of_decoding_sends_what_the_paper_says(mesh, layout):
     cfg = dataclasses.replace(TWO_LAYERS, mesh=mesh, layout=layout)
     report, paper = report_layout(cfg, what="decode"), estimate(cfg, hardware_of("cpu"), "decode")
-    assert sum(row[0] for row in paper.sent.values()) == pytest.approx(sum(row[3] for row in report.collectives), rel=0.1)
+    assert sum(row[0] for row in paper.sent.values()) == pytest.approx(
+        sum(row[3] for row in report.collectives), rel=0.1
+    )
     if report.expert_bytes:  # gates and headroom come on top
         assert report.expert_bytes[0] >= report.expert_bytes[1] > 0
 
@@ -84,11 +114,31 @@ def test_a_step_of_decoding_sends_what_the_paper_says(mesh, layout):
 @pytest.mark.slow
 def test_the_best_of_a_search_is_compiled():
     """On simulated devices, of which the command makes as many as it searches on."""
-    out = run("configs/demo.py", "--search", "--chips", "4", "--batch", "4", "--seq", "512", "--what", "decode", "--confirm", "1", "--json")
+    out = run(
+        "configs/demo.py",
+        "--search",
+        "--chips",
+        "4",
+        "--batch",
+        "4",
+        "--seq",
+        "512",
+        "--what",
+        "decode",
+        "--confirm",
+        "1",
+        "--json",
+    )
     found = json.loads(out)
     (report,), best = found["confirmed"], found["ranked"][0]
-    assert (report["what"], report["mesh"], report["layout"]) == ("decode", best["mesh"], best["layout"])
-    assert report["state_bytes"] == pytest.approx(best["memory"]["weights"] + best["memory"]["caches"], rel=1e-2)
+    assert (report["what"], report["mesh"], report["layout"]) == (
+        "decode",
+        best["mesh"],
+        best["layout"],
+    )
+    assert report["state_bytes"] == pytest.approx(
+        best["memory"]["weights"] + best["memory"]["caches"], rel=1e-2
+    )
 
 
 def test_a_cache_lies_where_the_report_says():
@@ -100,7 +150,11 @@ def test_a_cache_lies_where_the_report_says():
         make = functools.partial(empty_cache, TWO_LAYERS.model, 2, 1024, rules=rules)
         places, arrays = cache_shardings(mesh, rules, jax.eval_shape(make)), jax.jit(make)()
     for place, array in zip(jax.tree.leaves(places), jax.tree.leaves(arrays), strict=True):
-        assert place.is_equivalent_to(array.sharding, array.ndim), (array.shape, place.spec, array.sharding)
+        assert place.is_equivalent_to(array.sharding, array.ndim), (
+            array.shape,
+            place.spec,
+            array.sharding,
+        )
 
 
 @pytest.mark.parametrize(
@@ -109,11 +163,20 @@ def test_a_cache_lies_where_the_report_says():
         (["--mesh", "fsdp=2,context=5"], "seq_len: got 384; must divide"),
         (["--mesh", "fsdp=2", "--batch", "3"], "batch_size: got 3; must divide"),
         (["--mesh", "expert=2", "--layout", "dp"], "layout 'dp' does not use mesh axis expert=2"),
-        (["--target", "v5p:4x4"], "mesh has 8 devices; target v5p:4x4 has 16; nearest mesh: data=2,expert=4,tensor=2"),
+        (
+            ["--target", "v5p:4x4"],
+            "mesh has 8 devices; target v5p:4x4 has 16; nearest mesh: data=2,expert=4,tensor=2",
+        ),
         (["--target", "gb200:8"], "nearest: b200"),
         (["--search", "--target", "h100"], "--search needs --chips"),
-        (["--target", "v5p:2x2x2", "--paper", "--effort", "full"], "--effort: got 'full', but nothing is compiled"),
-        (["--mesh", "fsdp=2", "--effort", "full"], "effort: got 'full'; only the compiler for TPUs has a choice"),
+        (
+            ["--target", "v5p:2x2x2", "--paper", "--effort", "full"],
+            "--effort: got 'full', but nothing is compiled",
+        ),
+        (
+            ["--mesh", "fsdp=2", "--effort", "full"],
+            "effort: got 'full'; only the compiler for TPUs has a choice",
+        ),
     ],
 )
 def test_bad_input_is_one_line(arguments, line):

@@ -18,21 +18,48 @@ from v4jax.train.muon import optimizer_of
 from v4jax.train.step import TrainState, batch_sharding, compile_step, state_from, state_shardings
 
 MODEL = ModelConfig(
-    vocab_size=96, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=5, num_attention_heads=4, head_dim=16,
-    qk_rope_head_dim=8, q_lora_rank=16, o_groups=2, o_lora_rank=16, n_routed_experts=8, num_experts_per_tok=2,
-    routed_scaling_factor=1.5, compress_ratios=(0, 4, 128, 4, 128, 0), num_hash_layers=1, sliding_window=8, index_n_heads=8,
-    index_head_dim=16, index_topk=4, compress_rope_theta=160000.0, rope_scaling=RopeScaling(),
-)  # fmt: skip
+    vocab_size=96,
+    hidden_size=32,
+    moe_intermediate_size=16,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    head_dim=16,
+    qk_rope_head_dim=8,
+    q_lora_rank=16,
+    o_groups=2,
+    o_lora_rank=16,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    routed_scaling_factor=1.5,
+    compress_ratios=(0, 4, 128, 4, 128, 0),
+    num_hash_layers=1,
+    sliding_window=8,
+    index_n_heads=8,
+    index_head_dim=16,
+    index_topk=4,
+    compress_rope_theta=160000.0,
+    rope_scaling=RopeScaling(),
+)
 CFG = TrainConfig(
-    model=MODEL, run_dir="unused", steps=4, batch_size=8, seq_len=136, learning_rate=1e-3, warmup_steps=0, remat=True,
+    model=MODEL,
+    run_dir="unused",
+    steps=4,
+    batch_size=8,
+    seq_len=136,
+    learning_rate=1e-3,
+    warmup_steps=0,
+    remat=True,
     clip_norm=1e9,
-)  # fmt: skip
+)
 
 
 def batch_of():
     rng = np.random.default_rng(0)
     segments = np.sort(rng.integers(0, 3, (8, 136)), axis=1)[:, ::-1]
-    return {"tokens": rng.integers(0, 96, (8, 136)).astype(np.int32), "segment_ids": segments.astype(np.int32)}
+    return {
+        "tokens": rng.integers(0, 96, (8, 136)).astype(np.int32),
+        "segment_ids": segments.astype(np.int32),
+    }
 
 
 def run(mesh: str, layout: str | AxisRules = "full"):
@@ -49,7 +76,12 @@ def run(mesh: str, layout: str | AxisRules = "full"):
         step = compile_step(CFG, rules, places, device_mesh).lower(state, batch).compile()
         state, metrics = step(state, batch)
     state = jax.tree.map(np.asarray, state)
-    return state, gradients(state.optimizer), {k: float(v) for k, v in metrics.items()}, step.as_text()
+    return (
+        state,
+        gradients(state.optimizer),
+        {k: float(v) for k, v in metrics.items()},
+        step.as_text(),
+    )
 
 
 def gradients(optimizer) -> dict:
@@ -69,15 +101,33 @@ def one_device():
 
 
 OWN = layout(  # pairs that no named layout has, and axes out of order
-    act_batch="expert fsdp", act_seq="context", experts="fsdp expert", expert_embed="context", embed="context fsdp",
-    heads="expert", groups="expert", group_in="context", vocab=None, streams_embed=("fsdp", "expert"), norm="context",
-)  # fmt: skip
+    act_batch="expert fsdp",
+    act_seq="context",
+    experts="fsdp expert",
+    expert_embed="context",
+    embed="context fsdp",
+    heads="expert",
+    groups="expert",
+    group_in="context",
+    vocab=None,
+    streams_embed=("fsdp", "expert"),
+    norm="context",
+)
 SLOW = [
-    ("data=8", "dp"), ("fsdp=8", "fsdp"), ("expert=8", "ep"), ("data=2,fsdp=2,expert=2", "ep_fsdp"), ("expert=4,tensor=2", "ep_tp"),
-    ("data=2,tensor=4", "full"), ("context=8", "cp_ep"), ("context=4,expert=2", "cp_ep"), ("fsdp=2,context=2,tensor=2", "full"),
-    ("slice=2,fsdp=2,context=2", "full"), ("expert=8", "pod"), ("data=2,expert=2,tensor=2", "full"),
+    ("data=8", "dp"),
+    ("fsdp=8", "fsdp"),
+    ("expert=8", "ep"),
+    ("data=2,fsdp=2,expert=2", "ep_fsdp"),
+    ("expert=4,tensor=2", "ep_tp"),
+    ("data=2,tensor=4", "full"),
+    ("context=8", "cp_ep"),
+    ("context=4,expert=2", "cp_ep"),
+    ("fsdp=2,context=2,tensor=2", "full"),
+    ("slice=2,fsdp=2,context=2", "full"),
+    ("expert=8", "pod"),
+    ("data=2,expert=2,tensor=2", "full"),
     ("fsdp=2,context=2,expert=2", OWN),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +151,10 @@ def test_a_step_on_eight_devices_is_the_step_on_one(one_device, mesh, layout):
         # gradient's small singular values, and their rounding, to the size of the large ones (1.2e-5 in mHC's fn on jax 0.12 with AVX-512).
         said, relative = np.ones(expected.shape, bool), 2e-5
         if optimizer_of(path) == "adamw":
-            said, relative = np.abs(expected_grads[path]) >= 1e-5 * np.abs(expected_grads[path]).max(), 1e-5
+            said, relative = (
+                np.abs(expected_grads[path]) >= 1e-5 * np.abs(expected_grads[path]).max(),
+                1e-5,
+            )
         skipped += np.sum(~said)
         same(path, weights[path] * said, expected * said, relative, 1e-4 * CFG.learning_rate)
     assert skipped < 0.02 * sum(leaf.size for leaf in expected_weights.values())
@@ -114,7 +167,9 @@ def check_traffic(text: str, mesh: str, layout: str | AxisRules):
     """What must not travel does not: expert weights over axes that hold them, logits, router scores; tokens only as needed."""
     sizes = parse_mesh(mesh)
     rules, found = layout_for(layout, sizes), collectives(text, make_mesh(sizes))
-    assert any(one.kind in ("all-reduce", "reduce-scatter") for one in found)  # gradients are summed
+    assert any(
+        one.kind in ("all-reduce", "reduce-scatter") for one in found
+    )  # gradients are summed
     for one in found:
         if "optimizer" in one.source:
             continue
@@ -122,23 +177,39 @@ def check_traffic(text: str, mesh: str, layout: str | AxisRules):
         if one.kind == "all-gather":
             assert len(one.shape) < 3 or one.shape[-1] != MODEL.vocab_size, one
         if one.kind == "all-gather" and {"expert", "tensor"} & set(one.axes):
-            assert one.shape[-2:] not in ((32, 16), (16, 32)) or "/experts/shard_map" not in one.source, one
+            assert (
+                one.shape[-2:] not in ((32, 16), (16, 32)) or "/experts/shard_map" not in one.source
+            ), one
     least = least_expert_bytes(CFG, rules, sizes)
-    if least and not rules.exchange:  # XLA:CPU has no ragged all-to-all; tests/test_tpu.py looks at the real one
+    if (
+        least and not rules.exchange
+    ):  # XLA:CPU has no ragged all-to-all; tests/test_tpu.py looks at the real one
         assert least <= sent_to_experts(found, rules) <= 1.25 * least
 
 
 @pytest.mark.parametrize(
     "layout, axes",
-    [("dp", "data"), ("fsdp", "data fsdp"), ("ep", "data expert"), ("ep_fsdp", "data fsdp expert"), ("ep_tp", "data expert tensor")],
+    [
+        ("dp", "data"),
+        ("fsdp", "data fsdp"),
+        ("ep", "data expert"),
+        ("ep_fsdp", "data fsdp expert"),
+        ("ep_tp", "data expert tensor"),
+    ],
 )
 def test_the_full_layout_on_fewer_axes_is_the_small_layout(layout, axes):
     """So the meshes above, run with one layout each, speak for `full` too."""
     small, full = LAYOUTS[layout], LAYOUTS["full"]
     for name, where in small.table:
-        assert where == tuple(axis for axis in full.mesh_axes(name) if axis in (*axes.split(), "slice")), name
+        assert where == tuple(
+            axis for axis in full.mesh_axes(name) if axis in (*axes.split(), "slice")
+        ), name
 
 
 def same(path, got, expected, relative, absolute):
     bound = relative * np.linalg.norm(expected) + absolute * expected.size**0.5
-    assert np.linalg.norm(got - expected) <= bound, (path, np.linalg.norm(got - expected), np.linalg.norm(expected))
+    assert np.linalg.norm(got - expected) <= bound, (
+        path,
+        np.linalg.norm(got - expected),
+        np.linalg.norm(expected),
+    )

@@ -18,13 +18,17 @@ SHAPES = {"square": (24, 24), "tall": (40, 16), "wide": (16, 40), "experts": (2,
 
 def test_several_steps_equal_the_plain_restatement():
     rng = np.random.default_rng(0)
-    params = {name: {"wq_a": rng.normal(size=shape).astype(np.float32)} for name, shape in SHAPES.items()}
+    params = {
+        name: {"wq_a": rng.normal(size=shape).astype(np.float32)} for name, shape in SHAPES.items()
+    }
     params["a"] = {"attn_sink": rng.normal(size=7).astype(np.float32)}
     tx = optimizer(lambda step: 0.01)
     state = tx.init(params)
     update = jax.jit(tx.update)
     got = params
-    expected = {name: value["wq_a"].astype(np.float64) for name, value in params.items() if name != "a"}
+    expected = {
+        name: value["wq_a"].astype(np.float64) for name, value in params.items() if name != "a"
+    }
     momentum = {name: np.zeros_like(value) for name, value in expected.items()}
     vector, m, v = params["a"]["attn_sink"].astype(np.float64), np.zeros(7), np.zeros(7)
     for step in range(1, 6):
@@ -34,8 +38,12 @@ def test_several_steps_equal_the_plain_restatement():
         for name, w in expected.items():
             g = grads[name]["wq_a"].astype(np.float64)
             for index in np.ndindex(w.shape[:-2]):
-                w[index], momentum[name][index] = reference.muon(w[index], momentum[name][index], g[index], lr=0.01)
-        vector, m, v = reference.adamw(vector, m, v, grads["a"]["attn_sink"].astype(np.float64), step, lr=0.01)
+                w[index], momentum[name][index] = reference.muon(
+                    w[index], momentum[name][index], g[index], lr=0.01
+                )
+        vector, m, v = reference.adamw(
+            vector, m, v, grads["a"]["attn_sink"].astype(np.float64), step, lr=0.01
+        )
     for name, w in expected.items():
         np.testing.assert_allclose(got[name]["wq_a"], w, atol=1e-6)
     np.testing.assert_allclose(got["a"]["attn_sink"], vector, atol=1e-6)
@@ -57,7 +65,9 @@ def test_a_step_moves_a_matrix_by_018_times_the_learning_rate(shape):
     tx = optimizer(lambda step: 0.01, weight_decay=0.0)
     state = tx.init(params)
     for seed in range(2):
-        updates, state = tx.update({"wq_a": jax.random.normal(jax.random.key(seed), shape)}, state, params)
+        updates, state = tx.update(
+            {"wq_a": jax.random.normal(jax.random.key(seed), shape)}, state, params
+        )
         for matrix in np.asarray(updates["wq_a"]).reshape(-1, *shape[-2:]):
             assert np.sqrt(np.mean(matrix**2)) == pytest.approx(0.18 * 0.01, rel=0.01)
 
@@ -73,7 +83,9 @@ def test_every_parameter_gets_the_optimizer_of_its_official_tensor():
             continue
         expected, index = reference.optimizer_of(name), ".indexer." in name
         assert optimizer_of(slot.path) == ("frozen" if index else expected), name
-        assert optimizer_of(slot.path, trains_index=True) == (f"index_{expected}" if index else expected), name
+        assert optimizer_of(slot.path, trains_index=True) == (
+            f"index_{expected}" if index else expected
+        ), name
 
 
 def test_clipping_the_indexer_leaves_the_main_model_alone():
@@ -100,11 +112,16 @@ def test_bias_moves_towards_the_mean_load():
     router = random_params(small_config(num_hash_layers=0))["router"]
     load = np.array([5.0, 1, 3, 3, 2, 4])
     routing = {
-        group: {name: Routing(np.broadcast_to(load, np.shape(state["ffn"]["bias"])), 0.0) for name, state in blocks.items()}
+        group: {
+            name: Routing(np.broadcast_to(load, np.shape(state["ffn"]["bias"])), 0.0)
+            for name, state in blocks.items()
+        }
         for group, blocks in router.items()
     }
     new = update_bias(router, routing, 0.001)
     moved = np.array([-0.001, 0.001, 0, 0, 0.001, -0.001])
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(router), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(router), strict=True
+    ):
         expected = b + (moved if path[-1].key == "bias" else 0)
         np.testing.assert_allclose(a, expected, atol=1e-6)

@@ -6,11 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from configs.models import flash, pro
 from flax.traverse_util import flatten_dict, unflatten_dict
 from trees import random_params, small_config
 
-from v4jax.checkpoint import Slot, from_official, official_names, to_official, transformers_to_official
+from configs.models import flash, pro
+from v4jax.checkpoint import (
+    Slot,
+    from_official,
+    official_names,
+    to_official,
+    transformers_to_official,
+)
 from v4jax.checkpoint.names import official_shapes
 from v4jax.model.transformer import abstract_params
 
@@ -27,7 +33,10 @@ BLOCK = {
     *("attn_norm.weight", "ffn_norm.weight"),
     *(f"hc_{site}_{part}" for site in ("attn", "ffn") for part in ("fn", "base", "scale")),
     "attn.attn_sink",
-    *(f"attn.{name}.weight" for name in ("wq_a", "q_norm", "wq_b", "wkv", "kv_norm", "wo_a", "wo_b")),
+    *(
+        f"attn.{name}.weight"
+        for name in ("wq_a", "q_norm", "wq_b", "wkv", "kv_norm", "wo_a", "wo_b")
+    ),
     "ffn.gate.weight",
     *(f"ffn.experts.{e}.{w}.weight" for e in range(6) for w in ("w1", "w2", "w3")),
     *(f"ffn.shared_experts.{w}.weight" for w in ("w1", "w2", "w3")),
@@ -35,7 +44,14 @@ BLOCK = {
 COMPRESSOR = {f"compressor.{name}" for name in ("ape", "wkv.weight", "wgate.weight", "norm.weight")}
 INDEXER = {"wq_b.weight", "weights_proj.weight"} | COMPRESSOR
 HC_HEAD = {"hc_head_fn", "hc_head_base", "hc_head_scale"}
-MTP = {"e_proj.weight", "h_proj.weight", "enorm.weight", "hnorm.weight", "norm.weight", "ffn.gate.bias"} | HC_HEAD
+MTP = {
+    "e_proj.weight",
+    "h_proj.weight",
+    "enorm.weight",
+    "hnorm.weight",
+    "norm.weight",
+    "ffn.gate.bias",
+} | HC_HEAD
 
 
 def expected_names(cfg):
@@ -45,7 +61,9 @@ def expected_names(cfg):
         here |= {f"attn.{name}" for name in COMPRESSOR} if kind.compress_ratio else set()
         here |= {f"attn.indexer.{name}" for name in INDEXER} if kind.compress_ratio == 4 else set()
         names |= {f"layers.{n}.{name}" for name in here}
-    return names | ({f"mtp.0.{name}" for name in BLOCK | MTP} if cfg.num_nextn_predict_layers else set())
+    return names | (
+        {f"mtp.0.{name}" for name in BLOCK | MTP} if cfg.num_nextn_predict_layers else set()
+    )
 
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
@@ -61,7 +79,9 @@ def test_names_are_the_official_ones(cfg):
 
 
 def test_every_element_of_the_tree_has_exactly_one_name(cfg):
-    seen = {path: np.zeros(leaf.shape, int) for path, leaf in flatten_dict(abstract_params(cfg)).items()}
+    seen = {
+        path: np.zeros(leaf.shape, int) for path, leaf in flatten_dict(abstract_params(cfg)).items()
+    }
     for slot in official_names(cfg).values():
         seen[slot.path][slot.index] += 1
     assert all((count == 1).all() for count in seen.values())
@@ -80,29 +100,51 @@ def test_a_slot_is_path_index_transpose():
     experts = ("layers_3_42", "block_1", "ffn", "experts", "w1")
     assert names["layers.4.ffn.experts.7.w1.weight"] == (experts, (0, 7), True)
     assert names["layers.42.ffn.experts.255.w1.weight"] == (experts, (19, 255), True)
-    assert names["layers.41.ffn.gate.bias"] == (("router", "layers_3_42", "block_0", "ffn", "bias"), (19,), False)
-    assert names["layers.1.ffn.gate.tid2eid"] == (("router", "layers_0_1", "block_0", "ffn", "tid2eid"), (1,), False)
-    assert names["mtp.0.ffn.experts.3.w2.weight"] == (("mtp", "block", "ffn", "experts", "w2"), (3,), True)
+    assert names["layers.41.ffn.gate.bias"] == (
+        ("router", "layers_3_42", "block_0", "ffn", "bias"),
+        (19,),
+        False,
+    )
+    assert names["layers.1.ffn.gate.tid2eid"] == (
+        ("router", "layers_0_1", "block_0", "ffn", "tid2eid"),
+        (1,),
+        False,
+    )
+    assert names["mtp.0.ffn.experts.3.w2.weight"] == (
+        ("mtp", "block", "ffn", "experts", "w2"),
+        (3,),
+        True,
+    )
     assert names["mtp.0.attn_norm.weight"] == (("mtp", "block", "attn_norm", "weight"), (), False)
     assert names["hc_head_fn"] == (("hc_head", "fn"), (), True)
 
 
 def test_layers_come_in_file_order():
-    layers = [name.split(".")[1] for name in official_names(small_config()) if name.startswith("layers.")]
+    layers = [
+        name.split(".")[1] for name in official_names(small_config()) if name.startswith("layers.")
+    ]
     assert [key for key, _ in itertools.groupby(layers)] == [str(n) for n in range(7)]
 
 
-@pytest.mark.parametrize(("config", "experts"), [(flash(), 256), (pro(), 384)], ids=["flash", "pro"])
+@pytest.mark.parametrize(
+    ("config", "experts"), [(flash(), 256), (pro(), 384)], ids=["flash", "pro"]
+)
 def test_released_sizes_have_official_shapes(config, experts):
     shapes, layers = official_shapes(config), config.num_hidden_layers
     hidden, heads = config.hidden_size, config.num_attention_heads
     assert sum(".experts." in name for name in shapes) == 3 * experts * (layers + 1)
-    assert shapes["layers.3.attn.wo_a.weight"] == (config.o_groups * 1024, heads // config.o_groups * 512)
+    assert shapes["layers.3.attn.wo_a.weight"] == (
+        config.o_groups * 1024,
+        heads // config.o_groups * 512,
+    )
     assert shapes["layers.3.attn.compressor.wkv.weight"] == (512, hidden)
     assert shapes["layers.4.attn.compressor.wkv.weight"] == (1024, hidden)
     assert shapes["layers.4.attn.compressor.ape"] == (4, 1024)
     assert shapes["layers.4.attn.indexer.wq_b.weight"] == (64 * 128, config.q_lora_rank)
-    assert shapes[f"layers.{layers - 1}.ffn.experts.{experts - 1}.w2.weight"] == (hidden, config.moe_intermediate_size)
+    assert shapes[f"layers.{layers - 1}.ffn.experts.{experts - 1}.w2.weight"] == (
+        hidden,
+        config.moe_intermediate_size,
+    )
     assert shapes["layers.2.ffn.gate.tid2eid"] == (129280, 6)
     assert shapes["layers.9.hc_attn_fn"] == (24, 4 * hidden)
     assert shapes["head.weight"] == shapes["embed.weight"] == (129280, hidden)
@@ -120,7 +162,10 @@ def test_released_sizes_have_official_shapes(config, experts):
         ("model.layers.3.attn.q_norm.weight", "layers.3.attn.q_norm.weight"),
         ("model.layers.3.attn_norm.weight", "layers.3.attn_norm.weight"),
         ("model.layers.3.attn.compressor.norm.weight", "layers.3.attn.compressor.norm.weight"),
-        ("model.layers.3.attn.indexer.compressor.norm.weight", "layers.3.attn.indexer.compressor.norm.weight"),
+        (
+            "model.layers.3.attn.indexer.compressor.norm.weight",
+            "layers.3.attn.indexer.compressor.norm.weight",
+        ),
         ("model.layers.3.hc_attn_fn", "layers.3.hc_attn_fn"),
     ],
 )
@@ -140,9 +185,13 @@ def test_official_orientation():
     assert [group.name for group in cfg.layer_groups] == ["layers_0_1", "layers_2_2", "layers_3_6"]
     tensors = to_official(cfg, params)
     block = params["layers_3_6"]["block_1"]
-    np.testing.assert_array_equal(tensors["layers.6.ffn.experts.5.w2.weight"], block["ffn"]["experts"]["w2"][1, 5].T)
+    np.testing.assert_array_equal(
+        tensors["layers.6.ffn.experts.5.w2.weight"], block["ffn"]["experts"]["w2"][1, 5].T
+    )
     np.testing.assert_array_equal(tensors["layers.4.attn.wo_a.weight"], block["attn"]["wo_a"][0].T)
-    np.testing.assert_array_equal(tensors["layers.4.attn.compressor.ape"], block["attn"]["compressor"]["ape"][0])
+    np.testing.assert_array_equal(
+        tensors["layers.4.attn.compressor.ape"], block["attn"]["compressor"]["ape"][0]
+    )
     np.testing.assert_array_equal(tensors["embed.weight"], params["embed"]["weight"])
     np.testing.assert_array_equal(tensors["head.weight"], params["head"]["weight"].T)
     np.testing.assert_array_equal(tensors["mtp.0.e_proj.weight"], params["mtp"]["e_proj"].T)
@@ -180,7 +229,9 @@ def test_hash_tables_are_exact_integers():
 def test_gradients_map_like_parameters():
     cfg = small_config()
     params = random_params(cfg)
-    grads = jax.jit(jax.grad(lambda tree: sum(jnp.sum(leaf**2) / 2 for leaf in jax.tree.leaves(tree))))(params)
+    grads = jax.jit(
+        jax.grad(lambda tree: sum(jnp.sum(leaf**2) / 2 for leaf in jax.tree.leaves(tree)))
+    )(params)
     got, expected = to_official(cfg, grads), to_official(cfg, params)
     assert list(got) == list(expected)
     for name in got:
@@ -207,7 +258,11 @@ def edited(tree, path, leaf):
     [
         (("norm", "weight"), None, r"missing parameter norm/weight \[48\]"),
         (("norm", "bias"), np.zeros(48), r"unexpected parameter norm/bias \[48\]"),
-        (("mtp", "e_proj"), np.zeros((48, 47)), r"parameter mtp/e_proj: got shape \[48, 47\]; must be \[48, 48\]"),
+        (
+            ("mtp", "e_proj"),
+            np.zeros((48, 47)),
+            r"parameter mtp/e_proj: got shape \[48, 47\]; must be \[48, 48\]",
+        ),
         (
             ("router", "layers_2_2", "block_0", "ffn", "tid2eid"),
             np.full((1, 97, 2), 0.5),
@@ -225,7 +280,11 @@ def test_trees_of_another_model_are_refused(path, leaf, message):
     [
         ("norm.weight", None, r"missing tensor norm.weight \[48\]"),
         ("layers.7.attn_norm.weight", np.zeros(48), "unexpected tensor layers.7.attn_norm.weight"),
-        ("head.weight", np.zeros((48, 97)), r"tensor head.weight: got shape \[48, 97\]; must be \[97, 48\]"),
+        (
+            "head.weight",
+            np.zeros((48, 97)),
+            r"tensor head.weight: got shape \[48, 97\]; must be \[97, 48\]",
+        ),
     ],
 )
 def test_tensors_of_another_model_are_refused(name, tensor, message):
@@ -236,5 +295,7 @@ def test_tensors_of_another_model_are_refused(name, tensor, message):
 
 
 def test_how_many_are_missing_is_told():
-    with pytest.raises(ValueError, match=r"missing tensor embed.weight \[97, 48\] \(and 3.. more\)"):
+    with pytest.raises(
+        ValueError, match=r"missing tensor embed.weight \[97, 48\] \(and 3.. more\)"
+    ):
         from_official(small_config(), {})

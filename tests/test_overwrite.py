@@ -9,7 +9,11 @@ from v4jax.checkpoint.files import write_file
 
 
 def listing(directory):
-    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(directory): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_a_crash_leaves_nothing(tmp_path, monkeypatch):
@@ -27,7 +31,9 @@ def test_a_crash_leaves_nothing(tmp_path, monkeypatch):
 def test_a_crash_leaves_the_earlier_export(tmp_path, monkeypatch):
     save_safetensors(CFG, PARAMS, tmp_path / "out")
     before = listing(tmp_path)
-    monkeypatch.setattr(export, "write_json", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        export, "write_json", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         save_safetensors(CFG, PARAMS, tmp_path / "out", dtype="float32", overwrite=True)
     assert listing(tmp_path) == before
@@ -36,7 +42,10 @@ def test_a_crash_leaves_the_earlier_export(tmp_path, monkeypatch):
 def test_overwrite_replaces_an_export_wholly(tmp_path):
     save_safetensors(CFG, PARAMS, tmp_path / "out", max_file_bytes=150_000)
     save_safetensors(CFG, PARAMS, tmp_path / "out", dtype="float32", overwrite=True)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert_same(load_safetensors(tmp_path / "out")[1], PARAMS)
 
@@ -58,7 +67,10 @@ def test_what_is_no_export_is_never_replaced(tmp_path, overwrite):
     (target / "checkpoints" / "1").write_text("{}")
     (target / "config.json").write_text("{}")
     before = listing(tmp_path)
-    with pytest.raises(ValueError, match="holds the directory checkpoints" if overwrite else "not empty; give a new"):
+    with pytest.raises(
+        ValueError,
+        match="holds the directory checkpoints" if overwrite else "not empty; give a new",
+    ):
         save_safetensors(CFG, PARAMS, target, overwrite=overwrite)
     with pytest.raises(ValueError, match="is a file; must be a directory"):
         save_safetensors(CFG, PARAMS, target / "config.json", overwrite=overwrite)
@@ -78,7 +90,9 @@ def test_a_file_limit_is_a_positive_integer(tmp_path, limit):
 
 def test_parameters_of_another_model_are_not_written(tmp_path):
     other = small_config(q_lora_rank=21)
-    with pytest.raises(ValueError, match=r"parameter layers_0_1/.*: got shape \[2, .*20\]; must be \[2, .*21\]"):
+    with pytest.raises(
+        ValueError, match=r"parameter layers_0_1/.*: got shape \[2, .*20\]; must be \[2, .*21\]"
+    ):
         save_safetensors(other, PARAMS, tmp_path / "out")
     bad = random_params(CFG)
     bad["router"]["layers_2_2"]["block_0"]["ffn"]["tid2eid"][:] = 9

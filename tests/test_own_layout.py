@@ -19,8 +19,8 @@ from sharding.rules import LAYOUTS, AxisRules, layout, layout_for
 from v4jax import api, cli
 from v4jax.data.config import DataConfig
 from v4jax.layout.command import Request, look, look_for
-from v4jax.layout.page import page_data
 from v4jax.layout.hardware import hardware_of
+from v4jax.layout.page import page_data
 from v4jax.layout.plan import as_dict
 from v4jax.model.transformer import abstract_params, param_axes
 from v4jax.python_files import read_layout
@@ -56,26 +56,59 @@ def test_a_layout_is_frozen_and_shows_how_it_was_made():
 @pytest.mark.parametrize(
     ("axes", "words"),
     [
-        ({"expert": "expert"}, r"got logical axis 'expert' \(did you mean .*'experts'.*\); known: layers, vocab"),
-        ({"experts": "experts"}, r"experts: got mesh axis 'experts' \(did you mean 'expert'\?\); allowed: slice, data"),
+        (
+            {"expert": "expert"},
+            r"got logical axis 'expert' \(did you mean .*'experts'.*\); known: layers, vocab",
+        ),
+        (
+            {"experts": "experts"},
+            r"experts: got mesh axis 'experts' \(did you mean 'expert'\?\); allowed: slice, data",
+        ),
         ({"act_batch": "data data"}, "act_batch: mesh axis 'data' is twice in 'data data'"),
         ({"act_batch": 3}, "act_batch: got 3; must be mesh axes"),
         ({"act_batch": ("data", 3)}, "act_batch: got .*; must be mesh axes"),
-        ({"act_batch": "data", "act_heads": "data"}, "'data' is used twice by an array with axes act_batch, act_seq, act_heads: by act_batch and act_heads"),
-        ({"act_batch": "data", "index_heads": "data"}, "'data' is used twice .*: by act_batch and index_heads"),
-        ({"act_batch": "fsdp", "embed": "fsdp", "heads": "fsdp", "groups": "fsdp"}, "'fsdp' is used twice .*: by groups and embed"),
-        ({"act_seq": "context data"}, "act_seq: got 'context data'; a sequence is split over one mesh axis"),
+        (
+            {"act_batch": "data", "act_heads": "data"},
+            "'data' is used twice by an array with axes act_batch, act_seq, act_heads: by act_batch and act_heads",
+        ),
+        (
+            {"act_batch": "data", "index_heads": "data"},
+            "'data' is used twice .*: by act_batch and index_heads",
+        ),
+        (
+            {"act_batch": "fsdp", "embed": "fsdp", "heads": "fsdp", "groups": "fsdp"},
+            "'fsdp' is used twice .*: by groups and embed",
+        ),
+        (
+            {"act_seq": "context data"},
+            "act_seq: got 'context data'; a sequence is split over one mesh axis",
+        ),
         ({"cache_slots": "data"}, "cache_slots: leave it out"),
-        ({"experts": "expert"}, "experts: got mesh axis 'expert', which must split tokens too; .* over nothing"),
-        ({"act_batch": "data", "embed": "tensor"}, "embed: got mesh axis 'tensor', which must split tokens too; .* over 'data'"),
-        ({"act_batch": "data", "expert_embed": "fsdp"}, "expert_embed: got mesh axis 'fsdp', which must split tokens too"),
-        ({"act_batch": "data tensor", "vocab": "tensor"}, "vocab: got mesh axis 'tensor', which splits tokens"),
-        ({"act_batch": "fsdp", "expert_hidden": "fsdp"}, "expert_hidden: got mesh axis 'fsdp', which splits tokens"),
+        (
+            {"experts": "expert"},
+            "experts: got mesh axis 'expert', which must split tokens too; .* over nothing",
+        ),
+        (
+            {"act_batch": "data", "embed": "tensor"},
+            "embed: got mesh axis 'tensor', which must split tokens too; .* over 'data'",
+        ),
+        (
+            {"act_batch": "data", "expert_embed": "fsdp"},
+            "expert_embed: got mesh axis 'fsdp', which must split tokens too",
+        ),
+        (
+            {"act_batch": "data tensor", "vocab": "tensor"},
+            "vocab: got mesh axis 'tensor', which splits tokens",
+        ),
+        (
+            {"act_batch": "fsdp", "expert_hidden": "fsdp"},
+            "expert_hidden: got mesh axis 'fsdp', which splits tokens",
+        ),
         ({"act_batch": "data", "exchange": True}, "exchange=True .* experts is not split"),
         ({"exchange": "yes"}, "got exchange 'yes'"),
         ({"name": "pod"}, "'pod' is a layout of v4jax"),
     ],
-)  # fmt: skip
+)
 def test_a_layout_that_cannot_be_is_refused_in_one_line(axes, words):
     with pytest.raises(ValueError, match=words) as error:
         layout(**axes)
@@ -192,11 +225,14 @@ def test_a_layout_of_a_file_is_called_as_it_was_asked_for(file):
 @pytest.mark.parametrize(
     "command",
     [
-        "train {demo} --dry-run --layout {text}", "layout {demo} --paper --layout {text}",
-        "layout {demo} --compare {text}:data=8 dp:data=8", "score x --tokens y --out z.npz --mesh data=2 --layout {text}",
-        "generate {tmp} --tokens 1 --mesh data=2 --layout {text}", "chat {tmp} --mesh data=2 --layout {text}",
+        "train {demo} --dry-run --layout {text}",
+        "layout {demo} --paper --layout {text}",
+        "layout {demo} --compare {text}:data=8 dp:data=8",
+        "score x --tokens y --out z.npz --mesh data=2 --layout {text}",
+        "generate {tmp} --tokens 1 --mesh data=2 --layout {text}",
+        "chat {tmp} --mesh data=2 --layout {text}",
     ],
-)  # fmt: skip
+)
 def test_a_bad_layout_of_a_file_is_one_line_of_every_command(file, capsys, command, text, words):
     if text == "ful" and command.startswith(("score", "generate", "chat")):
         return  # a name is looked up with the checkpoint's mesh
@@ -252,9 +288,14 @@ def test_a_search_ranks_it_among_the_named_ones():
 
 
 TINY = small_config(
-    vocab_size=260, num_hidden_layers=1, compress_ratios=(4,), num_nextn_predict_layers=0,
-    num_hash_layers=0, n_routed_experts=8, q_lora_rank=24,
-)  # fmt: skip
+    vocab_size=260,
+    num_hidden_layers=1,
+    compress_ratios=(4,),
+    num_nextn_predict_layers=0,
+    num_hash_layers=0,
+    n_routed_experts=8,
+    q_lora_rank=24,
+)
 
 
 def test_values_in_it_are_those_of_one_device():
@@ -276,10 +317,19 @@ def test_a_run_samples_exports_resumes_and_is_scored_in_it(tmp_path, capsys):
         (tmp_path / f"text/{i}.txt").write_text(f"document {i}: the cat sat on the mat. " * 20)
     (tmp_path / "my.py").write_text(EXAMPLE.read_text())
     cfg = TrainConfig(
-        model=TINY, data=DataConfig(source=str(tmp_path / "text")), run_dir=str(tmp_path / "one"),
-        steps=3, batch_size=4, seq_len=16, learning_rate=1e-3, warmup_steps=0, log_every=1,
-        eval_batches=0, remat=False, export="float32",
-    )  # fmt: skip
+        model=TINY,
+        data=DataConfig(source=str(tmp_path / "text")),
+        run_dir=str(tmp_path / "one"),
+        steps=3,
+        batch_size=4,
+        seq_len=16,
+        learning_rate=1e-3,
+        warmup_steps=0,
+        log_every=1,
+        eval_batches=0,
+        remat=False,
+        export="float32",
+    )
     train(cfg)
     mine = layout(
         name="mine",

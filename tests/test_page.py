@@ -18,7 +18,9 @@ from v4jax.layout.page import merged, report
 from v4jax.layout.terms import bases, constants_of, total
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-LAYOUT = dataclasses.replace(CFG, mesh="fsdp=2,context=2,expert=4", layout="pod", seq_len=1024, batch_size=16)
+LAYOUT = dataclasses.replace(
+    CFG, mesh="fsdp=2,context=2,expert=4", layout="pod", seq_len=1024, batch_size=16
+)
 REQUEST = Request("h100:16", paper=True)
 
 
@@ -33,9 +35,18 @@ def test_the_page_needs_nothing_else(page):
     text = page.read_text()
     assert not re.search(r"https?://|src=|@import|<link", text)
     data = json.loads(re.search(r'type="application/json">(.*?)</script>', text, re.S)[1])
-    assert data["terms"] and data["parameters"][0][4] >= data["parameters"][-1][4] and 1024 in data["seqs"]
+    assert (
+        data["terms"]
+        and data["parameters"][0][4] >= data["parameters"][-1][4]
+        and 1024 in data["seqs"]
+    )
     with pytest.raises(ValueError, match="leave out --compare"):
-        report(str(page), LAYOUT, REQUEST, compare(LAYOUT, REQUEST, ["pod:fsdp=2,expert=8", "full:fsdp=2,expert=8"]))
+        report(
+            str(page),
+            LAYOUT,
+            REQUEST,
+            compare(LAYOUT, REQUEST, ["pod:fsdp=2,expert=8", "full:fsdp=2,expert=8"]),
+        )
 
 
 def test_merging_addends_changes_no_sum():
@@ -46,16 +57,33 @@ def test_merging_addends_changes_no_sum():
     few = merged(terms)
     assert len(few) < len(terms) / 4
     for kind in {term.kind for term in terms}:
-        assert total((t for t in few if t.kind == kind), values) == pytest.approx(total((t for t in terms if t.kind == kind), values))
+        assert total((t for t in few if t.kind == kind), values) == pytest.approx(
+            total((t for t in terms if t.kind == kind), values)
+        )
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
 @pytest.mark.parametrize("seq, batch", [(1024, 16), (4096, 32)])
 def test_a_browser_computes_what_python_does(page, seq, batch):
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{page}#seq={seq}&batch={batch}&filter=experts"]
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--dump-dom",
+        f"file://{page}#seq={seq}&batch={batch}&filter=experts",
+    ]
     html = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    shown = {name: float(value) for name, value in re.findall(r'data-(\w+)="([\d.e+-]+)"', re.search(r"<body[^>]*>", html)[0])}
-    expected = estimate(dataclasses.replace(LAYOUT, seq_len=seq, batch_size=batch), target_of(REQUEST.target).hardware)
+    shown = {
+        name: float(value)
+        for name, value in re.findall(
+            r'data-(\w+)="([\d.e+-]+)"', re.search(r"<body[^>]*>", html)[0]
+        )
+    }
+    expected = estimate(
+        dataclasses.replace(LAYOUT, seq_len=seq, batch_size=batch),
+        target_of(REQUEST.target).hardware,
+    )
     assert shown["step"] == pytest.approx(expected.step_seconds, rel=1e-9)
     assert shown["memory"] == pytest.approx(expected.memory_bytes, rel=1e-9)
     assert shown["mfu"] == pytest.approx(expected.mfu, rel=1e-9)

@@ -12,8 +12,18 @@ import v4jax
 from v4jax.checkpoint.names import from_official, to_official, transformers_to_official
 
 PATTERNS = {
-    "flash": dict(compress_ratios=(0, 0, 4, 128, 4, 0), num_hidden_layers=5, num_hash_layers=3, index_n_heads=8),
-    "pro": dict(compress_ratios=(128, 128, 4, 128, 0), num_hidden_layers=4, num_hash_layers=2, index_n_heads=8),
+    "flash": dict(
+        compress_ratios=(0, 0, 4, 128, 4, 0),
+        num_hidden_layers=5,
+        num_hash_layers=3,
+        index_n_heads=8,
+    ),
+    "pro": dict(
+        compress_ratios=(128, 128, 4, 128, 0),
+        num_hidden_layers=4,
+        num_hash_layers=2,
+        index_n_heads=8,
+    ),
 }
 
 
@@ -27,7 +37,9 @@ def pair(request, tmp_path):
     cfg = small_config(**PATTERNS[request.param])
     params = jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 0)))
     v4jax.save_safetensors(cfg, params, tmp_path / "ours", dtype="float32")
-    peer = DeepseekV4ForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32, attn_implementation="eager")
+    peer = DeepseekV4ForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, attn_implementation="eager"
+    )
     return cfg, params, peer.eval()
 
 
@@ -52,20 +64,28 @@ def test_logits_gradients_and_files(pair, tmp_path):
     tokens = rng.integers(0, cfg.vocab_size, (2, 141))
     weight = rng.normal(size=(2, 141, cfg.vocab_size)).astype(np.float32)
     (peer(torch.tensor(tokens)).logits * torch.tensor(weight)).sum().backward()
-    grads = jax.jit(jax.grad(lambda p: (v4jax.forward(cfg, p, jnp.asarray(tokens)).logits * weight).sum()))(params)
+    grads = jax.jit(
+        jax.grad(lambda p: (v4jax.forward(cfg, p, jnp.asarray(tokens)).logits * weight).sum())
+    )(params)
     ours = to_official(cfg, grads)
 
     peer.save_pretrained(tmp_path / "theirs")
     _, back = v4jax.load(tmp_path / "theirs")
     without_mtp = {name: value for name, value in params.items() if name != "mtp"}
-    without_mtp["router"] = {name: value for name, value in params["router"].items() if name != "mtp"}
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(back), jax.tree.leaves(without_mtp), strict=True):
+    without_mtp["router"] = {
+        name: value for name, value in params["router"].items() if name != "mtp"
+    }
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(back), jax.tree.leaves(without_mtp), strict=True
+    ):
         np.testing.assert_array_equal(a, b, jax.tree_util.keystr(path))
 
     # Their gradients, under official names: written by save_pretrained in the weights' places.
     with torch.no_grad():
         for parameter in peer.parameters():
-            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            parameter.copy_(
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            )
     peer.save_pretrained(tmp_path / "gradients")
     from safetensors.numpy import load_file
 
@@ -77,4 +97,7 @@ def test_logits_gradients_and_files(pair, tmp_path):
         error = np.linalg.norm(ours[name] - theirs)
         assert error <= 1e-3 * np.linalg.norm(theirs) + 1e-6, (name, error, np.linalg.norm(theirs))
         compared += 1
-    assert compared == sum(not name.startswith("mtp.") and not name.endswith((".tid2eid", "gate.bias")) for name in ours)
+    assert compared == sum(
+        not name.startswith("mtp.") and not name.endswith((".tid2eid", "gate.bias"))
+        for name in ours
+    )

@@ -15,7 +15,15 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules, layout_for
 from v4jax.model import grouped, triton
 from v4jax.model.dense import dense
-from v4jax.model.grouped import FEW_ROWS, Activation, ExpertWeights, clamped_swiglu, every_expert, expert_ffn, pays_every_expert
+from v4jax.model.grouped import (
+    FEW_ROWS,
+    Activation,
+    ExpertWeights,
+    clamped_swiglu,
+    every_expert,
+    expert_ffn,
+    pays_every_expert,
+)
 from v4jax.model.hyper import Mix, balanced, collapse, expand, sinkhorn
 from v4jax.model.indexer import top_k_mask
 from v4jax.model.moe import balanced_table, router_scores
@@ -34,7 +42,10 @@ def close(got, expected, tolerance=2e-6):
 def test_grouped_experts_are_a_loop_over_rows(sizes):
     """The block loop, and the products of TPU and NVIDIA, however uneven the load, with rows of weight 0 and blocks that are not in use."""
     keys = iter(jax.random.split(jax.random.key(0), 9))
-    normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape)
+
     rows, block = 40, 8
     w = ExpertWeights(normal(4, 6, 5), normal(4, 6, 5), normal(4, 5, 6))
     x, ct, gate = normal(rows, 6), normal(rows, 6), normal(rows)
@@ -42,7 +53,11 @@ def test_grouped_experts_are_a_loop_over_rows(sizes):
     used = (np.arange(rows) < len(expert)) & (np.arange(rows) % 5 > 0)
     gate = jnp.where(used, gate, 0)
     by_block = np.concatenate((expert[::block], np.full(rows // block, 3)))[: rows // block]
-    groups = Groups(jnp.array(sizes, jnp.int32), jnp.array(by_block, jnp.int32), jnp.array(sum(sizes) // block, jnp.int32))
+    groups = Groups(
+        jnp.array(sizes, jnp.int32),
+        jnp.array(by_block, jnp.int32),
+        jnp.array(sum(sizes) // block, jnp.int32),
+    )
 
     def plain(w, x, gate):
         out = []
@@ -54,21 +69,35 @@ def test_grouped_experts_are_a_loop_over_rows(sizes):
     value, pull = jax.vjp(plain, w, x, gate)
     ct = jnp.where(used[:, None], ct, 0)
     want = pull(ct)
-    got_value, got_pull = jax.vjp(lambda w, x, gate: expert_ffn(Activation(LIMIT), w, x, gate, groups), w, x, gate)
+    got_value, got_pull = jax.vjp(
+        lambda w, x, gate: expert_ffn(Activation(LIMIT), w, x, gate, groups), w, x, gate
+    )
     close(jnp.where(used[:, None], got_value, 0), value)
     got = got_pull(ct)
-    close((got[0], got[1] * used[:, None], got[2] * used), (want[0], want[1] * used[:, None], want[2] * used))
+    close(
+        (got[0], got[1] * used[:, None], got[2] * used),
+        (want[0], want[1] * used[:, None], want[2] * used),
+    )
     tpu = grouped._ragged_dot, functools.partial(grouped.grouped_outer, interpret=True)
-    for products in (tpu, [functools.partial(f, interpret=True) for f in (triton.grouped_dot, triton.grouped_outer)]):
+    for products in (
+        tpu,
+        [functools.partial(f, interpret=True) for f in (triton.grouped_dot, triton.grouped_outer)],
+    ):
         y, h1, h3 = grouped._whole_forward(Activation(LIMIT), *products, w, x, gate, groups)
         got = grouped._whole_backward(Activation(LIMIT), *products, w, x, gate, groups, h1, h3, ct)
         close(jnp.where(used[:, None], y, 0), value)
-        close((got[0], got[1] * used[:, None], got[2] * used), (want[0], want[1] * used[:, None], want[2] * used))
+        close(
+            (got[0], got[1] * used[:, None], got[2] * used),
+            (want[0], want[1] * used[:, None], want[2] * used),
+        )
 
 
 @pytest.mark.parametrize("shape, width", [((7, 12), 5), ((7, 5), 12), ((2, 3, 6), 6)])
 def test_dense_has_the_gradient_of_a_matmul(shape, width):
-    x, w = jax.random.normal(jax.random.key(0), shape), jax.random.normal(jax.random.key(1), (shape[-1], width))
+    x, w = (
+        jax.random.normal(jax.random.key(0), shape),
+        jax.random.normal(jax.random.key(1), (shape[-1], width)),
+    )
     value, pull = jax.vjp(lambda x, w: x @ w, x, w)
     got, got_pull = jax.vjp(dense, x, w)
     close((got, got_pull(value)), (value, pull(value)))
@@ -78,7 +107,10 @@ def test_expand_has_the_gradient_of_its_formula():
     keys = jax.random.split(jax.random.key(0), 5)
     y, x = jax.random.normal(keys[0], (2, 3, 8)), jax.random.normal(keys[1], (2, 3, 4, 8))
     mix = Mix(jax.random.normal(keys[2], (2, 3, 4)), jax.random.normal(keys[3], (2, 3, 4, 4)))
-    formula = lambda y, x, mix: mix.post[..., None] * y[:, :, None] + jnp.einsum("bsjk,bsjd->bskd", mix.comb, x)  # noqa: E731
+
+    def formula(y, x, mix):
+        return mix.post[..., None] * y[:, :, None] + jnp.einsum("bsjk,bsjd->bskd", mix.comb, x)
+
     value, pull = jax.vjp(formula, y, x, mix)
     got, got_pull = jax.vjp(expand, y, x, mix)
     ct = jax.random.normal(keys[4], value.shape)
@@ -104,7 +136,10 @@ def test_sinkhorn_has_values_and_gradient_of_its_divisions(eps):
         return comb
 
     # Of the second half, columns are nearly empty.
-    logits = 3 * jax.random.normal(jax.random.key(0), (4, 4, 20)) - 20 * jnp.eye(4)[0][None, :, None] * (jnp.arange(20) > 9)[None, None]
+    logits = (
+        3 * jax.random.normal(jax.random.key(0), (4, 4, 20))
+        - 20 * jnp.eye(4)[0][None, :, None] * (jnp.arange(20) > 9)[None, None]
+    )
     value, pull = jax.vjp(divisions, logits)
     got, got_pull = jax.vjp(lambda logits: sinkhorn(logits, 6, eps), logits)
     ct = jax.random.normal(jax.random.key(1), value.shape)
@@ -116,7 +151,10 @@ def test_mixing_matrices_are_balanced_where_their_tokens_lie(mesh):
     """Values and gradient of one device, and nothing is sent, with rows and sequence cut."""
     sizes = parse_mesh(mesh)
     rules, mesh = layout_for("full", sizes), make_mesh(sizes)
-    logits, ct = jax.random.normal(jax.random.key(0), (4, 12, 16)), jax.random.normal(jax.random.key(1), (4, 12, 4, 4))
+    logits, ct = (
+        jax.random.normal(jax.random.key(0), (4, 12, 16)),
+        jax.random.normal(jax.random.key(1), (4, 12, 4, 4)),
+    )
 
     def both(rules, logits, ct):
         value, pull = jax.vjp(functools.partial(balanced, rules, 20, 1e-6), logits)
@@ -131,7 +169,10 @@ def test_mixing_matrices_are_balanced_where_their_tokens_lie(mesh):
 
 
 def test_collapse_has_the_gradient_of_its_formula():
-    pre, x = jax.random.normal(jax.random.key(0), (2, 3, 4)), jax.random.normal(jax.random.key(1), (2, 3, 4, 8))
+    pre, x = (
+        jax.random.normal(jax.random.key(0), (2, 3, 4)),
+        jax.random.normal(jax.random.key(1), (2, 3, 4, 8)),
+    )
     value, pull = jax.vjp(lambda pre, x: jnp.sum(pre[..., None] * x, axis=2), pre, x)
     got, got_pull = jax.vjp(collapse, pre, x)
     close((got, got_pull(value)), (value, pull(value)))
@@ -139,15 +180,24 @@ def test_collapse_has_the_gradient_of_its_formula():
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_rotate_has_the_gradient_of_complex_products(inverse):
-    x, angle = jax.random.normal(jax.random.key(0), (2, 5, 3, 10)), jax.random.normal(jax.random.key(1), (1, 5, 1, 2))
+    x, angle = (
+        jax.random.normal(jax.random.key(0), (2, 5, 3, 10)),
+        jax.random.normal(jax.random.key(1), (1, 5, 1, 2)),
+    )
 
     def product(x):
         pairs = x[..., 6:].reshape(2, 5, 3, 2, 2)
-        turned = jax.lax.complex(pairs[..., 0], pairs[..., 1]) * jnp.exp(1j * (-angle if inverse else angle))
-        return jnp.concatenate((x[..., :6], jnp.stack((turned.real, turned.imag), -1).reshape(2, 5, 3, 4)), axis=-1)
+        turned = jax.lax.complex(pairs[..., 0], pairs[..., 1]) * jnp.exp(
+            1j * (-angle if inverse else angle)
+        )
+        return jnp.concatenate(
+            (x[..., :6], jnp.stack((turned.real, turned.imag), -1).reshape(2, 5, 3, 4)), axis=-1
+        )
 
     value, pull = jax.vjp(product, x)
-    got, got_pull = jax.vjp(lambda x: rotate(x, Rotation(jnp.cos(angle), jnp.sin(angle)), inverse), x)
+    got, got_pull = jax.vjp(
+        lambda x: rotate(x, Rotation(jnp.cos(angle), jnp.sin(angle)), inverse), x
+    )
     ct = jax.random.normal(jax.random.key(2), value.shape)
     close((got, got_pull(ct)), (value, pull(ct)))
 
@@ -157,12 +207,16 @@ def test_the_mask_of_the_largest_at_its_extremes():
     score = jnp.array([[[-3.0, 0.0, -0.0, -jnp.inf, 2.5, jnp.inf, -1e-40, 2.5]]])
     order = np.argsort(-np.asarray(score[0, 0]), kind="stable")  # 0 and -0 are a tie
     for k in range(1, 9):
-        np.testing.assert_array_equal(np.flatnonzero(top_k_mask(score, k)[0, 0]), np.sort(order[:k]))
+        np.testing.assert_array_equal(
+            np.flatnonzero(top_k_mask(score, k)[0, 0]), np.sort(order[:k])
+        )
 
 
 def test_router_gradient_is_finite_at_any_logit():
     logits = jnp.array([-1e4, -200.0, -30.0, -20.0, -19.9, 0.0, 30.0, 200.0, 1e4])
-    score, slope = jax.vmap(jax.value_and_grad(lambda z: router_scores(z[None, None, None], jnp.ones((1, 1)))[0, 0, 0]))(logits)
+    score, slope = jax.vmap(
+        jax.value_and_grad(lambda z: router_scores(z[None, None, None], jnp.ones((1, 1)))[0, 0, 0])
+    )(logits)
     assert jnp.isfinite(score).all() and jnp.isfinite(slope).all()
     middle = slice(2, -1)
     want = np.sqrt(np.logaddexp(0, np.asarray(logits[middle], np.float64)))
@@ -173,17 +227,27 @@ def test_router_gradient_is_finite_at_any_logit():
 def test_all_experts_on_a_few_rows_are_each_row_s_own_experts(experts):
     """Batches of products against a loop over rows and their experts; 5e-6: they add 20 numbers in another order."""
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
     w1, w3, w2 = normal(experts, 6, 5), normal(experts, 6, 5), normal(experts, 5, 6)
     x, gate = normal(8, 6), jnp.asarray(rng.random((8, 2)), jnp.float32).at[3, 1].set(0)
     index = jnp.asarray([rng.permutation(experts)[:2] for _ in range(8)])
     joined = ExpertWeights(jnp.concatenate((w1, w3), axis=-1), None, w2)
     got = every_expert(Activation(LIMIT), joined, x, index, gate)
     for t in range(8):
-        parts = [(clamped_swiglu(x[t] @ w1[e], x[t] @ w3[e], LIMIT) * g) @ w2[e] for e, g in zip(index[t], gate[t], strict=True)]
+        parts = [
+            (clamped_swiglu(x[t] @ w1[e], x[t] @ w3[e], LIMIT) * g) @ w2[e]
+            for e, g in zip(index[t], gate[t], strict=True)
+        ]
         np.testing.assert_allclose(got[t], sum(parts), rtol=5e-6, atol=5e-6)
-    assert pays_every_expert(joined, 2, 2) and not pays_every_expert(joined, 1, 2)  # one row leaves experts out
-    assert not pays_every_expert(joined, FEW_ROWS + 1, 2) and not pays_every_expert(joined._replace(w3=w3), 8, 2)
+    assert pays_every_expert(joined, 2, 2) and not pays_every_expert(
+        joined, 1, 2
+    )  # one row leaves experts out
+    assert not pays_every_expert(joined, FEW_ROWS + 1, 2) and not pays_every_expert(
+        joined._replace(w3=w3), 8, 2
+    )
 
 
 def test_balanced_table_gives_every_expert_its_share():
@@ -192,7 +256,9 @@ def test_balanced_table_gives_every_expert_its_share():
     np.testing.assert_array_equal(np.bincount(table.ravel(), minlength=16), 16)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=2,expert=2,tensor=2", "fsdp=2,context=2,tensor=2", "context=4,expert=2"])
+@pytest.mark.parametrize(
+    "mesh", ["fsdp=2,expert=2,tensor=2", "fsdp=2,context=2,tensor=2", "context=4,expert=2"]
+)
 @pytest.mark.parametrize("layout", ["full", "pod"])
 def test_embedding_lookup_never_gathers_the_table(mesh, layout, capfd):
     sizes = parse_mesh(mesh)
@@ -214,6 +280,9 @@ def test_embedding_lookup_never_gathers_the_table(mesh, layout, capfd):
     np.testing.assert_array_equal(got, want)
     close(gradient, pull(ct)[0])
     # Not gathered whole; nor does XLA say, as it does on stderr, that it copies what it cannot partition.
-    assert not [one for one in collectives(step.as_text(), device_mesh) if one.kind == "all-gather" and math.prod(one.shape) >= table.size]
+    assert not [
+        one
+        for one in collectives(step.as_text(), device_mesh)
+        if one.kind == "all-gather" and math.prod(one.shape) >= table.size
+    ]
     assert "rematerialization" not in capfd.readouterr().err
-

@@ -15,12 +15,16 @@ from v4jax.generate import decode, prefix
 from v4jax.generate.decode import Setting, generate
 from v4jax.generate.prefix import PrefixStore
 
-SETTING = Setting(speculative=True)  # MTP's window is kept too: the drafts that stay are the same ones
+SETTING = Setting(
+    speculative=True
+)  # MTP's window is kept too: the drafts that stay are the same ones
 
 
 @pytest.fixture(scope="module")
 def model():
-    cfg = small_config(**SMALL | dict(compress_ratios=(4, 128, 0), num_hidden_layers=2, num_hash_layers=0))
+    cfg = small_config(
+        **SMALL | dict(compress_ratios=(4, 128, 0), num_hidden_layers=2, num_hash_layers=0)
+    )
     return cfg, jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 0)))
 
 
@@ -50,14 +54,22 @@ def open_store(model, folder, limit=10**9):
 
 
 def same(got, expected):
-    assert (got.tokens, got.drafted, got.accepted) == (expected.tokens, expected.drafted, expected.accepted)
-    np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=2e-4)  # as logits of a cache, issue 6
+    assert (got.tokens, got.drafted, got.accepted) == (
+        expected.tokens,
+        expected.drafted,
+        expected.accepted,
+    )
+    np.testing.assert_allclose(
+        got.log_probs, expected.log_probs, atol=2e-4
+    )  # as logits of a cache, issue 6
 
 
 def test_what_is_shared_is_computed_once(model, expected, tmp_path):
     """300 tokens are two stretches; 150 shared ones are one; 128 alone are none, since what follows them is not known."""
     store = open_store(model, tmp_path)
-    for (prompt, completion), reused, kept in zip([*expected, expected[0]], (0, 128, 0, 256), (256, 0, 0, 0), strict=True):
+    for (prompt, completion), reused, kept in zip(
+        [*expected, expected[0]], (0, 128, 0, 256), (256, 0, 0, 0), strict=True
+    ):
         before = store.reused, store.kept
         same(run(model, prompt, store), completion)
         assert (store.reused - before[0], store.kept - before[1]) == (reused, kept)
@@ -76,7 +88,11 @@ def test_damage_is_noticed_and_mended(model, expected, tmp_path, capsys):
     (prompt, completion), *_ = expected
     run(model, prompt, open_store(model, tmp_path))
     files = sorted(tmp_path.iterdir(), key=os.path.getmtime)
-    for harm in (lambda content: content[:-1], lambda content: content[:99] + bytes([content[99] ^ 1]) + content[100:], lambda content: b""):
+    for harm in (
+        lambda content: content[:-1],
+        lambda content: content[:99] + bytes([content[99] ^ 1]) + content[100:],
+        lambda content: b"",
+    ):
         files[0].write_bytes(harm(files[0].read_bytes()))
         store = open_store(model, tmp_path)
         same(run(model, prompt, store), completion)
@@ -84,7 +100,9 @@ def test_damage_is_noticed_and_mended(model, expected, tmp_path, capsys):
     assert open_store(model, tmp_path)._chain(prompt) and len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_killed_or_failed_write_leaves_nothing_to_read(model, expected, tmp_path, monkeypatch, capsys):
+def test_a_killed_or_failed_write_leaves_nothing_to_read(
+    model, expected, tmp_path, monkeypatch, capsys
+):
     (prompt, completion), *_ = expected
 
     def killed(*_):
@@ -102,7 +120,11 @@ def test_a_killed_or_failed_write_leaves_nothing_to_read(model, expected, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(prefix.os, "fsync", full)
         same(run(model, prompt, store), completion)
-    assert store.kept == 0 and "No space left" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1, "only what the kill left"
+    assert (
+        store.kept == 0
+        and "No space left" in capsys.readouterr().err
+        and len(list(tmp_path.iterdir())) == 1
+    ), "only what the kill left"
 
 
 def test_what_cannot_be_read_is_computed_again(model, expected, tmp_path, monkeypatch, capsys):
@@ -115,7 +137,10 @@ def test_what_cannot_be_read_is_computed_again(model, expected, tmp_path, monkey
     store = open_store(model, tmp_path)
     monkeypatch.setattr(prefix.pathlib.Path, "read_bytes", unreadable)
     same(run(model, prompt, store), completion)
-    assert store.reused == 0 and ".stretch: Input/output error; it is computed again" in capsys.readouterr().err
+    assert (
+        store.reused == 0
+        and ".stretch: Input/output error; it is computed again" in capsys.readouterr().err
+    )
 
 
 def test_the_least_recently_used_go_first(model, expected, tmp_path):
@@ -124,7 +149,10 @@ def test_the_least_recently_used_go_first(model, expected, tmp_path):
     run(model, prompt, open_store(model, tmp_path))
     size = next(tmp_path.iterdir()).stat().st_size
     left, thesis = tmp_path / "left.stretch.tmp", tmp_path / "thesis.txt"
-    for path, content in ((left, b"x" * size), (thesis, b"not of the store")):  # one of a killed run, one of somebody
+    for path, content in (
+        (left, b"x" * size),
+        (thesis, b"not of the store"),
+    ):  # one of a killed run, one of somebody
         path.write_bytes(content)
         os.utime(path, (1, 1))
     (tmp_path / "folder").mkdir()
@@ -133,7 +161,10 @@ def test_the_least_recently_used_go_first(model, expected, tmp_path):
     assert len(store._chain(prompt)) == 2
     run(model, changed[:140], store)
     assert store.kept == 128 and len(store._chain(prompt)) == 1 and len(store._chain(changed)) == 1
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".stretch", ".stretch", ".txt"] and not left.exists()
+    assert (
+        sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".stretch", ".stretch", ".txt"]
+        and not left.exists()
+    )
     assert thesis.read_bytes() == b"not of the store"
     with pytest.raises(ValueError, match="limit of 0 bytes"):
         open_store(model, tmp_path, 0)

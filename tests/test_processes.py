@@ -31,11 +31,28 @@ from v4jax.train.loss import loss_and_routing
 from v4jax.train.step import batch_sharding
 
 MODEL = ModelConfig(
-    vocab_size=264, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=1, num_attention_heads=8, head_dim=16,
-    qk_rope_head_dim=8, q_lora_rank=16, o_groups=8, o_lora_rank=8, n_routed_experts=8, num_experts_per_tok=2,
-    routed_scaling_factor=1.5, compress_ratios=(4, 0), num_hash_layers=1, sliding_window=8, index_n_heads=8,
-    index_head_dim=16, index_topk=4, compress_rope_theta=160000.0, rope_scaling=RopeScaling(),
-)  # fmt: skip
+    vocab_size=264,
+    hidden_size=32,
+    moe_intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=8,
+    head_dim=16,
+    qk_rope_head_dim=8,
+    q_lora_rank=16,
+    o_groups=8,
+    o_lora_rank=8,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    routed_scaling_factor=1.5,
+    compress_ratios=(4, 0),
+    num_hash_layers=1,
+    sliding_window=8,
+    index_n_heads=8,
+    index_head_dim=16,
+    index_topk=4,
+    compress_rope_theta=160000.0,
+    rope_scaling=RopeScaling(),
+)
 MESHES = "data=8", "data=2,expert=2,tensor=2", "tensor=8", "context=8"
 
 
@@ -44,13 +61,18 @@ MESHES = "data=8", "data=2,expert=2,tensor=2", "tensor=8", "context=8"
 
 def global_batch() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    return {"tokens": rng.integers(0, 264, (8, 24)).astype(np.int32), "segment_ids": np.ones((8, 24), np.int32)}
+    return {
+        "tokens": rng.integers(0, 264, (8, 24)).astype(np.int32),
+        "segment_ids": np.ones((8, 24), np.int32),
+    }
 
 
 def losses_and_tensors() -> dict[str, np.ndarray]:
     """What the job and this process both compute: on each mesh the loss, and the batch as the devices hold it."""
     found = {}
-    params = jax.tree.map(lambda a: a if a.ndim < 2 or a.shape[-1] == 2 else a * 0.1, random_params(MODEL))
+    params = jax.tree.map(
+        lambda a: a if a.ndim < 2 or a.shape[-1] == 2 else a * 0.1, random_params(MODEL)
+    )
     for spec in MESHES:
         sizes = parse_mesh(spec)
         rules, mesh = layout_for("full", sizes), make_mesh(sizes)
@@ -59,7 +81,8 @@ def losses_and_tensors() -> dict[str, np.ndarray]:
             sharding = batch_sharding(rules, mesh)
             rows = processes.local_rows(sharding, (8, 24))
             batch = {
-                name: processes.from_rows(sharding, value[rows], rows, 8) for name, value in global_batch().items()
+                name: processes.from_rows(sharding, value[rows], rows, 8)
+                for name, value in global_batch().items()
             }
             found[f"{spec} rows of process {jax.process_index()}"] = np.array(rows)
             found[f"{spec} batch"] = processes.gather(batch["tokens"])
@@ -73,10 +96,15 @@ def losses_and_tensors() -> dict[str, np.ndarray]:
         value = odd.astype(jnp.dtype(dtype))
         mesh = make_mesh(parse_mesh("data=2,expert=4"))
         for spec in (jax.P(None, ("data", "expert")), jax.P(None, "expert"), jax.P()):
-            array = jax.make_array_from_callback(value.shape, jax.NamedSharding(mesh, spec), value.__getitem__)
+            array = jax.make_array_from_callback(
+                value.shape, jax.NamedSharding(mesh, spec), value.__getitem__
+            )
             for index in ((), (1,), (1, 5), (0, 0)):
                 got = processes.gather(array, index)
-                assert got.dtype == value.dtype and got.tobytes() == value[index].tobytes(), (spec, index)
+                assert got.dtype == value.dtype and got.tobytes() == value[index].tobytes(), (
+                    spec,
+                    index,
+                )
     return found
 
 
@@ -130,10 +158,22 @@ def get_config():
 def train_config(text: str, run: str) -> TrainConfig:
     model = MODEL.replace(num_nextn_predict_layers=0, compress_ratios=(0,), num_hash_layers=0)
     return TrainConfig(
-        model=model, data=DataConfig(source=text, held_out=0.2), run_dir=run, steps=12, batch_size=8, seq_len=16,
-        mesh="data=2,expert=2,tensor=2", learning_rate=1e-3, warmup_steps=1, log_every=1, eval_every=6, eval_batches=3,
-        checkpoint_every=4, remat=False, export="float32",
-    )  # fmt: skip
+        model=model,
+        data=DataConfig(source=text, held_out=0.2),
+        run_dir=run,
+        steps=12,
+        batch_size=8,
+        seq_len=16,
+        mesh="data=2,expert=2,tensor=2",
+        learning_rate=1e-3,
+        warmup_steps=1,
+        log_every=1,
+        eval_every=6,
+        eval_batches=3,
+        checkpoint_every=4,
+        remat=False,
+        export="float32",
+    )
 
 
 def train_in_two(folder: pathlib.Path, name: str) -> list[str]:
@@ -142,17 +182,37 @@ def train_in_two(folder: pathlib.Path, name: str) -> list[str]:
     path.write_text(CONFIG.format(text=str(folder / "text"), run=str(folder / name)))
     train = [sys.executable, "-m", "v4jax", "train", str(path)]
     cache = ["env", f"JAX_COMPILATION_CACHE_DIR={folder}/cache"]
-    return [*cache, sys.executable, "-m", "v4jax", "launch", "--processes", "2", "--devices", "4", "--", *train]
+    return [
+        *cache,
+        sys.executable,
+        "-m",
+        "v4jax",
+        "launch",
+        "--processes",
+        "2",
+        "--devices",
+        "4",
+        "--",
+        *train,
+    ]
 
 
 @pytest.mark.slow
-def test_a_job_that_loses_a_process_ends_and_one_process_goes_on_as_if_nothing_had_happened(tmp_path):
+def test_a_job_that_loses_a_process_ends_and_one_process_goes_on_as_if_nothing_had_happened(
+    tmp_path,
+):
     (tmp_path / "text").mkdir()
     for i in range(20):
-        (tmp_path / "text" / f"{i}.txt").write_text(f"document {i}: " + "the cat sat on the mat. " * 9)
+        (tmp_path / "text" / f"{i}.txt").write_text(
+            f"document {i}: " + "the cat sat on the mat. " * 9
+        )
     lost, killed = None, None
     with subprocess.Popen(
-        train_in_two(tmp_path, "run"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+        train_in_two(tmp_path, "run"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
     ) as job:
         for line in job.stdout:
             if found := re.match(r"\[1\] is process (\d+)", line):
@@ -161,14 +221,20 @@ def test_a_job_that_loses_a_process_ends_and_one_process_goes_on_as_if_nothing_h
                 os.kill(lost, signal.SIGKILL)
                 killed = time.monotonic()
     assert job.returncode == 137 and time.monotonic() - killed < MINUTE
-    kept = {int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal()}
+    kept = {
+        int(path.name)
+        for path in (tmp_path / "run" / "checkpoints").iterdir()
+        if path.name.isdecimal()
+    }
     assert kept and max(kept) < 12
     assert train(train_config(str(tmp_path / "text"), str(tmp_path / "run")))["steps"] == 12
 
     done = run(*train_in_two(tmp_path, "whole"), timeout=4 * MINUTE)
     assert done.returncode == 0, done.stderr
     assert "[0] step 12/12" in done.stdout and "[1]" not in done.stdout
-    assert (tmp_path / "whole" / "loss.png").exists() and len(list((tmp_path / "whole" / "tensorboard").iterdir())) == 1
+    assert (tmp_path / "whole" / "loss.png").exists() and len(
+        list((tmp_path / "whole" / "tensorboard").iterdir())
+    ) == 1
     compare(tmp_path / "run", tmp_path / "whole")
 
 
@@ -178,12 +244,16 @@ def compare(run: pathlib.Path, whole: pathlib.Path) -> None:
     def metrics(folder):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         names = "loss", "grad_norm", "held_out_nll"
-        return {(line["step"], name): line[name] for line in lines for name in names if name in line}
+        return {
+            (line["step"], name): line[name] for line in lines for name in names if name in line
+        }
 
     assert metrics(run) == pytest.approx(metrics(whole), rel=1e-5)
     cfg, params = v4jax.load(whole)
     exported = v4jax.load(whole / "export")[1]
-    jax.tree.map(np.testing.assert_array_equal, exported, params)  # put together from shards of two processes
+    jax.tree.map(
+        np.testing.assert_array_equal, exported, params
+    )  # put together from shards of two processes
     weights, expected = to_official(cfg, v4jax.load(run / "export")[1]), to_official(cfg, exported)
     for name, value in expected.items():
         # AdamW makes full steps of gradients that are rounding noise (tests/test_mesh.py), so not hc_*.
@@ -193,14 +263,43 @@ def compare(run: pathlib.Path, whole: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_score_and_generate_as_one(tmp_path, capsys):
-    params = jax.tree.map(lambda a: a if a.ndim < 2 or a.shape[-1] == 2 else a * 0.1, random_params(MODEL))
+    params = jax.tree.map(
+        lambda a: a if a.ndim < 2 or a.shape[-1] == 2 else a * 0.1, random_params(MODEL)
+    )
     v4jax.save_safetensors(MODEL, params, tmp_path / "ckpt", dtype="float32")
     np.save(tmp_path / "in.npy", global_batch()["tokens"][:3])
-    score = ["score", str(tmp_path / "ckpt"), "--tokens", str(tmp_path / "in.npy"), "--json", "--out"]
-    generate = ["generate", str(tmp_path / "ckpt"), "--tokens", "3,5,7", "--max-new-tokens", "4", "--json"]
+    score = [
+        "score",
+        str(tmp_path / "ckpt"),
+        "--tokens",
+        str(tmp_path / "in.npy"),
+        "--json",
+        "--out",
+    ]
+    generate = [
+        "generate",
+        str(tmp_path / "ckpt"),
+        "--tokens",
+        "3,5,7",
+        "--max-new-tokens",
+        "4",
+        "--json",
+    ]
     assert cli.main([*score, str(tmp_path / "one.npz")]) == 0 and cli.main(generate) == 0
     expected = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    start = [sys.executable, "-m", "v4jax", "launch", "--processes", "2", "--devices", "4", "--output", "first", "--"]
+    start = [
+        sys.executable,
+        "-m",
+        "v4jax",
+        "launch",
+        "--processes",
+        "2",
+        "--devices",
+        "4",
+        "--output",
+        "first",
+        "--",
+    ]
     mesh = ["--mesh", "data=2,tensor=4"]
     done = [
         run(*start, sys.executable, "-m", "v4jax", *command, *mesh)
@@ -211,7 +310,9 @@ def test_two_processes_score_and_generate_as_one(tmp_path, capsys):
     got = json.loads(done[1].stdout)
     for one in (got, expected[1]):
         one["log_probs"] = np.array(one["log_probs"])
-    np.testing.assert_allclose(got.pop("log_probs"), expected[1].pop("log_probs"), atol=2e-5)  # sums in another order
+    np.testing.assert_allclose(
+        got.pop("log_probs"), expected[1].pop("log_probs"), atol=2e-5
+    )  # sums in another order
     assert got == expected[1]
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
         for name in ("logits", "mtp_logits", "nll"):
@@ -233,7 +334,10 @@ def test_without_a_launcher_the_others_notice_too(lost):
     """)
     places = [_environment(address, 2, i, 1) | {"PYTHONPATH": str(ROOT)} for i in (0, 1)]
     jobs = [
-        subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env) for env in places
+        subprocess.Popen(
+            code, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+        )
+        for env in places
     ]
     try:
         assert [job.stdout.readline() for job in jobs] == ["up\n"] * 2

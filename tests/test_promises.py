@@ -24,27 +24,51 @@ def params():
 def equations(jaxpr):
     for equation in jaxpr.eqns:
         yield equation
-        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+        for value in jax.tree.leaves(
+            tuple(equation.params.values()),
+            is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
+        ):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from equations(inner)
 
 
 def shapes(jaxpr):
-    return (variable.aval.shape for equation in equations(jaxpr) for variable in equation.outvars if hasattr(variable.aval, "shape"))
+    return (
+        variable.aval.shape
+        for equation in equations(jaxpr)
+        for variable in equation.outvars
+        if hasattr(variable.aval, "shape")
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_float32_products_are_float32_on_every_platform(dtype):
     """TPUs round the operands of a product to bfloat16, and GPUs to TF32, unless it asks for more: router, mHC, compressors."""
     teach = Csa(teach=True)
-    loss = lambda params, tokens: loss_and_routing(MODEL, params, {"tokens": tokens}, dtype=dtype, csa=teach)[0]  # noqa: E731
-    jaxpr = jax.make_jaxpr(jax.grad(loss))(abstract_params(MODEL), jax.ShapeDtypeStruct((2, 72), jnp.int32)).jaxpr
-    products = [one for one in equations(jaxpr) if one.primitive.name in ("dot_general", "ragged_dot_general")]
-    single = [one for one in products if all(operand.aval.dtype == jnp.float32 for operand in one.invars[:2])]
+
+    def loss(params, tokens):
+        return loss_and_routing(MODEL, params, {"tokens": tokens}, dtype=dtype, csa=teach)[0]
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(
+        abstract_params(MODEL), jax.ShapeDtypeStruct((2, 72), jnp.int32)
+    ).jaxpr
+    products = [
+        one
+        for one in equations(jaxpr)
+        if one.primitive.name in ("dot_general", "ragged_dot_general")
+    ]
+    single = [
+        one
+        for one in products
+        if all(operand.aval.dtype == jnp.float32 for operand in one.invars[:2])
+    ]
     assert len(single) > 20 and (dtype == jnp.float32) == (len(single) == len(products))
     for one in single:
-        assert one.params["precision"] in (jax.lax.Precision.HIGHEST, (jax.lax.Precision.HIGHEST,) * 2), one
+        assert one.params["precision"] in (
+            jax.lax.Precision.HIGHEST,
+            (jax.lax.Precision.HIGHEST,) * 2,
+        ), one
 
 
 def test_no_array_is_quadratic_in_the_length(monkeypatch):
@@ -52,22 +76,34 @@ def test_no_array_is_quadratic_in_the_length(monkeypatch):
     monkeypatch.setattr(attention, "CHUNK_BYTES", 2**16)
     seq = 1432  # no other size of the model, and neither is a quarter of it
     tokens = jax.ShapeDtypeStruct((2, seq), jnp.int32)
-    loss = lambda params, tokens: loss_and_routing(MODEL, params, {"tokens": tokens}, remat=True)[0]  # noqa: E731
+
+    def loss(params, tokens):
+        return loss_and_routing(MODEL, params, {"tokens": tokens}, remat=True)[0]
+
     found = set(shapes(jax.make_jaxpr(jax.grad(loss))(abstract_params(MODEL), tokens).jaxpr))
     assert len(found) > 100 and any(seq in shape for shape in found)
     for shape in found:
         assert sum(size >= seq // 4 for size in shape) <= 1, shape
-        assert np.prod(shape, dtype=float) <= 2 * seq * 19 * 16, shape  # the largest: what 19 Sinkhorn steps of 4 x 4 keep
+        assert np.prod(shape, dtype=float) <= 2 * seq * 19 * 16, (
+            shape
+        )  # the largest: what 19 Sinkhorn steps of 4 x 4 keep
 
 
 def test_remat_changes_nothing(params):
     batch = {"tokens": jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, 40)), jnp.int32)}
-    step = lambda remat: jax.jit(  # noqa: E731
-        jax.value_and_grad(lambda params: loss_and_routing(MODEL, params, batch, remat=remat)[0])
-    )(params)
+
+    def step(remat):
+        return jax.jit(
+            jax.value_and_grad(
+                lambda params: loss_and_routing(MODEL, params, batch, remat=remat)[0]
+            )
+        )(params)
+
     (loss, grads), (loss_again, grads_again) = step(False), step(True)
     assert float(loss) == pytest.approx(float(loss_again), rel=1e-6)
-    for a, b in zip(*(map(np.asarray, jax.tree.leaves(tree)) for tree in (grads, grads_again)), strict=True):
+    for a, b in zip(
+        *(map(np.asarray, jax.tree.leaves(tree)) for tree in (grads, grads_again)), strict=True
+    ):
         # The same sums, fused differently.
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-8 * b.size**0.5
 
@@ -78,7 +114,9 @@ def test_bfloat16_stays_near_float32(params):
     exact = forward(MODEL, params, tokens, dtype=jnp.float32)
     rough = forward(MODEL, params, tokens, dtype=jnp.bfloat16)
     assert rough.logits.dtype == jnp.float32
-    error = jnp.linalg.norm(rough.logits - exact.logits, axis=-1) / jnp.linalg.norm(exact.logits, axis=-1)
+    error = jnp.linalg.norm(rough.logits - exact.logits, axis=-1) / jnp.linalg.norm(
+        exact.logits, axis=-1
+    )
     assert 1e-4 < float(jnp.median(error)) < 0.05
 
 
@@ -87,7 +125,11 @@ def test_a_cut_sequence_has_the_logits_of_a_whole_one(params, packed):
     """17 rows a device: windows of 4, 8 and 128 rows all straddle devices, some of them several."""
     rng = np.random.default_rng(1)
     tokens = jnp.asarray(rng.integers(0, 96, (2, 136)), jnp.int32)
-    segments = jnp.asarray(np.sort(rng.integers(0, 3, (2, 136)), axis=1)[:, ::-1], jnp.int32) if packed else None
+    segments = (
+        jnp.asarray(np.sort(rng.integers(0, 3, (2, 136)), axis=1)[:, ::-1], jnp.int32)
+        if packed
+        else None
+    )
     whole = forward(MODEL, params, tokens, segments)
     sizes = parse_mesh("context=8")
     with jax.set_mesh(make_mesh(sizes)):
@@ -96,4 +138,3 @@ def test_a_cut_sequence_has_the_logits_of_a_whole_one(params, packed):
             forward(MODEL, params, tokens[:, :135], rules=layout_for("cp_ep", sizes))
     np.testing.assert_allclose(cut.logits, whole.logits, atol=2e-5)
     np.testing.assert_allclose(cut.mtp_logits[:, :-1], whole.mtp_logits[:, :-1], atol=2e-5)
-

@@ -88,22 +88,37 @@ def test_dataclasses_with_lazy_annotations_work_in_a_config(tmp_path):
 IN = "{tmp}/cfg.py"
 BROKEN = {
     "syntax": ("\n\nx = (", f"{IN}:3: SyntaxError: '(' was never closed"),
-    "import": ("import nothing_called_so", f"{IN}:1: ModuleNotFoundError: No module named 'nothing_called_so'"),
+    "import": (
+        "import nothing_called_so",
+        f"{IN}:1: ModuleNotFoundError: No module named 'nothing_called_so'",
+    ),
     "relative": ("from . import x", f"{IN}:1: ImportError: attempted relative import"),
-    "value": (GOOD.replace("steps=7", "steps=0"), f"{IN}:5: ValueError: steps: got 0; must be at least 1"),
+    "value": (
+        GOOD.replace("steps=7", "steps=0"),
+        f"{IN}:5: ValueError: steps: got 0; must be at least 1",
+    ),
     "no message": ("def get_config():\n    assert 1 > 2\n", f"{IN}:2: AssertionError\n"),
     "several lines": ("raise OSError('a\\n  b')", f"{IN}:1: OSError: a b"),
     "exit": ("import sys\nsys.exit(0)", f"{IN}:2: SystemExit: 0"),
-    "recursion": ("def get_config():\n    return get_config()", f"{IN}:2: RecursionError: maximum recursion depth"),
+    "recursion": (
+        "def get_config():\n    return get_config()",
+        f"{IN}:2: RecursionError: maximum recursion depth",
+    ),
     "a neighbour": ("import near\n", "{tmp}/near.py:2: ZeroDivisionError: division by zero"),
     "a neighbour's syntax": ("import bad\n", "{tmp}/bad.py:1: SyntaxError: "),
     "no function": ("x = 1", f"{IN}: has no function get_config()"),
     "no callable": ("get_config = 3", f"{IN}: get_config is of type int; must be a function"),
-    "arguments": ("def get_config(size, *, n, m=1, **more): pass", f"{IN}: get_config(size, n) must need no arguments"),
-    "another result": ("def get_config(): return {}", f"{IN}: get_config() gave dict; must give a v4jax.train.config.TrainConfig"),
+    "arguments": (
+        "def get_config(size, *, n, m=1, **more): pass",
+        f"{IN}: get_config(size, n) must need no arguments",
+    ),
+    "another result": (
+        "def get_config(): return {}",
+        f"{IN}: get_config() gave dict; must give a v4jax.train.config.TrainConfig",
+    ),
     "no result": ("def get_config(): pass", f"{IN}: get_config() gave NoneType"),
     "bytes": ("x = '\0'", f"{IN}"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

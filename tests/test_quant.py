@@ -8,7 +8,11 @@ import pytest
 from v4jax.quant import fp8, mxfp4, scales
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E4M3 = [0.0] + [i / 8 * 2.0**-6 for i in range(1, 8)] + [(1 + i / 8) * 2.0 ** (e - 7) for e in range(1, 16) for i in range(8)][:-1]
+E4M3 = (
+    [0.0]
+    + [i / 8 * 2.0**-6 for i in range(1, 8)]
+    + [(1 + i / 8) * 2.0 ** (e - 7) for e in range(1, 16) for i in range(8)][:-1]
+)
 
 
 def nearest_even(x: float, values) -> int:
@@ -24,9 +28,14 @@ def power(amax: float, largest: float) -> float:
 
 def random(shape, seed=0):
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=shape).astype(np.float32) * np.exp2(rng.integers(-30, 30, (shape[0], 1))).astype(np.float32)
+    x = rng.normal(size=shape).astype(np.float32) * np.exp2(
+        rng.integers(-30, 30, (shape[0], 1))
+    ).astype(np.float32)
     x[0] = 0  # a row of nothing, and one of numbers halfway between codes
-    x[1] = np.resize(np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.25, -2.5, -5.0, 6.0], np.float32), shape[1])
+    x[1] = np.resize(
+        np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.25, -2.5, -5.0, 6.0], np.float32),
+        shape[1],
+    )
     return x
 
 
@@ -54,8 +63,14 @@ def test_fp8_is_the_plain_restatement():
         expected = power(max(float(np.abs(block).max()), 1e-4), 448.0)
         assert scale[p, q] == expected
         rows, columns = np.random.default_rng(1).integers(0, block.shape, (400, 2)).T
-        for value, code in zip(block[rows, columns], codes.view(np.uint8)[p * 128 + rows, q * 128 + columns], strict=True):
-            assert code & 127 == nearest_even(value / expected, E4M3) and code >> 7 == int(np.signbit(value))
+        for value, code in zip(
+            block[rows, columns],
+            codes.view(np.uint8)[p * 128 + rows, q * 128 + columns],
+            strict=True,
+        ):
+            assert code & 127 == nearest_even(value / expected, E4M3) and code >> 7 == int(
+                np.signbit(value)
+            )
 
 
 def test_the_largest_number_decides_the_scale():
@@ -66,7 +81,11 @@ def test_the_largest_number_decides_the_scale():
 
 
 def test_every_code_survives_both_ways():
-    codes = np.array([code for code in range(256) if code & 127 != 127], np.uint8).view(fp8.E4M3)[None].repeat(3, 0)
+    codes = (
+        np.array([code for code in range(256) if code & 127 != 127], np.uint8)
+        .view(fp8.E4M3)[None]
+        .repeat(3, 0)
+    )
     for scale in (1.0, 2.0**-100, 2.0**100, 0.3):
         scale_PQ = np.full(fp8.scale_shape(codes.shape), scale, np.float32)
         again, _ = fp8.quantise(fp8.dequantise(codes, scale_PQ), scale_PQ)
@@ -102,13 +121,28 @@ def test_ue8m0_bytes():
 @pytest.mark.parametrize(
     ("action", "message"),
     [
-        (lambda: scales.from_ue8m0(np.array([[3, 255]], np.uint8)), r"got byte 255 \(NaN\) at \[0, 1\]"),
+        (
+            lambda: scales.from_ue8m0(np.array([[3, 255]], np.uint8)),
+            r"got byte 255 \(NaN\) at \[0, 1\]",
+        ),
         (lambda: scales.to_ue8m0(np.array([3.0], np.float32)), "got 3.0; must be a power of two"),
-        (lambda: scales.check_float_scale(np.array([-1.0], np.float32)), "got -1.0 .* must be positive, finite"),
-        (lambda: fp8.quantise(np.full((1, 1), np.nan, np.float32)), "got nan; fp8 and MXFP4 hold finite numbers only"),
+        (
+            lambda: scales.check_float_scale(np.array([-1.0], np.float32)),
+            "got -1.0 .* must be positive, finite",
+        ),
+        (
+            lambda: fp8.quantise(np.full((1, 1), np.nan, np.float32)),
+            "got nan; fp8 and MXFP4 hold finite numbers only",
+        ),
         (lambda: mxfp4.quantise(np.full((1, 32), np.inf, np.float32)), "got inf; fp8 and MXFP4"),
-        (lambda: mxfp4.quantise(np.ones((1, 31), np.float32)), "got 31 input features; must be a multiple of 32"),
-        (lambda: fp8.dequantise(np.full((1, 1), 127, np.uint8), np.ones((1, 1), np.float32)), "e4m3 NaN"),
+        (
+            lambda: mxfp4.quantise(np.ones((1, 31), np.float32)),
+            "got 31 input features; must be a multiple of 32",
+        ),
+        (
+            lambda: fp8.dequantise(np.full((1, 1), 127, np.uint8), np.ones((1, 1), np.float32)),
+            "e4m3 NaN",
+        ),
     ],
 )
 def test_what_has_no_meaning_is_refused(action, message):
@@ -118,9 +152,13 @@ def test_what_has_no_meaning_is_refused(action, message):
 
 def test_fp8_codes_are_those_of_a_cast():
     bits = np.arange(2**16, dtype=np.uint32) << np.uint32(16)
-    y = np.concatenate([(bits + np.uint32(low)).view(np.float32) for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
+    y = np.concatenate(
+        [(bits + np.uint32(low)).view(np.float32) for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]
+    )
     y = y[np.isfinite(y)]
-    np.testing.assert_array_equal(fp8.codes(y), np.clip(y, -448, 448).astype(fp8.E4M3).view(np.uint8))
+    np.testing.assert_array_equal(
+        fp8.codes(y), np.clip(y, -448, 448).astype(fp8.E4M3).view(np.uint8)
+    )
 
 
 def test_mxfp4_of_bfloat16_bits_is_that_of_the_numbers():
@@ -129,7 +167,9 @@ def test_mxfp4_of_bfloat16_bits_is_that_of_the_numbers():
     every = every[np.isfinite(every.astype(np.float32))]
     by_size = every[np.argsort(np.abs(every.astype(np.float32)), kind="stable")]
     zeros = np.array([0.0, -0.0] * 16, mxfp4.BFLOAT16)
-    x = np.concatenate([every, by_size, zeros, np.random.default_rng(0).permutation(every)]).reshape(-1, mxfp4.BLOCK)
+    x = np.concatenate(
+        [every, by_size, zeros, np.random.default_rng(0).permutation(every)]
+    ).reshape(-1, mxfp4.BLOCK)
     given = [scales.from_ue8m0(np.full((len(x), 1), byte, np.uint8)) for byte in range(255)]
     for scale, rows in [(None, x), *((scale[::97], x[::97]) for scale in given)]:
         with np.errstate(over="ignore"):

@@ -9,10 +9,10 @@ import json
 
 import numpy as np
 import pytest
-
 from reference import indexer, rotary, transformer
 from reference.loss import loss
 from reference.weights import random_weights, shapes
+
 from v4jax.config import CSA, WINDOW_ONLY, ModelConfig, RopeScaling
 
 pytestmark = pytest.mark.parity
@@ -66,7 +66,10 @@ ODD = PLAIN | dict(
 
 def config(ratios: tuple[int, ...], sizes: dict, yarn: RopeScaling | None) -> ModelConfig:
     return ModelConfig(
-        **sizes, compress_ratios=(*ratios, WINDOW_ONLY), num_hidden_layers=len(ratios), rope_scaling=yarn
+        **sizes,
+        compress_ratios=(*ratios, WINDOW_ONLY),
+        num_hidden_layers=len(ratios),
+        rope_scaling=yarn,
     )
 
 
@@ -79,7 +82,8 @@ CONFIGS = {
     "pro-like odd": config(PRO_LIKE, ODD, None),
 }
 BIG_EPS = {  # epsilons large enough to show in the logits where they stand
-    name: CONFIGS[name].replace(hc_eps=0.03, rms_norm_eps=0.05) for name in ("flash-like yarn", "pro-like odd")
+    name: CONFIGS[name].replace(hc_eps=0.03, rms_norm_eps=0.05)
+    for name in ("flash-like yarn", "pro-like odd")
 }
 
 
@@ -103,7 +107,11 @@ def peer(cfg: ModelConfig, weights: dict, path):
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps(cfg.to_dict()))
     model, info = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager", output_loading_info=True
+        path,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
     )
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert all(name.startswith("mtp.") for name in info["unexpected_keys"])
@@ -151,7 +159,9 @@ def test_float32_logits_agree(name, tmp_path):
     for length in (1, 3, 4, 5, 127, 128, 129, 300):
         tokens_BS = random_tokens(cfg, length)
         ours = transformer.forward(cfg, weights, tokens_BS).logits
-        np.testing.assert_allclose(logits_of(model, tokens_BS), ours, rtol=0, atol=1e-4, err_msg=f"S={length}")
+        np.testing.assert_allclose(
+            logits_of(model, tokens_BS), ours, rtol=0, atol=1e-4, err_msg=f"S={length}"
+        )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -163,7 +173,9 @@ def test_equations_agree_in_float64(name, tmp_path, monkeypatch):
         tokens_BS = random_tokens(cfg, length, rows=1)
         ours = transformer.forward(cfg, weights, tokens_BS).logits
         assert 0.3 < ours.std() < 3, "logits of unit scale, or the tolerance means nothing"
-        np.testing.assert_allclose(logits_of(model, tokens_BS), ours, rtol=0, atol=1e-10, err_msg=f"S={length}")
+        np.testing.assert_allclose(
+            logits_of(model, tokens_BS), ours, rtol=0, atol=1e-10, err_msg=f"S={length}"
+        )
 
 
 @pytest.mark.parametrize("name", BIG_EPS)
@@ -172,7 +184,9 @@ def test_each_epsilon_stands_where_transformers_has_it(name, tmp_path, monkeypat
     weights = random_weights(cfg, seed=3)
     tokens_BS = random_tokens(cfg, 140, rows=1)
     theirs = logits_of(widen(peer(cfg, weights, tmp_path), cfg, monkeypatch), tokens_BS)
-    np.testing.assert_allclose(theirs, transformer.forward(cfg, weights, tokens_BS).logits, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(
+        theirs, transformer.forward(cfg, weights, tokens_BS).logits, rtol=0, atol=1e-10
+    )
 
 
 def test_index_scores_agree_in_float64(tmp_path, monkeypatch):
@@ -204,20 +218,38 @@ def test_mtp_agrees_with_the_same_block_in_transformers(tmp_path, monkeypatch):
     logits_of(main, tokens_BS)
 
     cfg_1 = cfg.replace(
-        num_hidden_layers=1, compress_ratios=(WINDOW_ONLY,), num_hash_layers=0, num_nextn_predict_layers=0
+        num_hidden_layers=1,
+        compress_ratios=(WINDOW_ONLY,),
+        num_hash_layers=0,
+        num_nextn_predict_layers=0,
     )
-    weights_1 = {name.replace("mtp.0.", "layers.0."): w for name, w in weights.items() if name.startswith("mtp.0.")}
-    weights_1 |= {name.removeprefix("layers.0."): weights_1[name] for name in list(weights_1) if "hc_head" in name}
+    weights_1 = {
+        name.replace("mtp.0.", "layers.0."): w
+        for name, w in weights.items()
+        if name.startswith("mtp.0.")
+    }
+    weights_1 |= {
+        name.removeprefix("layers.0."): weights_1[name]
+        for name in list(weights_1)
+        if "hc_head" in name
+    }
     weights_1 |= {"norm.weight": weights["mtp.0.norm.weight"]}
     weights_1 |= {name: weights[name] for name in ("embed.weight", "head.weight")}
-    single = widen(peer(cfg_1, {name: weights_1[name] for name in shapes(cfg_1)}, tmp_path), cfg_1, monkeypatch)
+    single = widen(
+        peer(cfg_1, {name: weights_1[name] for name in shapes(cfg_1)}, tmp_path), cfg_1, monkeypatch
+    )
 
     def joined(_, args, kwargs):
         names = ("e_proj", "h_proj", "enorm", "hnorm")
         w = {name: torch.from_numpy(weights[f"mtp.0.{name}.weight"]).double() for name in names}
         norm = torch.nn.functional.rms_norm
-        e = norm(args[0][:, :, :1], (cfg.hidden_size,), w["enorm"], cfg.rms_norm_eps) @ w["e_proj"].T
-        return (e + norm(streams[0], (cfg.hidden_size,), w["hnorm"], cfg.rms_norm_eps) @ w["h_proj"].T,), kwargs
+        e = (
+            norm(args[0][:, :, :1], (cfg.hidden_size,), w["enorm"], cfg.rms_norm_eps)
+            @ w["e_proj"].T
+        )
+        return (
+            e + norm(streams[0], (cfg.hidden_size,), w["hnorm"], cfg.rms_norm_eps) @ w["h_proj"].T,
+        ), kwargs
 
     single.model.layers[0].register_forward_pre_hook(joined, with_kwargs=True)
     theirs = logits_of(single, np.roll(tokens_BS, -1, axis=1))[:, :-1]
@@ -232,7 +264,9 @@ def test_next_token_loss_agrees(tmp_path):
     weights = random_weights(cfg, seed=6)
     tokens_BS = random_tokens(cfg, 50)
     tokens = torch.from_numpy(tokens_BS)
-    theirs = float(peer(cfg, weights, tmp_path)(tokens, labels=tokens, use_cache=False).loss.detach())
+    theirs = float(
+        peer(cfg, weights, tmp_path)(tokens, labels=tokens, use_cache=False).loss.detach()
+    )
     ours = loss(cfg, transformer.forward(cfg, weights, tokens_BS), tokens_BS)
     assert ours.next_token == pytest.approx(theirs, abs=1e-5)
 
@@ -246,7 +280,11 @@ def test_what_transformers_saves_are_these_names_and_shapes(tmp_path):
     peer(cfg, weights, tmp_path).save_pretrained(tmp_path / "saved")
     saved = {}
     for name, value in load_file(tmp_path / "saved" / "model.safetensors").items():
-        name = name.removeprefix("model.").replace("attn.norm.", "attn.kv_norm.").replace("hc_head.hc_", "hc_head_")
+        name = (
+            name.removeprefix("model.")
+            .replace("attn.norm.", "attn.kv_norm.")
+            .replace("hc_head.hc_", "hc_head_")
+        )
         saved[name.replace("embed_tokens.", "embed.").replace("lm_head.", "head.")] = value
     assert saved.keys() == {name for name in shapes(cfg) if not name.startswith("mtp.")}
     for name, value in saved.items():

@@ -12,7 +12,11 @@ from v4jax.checkpoint import load, load_safetensors, save_safetensors
 
 def no_reading(monkeypatch):
     """From here on, reading a tensor fails the test."""
-    monkeypatch.setattr(load, "fill_tree", lambda *args: pytest.fail("a tensor was read before the checks were done"))
+    monkeypatch.setattr(
+        load,
+        "fill_tree",
+        lambda *args: pytest.fail("a tensor was read before the checks were done"),
+    )
 
 
 def without(*names):
@@ -32,14 +36,23 @@ def table(row, value):
 _BAD_TENSORS = [
     ({}, r"missing tensor embed.weight \[97, 48\] \(and \d+ more\)"),
     (without("layers.3.attn.attn_sink"), r"missing tensor layers.3.attn.attn_sink \[6\]$"),
-    (without(*(name for name in TENSORS if name.startswith("mtp."))), "missing tensor mtp.0.attn_norm.weight"),
+    (
+        without(*(name for name in TENSORS if name.startswith("mtp."))),
+        "missing tensor mtp.0.attn_norm.weight",
+    ),
     (TENSORS | {"layers.7.x": np.zeros(3, np.float32)}, r"unexpected tensor layers.7.x \[3\]$"),
-    (TENSORS | {"layers.3.ffn.gate.tid2eid": TENSORS[GATE]}, "unexpected tensor layers.3.ffn.gate.tid2eid"),
+    (
+        TENSORS | {"layers.3.ffn.gate.tid2eid": TENSORS[GATE]},
+        "unexpected tensor layers.3.ffn.gate.tid2eid",
+    ),
     (
         TENSORS | {"layers.4.attn.wo_a.weight": np.zeros((48, 24), np.float32)},
         r"tensor layers.4.attn.wo_a.weight: got shape \[48, 24\]; must be \[24, 48\]",
     ),
-    (TENSORS | {"norm.weight": np.ones(48, np.float16)}, "tensor norm.weight: got F16; allowed: F32, BF16"),
+    (
+        TENSORS | {"norm.weight": np.ones(48, np.float16)},
+        "tensor norm.weight: got F16; allowed: F32, BF16",
+    ),
     (TENSORS | {"norm.weight": np.ones(48)}, "tensor norm.weight: got F64; allowed: F32, BF16"),
     (TENSORS | {GATE: TENSORS[GATE].astype(BF16)}, f"tensor {GATE}: got BF16; allowed: I64, I32"),
     (
@@ -51,18 +64,37 @@ _BAD_TENSORS = [
         "layers.0.attn.wq_a.weight: got F32 with F32 scales .*; allowed: None",
     ),
     (
-        TENSORS | {WQ_A: TENSORS[WQ_A].astype(E4M3), "layers.0.attn.wq_a.scale": np.ones((1, 2), np.float32)},
+        TENSORS
+        | {
+            WQ_A: TENSORS[WQ_A].astype(E4M3),
+            "layers.0.attn.wq_a.scale": np.ones((1, 2), np.float32),
+        },
         r"tensor layers.0.attn.wq_a.scale: got shape \[1, 2\]; must be \[1, 1\]",
     ),
     (
         TENSORS | {"layers.0.ffn.experts.0.w1.weight": np.ones((40, 24), np.int8)},
         "layers.0.ffn.experts.0.w1.weight: got I8 with no scales",
     ),
-    (TENSORS | {"embed.weight": TENSORS["embed.weight"].astype(E4M3)}, "embed.weight: got F8_E4M3; allowed: F32, BF16"),
-    (TENSORS | {WQ_A: np.ones((20, 24), np.int8)}, "wq_a.weight: got I8; allowed: F32, BF16, F8_E4M3"),
-    (without("mtp.0.enorm.weight"), "tensor mtp.0.[a-z_.]*: this checkpoint's mtp.. is a DSpark drafter"),
-    (TENSORS | {"mtp.1.enorm.weight": np.ones(48, np.float32)}, "tensor mtp.1.enorm.weight: .* is a DSpark drafter"),
-    (TENSORS | {"model.norm.weight": np.ones(48, np.float32)}, "got both .*norm.weight, two names of norm.weight"),
+    (
+        TENSORS | {"embed.weight": TENSORS["embed.weight"].astype(E4M3)},
+        "embed.weight: got F8_E4M3; allowed: F32, BF16",
+    ),
+    (
+        TENSORS | {WQ_A: np.ones((20, 24), np.int8)},
+        "wq_a.weight: got I8; allowed: F32, BF16, F8_E4M3",
+    ),
+    (
+        without("mtp.0.enorm.weight"),
+        "tensor mtp.0.[a-z_.]*: this checkpoint's mtp.. is a DSpark drafter",
+    ),
+    (
+        TENSORS | {"mtp.1.enorm.weight": np.ones(48, np.float32)},
+        "tensor mtp.1.enorm.weight: .* is a DSpark drafter",
+    ),
+    (
+        TENSORS | {"model.norm.weight": np.ones(48, np.float32)},
+        "got both .*norm.weight, two names of norm.weight",
+    ),
 ]
 
 
@@ -85,7 +117,9 @@ def test_headers_are_refused_before_any_tensor_is_read(tmp_path, monkeypatch, te
 def test_hash_tables_are_refused_before_other_tensors_are_placed(tmp_path, tensors, message):
     placed = []
     with pytest.raises(ValueError, match=message):
-        load_safetensors(write(tmp_path / "in", tensors), put=lambda path, leaf: placed.append(path))
+        load_safetensors(
+            write(tmp_path / "in", tensors), put=lambda path, leaf: placed.append(path)
+        )
     assert all(path[-1] == "tid2eid" for path in placed)
 
 
@@ -93,7 +127,10 @@ def test_hash_tables_are_refused_before_other_tensors_are_placed(tmp_path, tenso
     ("tensors", "message"),
     [
         (table(7, 3), f"{GATE}: row 7 is [3, 3]: one expert twice"),
-        (TENSORS | {GATE: 0 * TENSORS[GATE]}, f"{GATE}: row 0 is [0, 0]: one expert twice; the table is all zeros"),
+        (
+            TENSORS | {GATE: 0 * TENSORS[GATE]},
+            f"{GATE}: row 0 is [0, 0]: one expert twice; the table is all zeros",
+        ),
     ],
 )
 def test_a_repeated_expert_is_read_with_a_warning_in_the_log(tmp_path, caplog, tensors, message):
@@ -118,16 +155,34 @@ def first_file(directory):
 
 
 _BAD_FILES = {
-    "file gone": (lambda d: first_file(d).unlink(), f"{INDEX}: names model-00001-of-.*, which does not exist"),
+    "file gone": (
+        lambda d: first_file(d).unlink(),
+        f"{INDEX}: names model-00001-of-.*, which does not exist",
+    ),
     "truncated": (
         lambda d: first_file(d).write_bytes(first_file(d).read_bytes()[:-10]),
         "model-00001-of-.*: not a readable safetensors file: ",
     ),
-    "garbage": (lambda d: first_file(d).write_bytes(b"x" * 500), "model-00001-of-.*: not a readable safetensors file"),
-    "empty": (lambda d: first_file(d).write_bytes(b""), "model-00001-of-.*: not a readable safetensors file"),
-    "index not JSON": (lambda d: (d / INDEX).write_text("{"), f"{INDEX}: expected a JSON object with .weight_map"),
-    "index a list": (lambda d: (d / INDEX).write_text("[]"), f"{INDEX}: expected a JSON object with .weight_map"),
-    "map a list": (lambda d: (d / INDEX).write_text('{"weight_map": [1]}'), f"{INDEX}: expected a JSON object"),
+    "garbage": (
+        lambda d: first_file(d).write_bytes(b"x" * 500),
+        "model-00001-of-.*: not a readable safetensors file",
+    ),
+    "empty": (
+        lambda d: first_file(d).write_bytes(b""),
+        "model-00001-of-.*: not a readable safetensors file",
+    ),
+    "index not JSON": (
+        lambda d: (d / INDEX).write_text("{"),
+        f"{INDEX}: expected a JSON object with .weight_map",
+    ),
+    "index a list": (
+        lambda d: (d / INDEX).write_text("[]"),
+        f"{INDEX}: expected a JSON object with .weight_map",
+    ),
+    "map a list": (
+        lambda d: (d / INDEX).write_text('{"weight_map": [1]}'),
+        f"{INDEX}: expected a JSON object",
+    ),
     "another folder": (
         lambda d: edit_index(d, lambda m: m.update({"embed.weight": "../x.safetensors"})),
         "got file '../x.safetensors'; must be a file name in this directory",
@@ -142,9 +197,15 @@ _BAD_FILES = {
         "model-00001-of-.*: lacks ghost.weight, which .* places there",
     ),
     "no index": (lambda d: (d / INDEX).unlink(), rf"got \d+ .*safetensors files and no {INDEX}"),
-    "two checkpoints": (lambda d: write(d), f"got model.safetensors, and {INDEX} that does not name it"),
+    "two checkpoints": (
+        lambda d: write(d),
+        f"got model.safetensors, and {INDEX} that does not name it",
+    ),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json: no such file"),
-    "other model": (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "model_type: got 'llama'"),
+    "other model": (
+        lambda d: (d / "config.json").write_text('{"model_type": "llama"}'),
+        "model_type: got 'llama'",
+    ),
 }
 
 
@@ -170,6 +231,8 @@ def test_nothing_to_load_is_refused(tmp_path):
 def test_only_known_dtypes(tmp_path, dtype):
     with pytest.raises(ValueError, match=f"dtype: got {dtype!r}; allowed: 'float32', 'bfloat16'"):
         load_safetensors(write(tmp_path / "in"), dtype=dtype)
-    with pytest.raises(ValueError, match=f"dtype: got {dtype!r}; allowed: 'float32', 'bfloat16', 'fp8', 'official'"):
+    with pytest.raises(
+        ValueError, match=f"dtype: got {dtype!r}; allowed: 'float32', 'bfloat16', 'fp8', 'official'"
+    ):
         save_safetensors(CFG, PARAMS, tmp_path / "out", dtype=dtype)
     assert not (tmp_path / "out").exists()

@@ -25,7 +25,9 @@ WARM = Setting(sampling=Sampling(temperature=1.0))
 
 @pytest.fixture(scope="module")
 def model():
-    cfg = small_config(**SMALL | dict(compress_ratios=(4, 128, 0), num_hidden_layers=2, num_hash_layers=0))
+    cfg = small_config(
+        **SMALL | dict(compress_ratios=(4, 128, 0), num_hidden_layers=2, num_hash_layers=0)
+    )
     return cfg, jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 0)))
 
 
@@ -38,17 +40,25 @@ def whole(model, tmp_path_factory):
 
 def test_log_probabilities_are_those_of_the_training_forward(model, whole):
     samples, _ = whole
-    assert [len(own) for own in samples] == [2, 2, 2] and samples[0][0].tokens != samples[0][1].tokens
+    assert [len(own) for own in samples] == [2, 2, 2] and samples[0][0].tokens != samples[0][
+        1
+    ].tokens
     rows = np.zeros((6, 24), np.int32)
-    flat = [(prompt, sample) for prompt, own in zip(PROMPTS, samples, strict=True) for sample in own]
+    flat = [
+        (prompt, sample) for prompt, own in zip(PROMPTS, samples, strict=True) for sample in own
+    ]
     for row, (prompt, sample) in zip(rows, flat, strict=True):
         row[: len(prompt) + len(sample.tokens)] = prompt + sample.tokens
     scores = np.asarray(jax.nn.log_softmax(v4jax.forward(*model, jnp.asarray(rows)).logits))
     for score, (prompt, sample) in zip(scores, flat, strict=True):
         n = len(sample.tokens)
         expected = score[len(prompt) - 1 :][np.arange(n), sample.tokens]
-        np.testing.assert_allclose(sample.log_probs, expected, atol=2e-4)  # as logits of a cache, issue 6
-        assert sample.ended == ("stop" if sample.tokens[-1] == 4 else "length") and (n == 10 or sample.ended == "stop")
+        np.testing.assert_allclose(
+            sample.log_probs, expected, atol=2e-4
+        )  # as logits of a cache, issue 6
+        assert sample.ended == ("stop" if sample.tokens[-1] == 4 else "length") and (
+            n == 10 or sample.ended == "stop"
+        )
 
 
 def test_samples_end_at_every_end_token_of_the_model(model, whole, tmp_path):
@@ -97,19 +107,26 @@ def test_an_interrupted_batch_goes_on_where_it_was(model, whole, tmp_path, monke
 def test_another_batch_is_refused(model, whole):
     _, log = whole
     for prompts, plan, setting in (
-        (PROMPTS[:2], PLAN, WARM), (PROMPTS, Plan(samples=2, max_new_tokens=11), WARM), (PROMPTS, PLAN, Setting()),
-    ):  # fmt: skip
+        (PROMPTS[:2], PLAN, WARM),
+        (PROMPTS, Plan(samples=2, max_new_tokens=11), WARM),
+        (PROMPTS, PLAN, Setting()),
+    ):
         with pytest.raises(ValueError, match="the log of another batch"):
             rollout(*model, prompts, plan, log, setting=setting)
     with pytest.raises(ValueError, match=r"stop_tokens: got id 97"):
-        rollout(*model, PROMPTS, Plan(samples=1, max_new_tokens=1, stop_tokens=(97,)), log, setting=WARM)
+        rollout(
+            *model, PROMPTS, Plan(samples=1, max_new_tokens=1, stop_tokens=(97,)), log, setting=WARM
+        )
     with pytest.raises(ValueError, match="rows: got 0; must be an integer of at least 1"):
         Plan(samples=1, max_new_tokens=1, rows=0)
 
 
 def test_prompts_may_be_arrays(model, whole):
     samples, log = whole
-    assert rollout(*model, [np.array(prompt) for prompt in PROMPTS], PLAN, log, setting=WARM) == samples
+    assert (
+        rollout(*model, [np.array(prompt) for prompt in PROMPTS], PLAN, log, setting=WARM)
+        == samples
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,7 +137,10 @@ def test_prompts_may_be_arrays(model, whole):
         (b"[99, [5], [-1.0]]", r"sample 99 of \d"),
         (b"[0, [999], [-1.0]]", "sample 0: got id 999"),
         (b"[0, [5], []]", "got 1 with 0 log probabilities"),
-        (b"[0, " + str([5] * 99).encode() + b", " + str([-1.0] * 99).encode() + b"]", "got 99 with 99"),
+        (
+            b"[0, " + str([5] * 99).encode() + b", " + str([-1.0] * 99).encode() + b"]",
+            "got 99 with 99",
+        ),
         (b"7", "line 2 is damaged"),
     ],
 )

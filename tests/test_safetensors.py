@@ -24,7 +24,9 @@ def rounded(tree):
     """The tree as a bfloat16 file holds it."""
     kept = ("hc_attn", "hc_ffn", "hc_head", "attn_sink", "ape", "bias", "tid2eid")
     flat = flatten_dict(tree)
-    return unflatten_dict({path: leaf if {*path} & {*kept} else leaf.astype(BF16) for path, leaf in flat.items()})
+    return unflatten_dict(
+        {path: leaf if {*path} & {*kept} else leaf.astype(BF16) for path, leaf in flat.items()}
+    )
 
 
 # ---- round trips -----------------------------------------------------------------------------------------------------
@@ -75,7 +77,9 @@ def test_files_of_others_load(tmp_path):
 
 
 def test_int32_hash_tables_load(tmp_path):
-    tensors = {name: x.astype(np.int32) if name.endswith("tid2eid") else x for name, x in TENSORS.items()}
+    tensors = {
+        name: x.astype(np.int32) if name.endswith("tid2eid") else x for name, x in TENSORS.items()
+    }
     assert_same(load_safetensors(write(tmp_path / "in", tensors))[1], PARAMS)
 
 
@@ -86,9 +90,11 @@ def test_int32_hash_tables_load(tmp_path):
 def test_stored_names_shapes_and_dtypes_are_official(tmp_path, dtype, stored):
     save_safetensors(CFG, PARAMS, tmp_path / "out", dtype=dtype)
     with safe_open(tmp_path / "out" / "model.safetensors", framework="numpy") as file:
-        headers = {name: file.get_slice(name) for name in file.keys()}
+        headers = {name: file.get_slice(name) for name in file}
         assert file.metadata() == {"format": "pt"}
-    assert {name: tuple(header.get_shape()) for name, header in headers.items()} == official_shapes(CFG)
+    assert {name: tuple(header.get_shape()) for name, header in headers.items()} == official_shapes(
+        CFG
+    )
     for name, header in headers.items():
         fixed = re.search(r"hc_|attn_sink|ape$|gate\.bias", name)
         expected = "I64" if name.endswith("tid2eid") else "F32" if fixed else stored
@@ -107,7 +113,10 @@ def test_config_json_is_official(tmp_path):
     save_safetensors(CFG, PARAMS, tmp_path / "out")
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
     assert raw == json.loads(json.dumps(CFG.to_dict())) | {"torch_dtype": "bfloat16"}
-    assert raw["compress_ratios"] == [0, 0, 4, 128, 4, 128, 4, 0] and raw["rope_scaling"]["type"] == "yarn"
+    assert (
+        raw["compress_ratios"] == [0, 0, 4, 128, 4, 128, 4, 0]
+        and raw["rope_scaling"]["type"] == "yarn"
+    )
     assert "quantization_config" not in raw and "layer_types" not in raw
 
 
@@ -115,15 +124,30 @@ def test_pieces_respect_the_limit_and_the_index_lists_them(tmp_path):
     save_safetensors(CFG, PARAMS, tmp_path / "out", max_file_bytes=60_000)
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
-    assert files == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
-    assert set(index["weight_map"]) == set(official_names(CFG)) and sorted(set(index["weight_map"].values())) == files
-    sizes = [sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / file).values()) for file in files]
-    assert max(sizes) <= 60_000 and sum(sizes) == index["metadata"]["total_size"] and len(sizes) == len(files) > 5
+    assert files == [
+        f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)
+    ]
+    assert (
+        set(index["weight_map"]) == set(official_names(CFG))
+        and sorted(set(index["weight_map"].values())) == files
+    )
+    sizes = [
+        sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / file).values())
+        for file in files
+    ]
+    assert (
+        max(sizes) <= 60_000
+        and sum(sizes) == index["metadata"]["total_size"]
+        and len(sizes) == len(files) > 5
+    )
 
 
 def test_a_model_that_fits_is_one_file_without_index(tmp_path):
     save_safetensors(CFG, PARAMS, tmp_path / "deep" / "out")
-    assert sorted(path.name for path in (tmp_path / "deep" / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "deep" / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -189,7 +213,9 @@ def as_transformers(tensors):
     renamed = {}
     for name, tensor in tensors.items():
         if not name.startswith("mtp."):
-            name = re.sub(r"^hc_head_", "hc_head.hc_", name).replace(".attn.kv_norm.", ".attn.norm.")
+            name = re.sub(r"^hc_head_", "hc_head.hc_", name).replace(
+                ".attn.kv_norm.", ".attn.norm."
+            )
             name = {"embed.weight": "embed_tokens.weight"}.get(name, name)
             renamed[name if name == "head.weight" else f"model.{name}"] = tensor
     return renamed
@@ -197,7 +223,9 @@ def as_transformers(tensors):
 
 def without_mtp(tree):
     tree = {name: value for name, value in tree.items() if name != "mtp"}
-    return tree | {"router": {name: value for name, value in tree["router"].items() if name != "mtp"}}
+    return tree | {
+        "router": {name: value for name, value in tree["router"].items() if name != "mtp"}
+    }
 
 
 def test_transformers_names_load_without_mtp_and_say_so(tmp_path, caplog):
@@ -219,11 +247,17 @@ def test_transformers_files_are_checked_like_others(tmp_path):
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(("dtype", "max_file_bytes"), [("float32", 5 * 10**9), ("bfloat16", 300_000)])
-def test_transformers_opens_an_export_and_what_it_saves_is_the_same(tmp_path, dtype, max_file_bytes):
+@pytest.mark.parametrize(
+    ("dtype", "max_file_bytes"), [("float32", 5 * 10**9), ("bfloat16", 300_000)]
+)
+def test_transformers_opens_an_export_and_what_it_saves_is_the_same(
+    tmp_path, dtype, max_file_bytes
+):
     transformers = pytest.importorskip("transformers")
     save_safetensors(CFG, PARAMS, tmp_path / "ours", dtype=dtype, max_file_bytes=max_file_bytes)
-    model, info = transformers.DeepseekV4ForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    model, info = transformers.DeepseekV4ForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
     assert not any(info.values()), info
     assert str(model.dtype) == f"torch.{dtype}"
     model.save_pretrained(tmp_path / "theirs", max_shard_size="300KB")

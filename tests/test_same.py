@@ -18,12 +18,33 @@ from v4jax.train.resume import start
 from v4jax.train.stages import Batches
 from v4jax.train.step import batch_sharding, compile_step, init_state, state_shardings
 
-MODEL = small_config(vocab_size=260, num_hidden_layers=1, compress_ratios=(4,), num_hash_layers=0, num_nextn_predict_layers=0, hidden_size=32,
-                     moe_intermediate_size=32, num_attention_heads=4, o_groups=2, q_lora_rank=16, n_routed_experts=8)  # fmt: skip
+MODEL = small_config(
+    vocab_size=260,
+    num_hidden_layers=1,
+    compress_ratios=(4,),
+    num_hash_layers=0,
+    num_nextn_predict_layers=0,
+    hidden_size=32,
+    moe_intermediate_size=32,
+    num_attention_heads=4,
+    o_groups=2,
+    q_lora_rank=16,
+    n_routed_experts=8,
+)
 CFG = TrainConfig(
-    model=MODEL, run_dir="unused", steps=4, batch_size=4, seq_len=24, learning_rate=1e-2, warmup_steps=0, log_every=4,
-    eval_batches=0, checkpoint_every=2, remat=False, export="none",
-)  # fmt: skip
+    model=MODEL,
+    run_dir="unused",
+    steps=4,
+    batch_size=4,
+    seq_len=24,
+    learning_rate=1e-2,
+    warmup_steps=0,
+    log_every=4,
+    eval_batches=0,
+    checkpoint_every=2,
+    remat=False,
+    export="none",
+)
 
 
 def states(cfg):
@@ -34,29 +55,57 @@ def states(cfg):
     with jax.set_mesh(mesh), Store(cfg.run_dir) as store:
         for step in (4, 2):
             data = Batches(cfg, lambda view: loop._data(view, loop.tokenizer_of(cfg.data), None))
-            found[step] = jax.tree.map(np.asarray, start(dataclasses.replace(cfg, steps=step), rules, state_shardings(cfg, rules, mesh), store, data).state)
+            found[step] = jax.tree.map(
+                np.asarray,
+                start(
+                    dataclasses.replace(cfg, steps=step),
+                    rules,
+                    state_shardings(cfg, rules, mesh),
+                    store,
+                    data,
+                ).state,
+            )
             store.put_aside_after(step - 1, "seen")
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["", "data=2,expert=2,tensor=2"], ids=["one device", "eight devices"])
+@pytest.mark.parametrize(
+    "mesh", ["", "data=2,expert=2,tensor=2"], ids=["one device", "eight devices"]
+)
 def test_two_runs_are_the_same(mesh, tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "text").mkdir()
     for i in range(6):
-        (tmp_path / f"text/{i}.txt").write_bytes(rng.integers(97, 123, 400).astype(np.uint8).tobytes())
-    runs = [dataclasses.replace(CFG, run_dir=str(tmp_path / name), mesh=mesh, data=DataConfig(source=str(tmp_path / "text")),
-                                watch_every=4 if mesh else 0) for name in "ab"]  # fmt: skip
+        (tmp_path / f"text/{i}.txt").write_bytes(
+            rng.integers(97, 123, 400).astype(np.uint8).tobytes()
+        )
+    runs = [
+        dataclasses.replace(
+            CFG,
+            run_dir=str(tmp_path / name),
+            mesh=mesh,
+            data=DataConfig(source=str(tmp_path / "text")),
+            watch_every=4 if mesh else 0,
+        )
+        for name in "ab"
+    ]
     for cfg in runs:
         loop.train(cfg)
     a, b = map(states, runs)
     for step in (2, 4):
-        for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a[step]), jax.tree.leaves(b[step]), strict=True):
+        for (path, x), y in zip(
+            jax.tree_util.tree_leaves_with_path(a[step]), jax.tree.leaves(b[step]), strict=True
+        ):
             np.testing.assert_array_equal(x, y, f"{step} {jax.tree_util.keystr(path)}")
-    looks = [[line["inside"] for line in read_metrics(cfg.run_dir) if "inside" in line] for cfg in runs]
+    looks = [
+        [line["inside"] for line in read_metrics(cfg.run_dir) if "inside" in line] for cfg in runs
+    ]
     assert looks[0] == looks[1] and len(looks[0]) == bool(mesh)
-    assert any((x != y).any() for x, y in zip(jax.tree.leaves(a[2].params), jax.tree.leaves(a[4].params), strict=True))
+    assert any(
+        (x != y).any()
+        for x, y in zip(jax.tree.leaves(a[2].params), jax.tree.leaves(a[4].params), strict=True)
+    )
 
 
 @pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2"])
@@ -71,18 +120,30 @@ def test_the_bias_follows_the_loads_of_the_whole_batch(mesh):
         with jax.set_mesh(device_mesh):
             places = state_shardings(CFG, rules, device_mesh)
             state = init_state(CFG, places)
-            whole = {name: value[rows].repeat(4 // len(value[rows]), axis=0) for name, value in batch.items()}
+            whole = {
+                name: value[rows].repeat(4 // len(value[rows]), axis=0)
+                for name, value in batch.items()
+            }
             state, _ = steps[mesh](state, jax.device_put(whole, batch_sharding(rules, device_mesh)))
-        return {name: np.sign(np.asarray(blocks["ffn"]["bias"])).reshape(-1) for group in state.router.values() for name, blocks in group.items()}
+        return {
+            name: np.sign(np.asarray(blocks["ffn"]["bias"])).reshape(-1)
+            for group in state.router.values()
+            for name, blocks in group.items()
+        }
 
     steps = {}
     for one in ("", mesh):
         sizes = parse_mesh(one)
         rules, device_mesh = layout_for("full", sizes) if one else AxisRules(), make_mesh(sizes)
         with jax.set_mesh(device_mesh):
-            steps[one] = compile_step(CFG, rules, state_shardings(CFG, rules, device_mesh), device_mesh)
+            steps[one] = compile_step(
+                CFG, rules, state_shardings(CFG, rules, device_mesh), device_mesh
+            )
     whole = step_on("")
     for name, signs in step_on(mesh).items():
         np.testing.assert_array_equal(signs, whole[name])
-    for device in (slice(0, 2), slice(2, 4)):  # data=2: the rows of each device; the test could not fail if they agreed
+    for device in (
+        slice(0, 2),
+        slice(2, 4),
+    ):  # data=2: the rows of each device; the test could not fail if they agreed
         assert any((signs != whole[name]).any() for name, signs in step_on("", device).items())

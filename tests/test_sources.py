@@ -28,11 +28,16 @@ def texts(count=30, prefix="t"):
 def write(path, values, column="text"):
     """Records of a column, in the format of the file's suffix; the path."""
     if path.suffix == ".jsonl":
-        path.write_text("\n\n".join(json.dumps({column: value, "id": i}) for i, value in enumerate(values)) + "\n")
+        path.write_text(
+            "\n\n".join(json.dumps({column: value, "id": i}) for i, value in enumerate(values))
+            + "\n"
+        )
     elif path.suffix == ".parquet":
         pyarrow = pytest.importorskip("pyarrow")
         parquet = pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(pyarrow.table({column: values, "id": list(range(len(values)))}), path, row_group_size=7)
+        parquet.write_table(
+            pyarrow.table({column: values, "id": list(range(len(values)))}), path, row_group_size=7
+        )
     else:
         record = pytest.importorskip("array_record.python.array_record_module")
         writer = record.ArrayRecordWriter(str(path), "group_size:1")
@@ -57,7 +62,9 @@ def batches(cfg, count, tokenizer=BYTES, **change):
 
 
 def same(left, right):
-    return len(left) == len(right) and all((a[key] == b[key]).all() for a, b in zip(left, right, strict=True) for key in a)
+    return len(left) == len(right) and all(
+        (a[key] == b[key]).all() for a, b in zip(left, right, strict=True) for key in a
+    )
 
 
 FORMS = [("jsonl", "x.jsonl"), ("parquet", "x.parquet"), ("arrayrecord", "x.array_record")]
@@ -71,12 +78,18 @@ def test_every_record_is_a_document(tmp_path, form, name):
     cfg = config(write(tmp_path / name, texts()), form)
     tokens = open_store(cfg, cfg.sources[0], BYTES)
     ends = tokens.ends.tolist()
-    found = [tokens.tokens[begin:end].tolist() for begin, end in zip([0, *ends], ends, strict=False)]
+    found = [
+        tokens.tokens[begin:end].tolist() for begin, end in zip([0, *ends], ends, strict=False)
+    ]
     assert found == [[0, *BYTES.encode(text), 1] for text in texts()]
 
 
 def test_formats_of_the_same_text_give_the_same_batches(tmp_path):
-    first, *others = [batches(config(write(tmp_path / name, texts()), form), 10) for form, name in FORMS if form != "parquet"]
+    first, *others = [
+        batches(config(write(tmp_path / name, texts()), form), 10)
+        for form, name in FORMS
+        if form != "parquet"
+    ]
     assert all(same(first, other) for other in others)
 
 
@@ -89,20 +102,29 @@ def test_files_of_a_folder_go_by_suffix_and_name(tmp_path):
     write(tmp_path / "b.jsonl", texts(3, "b")), write(tmp_path / "a.jsonl", texts(3, "a"))
     (tmp_path / "c.txt").write_text("no record")
     cfg = config(tmp_path, "jsonl")
-    assert BYTES.decode(open_store(cfg, cfg.sources[0], BYTES).tokens) == "".join(texts(3, "a") + texts(3, "b"))
+    assert BYTES.decode(open_store(cfg, cfg.sources[0], BYTES).tokens) == "".join(
+        texts(3, "a") + texts(3, "b")
+    )
 
 
 def test_a_text_folder_through_the_store_has_the_documents_of_the_files(tmp_path):
     for i, text in enumerate(texts()):
         (tmp_path / f"{i}.txt").write_text(text)
     cfg = config(tmp_path, "text")
-    direct, stored = (held_out_batches(c, BYTES, **SIZES) for c in (cfg, dataclasses.replace(cfg, cache=str(tmp_path / ".cache"))))
-    assert sorted(BYTES.decode(np.concatenate(list(segments(direct))))) == sorted(BYTES.decode(np.concatenate(list(segments(stored)))))
+    direct, stored = (
+        held_out_batches(c, BYTES, **SIZES)
+        for c in (cfg, dataclasses.replace(cfg, cache=str(tmp_path / ".cache")))
+    )
+    assert sorted(BYTES.decode(np.concatenate(list(segments(direct))))) == sorted(
+        BYTES.decode(np.concatenate(list(segments(stored))))
+    )
 
 
 def test_equal_records_fall_on_one_side_of_the_split(tmp_path):
     cfg = config(write(tmp_path / "x.jsonl", texts(20) * 3), "jsonl")
-    held = {BYTES.decode(ids) for ids in segments(held_out_batches(cfg, BYTES, 256, 1, vocab_size=258))}
+    held = {
+        BYTES.decode(ids) for ids in segments(held_out_batches(cfg, BYTES, 256, 1, vocab_size=258))
+    }
     train = {BYTES.decode(ids) for ids in segments(batches(cfg, 20, seq_len=256, batch_size=1))}
     assert held and not held & train
 
@@ -112,12 +134,22 @@ def test_equal_records_fall_on_one_side_of_the_split(tmp_path):
     [
         ("x.jsonl", "jsonl", '{"text": "a"}\n{"text": ', r"x.jsonl:2: not JSON"),
         ("x.jsonl", "jsonl", "[]\n", r"x.jsonl:1: got list; must be a JSON object"),
-        ("x.jsonl", "jsonl", '{"txt": "a", "id": 1}\n', r"x.jsonl:1: has no column 'text'; there are: id, txt"),
+        (
+            "x.jsonl",
+            "jsonl",
+            '{"txt": "a", "id": 1}\n',
+            r"x.jsonl:1: has no column 'text'; there are: id, txt",
+        ),
         ("x.jsonl", "jsonl", '{"text": 5}\n', r"x.jsonl:1: column 'text' is int; must be text"),
         ("x.jsonl", "jsonl", "\n \n", r"has no document that is not empty"),
         ("x.jsonl", "jsonl", '{"text": "a"}\n', r"has 1 document\(s\); at least 2 are needed"),
         ("x.array_record", "arrayrecord", "junk", r"x.array_record: not an ArrayRecord file"),
-        ("x.parquet", "parquet", "junk", r"x.parquet: (not a Parquet file|reading Parquet needs the package pyarrow; pip install)"),
+        (
+            "x.parquet",
+            "parquet",
+            "junk",
+            r"x.parquet: (not a Parquet file|reading Parquet needs the package pyarrow; pip install)",
+        ),
         ("x.txt", "jsonl", "", r"holds none matching"),
     ],
 )
@@ -161,7 +193,9 @@ def mixture(tmp_path):
     """Short and long documents of a, b and c in the ratio 6 : 3 : 1."""
     sources = []
     for letter, weight, length in (("a", 6.0, 4), ("b", 3.0, 90), ("c", 1.0, 30)):
-        path = write(tmp_path / f"{letter}.jsonl", [letter * (length + i % 3) + f"{i}" for i in range(50)])
+        path = write(
+            tmp_path / f"{letter}.jsonl", [letter * (length + i % 3) + f"{i}" for i in range(50)]
+        )
         sources.append(Source(path=path, format="jsonl", weight=weight))
     return DataConfig(mixture=tuple(sources), held_out=0.2)
 
@@ -170,7 +204,12 @@ def test_tokens_come_in_the_ratio_of_the_weights_in_every_row(mixture):
     some = batches(mixture, 300)
     share = np.zeros((4, 3))
     for row in range(4):
-        for ids in segments([{name: batch[name][row : row + 1] for name in ("tokens", "segment_ids")} for batch in some]):
+        for ids in segments(
+            [
+                {name: batch[name][row : row + 1] for name in ("tokens", "segment_ids")}
+                for batch in some
+            ]
+        ):
             share[row] += len(ids) * np.array([token in ids for token in BYTES.encode("abc")])
     share /= share.sum(1, keepdims=True)
     # A row reads about 30 documents of b, so that its share of 0.3 has a deviation of some 0.05.
@@ -198,16 +237,24 @@ def test_a_source_of_a_mixture_is_read_whole_before_again():
     found = [mixed[i] for i in range(200)]
     for low, count in ((0, 10), (100, 7)):
         mine = [x for x in found if low <= x < low + 100][: 5 * count]
-        assert all(sorted(mine[i : i + count]) == list(range(low, low + count)) for i in range(0, len(mine), count))
+        assert all(
+            sorted(mine[i : i + count]) == list(range(low, low + count))
+            for i in range(0, len(mine), count)
+        )
 
 
 def test_held_out_sets_have_names(mixture, tmp_path):
     extra = Source(path=write(tmp_path / "d.jsonl", ["dddd", "ddd"]), format="jsonl", name="extra")
     sets = held_out_sets(dataclasses.replace(mixture, evaluate_on=(extra,)), BYTES, **SIZES)
     assert list(sets) == ["held_out", "a", "b", "c", "extra"]
-    count = {name: sum((batch["segment_ids"] > 0).sum() for batch in some) for name, some in sets.items()}
+    count = {
+        name: sum((batch["segment_ids"] > 0).sum() for batch in some) for name, some in sets.items()
+    }
     assert count["held_out"] == count["a"] + count["b"] + count["c"] and count["extra"] == 4 + 3 + 4
-    assert set(np.concatenate(list(segments(sets["a"])))) <= set(BYTES.encode("a0123456789")) | {0, 1}
+    assert set(np.concatenate(list(segments(sets["a"])))) <= set(BYTES.encode("a0123456789")) | {
+        0,
+        1,
+    }
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
@@ -218,7 +265,9 @@ def test_best_fit_keeps_documents_whole_and_fills_rows(tmp_path):
     some = batches(cfg, 40, seq_len=64)
     whole = {tuple([0, *BYTES.encode(text), 1]) for text in texts(200)}
     for ids in segments(some):
-        assert len(ids) == 64 or ids[0] != 0 or tuple(ids) in whole  # cut only where longer than a row
+        assert (
+            len(ids) == 64 or ids[0] != 0 or tuple(ids) in whole
+        )  # cut only where longer than a row
     assert np.mean([(batch["segment_ids"] > 0).mean() for batch in some]) > 0.9
     assert all((batch["tokens"][batch["segment_ids"] == 0] == 0).all() for batch in some)
 
@@ -226,7 +275,16 @@ def test_best_fit_keeps_documents_whole_and_fills_rows(tmp_path):
 def test_best_fit_holds_every_document_once(tmp_path):
     cfg = config(write(tmp_path / "x.jsonl", texts(50)), "jsonl", packing="best_fit")
     found = sorted(map(tuple, segments(held_out_batches(cfg, BYTES, 256, 2, vocab_size=258))))
-    split = sorted(map(tuple, segments(held_out_batches(dataclasses.replace(cfg, packing="split"), BYTES, 4096, 1, vocab_size=258))))
+    split = sorted(
+        map(
+            tuple,
+            segments(
+                held_out_batches(
+                    dataclasses.replace(cfg, packing="split"), BYTES, 4096, 1, vocab_size=258
+                )
+            ),
+        )
+    )
     assert found == split and len(found) >= 5
 
 
@@ -243,7 +301,12 @@ def test_mixtures_resume_exactly_and_do_not_depend_on_processes(mixture, packing
             assert (np.stack([both[0], one[0], two[0], both[1]]) == batch[key]).all(), (step, key)
         if step % 7 == 3:
             fresh = train_batches(cfg, BYTES, **SIZES)
-            fresh.set_state({"settings": states[0]["settings"], "rows": {k: v for state in states for k, v in state["rows"].items()}})
+            fresh.set_state(
+                {
+                    "settings": states[0]["settings"],
+                    "rows": {k: v for state in states for k, v in state["rows"].items()},
+                }
+            )
             expected = whole[step : step + 5]
             assert same(list(itertools.islice(fresh, len(expected))), expected), step
 
@@ -274,7 +337,10 @@ def test_fill_in_middle_is_prefix_suffix_middle():
             suffix, middle = rest.split(end)
             assert prefix + middle + suffix == text
     assert 160 < turned < 240  # 200 expected, 10 the standard deviation
-    assert [_maybe_fim(dataclasses.replace(cfg, fim_rate=rate), 3, "abc") == "abc" for rate in (0.0, 1.0)] == [True, False]
+    assert [
+        _maybe_fim(dataclasses.replace(cfg, fim_rate=rate), 3, "abc") == "abc"
+        for rate in (0.0, 1.0)
+    ] == [True, False]
 
 
 def test_fill_in_middle_reaches_the_batches_as_special_tokens(tmp_path):
@@ -282,8 +348,14 @@ def test_fill_in_middle_reaches_the_batches_as_special_tokens(tmp_path):
     some = batches(config(path, "jsonl", fim_rate=1.0, packing="best_fit"), 4, CHAT, seq_len=256)
     ids = [CHAT.encode(name)[0] for name in FIM_TOKENS]
     for found in segments(some):
-        assert [token for token in found if token in ids] == ids and found[:2] == [0, ids[0]] and found[-1] == 1
-    with pytest.raises(ValueError, match="tokenizer: has no token <｜fim▁begin｜>, which fim_rate needs"):
+        assert (
+            [token for token in found if token in ids] == ids
+            and found[:2] == [0, ids[0]]
+            and found[-1] == 1
+        )
+    with pytest.raises(
+        ValueError, match="tokenizer: has no token <｜fim▁begin｜>, which fim_rate needs"
+    ):
         batches(config(path, "jsonl", fim_rate=0.1), 1)
 
 
@@ -329,7 +401,9 @@ def test_a_damaged_cache_is_noticed_and_made_again(cached, tmp_path, capsys, har
     elif harm == "no sums":
         (folder / store.SUMS_FILE).unlink()
     else:
-        tokens.write_bytes(data[:40] + bytes([data[40] ^ 1]) + data[41:] if harm == "flip" else data[:-4])
+        tokens.write_bytes(
+            data[:40] + bytes([data[40] ^ 1]) + data[41:] if harm == "flip" else data[:-4]
+        )
     assert same(batches(cached, 5), first)
     said = capsys.readouterr().err
     assert said.startswith(f"v4jax: token cache {folder} is damaged (") and said.count("\n") == 1
@@ -367,4 +441,6 @@ def test_of_two_that_make_a_cache_one_is_first(cached, tmp_path, monkeypatch):
 def test_states_of_the_pack_iterators_are_small(mixture):
     iterator = train_batches(dataclasses.replace(mixture, packing="best_fit"), BYTES, **SIZES)
     next(iterator)
-    assert len(json.dumps(iterator.get_state())) < 3000 and isinstance(iterator, grain.DatasetIterator)
+    assert len(json.dumps(iterator.get_state())) < 3000 and isinstance(
+        iterator, grain.DatasetIterator
+    )

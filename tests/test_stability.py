@@ -18,16 +18,43 @@ from v4jax.checkpoint.store import Store
 from v4jax.data.config import DataConfig
 from v4jax.train import loop
 from v4jax.train.config import TrainConfig
+from v4jax.train.stability import (
+    Record,
+    StabilityConfig,
+    TrainingFailed,
+    gone_back,
+    remember,
+    spike,
+)
 from v4jax.train.stages import Stage
-from v4jax.train.stability import Record, StabilityConfig, TrainingFailed, gone_back, remember, spike
 
 MODEL = small_config(
-    vocab_size=260, num_hidden_layers=2, compress_ratios=(0, 4, 0), num_hash_layers=1, hidden_size=32, moe_intermediate_size=32,
-    num_attention_heads=4, o_groups=2, q_lora_rank=16, n_routed_experts=4,
-)  # fmt: skip
+    vocab_size=260,
+    num_hidden_layers=2,
+    compress_ratios=(0, 4, 0),
+    num_hash_layers=1,
+    hidden_size=32,
+    moe_intermediate_size=32,
+    num_attention_heads=4,
+    o_groups=2,
+    q_lora_rank=16,
+    n_routed_experts=4,
+)
 GUARD = StabilityConfig(rollbacks=3, window=8, least=4, loss_rise=0.5, norm_rise=8.0)
 AHEAD = dataclasses.replace(GUARD, anticipate=4, anticipate_lag=2)
-KEPT = ("step", "loss", "grad_norm", "held_out_nll", "event", "rollback", "at", "why", "skipped", "losses_given_up", "anticipating")
+KEPT = (
+    "step",
+    "loss",
+    "grad_norm",
+    "held_out_nll",
+    "event",
+    "rollback",
+    "at",
+    "why",
+    "skipped",
+    "losses_given_up",
+    "anticipating",
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +62,9 @@ def text_folder(tmp_path_factory):
     """Each letter is followed by one of three, at random: soon learnt, and a floor of ln 3 nats."""
     folder, rng = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
     for i in range(40):
-        letters = itertools.accumulate(rng.integers(0, 3, 1500), lambda letter, turn: (3 * letter + turn + 1) % 8)
+        letters = itertools.accumulate(
+            rng.integers(0, 3, 1500), lambda letter, turn: (3 * letter + turn + 1) % 8
+        )
         (folder / f"{i}.txt").write_text("".join("abcdefgh"[letter] for letter in letters))
     return folder
 
@@ -77,7 +106,6 @@ class Harmed:
         inflated = jax.tree.map(lambda new, old: old + 100 * (new - old), state.params, before)
         return dataclasses.replace(state, params=inflated), metrics
 
-
     @staticmethod
     def _poisoned(state, metrics):
         def nan_in(path, leaf):
@@ -94,7 +122,12 @@ def train(monkeypatch, compiled):
 
     def run(cfg, **harm):
         def harmed(*arguments, **kind):
-            return Harmed((cfg.mesh, arguments[0].batch_size, *kind.values()), real(*arguments, **kind), compiled, **harm)
+            return Harmed(
+                (cfg.mesh, arguments[0].batch_size, *kind.values()),
+                real(*arguments, **kind),
+                compiled,
+                **harm,
+            )
 
         monkeypatch.setattr(loop, "compile_step", harmed)
         return loop.train(cfg)
@@ -104,10 +137,23 @@ def train(monkeypatch, compiled):
 
 def config(text_folder, run, **changes) -> TrainConfig:
     fields = dict(
-        model=MODEL, data=DataConfig(source=str(text_folder), held_out=0.1), run_dir=str(run), steps=40, batch_size=4, seq_len=48,
-        learning_rate=1e-2, warmup_steps=2, decay_steps=20, log_every=5, eval_every=40, eval_batches=4, checkpoint_every=5, remat=False,
-        export="none", stability=GUARD,
-    )  # fmt: skip
+        model=MODEL,
+        data=DataConfig(source=str(text_folder), held_out=0.1),
+        run_dir=str(run),
+        steps=40,
+        batch_size=4,
+        seq_len=48,
+        learning_rate=1e-2,
+        warmup_steps=2,
+        decay_steps=20,
+        log_every=5,
+        eval_every=40,
+        eval_batches=4,
+        checkpoint_every=5,
+        remat=False,
+        export="none",
+        stability=GUARD,
+    )
     return TrainConfig(**fields | changes)
 
 
@@ -123,7 +169,9 @@ def rows(cfg, count: int):
 
 
 def same_weights(a, b):
-    for x, y in zip(jax.tree.leaves(v4jax.load(a)[1]), jax.tree.leaves(v4jax.load(b)[1]), strict=True):
+    for x, y in zip(
+        jax.tree.leaves(v4jax.load(a)[1]), jax.tree.leaves(v4jax.load(b)[1]), strict=True
+    ):
         np.testing.assert_array_equal(x, y)
 
 
@@ -132,7 +180,13 @@ def clean(text_folder, tmp_path_factory, compiled):
     cfg = config(text_folder, tmp_path_factory.mktemp("clean") / "run")
     with pytest.MonkeyPatch.context() as patch:
         real = loop.compile_step
-        patch.setattr(loop, "compile_step", lambda *a, **kind: Harmed((cfg.mesh, cfg.batch_size, *kind.values()), real(*a, **kind), compiled))
+        patch.setattr(
+            loop,
+            "compile_step",
+            lambda *a, **kind: Harmed(
+                (cfg.mesh, cfg.batch_size, *kind.values()), real(*a, **kind), compiled
+            ),
+        )
         return cfg, loop.train(cfg)
 
 
@@ -147,33 +201,57 @@ def test_what_counts_as_a_spike():
     assert spike(GUARD, Record(), math.nan, 1.0) == "loss is nan"
     assert spike(GUARD, Record(), 1.0, math.inf) == "grad_norm is inf"
     noisy = Record(losses=tuple(4 + 0.2 * (-1) ** i for i in range(16)), grad_norms=(1.0,) * 16)
-    assert spike(GUARD, noisy, 7.3, 1.0) is None and spike(GUARD, noisy, 7.4, 1.0)  # 8 deviations of 0.42
+    assert spike(GUARD, noisy, 7.3, 1.0) is None and spike(
+        GUARD, noisy, 7.4, 1.0
+    )  # 8 deviations of 0.42
     falling = Record(losses=tuple(8 - 0.05 * i for i in range(16)), grad_norms=(1.0,) * 16)
     assert spike(GUARD, falling, 8.2, 1.0)
     off = StabilityConfig()
-    assert spike(off, record, 1e9, 1e9) is None and spike(off, record, math.nan, 1.0) and remember(off, record, 1.0, 1.0) is record
+    assert (
+        spike(off, record, 1e9, 1e9) is None
+        and spike(off, record, math.nan, 1.0)
+        and remember(off, record, 1.0, 1.0) is record
+    )
 
 
 def test_batches_are_counted_past_what_was_skipped():
     record = gone_back(AHEAD, Record(), 14, Record(), 10, drawn=14)
-    assert record.skipped == ((11, 14),) and record.batch(11) == 15 and record.anticipate_until == 18
+    assert (
+        record.skipped == ((11, 14),) and record.batch(11) == 15 and record.anticipate_until == 18
+    )
     again = gone_back(AHEAD, record, 12, Record(), 10, drawn=record.batch(12))
     assert again.skipped == ((11, 16),) and again.rollbacks == 2 and again.anticipate_until == 18
     later = gone_back(AHEAD, again, 23, again, 20, drawn=again.batch(23))
-    assert later.skipped == ((11, 16), (27, 29)) and later.batch(21) == 30 and Record.from_json(json.loads(json.dumps(later.to_json()))) == later
+    assert (
+        later.skipped == ((11, 16), (27, 29))
+        and later.batch(21) == 30
+        and Record.from_json(json.loads(json.dumps(later.to_json()))) == later
+    )
 
 
 @pytest.mark.parametrize(
-    "mesh", ["", pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.slow)], ids=["one device", "eight devices"]
+    "mesh",
+    ["", pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.slow)],
+    ids=["one device", "eight devices"],
 )
 def test_spikes_are_survived(clean, train, tmp_path, mesh):
     """A batch of noise at step 18, and an update 100 times too long at step 32, which shows at 33: the end is that of a clean run."""
-    cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), mesh=mesh, stability=AHEAD if mesh else GUARD)
+    cfg = dataclasses.replace(
+        clean[0], run_dir=str(tmp_path / "run"), mesh=mesh, stability=AHEAD if mesh else GUARD
+    )
     order = rows(cfg, 40)
-    summary = train(cfg, noise=order[17:18], inflate=order[34:35])  # step 16 trains on batch 19 then, step 32 on 35
+    summary = train(
+        cfg, noise=order[17:18], inflate=order[34:35]
+    )  # step 16 trains on batch 19 then, step 32 on 35
     events = [line for line in lines(cfg) if "event" in line]
-    assert [(event["step"], event["at"], event["skipped"]) for event in events] == [(15, 18, [16, 18]), (30, 33, [34, 36])]
-    assert len(events[0]["losses_given_up"]) == 3 and max(events[0]["losses_given_up"]) == events[0]["losses_given_up"][-1]
+    assert [(event["step"], event["at"], event["skipped"]) for event in events] == [
+        (15, 18, [16, 18]),
+        (30, 33, [34, 36]),
+    ]
+    assert (
+        len(events[0]["losses_given_up"]) == 3
+        and max(events[0]["losses_given_up"]) == events[0]["losses_given_up"][-1]
+    )
     steps = [line["step"] for line in lines(cfg) if "loss" in line]
     assert steps == sorted(set(steps)) and steps[-1] == 40
     assert summary["held_out_nll"] == pytest.approx(clean[1]["held_out_nll"], rel=0.01)
@@ -187,19 +265,31 @@ def test_without_rollbacks_the_harm_stays(clean, train, tmp_path):
     off = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), stability=StabilityConfig())
     order = rows(off, 40)
     summary = train(off, noise=order[17:18], inflate=order[31:32])
-    assert summary["held_out_nll"] > 1.05 * clean[1]["held_out_nll"] and not [line for line in lines(off) if "event" in line]
+    assert summary["held_out_nll"] > 1.05 * clean[1]["held_out_nll"] and not [
+        line for line in lines(off) if "event" in line
+    ]
 
 
 @pytest.mark.slow
 def test_a_checkpoint_that_was_already_bad_is_left_behind(clean, train, tmp_path, monkeypatch):
     """The update of step 10 does the harm, which step 11 shows: the checkpoint of step 10 is no good. Killed and resumed on the way,
     before the next checkpoint and just after it, with batches drawn ahead and their experts chosen, it ends with the same bits."""
-    whole = dataclasses.replace(clean[0], run_dir=str(tmp_path / "whole"), steps=20, decay_steps=0, eval_batches=0, stability=AHEAD)
+    whole = dataclasses.replace(
+        clean[0],
+        run_dir=str(tmp_path / "whole"),
+        steps=20,
+        decay_steps=0,
+        eval_batches=0,
+        stability=AHEAD,
+    )
     order = rows(whole, 20)
     train(whole, inflate=order[9:10])
     (event,) = [line for line in lines(whole) if "event" in line]
     assert (event["step"], event["at"], event["skipped"]) == (5, 11, [6, 11])
-    assert {line["step"] for line in lines(whole) if line.get("anticipating")} == {10, 15}  # of the logged steps: 6 to 15
+    assert {line["step"] for line in lines(whole) if line.get("anticipating")} == {
+        10,
+        15,
+    }  # of the logged steps: 6 to 15
     assert [path.name.split("-")[0] for path in (tmp_path / "whole/abandoned").iterdir()] == ["10"]
 
     killed = dataclasses.replace(whole, run_dir=str(tmp_path / "killed"))
@@ -223,13 +313,19 @@ def test_a_checkpoint_that_was_already_bad_is_left_behind(clean, train, tmp_path
     deaths.append(None)
     train(killed, inflate=order[9:10])
     same_weights(whole.run_dir, killed.run_dir)
-    assert [line for line in lines(killed) if "event" in line or line["step"] % 5 == 0 or line["step"] == 1] == lines(whole)
+    assert [
+        line
+        for line in lines(killed)
+        if "event" in line or line["step"] % 5 == 0 or line["step"] == 1
+    ] == lines(whole)
 
 
 def test_rollbacks_are_bounded(clean, train, tmp_path):
     """Noise without end is no accident: the run stops, and what it had is there."""
     cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), eval_batches=0)
-    with pytest.raises(TrainingFailed, match=r"step 26: loss is .* after 3 rollback\(s\); last checkpoint: 25"):
+    with pytest.raises(
+        TrainingFailed, match=r"step 26: loss is .* after 3 rollback\(s\); last checkpoint: 25"
+    ):
         train(cfg, noise=rows(cfg, 31)[27:])
     assert [line["rollback"] for line in lines(cfg) if "event" in line] == [1, 2, 3]
 
@@ -315,32 +411,68 @@ def test_settings_that_cannot_work_are_refused(clean, changes, words):
 
 def test_a_spike_soon_after_a_change_of_stage_goes_back_before_it(train, text_folder, tmp_path):
     """Checkpoint of step 9; the batch grows from step 11 on; a spike there once five steps of it are known."""
-    cfg = config(text_folder, tmp_path / "run", steps=20, decay_steps=5, checkpoint_every=9, log_every=1, eval_batches=0, stages=(Stage(after=10, batch_size=8),))
-    later = dataclasses.replace(cfg, stages=(), batch_size=8, data=dataclasses.replace(cfg.data, seed=cfg.data.seed + 1))
-    train(cfg, noise=rows(later, 5)[-1:])  # the fifth batch of the later stage's own stream, step 15
+    cfg = config(
+        text_folder,
+        tmp_path / "run",
+        steps=20,
+        decay_steps=5,
+        checkpoint_every=9,
+        log_every=1,
+        eval_batches=0,
+        stages=(Stage(after=10, batch_size=8),),
+    )
+    later = dataclasses.replace(
+        cfg, stages=(), batch_size=8, data=dataclasses.replace(cfg.data, seed=cfg.data.seed + 1)
+    )
+    train(
+        cfg, noise=rows(later, 5)[-1:]
+    )  # the fifth batch of the later stage's own stream, step 15
     events = [line for line in lines(cfg) if "event" in line]
-    assert [(line["event"], line["at"], line["step"]) for line in events if line["event"] == "rollback"] == [("rollback", 15, 9)]
-    raw = [json.loads(line) for line in (pathlib.Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [
+        (line["event"], line["at"], line["step"]) for line in events if line["event"] == "rollback"
+    ] == [("rollback", 15, 9)]
+    raw = [
+        json.loads(line)
+        for line in (pathlib.Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
     stages = {line["step"]: line["stage"] for line in raw if "stage" in line and "loss" in line}
     assert stages == {step: int(step > 10) for step in range(1, 21)}
     losses = [line["loss"] for line in raw if "loss" in line and line["step"] > 15]
     assert np.isfinite(losses).all() and max(losses) < math.log(260)
 
 
-def test_a_run_ended_after_going_back_across_a_change_of_stage_goes_on_past_the_skipped_batches(train, text_folder, tmp_path, monkeypatch):
+def test_a_run_ended_after_going_back_across_a_change_of_stage_goes_on_past_the_skipped_batches(
+    train, text_folder, tmp_path, monkeypatch
+):
     """As above, experts chosen ahead from step 10 to step 19. One of two runs is asked to end at step 10, where it still is in the first stage
     but has drawn from both streams: it must come to the same weights, and so neither meet the noise again nor lose what it drew."""
-    cfg = config(text_folder, tmp_path / "run", steps=20, decay_steps=5, checkpoint_every=9, log_every=1, eval_batches=0, stability=AHEAD, stages=(Stage(after=10, batch_size=8),))
-    later = dataclasses.replace(cfg, stages=(), batch_size=8, data=dataclasses.replace(cfg.data, seed=cfg.data.seed + 1))
+    cfg = config(
+        text_folder,
+        tmp_path / "run",
+        steps=20,
+        decay_steps=5,
+        checkpoint_every=9,
+        log_every=1,
+        eval_batches=0,
+        stability=AHEAD,
+        stages=(Stage(after=10, batch_size=8),),
+    )
+    later = dataclasses.replace(
+        cfg, stages=(), batch_size=8, data=dataclasses.replace(cfg.data, seed=cfg.data.seed + 1)
+    )
     noise = rows(later, 5)[-1:]
     train(cfg, noise=noise)
     ended = dataclasses.replace(cfg, run_dir=str(tmp_path / "ended"))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "stop_requests", lambda: contextlib.nullcontext(lambda turn: turn == 16))
+        patch.setattr(
+            loop, "stop_requests", lambda: contextlib.nullcontext(lambda turn: turn == 16)
+        )
         assert train(ended, noise=noise)["stopped_at"] == 10
     assert (tmp_path / "ended/checkpoints/10/data/stream-1").is_dir()
     train(ended, noise=noise)
     for one in (cfg, ended):
-        ahead = {line["step"]: line["anticipating"] for line in lines(one) if "anticipating" in line}
+        ahead = {
+            line["step"]: line["anticipating"] for line in lines(one) if "anticipating" in line
+        }
         assert ahead == {step: float(10 <= step <= 19) for step in range(1, 21)}
     same_weights(cfg.run_dir, ended.run_dir)

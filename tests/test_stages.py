@@ -20,18 +20,43 @@ from v4jax.train.stages import Stage, number_at, stage_at, stream_at
 from v4jax.train.step import csa_of
 
 MODEL = small_config(
-    vocab_size=260, num_hidden_layers=1, compress_ratios=(4,), num_hash_layers=0, num_nextn_predict_layers=0, hidden_size=32,
-    moe_intermediate_size=16, index_topk=2,
-)  # fmt: skip
-STAGES = (Stage(after=4, batch_size=4, seq_len=48), Stage(after=8, attention="indexer"), Stage(after=16, attention="sparse"))
+    vocab_size=260,
+    num_hidden_layers=1,
+    compress_ratios=(4,),
+    num_hash_layers=0,
+    num_nextn_predict_layers=0,
+    hidden_size=32,
+    moe_intermediate_size=16,
+    index_topk=2,
+)
+STAGES = (
+    Stage(after=4, batch_size=4, seq_len=48),
+    Stage(after=8, attention="indexer"),
+    Stage(after=16, attention="sparse"),
+)
 
 
 def config(folder, run_dir, **changes) -> TrainConfig:
     fields = dict(
-        model=MODEL, data=DataConfig(source=str(folder), held_out=0.2), run_dir=str(run_dir), steps=20, batch_size=2, seq_len=32,
-        learning_rate=5e-3, index_learning_rate=2e-2, warmup_steps=2, log_every=1, eval_every=100, eval_batches=1, checkpoint_every=2,
-        keep=20, remat=False, export="none", attention="dense", stages=STAGES,
-    )  # fmt: skip
+        model=MODEL,
+        data=DataConfig(source=str(folder), held_out=0.2),
+        run_dir=str(run_dir),
+        steps=20,
+        batch_size=2,
+        seq_len=32,
+        learning_rate=5e-3,
+        index_learning_rate=2e-2,
+        warmup_steps=2,
+        log_every=1,
+        eval_every=100,
+        eval_batches=1,
+        checkpoint_every=2,
+        keep=20,
+        remat=False,
+        export="none",
+        attention="dense",
+        stages=STAGES,
+    )
     return TrainConfig(**fields | changes)
 
 
@@ -53,20 +78,38 @@ def finished(folder, tmp_path_factory):
 def weights(cfg, step):
     """Path -> array, of the checkpoint after `step`."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract_params(MODEL))
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract_params(MODEL),
+    )
     with Store(cfg.run_dir) as store:
-        return flatten_dict(jax.tree.map(np.asarray, store.load(step, {"params": abstract})["params"]))
+        return flatten_dict(
+            jax.tree.map(np.asarray, store.load(step, {"params": abstract})["params"])
+        )
 
 
 def test_the_plan():
     cfg = config("x", "y")
     assert [number_at(cfg, done) for done in (0, 3, 4, 8, 19)] == [0, 0, 1, 2, 3]
-    assert [stream_at(cfg, done) for done in (0, 4, 8, 19)] == [0, 1, 1, 1]  # only a batch of another shape is another stream
+    assert [stream_at(cfg, done) for done in (0, 4, 8, 19)] == [
+        0,
+        1,
+        1,
+        1,
+    ]  # only a batch of another shape is another stream
     views = [stage_at(cfg, done) for done in (3, 4, 8, 16)]
     assert [(view.batch_size, view.seq_len, view.attention) for view in views] == [
-        (2, 32, "dense"), (4, 48, "dense"), (4, 48, "indexer"), (4, 48, "sparse")
-    ]  # fmt: skip
-    assert [csa_of(view) for view in views] == [Csa(True, False), Csa(True, False), Csa(True, True), Csa(False, True)]
+        (2, 32, "dense"),
+        (4, 48, "dense"),
+        (4, 48, "indexer"),
+        (4, 48, "sparse"),
+    ]
+    assert [csa_of(view) for view in views] == [
+        Csa(True, False),
+        Csa(True, False),
+        Csa(True, True),
+        Csa(False, True),
+    ]
     late = dataclasses.replace(cfg, stages=(Stage(after=5, mtp=0.1),))
     assert (stage_at(late, 4).loss.mtp, stage_at(late, 5).loss.mtp) == (0.3, 0.1)
 
@@ -74,16 +117,25 @@ def test_the_plan():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(stages=(Stage(after=0),)), r"stages\[0\].after: got 0; must be above 0 and below steps=20"),
+        (
+            dict(stages=(Stage(after=0),)),
+            r"stages\[0\].after: got 0; must be above 0 and below steps=20",
+        ),
         (dict(stages=(Stage(after=5), Stage(after=5))), r"stages\[1\].after: got 5"),
         (dict(stages=(Stage(after=20),)), r"stages\[0\].after: got 20"),
-        (dict(stages=(Stage(after=2, attention="sparce"),)), r"stages\[0\]: attention: got 'sparce'; allowed"),
+        (
+            dict(stages=(Stage(after=2, attention="sparce"),)),
+            r"stages\[0\]: attention: got 'sparce'; allowed",
+        ),
         (dict(stages=(Stage(after=2, seq_len=1),)), r"stages\[0\]: seq_len: got 1"),
         (dict(stages=(Stage(after=2, mtp=-1.0),)), r"stages\[0\]: loss weight mtp: got -1.0"),
-        (dict(index_learning_rate=0.0), r"stages\[1\]: index_learning_rate: got 0.0; must be above 0 with attention 'indexer'"),
+        (
+            dict(index_learning_rate=0.0),
+            r"stages\[1\]: index_learning_rate: got 0.0; must be above 0 with attention 'indexer'",
+        ),
         (dict(model=MODEL.replace(compress_ratios=(0,)), stages=()), "has no indexer"),
     ],
-)  # fmt: skip
+)
 def test_bad_stages_are_refused_before_anything_runs(changes, message):
     with pytest.raises(ValueError, match=message):
         config("x", "y", **changes)
@@ -93,8 +145,13 @@ def test_each_stage_trains_its_part_and_leaves_the_other_bit_for_bit(finished):
     at = {step: weights(finished, step) for step in (2, 8, 16, 20)}
 
     def moved(before, after):
-        pairs = [("indexer" in path, np.array_equal(at[before][path], at[after][path])) for path in at[before]]
-        return {kind: [not same for index, same in pairs if index == kind] for kind in (False, True)}
+        pairs = [
+            ("indexer" in path, np.array_equal(at[before][path], at[after][path]))
+            for path in at[before]
+        ]
+        return {
+            kind: [not same for index, same in pairs if index == kind] for kind in (False, True)
+        }
 
     dense, alone, sparse = moved(2, 8), moved(8, 16), moved(16, 20)
     assert not any(dense[True]) and sum(dense[False]) > 15
@@ -103,9 +160,21 @@ def test_each_stage_trains_its_part_and_leaves_the_other_bit_for_bit(finished):
 
 
 def test_the_indexer_learns_alone_and_metrics_say_so(finished):
-    lines = [json.loads(line) for line in (pathlib.Path(finished.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (pathlib.Path(finished.run_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
     lines = {line["step"]: line for line in lines if "loss" in line}
-    assert [lines[step]["stage"] for step in (1, 4, 5, 8, 9, 16, 17, 20)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [lines[step]["stage"] for step in (1, 4, 5, 8, 9, 16, 17, 20)] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+    ]
     assert "index_kl" not in lines[8] and "index_kl" in lines[17]
     assert lines[16]["index_captured"] > lines[9]["index_captured"] + 0.1
     assert lines[16]["index_kl"] < lines[9]["index_kl"]

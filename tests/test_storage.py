@@ -62,10 +62,20 @@ def empty_folder(tmp_path, monkeypatch):
 # ---- one path ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [
-    "gs://b/run", "s3://b/run", "hf://a/b", "file:///tmp/x", "https://h/x", "GS://b", "gs:/b/run",
-    pathlib.Path("gs://b/run"), pathlib.PurePosixPath("s3://b"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [
+        "gs://b/run",
+        "s3://b/run",
+        "hf://a/b",
+        "file:///tmp/x",
+        "https://h/x",
+        "GS://b",
+        "gs:/b/run",
+        pathlib.Path("gs://b/run"),
+        pathlib.PurePosixPath("s3://b"),
+    ],
+)
 def test_an_address_is_refused_as_text_and_as_pathlib_folds_it(given):
     with pytest.raises(ValueError) as error:
         local_path(given, "--run-dir")

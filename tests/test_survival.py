@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from test_intact import losses, text_folder  # noqa: F401  (a fixture)
+from test_intact import losses, text_folder  # noqa: F401
 from test_processes import MODEL as WIDE
 
 from v4jax.data.config import DataConfig
@@ -28,15 +28,34 @@ def get_config():
 """
 
 
-def job(tmp_path, name: str, code: str, *arguments: str, processes: int = 1, **environment: str) -> subprocess.Popen:
+def job(
+    tmp_path, name: str, code: str, *arguments: str, processes: int = 1, **environment: str
+) -> subprocess.Popen:
     """A fresh process, or several, that trains what `code` configures; one device each."""
     file = tmp_path / f"{name}.py"
     file.write_text(code)
     command = [sys.executable, "-m", "v4jax", "train", str(file), *arguments]
     if processes > 1:
-        command = [sys.executable, "-m", "v4jax", "launch", "--processes", str(processes), "--devices", "1", "--", *command]
+        command = [
+            sys.executable,
+            "-m",
+            "v4jax",
+            "launch",
+            "--processes",
+            str(processes),
+            "--devices",
+            "1",
+            "--",
+            *command,
+        ]
     paths = {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "JAX_NUM_CPU_DEVICES": "1"}
-    return subprocess.Popen(command, env=os.environ | paths | environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=os.environ | paths | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finished(process: subprocess.Popen) -> None:
@@ -51,15 +70,22 @@ def lines_of(run: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def kill_at_a_random_moment(process, run, dice: random.Random, during_a_save: bool) -> dict[int, float]:
+def kill_at_a_random_moment(
+    process, run, dice: random.Random, during_a_save: bool
+) -> dict[int, float]:
     """Waits until this process has taken some steps, then for a moment or for a save to begin; gives the losses written until then."""
     begun, steps, deadline = len(lines_of(run)), dice.randint(1, 10), time.time() + 200
-    while len(lines_of(run)) == begun and process.poll() is None and time.time() < deadline:  # a resumed run drops lines first
+    while (
+        len(lines_of(run)) == begun and process.poll() is None and time.time() < deadline
+    ):  # a resumed run drops lines first
         time.sleep(0.005)
     begun = len(lines_of(run))
     while len(lines_of(run)) < begun + steps and process.poll() is None and time.time() < deadline:
         time.sleep(0.005)
-    saving = lambda: any("tmp" in path.name for path in (run / "checkpoints").iterdir())  # noqa: E731
+
+    def saving():
+        return any("tmp" in path.name for path in (run / "checkpoints").iterdir())
+
     until = time.time() + (2 if during_a_save else dice.uniform(0, 0.1))
     while time.time() < until and not (during_a_save and saving()):
         time.sleep(0.001)
@@ -75,16 +101,30 @@ def test_killed_twenty_times_every_loss_is_that_of_the_run_left_alone(text_folde
     run, alone, dice = tmp_path / "run", tmp_path / "alone", random.Random(0)
     more = ", steps=100_000, eval_batches=0, checkpoint_every=3"
     code = CONFIG.format(module="test_intact", text=str(text_folder), run=str(run), more=more)
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     seen = collections.defaultdict(set)
     for i in range(KILLS):
-        found = kill_at_a_random_moment(job(tmp_path, "killed", code, **cache), run, dice, during_a_save=i % 2 == 0)
+        found = kill_at_a_random_moment(
+            job(tmp_path, "killed", code, **cache), run, dice, during_a_save=i % 2 == 0
+        )
         for step, loss in found.items():
             seen[step].add(loss)
     last = max(seen) + 3
     assert max(seen) > KILLS  # checkpoints were gone on from
     finished(job(tmp_path, "killed", code, "--steps", str(last), **cache))
-    finished(job(tmp_path, "alone", code.replace(repr(str(run)), repr(str(alone))), "--steps", str(last), **cache))
+    finished(
+        job(
+            tmp_path,
+            "alone",
+            code.replace(repr(str(run)), repr(str(alone))),
+            "--steps",
+            str(last),
+            **cache,
+        )
+    )
     assert [line["step"] for line in lines_of(run)] == list(range(1, last + 1))
     assert losses(run) == losses(alone)
     assert all(seen[step] == {loss} for step, loss in losses(alone).items() if step in seen)
@@ -96,13 +136,29 @@ def test_killed_twenty_times_every_loss_is_that_of_the_run_left_alone(text_folde
 def config(text, run, **changes) -> TrainConfig:
     """A run whose model divides over 8 devices in every layout."""
     fields = dict(
-        model=WIDE, data=DataConfig(source=str(text), held_out=0.2), run_dir=str(run), steps=8, batch_size=8, seq_len=24,
-        learning_rate=1e-3, warmup_steps=0, log_every=1, eval_batches=0, checkpoint_every=2, remat=False, export="none",
-    )  # fmt: skip
+        model=WIDE,
+        data=DataConfig(source=str(text), held_out=0.2),
+        run_dir=str(run),
+        steps=8,
+        batch_size=8,
+        seq_len=24,
+        learning_rate=1e-3,
+        warmup_steps=0,
+        log_every=1,
+        eval_batches=0,
+        checkpoint_every=2,
+        remat=False,
+        export="none",
+    )
     return TrainConfig(**fields | changes)
 
 
-STAGES = (("data=2,expert=2,tensor=2", "full", 2), ("fsdp=4", "fsdp", 4), ("expert=2", "ep", 6), ("context=2,expert=4", "cp_ep", 8))
+STAGES = (
+    ("data=2,expert=2,tensor=2", "full", 2),
+    ("fsdp=4", "fsdp", 4),
+    ("expert=2", "ep", 6),
+    ("context=2,expert=4", "cp_ep", 8),
+)
 
 
 @pytest.mark.slow
@@ -117,7 +173,12 @@ def test_eight_devices_then_four_then_two_then_eight(text_folder, tmp_path):  # 
 
 @pytest.mark.slow
 def test_two_processes_then_one_then_two(text_folder, tmp_path):  # noqa: F811
-    code = CONFIG.format(module="test_survival", text=str(text_folder), run=str(tmp_path / "moved"), more=", mesh='data=2', layout='dp'")
+    code = CONFIG.format(
+        module="test_survival",
+        text=str(text_folder),
+        run=str(tmp_path / "moved"),
+        more=", mesh='data=2', layout='dp'",
+    )
     finished(job(tmp_path, "two", code, "--steps", "3", processes=2))
     train(config(text_folder, tmp_path / "moved", steps=5))
     finished(job(tmp_path, "two", code, processes=2))

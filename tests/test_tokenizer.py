@@ -44,7 +44,13 @@ def saved(tmp_path):
 def small_bpe(directory, *, specials=(BOS_TOKEN, EOS_TOKEN), config=None, truncation=None):
     """Writes a tokenizer with merges (so that it is not ours) to directory."""
     vocab = {"a": 0, "b": 1, "ab": 2} | {name: 3 + i for i, name in enumerate(specials)}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     raw = {
         "version": "1.0",
         "truncation": truncation,
@@ -68,7 +74,11 @@ def small_bpe(directory, *, specials=(BOS_TOKEN, EOS_TOKEN), config=None, trunca
 
 def test_ids_are_bytes_moved_up_by_two():
     assert ByteTokenizer().encode("é!") == [0xC3 + 2, 0xA9 + 2, 0x21 + 2]
-    assert (ByteTokenizer().vocab_size, ByteTokenizer().bos_token_id, ByteTokenizer().eos_token_id) == (258, 0, 1)
+    assert (
+        ByteTokenizer().vocab_size,
+        ByteTokenizer().bos_token_id,
+        ByteTokenizer().eos_token_id,
+    ) == (258, 0, 1)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -99,8 +109,12 @@ SPECIALS = ("<think>", "</think>", "<｜User｜>")
 def test_special_tokens_follow_the_bytes():
     tokenizer = ByteTokenizer(SPECIALS)
     assert tokenizer.vocab_size == 261 and tokenizer.encode(f"a</think>b<think{BOS_TOKEN}") == [
-        99, 259, 100, *ByteTokenizer().encode("<think"), 0
-    ]  # fmt: skip
+        99,
+        259,
+        100,
+        *ByteTokenizer().encode("<think"),
+        0,
+    ]
     assert tokenizer.decode([99, 259, 100, 261, 0]) == "ab\ufffd"
     require_tokens(tokenizer, SPECIALS, "a test")
     with pytest.raises(ValueError, match="tokenizer: has no token <think>, which a test needs"):
@@ -111,7 +125,10 @@ def test_special_tokens_are_saved_and_read_by_both(tmp_path):
     ours = ByteTokenizer(SPECIALS)
     ours.save(tmp_path)
     again, theirs = load_tokenizer(tmp_path), HuggingFaceTokenizer(tmp_path / "tokenizer.json")
-    assert isinstance(again, ByteTokenizer) and again.fingerprint == ours.fingerprint == theirs.fingerprint
+    assert (
+        isinstance(again, ByteTokenizer)
+        and again.fingerprint == ours.fingerprint == theirs.fingerprint
+    )
     assert again.fingerprint != ByteTokenizer().fingerprint
     for text in (*TEXTS, f"<think>é</think>{EOS_TOKEN}<｜User｜><｜User"):
         assert again.encode(text) == theirs.encode(text) == ours.encode(text)
@@ -190,7 +207,9 @@ def test_special_tokens_come_from_tokenizer_config(tmp_path):
 
 
 def test_a_tokenizer_without_bos_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"bos_token None is not in its vocabulary; tokenizer_config.json"):
+    with pytest.raises(
+        ValueError, match=r"bos_token None is not in its vocabulary; tokenizer_config.json"
+    ):
         load_tokenizer(small_bpe(tmp_path, config={"bos_token": None, "eos_token": EOS_TOKEN}))
 
 
@@ -200,7 +219,9 @@ def test_truncation_left_in_the_file_cuts_nothing(tmp_path):
 
 
 def test_a_wrapped_tokenizer_is_saved_as_it_was_read(tmp_path):
-    source = small_bpe(tmp_path / "a", specials=("<s>", "</s>"), config={"bos_token": "<s>", "eos_token": "</s>"})
+    source = small_bpe(
+        tmp_path / "a", specials=("<s>", "</s>"), config={"bos_token": "<s>", "eos_token": "</s>"}
+    )
     load_tokenizer(source).save(tmp_path / "b")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "b" / name).read_bytes() == (source / name).read_bytes()
@@ -218,7 +239,12 @@ def test_bad_files_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer.json: no such file"):
         load_tokenizer(tmp_path)
     path = tmp_path / "tokenizer.json"
-    faults = {b"{": "not JSON", b"[]": "JSON object", b"\xff": "cannot be read", b"{}": "not a Hugging Face"}
+    faults = {
+        b"{": "not JSON",
+        b"[]": "JSON object",
+        b"\xff": "cannot be read",
+        b"{}": "not a Hugging Face",
+    }
     for content, text in faults.items():
         path.write_bytes(content)
         with pytest.raises(ValueError, match=text) as caught:
@@ -233,7 +259,9 @@ def test_check_tokens_names_the_first_bad_id_and_its_place():
     tokens = np.zeros((3, 5), np.int64)
     check_tokens(tokens, 258, "tokens")
     tokens[1, 4], tokens[2, 0] = 258, -7
-    with pytest.raises(ValueError, match=r"^prompt: got id 258 at \[1, 4\]; allowed: \[0, vocab_size=258\)$"):
+    with pytest.raises(
+        ValueError, match=r"^prompt: got id 258 at \[1, 4\]; allowed: \[0, vocab_size=258\)$"
+    ):
         check_tokens(tokens, 258, "prompt")
     tokens[1, 4] = 257
     with pytest.raises(ValueError, match=r"got id -7 at \[2, 0\]"):
@@ -252,7 +280,9 @@ def test_check_tokens_takes_any_shape_and_only_integers():
 # ---- bos and eos -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["ab", f"{BOS_TOKEN}ab", f"{BOS_TOKEN * 2}ab{EOS_TOKEN}", f"ab{EOS_TOKEN * 2}"])
+@pytest.mark.parametrize(
+    "text", ["ab", f"{BOS_TOKEN}ab", f"{BOS_TOKEN * 2}ab{EOS_TOKEN}", f"ab{EOS_TOKEN * 2}"]
+)
 def test_a_document_has_one_bos_and_one_eos_whatever_its_text_spells_out(tmp_path, text):
     ours, merging = ByteTokenizer(["<a>"]), load_tokenizer(small_bpe(tmp_path))
     for tokenizer, inner in ((ours, [99, 100]), (merging, [2])):
@@ -266,7 +296,11 @@ def test_a_document_has_one_bos_and_one_eos_whatever_its_text_spells_out(tmp_pat
 def test_names_of_special_tokens_inside_a_text_and_at_a_cut_stay():
     tokenizer = ByteTokenizer(["<a>"])
     assert document_ids(tokenizer, f"a{EOS_TOKEN}{BOS_TOKEN}b") == [0, 99, 1, 0, 100, 1]
-    assert document_ids(tokenizer, f"{BOS_TOKEN}a{EOS_TOKEN}", begins=False, ends=False) == [0, 99, 1]
+    assert document_ids(tokenizer, f"{BOS_TOKEN}a{EOS_TOKEN}", begins=False, ends=False) == [
+        0,
+        99,
+        1,
+    ]
     assert prompt_ids(tokenizer, f"a{EOS_TOKEN}") == [0, 99, 1]
 
 

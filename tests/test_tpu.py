@@ -12,14 +12,19 @@ from v4jax.layout.hardware import hardware_of
 
 pytestmark = [
     pytest.mark.tpu,
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `tpu`: pip install -e '.[tpu]'"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="needs the extra `tpu`: pip install -e '.[tpu]'",
+    ),
 ]
 
 
 def test_experts_by_exchange_send_what_they_must(capfd):
     # Rows as wide as V4-Flash's: a TPU moves whole lanes, so narrow rows would weigh more than they hold.
     model = CFG.model.replace(hidden_size=4096)
-    cfg = dataclasses.replace(CFG, model=model, mesh="fsdp=2,expert=2,tensor=2", layout="pod", dtype="bfloat16")
+    cfg = dataclasses.replace(
+        CFG, model=model, mesh="fsdp=2,expert=2,tensor=2", layout="pod", dtype="bfloat16"
+    )
     report = report_layout(cfg, "v5p:2x2x2", effort="full")  # as a run compiles
     assert report.effort == "full" and report.code_bytes > 0
     kinds = {(axes, kind) for axes, kind, *_ in report.collectives}
@@ -31,11 +36,22 @@ def test_experts_by_exchange_send_what_they_must(capfd):
 
 
 def test_a_step_of_decoding_holds_what_the_paper_says():
-    model = CFG.model.replace(num_hidden_layers=2, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(4, 128))
-    cfg = dataclasses.replace(CFG, model=model, seq_len=1024, mesh="expert=4,tensor=2", layout="ep_tp", dtype="bfloat16")
-    report, paper = report_layout(cfg, "v5e:2x4", what="decode"), estimate(cfg, hardware_of("v5e"), "decode")
-    assert paper.memory["weights"] + paper.memory["caches"] == pytest.approx(report.state_bytes, rel=1e-2)
-    assert sum(row[0] for row in paper.sent.values()) == pytest.approx(sum(row[3] for row in report.collectives), rel=0.25)
+    model = CFG.model.replace(
+        num_hidden_layers=2, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(4, 128)
+    )
+    cfg = dataclasses.replace(
+        CFG, model=model, seq_len=1024, mesh="expert=4,tensor=2", layout="ep_tp", dtype="bfloat16"
+    )
+    report, paper = (
+        report_layout(cfg, "v5e:2x4", what="decode"),
+        estimate(cfg, hardware_of("v5e"), "decode"),
+    )
+    assert paper.memory["weights"] + paper.memory["caches"] == pytest.approx(
+        report.state_bytes, rel=1e-2
+    )
+    assert sum(row[0] for row in paper.sent.values()) == pytest.approx(
+        sum(row[3] for row in report.collectives), rel=0.25
+    )
     assert report.effort == "quick"
     with pytest.raises(ValueError, match="effort: got 'O3'; known: quick, full"):
         report_layout(cfg, "v5e:2x4", effort="O3")

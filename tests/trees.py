@@ -48,10 +48,14 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
         "router": {},
     }
     for group in cfg.layer_groups:
-        blocks = {f"block_{i}": _block(cfg, kind, random, (group.repeats,)) for i, kind in enumerate(group.kinds)}
+        blocks = {
+            f"block_{i}": _block(cfg, kind, random, (group.repeats,))
+            for i, kind in enumerate(group.kinds)
+        }
         params[group.name] = blocks
         params["router"][group.name] = {
-            f"block_{i}": {"ffn": _router(cfg, kind, rng, (group.repeats,))} for i, kind in enumerate(group.kinds)
+            f"block_{i}": {"ffn": _router(cfg, kind, rng, (group.repeats,))}
+            for i, kind in enumerate(group.kinds)
         }
     if cfg.num_nextn_predict_layers:
         kind = LayerKind(WINDOW_ONLY, hash_routed=False)
@@ -67,7 +71,11 @@ def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
 
 
 def _hyper(random, width, outputs, scales, lead=()):
-    return {"fn": random(*lead, width, outputs), "base": random(*lead, outputs), "scale": random(*lead, scales)}
+    return {
+        "fn": random(*lead, width, outputs),
+        "base": random(*lead, outputs),
+        "scale": random(*lead, scales),
+    }
 
 
 def _block(cfg: ModelConfig, kind: LayerKind, random, lead):
@@ -123,4 +131,6 @@ def _router(cfg: ModelConfig, kind: LayerKind, rng, lead):
     if not kind.hash_routed:
         return {"bias": rng.normal(size=(*lead, cfg.n_routed_experts)).astype(np.float32)}
     noise = rng.random((*lead, cfg.vocab_size, cfg.n_routed_experts))
-    return {"tid2eid": np.argsort(noise, axis=-1)[..., : cfg.num_experts_per_tok].astype(np.float32)}
+    return {
+        "tid2eid": np.argsort(noise, axis=-1)[..., : cfg.num_experts_per_tok].astype(np.float32)
+    }

@@ -8,5 +8,12 @@ from v4jax.model.transformer import forward, init_params
 from v4jax.train.loss import loss
 
 __all__ = [
-    "ModelConfig", "forward", "init_params", "load", "loss", "official_names", "save_safetensors", "to_official",
-]  # fmt: skip
+    "ModelConfig",
+    "forward",
+    "init_params",
+    "load",
+    "loss",
+    "official_names",
+    "save_safetensors",
+    "to_official",
+]

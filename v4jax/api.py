@@ -96,9 +96,16 @@ def load_onto(path, cfg: ModelConfig, dtype: str, places):
 
 
 def _load_run(path, cfg: ModelConfig, dtype: str, places):
-    dtypes = {slot.path: leaf_dtype(name, plain_dtype(dtype)) for name, slot in official_names(cfg).items()}
+    dtypes = {
+        slot.path: leaf_dtype(name, plain_dtype(dtype))
+        for name, slot in official_names(cfg).items()
+    }
 
     def typed(where, leaf, place):
-        return jax.ShapeDtypeStruct(leaf.shape, dtypes[tuple(key.key for key in where)], sharding=place)
+        return jax.ShapeDtypeStruct(
+            leaf.shape, dtypes[tuple(key.key for key in where)], sharding=place
+        )
 
-    return load_store_params(path, jax.tree_util.tree_map_with_path(typed, abstract_params(cfg), places))
+    return load_store_params(
+        path, jax.tree_util.tree_map_with_path(typed, abstract_params(cfg), places)
+    )

@@ -79,7 +79,9 @@ def _one_line(error: Exception) -> str:
 
 def _train(arguments, rest):
     if arguments.config is None or arguments.config in ("-h", "--help"):
-        raise BadInput("train needs a CONFIG.py; see v4jax train CONFIG.py --help for its overrides")
+        raise BadInput(
+            "train needs a CONFIG.py; see v4jax train CONFIG.py --help for its overrides"
+        )
     cfg = _override(_read_config_file(arguments.config), rest, f"v4jax train {arguments.config}")
     if arguments.dry_run:
         return _plan(cfg, arguments.json)
@@ -107,7 +109,9 @@ def _peak_memory() -> int:
     """The most bytes this process ever held resident."""
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def _sample(cfg) -> dict:
@@ -128,9 +132,13 @@ def _sample(cfg) -> dict:
     prompt = prompt_ids(tokenizer, cfg.sample_prompt)
     with jax.set_mesh(mesh):
         (completion,) = generate(
-            model, params, [prompt], cfg.sample_tokens, seeds=[cfg.seed],
+            model,
+            params,
+            [prompt],
+            cfg.sample_tokens,
+            seeds=[cfg.seed],
             setting=Setting(rules=rules, dtype=cfg.dtype, sampling=Sampling(temperature=0.7)),
-        )  # fmt: skip
+        )
     stop = TextStop(model.eos_token_ids, tokenizer=tokenizer)
     text = cfg.sample_prompt + stop.text(completion.tokens)
     if not is_first():
@@ -165,9 +173,14 @@ def _score(arguments, _):
     from v4jax.score import score
 
     result = score(
-        arguments.checkpoint, arguments.tokens, arguments.out, arguments.mesh, arguments.layout, arguments.dtype,
+        arguments.checkpoint,
+        arguments.tokens,
+        arguments.out,
+        arguments.mesh,
+        arguments.layout,
+        arguments.dtype,
         arguments.quant,
-    )  # fmt: skip
+    )
     return result if is_first() else None
 
 
@@ -179,7 +192,12 @@ def _convert(arguments, _):
     result = {}
     if not arguments.verify or not pathlib.Path(arguments.target).exists():
         result = convert(
-            arguments.source, arguments.target, arguments.format, arguments.dtype, arguments.max_file_bytes, arguments.workers
+            arguments.source,
+            arguments.target,
+            arguments.format,
+            arguments.dtype,
+            arguments.max_file_bytes,
+            arguments.workers,
         )
     return result | compare(arguments.source, arguments.target) if arguments.verify else result
 
@@ -211,7 +229,9 @@ def _layout(arguments, _):
     cfg = command.config_of(config, arguments)
     if arguments.target == "cpu" and arguments.search and arguments.confirm:
         _start(f"data={command.devices_of('cpu', arguments.chips)}")
-    elif arguments.stablehlo or (arguments.target == "cpu" and not (arguments.search or arguments.compare)):
+    elif arguments.stablehlo or (
+        arguments.target == "cpu" and not (arguments.search or arguments.compare)
+    ):
         _start(cfg.mesh)
     if arguments.stablehlo:
         from v4jax.layout.portable import write_stablehlo
@@ -246,9 +266,15 @@ def _measure(path: str) -> dict:
 
 
 RUNS = {
-    "train": _train, "plot": _plot, "generate": _generate, "chat": _chat, "score": _score, "convert": _convert, "cost": _cost,
+    "train": _train,
+    "plot": _plot,
+    "generate": _generate,
+    "chat": _chat,
+    "score": _score,
+    "convert": _convert,
+    "cost": _cost,
     "layout": _layout,
-}  # fmt: skip
+}
 """Command -> what runs it, given the flags and what of the command line it did not know (train's overrides)."""
 
 
@@ -269,7 +295,9 @@ def _read_config_file(path):
     found = call(path, "get_config")
     if not isinstance(found, TrainConfig):
         kind = type(found).__name__
-        raise BadInput(f"{path}: get_config() gave {kind}; must give a v4jax.train.config.TrainConfig")
+        raise BadInput(
+            f"{path}: get_config() gave {kind}; must give a v4jax.train.config.TrainConfig"
+        )
     return found
 
 

@@ -23,12 +23,31 @@ _RATIO_OF_LAYER_TYPE = {
     "compressed_sparse_attention": CSA,
     "heavily_compressed_attention": HCA,
 }
-_SIZES = (
-    "vocab_size hidden_size moe_intermediate_size num_hidden_layers num_attention_heads head_dim qk_rope_head_dim "
-    "q_lora_rank o_groups o_lora_rank n_routed_experts num_experts_per_tok sliding_window hc_mult "
-    "hc_sinkhorn_iters max_position_embeddings"
-).split()
-_AT_MOST = {"num_hidden_layers": 1000, "n_routed_experts": 16384, "hc_mult": 64, "hc_sinkhorn_iters": 1000, "max_position_embeddings": 2**31}
+_SIZES = [
+    "vocab_size",
+    "hidden_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "qk_rope_head_dim",
+    "q_lora_rank",
+    "o_groups",
+    "o_lora_rank",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "sliding_window",
+    "hc_mult",
+    "hc_sinkhorn_iters",
+    "max_position_embeddings",
+]
+_AT_MOST = {
+    "num_hidden_layers": 1000,
+    "n_routed_experts": 16384,
+    "hc_mult": 64,
+    "hc_sinkhorn_iters": 1000,
+    "max_position_embeddings": 2**31,
+}
 """Larger values can only be mistakes, and would keep a reader busy for ever; other sizes: `_LARGEST_SIZE`."""
 _LARGEST_SIZE = 2**24
 _ABSURD = 1e30
@@ -248,7 +267,10 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The official config.json, readable by `from_dict`, by transformers, by vLLM and by SGLang."""
-        raw: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
+        raw: dict[str, Any] = {
+            "architectures": ["DeepseekV4ForCausalLM"],
+            "model_type": "deepseek_v4",
+        }
         raw |= dataclasses.asdict(self) | _FIXED
         raw["compress_ratios"] = list(self.compress_ratios)
         if more := raw.pop("more_eos_token_ids"):
@@ -292,7 +314,9 @@ def read_config_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         raw = read_json(file_in(path.parent, path.name))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; expected a config.json of a deepseek_v4 model") from None
+        raise ValueError(
+            f"{path}: no such file; expected a config.json of a deepseek_v4 model"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path.parent}/{error}") from None
     if not isinstance(raw, dict):
@@ -313,7 +337,11 @@ def _longest_repeat(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_ABSURD < value < _ABSURD
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and -_ABSURD < value < _ABSURD
+    )
 
 
 def _check_sizes(cfg: ModelConfig) -> None:
@@ -323,7 +351,14 @@ def _check_sizes(cfg: ModelConfig) -> None:
             raise ValueError(f"{name}: got {value!r}; must be a positive integer")
         if value > (most := _AT_MOST.get(name, _LARGEST_SIZE)):
             raise ValueError(f"{name}: got {str(value)[:40]}; must be at most {most}")
-    for name in ("routed_scaling_factor", "hc_eps", "rms_norm_eps", "swiglu_limit", "rope_theta", "initializer_range"):
+    for name in (
+        "routed_scaling_factor",
+        "hc_eps",
+        "rms_norm_eps",
+        "swiglu_limit",
+        "rope_theta",
+        "initializer_range",
+    ):
         value = getattr(cfg, name)
         if not _is_number(value) or not value > 0:
             raise ValueError(f"{name}: got {value!r}; must be a number above 0")
@@ -331,7 +366,9 @@ def _check_sizes(cfg: ModelConfig) -> None:
         if getattr(cfg, name) < _LEAST_EPS:
             raise ValueError(f"{name}: got {getattr(cfg, name)!r}; must be at least {_LEAST_EPS}")
     if type(cfg.num_nextn_predict_layers) is not int or cfg.num_nextn_predict_layers not in (0, 1):
-        raise ValueError(f"num_nextn_predict_layers: got {cfg.num_nextn_predict_layers!r}; allowed: 0 or 1")
+        raise ValueError(
+            f"num_nextn_predict_layers: got {cfg.num_nextn_predict_layers!r}; allowed: 0 or 1"
+        )
     ids = [("eos_token_id", token) for token in cfg.eos_token_ids]
     if cfg.bos_token_id is not None:
         ids.append(("bos_token_id", cfg.bos_token_id))
@@ -366,16 +403,29 @@ def _check_layers(cfg: ModelConfig) -> None:
             f"compress_ratios: got {len(cfg.compress_ratios)} entries; must be {expected} "
             f"(num_hidden_layers {cfg.num_hidden_layers} + num_nextn_predict_layers {cfg.num_nextn_predict_layers})"
         )
-    odd = [ratio for ratio in cfg.compress_ratios if type(ratio) is not int or ratio not in (WINDOW_ONLY, CSA, HCA)]
+    odd = [
+        ratio
+        for ratio in cfg.compress_ratios
+        if type(ratio) is not int or ratio not in (WINDOW_ONLY, CSA, HCA)
+    ]
     if odd:
-        raise ValueError(f"compress_ratios: got {odd[0]!r}; allowed: 0 (window only), 4 (CSA), 128 (HCA)")
+        raise ValueError(
+            f"compress_ratios: got {odd[0]!r}; allowed: 0 (window only), 4 (CSA), 128 (HCA)"
+        )
     if any(cfg.compress_ratios[cfg.num_hidden_layers :]):
-        raise ValueError(f"compress_ratios: the MTP entry is {cfg.compress_ratios[-1]}; the MTP layer allows only 0")
-    if type(cfg.num_hash_layers) is not int or not 0 <= cfg.num_hash_layers <= cfg.num_hidden_layers:
+        raise ValueError(
+            f"compress_ratios: the MTP entry is {cfg.compress_ratios[-1]}; the MTP layer allows only 0"
+        )
+    if (
+        type(cfg.num_hash_layers) is not int
+        or not 0 <= cfg.num_hash_layers <= cfg.num_hidden_layers
+    ):
         raise ValueError(
             f"num_hash_layers: got {cfg.num_hash_layers!r}; must be in [0, num_hidden_layers={cfg.num_hidden_layers}]"
         )
-    if any(cfg.compress_ratios) and not (_is_number(cfg.compress_rope_theta) and cfg.compress_rope_theta > 0):
+    if any(cfg.compress_ratios) and not (
+        _is_number(cfg.compress_rope_theta) and cfg.compress_rope_theta > 0
+    ):
         # Published code and config.json disagree on its default, so a guess would be wrong for
         # someone (docs/equations.md#trap-6).
         raise ValueError(
@@ -386,11 +436,17 @@ def _check_layers(cfg: ModelConfig) -> None:
 
 def _check_divisions(cfg: ModelConfig) -> None:
     if cfg.num_attention_heads % cfg.o_groups:
-        raise ValueError(f"o_groups: got {cfg.o_groups}; must divide num_attention_heads={cfg.num_attention_heads}")
+        raise ValueError(
+            f"o_groups: got {cfg.o_groups}; must divide num_attention_heads={cfg.num_attention_heads}"
+        )
     if cfg.qk_rope_head_dim % 2:
-        raise ValueError(f"qk_rope_head_dim: got {cfg.qk_rope_head_dim}; must be even (rotary pairs)")
+        raise ValueError(
+            f"qk_rope_head_dim: got {cfg.qk_rope_head_dim}; must be even (rotary pairs)"
+        )
     if cfg.qk_rope_head_dim > cfg.head_dim:
-        raise ValueError(f"qk_rope_head_dim: got {cfg.qk_rope_head_dim}; must be at most head_dim={cfg.head_dim}")
+        raise ValueError(
+            f"qk_rope_head_dim: got {cfg.qk_rope_head_dim}; must be at most head_dim={cfg.head_dim}"
+        )
     if CSA in cfg.compress_ratios and cfg.qk_rope_head_dim > cfg.index_head_dim:
         raise ValueError(
             f"index_head_dim: got {cfg.index_head_dim}; must be at least qk_rope_head_dim={cfg.qk_rope_head_dim}"
@@ -403,15 +459,21 @@ def _check_divisions(cfg: ModelConfig) -> None:
 
 
 def _refuse_other_models(raw: dict[str, Any]) -> None:
-    names = [str(raw.get("model_type"))] + re.findall(r"\w[\w.]*", str(raw.get("architectures") or ""))
+    names = [str(raw.get("model_type"))] + re.findall(
+        r"\w[\w.]*", str(raw.get("architectures") or "")
+    )
     if any(mark in name.lower() for name in names for mark in ("v4.1", "v4_1", "v41")):
-        raise ValueError(f"model_type: got {names[0]!r} {names[1:]}; DeepSeek-V4.1 is another architecture; allowed: "
-                         "'deepseek_v4'")
+        raise ValueError(
+            f"model_type: got {names[0]!r} {names[1:]}; DeepSeek-V4.1 is another architecture; allowed: "
+            "'deepseek_v4'"
+        )
     if raw.get("model_type") != "deepseek_v4":
         raise ValueError(f"model_type: got {raw.get('model_type')!r}; allowed: 'deepseek_v4'")
     dspark = sorted(name for name in raw if name.startswith("dspark"))
     if dspark:
-        raise ValueError(f"{dspark[0]}: this checkpoint's mtp.* is a DSpark drafter, which v4jax does not build")
+        raise ValueError(
+            f"{dspark[0]}: this checkpoint's mtp.* is a DSpark drafter, which v4jax does not build"
+        )
 
 
 def _check_json_types(raw: dict[str, Any]) -> None:
@@ -426,7 +488,9 @@ def _check_json_types(raw: dict[str, Any]) -> None:
                 raise ValueError(f"{name}: got {raw[name]!r}; must be {word}")
     rope = raw.get("rope_parameters") or {}
     if rope and not (isinstance(rope.get("main"), dict) and isinstance(rope.get("compress"), dict)):
-        raise ValueError(f"rope_parameters: got {rope}; must be an object with the objects main and compress")
+        raise ValueError(
+            f"rope_parameters: got {rope}; must be an object with the objects main and compress"
+        )
 
 
 def _official_style(raw: dict[str, Any]) -> dict[str, Any]:
@@ -436,26 +500,36 @@ def _official_style(raw: dict[str, Any]) -> dict[str, Any]:
     if raw.get("compress_ratios") is None and raw.get("layer_types") is not None:
         unknown = [name for name in raw["layer_types"] if str(name) not in _RATIO_OF_LAYER_TYPE]
         if unknown:
-            raise ValueError(f"layer_types: got {unknown[0]!r}; allowed: {', '.join(_RATIO_OF_LAYER_TYPE)}")
+            raise ValueError(
+                f"layer_types: got {unknown[0]!r}; allowed: {', '.join(_RATIO_OF_LAYER_TYPE)}"
+            )
         for name, ratio in (raw.get("compress_rates") or {}).items():
             if _RATIO_OF_LAYER_TYPE.get(name) != ratio:
-                raise ValueError(f"compress_rates: got {name}={ratio}; DeepSeek-V4 allows only "
-                                 f"{_RATIO_OF_LAYER_TYPE.get(name)}")
+                raise ValueError(
+                    f"compress_rates: got {name}={ratio}; DeepSeek-V4 allows only "
+                    f"{_RATIO_OF_LAYER_TYPE.get(name)}"
+                )
         ratios = [_RATIO_OF_LAYER_TYPE[name] for name in raw["layer_types"]]
         raw["compress_ratios"] = ratios + [WINDOW_ONLY] * (raw.get("num_nextn_predict_layers") != 0)
     if raw.get("num_hash_layers") is None and raw.get("mlp_layer_types") is not None:
         kinds = list(raw["mlp_layer_types"])
         raw["num_hash_layers"] = hashed = kinds.count("hash_moe")
         if len(kinds) != layers or kinds != ["hash_moe"] * hashed + ["moe"] * (len(kinds) - hashed):
-            raise ValueError(f"mlp_layer_types: got {kinds}; must be hash_moe layers first, then moe, {layers} in all")
+            raise ValueError(
+                f"mlp_layer_types: got {kinds}; must be hash_moe layers first, then moe, {layers} in all"
+            )
     factor, head_dim = raw.get("partial_rotary_factor"), raw.get("head_dim")
     if raw.get("qk_rope_head_dim") is None and _is_number(factor) and _is_number(head_dim):
         raw["qk_rope_head_dim"] = round(head_dim * factor)
     rope = raw.get("rope_parameters")
     if rope:
         raw["rope_theta"] = rope["main"].get("rope_theta", raw.get("rope_theta"))
-        raw["compress_rope_theta"] = rope["compress"].get("rope_theta", raw.get("compress_rope_theta"))
-        raw["rope_scaling"] = rope["compress"] if rope["compress"].get("rope_type", "default") != "default" else None
+        raw["compress_rope_theta"] = rope["compress"].get(
+            "rope_theta", raw.get("compress_rope_theta")
+        )
+        raw["rope_scaling"] = (
+            rope["compress"] if rope["compress"].get("rope_type", "default") != "default" else None
+        )
     return raw
 
 
@@ -466,7 +540,9 @@ def _read_rope_scaling(raw: Any) -> RopeScaling | None:
     if kind != "yarn":
         raise ValueError(f"rope_scaling: got type {kind!r}; allowed: 'yarn', or no rope_scaling")
     if raw.get("attention_factor", 1.0) not in (None, 1.0):
-        raise ValueError(f"rope_scaling: got attention_factor {raw['attention_factor']}; DeepSeek-V4 allows only 1.0")
+        raise ValueError(
+            f"rope_scaling: got attention_factor {raw['attention_factor']}; DeepSeek-V4 allows only 1.0"
+        )
     names = [field.name for field in dataclasses.fields(RopeScaling)]
     missing = [name for name in names[:2] if name not in raw]
     if missing:

@@ -38,7 +38,17 @@ from v4jax.checkpoint.export import (
     write_tensors,
 )
 from v4jax.checkpoint.files import Header, dtype_name, headers_of, read_tensor, write_file
-from v4jax.checkpoint.formats import DTYPES, Kind, Stored, allowed_kinds, check_format, encode, format_of, scale_of, shapes_of
+from v4jax.checkpoint.formats import (
+    DTYPES,
+    Kind,
+    Stored,
+    allowed_kinds,
+    check_format,
+    encode,
+    format_of,
+    scale_of,
+    shapes_of,
+)
 from v4jax.checkpoint.load import Source, open_safetensors
 from v4jax.checkpoint.names import Slot, official_names, official_shapes, plain_dtype
 from v4jax.checkpoint.room import Room
@@ -54,7 +64,14 @@ _RELEASED = "released"
 """Directory of a store that keeps what its numbers do not say: how the source stored each tensor, and its scales."""
 
 
-def convert(source, target, format: str = "safetensors", dtype: str = "float32", max_file_bytes: int = MAX_FILE_BYTES, workers: int = 2) -> dict:
+def convert(
+    source,
+    target,
+    format: str = "safetensors",
+    dtype: str = "float32",
+    max_file_bytes: int = MAX_FILE_BYTES,
+    workers: int = 2,
+) -> dict:
     """Writes the checkpoint `source` (any kind, any precision) to the new directory `target`.
 
     Args:
@@ -68,7 +85,9 @@ def convert(source, target, format: str = "safetensors", dtype: str = "float32",
     source = local_path(source, "source")
     target = local_path(target, "target").absolute()
     if check_format(dtype) not in ("float32", "bfloat16") and format == "orbax":
-        raise ValueError(f"dtype: got {dtype!r}; a v4jax store holds float32 or bfloat16 (and keeps the scales of {dtype} files)")
+        raise ValueError(
+            f"dtype: got {dtype!r}; a v4jax store holds float32 or bfloat16 (and keeps the scales of {dtype} files)"
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: exists and is not an empty directory; choose another")
     folder_to_fill(target.parent, "target")
@@ -77,7 +96,12 @@ def convert(source, target, format: str = "safetensors", dtype: str = "float32",
             raise ValueError(f"{name}: got {value}; must be at least 1")
     opened = open_checkpoint(source)
     carried = carried_files(source)
-    plan = {"source": _fingerprint(source), "format": format, "dtype": dtype, "max_file_bytes": max_file_bytes}
+    plan = {
+        "source": _fingerprint(source),
+        "format": format,
+        "dtype": dtype,
+        "max_file_bytes": max_file_bytes,
+    }
     with _begun(target.with_name(f".{target.name}.partial"), plan) as partial:
         if format == "safetensors":
             size = _to_safetensors(opened, partial, dtype, max_file_bytes, workers)
@@ -89,7 +113,13 @@ def convert(source, target, format: str = "safetensors", dtype: str = "float32",
             target.rmdir()
         partial.rename(target)
     (target / "plan.json").unlink()
-    return {"target": str(target), "format": format, "dtype": dtype, "tensors": len(opened.kinds), "bytes": size}
+    return {
+        "target": str(target),
+        "format": format,
+        "dtype": dtype,
+        "tensors": len(opened.kinds),
+        "bytes": size,
+    }
 
 
 def compare(first, second) -> dict:
@@ -107,17 +137,27 @@ def compare(first, second) -> dict:
     shapes, others = official_shapes(a.cfg), official_shapes(b.cfg)
     for name in shapes | others:
         if shapes.get(name) != others.get(name):
-            raise ValueError(f"{name}: {shapes.get(name)} in {first}, {others.get(name)} in {second}; these are two models")
+            raise ValueError(
+                f"{name}: {shapes.get(name)} in {first}, {others.get(name)} in {second}; these are two models"
+            )
     equal, worst = 0, ("", 0.0, 0.0)
     with _progress("comparing", len(shapes), bytes_=False) as wrote:
         for name in shapes:
             x, y = (np.asarray(side.numbers(name), np.float32) for side in (a, b))
             difference = float(np.max(np.abs(x - y), initial=0))
             equal += difference == 0
-            relative = difference / max(float(np.max(np.abs(x), initial=0)), np.finfo(np.float32).tiny)
+            relative = difference / max(
+                float(np.max(np.abs(x), initial=0)), np.finfo(np.float32).tiny
+            )
             worst = max(worst, (name, difference, relative), key=lambda one: one[2])
             wrote(1)
-    return {"tensors": len(shapes), "equal": equal, "worst": worst[0], "difference": worst[1], "relative": worst[2]}
+    return {
+        "tensors": len(shapes),
+        "equal": equal,
+        "worst": worst[0],
+        "difference": worst[1],
+        "relative": worst[2],
+    }
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
@@ -162,21 +202,41 @@ def open_checkpoint(directory) -> Source | StoreSource:
     """
     directory = local_path(directory, "directory")
     if not directory.is_dir():
-        raise ValueError(f"{directory}: no such directory; expected config.json + safetensors, or a v4jax run")
+        raise ValueError(
+            f"{directory}: no such directory; expected config.json + safetensors, or a v4jax run"
+        )
     if not is_run(directory):
         return open_safetensors(directory)._replace(once=True)
     cfg = ModelConfig.from_json(directory)
     leaves = open_leaves(directory, cfg)
-    kinds, scales = kinds_for(cfg, "bfloat16" if any(leaf.dtype.numpy_dtype == DTYPES["BF16"] for leaf in leaves.values()) else "float32"), {}
+    kinds, scales = (
+        kinds_for(
+            cfg,
+            "bfloat16"
+            if any(leaf.dtype.numpy_dtype == DTYPES["BF16"] for leaf in leaves.values())
+            else "float32",
+        ),
+        {},
+    )
     if (directory / _RELEASED).is_dir():
         try:
             kinds, scales = _read_form(directory / _RELEASED, official_shapes(cfg))
         except ValueError as error:
             raise ValueError(f"{directory / _RELEASED}: {error}") from None
-    return StoreSource(directory, cfg, read_config_json(directory / "config.json"), kinds, official_names(cfg), leaves, scales)
+    return StoreSource(
+        directory,
+        cfg,
+        read_config_json(directory / "config.json"),
+        kinds,
+        official_names(cfg),
+        leaves,
+        scales,
+    )
 
 
-def _read_form(directory: pathlib.Path, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Kind], dict[str, Header]]:
+def _read_form(
+    directory: pathlib.Path, shapes: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, Kind], dict[str, Header]]:
     """What `_keep_form` wrote: official name -> how the source stored it, and where its scales are, if it has some.
 
     Raises:
@@ -184,22 +244,43 @@ def _read_form(directory: pathlib.Path, shapes: dict[str, tuple[int, ...]]) -> t
     """
     try:
         raw = read_json(file_in(directory, "kinds.json"))
-        kinds = {name: next(kind for kind in allowed_kinds(name) if list(kind) == raw[name]) for name in shapes}
-        low = {name: shapes_of(kind, shapes[name])[1] for name, kind in kinds.items() if kind.scale is not None}
-        scales = {one.stored: one for one in headers_of(file_in(directory, "scales.safetensors"))} if low else {}
+        kinds = {
+            name: next(kind for kind in allowed_kinds(name) if list(kind) == raw[name])
+            for name in shapes
+        }
+        low = {
+            name: shapes_of(kind, shapes[name])[1]
+            for name, kind in kinds.items()
+            if kind.scale is not None
+        }
+        scales = (
+            {one.stored: one for one in headers_of(file_in(directory, "scales.safetensors"))}
+            if low
+            else {}
+        )
     except (FileNotFoundError, KeyError, TypeError, StopIteration) as error:
-        raise ValueError(f"kinds.json, or scales.safetensors, does not belong to this model ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"kinds.json, or scales.safetensors, does not belong to this model ({type(error).__name__}: {error})"
+        ) from None
     for name, shape in low.items():
         one = scales.get(scale_name(name))
         if one is None or (one.dtype, one.shape) != (kinds[name].scale, shape):
-            raise ValueError(f"scales.safetensors: {scale_name(name)} is not {kinds[name].scale} {list(shape)}")
+            raise ValueError(
+                f"scales.safetensors: {scale_name(name)} is not {kinds[name].scale} {list(shape)}"
+            )
     return kinds, {name: scales[scale_name(name)] for name in low}
 
 
 # ---- targets ---------------------------------------------------------------------------------------------------------
 
 
-def _to_safetensors(source: Source | StoreSource, partial: pathlib.Path, dtype: str, max_file_bytes: int, workers: int) -> int:
+def _to_safetensors(
+    source: Source | StoreSource,
+    partial: pathlib.Path,
+    dtype: str,
+    max_file_bytes: int,
+    workers: int,
+) -> int:
     same = source.format == dtype  # then each tensor is stored as it was there
     kinds = source.kinds if same else kinds_for(source.cfg, dtype)
 
@@ -207,7 +288,11 @@ def _to_safetensors(source: Source | StoreSource, partial: pathlib.Path, dtype: 
         if isinstance(source, Source) and source.kinds[name] == kinds[name]:
             return source.stored(name)
         try:
-            return encode(kinds[name], source.numbers(name), source.scale(name) if source.kinds[name].dtype == kinds[name].dtype else None)
+            return encode(
+                kinds[name],
+                source.numbers(name),
+                source.scale(name) if source.kinds[name].dtype == kinds[name].dtype else None,
+            )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
@@ -228,9 +313,16 @@ def _to_safetensors(source: Source | StoreSource, partial: pathlib.Path, dtype: 
 def _to_store(source: Source | StoreSource, partial: pathlib.Path, dtype: str, workers: int) -> int:
     shapes = official_shapes(source.cfg)
     kinds = kinds_for(source.cfg, dtype)
-    sizes = {name: math.prod(shape) * DTYPES[kinds[name].dtype].itemsize for name, shape in shapes.items()}
+    sizes = {
+        name: math.prod(shape) * DTYPES[kinds[name].dtype].itemsize
+        for name, shape in shapes.items()
+    }
     log = partial / "written.txt"
-    sums = dict(line.split() for line in log.read_text().splitlines() if line.count(" ") == 1) if log.exists() else {}
+    sums = (
+        dict(line.split() for line in log.read_text().splitlines() if line.count(" ") == 1)
+        if log.exists()
+        else {}
+    )
     lock, room, compress = threading.Lock(), Room(ROOM), source.format in ("fp8", "official")
 
     def room_for(names: list[str]) -> int:
@@ -245,7 +337,11 @@ def _to_store(source: Source | StoreSource, partial: pathlib.Path, dtype: str, w
 
     groups = split(sizes, _GROUP_BYTES)
     bar = _progress("converting", sum(sizes.values()))
-    with StoreWriter(partial, source.cfg, plain_dtype(dtype), compress) as store, bar as wrote, concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    with (
+        StoreWriter(partial, source.cfg, plain_dtype(dtype), compress) as store,
+        bar as wrote,
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+    ):
         try:
             for names, _ in zip(groups, pool.map(write, groups), strict=True):
                 wrote(sum(sizes[name] for name in names))
@@ -264,9 +360,18 @@ def _keep_form(source: Source | StoreSource, directory: pathlib.Path) -> None:
     directory.mkdir(exist_ok=True)
     write_json(directory / "kinds.json", source.kinds)
     if source.scales:
-        shapes = {name: shapes_of(source.kinds[name], shape)[1] for name, shape in official_shapes(source.cfg).items()}
-        tensors = {scale_name(name): (source.kinds[name].scale, shapes[name]) for name in source.scales}
-        write_file(directory / "scales.safetensors", tensors, ((scale_name(name), read_tensor(one)) for name, one in source.scales.items()))
+        shapes = {
+            name: shapes_of(source.kinds[name], shape)[1]
+            for name, shape in official_shapes(source.cfg).items()
+        }
+        tensors = {
+            scale_name(name): (source.kinds[name].scale, shapes[name]) for name in source.scales
+        }
+        write_file(
+            directory / "scales.safetensors",
+            tensors,
+            ((scale_name(name), read_tensor(one)) for name, one in source.scales.items()),
+        )
 
 
 @contextlib.contextmanager
@@ -298,13 +403,23 @@ def _begun(partial: pathlib.Path, plan: dict[str, Any]) -> Iterator[pathlib.Path
 
 def _fingerprint(source: pathlib.Path) -> list:
     files = sorted(path for path in source.rglob("*") if path.is_file())
-    return [str(source.absolute()), [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]]
+    return [
+        str(source.absolute()),
+        [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+    ]
 
 
 @contextlib.contextmanager
 def _progress(what: str, total: int, bytes_: bool = True) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn(what), BarColumn(), *([DownloadColumn()] if bytes_ else [TextColumn("{task.completed:.0f}/{task.total:.0f}")]), TimeRemainingColumn())
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        *([DownloadColumn()] if bytes_ else [TextColumn("{task.completed:.0f}/{task.total:.0f}")]),
+        TimeRemainingColumn(),
+    )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task(what, total=total)
         yield lambda size: bar.advance(task, size)

@@ -24,7 +24,15 @@ from v4jax.config import CSA, HCA, WINDOW_ONLY, ModelConfig
 
 _KIND_NAMES = {WINDOW_ONLY: "SWA", CSA: "CSA", HCA: "HCA"}
 _ORDER = (
-    *("embedding", "attention SWA", "attention CSA", "attention HCA", "compressors", "indexers", "gates"),
+    *(
+        "embedding",
+        "attention SWA",
+        "attention CSA",
+        "attention HCA",
+        "compressors",
+        "indexers",
+        "gates",
+    ),
     *("routed experts", "shared experts", "mHC", "norms", "head"),
 )
 
@@ -72,15 +80,31 @@ class Cost:
         body = [_row(part) for part in (*self.parts, total, self.mtp)]
         training = ("training, mean", "", "", _short(self.train_flops), "")
         peer = (v32.name, "", "", _short(v32.flops), _short(v32.cache))
-        ratio = ("ratio to it", "", "", f"{total.flops / v32.flops:.1%}", f"{total.cache / v32.cache:.1%}")
-        grouped = (self.gqa8.name, "", "", "", f"{_short(self.gqa8.cache)} ({total.cache / self.gqa8.cache:.1%})")
+        ratio = (
+            "ratio to it",
+            "",
+            "",
+            f"{total.flops / v32.flops:.1%}",
+            f"{total.cache / v32.cache:.1%}",
+        )
+        grouped = (
+            self.gqa8.name,
+            "",
+            "",
+            "",
+            f"{_short(self.gqa8.cache)} ({total.cache / self.gqa8.cache:.1%})",
+        )
         return [head, *body, training, peer, ratio, grouped]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain numbers, for --json."""
         plain = dataclasses.asdict(self)
         plain["parts"] = [part._asdict() for part in self.parts]
-        plain |= {"total": self.total._asdict(), "mtp": self.mtp._asdict(), "v32": self.v32._asdict()}
+        plain |= {
+            "total": self.total._asdict(),
+            "mtp": self.mtp._asdict(),
+            "v32": self.v32._asdict(),
+        }
         plain["gqa8"] = self.gqa8._asdict()
         return plain
 
@@ -94,14 +118,17 @@ def cost(cfg: ModelConfig, context: int | None = None) -> Cost:
     limit = cfg.max_position_embeddings
     context = limit if context is None else context
     if isinstance(context, bool) or not isinstance(context, int) or not 1 <= context <= limit:
-        raise ValueError(f"context: got {context!r}; must be an integer in [1, max_position_embeddings={limit}]")
+        raise ValueError(
+            f"context: got {context!r}; must be an integer in [1, max_position_embeddings={limit}]"
+        )
     last = np.array([context])
     scored = cfg.num_hidden_layers - cfg.num_hash_layers + cfg.num_nextn_predict_layers
     return Cost(
         context=context,
         parts=_main_parts(cfg, last),
         mtp=_mtp(cfg, last),
-        buffers=scored * cfg.n_routed_experts + cfg.num_hash_layers * cfg.vocab_size * cfg.num_experts_per_tok,
+        buffers=scored * cfg.n_routed_experts
+        + cfg.num_hash_layers * cfg.vocab_size * cfg.num_experts_per_tok,
         train_flops=train_flops_per_token(cfg, context),
         v32=deepseek_v32(context),
         gqa8=gqa8(cfg, context),
@@ -124,13 +151,29 @@ def deepseek_v32(context: int) -> Part:
     Cache (docs/equations.md#cost): 512 fp8 + 16 bytes of scales + 64 bf16, and an indexer key of
     128 fp8 + 4 bytes.
     """
-    layers, dense, hidden, heads, latent, rope, q_rank, index_heads = 61, 3, 7168, 128, 512, 64, 1536, 64
+    layers, dense, hidden, heads, latent, rope, q_rank, index_heads = (
+        61,
+        3,
+        7168,
+        128,
+        512,
+        64,
+        1536,
+        64,
+    )
     attention = hidden * (q_rank + latent + rope) + q_rank * heads * (128 + rope)
     attention += heads * (latent * (128 + 128) + 128 * hidden)
     indexer = q_rank * index_heads * 128 + hidden * (128 + index_heads)
     routed = 9 * 3 * hidden * 2048 + hidden * 256  # 8 experts and the shared one; gate
-    matrices = layers * (attention + indexer) + dense * 3 * hidden * 18432 + (layers - dense) * routed + hidden * 129280
-    scores = 2 * heads * (2 * latent + rope) * min(context, 2048) + 2 * index_heads * (128 + 1) * context
+    matrices = (
+        layers * (attention + indexer)
+        + dense * 3 * hidden * 18432
+        + (layers - dense) * routed
+        + hidden * 129280
+    )
+    scores = (
+        2 * heads * (2 * latent + rope) * min(context, 2048) + 2 * index_heads * (128 + 1) * context
+    )
     cache = layers * context * (512 + 16 + 2 * 64 + 128 + 4)
     return Part("DeepSeek-V3.2", flops=2 * matrices + layers * scores, cache=cache)
 
@@ -151,7 +194,11 @@ def _main_parts(cfg: ModelConfig, lengths: np.ndarray) -> tuple[Part, ...]:
     parts = [Part("embedding", vocabulary)]
     for ratio, layers in collections.Counter(cfg.compress_ratios[: cfg.num_hidden_layers]).items():
         parts += [_times(part, layers) for part in _block(cfg, ratio, lengths)]
-    parts += [_hyper_head(cfg), _weights("norms", cfg.hidden_size, products=False), _weights("head", vocabulary)]
+    parts += [
+        _hyper_head(cfg),
+        _weights("norms", cfg.hidden_size, products=False),
+        _weights("head", vocabulary),
+    ]
     by_name: dict[str, list[Part]] = {name: [] for name in _ORDER}
     for part in parts:
         by_name[part.name].append(part)
@@ -166,7 +213,9 @@ def _mtp(cfg: ModelConfig, lengths: np.ndarray) -> Part:
     projections = Part("", 2 * hidden**2, 2 * hidden**2, 2 * (1 + streams) * hidden**2)
     norms = _weights("", 3 * hidden, products=False)
     head = Part("", flops=2 * hidden * cfg.vocab_size)
-    return _sum("MTP", [*_block(cfg, WINDOW_ONLY, lengths), _hyper_head(cfg), projections, norms, head])
+    return _sum(
+        "MTP", [*_block(cfg, WINDOW_ONLY, lengths), _hyper_head(cfg), projections, norms, head]
+    )
 
 
 def _block(cfg: ModelConfig, ratio: int, lengths: np.ndarray) -> list[Part]:
@@ -191,8 +240,13 @@ def _attention(cfg: ModelConfig, ratio: int, lengths: np.ndarray) -> Part:
     """Projections, sinks, and scores and sums over window and visible (CSA: selected) entries, 4 N H each."""
     wide = cfg.num_attention_heads * cfg.head_dim
     matrices = cfg.hidden_size * (cfg.q_lora_rank + cfg.head_dim) + cfg.q_lora_rank * wide
-    matrices += cfg.o_lora_rank * (wide + cfg.o_groups * cfg.hidden_size)  # wo_a is block diagonal: G times O x (N/G)H
-    window, entries = np.minimum(lengths, cfg.sliding_window), lengths // ratio if ratio else 0 * lengths
+    matrices += cfg.o_lora_rank * (
+        wide + cfg.o_groups * cfg.hidden_size
+    )  # wo_a is block diagonal: G times O x (N/G)H
+    window, entries = (
+        np.minimum(lengths, cfg.sliding_window),
+        lengths // ratio if ratio else 0 * lengths,
+    )
     used = np.minimum(entries, cfg.index_topk) if ratio == CSA else entries
     # An entry: fp8 with a scale byte per 64 dims, rope dims in bf16 (docs/equations.md#low-precision).
     plain = cfg.head_dim - cfg.qk_rope_head_dim
@@ -207,7 +261,9 @@ def _compressor(cfg: ModelConfig, name: str, ratio: int, dim: int) -> Part:
     overlap = 2 if ratio == CSA else 1
     matrices = 2 * cfg.hidden_size * overlap * dim
     parameters = matrices + ratio * overlap * dim
-    return Part(name, parameters, parameters, 2 * matrices, 4 * 2 * (overlap * ratio) * (overlap * dim))
+    return Part(
+        name, parameters, parameters, 2 * matrices, 4 * 2 * (overlap * ratio) * (overlap * dim)
+    )
 
 
 def _indexer(cfg: ModelConfig, lengths: np.ndarray) -> Part:
@@ -216,7 +272,11 @@ def _indexer(cfg: ModelConfig, lengths: np.ndarray) -> Part:
     queries = _weights("", heads * (cfg.q_lora_rank * dim + cfg.hidden_size))
     # A key: fp4 with a scale byte per 32 dims (docs/equations.md#low-precision).
     key_bytes = -(-dim // 2) + -(-dim // 32)
-    scores = Part("", flops=2 * heads * (dim + 1) * float(np.mean(entries)), cache=int(entries[-1]) * key_bytes)
+    scores = Part(
+        "",
+        flops=2 * heads * (dim + 1) * float(np.mean(entries)),
+        cache=int(entries[-1]) * key_bytes,
+    )
     return _sum("indexers", [queries, scores, _compressor(cfg, "", CSA, dim)])
 
 

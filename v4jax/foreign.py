@@ -29,14 +29,20 @@ def file_in(directory: pathlib.Path, name: str) -> pathlib.Path:
     except FileNotFoundError:
         raise
     except OSError as error:  # a name that no file system takes, a circle of links
-        raise ValueError(f"{name[:80]!r}: not a file that can be opened: {error.strerror}") from None
+        raise ValueError(
+            f"{name[:80]!r}: not a file that can be opened: {error.strerror}"
+        ) from None
     if not stat.S_ISREG(mode):
         raise ValueError(f"{name}: is not a regular file")
     if path.is_symlink():
         real, home = path.resolve(), directory.resolve()
-        allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+        allowed = (
+            [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+        )
         if real.parent not in allowed:
-            raise ValueError(f"{name}: is a link to {real}, outside of {directory}; put the file itself there")
+            raise ValueError(
+                f"{name}: is a link to {real}, outside of {directory}; put the file itself there"
+            )
     return path
 
 
@@ -63,7 +69,9 @@ def parse_json(text: bytes) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_once)
     except RecursionError:
-        raise ValueError("not JSON that can be read: brackets within brackets without end") from None
+        raise ValueError(
+            "not JSON that can be read: brackets within brackets without end"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"not JSON: {error}") from None
 

@@ -45,7 +45,9 @@ def launch(command: Sequence[str], processes: int, devices: int, output: str = "
         if count < 1:
             raise ValueError(f"--{name}: got {count}; must be at least 1")
     if not command:
-        raise ValueError("launch needs a command after --: v4jax launch --processes 2 --devices 4 -- COMMAND")
+        raise ValueError(
+            "launch needs a command after --: v4jax launch --processes 2 --devices 4 -- COMMAND"
+        )
     if shutil.which(command[0]) is None:
         raise ValueError(f"launch: no such command {command[0]!r}")
     coordinator = f"127.0.0.1:{_free_port()}"
@@ -53,7 +55,9 @@ def launch(command: Sequence[str], processes: int, devices: int, output: str = "
     forwarded = _forward_signals(jobs)
     try:
         for i in range(processes):
-            jobs.append(_Process(command, _environment(coordinator, processes, i, devices), i, output))
+            jobs.append(
+                _Process(command, _environment(coordinator, processes, i, devices), i, output)
+            )
         return _wait(jobs, forwarded)
     finally:
         for job in jobs:
@@ -67,17 +71,27 @@ def launch(command: Sequence[str], processes: int, devices: int, output: str = "
 class _Process:
     """One process of the job, in a session of its own, and the threads that pass its lines on."""
 
-    def __init__(self, command: Sequence[str], environment: dict[str, str], index: int, output: str):
+    def __init__(
+        self, command: Sequence[str], environment: dict[str, str], index: int, output: str
+    ):
         self.index = index
         self._popen = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
         self._prefix = f"[{index}] " if output == "all" else ""
         self._shown = output == "all" or index == 0
         self._hidden: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
         streams = (self._popen.stdout, sys.stdout), (self._popen.stderr, sys.stderr)
-        self._threads = [threading.Thread(target=self._pass_on, args=pair, daemon=True) for pair in streams]
+        self._threads = [
+            threading.Thread(target=self._pass_on, args=pair, daemon=True) for pair in streams
+        ]
         for thread in self._threads:
             thread.start()
         if output == "all":
@@ -86,7 +100,9 @@ class _Process:
     def _pass_on(self, source, target) -> None:
         for line in source:
             if self._shown:
-                target.write(self._prefix + line)  # whole lines, so that those of two processes do not mix
+                target.write(
+                    self._prefix + line
+                )  # whole lines, so that those of two processes do not mix
                 target.flush()
             else:
                 self._hidden.append(line)
@@ -111,7 +127,9 @@ class _Process:
     def finish(self) -> None:
         """Waits for its end and its last lines; a child that outlives it may hold the pipe, so not for long."""
         self._popen.wait()
-        for thread, stream in zip(self._threads, (self._popen.stdout, self._popen.stderr), strict=True):
+        for thread, stream in zip(
+            self._threads, (self._popen.stdout, self._popen.stderr), strict=True
+        ):
             thread.join(timeout=2)
             if not thread.is_alive():
                 stream.close()
@@ -146,13 +164,21 @@ def _wait(jobs: list[_Process], forwarded: _Forwarded) -> int:
     while any(job.code is None for job in jobs):
         bad = [job for job in jobs if job.code]
         if bad and failed is None:
-            failed = min(bad, key=lambda job: (job.code > 128, job.index))  # of two at once, one that says why
+            failed = min(
+                bad, key=lambda job: (job.code > 128, job.index)
+            )  # of two at once, one that says why
             asked = time.monotonic()
-            if forwarded.number is None:  # else they have been asked, and a second signal would break into what they do about the first
+            if (
+                forwarded.number is None
+            ):  # else they have been asked, and a second signal would break into what they do about the first
                 for job in jobs:
                     job.send(signal.SIGTERM)
         grace = SAVING_SECONDS if forwarded.number == signal.SIGTERM else GRACE_SECONDS
-        ends = [start + seconds for start, seconds in ((asked, GRACE_SECONDS), (forwarded.when, grace)) if start]
+        ends = [
+            start + seconds
+            for start, seconds in ((asked, GRACE_SECONDS), (forwarded.when, grace))
+            if start
+        ]
         if ends and time.monotonic() > min(ends):
             for job in jobs:
                 job.send(signal.SIGKILL)
@@ -161,14 +187,20 @@ def _wait(jobs: list[_Process], forwarded: _Forwarded) -> int:
     if failed is None:  # of a training run that was asked to end, too
         return 0
     failed.show_hidden()
-    print(f"v4jax launch: process {failed.index} ended with exit code {failed.code}", file=sys.stderr, flush=True)
+    print(
+        f"v4jax launch: process {failed.index} ended with exit code {failed.code}",
+        file=sys.stderr,
+        flush=True,
+    )
     return failed.code
 
 
 def _environment(coordinator: str, processes: int, index: int, devices: int) -> dict[str, str]:
     """The caller's variables, less those that say where a job runs, plus this process's place."""
     environment = {name: value for name, value in os.environ.items() if name != "V4JAX_CLUSTER"}
-    flags = re.sub(r"--xla_force_host_platform_device_count=\S*", "", environment.pop("XLA_FLAGS", ""))
+    flags = re.sub(
+        r"--xla_force_host_platform_device_count=\S*", "", environment.pop("XLA_FLAGS", "")
+    )
     return environment | {
         "V4JAX_COORDINATOR": coordinator,
         "V4JAX_PROCESSES": str(processes),

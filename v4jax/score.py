@@ -32,16 +32,24 @@ def read_tokens(path, vocab_size: int) -> np.ndarray:
         raise ValueError(f"{path}: no such file") from None
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path}: not a .npy file of integers: {error}") from None
-    if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"{path}: got {getattr(tokens, 'dtype', type(tokens))} {getattr(tokens, 'shape', '')}; "
-                         "must be integers [B, S]")
+    if (
+        not isinstance(tokens, np.ndarray)
+        or tokens.ndim != 2
+        or not np.issubdtype(tokens.dtype, np.integer)
+    ):
+        raise ValueError(
+            f"{path}: got {getattr(tokens, 'dtype', type(tokens))} {getattr(tokens, 'shape', '')}; "
+            "must be integers [B, S]"
+        )
     if 0 in tokens.shape:
         raise ValueError(f"{path}: got shape {tokens.shape}; B and S must be at least 1")
     check_tokens(tokens, vocab_size, str(path))
     return tokens.astype(np.int32)
 
 
-def score(checkpoint, tokens_path, out_path, mesh=None, layout=None, dtype="float32", quant="none") -> dict:
+def score(
+    checkpoint, tokens_path, out_path, mesh=None, layout=None, dtype="float32", quant="none"
+) -> dict:
     """Writes logits [B,S,V], mtp_logits [B,S,V] (models with MTP) and nll [B,S-1], float32, to an .npz file.
 
     Rows run a few at a time: as many as the mesh splits a batch into. Of several processes the first one writes.
@@ -74,9 +82,11 @@ def score(checkpoint, tokens_path, out_path, mesh=None, layout=None, dtype="floa
     if is_first():
         _write_npz(out, arrays)
     return {
-        "out": str(out), "rows": len(tokens), "mean_nll": float(arrays["nll"].mean()) if arrays["nll"].size else None,
+        "out": str(out),
+        "rows": len(tokens),
+        "mean_nll": float(arrays["nll"].mean()) if arrays["nll"].size else None,
         **{name: list(array.shape) for name, array in arrays.items()},
-    }  # fmt: skip
+    }
 
 
 def _nll(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -24,7 +24,12 @@ BOS_TOKEN, EOS_TOKEN = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence
 
 _SPECIALS = 2
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_TEXT_PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+_TEXT_PRE_TOKENIZER = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": False,
+    "use_regex": False,
+}
 
 
 class ByteTokenizer:
@@ -45,7 +50,11 @@ class ByteTokenizer:
         self.vocab_size = _SPECIALS + 256 + len(special_tokens)
         ids = [0, 1, *range(_SPECIALS + 256, self.vocab_size)]
         self._ids = dict(zip(self._names, ids, strict=True)) if special_tokens else {}
-        self._split = re.compile("(" + "|".join(re.escape(name) for name in sorted(self._ids, key=len, reverse=True)) + ")")
+        self._split = re.compile(
+            "("
+            + "|".join(re.escape(name) for name in sorted(self._ids, key=len, reverse=True))
+            + ")"
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -60,7 +69,10 @@ class ByteTokenizer:
         """
         if not self._ids:
             return _byte_ids(text)
-        parts = [[self._ids[part]] if part in self._ids else _byte_ids(part) for part in self._split.split(text)]
+        parts = [
+            [self._ids[part]] if part in self._ids else _byte_ids(part)
+            for part in self._split.split(text)
+        ]
         return list(itertools.chain.from_iterable(parts))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -86,7 +98,9 @@ class ByteTokenizer:
     @property
     def json_text(self) -> str:
         """Its tokenizer.json."""
-        return json.dumps(_byte_tokenizer_json(self._names[_SPECIALS:]), ensure_ascii=False, indent=1)
+        return json.dumps(
+            _byte_tokenizer_json(self._names[_SPECIALS:]), ensure_ascii=False, indent=1
+        )
 
 
 class HuggingFaceTokenizer:
@@ -137,7 +151,11 @@ class HuggingFaceTokenizer:
         parts = []
         for known, run in itertools.groupby(_whole_numbers(ids), key=self._known.__contains__):
             run = list(run)
-            parts.append(self._tokenizer.decode(run, skip_special_tokens=True) if known else _REPLACEMENT * len(run))
+            parts.append(
+                self._tokenizer.decode(run, skip_special_tokens=True)
+                if known
+                else _REPLACEMENT * len(run)
+            )
         return "".join(parts)
 
     def save(self, directory) -> None:
@@ -167,7 +185,11 @@ def load_tokenizer(path) -> Tokenizer:
     path = local_path(path, "tokenizer")
     path = path / "tokenizer.json" if path.is_dir() else path
     raw = _parse(path, _read_text(path))
-    return ByteTokenizer(_further_specials(raw)) if _is_byte_tokenizer(raw) else HuggingFaceTokenizer(path)
+    return (
+        ByteTokenizer(_further_specials(raw))
+        if _is_byte_tokenizer(raw)
+        else HuggingFaceTokenizer(path)
+    )
 
 
 def document_ids(
@@ -239,13 +261,19 @@ def check_tokens(tokens, vocab_size: int, name: str = "tokens") -> None:
     """
     tokens = np.asarray(tokens)
     if not np.issubdtype(tokens.dtype, np.integer):
-        got = f"dtype {tokens.dtype}" if tokens.dtype != object else f"{tokens.ravel()[0]!r} and others that are no 64-bit integers"
+        got = (
+            f"dtype {tokens.dtype}"
+            if tokens.dtype != object
+            else f"{tokens.ravel()[0]!r} and others that are no 64-bit integers"
+        )
         raise ValueError(f"{name}: got {got}; allowed: integers in [0, vocab_size={vocab_size})")
     bad = np.argwhere((tokens < 0) | (tokens >= vocab_size))
     if len(bad):
         place = tuple(int(i) for i in bad[0])
         where = ", ".join(map(str, place))
-        raise ValueError(f"{name}: got id {tokens[place]} at [{where}]; allowed: [0, vocab_size={vocab_size})")
+        raise ValueError(
+            f"{name}: got id {tokens[place]} at [{where}]; allowed: [0, vocab_size={vocab_size})"
+        )
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -256,14 +284,24 @@ def _byte_alphabet() -> list[str]:
 
     Bytes that print keep their Latin-1 character; the other 68 take the code points from 256 on, in order.
     """
-    prints = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    prints = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     spare = itertools.count(256)
     return [chr(byte) if byte in prints else chr(next(spare)) for byte in range(256)]
 
 
 def _byte_tokenizer_json(further: Sequence[str] = ()) -> dict:
     """ByteTokenizer in the format of tokenizer.json: byte-pair encoding with no pair to merge."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     tokens = [BOS_TOKEN, EOS_TOKEN, *_byte_alphabet()]
     specials = list(enumerate(tokens[:_SPECIALS])) + list(enumerate(further, len(tokens)))
     return {
@@ -298,10 +336,17 @@ def _is_byte_tokenizer(raw: dict) -> bool:
         isinstance(model, dict)
         and isinstance(split, dict)
         and all(model.get(key) == ours["model"][key] for key in ("type", "vocab", "merges"))
-        and all(split.get(key) == _TEXT_PRE_TOKENIZER[key] for key in ("type", "add_prefix_space", "use_regex"))
+        and all(
+            split.get(key) == _TEXT_PRE_TOKENIZER[key]
+            for key in ("type", "add_prefix_space", "use_regex")
+        )
         and raw.get("normalizer") is None
-        and [token.get("id") for token in raw.get("added_tokens") or ()][:_SPECIALS] == list(range(_SPECIALS))
-        and all(token.get("special") and token.get("id") == i for i, token in enumerate(_further(raw), _SPECIALS + 256))
+        and [token.get("id") for token in raw.get("added_tokens") or ()][:_SPECIALS]
+        == list(range(_SPECIALS))
+        and all(
+            token.get("special") and token.get("id") == i
+            for i, token in enumerate(_further(raw), _SPECIALS + 256)
+        )
     )
 
 
@@ -341,7 +386,9 @@ def _open_tokenizer(path: pathlib.Path, text: str):
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the package raises bare Exception for every fault of the file
-        raise ValueError(f"{path}: not a Hugging Face tokenizer: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"{path}: not a Hugging Face tokenizer: {' '.join(str(error).split())}"
+        ) from None
     # A file may carry the truncation of its last use, which would cut documents without a word.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -352,7 +399,9 @@ def _read_text(path: pathlib.Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; expected a tokenizer.json or a directory that holds one") from None
+        raise ValueError(
+            f"{path}: no such file; expected a tokenizer.json or a directory that holds one"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
 

@@ -23,8 +23,18 @@ import v4jax  # noqa: E402
 from v4jax.checkpoint.names import from_official, transformers_to_official  # noqa: E402
 
 PATTERNS = {
-    "flash": dict(compress_ratios=(0, 0, 4, 128, 4, 0), num_hidden_layers=5, num_hash_layers=3, index_n_heads=8),
-    "pro": dict(compress_ratios=(128, 128, 4, 128, 0), num_hidden_layers=4, num_hash_layers=2, index_n_heads=8),
+    "flash": dict(
+        compress_ratios=(0, 0, 4, 128, 4, 0),
+        num_hidden_layers=5,
+        num_hash_layers=3,
+        index_n_heads=8,
+    ),
+    "pro": dict(
+        compress_ratios=(128, 128, 4, 128, 0),
+        num_hidden_layers=4,
+        num_hash_layers=2,
+        index_n_heads=8,
+    ),
 }
 SEQ = 141
 
@@ -32,14 +42,18 @@ SEQ = 141
 def inputs(cfg):
     """(tokens [1,S], the weights of the sum of logits that is differentiated [1,S,V])."""
     rng = np.random.default_rng(7)
-    return rng.integers(0, cfg.vocab_size, (1, SEQ)), rng.normal(size=(1, SEQ, cfg.vocab_size)).astype(np.float32)
+    return rng.integers(0, cfg.vocab_size, (1, SEQ)), rng.normal(
+        size=(1, SEQ, cfg.vocab_size)
+    ).astype(np.float32)
 
 
 def summary(name: str, gradient: np.ndarray) -> np.ndarray:
     """(norm, product with a random unit direction that depends on the shape only), float64."""
     direction = np.random.default_rng(gradient.size).normal(size=gradient.shape)
     gradient = gradient.astype(np.float64)
-    return np.array([np.linalg.norm(gradient), (gradient * direction).sum() / np.linalg.norm(direction)])
+    return np.array(
+        [np.linalg.norm(gradient), (gradient * direction).sum() / np.linalg.norm(direction)]
+    )
 
 
 def make(name: str) -> None:
@@ -49,16 +63,29 @@ def make(name: str) -> None:
     cfg = small_config(**PATTERNS[name])
     tokens, weight = inputs(cfg)
     with tempfile.TemporaryDirectory() as folder:
-        v4jax.save_safetensors(cfg, from_official(cfg, random_weights(cfg, 0)), f"{folder}/in", dtype="float32")
-        peer = DeepseekV4ForCausalLM.from_pretrained(f"{folder}/in", dtype=torch.float32, attn_implementation="eager").eval()
+        v4jax.save_safetensors(
+            cfg, from_official(cfg, random_weights(cfg, 0)), f"{folder}/in", dtype="float32"
+        )
+        peer = DeepseekV4ForCausalLM.from_pretrained(
+            f"{folder}/in", dtype=torch.float32, attn_implementation="eager"
+        ).eval()
         logits = peer(torch.tensor(tokens)).logits
         (logits * torch.tensor(weight)).sum().backward()
         with torch.no_grad():
             for parameter in peer.parameters():
-                parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+                parameter.copy_(
+                    torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                )
         peer.save_pretrained(f"{folder}/out")
-        grads = {transformers_to_official(key): value for key, value in load_file(f"{folder}/out/model.safetensors").items()}
-    kept = {f"grad:{key}": summary(key, value) for key, value in grads.items() if not key.endswith((".tid2eid", "gate.bias"))}
+        grads = {
+            transformers_to_official(key): value
+            for key, value in load_file(f"{folder}/out/model.safetensors").items()
+        }
+    kept = {
+        f"grad:{key}": summary(key, value)
+        for key, value in grads.items()
+        if not key.endswith((".tid2eid", "gate.bias"))
+    }
     np.savez_compressed(HERE / f"{name}.npz", logits=logits.detach().numpy(), **kept)
     print(f"{HERE / name}.npz: logits {tuple(logits.shape)}, {len(kept)} gradients")
 

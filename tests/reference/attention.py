@@ -14,7 +14,9 @@ from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 from . import compressor, hyper, indexer, low, rotary
 
 
-def attention(cfg: ModelConfig, weights: dict, name: str, compress_ratio: int, x_SD: np.ndarray) -> np.ndarray:
+def attention(
+    cfg: ModelConfig, weights: dict, name: str, compress_ratio: int, x_SD: np.ndarray
+) -> np.ndarray:
     """The attention sublayer on one document at positions 0..S-1, [S, D]; name is for example "layers.3.attn"."""
     positions, freqs = np.arange(len(x_SD)), rotary.frequencies(cfg, compress_ratio)
     qr_SQ, q_SNH, kv_SH, entries_CH = projections(cfg, weights, name, compress_ratio, x_SD)
@@ -22,7 +24,9 @@ def attention(cfg: ModelConfig, weights: dict, name: str, compress_ratio: int, x
 
     o_SNH = np.empty_like(q_SNH)
     for t in positions:
-        window_TH = kv_SH[max(0, t - cfg.sliding_window + 1) : t + 1]  # the token itself is one of the window's
+        window_TH = kv_SH[
+            max(0, t - cfg.sliding_window + 1) : t + 1
+        ]  # the token itself is one of the window's
         keys_TH = np.concatenate([window_TH, entries_CH[seen[t]]])
         o_SNH[t] = attend(q_SNH[t], keys_TH, weights[f"{name}.attn_sink"])
     # Keys are values, so values came in rotated by their own position; turning the output back by the query's
@@ -35,14 +39,30 @@ def projections(cfg, weights, name, compress_ratio, x_SD) -> tuple[np.ndarray, .
     """Query latent [S, Q], queries [S, N, H], window keys [S, H] and entries [C, H], normalised and rotated."""
     positions = np.arange(len(x_SD))
     freqs = rotary.frequencies(cfg, compress_ratio)
-    qr_SQ = hyper.rms_norm(low.linear(weights, f"{name}.wq_a", x_SD), cfg.rms_norm_eps, weights[f"{name}.q_norm.weight"])
-    q_SNH = low.linear(weights, f"{name}.wq_b", qr_SQ).reshape(len(x_SD), cfg.num_attention_heads, cfg.head_dim)
-    q_SNH = rotary.rotate(hyper.rms_norm(q_SNH, cfg.rms_norm_eps), positions, freqs)  # this norm has no weight
-    kv_SH = hyper.rms_norm(low.linear(weights, f"{name}.wkv", x_SD), cfg.rms_norm_eps, weights[f"{name}.kv_norm.weight"])
+    qr_SQ = hyper.rms_norm(
+        low.linear(weights, f"{name}.wq_a", x_SD),
+        cfg.rms_norm_eps,
+        weights[f"{name}.q_norm.weight"],
+    )
+    q_SNH = low.linear(weights, f"{name}.wq_b", qr_SQ).reshape(
+        len(x_SD), cfg.num_attention_heads, cfg.head_dim
+    )
+    q_SNH = rotary.rotate(
+        hyper.rms_norm(q_SNH, cfg.rms_norm_eps), positions, freqs
+    )  # this norm has no weight
+    kv_SH = hyper.rms_norm(
+        low.linear(weights, f"{name}.wkv", x_SD),
+        cfg.rms_norm_eps,
+        weights[f"{name}.kv_norm.weight"],
+    )
     kv_SH = low.keys(cfg, weights, rotary.rotate(kv_SH, positions, freqs))
     entries_CH = np.zeros((0, cfg.head_dim))
     if compress_ratio != WINDOW_ONLY:
-        entries_CH = low.keys(cfg, weights, compressor.entries(cfg, weights, f"{name}.compressor", compress_ratio, x_SD))
+        entries_CH = low.keys(
+            cfg,
+            weights,
+            compressor.entries(cfg, weights, f"{name}.compressor", compress_ratio, x_SD),
+        )
     return qr_SQ, q_SNH, kv_SH, entries_CH
 
 
@@ -74,7 +94,9 @@ def grouped_output(cfg: ModelConfig, weights: dict, name: str, o_SNH: np.ndarray
     return low.linear(weights, f"{name}.wo_b", np.concatenate(parts, axis=1))
 
 
-def index_loss(cfg: ModelConfig, weights: dict, name: str, x_SD: np.ndarray, dense: bool) -> np.ndarray:
+def index_loss(
+    cfg: ModelConfig, weights: dict, name: str, x_SD: np.ndarray, dense: bool
+) -> np.ndarray:
     """KL of the indexer and of choosing blindly, [queries that see an entry, 2].
 
     The equation: docs/equations.md#indexer-loss.

@@ -32,11 +32,15 @@ def entry_positions(tokens: int, compress_ratio: int) -> np.ndarray:
     return np.arange(tokens // compress_ratio) * compress_ratio
 
 
-def entries(cfg: ModelConfig, weights: dict, name: str, compress_ratio: int, x_SD: np.ndarray) -> np.ndarray:
+def entries(
+    cfg: ModelConfig, weights: dict, name: str, compress_ratio: int, x_SD: np.ndarray
+) -> np.ndarray:
     """The entries of one document, rotated, [C, H]; name is for example "layers.3.attn.compressor"."""
     kv = x_SD @ weights[f"{name}.wkv.weight"].T
     gate = x_SD @ weights[f"{name}.wgate.weight"].T
-    pooled = {CSA: _pool_overlapping, HCA: _pool_apart}[compress_ratio](kv, gate, weights[f"{name}.ape"])
+    pooled = {CSA: _pool_overlapping, HCA: _pool_apart}[compress_ratio](
+        kv, gate, weights[f"{name}.ape"]
+    )
     normed = hyper.rms_norm(pooled, cfg.rms_norm_eps, weights[f"{name}.norm.weight"])
     positions = entry_positions(len(x_SD), compress_ratio)
     return rotary.rotate(normed, positions, rotary.frequencies(cfg, compress_ratio))

@@ -79,4 +79,6 @@ def expand(weights: Mix, output_SD: np.ndarray, streams_SXD: np.ndarray) -> np.n
 def head(cfg: ModelConfig, weights: dict, prefix: str, streams_SXD: np.ndarray) -> np.ndarray:
     """The last collapse, [S, D]: weights sigmoid(mix * scale + base) + hc_eps; prefix "" or "mtp.0."."""
     fn, base, scale = (weights[f"{prefix}hc_head_{part}"] for part in ("fn", "base", "scale"))
-    return collapse(sigmoid(project(cfg, fn, streams_SXD) * scale[0] + base) + cfg.hc_eps, streams_SXD)
+    return collapse(
+        sigmoid(project(cfg, fn, streams_SXD) * scale[0] + base) + cfg.hc_eps, streams_SXD
+    )

@@ -13,7 +13,9 @@ from v4jax.config import CSA, ModelConfig
 from . import compressor, low, rotary
 
 
-def scores(cfg: ModelConfig, weights: dict, name: str, x_SD: np.ndarray, qr_SQ: np.ndarray) -> np.ndarray:
+def scores(
+    cfg: ModelConfig, weights: dict, name: str, x_SD: np.ndarray, qr_SQ: np.ndarray
+) -> np.ndarray:
     """I[t, s] = sum_h w[t, h] relu(q[t, h] . K[s]), [S, C], before any mask; name "layers.3.attn.indexer".
 
     `qr_SQ` is the query latent after its norm, the one the attention itself uses (trap 21).
@@ -38,5 +40,6 @@ def top_k(scores_C: np.ndarray, k: int) -> np.ndarray:
 def selected(cfg: ModelConfig, scores_SC: np.ndarray) -> list[np.ndarray]:
     """For each query the set of its at most index_topk entries, chosen among the visible ones only."""
     return [
-        top_k(scores_C[: compressor.visible(t, CSA)], cfg.index_topk) for t, scores_C in enumerate(scores_SC)
+        top_k(scores_C[: compressor.visible(t, CSA)], cfg.index_topk)
+        for t, scores_C in enumerate(scores_SC)
     ]

@@ -23,7 +23,14 @@ class Loss(NamedTuple):
     balance: float
 
 
-def loss(cfg: ModelConfig, output: Output, tokens_BS, segment_ids_BS=None, mtp_weight=0.3, balance_weight=1e-4) -> Loss:
+def loss(
+    cfg: ModelConfig,
+    output: Output,
+    tokens_BS,
+    segment_ids_BS=None,
+    mtp_weight=0.3,
+    balance_weight=1e-4,
+) -> Loss:
     """The loss of one batch. Without segment ids each row is one document.
 
     The balance term is the sum over score-routed layers, MTP's included, of the mean over rows that hold a counted
@@ -33,7 +40,11 @@ def loss(cfg: ModelConfig, output: Output, tokens_BS, segment_ids_BS=None, mtp_w
     tokens_BS = np.asarray(tokens_BS)
     segments_BS = np.ones_like(tokens_BS) if segment_ids_BS is None else np.asarray(segment_ids_BS)
     next_token = mean_nll(output.logits, tokens_BS, segments_BS, ahead=1)
-    mtp = mean_nll(output.mtp_logits, tokens_BS, segments_BS, ahead=2) if output.mtp_logits is not None else 0.0
+    mtp = (
+        mean_nll(output.mtp_logits, tokens_BS, segments_BS, ahead=2)
+        if output.mtp_logits is not None
+        else 0.0
+    )
     balance = 0.0
     for balance_B in output.balance[cfg.num_hash_layers :]:
         rows = balance_B > 0  # scores are positive, so 0 marks a row without counted tokens
@@ -41,13 +52,15 @@ def loss(cfg: ModelConfig, output: Output, tokens_BS, segment_ids_BS=None, mtp_w
     return Loss(next_token + mtp_weight * mtp + balance_weight * balance, next_token, mtp, balance)
 
 
-def mean_nll(logits_BSV: np.ndarray, tokens_BS: np.ndarray, segments_BS: np.ndarray, ahead: int) -> float:
+def mean_nll(
+    logits_BSV: np.ndarray, tokens_BS: np.ndarray, segments_BS: np.ndarray, ahead: int
+) -> float:
     """Mean of -log p(token t+ahead | position t) over the positions whose label is in the same document; 0 if none.
 
     Example, ahead=2, segments 1 1 1 2 2 0 0 0: only position 0 counts. Segment 0 is padding and counts nowhere.
     """
     total, count = 0.0, 0
-    for logits_SV, tokens_S, segments_S in zip(logits_BSV, tokens_BS, segments_BS):
+    for logits_SV, tokens_S, segments_S in zip(logits_BSV, tokens_BS, segments_BS, strict=True):
         for start, stop in documents(segments_S):
             for t in range(start, stop - ahead if segments_S[start] != 0 else start):
                 total += nll(logits_SV[t], tokens_S[t + ahead])

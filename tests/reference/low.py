@@ -14,7 +14,10 @@ import re
 import numpy as np
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-E4M3 = np.array([m / 8 * 2.0**-6 for m in range(8)] + [(1 + m / 8) * 2.0**e for e in range(-6, 9) for m in range(8)])[:-1]
+E4M3 = np.array(
+    [m / 8 * 2.0**-6 for m in range(8)]
+    + [(1 + m / 8) * 2.0**e for e in range(-6, 9) for m in range(8)]
+)[:-1]
 _MATRIX = r"attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)|shared_experts\.w[123]|mtp\.0\.[eh]_proj"
 
 
@@ -35,7 +38,9 @@ def _stored(name, w):
 
 def linear(weights: dict, name: str, x: np.ndarray) -> np.ndarray:
     """x @ W.T; a served model rounds x to fp8 in blocks of 128."""
-    return (rounded(x, 1, 128, E4M3, 1e-4) if isinstance(weights, Served) else x) @ weights[f"{name}.weight"].T
+    return (rounded(x, 1, 128, E4M3, 1e-4) if isinstance(weights, Served) else x) @ weights[
+        f"{name}.weight"
+    ].T
 
 
 def keys(cfg, weights: dict, kv: np.ndarray) -> np.ndarray:
@@ -67,6 +72,10 @@ def rounded(x: np.ndarray, rows: int, columns: int, values: np.ndarray, least: f
         scale = 2.0 ** (exponent - 1 if fraction == 0.5 else exponent)
         size = np.abs(x[where]) / scale
         code = np.searchsorted(middles, size)
-        tie = (code < len(middles)) & (size == middles[np.minimum(code, len(middles) - 1)]) & (code % 2 == 1)
+        tie = (
+            (code < len(middles))
+            & (size == middles[np.minimum(code, len(middles) - 1)])
+            & (code % 2 == 1)
+        )
         result[where] = np.copysign(values[code + tie], x[where]) * scale
     return result

@@ -32,7 +32,7 @@ def moe(
     """
     routing = route(cfg, weights, name, x_SD, tokens_S)
     result = expert(cfg, weights, f"{name}.shared_experts", x_SD)
-    for t, (scores_E, chosen_K) in enumerate(zip(*routing)):
+    for t, (scores_E, chosen_K) in enumerate(zip(*routing, strict=True)):
         total = scores_E[chosen_K].sum()
         for e in chosen_K:
             share = scores_E[e] / total * cfg.routed_scaling_factor
@@ -40,16 +40,22 @@ def moe(
     return result, routing
 
 
-def route(cfg: ModelConfig, weights: dict, name: str, x_SD: np.ndarray, tokens_S: np.ndarray) -> Routing:
+def route(
+    cfg: ModelConfig, weights: dict, name: str, x_SD: np.ndarray, tokens_S: np.ndarray
+) -> Routing:
     """s = sqrt(softplus(x @ gate.T)); experts by the token's row of the table, or the top k of s + bias."""
     scores_SE = np.sqrt(np.logaddexp(0, x_SD @ weights[f"{name}.gate.weight"].T))
     if f"{name}.gate.tid2eid" in weights:
         return Routing(scores_SE, weights[f"{name}.gate.tid2eid"][tokens_S].astype(np.int64))
     biased = scores_SE + weights[f"{name}.gate.bias"]
-    return Routing(scores_SE, np.argsort(-biased, axis=1, kind="stable")[:, : cfg.num_experts_per_tok])
+    return Routing(
+        scores_SE, np.argsort(-biased, axis=1, kind="stable")[:, : cfg.num_experts_per_tok]
+    )
 
 
-def expert(cfg: ModelConfig, weights: dict, name: str, x: np.ndarray, share: float = 1.0) -> np.ndarray:
+def expert(
+    cfg: ModelConfig, weights: dict, name: str, x: np.ndarray, share: float = 1.0
+) -> np.ndarray:
     """w2(share * silu(min(w1 x, limit)) * clip(w3 x, -limit, limit)).
 
     The clamp comes before silu (trap 29), the share before w2 (trap 30).

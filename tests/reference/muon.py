@@ -21,7 +21,9 @@ def hybrid_newton_schulz(g: np.ndarray) -> np.ndarray:
     return x
 
 
-def muon(w, m, g, lr: float, mu: float = 0.95, weight_decay: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+def muon(
+    w, m, g, lr: float, mu: float = 0.95, weight_decay: float = 0.1
+) -> tuple[np.ndarray, np.ndarray]:
     """One step for the matrix w with momentum m and gradient g, all of one 2-D shape; returns the new (w, m).
 
     M = mu*M + G; O = HNS(mu*M + G) * sqrt(max(rows, cols)) * 0.18; W = W*(1 - lr*wd) - lr*O. The momentum starts at 0
@@ -45,7 +47,7 @@ def adamw(w, m, v, g, step: int, lr: float, b1=0.9, b2=0.95, eps=1e-20, weight_d
 
 
 def optimizer_of(name: str) -> str:
-    """"muon", "adamw" or "none" for an official tensor name.
+    """ "muon", "adamw" or "none" for an official tensor name.
 
     Muon for every matrix except embedding and head; AdamW for these, mHC base and scale, norm
     weights, sinks and ape. mHC fn, the gates and the MTP projections are matrices. The two routing
@@ -53,6 +55,8 @@ def optimizer_of(name: str) -> str:
     """
     if name.endswith(("gate.bias", "tid2eid")):
         return "none"
-    if name in ("embed.weight", "head.weight") or name.endswith(("_base", "_scale", "norm.weight", "attn_sink", "ape")):
+    if name in ("embed.weight", "head.weight") or name.endswith(
+        ("_base", "_scale", "norm.weight", "attn_sink", "ape")
+    ):
         return "adamw"
     return "muon"

@@ -36,12 +36,16 @@ def frequencies(cfg: ModelConfig, compress_ratio: int) -> np.ndarray:
         high += 0.001  # official linear_ramp_factor: no division by zero
     mixed = np.empty(dims // 2)
     for pair in range(dims // 2):
-        slowed = min(max((pair - low) / (high - low), 0.0), 1.0)  # 0: fast pairs stay; 1: slow pairs divided by factor
+        slowed = min(
+            max((pair - low) / (high - low), 0.0), 1.0
+        )  # 0: fast pairs stay; 1: slow pairs divided by factor
         mixed[pair] = plain[pair] * (1 - slowed) + plain[pair] / yarn.factor * slowed
     return mixed
 
 
-def rotate(x: np.ndarray, positions_S: np.ndarray, frequencies: np.ndarray, inverse: bool = False) -> np.ndarray:
+def rotate(
+    x: np.ndarray, positions_S: np.ndarray, frequencies: np.ndarray, inverse: bool = False
+) -> np.ndarray:
     """x [S, ..., H] with its LAST R dims turned by position * frequency; `inverse` turns them back.
 
     Pair i is dims (2i, 2i+1) of the rotary part (trap 9): the complex number x[2i] + i x[2i+1] times

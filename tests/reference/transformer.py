@@ -48,39 +48,61 @@ def forward(cfg: ModelConfig, weights: dict, tokens_BS, segment_ids_BS=None) -> 
     """
     tokens_BS = np.asarray(tokens_BS)
     if tokens_BS.min() < 0 or tokens_BS.max() >= cfg.vocab_size:
-        raise ValueError(f"tokens: got {tokens_BS.min()}..{tokens_BS.max()}; allowed: 0..{cfg.vocab_size - 1}")
+        raise ValueError(
+            f"tokens: got {tokens_BS.min()}..{tokens_BS.max()}; allowed: 0..{cfg.vocab_size - 1}"
+        )
     segments_BS = np.ones_like(tokens_BS) if segment_ids_BS is None else np.asarray(segment_ids_BS)
-    weights = type(weights)((name, np.asarray(w, np.int64 if name.endswith("tid2eid") else np.float64)) for name, w in weights.items())
-    rows = [_row(cfg, weights, tokens_S, segments_S) for tokens_S, segments_S in zip(tokens_BS, segments_BS)]
+    weights = type(weights)(
+        (name, np.asarray(w, np.int64 if name.endswith("tid2eid") else np.float64))
+        for name, w in weights.items()
+    )
+    rows = [
+        _row(cfg, weights, tokens_S, segments_S)
+        for tokens_S, segments_S in zip(tokens_BS, segments_BS, strict=True)
+    ]
     counted = np.repeat((segments_BS != 0)[None], len(rows[0].routing), axis=0)  # [L or L+1, B, S]
     if cfg.num_nextn_predict_layers:
         for b, segments_S in enumerate(segments_BS):
             counted[-1, b, [stop - 1 for _, stop in documents(segments_S)]] = False
     balance, routing = [], []
     for layer, mask_BS in enumerate(counted):
-        balance.append(np.array([moe.balance(row.routing[layer], mask) for row, mask in zip(rows, mask_BS)]))
+        balance.append(
+            np.array(
+                [
+                    moe.balance(row.routing[layer], mask)
+                    for row, mask in zip(rows, mask_BS, strict=True)
+                ]
+            )
+        )
         routing.append(_join([row.routing[layer] for row in rows]))
-    load = [moe.load(r, mask_BS.reshape(-1)) for r, mask_BS in zip(routing, counted)]
-    mtp_logits = np.stack([row.mtp_logits for row in rows]) if cfg.num_nextn_predict_layers else None
+    load = [moe.load(r, mask_BS.reshape(-1)) for r, mask_BS in zip(routing, counted, strict=True)]
+    mtp_logits = (
+        np.stack([row.mtp_logits for row in rows]) if cfg.num_nextn_predict_layers else None
+    )
     return Output(np.stack([row.logits for row in rows]), mtp_logits, load, balance, routing)
 
 
 def documents(segments_S: np.ndarray) -> list[tuple[int, int]]:
     """(start, stop) of each maximal run of equal segment ids. Example: 1 1 2 0 0 -> (0, 2), (2, 3), (3, 5)."""
     starts = [s for s in range(len(segments_S)) if s == 0 or segments_S[s] != segments_S[s - 1]]
-    return list(zip(starts, starts[1:] + [len(segments_S)]))
+    return list(zip(starts, starts[1:] + [len(segments_S)], strict=True))
 
 
 def _row(cfg, weights, tokens_S, segments_S) -> Document:
     """One packed row: its documents, each alone, side by side again."""
-    parts = [forward_document(cfg, weights, tokens_S[start:stop]) for start, stop in documents(segments_S)]
-    mtp_logits = np.concatenate([p.mtp_logits for p in parts]) if cfg.num_nextn_predict_layers else None
-    routing = [_join(layer) for layer in zip(*(p.routing for p in parts))]
+    parts = [
+        forward_document(cfg, weights, tokens_S[start:stop])
+        for start, stop in documents(segments_S)
+    ]
+    mtp_logits = (
+        np.concatenate([p.mtp_logits for p in parts]) if cfg.num_nextn_predict_layers else None
+    )
+    routing = [_join(layer) for layer in zip(*(p.routing for p in parts), strict=True)]
     return Document(np.concatenate([p.logits for p in parts]), mtp_logits, routing)
 
 
 def _join(routings) -> moe.Routing:
-    return moe.Routing(*(np.concatenate(part) for part in zip(*routings)))
+    return moe.Routing(*(np.concatenate(part) for part in zip(*routings, strict=True)))
 
 
 def forward_document(cfg: ModelConfig, weights: dict, tokens_S: np.ndarray) -> Document:
@@ -90,9 +112,13 @@ def forward_document(cfg: ModelConfig, weights: dict, tokens_S: np.ndarray) -> D
     routing = []
     for number in range(cfg.num_hidden_layers):
         ratio = cfg.compress_ratios[number]
-        streams_SXD, layer_routing = block(cfg, weights, f"layers.{number}", ratio, streams_SXD, tokens_S)
+        streams_SXD, layer_routing = block(
+            cfg, weights, f"layers.{number}", ratio, streams_SXD, tokens_S
+        )
         routing.append(layer_routing)
-    x_SD = hyper.rms_norm(hyper.head(cfg, weights, "", streams_SXD), cfg.rms_norm_eps, weights["norm.weight"])
+    x_SD = hyper.rms_norm(
+        hyper.head(cfg, weights, "", streams_SXD), cfg.rms_norm_eps, weights["norm.weight"]
+    )
     logits_SV = x_SD @ weights["head.weight"].T
     mtp_logits_SV = None
     if cfg.num_nextn_predict_layers:
@@ -101,7 +127,9 @@ def forward_document(cfg: ModelConfig, weights: dict, tokens_S: np.ndarray) -> D
     return Document(logits_SV, mtp_logits_SV, routing)
 
 
-def block(cfg, weights, name, compress_ratio, streams_SXD, tokens_S) -> tuple[np.ndarray, moe.Routing]:
+def block(
+    cfg, weights, name, compress_ratio, streams_SXD, tokens_S
+) -> tuple[np.ndarray, moe.Routing]:
     """Attention, then MoE, each: collapse the streams, weighted RMSNorm, sublayer, expand and mix.
 
     The equations: docs/equations.md#block.

@@ -13,7 +13,9 @@ from v4jax.config import CSA, HCA, WINDOW_ONLY, ModelConfig
 def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every official tensor, matrices [out, in] (docs/equations.md#checkpoint-names)."""
     d, v = cfg.hidden_size, cfg.vocab_size
-    result = {"embed.weight": (v, d), "head.weight": (v, d), "norm.weight": (d,)} | _hc_head_shapes(cfg, "")
+    result = {"embed.weight": (v, d), "head.weight": (v, d), "norm.weight": (d,)} | _hc_head_shapes(
+        cfg, ""
+    )
     for number, kind in enumerate(cfg.layer_kinds):
         result |= _block_shapes(cfg, f"layers.{number}", *kind)
     if cfg.num_nextn_predict_layers:

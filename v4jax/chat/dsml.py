@@ -51,7 +51,7 @@ Otherwise, output directly after {END_THINK} with tool calls or final response.
 @SCHEMAS@
 
 You MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.
-"""  # noqa: E501
+"""
 
 
 def to_json(value: Any) -> str:
@@ -87,8 +87,12 @@ def render_tools(tools: list[dict]) -> str:
     Raises:
       ValueError: a tool without "function".
     """
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) and "function" in tool for tool in tools):
-        raise ValueError(f'tools: got {tools!r}; must be a list of {{"type": "function", "function": {{...}}}}')
+    if not isinstance(tools, list) or not all(
+        isinstance(tool, dict) and "function" in tool for tool in tools
+    ):
+        raise ValueError(
+            f'tools: got {tools!r}; must be a list of {{"type": "function", "function": {{...}}}}'
+        )
     return _TOOLS.replace("@SCHEMAS@", "\n".join(to_json(tool["function"]) for tool in tools))
 
 
@@ -100,14 +104,23 @@ def render_calls(calls: list[dict]) -> str:
     Raises:
       ValueError: a call without name or arguments, or arguments that are JSON but no object.
     """
-    invokes = [f'<{INVOKE} name="{name}">\n{_parameters(arguments)}\n</{INVOKE}>' for name, arguments in map(_call, calls)]
+    invokes = [
+        f'<{INVOKE} name="{name}">\n{_parameters(arguments)}\n</{INVOKE}>'
+        for name, arguments in map(_call, calls)
+    ]
     return f"<{BLOCK}>\n" + "\n".join(invokes) + f"\n</{BLOCK}>"
 
 
 def _call(call: dict) -> tuple[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or "arguments" not in function:
-        raise ValueError(f'tool_calls: got {call!r}; must be {{"function": {{"name": ..., "arguments": JSON text}}}}')
+    if (
+        not isinstance(function, dict)
+        or not isinstance(function.get("name"), str)
+        or "arguments" not in function
+    ):
+        raise ValueError(
+            f'tool_calls: got {call!r}; must be {{"function": {{"name": ..., "arguments": JSON text}}}}'
+        )
     return function["name"], function["arguments"]
 
 
@@ -120,7 +133,9 @@ def _parameters(arguments: Any) -> str:
     except (TypeError, ValueError):
         values = {"arguments": arguments}
     if not isinstance(values, dict):
-        raise ValueError(f"tool_calls: got arguments {arguments!r}; must be the JSON text of an object")
+        raise ValueError(
+            f"tool_calls: got arguments {arguments!r}; must be the JSON text of an object"
+        )
     return "\n".join(
         f'<{PARAMETER} name="{name}" string="{"true" if isinstance(value, str) else "false"}">'
         f"{value if isinstance(value, str) else to_json(value)}</{PARAMETER}>"
@@ -143,7 +158,9 @@ def parse_calls(text: str, begin: int) -> tuple[list[dict], int]:
         head, tag, begin = _until(text, begin, f"<{PARAMETER}", f"</{INVOKE}")
         name = re.fullmatch(r'\s*name="(.*?)">\n\n?', head, re.DOTALL)
         if name is None:
-            raise ValueError(f'tool call: got {head!r}; expected name="...">, a line end, then parameters')
+            raise ValueError(
+                f'tool call: got {head!r}; expected name="...">, a line end, then parameters'
+            )
         values: dict[str, str] = {}
         while tag == f"<{PARAMETER}":
             key, value, begin = _parameter(text, begin)
@@ -153,7 +170,9 @@ def parse_calls(text: str, begin: int) -> tuple[list[dict], int]:
             gap, tag, begin = _until(text, begin, f"<{PARAMETER}", f"</{INVOKE}")
             _expect(gap, ">\n", "after a parameter")
         arguments = ", ".join(f"{to_json(key)}: {value}" for key, value in values.items())
-        calls.append({"type": "function", "function": {"name": name[1], "arguments": f"{{{arguments}}}"}})
+        calls.append(
+            {"type": "function", "function": {"name": name[1], "arguments": f"{{{arguments}}}"}}
+        )
 
 
 def _parameter(text: str, begin: int) -> tuple[str, str, int]:
@@ -161,14 +180,18 @@ def _parameter(text: str, begin: int) -> tuple[str, str, int]:
     body, _, begin = _until(text, begin, f"/{PARAMETER}")
     match = re.fullmatch(r' name="(.*?)" string="(true|false)">(.*?)<', body, re.DOTALL)
     if match is None:
-        raise ValueError(f'tool call: got parameter {body!r}; expected name="..." string="true|false">value<')
+        raise ValueError(
+            f'tool call: got parameter {body!r}; expected name="..." string="true|false">value<'
+        )
     key, is_string, value = match.groups()
     if is_string == "true":
         return key, to_json(value), begin
     try:
         from_json(value)
     except ValueError:
-        raise ValueError(f'tool call: parameter {key!r} is {value!r}; with string="false" it must be JSON') from None
+        raise ValueError(
+            f'tool call: parameter {key!r} is {value!r}; with string="false" it must be JSON'
+        ) from None
     return key, value, begin
 
 
@@ -176,7 +199,9 @@ def _until(text: str, begin: int, *stops: str) -> tuple[str, str, int]:
     """(text before the first of stops, that stop, index after it)."""
     found = [(at, stop) for stop in stops if (at := text.find(stop, begin)) >= 0]
     if not found:
-        raise ValueError(f"tool call: got {text[begin:]!r} to the end; expected {' or '.join(map(repr, stops))}")
+        raise ValueError(
+            f"tool call: got {text[begin:]!r} to the end; expected {' or '.join(map(repr, stops))}"
+        )
     at, stop = min(found)
     return text[begin:at], stop, at + len(stop)
 

@@ -26,12 +26,12 @@ _THOROUGH = """Reasoning Effort: Absolute maximum with no shortcuts permitted.
 You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause, rigorously stress-testing your logic against all potential paths, edge cases, and adversarial scenarios.
 Explicitly write out your entire deliberation process, documenting every intermediate step, considered alternative, and rejected hypothesis to ensure absolutely no assumption is left unchecked.
 
-"""  # noqa: E501
+"""
 _RELENTLESS = """Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.
 You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: exhaustively decompose the problem into its most fundamental components, trace every causal chain to its root, and resolve the underlying cause rather than any surface symptom.
 Do not stop reasoning until you have independently verified the solution from multiple angles and are certain that no assumption remains unchecked and no error remains undiscovered.
 
-"""  # noqa: E501
+"""
 EFFORTS = {
     "v4": {None: "", "high": "", "max": _THOROUGH},
     "0731": {None: "", "low": "", "high": _THOROUGH, "max": _RELENTLESS},
@@ -96,7 +96,11 @@ def encode_spans(
     efforts = EFFORTS.get(release)
     if efforts is None or reasoning_effort not in efforts:
         known = f"release: got {release!r}; allowed: {', '.join(EFFORTS)}"
-        raise ValueError(f"reasoning_effort: got {reasoning_effort!r}; allowed: {', '.join(map(str, efforts))}" if efforts else known)
+        raise ValueError(
+            f"reasoning_effort: got {reasoning_effort!r}; allowed: {', '.join(map(str, efforts))}"
+            if efforts
+            else known
+        )
     thinking, context = thinking_mode == "thinking", _merged(context or ())
     turns = _in_call_order(context + _merged(messages))
     drop = drop_thinking and not any(turn.get("tools") for turn in turns)
@@ -109,7 +113,9 @@ def encode_spans(
     for index in range(len(context), len(turns)):
         keeps = thinking and (not drop or index >= last_user)
         written, place = turns[index]["role"] == "assistant", turns[index]["place"]
-        spans.append(Span(_body(turns, index, keeps), written, written and index > last_user, place))
+        spans.append(
+            Span(_body(turns, index, keeps), written, written and index > last_user, place)
+        )
         spans.append(Span(_opening(turns, index, thinking, keeps), False, False, place))
     return [span for span in spans if span.text]
 
@@ -128,10 +134,14 @@ def _merged(messages: Sequence[Message]) -> list[dict]:
         if role not in ROLES:
             raise ValueError(f"message {place}: got role {role!r}; allowed: {', '.join(ROLES)}")
         if message.get("task") is not None and message["task"] not in TASKS:
-            raise ValueError(f"message {place}: got task {message['task']!r}; allowed: {', '.join(TASKS)}")
+            raise ValueError(
+                f"message {place}: got task {message['task']!r}; allowed: {', '.join(TASKS)}"
+            )
         calls = message.get("tool_calls") or []
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-            raise ValueError(f"message {place}: got tool_calls {calls!r}; must be a list of objects")
+            raise ValueError(
+                f"message {place}: got tool_calls {calls!r}; must be a list of objects"
+            )
         if role not in ("tool", "user"):
             turns.append(dict(message) | {"place": place})
             continue
@@ -150,21 +160,30 @@ def _texts(message: Message, place: int) -> list[_Block]:
     if isinstance(content, str):
         return [_Block(content, None)]
     if not isinstance(content, list) or not all(_is_text(part) for part in content):
-        raise ValueError(f"message {place}: got content {content!r}; a user's must be text, or a list of text parts")
+        raise ValueError(
+            f"message {place}: got content {content!r}; a user's must be text, or a list of text parts"
+        )
     return [_Block(part["text"], None) for part in content]
 
 
 def _result(message: Message, place: int) -> _Block:
     content = message.get("content", "")
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        content = "\n\n".join(part["text"] if _is_text(part) else f"[Unsupported {part.get('type')}]" for part in content)
+        content = "\n\n".join(
+            part["text"] if _is_text(part) else f"[Unsupported {part.get('type')}]"
+            for part in content
+        )
     if not isinstance(content, str):
-        raise ValueError(f"message {place}: got content {content!r}; a tool's must be text, or a list of parts")
+        raise ValueError(
+            f"message {place}: got content {content!r}; a tool's must be text, or a list of parts"
+        )
     return _Block(f"<tool_result>{content}</tool_result>", message.get("tool_call_id") or "")
 
 
 def _is_text(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    )
 
 
 def _in_call_order(turns: list[dict]) -> list[dict]:
@@ -172,21 +191,36 @@ def _in_call_order(turns: list[dict]) -> list[dict]:
     order: dict[str, int] = {}
     for turn in turns:
         if turn["role"] == "assistant" and turn.get("tool_calls"):
-            ids = [call.get("id") or (call.get("function") or {}).get("id", "") for call in turn["tool_calls"]]
+            ids = [
+                call.get("id") or (call.get("function") or {}).get("id", "")
+                for call in turn["tool_calls"]
+            ]
             order = {name: index for index, name in enumerate(ids) if name}
         elif turn["role"] == "user":
-            results = iter(sorted((b for b in turn["blocks"] if b.call is not None), key=lambda b: order.get(b.call, 0)))
-            turn["blocks"] = [block if block.call is None else next(results) for block in turn["blocks"]]
+            results = iter(
+                sorted(
+                    (b for b in turn["blocks"] if b.call is not None),
+                    key=lambda b: order.get(b.call, 0),
+                )
+            )
+            turn["blocks"] = [
+                block if block.call is None else next(results) for block in turn["blocks"]
+            ]
     return turns
 
 
 def _last_user(turns: list[dict]) -> int:
-    return max((index for index, turn in enumerate(turns) if turn["role"] in ("user", "developer")), default=-1)
+    return max(
+        (index for index, turn in enumerate(turns) if turn["role"] in ("user", "developer")),
+        default=-1,
+    )
 
 
 def _without_old_developers(turns: list[dict]) -> list[dict]:
     last = _last_user(turns)
-    return [turn for index, turn in enumerate(turns) if turn["role"] != "developer" or index >= last]
+    return [
+        turn for index, turn in enumerate(turns) if turn["role"] != "developer" or index >= last
+    ]
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -204,11 +238,15 @@ def _body(turns: list[dict], index: int, keeps: bool) -> str:
         calls = "\n\n" + render_calls(turn["tool_calls"]) if turn.get("tool_calls") else ""
         return reasoning + content + calls + ("" if turn.get("wo_eos") else EOS)
     if turn["role"] != "system" and not content:
-        raise ValueError(f"message {turn['place']}: got no content; a {turn['role']}'s must be text that is not empty")
+        raise ValueError(
+            f"message {turn['place']}: got no content; a {turn['role']}'s must be text that is not empty"
+        )
     if turn["role"] == "latest_reminder":
         return LATEST_REMINDER + content
     tools = "\n\n" + render_tools(turn["tools"]) if turn.get("tools") else ""
-    schema = "\n\n" + _SCHEMA + to_json(turn["response_format"]) if turn.get("response_format") else ""
+    schema = (
+        "\n\n" + _SCHEMA + to_json(turn["response_format"]) if turn.get("response_format") else ""
+    )
     return (USER if turn["role"] == "developer" else "") + content + tools + schema
 
 

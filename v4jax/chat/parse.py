@@ -31,7 +31,7 @@ def parse_message(text: str, thinking_mode: str = "chat") -> dict[str, Any]:
             raise ValueError(f"answer: got no {END_THINK}; in thinking mode the reasoning must end")
     begin, end = text.find(BLOCK_BEGIN), text.find(EOS)
     calls = []
-    if 0 <= begin and (end < 0 or begin < end):
+    if begin >= 0 and (end < 0 or begin < end):
         content = text[:begin]
         calls, end = parse_calls(text, begin + len(BLOCK_BEGIN))
         if text[end:] not in ("", EOS):
@@ -45,4 +45,9 @@ def parse_message(text: str, thinking_mode: str = "chat") -> dict[str, Any]:
     for token in (BOS, EOS, THINK, END_THINK, DSML):
         if token in content or token in reasoning:
             raise ValueError(f"answer: got special token {token} inside its text")
-    return {"role": "assistant", "content": content, "reasoning_content": reasoning, "tool_calls": calls}
+    return {
+        "role": "assistant",
+        "content": content,
+        "reasoning_content": reasoning,
+        "tool_calls": calls,
+    }

@@ -9,7 +9,10 @@ THINK, END_THINK = "<think>", "</think>"
 DSML = "｜DSML｜"
 """Marks the tags of tool calls, so that text of the same look is never taken for them."""
 
-TASKS = {name: f"<｜{name}｜>" for name in ("action", "query", "authority", "domain", "title", "read_url")}
+TASKS = {
+    name: f"<｜{name}｜>"
+    for name in ("action", "query", "authority", "domain", "title", "read_url")
+}
 """Quick instructions: a message with such a "task" is followed by a short answer, without thinking. "action" is asked
 of the assistant; "title" follows its answer; the others follow the user's text."""
 

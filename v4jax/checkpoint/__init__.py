@@ -2,7 +2,13 @@
 
 from v4jax.checkpoint.export import save_safetensors
 from v4jax.checkpoint.load import load_safetensors
-from v4jax.checkpoint.names import Slot, from_official, official_names, to_official, transformers_to_official
+from v4jax.checkpoint.names import (
+    Slot,
+    from_official,
+    official_names,
+    to_official,
+    transformers_to_official,
+)
 
 __all__ = [
     "Slot",

@@ -61,7 +61,9 @@ class NewFile:
     """
 
     def __init__(self, path: pathlib.Path):
-        self._path, self._file, self._back = path, open(path, "wb"), open(path, "rb", buffering=0)
+        self._path = path
+        self._file = open(path, "wb")  # noqa: SIM115
+        self._back = open(path, "rb", buffering=0)  # noqa: SIM115
         self._size = self._crc = 0
         self._thread, self._putting = concurrent.futures.ThreadPoolExecutor(1), None
 
@@ -98,5 +100,7 @@ class NewFile:
         start = self._back.tell()
         os.fsync(self._file.fileno())
         if crc(self._back, most=size) != (size, written):
-            raise OSError(f"{self._path} reads back other than it was written, from byte {start} on")
+            raise OSError(
+                f"{self._path} reads back other than it was written, from byte {start} on"
+            )
         forget(self._file.fileno(), start, size)

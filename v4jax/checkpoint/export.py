@@ -22,8 +22,23 @@ import numpy as np
 
 from sharding.processes import gather, is_first
 from v4jax.checkpoint.files import INDEX_FILE, write_file
-from v4jax.checkpoint.formats import DTYPES, Kind, Stored, check_format, encode, kind_in, quantization_config, shapes_of
-from v4jax.checkpoint.names import check_table, check_tree, official_names, official_shapes, read_slot
+from v4jax.checkpoint.formats import (
+    DTYPES,
+    Kind,
+    Stored,
+    check_format,
+    encode,
+    kind_in,
+    quantization_config,
+    shapes_of,
+)
+from v4jax.checkpoint.names import (
+    check_table,
+    check_tree,
+    official_names,
+    official_shapes,
+    read_slot,
+)
 from v4jax.checkpoint.room import Room
 from v4jax.config import ModelConfig, read_config_json
 from v4jax.foreign import file_in
@@ -33,7 +48,9 @@ from v4jax.storage import folder_to_fill, local_path
 MAX_FILE_BYTES = 5 * 10**9
 ROOM = 10**9
 """Bytes that all workers of a conversion take for small tensors; a tensor that wants more is worked on alone."""
-_CARRIED = re.compile(r"(tokenizer|generation_config|special_tokens_map|chat_template|vocab|merges|added_tokens)[\w.]*\.(json|txt|model|jinja)$")
+_CARRIED = re.compile(
+    r"(tokenizer|generation_config|special_tokens_map|chat_template|vocab|merges|added_tokens)[\w.]*\.(json|txt|model|jinja)$"
+)
 """Files that travel with a checkpoint."""
 Files = dict[str, dict[str, tuple[str, tuple[int, ...]]]]
 """File name -> its tensors, scales included -> (dtype, shape)."""
@@ -62,7 +79,11 @@ def save_safetensors(
       ValueError: a directory that may not be replaced, another dtype, or a tree that is not one of `cfg`.
     """
     kinds = kinds_for(cfg, check_format(dtype))
-    if isinstance(max_file_bytes, bool) or not isinstance(max_file_bytes, int) or max_file_bytes < 1:
+    if (
+        isinstance(max_file_bytes, bool)
+        or not isinstance(max_file_bytes, int)
+        or max_file_bytes < 1
+    ):
         raise ValueError(f"max_file_bytes: got {max_file_bytes!r}; must be a positive integer")
     target = local_path(directory, "directory").resolve()
     _check_target(target, overwrite)
@@ -76,7 +97,11 @@ def save_safetensors(
 
     def stored(name: str) -> Stored | None:
         leaf = gather(leaves[slots[name].path], slots[name].index)
-        return store_slot(cfg, name, kinds[name], leaf, slots[name]._replace(index=())) if is_first() else None
+        return (
+            store_slot(cfg, name, kinds[name], leaf, slots[name]._replace(index=()))
+            if is_first()
+            else None
+        )
 
     if not is_first():
         for name in slots:  # hands over the shards that live here
@@ -98,7 +123,9 @@ def save_safetensors(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def store_slot(cfg: ModelConfig, name: str, kind: Kind, leaf: Any, slot, scale: np.ndarray | None = None) -> Stored:
+def store_slot(
+    cfg: ModelConfig, name: str, kind: Kind, leaf: Any, slot, scale: np.ndarray | None = None
+) -> Stored:
     """One official tensor out of a leaf of the tree, as a file is to have it.
 
     Raises:
@@ -160,7 +187,11 @@ def config_json(
         if name not in low:
             found.pop(name, None)
     found |= {name: value for name, value in low.items() if name not in found}
-    return found | {"dtype" if "dtype" in found else "torch_dtype": "float32" if format == "float32" else "bfloat16"}
+    return found | {
+        "dtype" if "dtype" in found else "torch_dtype": "float32"
+        if format == "float32"
+        else "bfloat16"
+    }
 
 
 def carried_files(directory) -> list[pathlib.Path]:
@@ -180,7 +211,9 @@ def carried_files(directory) -> list[pathlib.Path]:
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def plan_files(cfg: ModelConfig, kinds: Mapping[str, Kind], max_file_bytes: int = MAX_FILE_BYTES) -> Files:
+def plan_files(
+    cfg: ModelConfig, kinds: Mapping[str, Kind], max_file_bytes: int = MAX_FILE_BYTES
+) -> Files:
     """Which file holds which tensors: in order, cut into pieces of at most `max_file_bytes`."""
     tensors: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for name, shape in official_shapes(cfg).items():
@@ -192,7 +225,11 @@ def plan_files(cfg: ModelConfig, kinds: Mapping[str, Kind], max_file_bytes: int 
     pieces = split(sizes, max_file_bytes)
     files = {}
     for i, names in enumerate(pieces, start=1):
-        file = "model.safetensors" if len(pieces) == 1 else f"model-{i:05}-of-{len(pieces):05}.safetensors"
+        file = (
+            "model.safetensors"
+            if len(pieces) == 1
+            else f"model-{i:05}-of-{len(pieces):05}.safetensors"
+        )
         files[file] = {part: one for name in names for part, one in tensors[name].items()}
     return files
 
@@ -200,7 +237,9 @@ def plan_files(cfg: ModelConfig, kinds: Mapping[str, Kind], max_file_bytes: int 
 def working_bytes(shape: tuple[int, ...], before: Kind, after: Kind) -> int:
     """Memory that one tensor takes while it is converted: before and after; with low precision as float32 too, and turned over."""
     low = before.scale is not None or after.scale is not None
-    return math.prod(shape) * (12 if low else DTYPES[before.dtype].itemsize + DTYPES[after.dtype].itemsize)
+    return math.prod(shape) * (
+        12 if low else DTYPES[before.dtype].itemsize + DTYPES[after.dtype].itemsize
+    )
 
 
 def total_bytes(files: Files) -> int:
@@ -237,7 +276,10 @@ def write_tensors(
             return
         names = [name for name in tensors if not _is_scale(name, tensors)]
         made = (held(name) for name in names) if workers == 1 else _ahead(held, names)
-        with contextlib.closing(made), contextlib.closing(_parts(names, made)) as parts:  # a failure must not keep what others wait for
+        with (
+            contextlib.closing(made),
+            contextlib.closing(_parts(names, made)) as parts,
+        ):  # a failure must not keep what others wait for
             write_file(directory / file, tensors, parts, wrote)
 
     if workers == 1:
@@ -254,7 +296,10 @@ def write_tensors(
                 raise
     if len(files) > 1:
         weight_map = {name: file for file, tensors in files.items() for name in tensors}
-        write_json(directory / INDEX_FILE, {"metadata": {"total_size": total_bytes(files)}, "weight_map": weight_map})
+        write_json(
+            directory / INDEX_FILE,
+            {"metadata": {"total_size": total_bytes(files)}, "weight_map": weight_map},
+        )
 
 
 def _ahead(held: Callable, names: list[str]) -> Iterator[tuple[Stored, Callable[[], None]]]:
@@ -271,7 +316,9 @@ def _ahead(held: Callable, names: list[str]) -> Iterator[tuple[Stored, Callable[
                     one.result()[1]()
 
 
-def _parts(names: list[str], made: Iterator[tuple[Stored, Callable[[], None]]]) -> Iterator[tuple[str, np.ndarray]]:
+def _parts(
+    names: list[str], made: Iterator[tuple[Stored, Callable[[], None]]]
+) -> Iterator[tuple[str, np.ndarray]]:
     for name in names:
         tensor, done = next(made)
         try:
@@ -325,10 +372,14 @@ def _check_target(target: pathlib.Path, overwrite: bool) -> None:
         raise ValueError(f"{target}: is a file; must be a directory, new or empty")
     found = sorted(target.iterdir())
     if found and not overwrite:
-        raise ValueError(f"{target}: not empty; give a new directory, or overwrite=True to replace an earlier export")
+        raise ValueError(
+            f"{target}: not empty; give a new directory, or overwrite=True to replace an earlier export"
+        )
     for path in found:
         if not path.is_file():
-            raise ValueError(f"{target}: holds the directory {path.name}; overwrite replaces an earlier export only")
+            raise ValueError(
+                f"{target}: holds the directory {path.name}; overwrite replaces an earlier export only"
+            )
 
 
 def _is_ours(path: pathlib.Path) -> bool:

@@ -40,16 +40,22 @@ def read_headers(directory: pathlib.Path) -> dict[str, Header]:
     """
     weight_map = _read_index(directory)
     if weight_map is None:
-        files = sorted(path.name for path in directory.iterdir() if path.name.endswith(".safetensors"))
+        files = sorted(
+            path.name for path in directory.iterdir() if path.name.endswith(".safetensors")
+        )
         if len(files) != 1:
-            raise ValueError(f"got {len(files)} *.safetensors files and no {INDEX_FILE}; expected one, or an index")
+            raise ValueError(
+                f"got {len(files)} *.safetensors files and no {INDEX_FILE}; expected one, or an index"
+            )
     else:
         files = sorted(set(weight_map.values()))
     tensors = {}
     for name in files:
         for header in headers_of(_file(directory, name)):
             if weight_map is not None and weight_map.get(header.stored) != name:
-                raise ValueError(f"{name}: holds {header.stored}, which {INDEX_FILE} places in {weight_map.get(header.stored)}")
+                raise ValueError(
+                    f"{name}: holds {header.stored}, which {INDEX_FILE} places in {weight_map.get(header.stored)}"
+                )
             tensors[header.stored] = header
     for stored, name in (weight_map or {}).items():
         if stored not in tensors:
@@ -72,7 +78,10 @@ def headers_of(path: pathlib.Path) -> list[Header]:
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path.name}: not a readable safetensors file: {error}") from None
     raw.pop("__metadata__", None)
-    return [Header(path, name, tuple(one["shape"]), one["dtype"], 8 + size + one["data_offsets"][0]) for name, one in raw.items()]
+    return [
+        Header(path, name, tuple(one["shape"]), one["dtype"], 8 + size + one["data_offsets"][0])
+        for name, one in raw.items()
+    ]
 
 
 def read_tensor(header: Header, once: bool = False) -> np.ndarray:
@@ -117,13 +126,17 @@ def write_file(
             file.write(len(head).to_bytes(8, "little") + head)
             for (name, planned), (got, array) in zip(tensors.items(), arrays, strict=True):
                 if (got, dtype_name(array.dtype), array.shape) != (name, *planned):
-                    raise AssertionError(f"got {got} {dtype_name(array.dtype)} {array.shape}; planned was {name} {planned}")
+                    raise AssertionError(
+                        f"got {got} {dtype_name(array.dtype)} {array.shape}; planned was {name} {planned}"
+                    )
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
                 file.write(data)
                 wrote(data.size)
                 del array, data  # before the next one is made
     except OSError as error:
-        raise OSError(error.errno, f"{partial} could not be written: {error.strerror or error}") from error
+        raise OSError(
+            error.errno, f"{partial} could not be written: {error.strerror or error}"
+        ) from error
     if len(headers_of(partial)) != len(tensors):
         raise OSError(f"{partial}: reads back with other tensors than were written")
     partial.rename(path)
@@ -141,18 +154,24 @@ def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f'{INDEX_FILE}: expected a JSON object with "weight_map": tensor -> file; {error}') from None
+        raise ValueError(
+            f'{INDEX_FILE}: expected a JSON object with "weight_map": tensor -> file; {error}'
+        ) from None
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict):
         raise ValueError(f'{INDEX_FILE}: expected a JSON object with "weight_map": tensor -> file')
     for name in weight_map.values():
         if not isinstance(name, str):
-            raise ValueError(f"{INDEX_FILE}: got file {name!r}; must be a file name in this directory")
+            raise ValueError(
+                f"{INDEX_FILE}: got file {name!r}; must be a file name in this directory"
+            )
     files = set(weight_map.values())
     for name in sorted(files):
         _file(directory, name)
     if "model.safetensors" not in files and (directory / "model.safetensors").exists():
-        raise ValueError(f"got model.safetensors, and {INDEX_FILE} that does not name it; remove the one not meant")
+        raise ValueError(
+            f"got model.safetensors, and {INDEX_FILE} that does not name it; remove the one not meant"
+        )
     return weight_map
 
 

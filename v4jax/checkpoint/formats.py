@@ -25,10 +25,15 @@ _MATRIX = re.compile(
 _EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight$")
 
 DTYPES = {
-    "F32": np.dtype("float32"), "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype("int64"), "I32": np.dtype("int32"),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu), "I8": np.dtype("int8"),
+    "F32": np.dtype("float32"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("int64"),
+    "I32": np.dtype("int32"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I8": np.dtype("int8"),
     "U8": np.dtype("uint8"),
-}  # fmt: skip
+}
 """What safetensors calls a dtype -> NumPy's. MXFP4 lies in I8, two numbers a byte."""
 
 
@@ -39,7 +44,13 @@ class Kind(NamedTuple):
     scale: str | None = None
 
 
-FLOAT32, BFLOAT16, FP8_BASE, FP8, MXFP4 = Kind("F32"), Kind("BF16"), Kind("F8_E4M3", "F32"), Kind("F8_E4M3", "F8_E8M0"), Kind("I8", "F8_E8M0")
+FLOAT32, BFLOAT16, FP8_BASE, FP8, MXFP4 = (
+    Kind("F32"),
+    Kind("BF16"),
+    Kind("F8_E4M3", "F32"),
+    Kind("F8_E4M3", "F8_E8M0"),
+    Kind("I8", "F8_E8M0"),
+)
 
 
 class Stored(NamedTuple):
@@ -55,7 +66,11 @@ def check_format(dtype: Any) -> str:
     Raises:
       ValueError: any other.
     """
-    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
+    name = (
+        dtype
+        if isinstance(dtype, str)
+        else getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
+    )
     if name not in FORMATS:
         raise ValueError(f"dtype: got {dtype!r}; allowed: {', '.join(map(repr, FORMATS))}")
     return name
@@ -128,7 +143,9 @@ def check_stored(kind: Kind, stored: Stored) -> None:
     scale = scale_of(kind, stored)
     if kind.dtype == "F8_E4M3":
         fp8.check_codes(stored.data)
-    if scale.size and scale.max() > np.finfo(np.float32).max / (2 * fp8.LARGEST):  # so far out that every product is looked at
+    if scale.size and scale.max() > np.finfo(np.float32).max / (
+        2 * fp8.LARGEST
+    ):  # so far out that every product is looked at
         decode(kind, stored)
 
 
@@ -148,7 +165,11 @@ def scale_of(kind: Kind, stored: Stored) -> np.ndarray | None:
     """The scales as float32, whatever their form on disk; None in plain precision."""
     if kind.scale is None:
         return None
-    return scales.check_float_scale(stored.scale) if kind.scale == "F32" else scales.from_ue8m0(stored.scale.view(np.uint8))
+    return (
+        scales.check_float_scale(stored.scale)
+        if kind.scale == "F32"
+        else scales.from_ue8m0(stored.scale.view(np.uint8))
+    )
 
 
 def encode(kind: Kind, x: np.ndarray, scale: np.ndarray | None = None) -> Stored:
@@ -174,12 +195,20 @@ def encode(kind: Kind, x: np.ndarray, scale: np.ndarray | None = None) -> Stored
             scale = None
     if scale is None:
         data, scale = code.quantise(x)
-    return Stored(data, scale if kind.scale == "F32" else scales.to_ue8m0(scale).view(DTYPES[kind.scale]))
+    return Stored(
+        data, scale if kind.scale == "F32" else scales.to_ue8m0(scale).view(DTYPES[kind.scale])
+    )
 
 
 def quantization_config(format: str) -> dict[str, Any]:
     """What config.json says of a low-precision checkpoint: by it transformers, vLLM and SGLang choose how to read; else {}."""
     if format not in ("fp8", "official"):
         return {}
-    how = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [fp8.BLOCK] * 2}
+    how = {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [fp8.BLOCK] * 2,
+    }
     return {"quantization_config": how} | ({"expert_dtype": "fp4"} if format == "official" else {})

@@ -21,7 +21,12 @@ NOT_NOTED = "it has no checksums, so nothing proves it whole"
 _READERS = 4
 
 
-def write_sums(directory: pathlib.Path, turn: int = 0, turns: int = 1, known: Mapping[pathlib.Path, tuple[int, int]] | None = None) -> None:
+def write_sums(
+    directory: pathlib.Path,
+    turn: int = 0,
+    turns: int = 1,
+    known: Mapping[pathlib.Path, tuple[int, int]] | None = None,
+) -> None:
     """Notes size and CRC-32 of every `turns`-th file below `directory`, which must be complete, from file number `turn` on.
 
     known: size and CRC-32 of files that need not be read again.
@@ -29,14 +34,30 @@ def write_sums(directory: pathlib.Path, turn: int = 0, turns: int = 1, known: Ma
     known = known or {}
     # Another process may be writing its share just now (text.py: a .tmp, then renamed). It is not part of what was saved, and all
     # processes must list the same files to agree whose turn each is.
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("checksums"))[turn::turns]
+    files = sorted(
+        path
+        for path in directory.rglob("*")
+        if path.is_file() and not path.name.startswith("checksums")
+    )[turn::turns]
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        sums = dict(zip((str(path.relative_to(directory)) for path in files), pool.map(lambda path: known.get(path) or crc_of(path), files), strict=True))
+        sums = dict(
+            zip(
+                (str(path.relative_to(directory)) for path in files),
+                pool.map(lambda path: known.get(path) or crc_of(path), files),
+                strict=True,
+            )
+        )
     name = SUMS_FILE if turns == 1 else f"checksums-{turn}-of-{turns}.json"
     write_text(directory / name, json.dumps(sums, indent=0) + "\n")
 
 
-def damage(directory: pathlib.Path, items: Sequence[str] | None = None, turn: int = 0, turns: int = 1, once: bool = False) -> str | None:
+def damage(
+    directory: pathlib.Path,
+    items: Sequence[str] | None = None,
+    turn: int = 0,
+    turns: int = 1,
+    once: bool = False,
+) -> str | None:
     """What is wrong with a checkpoint, in words: NOT_NOTED, or the first file that is not as written; None if all are.
 
     Args:
@@ -50,13 +71,21 @@ def damage(directory: pathlib.Path, items: Sequence[str] | None = None, turn: in
         return "its checksums cannot be read"
     if sums is None:
         return NOT_NOTED
-    wanted = {name: one for name, one in sums.items() if items is None or pathlib.PurePath(name).parts[0] in items}
+    wanted = {
+        name: one
+        for name, one in sums.items()
+        if items is None or pathlib.PurePath(name).parts[0] in items
+    }
     wanted = dict(list(wanted.items())[turn::turns])
     missing = [name for name in wanted if not (directory / name).is_file()]
     if missing:
         return f"{missing[0]} is missing"
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        for (name, (size, crc)), (found, found_crc) in zip(wanted.items(), pool.map(lambda name: crc_of(directory / name, once), wanted), strict=True):
+        for (name, (size, crc)), (found, found_crc) in zip(
+            wanted.items(),
+            pool.map(lambda name: crc_of(directory / name, once), wanted),
+            strict=True,
+        ):
             if found != size:
                 return f"{name} has {found} bytes; {size} were written"
             if found_crc != crc:
@@ -66,7 +95,11 @@ def damage(directory: pathlib.Path, items: Sequence[str] | None = None, turn: in
 
 def _noted(directory: pathlib.Path) -> dict[str, tuple[int, int]] | None:
     """File -> (size, CRC-32) of all processes; None where one's share is missing."""
-    found = {path.name: json.loads(path.read_text()) for path in sorted(directory.iterdir()) if _is_sums(path)}
+    found = {
+        path.name: json.loads(path.read_text())
+        for path in sorted(directory.iterdir())
+        if _is_sums(path)
+    }
     parts = {int(name.split("-of-")[1].removesuffix(".json")) for name in found if "-of-" in name}
     if not found or (parts and parts != {len(found)}):
         return None

@@ -14,8 +14,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from v4jax.checkpoint.files import Header, read_headers, read_tensor
-from v4jax.checkpoint.formats import Kind, Stored, allowed_kinds, check_stored, decode, format_of, scale_of, shapes_of
-from v4jax.checkpoint.names import Path, check_table, fill_tree, official_shapes, plain_dtype, same_names, transformers_to_official
+from v4jax.checkpoint.formats import (
+    Kind,
+    Stored,
+    allowed_kinds,
+    check_stored,
+    decode,
+    format_of,
+    scale_of,
+    shapes_of,
+)
+from v4jax.checkpoint.names import (
+    Path,
+    check_table,
+    fill_tree,
+    official_shapes,
+    plain_dtype,
+    same_names,
+    transformers_to_official,
+)
 from v4jax.config import ModelConfig, read_config_json
 from v4jax.storage import local_path
 
@@ -59,7 +76,10 @@ class Source(NamedTuple):
         return self._read(name, decode)
 
     def _read(self, name: str, use: Callable[[Kind, Stored], Any]) -> Any:
-        found = Stored(read_tensor(self.headers[name], self.once), read_tensor(self.scales[name], self.once) if name in self.scales else None)
+        found = Stored(
+            read_tensor(self.headers[name], self.once),
+            read_tensor(self.scales[name], self.once) if name in self.scales else None,
+        )
         if name.endswith(".tid2eid"):
             check_table(self.cfg, f"{self.directory}: {name}", found.data)
         try:
@@ -69,7 +89,11 @@ class Source(NamedTuple):
 
     def scale(self, name: str) -> np.ndarray | None:
         """The tensor's scales, float32; None in plain precision."""
-        return scale_of(self.kinds[name], Stored(None, read_tensor(self.scales[name]))) if name in self.scales else None
+        return (
+            scale_of(self.kinds[name], Stored(None, read_tensor(self.scales[name])))
+            if name in self.scales
+            else None
+        )
 
 
 def open_safetensors(directory) -> Source:
@@ -112,7 +136,9 @@ def read_config(directory) -> ModelConfig:
     """
     directory = local_path(directory, "directory")
     if not directory.is_dir():
-        raise ValueError(f"{directory}: not a directory; expected one with config.json and *.safetensors")
+        raise ValueError(
+            f"{directory}: not a directory; expected one with config.json and *.safetensors"
+        )
     return ModelConfig.from_json(directory)
 
 
@@ -126,11 +152,17 @@ def _check_headers(directory: pathlib.Path, cfg: ModelConfig, found: dict[str, H
     for name, header in found.items():
         official = transformers_to_official(name) if from_transformers else name
         if official in headers:
-            raise ValueError(f"got both {headers[official].stored} and {name}, two names of {official}")
+            raise ValueError(
+                f"got both {headers[official].stored} and {name}, two names of {official}"
+            )
         headers[official] = header
-    mixed = [name for name in found if from_transformers and not name.startswith(("model.", "head."))]
+    mixed = [
+        name for name in found if from_transformers and not name.startswith(("model.", "head."))
+    ]
     if mixed:
-        raise ValueError(f"got tensor {mixed[0]} beside names that begin with model.; must be all official, or all as transformers names them")
+        raise ValueError(
+            f"got tensor {mixed[0]} beside names that begin with model.; must be all official, or all as transformers names them"
+        )
     cfg = _check_mtp(cfg, headers, from_transformers)
     implied = cfg.num_hidden_layers * (21 + 3 * cfg.n_routed_experts)
     if implied > max(4 * len(headers), 2000):  # a model of such size is not even to be named
@@ -139,11 +171,18 @@ def _check_headers(directory: pathlib.Path, cfg: ModelConfig, found: dict[str, H
     scales = {
         weight: headers.pop(name)
         for name in list(headers)
-        if name.endswith(".scale") and (weight := name.removesuffix("scale") + "weight") in shapes and allowed_kinds(weight)[2:]
+        if name.endswith(".scale")
+        and (weight := name.removesuffix("scale") + "weight") in shapes
+        and allowed_kinds(weight)[2:]
     }
     same_names(shapes, {name: header.shape for name, header in headers.items()}, "tensor")
-    kinds = {name: _check_kind(name, shape, headers[name], scales.get(name)) for name, shape in shapes.items()}
-    return Source(directory, cfg, read_config_json(directory / "config.json"), kinds, headers, scales)
+    kinds = {
+        name: _check_kind(name, shape, headers[name], scales.get(name))
+        for name, shape in shapes.items()
+    }
+    return Source(
+        directory, cfg, read_config_json(directory / "config.json"), kinds, headers, scales
+    )
 
 
 def _check_kind(name: str, shape: tuple[int, ...], header: Header, scale: Header | None) -> Kind:
@@ -155,18 +194,27 @@ def _check_kind(name: str, shape: tuple[int, ...], header: Header, scale: Header
             raise ValueError(f"tensor {name}: got {header.dtype}; allowed: {', '.join(dtypes)}")
         with_it = [str(one.scale) for one in allowed if one.dtype == header.dtype]
         what = f"{scale.dtype} scales" if scale else "no scales"
-        raise ValueError(f"tensor {name}: got {header.dtype} with {what} ({name.removesuffix('weight')}scale); allowed: {', '.join(with_it)}")
+        raise ValueError(
+            f"tensor {name}: got {header.dtype} with {what} ({name.removesuffix('weight')}scale); allowed: {', '.join(with_it)}"
+        )
     try:
         data, scales = shapes_of(kind, shape)
     except ValueError as error:
         raise ValueError(f"tensor {name}: {error}") from None
-    for got, expected, what in ((header, data, name), (scale, scales, f"{name.removesuffix('weight')}scale")):
+    for got, expected, what in (
+        (header, data, name),
+        (scale, scales, f"{name.removesuffix('weight')}scale"),
+    ):
         if got and got.shape != expected:
-            raise ValueError(f"tensor {what}: got shape {list(got.shape)}; must be {list(expected)}")
+            raise ValueError(
+                f"tensor {what}: got shape {list(got.shape)}; must be {list(expected)}"
+            )
     return kind
 
 
-def _check_mtp(cfg: ModelConfig, tensors: dict[str, Header], from_transformers: bool) -> ModelConfig:
+def _check_mtp(
+    cfg: ModelConfig, tensors: dict[str, Header], from_transformers: bool
+) -> ModelConfig:
     """Refuses a DSpark drafter; accepts that transformers drops MTP, and says so.
 
     See docs/equations.md#trap-33 and docs/equations.md#trap-31.
@@ -179,7 +227,9 @@ def _check_mtp(cfg: ModelConfig, tensors: dict[str, Header], from_transformers: 
             "allowed: one MTP module with mtp.0.enorm.weight"
         )
     if from_transformers and not mtp and cfg.num_nextn_predict_layers:
-        logging.getLogger("v4jax").warning("transformers wrote no mtp.* tensors: loading without the MTP module")
+        logging.getLogger("v4jax").warning(
+            "transformers wrote no mtp.* tensors: loading without the MTP module"
+        )
         ratios = cfg.compress_ratios[: cfg.num_hidden_layers]
         cfg = cfg.replace(num_nextn_predict_layers=0, compress_ratios=ratios)
     return cfg

@@ -49,13 +49,33 @@ _TABLE = (
     ("compressed", "{layer}.attn.compressor.ape", "{block}/attn/compressor/ape", False),
     ("compressed", "{layer}.attn.compressor.wkv.weight", "{block}/attn/compressor/wkv", True),
     ("compressed", "{layer}.attn.compressor.wgate.weight", "{block}/attn/compressor/wgate", True),
-    ("compressed", "{layer}.attn.compressor.norm.weight", "{block}/attn/compressor/norm/weight", False),
+    (
+        "compressed",
+        "{layer}.attn.compressor.norm.weight",
+        "{block}/attn/compressor/norm/weight",
+        False,
+    ),
     ("csa", "{layer}.attn.indexer.wq_b.weight", "{block}/attn/indexer/wq_b", True),
     ("csa", "{layer}.attn.indexer.weights_proj.weight", "{block}/attn/indexer/weights_proj", True),
     ("csa", "{layer}.attn.indexer.compressor.ape", "{block}/attn/indexer/compressor/ape", False),
-    ("csa", "{layer}.attn.indexer.compressor.wkv.weight", "{block}/attn/indexer/compressor/wkv", True),
-    ("csa", "{layer}.attn.indexer.compressor.wgate.weight", "{block}/attn/indexer/compressor/wgate", True),
-    ("csa", "{layer}.attn.indexer.compressor.norm.weight", "{block}/attn/indexer/compressor/norm/weight", False),
+    (
+        "csa",
+        "{layer}.attn.indexer.compressor.wkv.weight",
+        "{block}/attn/indexer/compressor/wkv",
+        True,
+    ),
+    (
+        "csa",
+        "{layer}.attn.indexer.compressor.wgate.weight",
+        "{block}/attn/indexer/compressor/wgate",
+        True,
+    ),
+    (
+        "csa",
+        "{layer}.attn.indexer.compressor.norm.weight",
+        "{block}/attn/indexer/compressor/norm/weight",
+        False,
+    ),
     ("block", "{layer}.ffn.gate.weight", "{block}/ffn/gate", True),
     ("hash", "{layer}.ffn.gate.tid2eid", "router/{block}/ffn/tid2eid", False),
     ("score", "{layer}.ffn.gate.bias", "router/{block}/ffn/bias", False),
@@ -110,7 +130,9 @@ def official_names(cfg: ModelConfig) -> dict[str, Slot]:
         for r in range(group.repeats):
             for i, kind in enumerate(group.kinds):
                 layer = f"layers.{group.first + r * len(group.kinds) + i}"
-                names.update(_expand(_parts_of(kind), layer, f"{group.name}/block_{i}", (r,), experts))
+                names.update(
+                    _expand(_parts_of(kind), layer, f"{group.name}/block_{i}", (r,), experts)
+                )
     if cfg.num_nextn_predict_layers:
         kind = LayerKind(WINDOW_ONLY, hash_routed=False)
         names.update(_expand(_parts_of(kind) | {"mtp"}, "mtp.0", "mtp/block", (), experts))
@@ -167,7 +189,9 @@ def to_official(cfg: ModelConfig, tree: Mapping[str, Any]) -> dict[str, np.ndarr
       ValueError: a leaf that is missing, extra or of another shape; a tid2eid that holds something else than integers.
     """
     leaves = {path: np.asarray(leaf) for path, leaf in check_tree(cfg, tree).items()}
-    return {name: read_slot(name, leaves[slot.path], slot) for name, slot in official_names(cfg).items()}
+    return {
+        name: read_slot(name, leaves[slot.path], slot) for name, slot in official_names(cfg).items()
+    }
 
 
 def read_slot(name: str, leaf: Any, slot: Slot, dtype: np.dtype | None = None) -> np.ndarray:
@@ -178,7 +202,11 @@ def read_slot(name: str, leaf: Any, slot: Slot, dtype: np.dtype | None = None) -
         if not np.array_equal(ids, array):
             raise ValueError(f"{name}: got values that are not integers; must hold expert ids")
         return np.ascontiguousarray(ids, dtype="int64")
-    return turned(array, dtype or array.dtype) if slot.transpose else np.ascontiguousarray(array, dtype=dtype)
+    return (
+        turned(array, dtype or array.dtype)
+        if slot.transpose
+        else np.ascontiguousarray(array, dtype=dtype)
+    )
 
 
 def turned(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -194,7 +222,9 @@ def turned(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return out
 
 
-def from_official(cfg: ModelConfig, tensors: Mapping[str, np.ndarray], dtype: Any = "float32") -> dict[str, Any]:
+def from_official(
+    cfg: ModelConfig, tensors: Mapping[str, np.ndarray], dtype: Any = "float32"
+) -> dict[str, Any]:
     """The parameter tree of NumPy arrays from official tensors held in memory (`load_safetensors` is for files).
 
     Raises:
@@ -257,12 +287,19 @@ def check_table(cfg: ModelConfig, name: str, ids_VK: np.ndarray) -> None:
     experts = cfg.n_routed_experts
     outside = ids_VK[(ids_VK < 0) | (ids_VK >= experts)]
     if outside.size:
-        raise ValueError(f"{name}: got expert id {outside[0]}; must be in [0, n_routed_experts={experts})")
+        raise ValueError(
+            f"{name}: got expert id {outside[0]}; must be in [0, n_routed_experts={experts})"
+        )
     ordered_VK = np.sort(ids_VK, axis=1)
     repeated = np.flatnonzero((ordered_VK[:, 1:] == ordered_VK[:, :-1]).any(axis=1))
     if repeated.size:
-        row, unset = repeated[0], "" if ids_VK.any() else "; the table is all zeros, as in a model nobody has filled"
-        logging.getLogger("v4jax").warning("%s: row %d is %s: one expert twice%s", name, row, ids_VK[row].tolist(), unset)
+        row, unset = (
+            repeated[0],
+            "" if ids_VK.any() else "; the table is all zeros, as in a model nobody has filled",
+        )
+        logging.getLogger("v4jax").warning(
+            "%s: row %d is %s: one expert twice%s", name, row, ids_VK[row].tolist(), unset
+        )
 
 
 def same_names(expected: Mapping[str, tuple], got: Mapping[str, tuple], what: str) -> None:
@@ -270,7 +307,9 @@ def same_names(expected: Mapping[str, tuple], got: Mapping[str, tuple], what: st
     missing = [name for name in expected if name not in got]
     extra = [name for name in got if name not in expected]
     if missing:
-        raise ValueError(f"missing {what} {missing[0]} {list(expected[missing[0]])}{_more(missing)}")
+        raise ValueError(
+            f"missing {what} {missing[0]} {list(expected[missing[0]])}{_more(missing)}"
+        )
     if extra:
         raise ValueError(f"unexpected {what} {extra[0]} {list(got[extra[0]])}{_more(extra)}")
 
@@ -301,7 +340,10 @@ def _expand(parts: set[str], layer: str, block: str, index: tuple[int, ...], exp
     for e in range(experts):
         for part, name, path, transpose in rows:
             if part == "expert":
-                yield name.format(layer=layer, e=e), Slot(_path(path, block), (*index, e), transpose)
+                yield (
+                    name.format(layer=layer, e=e),
+                    Slot(_path(path, block), (*index, e), transpose),
+                )
 
 
 def _path(pattern: str, block: str) -> Path:

@@ -40,7 +40,14 @@ logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file 
 class Store:
     """The checkpoints of one directory. Use as a context manager: leaving it waits for saves under way."""
 
-    def __init__(self, directory, keep: int = 2, keep_every: int = 0, keep_best: int = 0, writes: bool = False):
+    def __init__(
+        self,
+        directory,
+        keep: int = 2,
+        keep_every: int = 0,
+        keep_best: int = 0,
+        writes: bool = False,
+    ):
         """`keep`: newest checkpoints kept. `keep_every`: those of every so many steps too. `keep_best`: so many of the least loss.
         `writes`: this process trains here, so leftovers of killed saves are its own."""
         self._directory = local_path(directory, "directory").absolute()
@@ -49,8 +56,18 @@ class Store:
         if keep_every:
             kept.append(policies[1].EveryNSteps(keep_every))
         if keep_best:
-            loss = lambda metrics: metrics["loss"]  # noqa: E731
-            kept.append(policies[1].BestN(get_metric_fn=loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False))
+
+            def loss(metrics):
+                return metrics["loss"]
+
+            kept.append(
+                policies[1].BestN(
+                    get_metric_fn=loss,
+                    reverse=True,
+                    n=keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
         self._checkpointer = ocp.training.Checkpointer(
             self._directory / CHECKPOINTS,
             context=_context(),
@@ -78,7 +95,11 @@ class Store:
         return None if newest is None else newest.step
 
     def latest_intact(
-        self, items: Sequence[str] | None = None, strict: bool = False, newest: int | None = None, once: bool = False
+        self,
+        items: Sequence[str] | None = None,
+        strict: bool = False,
+        newest: int | None = None,
+        once: bool = False,
     ) -> int | None:
         """Step of the newest checkpoint whose files are what was written; those passed over are named in the log.
 
@@ -91,7 +112,14 @@ class Store:
         Raises:
           ValueError: all are damaged; or, with `strict`, the newest one is, or nothing proves it whole. Names the file.
         """
-        steps = sorted((one.step for one in self._checkpointer.checkpoints if newest is None or one.step <= newest), reverse=True)
+        steps = sorted(
+            (
+                one.step
+                for one in self._checkpointer.checkpoints
+                if newest is None or one.step <= newest
+            ),
+            reverse=True,
+        )
         unproven = None
         for step in steps:
             last = step == steps[-1]
@@ -101,11 +129,15 @@ class Store:
             error = f"{self.path(step)} is damaged: {wrong or 'another process has found it so'}"
             if strict:
                 raise ValueError(error)
-            logging.getLogger("v4jax").warning("%s; %s", error, "there is none before it" if last else "trying the one before it")
+            logging.getLogger("v4jax").warning(
+                "%s; %s", error, "there is none before it" if last else "trying the one before it"
+            )
             if unproven is None and not anywhere(wrong not in (None, NOT_NOTED)):
                 unproven = step
         if unproven is not None:
-            logging.getLogger("v4jax").warning("%s is used all the same, as there is no better one", self.path(unproven))
+            logging.getLogger("v4jax").warning(
+                "%s is used all the same, as there is no better one", self.path(unproven)
+            )
         elif steps:
             raise ValueError(error)
         return unproven
@@ -162,7 +194,9 @@ class Store:
         try:
             yield
         except Exception as error:
-            raise OSError(f"a checkpoint could not be written to {self._checkpointer.directory} ({error}); those before it are intact") from error
+            raise OSError(
+                f"a checkpoint could not be written to {self._checkpointer.directory} ({error}); those before it are intact"
+            ) from error
 
     def _sum(self, saving, step: int) -> None:
         with self._writing():
@@ -211,9 +245,13 @@ def check_same_arrays(path, abstract) -> None:
     want = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
     for name in sorted(have.keys() | want.keys()):
         if name not in have or name not in want:
-            raise ValueError(f"{path}: array {name} is {'missing' if name in want else 'not part of the model'}")
+            raise ValueError(
+                f"{path}: array {name} is {'missing' if name in want else 'not part of the model'}"
+            )
         if tuple(have[name].shape) != tuple(want[name].shape):
-            raise ValueError(f"{path}: array {name} has shape {tuple(have[name].shape)}; the model needs {want[name].shape}")
+            raise ValueError(
+                f"{path}: array {name} has shape {tuple(have[name].shape)}; the model needs {want[name].shape}"
+            )
 
 
 def _name(path) -> str:
@@ -237,7 +275,9 @@ def check_config(directory, cfg: ModelConfig) -> None:
                 "choose another run directory"
             )
     elif directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"{directory} is not empty and holds no v4jax run; choose another run directory")
+        raise ValueError(
+            f"{directory} is not empty and holds no v4jax run; choose another run directory"
+        )
 
 
 def write_config(directory, cfg: ModelConfig, source: str = "") -> None:

@@ -47,7 +47,10 @@ def open_leaves(directory, cfg: ModelConfig) -> dict[Path, Any]:
         path = store.path(step)
     check_same_arrays(path, abstract_params(cfg))
     context = ts.Context(_READ)
-    leaves = {where: ts.open(_spec(path, where), context=context) for where in flatten_dict(abstract_params(cfg))}
+    leaves = {
+        where: ts.open(_spec(path, where), context=context)
+        for where in flatten_dict(abstract_params(cfg))
+    }
     return {where: leaf.result() for where, leaf in leaves.items()}
 
 
@@ -57,7 +60,9 @@ class StoreWriter:
     A thread waits for the disk meanwhile. Use as a context manager: leaving it ends what is under way.
     """
 
-    def __init__(self, directory: pathlib.Path, cfg: ModelConfig, dtype: np.dtype, compress: bool = True):
+    def __init__(
+        self, directory: pathlib.Path, cfg: ModelConfig, dtype: np.dtype, compress: bool = True
+    ):
         """`dtype`: of every *.weight. `compress`: worth it for numbers that came from low precision only. A directory where this began before is taken up again, with what it holds."""
         slots = official_names(cfg)
         dtypes = {slot.path: leaf_dtype(name, dtype) for name, slot in slots.items()}
@@ -65,15 +70,31 @@ class StoreWriter:
         shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(cfg)).items()}
         self._path = path = directory / CHECKPOINTS / "0"
         if not path.exists():
-            with Store(directory, writes=True) as store:  # gives Orbax's own files; the arrays are replaced by full ones
-                store.save(0, {"params": unflatten_dict({path: np.zeros((1,) * len(shape), dtypes[path]) for path, shape in shapes.items()})})
+            with Store(
+                directory, writes=True
+            ) as store:  # gives Orbax's own files; the arrays are replaced by full ones
+                store.save(
+                    0,
+                    {
+                        "params": unflatten_dict(
+                            {
+                                path: np.zeros((1,) * len(shape), dtypes[path])
+                                for path, shape in shapes.items()
+                            }
+                        )
+                    },
+                )
         self._slots, self._leaves = slots, {}
         self._waiting, self._sums, self._lock = 0, {}, threading.Lock()
         self._thread, self._putting = concurrent.futures.ThreadPoolExecutor(1), None
-        context = ts.Context({"file_io_sync": False})  # not after each matrix: `_put` does it for many
+        context = ts.Context(
+            {"file_io_sync": False}
+        )  # not after each matrix: `_put` does it for many
         for where, shape in shapes.items():
             found = ts.open(_spec(path, where)).result()
-            begun = found.shape == shape and found.codec.to_json()["codecs"][-1]["name"] == "crc32c"  # Orbax's array of one number has none
+            begun = (
+                found.shape == shape and found.codec.to_json()["codecs"][-1]["name"] == "crc32c"
+            )  # Orbax's array of one number has none
             fresh = {} if begun else create(shape, dtypes[where], stacked[where], compress)
             self._leaves[where] = ts.open(_spec(path, where) | fresh, context=context).result()
 
@@ -112,7 +133,10 @@ class StoreWriter:
         leaf = self._leaves[slot.path]
         dtype = leaf.dtype.numpy_dtype
         held = turned(array, dtype) if slot.transpose else np.ascontiguousarray(array, dtype)
-        place, rows = leaf[slot.index], len(held) if held.ndim < 2 else leaf.chunk_layout.write_chunk.shape[-2]
+        place, rows = (
+            leaf[slot.index],
+            len(held) if held.ndim < 2 else leaf.chunk_layout.write_chunk.shape[-2],
+        )
         for start in range(0, len(held), rows):
             band = slice(start, min(start + rows, len(held)))
             writing.append(place[band].write(held[band]))
@@ -170,12 +194,17 @@ def _sum(array: np.ndarray) -> str:
 
 def _data_files(path: pathlib.Path) -> list[pathlib.Path]:
     """The files of an OCDBT database that hold its values: each is written once, under a name of its own."""
-    return [file for file in (path / "params" / "d").iterdir() if not file.name.endswith(".__lock")]  # those are being written
+    return [
+        file for file in (path / "params" / "d").iterdir() if not file.name.endswith(".__lock")
+    ]  # those are being written
 
 
 def _spec(path: pathlib.Path, where: Path) -> dict[str, Any]:
     base = f"file://{path.absolute()}/params/"
-    return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(where) + "/"}}
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(where) + "/"},
+    }
 
 
 def create(shape: tuple[int, ...], dtype: np.dtype, stacked: int, compress: bool) -> dict[str, Any]:
@@ -185,8 +214,22 @@ def create(shape: tuple[int, ...], dtype: np.dtype, stacked: int, compress: bool
         matrix[0] = min(matrix[0], max(1, _CHUNK_BYTES // (dtype.itemsize * matrix[1])))
     chunk = [1] * stacked + matrix
     # Numbers from low precision have few bits that differ: sorted by bit, lz4 finds nearly what zstd finds, much faster.
-    blosc = {"name": "blosc", "configuration": {"cname": "lz4", "clevel": 1, "shuffle": "bitshuffle", "typesize": dtype.itemsize}}
+    blosc = {
+        "name": "blosc",
+        "configuration": {
+            "cname": "lz4",
+            "clevel": 1,
+            "shuffle": "bitshuffle",
+            "typesize": dtype.itemsize,
+        },
+    }
     codecs = [{"name": "bytes"}, *([blosc] if compress else []), {"name": "crc32c"}]
     grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
-    metadata = {"shape": list(shape), "data_type": dtype.name, "chunk_grid": grid, "codecs": codecs, "fill_value": 0.0}
+    metadata = {
+        "shape": list(shape),
+        "data_type": dtype.name,
+        "chunk_grid": grid,
+        "codecs": codecs,
+        "fill_value": 0.0,
+    }
     return {"create": True, "delete_existing": True, "metadata": metadata}

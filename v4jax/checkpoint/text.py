@@ -13,7 +13,9 @@ from typing import Any
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
+    ) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

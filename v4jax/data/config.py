@@ -40,14 +40,18 @@ class Source:
     def __post_init__(self):
         for name in ("path", "glob"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; must be a string that is not empty")
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r}; must be a string that is not empty"
+                )
         local_path(self.path, "path")
         if self.format not in FORMATS:
             raise ValueError(f"format: got {self.format!r}; allowed: {', '.join(FORMATS)}")
         if self.format != "arrayrecord" and not self.column:
             raise ValueError(f"column: got {self.column!r}; must name a column of {self.format}")
         if pathlib.PurePath(self.glob).is_absolute() or ".." in pathlib.PurePath(self.glob).parts:
-            raise ValueError(f"glob: got {self.glob!r}; must be relative to the source folder, without '..'")
+            raise ValueError(
+                f"glob: got {self.glob!r}; must be relative to the source folder, without '..'"
+            )
         if not 0 < self.weight < math.inf:
             raise ValueError(f"weight: got {self.weight!r}; must be above 0")
 
@@ -79,11 +83,18 @@ class ChatFormat:
 
     def __post_init__(self):
         allowed = {
-            "thinking_mode": MODES, "release": tuple(EFFORTS), "train_on": ("all", "last"), "too_long": ("error", "drop", "cut"),
-        }  # fmt: skip
-        for name, values in (allowed | {"reasoning_effort": tuple(EFFORTS.get(self.release, ()))}).items():
+            "thinking_mode": MODES,
+            "release": tuple(EFFORTS),
+            "train_on": ("all", "last"),
+            "too_long": ("error", "drop", "cut"),
+        }
+        for name, values in (
+            allowed | {"reasoning_effort": tuple(EFFORTS.get(self.release, ()))}
+        ).items():
             if getattr(self, name) not in values:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; allowed: {', '.join(map(str, values))}")
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r}; allowed: {', '.join(map(str, values))}"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,28 +139,46 @@ class DataConfig:
     def __post_init__(self):
         for name in ("source", "tokenizer"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; must be a string that is not empty")
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r}; must be a string that is not empty"
+                )
         for name in ("source", "tokenizer", "cache"):
             if getattr(self, name) != "":
                 local_path(getattr(self, name), name)
-        if isinstance(self.held_out, bool) or not isinstance(self.held_out, float) or not 0 < self.held_out < 1:
+        if (
+            isinstance(self.held_out, bool)
+            or not isinstance(self.held_out, float)
+            or not 0 < self.held_out < 1
+        ):
             raise ValueError(f"held_out: got {self.held_out!r}; must be a share in (0, 1)")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+        if (
+            isinstance(self.seed, bool)
+            or not isinstance(self.seed, int)
+            or not 0 <= self.seed < 2**32
+        ):
             raise ValueError(f"seed: got {self.seed!r}; must be an integer in [0, 2**32)")
         if self.packing not in ("split", "best_fit"):
             raise ValueError(f"packing: got {self.packing!r}; allowed: split, best_fit")
         if not 0 <= self.fim_rate <= 1:
             raise ValueError(f"fim_rate: got {self.fim_rate!r}; must be a share in [0, 1]")
         labels = [source.label for source in (*self.sources, *self.evaluate_on)]
-        if twice := {label for label in labels if labels.count(label) > 1} | ({"held_out"} & set(labels)):
-            raise ValueError(f"name: got {sorted(twice)[0]!r} more than once; give each source its own (held_out is all of them)")
+        if twice := {label for label in labels if labels.count(label) > 1} | (
+            {"held_out"} & set(labels)
+        ):
+            raise ValueError(
+                f"name: got {sorted(twice)[0]!r} more than once; give each source its own (held_out is all of them)"
+            )
         if self.masked and self.packing != "best_fit":
-            raise ValueError(f"packing: got {self.packing!r}; conversations must stay whole: best_fit")
+            raise ValueError(
+                f"packing: got {self.packing!r}; conversations must stay whole: best_fit"
+            )
 
     @property
     def sources(self) -> tuple[Source, ...]:
         """What is trained on."""
-        return self.mixture or (Source(path=self.source, format=self.format, column=self.column, glob=self.glob),)
+        return self.mixture or (
+            Source(path=self.source, format=self.format, column=self.column, glob=self.glob),
+        )
 
     @property
     def masked(self) -> bool:
@@ -161,4 +190,8 @@ def tokenizer_of(cfg: DataConfig) -> Tokenizer:
     """The tokenizer that cfg names."""
     if cfg.tokenizer == "byte":
         return ByteTokenizer()
-    return ByteTokenizer(CHAT_TOKENS + FIM_TOKENS) if cfg.tokenizer == "byte-chat" else load_tokenizer(cfg.tokenizer)
+    return (
+        ByteTokenizer(CHAT_TOKENS + FIM_TOKENS)
+        if cfg.tokenizer == "byte-chat"
+        else load_tokenizer(cfg.tokenizer)
+    )

@@ -51,7 +51,9 @@ def read_documents(source: Source) -> list[Document]:
     for name, path in find_files(source).files:
         size, crc, fault = _read_through(path)
         if fault and source.path != "stdlib":
-            raise ValueError(f"source: {path} is not UTF-8 text ({fault}); remove it or narrow glob={source.glob!r}")
+            raise ValueError(
+                f"source: {path} is not UTF-8 text ({fault}); remove it or narrow glob={source.glob!r}"
+            )
         if size and not fault:
             documents.append(Document(name, path, size, crc))
     if not documents:
@@ -59,14 +61,19 @@ def read_documents(source: Source) -> list[Document]:
     return sorted(documents)
 
 
-def split_documents(cfg: DataConfig, documents: list[Document]) -> tuple[list[Document], list[Document]]:
+def split_documents(
+    cfg: DataConfig, documents: list[Document]
+) -> tuple[list[Document], list[Document]]:
     """(train, held out), by the hash of each document's name: a file stays on its side whatever is added beside it.
 
     Raises:
       ValueError: fewer than two documents.
     """
     held_D = held_out_of([name_hash(document) for document in documents], cfg.held_out)
-    sides = [[document for document, held in zip(documents, held_D, strict=True) if held == side] for side in (False, True)]
+    sides = [
+        [document for document, held in zip(documents, held_D, strict=True) if held == side]
+        for side in (False, True)
+    ]
     return sides[0], sides[1]
 
 
@@ -79,7 +86,9 @@ def held_out_of(hashes: Sequence[float], share: float) -> np.ndarray:
       ValueError: fewer than two documents.
     """
     if len(hashes) < 2:
-        raise ValueError(f"source: has {len(hashes)} document(s); at least 2 are needed, to train and hold out")
+        raise ValueError(
+            f"source: has {len(hashes)} document(s); at least 2 are needed, to train and hold out"
+        )
     order = np.argsort(hashes, kind="stable")
     below = min(max(int(np.sum(np.asarray(hashes) < share)), 1), len(hashes) - 1)
     held_D = np.zeros(len(hashes), bool)
@@ -111,7 +120,10 @@ def name_hash(document: Document) -> float:
 
 def unit_hash(name: str) -> float:
     """A number in [0, 1) from the first 8 bytes of SHA-256 of a name or text."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
+    return (
+        int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+        / 2**64
+    )
 
 
 def fingerprint(documents: list[Document]) -> str:

@@ -65,7 +65,7 @@ def at(place: str) -> Iterator[None]:
         raise ValueError(f"{place}: {kind}{said}") from error
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def say_once(line: str) -> None:
     """A line on stderr, of the first process, however often it is said."""
     if is_first():

@@ -16,7 +16,9 @@ SLOTS = 1021
 B-th piece, sees the same slots in every round."""
 
 
-def shuffled(parts: Sequence, weights: Sequence[float], names: Sequence[str], seed: int) -> grain.MapDataset:
+def shuffled(
+    parts: Sequence, weights: Sequence[float], names: Sequence[str], seed: int
+) -> grain.MapDataset:
     """Pieces without end: each source's shuffled anew each epoch, mixed so that tokens come in the ratio of weights.
 
     Args:
@@ -25,10 +27,15 @@ def shuffled(parts: Sequence, weights: Sequence[float], names: Sequence[str], se
     Raises:
       ValueError: a source so light, or of pieces so long, that it would have no piece in a round.
     """
-    streams = [grain.MapDataset.source(part).seed(seed + index).shuffle().repeat() for index, part in enumerate(parts)]
+    streams = [
+        grain.MapDataset.source(part).seed(seed + index).shuffle().repeat()
+        for index, part in enumerate(parts)
+    ]
     if len(streams) == 1:
         return streams[0]
-    share = np.array([weight / part.mean_tokens for weight, part in zip(weights, parts, strict=True)])
+    share = np.array(
+        [weight / part.mean_tokens for weight, part in zip(weights, parts, strict=True)]
+    )
     exact = SLOTS * share / share.sum()
     counts = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact, kind="stable")[: SLOTS - counts.sum()]] += 1
@@ -45,7 +52,9 @@ class _Rounds:
 
     def __init__(self, streams: Sequence[grain.MapDataset], counts: np.ndarray, seed: int):
         self._streams, self._counts = streams, counts
-        self._source = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+        self._source = np.random.default_rng(seed).permutation(
+            np.repeat(np.arange(len(counts)), counts)
+        )
         self._rank = np.zeros(SLOTS, int)
         for source, count in enumerate(counts):
             self._rank[self._source == source] = np.arange(count)

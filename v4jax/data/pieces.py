@@ -56,7 +56,9 @@ def open_pieces(cfg: DataConfig, source: Source, tokenizer: Tokenizer, seq_len: 
         with at(source.path):
             chosen_D = held_out_of(store.hashes, cfg.held_out) == (part == "held_out")
     step = seq_len if cfg.packing == "best_fit" else READ_ROWS * seq_len
-    pieces = StoredPieces(store, np.flatnonzero(chosen_D), step, cfg.masked, first_only=source.format == "chat")
+    pieces = StoredPieces(
+        store, np.flatnonzero(chosen_D), step, cfg.masked, first_only=source.format == "chat"
+    )
     mark = f"{store.fingerprint}-{zlib.crc32(chosen_D.tobytes()):08x}"
     mark = f"{mark}-{pieces.lone}" if pieces.lone else mark
     return pieces, Mark(mark, mark)
@@ -86,7 +88,9 @@ class StoredPieces:
     predicts it, and best-fit packing could fill a whole batch with such pieces. `lone`: how many.
     """
 
-    def __init__(self, store: TokenStore, documents: np.ndarray, step: int, masked: bool, first_only: bool):
+    def __init__(
+        self, store: TokenStore, documents: np.ndarray, step: int, masked: bool, first_only: bool
+    ):
         self._store, self._step, self._masked = store, step, masked
         self._begins = np.concatenate([[0], store.ends[:-1]])[documents]
         self._stops = np.asarray(store.ends)[documents]
@@ -102,10 +106,17 @@ class StoredPieces:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         which = int(np.searchsorted(self._ends, index, side="right"))
-        begin = int(self._begins[which]) + (index - (int(self._ends[which - 1]) if which else 0)) * self._step
+        begin = (
+            int(self._begins[which])
+            + (index - (int(self._ends[which - 1]) if which else 0)) * self._step
+        )
         end = min(begin + self._step, int(self._stops[which]))
         piece = {"tokens": np.array(self._store.tokens[begin:end], np.int32)}
-        return piece | {"loss_mask": np.array(self._store.learned[begin:end], np.int32)} if self._masked else piece
+        return (
+            piece | {"loss_mask": np.array(self._store.learned[begin:end], np.int32)}
+            if self._masked
+            else piece
+        )
 
     @property
     def mean_tokens(self) -> float:
@@ -143,7 +154,11 @@ class Pieces:
     @property
     def mean_tokens(self) -> float:
         """About; for the shares of a mixture."""
-        return sum(document.size for document in self._documents) / self._tokenizer.bytes_per_token / len(self)
+        return (
+            sum(document.size for document in self._documents)
+            / self._tokenizer.bytes_per_token
+            / len(self)
+        )
 
 
 def _read_between(document: Document, begin: int, end: int) -> str:

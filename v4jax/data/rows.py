@@ -35,7 +35,9 @@ def packed(pieces: grain.MapDataset, seq_len: int, packing: str, masked: bool) -
     stream = pieces.to_iter_dataset(in_line)
     lengths = {"tokens": seq_len} | ({"loss_mask": seq_len} if masked else {})
     if packing == "best_fit":
-        return grain.experimental.BestFitPackIterDataset(stream, length_struct=lengths, num_packing_bins=_BINS)
+        return grain.experimental.BestFitPackIterDataset(
+            stream, length_struct=lengths, num_packing_bins=_BINS
+        )
     return grain.experimental.ConcatThenSplitIterDataset(stream, length_struct=lengths)
 
 
@@ -47,7 +49,9 @@ class StackedRows(grain.IterDataset):
         self._numbers, self._settings = numbers, settings
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _StackedRowsIterator([iter(row) for row in self._parents], self._numbers, self._settings)
+        return _StackedRowsIterator(
+            [iter(row) for row in self._parents], self._numbers, self._settings
+        )
 
 
 class _StackedRowsIterator(grain.DatasetIterator):
@@ -60,7 +64,10 @@ class _StackedRowsIterator(grain.DatasetIterator):
 
     def get_state(self) -> dict:
         """Small and free of arrays, so that JSON keeps it. Rows go by their number in the global batch."""
-        rows = {str(number): row.get_state() for number, row in zip(self._numbers, self._parents, strict=True)}
+        rows = {
+            str(number): row.get_state()
+            for number, row in zip(self._numbers, self._parents, strict=True)
+        }
         return {"settings": self._settings, "rows": rows}
 
     def set_state(self, state: dict) -> None:
@@ -68,12 +75,18 @@ class _StackedRowsIterator(grain.DatasetIterator):
             raise ValueError(f"data position: {difference}; only the same can go on")
         for number, row in zip(self._numbers, self._parents, strict=True):
             if str(number) not in state["rows"]:
-                raise ValueError(f"data position: has no row {number}; a file of the checkpoint is missing")
+                raise ValueError(
+                    f"data position: has no row {number}; a file of the checkpoint is missing"
+                )
             saved = state["rows"][str(number)]
             if "remainder_slices" in saved:
                 # Orbax keeps the state as JSON, which makes lists of tuples. grain 0.2.18 compares these slices with a
                 # tuple, takes an empty remainder for a real one, and silently drops a whole document.
-                saved = saved | {"remainder_slices": {name: tuple(ends) for name, ends in saved["remainder_slices"].items()}}
+                saved = saved | {
+                    "remainder_slices": {
+                        name: tuple(ends) for name, ends in saved["remainder_slices"].items()
+                    }
+                }
             row.set_state(saved)
 
     # Orbax calls these two. grain's own would want one file per process again, from the same number of processes.
@@ -109,4 +122,6 @@ class _StackedRowsIterator(grain.DatasetIterator):
 def stack(rows: list[dict[str, np.ndarray]]) -> Batch:
     """Packed rows as a batch."""
     names = {"tokens": "tokens", "segment_ids": "tokens_segment_ids", "loss_mask": "loss_mask"}
-    return {name: np.stack([row[key] for row in rows]) for name, key in names.items() if key in rows[0]}
+    return {
+        name: np.stack([row[key] for row in rows]) for name, key in names.items() if key in rows[0]
+    }

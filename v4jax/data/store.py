@@ -90,7 +90,13 @@ def _key(cfg: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
     found = find_files(source).files
     files = [path for _, path in (sorted(found) if source.format == "text" else found)]
     states = [(path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    about = [_VERSION, source.format, source.column, tokenizer.fingerprint, list(zip(map(str, files), states, strict=True))]
+    about = [
+        _VERSION,
+        source.format,
+        source.column,
+        tokenizer.fingerprint,
+        list(zip(map(str, files), states, strict=True)),
+    ]
     if source.format == "chat":
         about.append(dataclasses.asdict(cfg.chat))
     elif cfg.fim_rate:
@@ -135,7 +141,12 @@ def _fill(files: dict, cfg: DataConfig, source: Source, tokenizer: Tokenizer) ->
     digest, end = hashlib.sha256(), 0
     for tokens_T, learned_T, place in _tokenised(cfg, source, tokenizer):
         end += len(tokens_T)
-        parts = {"tokens": tokens_T, "learned": learned_T, "ends": np.array([end]), "hashes": np.array([place])}
+        parts = {
+            "tokens": tokens_T,
+            "learned": learned_T,
+            "ends": np.array([end]),
+            "hashes": np.array([place]),
+        }
         for name, part in parts.items():
             data = part.astype(_FILES[name]).tobytes()
             files[name].write(data)
@@ -145,7 +156,9 @@ def _fill(files: dict, cfg: DataConfig, source: Source, tokenizer: Tokenizer) ->
     return digest.hexdigest()[:16]
 
 
-def _tokenised(cfg: DataConfig, source: Source, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
+def _tokenised(
+    cfg: DataConfig, source: Source, tokenizer: Tokenizer
+) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
     """(tokens, learned, hash) of each document. A file's hash is its name's, a record's its content's, so that
     equal records fall on one side of the split."""
     if source.format == "chat":

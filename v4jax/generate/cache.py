@@ -72,10 +72,14 @@ def decoding_rules(rules: AxisRules) -> AxisRules:
     cut = rules.mesh_axes("act_seq")
     slots = cut if rules.shards("act_seq") > 1 else ()
     rest = ((name, tuple(axis for axis in axes if axis not in cut)) for name, axes in rules.table)
-    return dataclasses.replace(rules, table=tuple((name, slots if name == "cache_slots" else axes) for name, axes in rest))
+    return dataclasses.replace(
+        rules, table=tuple((name, slots if name == "cache_slots" else axes) for name, axes in rest)
+    )
 
 
-def split_layers(cfg: ModelConfig, params, rules: AxisRules = AxisRules(), take: Callable = lambda x, n: x[n]):
+def split_layers(
+    cfg: ModelConfig, params, rules: AxisRules = AxisRules(), take: Callable = lambda x, n: x[n]
+):
     """The parameters as `extend` and `draft` are fastest with them: the layers of short groups as arrays of their own, a tuple for a group.
 
     A loop over stacked layers takes each layer's weights off the stack, a copy of all its experts, where a token needs a few. On one
@@ -88,9 +92,14 @@ def split_layers(cfg: ModelConfig, params, rules: AxisRules = AxisRules(), take:
     for group in cfg.layer_groups:
         if group.repeats <= APART and not isinstance(params[group.name], tuple):
             for tree in (params, params["router"]):
-                tree[group.name] = tuple(jax.tree.map(functools.partial(take, n=n), tree[group.name]) for n in range(group.repeats))
+                tree[group.name] = tuple(
+                    jax.tree.map(functools.partial(take, n=n), tree[group.name])
+                    for n in range(group.repeats)
+                )
             if not rules:
-                params[group.name] = tuple(jax.tree.map(_join, layer, is_leaf=_is_swiglu) for layer in params[group.name])
+                params[group.name] = tuple(
+                    jax.tree.map(_join, layer, is_leaf=_is_swiglu) for layer in params[group.name]
+                )
     return params
 
 
@@ -110,26 +119,45 @@ def check_storage(storage: str, quant: str) -> None:
     if storage not in STORAGES:
         raise ValueError(f"cache: got {storage!r}; allowed: {', '.join(map(repr, STORAGES))}")
     if storage == "official" and quant != "official":
-        raise ValueError(f"cache: got 'official' with quant {quant!r}; it holds rows that quant 'official' has rounded")
+        raise ValueError(
+            f"cache: got 'official' with quant {quant!r}; it holds rows that quant 'official' has rounded"
+        )
 
 
 def empty_cache(
-    cfg: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype = jnp.float32, storage: str = "dtype",
+    cfg: ModelConfig,
+    batch: int,
+    capacity: int,
+    dtype: jnp.dtype = jnp.float32,
+    storage: str = "dtype",
     rules: AxisRules = AxisRules(),
-) -> Cache:  # fmt: skip
+) -> Cache:
     """Room for `batch` rows of `capacity` tokens, rounded up to whole blocks of 128 on each of the devices that cut the cache.
 
     storage: "dtype", or "official" (packed).
     """
     block = BLOCK * rules.shards("cache_slots")
-    layer = functools.partial(empty_layer, rules, cfg, batch=batch, capacity=-(-capacity // block) * block, dtype=dtype, storage=storage)
+    layer = functools.partial(
+        empty_layer,
+        rules,
+        cfg,
+        batch=batch,
+        capacity=-(-capacity // block) * block,
+        dtype=dtype,
+        storage=storage,
+    )
     layers = {
         group.name: {
-            f"block_{i}": layer(kind.compress_ratio, group.repeats) for i, kind in enumerate(group.kinds)
+            f"block_{i}": layer(kind.compress_ratio, group.repeats)
+            for i, kind in enumerate(group.kinds)
         }
         for group in cfg.layer_groups
     }
-    return Cache(jnp.zeros(batch, jnp.int32), layers, layer(WINDOW_ONLY, 1) if cfg.num_nextn_predict_layers else None)
+    return Cache(
+        jnp.zeros(batch, jnp.int32),
+        layers,
+        layer(WINDOW_ONLY, 1) if cfg.num_nextn_predict_layers else None,
+    )
 
 
 def cache_shardings(mesh: Mesh, rules: AxisRules, cache: Cache) -> Cache:
@@ -137,15 +165,24 @@ def cache_shardings(mesh: Mesh, rules: AxisRules, cache: Cache) -> Cache:
 
     def place(path, leaf):
         slots = "cache_slots" if any(getattr(key, "name", "") == "slots" for key in path) else None
-        return NamedSharding(mesh, rules.spec((None,) if leaf.ndim == 1 else (None, "act_batch", slots, None)))
+        return NamedSharding(
+            mesh, rules.spec((None,) if leaf.ndim == 1 else (None, "act_batch", slots, None))
+        )
 
     return jax.tree_util.tree_map_with_path(place, cache)
 
 
 def extend(
-    cfg: ModelConfig, params, cache: Cache, tokens_BT: jax.Array, count_B: jax.Array, *,
-    rules: AxisRules = AxisRules(), dtype: jnp.dtype = jnp.float32, quant: str = "none",
-) -> tuple[Chunk, Cache]:  # fmt: skip
+    cfg: ModelConfig,
+    params,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    count_B: jax.Array,
+    *,
+    rules: AxisRules = AxisRules(),
+    dtype: jnp.dtype = jnp.float32,
+    quant: str = "none",
+) -> tuple[Chunk, Cache]:
     """Continues each row by the first `count_B` of its tokens; positions behind those mean nothing.
 
     params: as everywhere, or as `split_layers` gives them.
@@ -162,9 +199,18 @@ def extend(
         if isinstance(weights, tuple):
             run = Pattern(*own, cfg, group.kinds)
         else:
-            run, weights, router = stack(*own, cfg, group.kinds, group.repeats, False, group.name), (weights,), (router,)
+            run, weights, router = (
+                stack(*own, cfg, group.kinds, group.repeats, False, group.name),
+                (weights,),
+                (router,),
+            )
         for part in zip(weights, router, strict=True):
-            ((x_BTXD, kept), _) = run.apply(dict(zip(("params", "router"), part, strict=True)), (x_BTXD, kept), tokens_BT, documents)
+            ((x_BTXD, kept), _) = run.apply(
+                dict(zip(("params", "router"), part, strict=True)),
+                (x_BTXD, kept),
+                tokens_BT,
+                documents,
+            )
         layers[group.name] = kept.cache
     x_BTD = HyperHead(*own, cfg).apply({"params": params["hc_head"]}, x_BTXD)
     x_BTD = RMSNorm(*own, cfg.rms_norm_eps).apply({"params": params["norm"]}, x_BTD)
@@ -172,9 +218,17 @@ def extend(
 
 
 def draft(
-    cfg: ModelConfig, params, cache: Cache, streams_BTXD: jax.Array, next_BT: jax.Array, stretch: Stretch, *,
-    rules: AxisRules = AxisRules(), dtype: jnp.dtype = jnp.float32, quant: str = "none",
-) -> tuple[jax.Array, Cache]:  # fmt: skip
+    cfg: ModelConfig,
+    params,
+    cache: Cache,
+    streams_BTXD: jax.Array,
+    next_BT: jax.Array,
+    stretch: Stretch,
+    *,
+    rules: AxisRules = AxisRules(),
+    dtype: jnp.dtype = jnp.float32,
+    quant: str = "none",
+) -> tuple[jax.Array, Cache]:
     """MTP of positions start_B, start_B + 1, ... of rows, given their streams and the token behind each.
 
     Returns:
@@ -184,7 +238,9 @@ def draft(
     next_BTD = embed_lookup(rules, params["embed"]["weight"], next_BT).astype(dtype)
     weights = {"params": params["mtp"], "router": params["router"]["mtp"]}
     kept = Kept(cache.mtp, jnp.int32(0), stretch)
-    x_BTD, _, kept = MTP(rules, jnp.dtype(dtype), quant, Csa(), cfg).apply(weights, streams_BTXD, next_BTD, next_BT, documents, kept)
+    x_BTD, _, kept = MTP(rules, jnp.dtype(dtype), quant, Csa(), cfg).apply(
+        weights, streams_BTXD, next_BTD, next_BT, documents, kept
+    )
     return x_BTD, cache._replace(mtp=kept.cache)
 
 

@@ -37,7 +37,9 @@ def run(flags) -> dict | None:
     if jax.process_count() > 1:
         raise ValueError("chat: reads one terminal; it must run in one process")
     if flags.effort is not None and flags.thinking != "thinking":
-        raise ValueError(f"--effort: got {flags.effort!r} with --thinking {flags.thinking}; only --thinking thinking has an effort")
+        raise ValueError(
+            f"--effort: got {flags.effort!r} with --thinking {flags.thinking}; only --thinking thinking has an effort"
+        )
     tokenizer = load_tokenizer(flags.checkpoint)
     require_tokens(tokenizer, (BOS, EOS, *CHAT_TOKENS), "a chat")
     history = [] if flags.system is None else [{"role": "system", "content": flags.system}]
@@ -45,7 +47,11 @@ def run(flags) -> dict | None:
     setting = Setting(
         dtype=flags.dtype, quant=flags.quant, storage=flags.cache, sampling=choice.sampling
     )
-    room = min(CACHE_TOKENS, cfg.max_position_embeddings) if flags.cache_tokens is None else flags.cache_tokens
+    room = (
+        min(CACHE_TOKENS, cfg.max_position_embeddings)
+        if flags.cache_tokens is None
+        else flags.cache_tokens
+    )
     shortest = _ids(flags, tokenizer, [*history, {"role": "user", "content": ""}])
     check_request(cfg, [shortest], [flags.seed], choice.most(len(shortest), room), room, setting)
     say(choice.line, disagreement(cfg, tokenizer))
@@ -80,7 +86,11 @@ def _turn(chat: _Chat, history: list[Message], line: str) -> None:
     flags, tokenizer = chat.flags, chat.tokenizer
     turns = [*history, {"role": "user", "content": line}]
     write = (lambda _: None) if flags.json else functools.partial(print, end="", flush=True)
-    shown = _AllText(tokenizer, REASONING, {END_THINK: ANSWER}) if flags.thinking == "thinking" else _AllText(tokenizer)
+    shown = (
+        _AllText(tokenizer, REASONING, {END_THINK: ANSWER})
+        if flags.thinking == "thinking"
+        else _AllText(tokenizer)
+    )
     stop = TextStop(chat.ends, (), shown, write)
     try:
         prompt = _ids(flags, tokenizer, turns)
@@ -103,14 +113,19 @@ class _AllText:
     Example: with names {"</think>": "|"} and head ">", the tokens of "Easy.</think>4" give ">Easy.|4".
     """
 
-    def __init__(self, tokenizer: Tokenizer, head: str = "", names: Mapping[str, str] | None = None):
+    def __init__(
+        self, tokenizer: Tokenizer, head: str = "", names: Mapping[str, str] | None = None
+    ):
         texts = {name: name for name in (BOS, EOS, *CHAT_TOKENS)} | dict(names or {})
         self._texts = {tokenizer.encode(name)[0]: text for name, text in texts.items()}
         self._tokenizer, self._head = tokenizer, head
 
     def decode(self, ids: Iterable[int]) -> str:
         runs = itertools.groupby(ids, key=self._texts.get)
-        return self._head + "".join(self._tokenizer.decode(run) if text is None else text * len(list(run)) for text, run in runs)
+        return self._head + "".join(
+            self._tokenizer.decode(run) if text is None else text * len(list(run))
+            for text, run in runs
+        )
 
 
 def _ids(flags, tokenizer: Tokenizer, messages: list[Message]) -> list[int]:

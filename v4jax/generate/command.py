@@ -31,9 +31,12 @@ def run(flags) -> dict | None:
         rule = "must be 1 or more, and 1 without --temperature (all would be the same)"
         raise ValueError(f"--samples: got {flags.samples}; {rule}")
     setting = Setting(
-        dtype=flags.dtype, quant=flags.quant, storage=flags.cache, sampling=choice.sampling,
+        dtype=flags.dtype,
+        quant=flags.quant,
+        storage=flags.cache,
+        sampling=choice.sampling,
         speculative=flags.speculative,
-    )  # fmt: skip
+    )
     prompts, seeds = [prompt] * flags.samples, list(range(flags.seed, flags.seed + flags.samples))
     room = model.max_position_embeddings if flags.cache_tokens is None else flags.cache_tokens
     most = choice.most(len(prompt), room)
@@ -49,21 +52,36 @@ def run(flags) -> dict | None:
     write = functools.partial(print, end="", flush=True) if stream else None
     stop = TextStop(cfg.eos_token_ids if given is None else given, flags.stop, tokenizer, write)
     mesh, rules = place_on(flags.mesh, flags.layout)
-    prefixes = flags.prefix_cache and PrefixStore(flags.prefix_cache, flags.prefix_cache_bytes, cfg, params, setting.formats)
+    prefixes = flags.prefix_cache and PrefixStore(
+        flags.prefix_cache, flags.prefix_cache_bytes, cfg, params, setting.formats
+    )
     if stream:
         write(flags.prompt)
     with jax.set_mesh(mesh):
         completions = generate(
-            cfg, params, prompts, most, seeds=seeds, stop=stop, room=flags.cache_tokens,
-            setting=setting._replace(rules=rules), prefixes=prefixes or None,
-        )  # fmt: skip
+            cfg,
+            params,
+            prompts,
+            most,
+            seeds=seeds,
+            stop=stop,
+            room=flags.cache_tokens,
+            setting=setting._replace(rules=rules),
+            prefixes=prefixes or None,
+        )
     if prefixes and is_first():
-        print(f"v4jax: prefix cache: {prefixes.reused} tokens read, {prefixes.kept} written", file=sys.stderr)
+        print(
+            f"v4jax: prefix cache: {prefixes.reused} tokens read, {prefixes.kept} written",
+            file=sys.stderr,
+        )
     if stream:
         stop.close(completions[0].tokens)
         print()
         if flags.speculative:
-            print(f"v4jax: {completions[0].accepted} of {completions[0].drafted} drafts accepted", file=sys.stderr)
+            print(
+                f"v4jax: {completions[0].accepted} of {completions[0].drafted} drafts accepted",
+                file=sys.stderr,
+            )
     if stream or not is_first():
         return None
     results = [_result(completion, stop, tokenizer is not None) for completion in completions]
@@ -90,7 +108,11 @@ def _ids(text: str, flag: str) -> list[int]:
 
 def _result(completion: Completion, stop: TextStop, is_text: bool) -> dict:
     ids = stop.without_stop(completion.tokens)
-    result = {"tokens": ids, "log_probs": completion.log_probs[: len(ids)], "ended": completion.ended}
+    result = {
+        "tokens": ids,
+        "log_probs": completion.log_probs[: len(ids)],
+        "ended": completion.ended,
+    }
     if completion.drafted:
         result |= {"drafted": completion.drafted, "accepted": completion.accepted}
     return result | ({"text": stop.text(completion.tokens)} if is_text else {})

@@ -24,7 +24,16 @@ import numpy as np
 from sharding.processes import gather
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
-from v4jax.generate.cache import Cache, check_storage, decoding_rules, draft, empty_cache, extend, logits_of, split_layers
+from v4jax.generate.cache import (
+    Cache,
+    check_storage,
+    decoding_rules,
+    draft,
+    empty_cache,
+    extend,
+    logits_of,
+    split_layers,
+)
 from v4jax.generate.prefix import PrefixStore
 from v4jax.generate.sampling import Sampling, choose_token
 from v4jax.model.state import Stretch
@@ -134,23 +143,47 @@ def generate(
     rows = -(-max(rows, len(prompts)) // shards) * shards
     padded = [*prompts, *[prompts[0][:1]] * (rows - len(prompts))]  # every device must hold a row
     seed_B = np.array([*seeds, *[0] * (rows - len(prompts))], np.uint32)
-    room = max(len(prompt) + new for prompt, new in zip(prompts, most, strict=True)) if room is None else room
+    room = (
+        max(len(prompt) + new for prompt, new in zip(prompts, most, strict=True))
+        if room is None
+        else room
+    )
     cache, known, keep = None, [0] * rows, None
     if prefixes is not None:
-        cache, known = prefixes.begin(_start(cfg, setting._replace(sampling=Sampling()), rows, room), padded)
+        cache, known = prefixes.begin(
+            _start(cfg, setting._replace(sampling=Sampling()), rows, room), padded
+        )
         keep = functools.partial(prefixes.keep, padded, known)
-    state, news = prefill(cfg, setting, params, [row[n:] for row, n in zip(padded, known, strict=True)], seed_B, room, cache, keep)
+    state, news = prefill(
+        cfg,
+        setting,
+        params,
+        [row[n:] for row, n in zip(padded, known, strict=True)],
+        seed_B,
+        room,
+        cache,
+        keep,
+    )
     return decode(cfg, setting, params, state, news, seed_B, stop, most, tell)[0]
 
 
 def decode(
-    cfg: ModelConfig, setting: Setting, params, state: State, news: News, seed_B, stop: StopRule, most: Sequence[int],
+    cfg: ModelConfig,
+    setting: Setting,
+    params,
+    state: State,
+    news: News,
+    seed_B,
+    stop: StopRule,
+    most: Sequence[int],
     tell: Listener | None = None,
-) -> tuple[list[Completion], Cache]:  # fmt: skip
+) -> tuple[list[Completion], Cache]:
     """What follows the first rows, at most so many tokens each, and the cache, which lacks the newest token of each."""
     sequences, count = [_Sequence(b, stop, tell, new) for b, new in enumerate(most)], len(most)
     while True:
-        for token_BN, score_BN, count_B in zip(*(gather(array).tolist() for array in news), strict=True):
+        for token_BN, score_BN, count_B in zip(
+            *(gather(array).tolist() for array in news), strict=True
+        ):
             for b, sequence in enumerate(sequences):
                 sequence.take(token_BN[b][: count_B[b]], score_BN[b])
         active_B = np.array([b < count and sequences[b].ended is None for b in range(len(seed_B))])
@@ -179,7 +212,9 @@ class _Sequence:
     def _append(self, tokens: Sequence[int], scores: Sequence[float]) -> None:
         for token, score in zip(tokens, scores, strict=False):
             if math.isnan(score):
-                raise ValueError(f"sequence {self.number}: the model's logits are NaN at new token {len(self.tokens)}; are all its weights numbers?")
+                raise ValueError(
+                    f"sequence {self.number}: the model's logits are NaN at new token {len(self.tokens)}; are all its weights numbers?"
+                )
             self.tokens.append(token)
             self.scores.append(score)
             if self.stop(self.number, self.tokens):
@@ -194,40 +229,68 @@ class _Sequence:
 
 
 def _each(max_new_tokens: int | Sequence[int], prompts) -> list[int]:
-    return [int(max_new_tokens)] * len(prompts) if np.ndim(max_new_tokens) == 0 else [int(new) for new in max_new_tokens]
+    return (
+        [int(max_new_tokens)] * len(prompts)
+        if np.ndim(max_new_tokens) == 0
+        else [int(new) for new in max_new_tokens]
+    )
 
 
-def check_request(cfg: ModelConfig, prompts, seeds, max_new_tokens: int | Sequence[int], room: int | None, setting: Setting) -> None:
+def check_request(
+    cfg: ModelConfig,
+    prompts,
+    seeds,
+    max_new_tokens: int | Sequence[int],
+    room: int | None,
+    setting: Setting,
+) -> None:
     """Raises ValueError for what `generate` cannot do."""
     check_storage(setting.storage, setting.quant)
     check_quant(cfg, setting.quant)
     if setting.speculative and not cfg.num_nextn_predict_layers:
         raise ValueError("speculative: the model has no MTP layer to draft with")
     if not len(prompts) or not all(len(prompt) for prompt in prompts):
-        raise ValueError("prompt: got no tokens; at least one is needed (the begin-of-text token, for example)")
+        raise ValueError(
+            "prompt: got no tokens; at least one is needed (the begin-of-text token, for example)"
+        )
     for prompt in prompts:
         check_tokens(np.asarray(prompt), cfg.vocab_size, "prompt")
     if len(seeds) != len(prompts) or not all(0 <= seed < 2**32 for seed in seeds):
-        raise ValueError(f"seeds: got {seeds}; must be one number in [0, 2^32) for each of {len(prompts)} prompt(s)")
+        raise ValueError(
+            f"seeds: got {seeds}; must be one number in [0, 2^32) for each of {len(prompts)} prompt(s)"
+        )
     most = _each(max_new_tokens, prompts)
     if len(most) != len(prompts):
-        raise ValueError(f"max_new_tokens: got {len(most)} numbers; must be one, or one for each of {len(prompts)} prompt(s)")
+        raise ValueError(
+            f"max_new_tokens: got {len(most)} numbers; must be one, or one for each of {len(prompts)} prompt(s)"
+        )
     if min(most) < 1:
         raise ValueError(f"max_new_tokens: got {min(most)}; must be at least 1")
     needed, new = max((len(prompt) + new, new) for prompt, new in zip(prompts, most, strict=True))
-    text, limit = f"prompt of {needed - new} tokens + max_new_tokens {new} is longer than", cfg.max_position_embeddings
+    text, limit = (
+        f"prompt of {needed - new} tokens + max_new_tokens {new} is longer than",
+        cfg.max_position_embeddings,
+    )
     if room is not None and needed > room:
         raise ValueError(f"{text} the cache, which has room for {room}")
     if needed > limit:
         raise ValueError(f"{text} max_position_embeddings={limit}")
     if room is not None and room > limit:
-        raise ValueError(f"the cache: got room for {room} tokens; max_position_embeddings={limit} are the most that the model takes")
+        raise ValueError(
+            f"the cache: got room for {room} tokens; max_position_embeddings={limit} are the most that the model takes"
+        )
 
 
 def prefill(
-    cfg: ModelConfig, setting: Setting, params, prompts, seed_B, room: int, cache: Cache | None = None,
+    cfg: ModelConfig,
+    setting: Setting,
+    params,
+    prompts,
+    seed_B,
+    room: int,
+    cache: Cache | None = None,
     after: Callable[[Cache, int], None] | None = None,
-) -> tuple[State, News]:  # fmt: skip
+) -> tuple[State, News]:
     """The state with every prompt in the cache, and each row's first new token.
 
     cache: what the prompts continue; donated. after: told of the cache behind every chunk, and how many tokens were run.
@@ -238,11 +301,15 @@ def prefill(
     cache = _start(cfg, plain, len(prompts), room) if cache is None else cache
     last = _no_state(cfg, plain, len(prompts))
     for start in range(0, length_B.max(), chunk):
-        tokens_BV = np.zeros((len(prompts), chunk + 1), np.int32)  # and the token behind the chunk, for MTP
+        tokens_BV = np.zeros(
+            (len(prompts), chunk + 1), np.int32
+        )  # and the token behind the chunk, for MTP
         for b, prompt in enumerate(prompts):
             part = prompt[start : start + chunk + 1]
             tokens_BV[b, : len(part)] = part
-        cache, last = _continue(cfg, plain, params, cache, tokens_BV, (length_B - start).astype(np.int32), last)
+        cache, last = _continue(
+            cfg, plain, params, cache, tokens_BV, (length_B - start).astype(np.int32), last
+        )
         if after is not None:
             after(cache, start + chunk)
     return _first(cfg, setting, params, cache, last, seed_B)
@@ -257,7 +324,9 @@ def _start(cfg, setting: Setting, batch: int, room: int) -> Cache:
 def _no_state(cfg, setting: Setting, batch: int):
     """In the place of each row's last state: normalised for the head [B,D], and (for MTP) its streams [B,X,D]."""
     dtype = jnp.dtype(setting.dtype)
-    streams_BXD = jnp.zeros((batch, cfg.hc_mult, cfg.hidden_size), dtype) if setting.speculative else None
+    streams_BXD = (
+        jnp.zeros((batch, cfg.hc_mult, cfg.hidden_size), dtype) if setting.speculative else None
+    )
     return jnp.zeros((batch, cfg.hidden_size), dtype), streams_BXD
 
 
@@ -270,8 +339,13 @@ def _continue(cfg, setting: Setting, params, cache, tokens_BV, left_B, last):
     states = (chunk.x_BTD, chunk.streams_BTXD if setting.speculative else None)
     if setting.speculative:
         known = Stretch(start_B, jnp.clip(left_B - 1, 0, size))
-        _, cache = draft(cfg, params, cache, chunk.streams_BTXD, tokens_BV[:, 1:], known, **setting.compute)
-    pick = lambda new, old: jnp.where(_spread(count_B > 0, old), _at(new, jnp.maximum(count_B - 1, 0)), old)  # noqa: E731
+        _, cache = draft(
+            cfg, params, cache, chunk.streams_BTXD, tokens_BV[:, 1:], known, **setting.compute
+        )
+
+    def pick(new, old):
+        return jnp.where(_spread(count_B > 0, old), _at(new, jnp.maximum(count_B - 1, 0)), old)
+
     return cache, jax.tree.map(pick, states, last)
 
 
@@ -284,39 +358,62 @@ def _first(cfg, setting: Setting, params, cache, last, seed_B):
     if not setting.speculative:
         return State(cache, token_B, None), news
     stretch = Stretch(cache.length_B - 1, jnp.ones_like(token_B))
-    draft_B, cache = _draft(cfg, setting, params, cache, streams_BXD[:, None], token_B[:, None], stretch, seed_B)
+    draft_B, cache = _draft(
+        cfg, setting, params, cache, streams_BXD[:, None], token_B[:, None], stretch, seed_B
+    )
     return State(cache, token_B, draft_B), news
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def advance(cfg, setting: Setting, params, state: State, active_B, seed_B) -> tuple[State, News]:
     """Steps of every active row."""
-    return jax.lax.scan(lambda state, _: _step(cfg, setting, params, state, active_B, seed_B), state, length=setting.steps)
+    return jax.lax.scan(
+        lambda state, _: _step(cfg, setting, params, state, active_B, seed_B),
+        state,
+        length=setting.steps,
+    )
 
 
 def _step(cfg, setting: Setting, params, state: State, active_B, seed_B) -> tuple[State, News]:
     start_B, token_B = state.cache.length_B, state.token_B
-    tokens_BN = jnp.stack((token_B, state.draft_B), axis=1) if setting.speculative else token_B[:, None]
+    tokens_BN = (
+        jnp.stack((token_B, state.draft_B), axis=1) if setting.speculative else token_B[:, None]
+    )
     size = tokens_BN.shape[1]
-    chunk, cache = extend(cfg, params, state.cache, tokens_BN, size * active_B.astype(jnp.int32), **setting.compute)
+    chunk, cache = extend(
+        cfg, params, state.cache, tokens_BN, size * active_B.astype(jnp.int32), **setting.compute
+    )
     logits_BNV = logits_of(params, chunk.x_BTD, setting.rules)
-    chosen = [choose_token(setting.sampling, logits_BNV[:, n], seed_B, start_B + 1 + n) for n in range(size)]
+    chosen = [
+        choose_token(setting.sampling, logits_BNV[:, n], seed_B, start_B + 1 + n)
+        for n in range(size)
+    ]
     news_BN, score_BN = (jnp.stack(parts, axis=1) for parts in zip(*chosen, strict=True))
     if not setting.speculative:
-        return State(cache, news_BN[:, 0], None), News(news_BN, score_BN, active_B.astype(jnp.int32))
+        return State(cache, news_BN[:, 0], None), News(
+            news_BN, score_BN, active_B.astype(jnp.int32)
+        )
     count_B = jnp.where(active_B, 1 + (news_BN[:, 0] == state.draft_B), 0)
     cache = cache._replace(length_B=start_B + count_B)
     stretch = Stretch(start_B, count_B)
-    draft_B, cache = _draft(cfg, setting, params, cache, chunk.streams_BTXD, news_BN, stretch, seed_B)
-    return State(cache, _at(news_BN, jnp.maximum(count_B - 1, 0)), draft_B), News(news_BN, score_BN, count_B)
+    draft_B, cache = _draft(
+        cfg, setting, params, cache, chunk.streams_BTXD, news_BN, stretch, seed_B
+    )
+    return State(cache, _at(news_BN, jnp.maximum(count_B - 1, 0)), draft_B), News(
+        news_BN, score_BN, count_B
+    )
 
 
-def _draft(cfg, setting: Setting, params, cache, streams_BTXD, next_BT, stretch: Stretch, seed_B) -> tuple[jax.Array, Cache]:
+def _draft(
+    cfg, setting: Setting, params, cache, streams_BTXD, next_BT, stretch: Stretch, seed_B
+) -> tuple[jax.Array, Cache]:
     """What MTP would choose behind the last real one of `next_BT`."""
     x_BTD, cache = draft(cfg, params, cache, streams_BTXD, next_BT, stretch, **setting.compute)
     x_BD = _at(x_BTD, jnp.maximum(stretch.count_B - 1, 0))
     logits_BV = logits_of(params, x_BD[:, None], setting.rules)[:, 0]
-    return choose_token(setting.sampling, logits_BV, seed_B, stretch.start_B + stretch.count_B + 1)[0], cache
+    return choose_token(setting.sampling, logits_BV, seed_B, stretch.start_B + stretch.count_B + 1)[
+        0
+    ], cache
 
 
 def _at(x_BT: jax.Array, index_B: jax.Array) -> jax.Array:

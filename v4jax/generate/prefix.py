@@ -68,15 +68,23 @@ class PrefixStore:
         ratios, arrays = _ratios(self._cfg, cache), [np.array(leaf) for leaf in leaves]
         for b, chain in enumerate(found):
             for n, content in enumerate(chain):
-                for array, ratio, piece in zip(arrays, ratios, _split(ratios, leaves, content), strict=True):
+                for array, ratio, piece in zip(
+                    arrays, ratios, _split(ratios, leaves, content), strict=True
+                ):
                     size = STRETCH // ratio if ratio else len(piece[0])
                     first = n * size if ratio else 0
                     array[:, b, first : first + size] = piece
-        leaves = [jax.device_put(array, leaf.sharding) for array, leaf in zip(arrays, leaves, strict=True)]
+        leaves = [
+            jax.device_put(array, leaf.sharding) for array, leaf in zip(arrays, leaves, strict=True)
+        ]
         layers, mtp = jax.tree.unflatten(tree, leaves)
-        return Cache(jax.device_put(np.array(known, np.int32), cache.length_B.sharding), layers, mtp), known
+        return Cache(
+            jax.device_put(np.array(known, np.int32), cache.length_B.sharding), layers, mtp
+        ), known
 
-    def keep(self, rows: Sequence[Sequence[int]], known: Sequence[int], cache: Cache, done: int) -> None:
+    def keep(
+        self, rows: Sequence[Sequence[int]], known: Sequence[int], cache: Cache, done: int
+    ) -> None:
         """Writes the stretches that end where rows are now, `done` tokens behind those that were known of each."""
         for b, (row, end) in enumerate(zip(rows, (n + done for n in known), strict=True)):
             if end % STRETCH == 0 and end < len(row):
@@ -85,10 +93,17 @@ class PrefixStore:
                     self._write(path, cache, b, end)
 
     def _write(self, path: pathlib.Path, cache: Cache, row: int, end: int) -> None:
-        pieces = _pieces(_ratios(self._cfg, cache), jax.tree.leaves((cache.layers, cache.mtp)), row, end // STRETCH - 1)
+        pieces = _pieces(
+            _ratios(self._cfg, cache),
+            jax.tree.leaves((cache.layers, cache.mtp)),
+            row,
+            end // STRETCH - 1,
+        )
         payload, new = b"".join(np.asarray(piece).tobytes() for piece in pieces), None
         try:
-            with tempfile.NamedTemporaryFile(dir=self._folder, suffix=f"{_SUFFIX}.tmp", delete=False) as file:
+            with tempfile.NamedTemporaryFile(
+                dir=self._folder, suffix=f"{_SUFFIX}.tmp", delete=False
+            ) as file:
                 new = pathlib.Path(file.name)
                 file.write(hashlib.sha256(payload).digest() + payload)
                 file.flush()
@@ -119,10 +134,14 @@ class PrefixStore:
             try:
                 content = path.read_bytes()
             except OSError as error:
-                print(f"v4jax: prefix cache: {path}: {error}; it is computed again", file=sys.stderr)
+                print(
+                    f"v4jax: prefix cache: {path}: {error}; it is computed again", file=sys.stderr
+                )
                 break
             if hashlib.sha256(content[_SUM:]).digest() != content[:_SUM]:
-                print(f"v4jax: prefix cache: {path} is damaged; it is computed again", file=sys.stderr)
+                print(
+                    f"v4jax: prefix cache: {path} is damaged; it is computed again", file=sys.stderr
+                )
                 path.unlink()
                 break
             chain.append(content[_SUM:])
@@ -133,8 +152,14 @@ class PrefixStore:
 
     def _shrink(self) -> None:
         """Removes the least recently used stretches (what killed runs left of some too) until the rest fits the limit."""
-        own = [path for path in self._folder.iterdir() if path.name.endswith((_SUFFIX, f"{_SUFFIX}.tmp")) and path.is_file()]
-        files = sorted((stat.st_mtime_ns, stat.st_size, path) for path in own for stat in [path.stat()])
+        own = [
+            path
+            for path in self._folder.iterdir()
+            if path.name.endswith((_SUFFIX, f"{_SUFFIX}.tmp")) and path.is_file()
+        ]
+        files = sorted(
+            (stat.st_mtime_ns, stat.st_size, path) for path in own for stat in [path.stat()]
+        )
         over = sum(size for _, size, _ in files) - self._limit
         for _, size, path in files:
             if over <= 0:
@@ -157,28 +182,44 @@ def _ratios(cfg: ModelConfig, cache: Cache) -> tuple[int, ...]:
 
     def of(layer: LayerCache, ratio: int) -> LayerCache:
         marks = jax.tree.map(lambda _: 0, layer)
-        slots = lambda part: part and part._replace(slots=jax.tree.map(lambda _: ratio, part.slots))  # noqa: E731
+
+        def slots(part):
+            return part and part._replace(slots=jax.tree.map(lambda _: ratio, part.slots))
+
         return marks._replace(entry=slots(marks.entry), index=slots(marks.index))
 
     layers = {
-        group.name: {f"block_{i}": of(cache.layers[group.name][f"block_{i}"], kind.compress_ratio) for i, kind in enumerate(group.kinds)}
+        group.name: {
+            f"block_{i}": of(cache.layers[group.name][f"block_{i}"], kind.compress_ratio)
+            for i, kind in enumerate(group.kinds)
+        }
         for group in cfg.layer_groups
     }
     return tuple(jax.tree.leaves((layers, jax.tree.map(lambda _: 0, cache.mtp))))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _pieces(ratios: tuple[int, ...], leaves: Sequence[jax.Array], row: jax.Array, stretch: jax.Array) -> list[jax.Array]:
+def _pieces(
+    ratios: tuple[int, ...], leaves: Sequence[jax.Array], row: jax.Array, stretch: jax.Array
+) -> list[jax.Array]:
     """What a stretch keeps of a row: rings whole, of slots its own."""
 
     def piece(ratio, x_LBRH):
         x_LRH = jax.lax.dynamic_index_in_dim(x_LBRH, row, axis=1, keepdims=False)
-        return jax.lax.dynamic_slice_in_dim(x_LRH, stretch * (STRETCH // ratio), STRETCH // ratio, axis=1) if ratio else x_LRH
+        return (
+            jax.lax.dynamic_slice_in_dim(
+                x_LRH, stretch * (STRETCH // ratio), STRETCH // ratio, axis=1
+            )
+            if ratio
+            else x_LRH
+        )
 
     return [piece(ratio, leaf) for ratio, leaf in zip(ratios, leaves, strict=True)]
 
 
-def _split(ratios: tuple[int, ...], leaves: Sequence[jax.Array], content: bytes) -> Iterator[np.ndarray]:
+def _split(
+    ratios: tuple[int, ...], leaves: Sequence[jax.Array], content: bytes
+) -> Iterator[np.ndarray]:
     """The arrays of a file."""
     first = 0
     for ratio, leaf in zip(ratios, leaves, strict=True):

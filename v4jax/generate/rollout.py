@@ -58,9 +58,15 @@ class Plan:
 
 
 def rollout(
-    cfg: ModelConfig, params, prompts: Sequence[Sequence[int]], plan: Plan, log, *,
-    setting: Setting = Setting(), prefixes: PrefixStore | None = None,
-) -> list[list[Completion]]:  # fmt: skip
+    cfg: ModelConfig,
+    params,
+    prompts: Sequence[Sequence[int]],
+    plan: Plan,
+    log,
+    *,
+    setting: Setting = Setting(),
+    prefixes: PrefixStore | None = None,
+) -> list[list[Completion]]:
     """The samples of each prompt, in order.
 
     Args:
@@ -80,21 +86,42 @@ def rollout(
     jobs = [np.asarray(prompt).tolist() for prompt in each]
     room = max(map(len, jobs)) + plan.max_new_tokens
     numbers = [setting.dtype, setting.quant, setting.storage, dataclasses.asdict(setting.sampling)]
-    with _Log(log, [cfg.to_dict(), digest(params).hex(), jobs, dataclasses.asdict(plan), *numbers], len(jobs), plan, cfg.vocab_size) as done:
+    with _Log(
+        log,
+        [cfg.to_dict(), digest(params).hex(), jobs, dataclasses.asdict(plan), *numbers],
+        len(jobs),
+        plan,
+        cfg.vocab_size,
+    ) as done:
         params = split_layers(cfg, params, setting.rules)
-        left = [job for job, tokens in enumerate(done.tokens) if len(tokens) < plan.max_new_tokens and not set(tokens[-1:]) & set(stops)]
+        left = [
+            job
+            for job, tokens in enumerate(done.tokens)
+            if len(tokens) < plan.max_new_tokens and not set(tokens[-1:]) & set(stops)
+        ]
         for first in range(0, len(left), plan.rows):
             batch = left[first : first + plan.rows]
             generate(
-                cfg, params, [jobs[job] + done.tokens[job] for job in batch], [plan.max_new_tokens - len(done.tokens[job]) for job in batch],
-                seeds=[seeds[job] for job in batch], stop=lambda _, tokens: tokens[-1] in stops,
+                cfg,
+                params,
+                [jobs[job] + done.tokens[job] for job in batch],
+                [plan.max_new_tokens - len(done.tokens[job]) for job in batch],
+                seeds=[seeds[job] for job in batch],
+                stop=lambda _, tokens: tokens[-1] in stops,
                 tell=lambda b, tokens, scores, batch=batch: done.write(batch[b], tokens, scores),
-                room=room, rows=plan.rows, setting=setting, prefixes=prefixes,
-            )  # fmt: skip
+                room=room,
+                rows=plan.rows,
+                setting=setting,
+                prefixes=prefixes,
+            )
         completions = [
-            Completion(tokens, scores, "stop" if tokens[-1] in stops else "length") for tokens, scores in zip(done.tokens, done.scores, strict=True)
+            Completion(tokens, scores, "stop" if tokens[-1] in stops else "length")
+            for tokens, scores in zip(done.tokens, done.scores, strict=True)
         ]
-    return [completions[first : first + plan.samples] for first in range(0, len(completions), plan.samples)]
+    return [
+        completions[first : first + plan.samples]
+        for first in range(0, len(completions), plan.samples)
+    ]
 
 
 def _log_file(log) -> pathlib.Path:
@@ -112,17 +139,31 @@ class _Log:
 
     def __init__(self, path: pathlib.Path, batch, jobs: int, plan: Plan, vocab: int):
         self._plan, self._vocab = plan, vocab
-        head = json.dumps({"version": _VERSION, "batch": hashlib.sha256(json.dumps(batch).encode()).hexdigest()}).encode() + b"\n"
+        head = (
+            json.dumps(
+                {
+                    "version": _VERSION,
+                    "batch": hashlib.sha256(json.dumps(batch).encode()).hexdigest(),
+                }
+            ).encode()
+            + b"\n"
+        )
         content = path.read_bytes() if path.is_file() else b""
         whole = content[: content.rfind(b"\n") + 1]
-        if not content.startswith(head) and not head.startswith(content):  # a kill may have cut the head itself short
-            raise ValueError(f"{path}: the log of another batch (model, weights, prompts, plan or setting differ); remove it, or name another file")
+        if not content.startswith(head) and not head.startswith(
+            content
+        ):  # a kill may have cut the head itself short
+            raise ValueError(
+                f"{path}: the log of another batch (model, weights, prompts, plan or setting differ); remove it, or name another file"
+            )
         self.tokens, self.scores = ([[] for _ in range(jobs)] for _ in "ts")
         for n, line in enumerate(whole.splitlines()[1:], 2):
             try:
                 self._read(line)
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}: line {n} is damaged ({error}); remove it and what follows, or name another file") from None
+                raise ValueError(
+                    f"{path}: line {n} is damaged ({error}); remove it and what follows, or name another file"
+                ) from None
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("r+b" if content else "wb", buffering=0)
         self._file.truncate(len(whole))
@@ -147,8 +188,13 @@ class _Log:
         if type(job) is not int or not 0 <= job < len(self.tokens):
             raise ValueError(f"sample {job!r} of {len(self.tokens)}")
         check_tokens(np.array(tokens), self._vocab, f"sample {job}")
-        if len(tokens) != len(scores) or len(self.tokens[job]) + len(tokens) > self._plan.max_new_tokens:
-            raise ValueError(f"sample {job} has {len(self.tokens[job])} tokens; got {len(tokens)} with {len(scores)} log probabilities")
+        if (
+            len(tokens) != len(scores)
+            or len(self.tokens[job]) + len(tokens) > self._plan.max_new_tokens
+        ):
+            raise ValueError(
+                f"sample {job} has {len(self.tokens[job])} tokens; got {len(tokens)} with {len(scores)} log probabilities"
+            )
         self._add(job, tokens, scores)
 
     def _add(self, job: int, tokens: Sequence[int], scores: Sequence[float]) -> None:

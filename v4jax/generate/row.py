@@ -36,7 +36,9 @@ class Row:
         # A step at a time: what comes behind a stop would have to be taken back.
         self._setting = setting._replace(rules=decoding_rules(setting.rules), steps=1)
         self._cache: Cache | None = None
-        self._reach = 0  # positions that were ever written: rings have lost what is a whole turn before them
+        self._reach = (
+            0  # positions that were ever written: rings have lost what is a whole turn before them
+        )
         self.tokens: list[int] = []
 
     def known(self, prompt: Sequence[int]) -> int:
@@ -45,17 +47,29 @@ class Row:
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         return same if self._reach - same <= SPARE_ROWS else 0
 
-    def answer(self, prompt: Sequence[int], max_new_tokens: int, seed: int, stop: StopRule) -> Completion:
+    def answer(
+        self, prompt: Sequence[int], max_new_tokens: int, seed: int, stop: StopRule
+    ) -> Completion:
         """What follows the prompt.
 
         Raises:
           ValueError: see `check_request`; the row is then as it was.
         """
         check_request(self._cfg, [prompt], [seed], max_new_tokens, self._room, self._setting)
-        known, rows = self.known(prompt), self._setting.rules.shards("act_batch")  # every device must hold a row
-        cache = self._cache._replace(length_B=jnp.minimum(self._cache.length_B, known)) if known else None
+        known, rows = (
+            self.known(prompt),
+            self._setting.rules.shards("act_batch"),
+        )  # every device must hold a row
+        cache = (
+            self._cache._replace(length_B=jnp.minimum(self._cache.length_B, known))
+            if known
+            else None
+        )
         self._cache, self.tokens = None, []  # an interrupted call leaves nothing half done
-        prompts, seed_B = [prompt[known:], *[prompt[:1]] * (rows - 1)], np.array([seed] * rows, np.uint32)
+        prompts, seed_B = (
+            [prompt[known:], *[prompt[:1]] * (rows - 1)],
+            np.array([seed] * rows, np.uint32),
+        )
         own = (self._cfg, self._setting, self._params)
         state, news = prefill(*own, prompts, seed_B, self._room, cache)
         (completion,), self._cache = decode(*own, state, news, seed_B, stop, [max_new_tokens])

@@ -33,18 +33,30 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self):
-        if not (self.temperature == 0 or self.temperature >= 1e-6) or not math.isfinite(self.temperature):  # below, logits overflow
-            raise ValueError(f"temperature: got {self.temperature}; must be 0 (the likeliest token), or 1e-6 or above")
+        if not (self.temperature == 0 or self.temperature >= 1e-6) or not math.isfinite(
+            self.temperature
+        ):  # below, logits overflow
+            raise ValueError(
+                f"temperature: got {self.temperature}; must be 0 (the likeliest token), or 1e-6 or above"
+            )
         if type(self.top_k) is not int or self.top_k < 0:
-            raise ValueError(f"top_k: got {self.top_k!r}; must be an integer, 0 (all tokens) or above")
+            raise ValueError(
+                f"top_k: got {self.top_k!r}; must be an integer, 0 (all tokens) or above"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: got {self.top_p}; must be in (0, 1]")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p: got {self.min_p}; must be in [0, 1]")
-        used = [name for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)) if getattr(self, name) != off]
+        used = [
+            name
+            for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0))
+            if getattr(self, name) != off
+        ]
         if self.temperature == 0 and used:
             value = getattr(self, used[0])
-            raise ValueError(f"{used[0]}: got {value} with temperature 0, which takes the likeliest token; set a temperature")
+            raise ValueError(
+                f"{used[0]}: got {value} with temperature 0, which takes the likeliest token; set a temperature"
+            )
 
 
 def shaped_logits(sampling: Sampling, logits_BV: jax.Array) -> jax.Array:
@@ -60,7 +72,9 @@ def shaped_logits(sampling: Sampling, logits_BV: jax.Array) -> jax.Array:
         prob_BV = jax.nn.softmax(logits_BV)
         falling_BV = jnp.sort(prob_BV, axis=-1, descending=True)
         before_BV = jnp.cumsum(falling_BV, axis=-1) - falling_BV
-        least_B1 = jnp.min(jnp.where(before_BV < sampling.top_p, falling_BV, 1), axis=-1, keepdims=True)
+        least_B1 = jnp.min(
+            jnp.where(before_BV < sampling.top_p, falling_BV, 1), axis=-1, keepdims=True
+        )
         logits_BV = jnp.where(prob_BV >= least_B1, logits_BV, -jnp.inf)
     if sampling.min_p > 0:
         least_B1 = logits_BV.max(-1, keepdims=True) + math.log(sampling.min_p)
@@ -68,7 +82,9 @@ def shaped_logits(sampling: Sampling, logits_BV: jax.Array) -> jax.Array:
     return logits_BV
 
 
-def choose_token(sampling: Sampling, logits_BV: jax.Array, seed_B: jax.Array, position_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+def choose_token(
+    sampling: Sampling, logits_BV: jax.Array, seed_B: jax.Array, position_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """(token, log of its probability under the unshaped logits), int32 and float32 [B].
 
     Args:
@@ -78,7 +94,10 @@ def choose_token(sampling: Sampling, logits_BV: jax.Array, seed_B: jax.Array, po
         token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     else:
         shaped_BV = shaped_logits(sampling, logits_BV)
-        draw = lambda seed, position, logits_V: jax.random.categorical(token_key(seed, position), logits_V)  # noqa: E731
+
+        def draw(seed, position, logits_V):
+            return jax.random.categorical(token_key(seed, position), logits_V)
+
         token_B = jax.vmap(draw)(seed_B, position_B, shaped_BV).astype(jnp.int32)
     return token_B, log_prob(logits_BV, token_B)
 

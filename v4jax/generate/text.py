@@ -28,7 +28,9 @@ class TextStop:
         write: Callable[[str], object] | None = None,
     ):
         if stop_strings and tokenizer is None:
-            raise ValueError("stop: got a text, but the checkpoint's tokenizer is not in use; give the prompt as text too")
+            raise ValueError(
+                "stop: got a text, but the checkpoint's tokenizer is not in use; give the prompt as text too"
+            )
         if "" in stop_strings:
             raise ValueError("stop: got ''; must hold at least one character")
         self._tokens, self._strings = frozenset(stop_tokens), tuple(stop_strings)
@@ -59,14 +61,18 @@ class TextStop:
         if not self._strings:
             return False
         # A token gives at least a byte, so no longer tail can hold a string that was not there before.
-        tail = self._tokenizer.decode(tokens[-max(len(text.encode()) for text in self._strings) - 4 :])
+        tail = self._tokenizer.decode(
+            tokens[-max(len(text.encode()) for text in self._strings) - 4 :]
+        )
         return any(text in tail for text in self._strings)
 
     def _stream(self, tokens: Sequence[int], ends: bool) -> None:
         text = self.text(tokens)
         if not ends:
             text = text.rstrip(UNFINISHED)
-            text = text[: len(text) - max((_overlap(text, stop) for stop in self._strings), default=0)]
+            text = text[
+                : len(text) - max((_overlap(text, stop) for stop in self._strings), default=0)
+            ]
         if len(text) > self._written:
             self._write(text[self._written :])
             self._written = len(text)
@@ -74,4 +80,6 @@ class TextStop:
 
 def _overlap(text: str, stop: str) -> int:
     """How many characters at the end of `text` may be the beginning of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
+    )

@@ -6,4 +6,11 @@ Next file to read: v4jax/layout/hardware.py.
 from v4jax.layout.compiled import LayoutReport, least_expert_bytes, report_layout, sent_to_experts
 from v4jax.layout.hardware import Hardware, hardware_of
 
-__all__ = ["Hardware", "LayoutReport", "hardware_of", "least_expert_bytes", "report_layout", "sent_to_experts"]
+__all__ = [
+    "Hardware",
+    "LayoutReport",
+    "hardware_of",
+    "least_expert_bytes",
+    "report_layout",
+    "sent_to_experts",
+]

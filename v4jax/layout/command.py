@@ -79,9 +79,17 @@ class Comparison:
         for kind in a.memory:
             row(f"memory: {kind}", a.memory[kind], b.memory[kind], gigabytes)
         for part in dict.fromkeys((*a.parts, *b.parts)):
-            row(f"time: {part}", *(e.parts.get(part, (0, 0, 0))[2] for e in (a, b)), lambda s: f"{s * 1e3:.1f} ms")
+            row(
+                f"time: {part}",
+                *(e.parts.get(part, (0, 0, 0))[2] for e in (a, b)),
+                lambda s: f"{s * 1e3:.1f} ms",
+            )
         for axis in dict.fromkeys(axes for axes, _ in (*a.sent, *b.sent)):
-            row(f"sent: {'+'.join(axis)}", *(sum(v[0] for k, v in e.sent.items() if k[0] == axis) for e in (a, b)), gigabytes)
+            row(
+                f"sent: {'+'.join(axis)}",
+                *(sum(v[0] for k, v in e.sent.items() if k[0] == axis) for e in (a, b)),
+                gigabytes,
+            )
         row("MFU", a.mfu, b.mfu, lambda s: f"{s:.1%}")
         rows.append(("bound by", a.bound, b.bound, ""))
         return rows
@@ -94,9 +102,19 @@ def config_of(config: TrainConfig | str, options) -> TrainConfig:
     """The training config that the command line's mesh, layout, seq and batch make of a TrainConfig or of a config.json."""
     if isinstance(config, str):
         model = ModelConfig.from_json(config)
-        config = TrainConfig(model=model, run_dir="", steps=1, batch_size=1, seq_len=4096, learning_rate=1e-4, warmup_steps=0)
+        config = TrainConfig(
+            model=model,
+            run_dir="",
+            steps=1,
+            batch_size=1,
+            seq_len=4096,
+            learning_rate=1e-4,
+            warmup_steps=0,
+        )
     changes = {"mesh": options.mesh, "layout": options.layout, "seq_len": options.seq}
-    config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
+    config = dataclasses.replace(
+        config, **{name: value for name, value in changes.items() if value is not None}
+    )
     meshes = [_layout_and_mesh(text)[1] for text in options.compare or ()] or [config.mesh]
     devices = math.lcm(*(math.prod(parse_mesh(mesh).values()) for mesh in meshes))
     if options.search:
@@ -112,14 +130,25 @@ def look(cfg: TrainConfig, request: Request) -> Result:
     """
     target = checked(cfg, request)
     found = estimate(cfg, target.hardware, request.what, request.fp8, request.released)
-    compiled, compiles = None, not request.paper and not request.released and (target.topology or target.hardware.shared)
+    compiled, compiles = (
+        None,
+        not request.paper and not request.released and (target.topology or target.hardware.shared),
+    )
     if request.effort and (request.lower_only or not compiles):
-        raise ValueError(f"--effort: got {request.effort!r}, but nothing is compiled; it is for a TPU topology such as v5p:4x4x8")
+        raise ValueError(
+            f"--effort: got {request.effort!r}, but nothing is compiled; it is for a TPU topology such as v5p:4x4x8"
+        )
     if compiles:
         if target.topology and not found.fits and not request.lower_only:
-            raise ValueError(f"it does not fit: {gigabytes(found.memory_bytes)} of {gigabytes(found.hbm)} on each device; {nearest_fit(cfg, request)}")
-        compiled = report_layout(cfg, request.target, request.lower_only, request.what, request.effort)
-    lines = notes(cfg, found, platform_of(target.hardware), compiled.collectives if compiled else ())
+            raise ValueError(
+                f"it does not fit: {gigabytes(found.memory_bytes)} of {gigabytes(found.hbm)} on each device; {nearest_fit(cfg, request)}"
+            )
+        compiled = report_layout(
+            cfg, request.target, request.lower_only, request.what, request.effort
+        )
+    lines = notes(
+        cfg, found, platform_of(target.hardware), compiled.collectives if compiled else ()
+    )
     if not found.fits:
         lines.insert(1, f"Nearest: {nearest_fit(cfg, request)}.")
     return Result(found, compiled, tuple(lines))
@@ -131,7 +160,11 @@ def compare(cfg: TrainConfig, request: Request, texts: list[str]) -> Comparison:
     for text in texts:
         layout, mesh = _layout_and_mesh(text)
         one = dataclasses.replace(cfg, layout=read_layout(layout), mesh=mesh)
-        pair.append(estimate(one, checked(one, request).hardware, request.what, request.fp8, request.released))
+        pair.append(
+            estimate(
+                one, checked(one, request).hardware, request.what, request.fp8, request.released
+            )
+        )
     return Comparison(*pair)
 
 
@@ -157,10 +190,19 @@ class Searched:
     def rows(self) -> list[tuple]:
         rows = self.found.rows()
         for estimated, report in zip(self.found.ranked, self.confirmed, strict=False):
-            size, sent = report.state_bytes + (report.temporary_bytes or 0), sum(row[3] for row in report.collectives)
+            size, sent = (
+                report.state_bytes + (report.temporary_bytes or 0),
+                sum(row[3] for row in report.collectives),
+            )
             paper = sum(row[0] for row in estimated.sent.values())
-            rows.append(("compiled", f"{report.layout}: {report.mesh}", f"{gigabytes(size)} held, on paper {gigabytes(estimated.memory_bytes)}",
-                         f"{gigabytes(sent)} sent, on paper {gigabytes(paper)}"))  # fmt: skip
+            rows.append(
+                (
+                    "compiled",
+                    f"{report.layout}: {report.mesh}",
+                    f"{gigabytes(size)} held, on paper {gigabytes(estimated.memory_bytes)}",
+                    f"{gigabytes(sent)} sent, on paper {gigabytes(paper)}",
+                )
+            )
         return rows
 
     def lines(self) -> list[str]:
@@ -171,23 +213,46 @@ def look_for(cfg: TrainConfig, request: Request, chips: int | None, confirm: int
     """The search on `chips` chips of the target (default: as many as it names)."""
     target = target_of(request.target)
     if confirm and not (target.topology or target.hardware.shared):
-        raise ValueError(f"--confirm: JAX cannot compile for {request.target!r} here; give a TPU topology such as v5p:4x4x8, or leave it out")
+        raise ValueError(
+            f"--confirm: JAX cannot compile for {request.target!r} here; give a TPU topology such as v5p:4x4x8, or leave it out"
+        )
     if request.effort and not confirm:
-        raise ValueError(f"--effort: got {request.effort!r}, but nothing is compiled; it goes with --confirm K")
-    found = search(cfg, target.hardware, devices_of(request.target, chips), request.what, request.fp8, request.released)
+        raise ValueError(
+            f"--effort: got {request.effort!r}, but nothing is compiled; it goes with --confirm K"
+        )
+    found = search(
+        cfg,
+        target.hardware,
+        devices_of(request.target, chips),
+        request.what,
+        request.fp8,
+        request.released,
+    )
     best = found.ranked[:confirm]
     cuts = (as_estimated(cfg, one) for one in best)
-    return Searched(found, tuple(report_layout(cut, request.target, what=request.what, effort=request.effort) for cut in cuts))
+    return Searched(
+        found,
+        tuple(
+            report_layout(cut, request.target, what=request.what, effort=request.effort)
+            for cut in cuts
+        ),
+    )
 
 
 def devices_of(target: str, chips: int | None) -> int:
     """JAX devices of a search."""
     found = target_of(target)
     if chips is None and ":" not in target:
-        raise ValueError(f"--search needs --chips N, or a target with a size such as v5p:4x4x8; got {target!r}")
+        raise ValueError(
+            f"--search needs --chips N, or a target with a size such as v5p:4x4x8; got {target!r}"
+        )
     if chips is not None and chips < 1:
         raise ValueError(f"--chips: got {chips}; must be 1 or more")
-    return found.devices if chips is None else chips * (1 if found.hardware.shared else found.hardware.devices_per_chip)
+    return (
+        found.devices
+        if chips is None
+        else chips * (1 if found.hardware.shared else found.hardware.devices_per_chip)
+    )
 
 
 def checked(cfg: TrainConfig, request: Request) -> Target:
@@ -197,7 +262,9 @@ def checked(cfg: TrainConfig, request: Request) -> Target:
     devices = math.prod(sizes.values())
     target = target_of(request.target, devices)
     if target.devices != devices:
-        raise ValueError(f"mesh has {devices} devices; target {request.target} has {target.devices}; nearest mesh: {nearest_mesh(cfg, sizes, target.devices)}")
+        raise ValueError(
+            f"mesh has {devices} devices; target {request.target} has {target.devices}; nearest mesh: {nearest_mesh(cfg, sizes, target.devices)}"
+        )
     rules = layout_for(cfg.layout, sizes)
     try:
         check_batch(cfg, rules, sizes)
@@ -209,9 +276,18 @@ def checked(cfg: TrainConfig, request: Request) -> Target:
 def nearest_mesh(cfg: TrainConfig, sizes: dict[str, int], devices: int) -> str:
     """The mesh of `devices` devices over the same axes whose sizes differ least (as ratios), of those the model can be cut over."""
     axes = [axis for axis in MESH_AXES if sizes[axis] > 1] or ["fsdp"]
-    away = lambda guess: sum(abs(math.log(size / sizes[axis])) for axis, size in zip(axes, guess, strict=True))  # noqa: E731
+
+    def away(guess):
+        return sum(
+            abs(math.log(size / sizes[axis])) for axis, size in zip(axes, guess, strict=True)
+        )
+
     guesses = sorted(factorings(devices, len(axes)), key=away)
-    works = (guess for guess in guesses if _cuts(cfg, dict.fromkeys(MESH_AXES, 1) | dict(zip(axes, guess, strict=True))))
+    works = (
+        guess
+        for guess in guesses
+        if _cuts(cfg, dict.fromkeys(MESH_AXES, 1) | dict(zip(axes, guess, strict=True)))
+    )
     best = next(works, guesses[0])
     return ",".join(f"{axis}={size}" for axis, size in zip(axes, best, strict=True))
 
@@ -232,7 +308,9 @@ def nearest_fit(cfg: TrainConfig, request: Request) -> str:
     """The fastest layout on the same devices that fits, or how many it takes."""
     target = target_of(request.target, math.prod(parse_mesh(cfg.mesh).values()))
     try:
-        best = search(cfg, target.hardware, target.devices, request.what, request.fp8, request.released).ranked[0]
+        best = search(
+            cfg, target.hardware, target.devices, request.what, request.fp8, request.released
+        ).ranked[0]
     except ValueError as error:
         return str(error)
     layout = "" if best.layout == str(cfg.layout) else f"--layout {best.layout} "
@@ -241,7 +319,10 @@ def nearest_fit(cfg: TrainConfig, request: Request) -> str:
 
 def _nearest_lengths(cfg: TrainConfig, rules, sizes) -> str:
     words = []
-    for flag, value, name in (("--batch", cfg.batch_size, "act_batch"), ("--seq", cfg.seq_len, "act_seq")):
+    for flag, value, name in (
+        ("--batch", cfg.batch_size, "act_batch"),
+        ("--seq", cfg.seq_len, "act_seq"),
+    ):
         parts = math.prod(sizes[axis] for axis in rules.mesh_axes(name))
         if value % parts:
             words.append(f"{flag} {max(parts, round(value / parts) * parts)}")

@@ -69,21 +69,49 @@ class LayoutReport:
 
     def rows(self) -> list[tuple]:
         """A table for people."""
-        rows = [("mesh", self.mesh, self.layout, self.target), ("state", _bytes(self.state_bytes), "", "")]
+        rows = [
+            ("mesh", self.mesh, self.layout, self.target),
+            ("state", _bytes(self.state_bytes), "", ""),
+        ]
         if self.temporary_bytes is not None:
             rows.append(("temporary", _bytes(self.temporary_bytes), "", ""))
-            rows.append(("program", _bytes(self.code_bytes), self.effort and f"compiled with {self.effort} effort", ""))
+            rows.append(
+                (
+                    "program",
+                    _bytes(self.code_bytes),
+                    self.effort and f"compiled with {self.effort} effort",
+                    "",
+                )
+            )
         rows += [("parameter", name, cut, _bytes(size)) for name, cut, size in self.largest]
-        rows += [("sent", f"{axes}: {kind}", f"{calls} calls", _bytes(size)) for axes, kind, calls, size in self.collectives]
+        rows += [
+            ("sent", f"{axes}: {kind}", f"{calls} calls", _bytes(size))
+            for axes, kind, calls, size in self.collectives
+        ]
         if self.expert_bytes:
             sent, least = self.expert_bytes
-            rows.append(("experts' tokens", f"{_bytes(sent)} sent", f"{_bytes(least)} at least", f"{sent / least:.2f}"))
+            rows.append(
+                (
+                    "experts' tokens",
+                    f"{_bytes(sent)} sent",
+                    f"{_bytes(least)} at least",
+                    f"{sent / least:.2f}",
+                )
+            )
         rows.append(("lowered in", f"{self.lower_seconds:.1f} s", "", ""))
-        return rows + ([("compiled in", f"{self.compile_seconds:.1f} s", "", "")] if self.compile_seconds is not None else [])
+        return rows + (
+            [("compiled in", f"{self.compile_seconds:.1f} s", "", "")]
+            if self.compile_seconds is not None
+            else []
+        )
 
 
 def report_layout(
-    cfg: TrainConfig, target: str = "cpu", lower_only: bool = False, what: str = "train", effort: str | None = None
+    cfg: TrainConfig,
+    target: str = "cpu",
+    lower_only: bool = False,
+    what: str = "train",
+    effort: str | None = None,
 ) -> LayoutReport:
     """Lowers, and unless `lower_only` compiles, a step of `cfg` (its mesh, layout, lengths) for `target`.
 
@@ -108,7 +136,10 @@ def report_layout(
     found = collectives(compiled.as_text(), mesh) if compiled else []
     least = least_expert_bytes(cfg, rules, sizes, what)
     return LayoutReport(
-        what=what, mesh=cfg.mesh, layout=str(cfg.layout), target=target,
+        what=what,
+        mesh=cfg.mesh,
+        layout=str(cfg.layout),
+        target=target,
         state_bytes=_bytes_of(state),
         temporary_bytes=_temporary(compiled, mesh) if compiled else None,
         code_bytes=compiled.memory_analysis().generated_code_size_in_bytes if compiled else None,
@@ -118,7 +149,7 @@ def report_layout(
         expert_bytes=(sent_to_experts(found, rules), least) if compiled and least else None,
         lower_seconds=lowered_at - start,
         compile_seconds=time.perf_counter() - lowered_at if compiled else None,
-    )  # fmt: skip
+    )
 
 
 def _is_tpu(mesh: Mesh) -> bool:
@@ -144,7 +175,11 @@ def _temporary(compiled, mesh: Mesh) -> int:
     """XLA:TPU's temp_size is more than it reserves (a step with 6.8 GB of state and 10.7 GB of it compiles for the 16.9 GB of a v5e); its peak
     is within 2% of all that its buffer assignment takes. XLA:CPU's peak leaves temporaries out."""
     found = compiled.memory_analysis()
-    return found.peak_memory_in_bytes - found.argument_size_in_bytes if _is_tpu(mesh) else found.temp_size_in_bytes
+    return (
+        found.peak_memory_in_bytes - found.argument_size_in_bytes
+        if _is_tpu(mesh)
+        else found.temp_size_in_bytes
+    )
 
 
 def _lower_train(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
@@ -152,26 +187,51 @@ def _lower_train(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
     places = state_shardings(cfg, rules, mesh)
     abstract = jax.eval_shape(functools.partial(state_from, cfg), abstract_params(cfg.model))
     state = jax.tree.map(_placed, abstract, places)
-    rows = jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len), jnp.int32, sharding=batch_sharding(rules, mesh))
+    rows = jax.ShapeDtypeStruct(
+        (cfg.batch_size, cfg.seq_len), jnp.int32, sharding=batch_sharding(rules, mesh)
+    )
     with jax.set_mesh(mesh):
-        return state.public, state, compile_step(cfg, rules, places, mesh).lower(state, {"tokens": rows, "segment_ids": rows})
+        return (
+            state.public,
+            state,
+            compile_step(cfg, rules, places, mesh).lower(
+                state, {"tokens": rows, "segment_ids": rows}
+            ),
+        )
 
 
 def _lower_decode(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
     """(abstract parameters, the same and the cache, the lowered step), as v4jax/generate/decode.py runs it on loaded weights."""
     model = cfg.model
-    dtypes = {slot.path: leaf_dtype(name, plain_dtype(cfg.dtype)) for name, slot in official_names(model).items()}
+    dtypes = {
+        slot.path: leaf_dtype(name, plain_dtype(cfg.dtype))
+        for name, slot in official_names(model).items()
+    }
     abstract = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtypes[tuple(key.key for key in path)]), abstract_params(model)
+        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtypes[tuple(key.key for key in path)]),
+        abstract_params(model),
     )
-    params = jax.tree.map(_placed, abstract, named_shardings(mesh, rules, abstract, param_axes(model)))
-    token_B, active_B, seed_B = (jax.ShapeDtypeStruct((cfg.batch_size,), dtype) for dtype in (jnp.int32, jnp.bool, jnp.uint32))
+    params = jax.tree.map(
+        _placed, abstract, named_shardings(mesh, rules, abstract, param_axes(model))
+    )
+    token_B, active_B, seed_B = (
+        jax.ShapeDtypeStruct((cfg.batch_size,), dtype)
+        for dtype in (jnp.int32, jnp.bool, jnp.uint32)
+    )
     with jax.set_mesh(mesh):
         setting = Setting(rules=decoding_rules(rules), dtype=cfg.dtype, steps=1)
-        cache = jax.eval_shape(lambda: empty_cache(model, cfg.batch_size, cfg.seq_len, jnp.dtype(cfg.dtype), rules=setting.rules))
+        cache = jax.eval_shape(
+            lambda: empty_cache(
+                model, cfg.batch_size, cfg.seq_len, jnp.dtype(cfg.dtype), rules=setting.rules
+            )
+        )
         cache = jax.tree.map(_placed, cache, cache_shardings(mesh, setting.rules, cache))
         split = split_layers(model, params, setting.rules, _layer)
-        return params, (params, cache), advance.lower(model, setting, split, State(cache, token_B, None), active_B, seed_B)
+        return (
+            params,
+            (params, cache),
+            advance.lower(model, setting, split, State(cache, token_B, None), active_B, seed_B),
+        )
 
 
 def _placed(leaf, place: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -182,10 +242,14 @@ def _layer(stack: jax.ShapeDtypeStruct, n: int) -> jax.ShapeDtypeStruct:
     """One layer of stacked ones; layers are not cut."""
     del n
     spec = PartitionSpec(*stack.sharding.spec[1:])
-    return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=NamedSharding(stack.sharding.mesh, spec))
+    return jax.ShapeDtypeStruct(
+        stack.shape[1:], stack.dtype, sharding=NamedSharding(stack.sharding.mesh, spec)
+    )
 
 
-def least_expert_bytes(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], what: str = "train") -> int:
+def least_expert_bytes(
+    cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], what: str = "train"
+) -> int:
     """Bytes a device must send per step so that tokens reach experts and come back, under an even load; 0 without such an axis.
 
     Rows go there and back, in the forward pass; in training again where layers are rematerialised, and once each way as gradients. A row
@@ -199,9 +263,19 @@ def least_expert_bytes(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, i
         tokens, ways, layers = cfg.batch_size, 2, model.num_hidden_layers
         devices = math.prod(sizes[axis] for axis in rules.mesh_axes("act_batch"))
     else:
-        tokens, ways, layers = cfg.batch_size * cfg.seq_len, 6 if cfg.remat else 4, model.num_hidden_layers + model.num_nextn_predict_layers
-        devices = math.prod(sizes[axis] for axis in rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq"))
-    rows = tokens // devices * (model.num_experts_per_tok * (holders - 1) / holders if rules.exchange else holders - 1)
+        tokens, ways, layers = (
+            cfg.batch_size * cfg.seq_len,
+            6 if cfg.remat else 4,
+            model.num_hidden_layers + model.num_nextn_predict_layers,
+        )
+        devices = math.prod(
+            sizes[axis] for axis in rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq")
+        )
+    rows = (
+        tokens
+        // devices
+        * (model.num_experts_per_tok * (holders - 1) / holders if rules.exchange else holders - 1)
+    )
     return int(rows * ways * layers * model.hidden_size * jnp.dtype(cfg.dtype).itemsize)
 
 
@@ -211,7 +285,11 @@ def sent_to_experts(found: list[Collective], rules: AxisRules) -> int:
     source XLA:GPU does not say."""
     holders = set(rules.mesh_axes("experts"))
     among = [one for one in found if one.kind != "all-reduce" and set(one.axes) <= holders]
-    return sum(one.calls * one.bytes for one in among if one.kind == "ragged-all-to-all" or "experts/shard_map" in one.source)
+    return sum(
+        one.calls * one.bytes
+        for one in among
+        if one.kind == "ragged-all-to-all" or "experts/shard_map" in one.source
+    )
 
 
 def _largest(params, count: int = 8) -> tuple[tuple[str, str, int], ...]:

@@ -31,15 +31,32 @@ RELEASED = {"experts": 0.53, "matrices": 1.0, "rest": 2.0}
 bf16 (docs/equations.md#low-precision)."""
 
 
-def decode_terms(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str, released: bool = False) -> list[Term]:
+def decode_terms(
+    cfg: TrainConfig,
+    rules: AxisRules,
+    sizes: Mapping[str, int],
+    platform: str,
+    released: bool = False,
+) -> list[Term]:
     """Terms of one step of batch_size rows with seq_len tokens of context each. Rows stand in for tokens: a step makes one each."""
     model = cfg.model
-    tokens = [axis for axis in MESH_AXES if sizes[axis] > 1 and axis in rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq")]
-    seq, batch = (math.prod(sizes[axis] for axis in rules.mesh_axes(name)) for name in ("act_seq", "act_batch"))
+    tokens = [
+        axis
+        for axis in MESH_AXES
+        if sizes[axis] > 1 and axis in rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq")
+    ]
+    seq, batch = (
+        math.prod(sizes[axis] for axis in rules.mesh_axes(name))
+        for name in ("act_seq", "act_batch")
+    )
     rows = cfg.batch_size / batch
     terms = []
     for weight in weights_of(model):
-        cut, part, item = cut_of(weight, rules, sizes), part_of(weight.name), bytes_held(model, weight, "released" if released else cfg.dtype)
+        cut, part, item = (
+            cut_of(weight, rules, sizes),
+            part_of(weight.name),
+            bytes_held(model, weight, "released" if released else cfg.dtype),
+        )
         terms.append(Term("weights", weight.name, item * weight.size / cut.devices))
         if weight.uses and not weight.name.startswith("mtp"):
             hidden = math.prod(sizes[axis] for axis in rules.mesh_axes("expert_hidden"))
@@ -48,9 +65,15 @@ def decode_terms(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], p
             holders = math.prod(sizes[axis] for axis in rules.mesh_axes("experts"))
             touched = min(1.0, rows * holders * weight.uses) if weight.is_expert else 1.0
             terms.append(Term("hbm", part, item * weight.size / cut.others * touched))
-            terms += weight_gathered(weight, cut, [axis for axis in tokens if axis in cut.token_axes], item, sizes)
+            terms += weight_gathered(
+                weight, cut, [axis for axis in tokens if axis in cut.token_axes], item, sizes
+            )
     terms += _caches(cfg, rules, sizes, seq, released)
-    return terms + experts_sent(cfg, rules, sizes, platform, "decode") + _sums(cfg, rules, sizes, platform)
+    return (
+        terms
+        + experts_sent(cfg, rules, sizes, platform, "decode")
+        + _sums(cfg, rules, sizes, platform)
+    )
 
 
 def bytes_held(model: ModelConfig, weight: Weight, dtype: str) -> float:
@@ -64,7 +87,10 @@ def bytes_held(model: ModelConfig, weight: Weight, dtype: str) -> float:
 @functools.lru_cache(8)
 def _loaded(model: ModelConfig, dtype: str) -> dict[str, int]:
     """Parameter -> bytes per number, as checkpoints are loaded."""
-    return {"/".join(slot.path): leaf_dtype(name, plain_dtype(dtype)).itemsize for name, slot in official_names(model).items()}
+    return {
+        "/".join(slot.path): leaf_dtype(name, plain_dtype(dtype)).itemsize
+        for name, slot in official_names(model).items()
+    }
 
 
 class Kept(NamedTuple):
@@ -79,7 +105,9 @@ class Kept(NamedTuple):
 @functools.lru_cache(64)
 def kept(model: ModelConfig, seq: int, dtype: str, released: bool) -> Kept:
     """The cache of a row with room for `seq` tokens; released: in the released formats."""
-    shapes = jax.eval_shape(lambda: empty_cache(model, 1, seq, jnp.dtype(dtype), "official" if released else "dtype"))
+    shapes = jax.eval_shape(
+        lambda: empty_cache(model, 1, seq, jnp.dtype(dtype), "official" if released else "dtype")
+    )
     rings, slots, unread = 0, 0, 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.layers | {"mtp": shapes.mtp}):
         names = [getattr(key, "name", "") for key in path]
@@ -98,7 +126,9 @@ def _caches(cfg: TrainConfig, rules: AxisRules, sizes, seq: int, released: bool)
     model = cfg.model
     found, own = cost(model, cfg.seq_len), kept(model, cfg.seq_len, cfg.dtype, released)
     heads = math.prod(sizes[axis] for axis in rules.mesh_axes("act_heads"))
-    flops = found.total.flops - 2 * sum(w.size * w.uses for w in weights_of(model) if not w.name.startswith("mtp"))
+    flops = found.total.flops - 2 * sum(
+        w.size * w.uses for w in weights_of(model) if not w.name.startswith("mtp")
+    )
     return [
         Term("caches", "entries and keys", own.rings + own.slots / seq, "rows"),
         Term("hbm", "attention", own.rings + (own.slots - own.unread) / seq, "rows"),
@@ -110,19 +140,68 @@ def _sums(cfg: TrainConfig, rules: AxisRules, sizes, platform: str) -> list[Term
     """Partial sums of heads and experts, what devices with stretches of a cache tell each other, rows of the table."""
     model, layers, item = cfg.model, layers_by_ratio(cfg.model), 4 if cfg.dtype == "float32" else 2
     count = sum(layers.values()) - model.num_nextn_predict_layers
-    tensor, slots, words = ([axis for axis in rules.mesh_axes(name) if sizes[axis] > 1] for name in ("act_heads", "act_seq", "vocab"))
+    tensor, slots, words = (
+        [axis for axis in rules.mesh_axes(name) if sizes[axis] > 1]
+        for name in ("act_heads", "act_seq", "vocab")
+    )
     n, s, v = (math.prod(sizes[axis] for axis in axes) for axes in (tensor, slots, words))
     ring, entries = 2 * (n - 1) / n, cfg.seq_len // CSA / s
     own = model.num_attention_heads / n
     sums = 3 if platform == "cpu" or rules.exchange else 2  # see traffic.py
     terms = [
-        Term("sent", "tensor sums", ring * item * sums * model.hidden_size * count, "rows", tuple(tensor), "all-reduce", sums * count),
-        Term("sent", "embedding", 2 * (v - 1) / v * 4 * model.hidden_size, "rows", tuple(words), "all-reduce", 1),
+        Term(
+            "sent",
+            "tensor sums",
+            ring * item * sums * model.hidden_size * count,
+            "rows",
+            tuple(tensor),
+            "all-reduce",
+            sums * count,
+        ),
+        Term(
+            "sent",
+            "embedding",
+            2 * (v - 1) / v * 4 * model.hidden_size,
+            "rows",
+            tuple(words),
+            "all-reduce",
+            1,
+        ),
     ]
     if entries * s > model.index_topk and rules.mesh_axes("index_heads"):
-        terms.append(Term("sent", "indexers", ring * 4 * entries * layers[CSA], "rows", tuple(tensor), "all-reduce", layers[CSA]))
+        terms.append(
+            Term(
+                "sent",
+                "indexers",
+                ring * 4 * entries * layers[CSA],
+                "rows",
+                tuple(tensor),
+                "all-reduce",
+                layers[CSA],
+            )
+        )
     best = min(model.index_topk, entries)
-    terms.append(Term("sent", "indexers", 4 * best * (s - 1) * layers[CSA], "rows", tuple(slots), "all-gather", layers[CSA]))
+    terms.append(
+        Term(
+            "sent",
+            "indexers",
+            4 * best * (s - 1) * layers[CSA],
+            "rows",
+            tuple(slots),
+            "all-gather",
+            layers[CSA],
+        )
+    )
     far = layers[CSA] + layers[HCA]
-    terms.append(Term("sent", "attention", 2 * (s - 1) / s * 4 * own * (2 + model.head_dim) * far, "rows", tuple(slots), "all-reduce", 3 * far))
+    terms.append(
+        Term(
+            "sent",
+            "attention",
+            2 * (s - 1) / s * 4 * own * (2 + model.head_dim) * far,
+            "rows",
+            tuple(slots),
+            "all-reduce",
+            3 * far,
+        )
+    )
     return [term for term in terms if term.axes and term.coefficient]

@@ -69,24 +69,72 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         plain = dataclasses.asdict(self) | {"memory_bytes": self.memory_bytes, "fits": self.fits}
-        plain["sent"] = [["+".join(axes), kind, *values] for (axes, kind), values in self.sent.items()]
+        plain["sent"] = [
+            ["+".join(axes), kind, *values] for (axes, kind), values in self.sent.items()
+        ]
         return plain
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """A table for people."""
-        rows = [("estimate", self.what, f"{self.devices} devices", self.hardware), ("mesh", self.mesh, self.layout, "")]
-        rows += [("memory", kind, gigabytes(size), "") for kind, size in self.memory.items() if size]
-        rows.append(("memory", "in all", gigabytes(self.memory_bytes), f"{self.memory_bytes / self.hbm:.0%} of {gigabytes(self.hbm)}"))
-        rows += [("part", part, f"{flops / 1e12:.2f} TFLOP, {gigabytes(moved)}", f"{seconds * 1e3:.1f} ms")
-                 for part, (flops, moved, seconds) in self.parts.items()]  # fmt: skip
-        rows += [("sent", f"{'+'.join(axes)}: {kind}", f"{gigabytes(size)}, at least {gigabytes(least)}", f"{seconds * 1e3:.1f} ms")
-                 for (axes, kind), (size, least, seconds) in self.sent.items()]  # fmt: skip
-        rows.append(("step", f"{self.step_seconds:.3f} s", f"bound by {self.bound}", f"{self.tokens_per_second:,.0f} tokens/s"))
-        rows.append(("MFU", f"{self.mfu:.1%}", "", f"{self.cost:.2f} per million tokens" if self.cost else ""))
+        rows = [
+            ("estimate", self.what, f"{self.devices} devices", self.hardware),
+            ("mesh", self.mesh, self.layout, ""),
+        ]
+        rows += [
+            ("memory", kind, gigabytes(size), "") for kind, size in self.memory.items() if size
+        ]
+        rows.append(
+            (
+                "memory",
+                "in all",
+                gigabytes(self.memory_bytes),
+                f"{self.memory_bytes / self.hbm:.0%} of {gigabytes(self.hbm)}",
+            )
+        )
+        rows += [
+            (
+                "part",
+                part,
+                f"{flops / 1e12:.2f} TFLOP, {gigabytes(moved)}",
+                f"{seconds * 1e3:.1f} ms",
+            )
+            for part, (flops, moved, seconds) in self.parts.items()
+        ]
+        rows += [
+            (
+                "sent",
+                f"{'+'.join(axes)}: {kind}",
+                f"{gigabytes(size)}, at least {gigabytes(least)}",
+                f"{seconds * 1e3:.1f} ms",
+            )
+            for (axes, kind), (size, least, seconds) in self.sent.items()
+        ]
+        rows.append(
+            (
+                "step",
+                f"{self.step_seconds:.3f} s",
+                f"bound by {self.bound}",
+                f"{self.tokens_per_second:,.0f} tokens/s",
+            )
+        )
+        rows.append(
+            (
+                "MFU",
+                f"{self.mfu:.1%}",
+                "",
+                f"{self.cost:.2f} per million tokens" if self.cost else "",
+            )
+        )
         return rows
 
 
-def estimate(cfg: TrainConfig, hardware: Hardware, what: str = "train", fp8: bool = False, released: bool = False) -> Estimate:
+def estimate(
+    cfg: TrainConfig,
+    hardware: Hardware,
+    what: str = "train",
+    fp8: bool = False,
+    released: bool = False,
+) -> Estimate:
     """The estimate of `cfg` (its mesh, layout, lengths) on `hardware`.
 
     Args:
@@ -106,28 +154,48 @@ def estimate(cfg: TrainConfig, hardware: Hardware, what: str = "train", fp8: boo
     device = hardware.of_a_device(devices)
     parts = _parts(terms, values, device, cfg.dtype, fp8)
     sent = _sent(terms, values, device, sizes)
-    computing, exchanging = sum(row[2] for row in parts.values()), sum(row[2] for row in sent.values())
+    computing, exchanging = (
+        sum(row[2] for row in parts.values()),
+        sum(row[2] for row in sent.values()),
+    )
     seconds = computing + max(exchanging * (1 - device.overlap), exchanging - computing)
     tokens = cfg.batch_size * (cfg.seq_len if what == "train" else 1)
     counted = _model_flops(cfg.model, cfg.seq_len, what) * tokens
     chips = 1 if hardware.shared else devices / hardware.devices_per_chip
     rate = tokens / seconds
     return Estimate(
-        what=what, mesh=cfg.mesh, layout=str(cfg.layout), hardware=hardware.name, devices=devices, seq=cfg.seq_len, batch=cfg.batch_size,
-        memory=held(terms, values), hbm=device.hbm_bytes, working_set=largest_working_set(terms, values), parts=parts, sent=sent,
-        step_seconds=seconds, exchange_seconds=exchanging, bound=_bound(parts, device, exchanging),
-        mfu=counted / (seconds * hardware.bf16_flops * chips), tokens_per_second=rate,
+        what=what,
+        mesh=cfg.mesh,
+        layout=str(cfg.layout),
+        hardware=hardware.name,
+        devices=devices,
+        seq=cfg.seq_len,
+        batch=cfg.batch_size,
+        memory=held(terms, values),
+        hbm=device.hbm_bytes,
+        working_set=largest_working_set(terms, values),
+        parts=parts,
+        sent=sent,
+        step_seconds=seconds,
+        exchange_seconds=exchanging,
+        bound=_bound(parts, device, exchanging),
+        mfu=counted / (seconds * hardware.bf16_flops * chips),
+        tokens_per_second=rate,
         cost=hardware.price * chips / 3600 / rate * 1e6,
-    )  # fmt: skip
+    )
 
 
-def memory_of(cfg: TrainConfig, hardware: Hardware, what: str = "train", released: bool = False) -> float:
+def memory_of(
+    cfg: TrainConfig, hardware: Hardware, what: str = "train", released: bool = False
+) -> float:
     """Bytes a device needs, without the rest of the estimate."""
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes)
     values = bases(constants_of(cfg.model, rules, sizes), cfg.seq_len, cfg.batch_size)
     if what == "decode":
-        return sum(held(decode_terms(cfg, rules, sizes, platform_of(hardware), released), values).values())
+        return sum(
+            held(decode_terms(cfg, rules, sizes, platform_of(hardware), released), values).values()
+        )
     return sum(held(memory(cfg, rules, sizes), values).values())
 
 
@@ -137,11 +205,21 @@ def platform_of(hardware: Hardware) -> str:
 
 
 def terms_of(
-    cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str, what: str = "train", released: bool = False, fp8: bool = False
+    cfg: TrainConfig,
+    rules: AxisRules,
+    sizes: Mapping[str, int],
+    platform: str,
+    what: str = "train",
+    released: bool = False,
+    fp8: bool = False,
 ) -> list[Term]:
     if what == "decode":
         return decode_terms(cfg, rules, sizes, platform, released)
-    return work(cfg, rules, sizes, platform, fp8) + traffic(cfg, rules, sizes, platform) + memory(cfg, rules, sizes)
+    return (
+        work(cfg, rules, sizes, platform, fp8)
+        + traffic(cfg, rules, sizes, platform)
+        + memory(cfg, rules, sizes)
+    )
 
 
 @functools.cache
@@ -150,7 +228,9 @@ def _model_flops(model, seq: int, what: str) -> float:
     return found.train_flops if what == "train" else found.total.flops
 
 
-def _parts(terms: list[Term], values, device: Hardware, dtype: str, fp8: bool) -> dict[str, tuple[float, float, float]]:
+def _parts(
+    terms: list[Term], values, device: Hardware, dtype: str, fp8: bool
+) -> dict[str, tuple[float, float, float]]:
     """Part -> FLOPs, bytes of memory traffic, seconds; the longest first."""
     flops, moved = collections.Counter(), collections.Counter()
     for term in terms:
@@ -159,12 +239,17 @@ def _parts(terms: list[Term], values, device: Hardware, dtype: str, fp8: bool) -
     rows = {}
     for part in {*flops, *moved}:
         rate = device.fp8_flops if fp8 and part in FP8 else device.bf16_flops
-        seconds = max(flops[part] / (rate * device.matmul), moved[part] / (device.hbm_bandwidth * device.memory))
+        seconds = max(
+            flops[part] / (rate * device.matmul),
+            moved[part] / (device.hbm_bandwidth * device.memory),
+        )
         rows[part] = (flops[part], moved[part], seconds)
     return dict(sorted(rows.items(), key=lambda row: -row[1][2]))
 
 
-def _sent(terms: list[Term], values, device: Hardware, sizes) -> dict[tuple[tuple[str, ...], str], tuple[float, float, float]]:
+def _sent(
+    terms: list[Term], values, device: Hardware, sizes
+) -> dict[tuple[tuple[str, ...], str], tuple[float, float, float]]:
     """(axes, collective) -> bytes, least bytes, seconds; most bytes first."""
     rows: dict[Any, list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
     for term in terms:
@@ -176,7 +261,14 @@ def _sent(terms: list[Term], values, device: Hardware, sizes) -> dict[tuple[tupl
     return {key: tuple(row) for key, row in sorted(rows.items(), key=lambda item: -item[1][0])}
 
 
-def exchange_time(size: float, calls: float, axes: tuple[str, ...], kind: str, device: Hardware, sizes: Mapping[str, int]) -> float:
+def exchange_time(
+    size: float,
+    calls: float,
+    axes: tuple[str, ...],
+    kind: str,
+    device: Hardware,
+    sizes: Mapping[str, int],
+) -> float:
     """Seconds for a device to send `size` bytes along mesh axes, inside the fastest tier and beyond it.
 
     Devices are numbered along the mesh, its last axis fastest, and a tier holds so many in a row. A gather or sum over g tiers of m
@@ -192,7 +284,9 @@ def exchange_time(size: float, calls: float, axes: tuple[str, ...], kind: str, d
     mixed = kind in ("all-to-all", "ragged-all-to-all")
     inside = whole * (near - 1) / (n if mixed else near)
     outside = whole * ((n - near) / n if mixed else (far - 1) / n)
-    seconds = inside / _rate(tier, near, math.prod(sizes.values()), mixed) + (outside / device.tiers[-1].bandwidth if far > 1 else 0)
+    seconds = inside / _rate(tier, near, math.prod(sizes.values()), mixed) + (
+        outside / device.tiers[-1].bandwidth if far > 1 else 0
+    )
     return seconds / device.network + calls * device.latency
 
 
@@ -208,9 +302,17 @@ def _rate(tier, members: int, devices: int, mixed: bool) -> float:
 
 
 def _bound(parts, device: Hardware, exchanging: float) -> str:
-    computing = sum(seconds for flops, _, seconds in parts.values() if flops / (device.bf16_flops * device.matmul) >= seconds * 0.999)
+    computing = sum(
+        seconds
+        for flops, _, seconds in parts.values()
+        if flops / (device.bf16_flops * device.matmul) >= seconds * 0.999
+    )
     moving = sum(seconds for _, _, seconds in parts.values()) - computing
-    return max((computing, "FLOPs"), (moving, "memory traffic"), (exchanging * (1 - device.overlap), "exchanges"))[1]
+    return max(
+        (computing, "FLOPs"),
+        (moving, "memory traffic"),
+        (exchanging * (1 - device.overlap), "exchanges"),
+    )[1]
 
 
 def gigabytes(size: float) -> str:

@@ -66,7 +66,9 @@ class Hardware:
     def of_a_device(self, devices: int) -> "Hardware":
         """The same per JAX device of a program on `devices` of them."""
         parts = devices if self.shared else self.devices_per_chip
-        tiers = tuple(dataclasses.replace(tier, bandwidth=tier.bandwidth / parts) for tier in self.tiers)
+        tiers = tuple(
+            dataclasses.replace(tier, bandwidth=tier.bandwidth / parts) for tier in self.tiers
+        )
         rates = {name: getattr(self, name) / parts for name in _FIGURES[:-1]}
         return dataclasses.replace(self, tiers=tiers, **rates)
 
@@ -82,7 +84,9 @@ class Target:
 
 def known() -> dict[str, dict[str, Any]]:
     """Profile name -> its entry in the data file."""
-    return json.loads((HERE / "hardware.json").read_text()) | {"cpu": json.loads(MEASURED.read_text())}
+    return json.loads((HERE / "hardware.json").read_text()) | {
+        "cpu": json.loads(MEASURED.read_text())
+    }
 
 
 def hardware_of(name: str) -> Hardware:
@@ -98,7 +102,9 @@ def hardware_of(name: str) -> Hardware:
             raise ValueError(f"target: {name}: {error}") from None
     table = known()
     if name not in table:
-        raise ValueError(f"target: got {name!r}; known: {', '.join(table)}, or a JSON file (nearest: {nearest(name, table)})")
+        raise ValueError(
+            f"target: got {name!r}; known: {', '.join(table)}, or a JSON file (nearest: {nearest(name, table)})"
+        )
     return _read(table[name], name)
 
 
@@ -118,7 +124,9 @@ def target_of(text: str, devices: int | None = None) -> Target:
         raise ValueError(f"target: got size {size!r} in {text!r}; must be chips, as 64 or 4x4x8")
     chips = math.prod(map(int, size.split("x")))
     is_tpu = bool(hardware.tiers[0].torus) and not name.endswith(".json") and "x" in size
-    is_gpu = name == "h100" and importlib.util.find_spec("jax_cuda13_plugin") is not None  # sharding/targets.py has its description
+    is_gpu = (
+        name == "h100" and importlib.util.find_spec("jax_cuda13_plugin") is not None
+    )  # sharding/targets.py has its description
     return Target(hardware, chips * hardware.devices_per_chip, text if is_tpu or is_gpu else "")
 
 
@@ -132,9 +140,13 @@ def nearest(word: str, words) -> str:
 def _read(entry: dict[str, Any], where: str) -> Hardware:
     missing = [name for name in _FIGURES if name not in entry]
     if missing:
-        raise ValueError(f"target: {where} lacks {', '.join(missing)}; see v4jax/layout/hardware.json")
+        raise ValueError(
+            f"target: {where} lacks {', '.join(missing)}; see v4jax/layout/hardware.json"
+        )
     fields = {field.name for field in dataclasses.fields(Hardware)}
     if unknown := sorted(set(entry) - fields):
-        raise ValueError(f"target: {where} has {unknown[0]!r}; allowed: {', '.join(sorted(fields))}")
+        raise ValueError(
+            f"target: {where} has {unknown[0]!r}; allowed: {', '.join(sorted(fields))}"
+        )
     tiers = tuple(Tier(**tier) for tier in entry["tiers"])
     return Hardware(**({"name": where} | entry | {"tiers": tiers}))

@@ -39,10 +39,20 @@ def measure(devices: int = 8) -> dict[str, Any]:
     sent = whole * (devices - 1) / devices
     text = f"measured by `v4jax layout --measure` on {os.cpu_count()} cores ({platform.processor() or platform.machine()}), jax {jax.__version__}"
     return {
-        "name": "this machine's CPU", "bf16_flops": rate, "fp8_flops": rate, "hbm_bytes": float(memory),
-        "hbm_bandwidth": 2 * whole / copied, "tiers": [{"bandwidth": sent / moved}], "latency": started, "matmul": 1.0,
-        "memory": 1.0, "network": 1.0, "overlap": 0.0, "shared": True, "sources": {"all": text},
-    }  # fmt: skip
+        "name": "this machine's CPU",
+        "bf16_flops": rate,
+        "fp8_flops": rate,
+        "hbm_bytes": float(memory),
+        "hbm_bandwidth": 2 * whole / copied,
+        "tiers": [{"bandwidth": sent / moved}],
+        "latency": started,
+        "matmul": 1.0,
+        "memory": 1.0,
+        "network": 1.0,
+        "overlap": 0.0,
+        "shared": True,
+        "sources": {"all": text},
+    }
 
 
 _SUMS = 20
@@ -59,7 +69,15 @@ def _exchange(a_AB):
 
 def _everywhere(mesh, f: Callable) -> Callable:
     """f on every device's own rows, jitted."""
-    return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"), check_vma=False))
+    return jax.jit(
+        jax.shard_map(
+            f,
+            mesh=mesh,
+            in_specs=PartitionSpec("data"),
+            out_specs=PartitionSpec("data"),
+            check_vma=False,
+        )
+    )
 
 
 def _seconds(f: Callable, shape: tuple[int, int], times: int = 5) -> float:

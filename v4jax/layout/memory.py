@@ -44,21 +44,34 @@ def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list
         if weight.optimizer in ("muon", "adamw"):
             terms.append(Term("gradients", weight.name, held))
     # Newton-Schulz holds 3 arrays m x n and 2 of m x m, m <= n.
-    stacks = [stack.bytes * (3 + 2 * min(stack.shape) / max(stack.shape)) for stack in muon(cfg.model, rules, sizes).stacks]
+    stacks = [
+        stack.bytes * (3 + 2 * min(stack.shape) / max(stack.shape))
+        for stack in muon(cfg.model, rules, sizes).stacks
+    ]
     terms.append(Term("muon", "updates", max(stacks, default=0.0)))
-    return terms + _activations(cfg, item) + _layers(cfg, rules, sizes, item) + _head(cfg, rules, sizes, item)
+    return (
+        terms
+        + _activations(cfg, item)
+        + _layers(cfg, rules, sizes, item)
+        + _head(cfg, rules, sizes, item)
+    )
 
 
 def _activations(cfg: TrainConfig, item: int) -> list[Term]:
     """Residual streams that each pattern of layers keeps; without rematerialisation, everything a layer's gradient needs."""
     model = cfg.model
     streams = model.hc_mult * model.hidden_size * item
-    patterns = sum(group.repeats for group in model.layer_groups) + 2 * model.num_nextn_predict_layers
+    patterns = (
+        sum(group.repeats for group in model.layer_groups) + 2 * model.num_nextn_predict_layers
+    )
     if cfg.remat:
         return [Term("activations", "streams", streams * patterns, "tokens")]
     layers = model.num_hidden_layers + model.num_nextn_predict_layers
     active = model.num_experts_per_tok
-    row = 5 * streams + (3 * model.num_attention_heads * model.head_dim + 8 * model.hidden_size) * (item + 4) / 2
+    row = (
+        5 * streams
+        + (3 * model.num_attention_heads * model.head_dim + 8 * model.hidden_size) * (item + 4) / 2
+    )
     row += active * (2 * model.hidden_size + 2 * model.moe_intermediate_size) * item
     return [Term("activations", "every layer", row * layers, "tokens")]
 
@@ -66,18 +79,31 @@ def _activations(cfg: TrainConfig, item: int) -> list[Term]:
 def _layers(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
     """The backward pass of one pattern: what each of its layers keeps, and what the one in hand makes."""
     model = cfg.model
-    layers = max(len(group.kinds) for group in model.layer_groups) if cfg.remat else 1  # else `_activations` has what they keep
-    holders, cut = (math.prod(sizes[axis] for axis in rules.mesh_axes(name)) for name in ("experts", "expert_hidden"))
+    layers = (
+        max(len(group.kinds) for group in model.layer_groups) if cfg.remat else 1
+    )  # else `_activations` has what they keep
+    holders, cut = (
+        math.prod(sizes[axis] for axis in rules.mesh_axes(name))
+        for name in ("experts", "expert_hidden")
+    )
     here, hidden = model.n_routed_experts / holders, model.moe_intermediate_size / cut
     travels = rules.exchange and holders > 1
     rows = model.num_experts_per_tok * (HEADROOM if travels else 1)
     if holders > 1 and not travels:  # buffers for all tokens of the group
         rows *= holders
     blocks, matrix = here * _BLOCK, here * hidden * model.hidden_size
-    gathered = any(cut_of(weight, rules, sizes).tokens > 1 for weight in weights_of(model) if weight.is_expert)
-    own = model.num_attention_heads / math.prod(sizes[axis] for axis in rules.mesh_axes("act_heads"))
+    gathered = any(
+        cut_of(weight, rules, sizes).tokens > 1 for weight in weights_of(model) if weight.is_expert
+    )
+    own = model.num_attention_heads / math.prod(
+        sizes[axis] for axis in rules.mesh_axes("act_heads")
+    )
     # Streams where mHC reads them, in float32 and as they came; queries and outputs of heads, once in float32 and in some layouts; eight of D.
-    kept = _SITES * model.hc_mult * model.hidden_size * (4 + item) + own * model.head_dim * (4 + 3.5 * item) + 8 * model.hidden_size * 4
+    kept = (
+        _SITES * model.hc_mult * model.hidden_size * (4 + item)
+        + own * model.head_dim * (4 + 3.5 * item)
+        + 8 * model.hidden_size * 4
+    )
     kept_rows = (model.hidden_size + 2 * hidden) * item
     # Matrices in the compute dtype and gradients in float32; of experts that rows travel to also copies in the layouts of their products, and
     # the gradients of earlier rounds.
@@ -88,7 +114,13 @@ def _layers(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
         Term("layers", "matrices and blocks", matrices + blocks * (layers * kept_rows + made_rows)),
         Term("layers", "rows of experts", rows * (layers * kept_rows + made_rows), "tokens"),
         Term("layers", "streams, queries and outputs", layers * kept, "tokens"),
-        Term("layers", "scores of a chunk", 12 * own * 2 * model.sliding_window, "tokens", cap=3 * CHUNK_BYTES),
+        Term(
+            "layers",
+            "scores of a chunk",
+            12 * own * 2 * model.sliding_window,
+            "tokens",
+            cap=3 * CHUNK_BYTES,
+        ),
         Term("layers", "scores of a chunk", 12 * own, "csa_used", cap=3 * CHUNK_BYTES),
     ]
 
@@ -96,7 +128,11 @@ def _layers(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
 def _head(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
     """The head's matrix gathered, its gradient, logits of some positions."""
     model = cfg.model
-    numbers = model.hidden_size * model.vocab_size / math.prod(sizes[axis] for axis in rules.mesh_axes("vocab"))
+    numbers = (
+        model.hidden_size
+        * model.vocab_size
+        / math.prod(sizes[axis] for axis in rules.mesh_axes("vocab"))
+    )
     words = model.vocab_size / math.prod(sizes[axis] for axis in rules.mesh_axes("vocab"))
     return [
         Term("head", "matrix and gradient", numbers * (2 * item + 4)),
@@ -111,7 +147,9 @@ def held(terms: Iterable[Term], values: Mapping[str, float]) -> dict[str, float]
     for term in terms:
         if term.kind in found:
             found[term.kind] += term.value(values)
-    return {kind: found[kind] for kind in MEMORY} | {"temporaries": max(found[kind] for kind in WORKING)}
+    return {kind: found[kind] for kind in MEMORY} | {
+        "temporaries": max(found[kind] for kind in WORKING)
+    }
 
 
 def largest_working_set(terms: Iterable[Term], values: Mapping[str, float]) -> str:

@@ -44,7 +44,11 @@ def muon(model: ModelConfig, rules: AxisRules, sizes: Mapping[str, int]) -> Muon
 @functools.lru_cache(64)
 def _muon(model: ModelConfig, rules: AxisRules, items: tuple[tuple[str, int], ...]) -> Muon:
     sizes, sent, stacks, shares = dict(items), [], [], []
-    pieces = [_pieces(weight, cut_of(weight, rules, sizes).parts, sizes) for weight in weights_of(model) if weight.optimizer == "muon"]
+    pieces = [
+        _pieces(weight, cut_of(weight, rules, sizes).parts, sizes)
+        for weight in weights_of(model)
+        if weight.optimizer == "muon"
+    ]
     for piece in _joined(pieces):
         stack, moved = _whole(piece, sizes)
         stacks.append(stack)
@@ -59,15 +63,27 @@ def _muon(model: ModelConfig, rules: AxisRules, items: tuple[tuple[str, int], ..
 def _pieces(weight: Weight, parts, sizes: Mapping[str, int]) -> Stack:
     """What one device holds of a weight; alike: axes that cut rows and columns, and along which devices hold copies."""
     rows, columns = (math.prod(sizes[axis] for axis in part) for part in parts[-2:])
-    count = math.prod(weight.shape[:-2]) // math.prod(sizes[axis] for part in parts[:-2] for axis in part)
+    count = math.prod(weight.shape[:-2]) // math.prod(
+        sizes[axis] for part in parts[:-2] for axis in part
+    )
     used = [axis for part in parts for axis in part]
     copies = tuple(axis for axis, size in sizes.items() if size > 1 and axis not in used)
-    return Stack((weight.shape[-2] // rows, weight.shape[-1] // columns), count, (tuple(parts[-2]), tuple(parts[-1]), copies))
+    return Stack(
+        (weight.shape[-2] // rows, weight.shape[-1] // columns),
+        count,
+        (tuple(parts[-2]), tuple(parts[-1]), copies),
+    )
 
 
 def _whole(piece: Stack, sizes: Mapping[str, int]) -> tuple[Stack, list[tuple[str, str, float]]]:
     """This device's share of the matrices, whole; and what is sent for it, there and back."""
-    (rows, columns, copies), (height, width), count, sent, alike = piece.alike, piece.shape, piece.count, [], []
+    (rows, columns, copies), (height, width), count, sent, alike = (
+        piece.alike,
+        piece.shape,
+        piece.count,
+        [],
+        [],
+    )
     for axis in copies:
         if count >= sizes[axis]:  # the results are gathered when they are pieces again
             count = -(-count // sizes[axis])
@@ -87,13 +103,17 @@ def _whole(piece: Stack, sizes: Mapping[str, int]) -> tuple[Stack, list[tuple[st
     return Stack((height, width), count, tuple(alike)), sent
 
 
-def _share_out(stack: Stack, sizes: Mapping[str, int]) -> tuple[Stack, list[tuple[str, str, float]]]:
+def _share_out(
+    stack: Stack, sizes: Mapping[str, int]
+) -> tuple[Stack, list[tuple[str, str, float]]]:
     """The share of one device of matrices that several hold alike, as far as there are enough; the results are gathered."""
     sent, count = [], stack.count
     for axis in stack.alike:
         if count >= sizes[axis]:
             count = -(-count // sizes[axis])
-            sent.append((axis, "all-gather", 4 * math.prod(stack.shape) * count * (sizes[axis] - 1)))
+            sent.append(
+                (axis, "all-gather", 4 * math.prod(stack.shape) * count * (sizes[axis] - 1))
+            )
     return Stack(stack.shape, count), sent
 
 

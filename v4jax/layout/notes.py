@@ -20,21 +20,27 @@ LANES = 128
 """Numbers in one row of a TPU's registers: narrower or uneven shares are padded to it."""
 
 
-def notes(cfg: TrainConfig, found: Estimate, platform: str, sent: Iterable[tuple[str, str, int, int]] = ()) -> list[str]:
+def notes(
+    cfg: TrainConfig, found: Estimate, platform: str, sent: Iterable[tuple[str, str, int, int]] = ()
+) -> list[str]:
     """Warnings, the gravest first; `sent`: (axes, kind, calls, bytes) of a compiled program, if there is one."""
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes)
     lines = []
     if not found.fits:
-        lines.append(f"It does not fit: {gigabytes(found.memory_bytes)} of {gigabytes(found.hbm)} on each device, most of it {largest(found)}.")
+        lines.append(
+            f"It does not fit: {gigabytes(found.memory_bytes)} of {gigabytes(found.hbm)} on each device, most of it {largest(found)}."
+        )
     lines += _copies(cfg, rules, sizes, found.devices)
     lines += _padded(cfg, rules, sizes, platform)
     lines += _unexpected(found, sent)
     lines += _imbalance(cfg, rules, sizes, found)
     share = (found.memory["temporaries"] + found.memory["activations"]) / found.memory_bytes
     if found.what == "train" and share > 0.5:
-        lines.append(f"Activations and temporaries are {share:.0%} of the memory; the largest working set is that of {found.working_set}: "
-                     f"fewer rows a device, or an axis that cuts it, would help more than cutting weights.")  # fmt: skip
+        lines.append(
+            f"Activations and temporaries are {share:.0%} of the memory; the largest working set is that of {found.working_set}: "
+            f"fewer rows a device, or an axis that cuts it, would help more than cutting weights."
+        )
     return lines
 
 
@@ -52,11 +58,21 @@ def parameters(cfg: TrainConfig) -> list[tuple[str, str, str, str, int]]:
         cut = cut_of(weight, rules, sizes)
         spec = ", ".join("+".join(part) or "-" for part in cut.parts)
         shape = " x ".join(map(str, weight.shape))
-        rows.append((weight.name, shape, ", ".join(str(name) for name in weight.axes), spec, 4 * weight.size // cut.devices))
+        rows.append(
+            (
+                weight.name,
+                shape,
+                ", ".join(str(name) for name in weight.axes),
+                spec,
+                4 * weight.size // cut.devices,
+            )
+        )
     return sorted(rows, key=lambda row: -row[4])
 
 
-def _copies(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], devices: int) -> list[str]:
+def _copies(
+    cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], devices: int
+) -> list[str]:
     found = []
     for weight in weights_of(cfg.model):
         cut = cut_of(weight, rules, sizes)
@@ -67,25 +83,46 @@ def _copies(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], device
         return []
     size, copies, name = found[0]
     more = f", and {len(found) - 1} more over {LARGE / 1e6:.0f} MB" if len(found) > 1 else ""
-    return [f"{name} is held {copies} times ({gigabytes(size)} on each device){more}: an axis that cuts it would free that."]
+    return [
+        f"{name} is held {copies} times ({gigabytes(size)} on each device){more}: an axis that cuts it would free that."
+    ]
 
 
-def _padded(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str) -> list[str]:
+def _padded(
+    cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str
+) -> list[str]:
     lines = []
     if platform == "tpu":
         narrow = {}
         for weight in weights_of(cfg.model):
-            shares = [size // math.prod(sizes[a] for a in part) for size, part in zip(weight.shape, cut_of(weight, rules, sizes).parts, strict=True)]
-            if weight.optimizer == "muon" and cut_of(weight, rules, sizes).parts[-1] and shares[-1] % LANES:
+            shares = [
+                size // math.prod(sizes[a] for a in part)
+                for size, part in zip(weight.shape, cut_of(weight, rules, sizes).parts, strict=True)
+            ]
+            if (
+                weight.optimizer == "muon"
+                and cut_of(weight, rules, sizes).parts[-1]
+                and shares[-1] % LANES
+            ):
                 narrow[weight.name.split("/")[-1]] = shares[-1]
-        by_share = {share: [name for name, other in narrow.items() if other == share] for share in narrow.values()}
+        by_share = {
+            share: [name for name, other in narrow.items() if other == share]
+            for share in narrow.values()
+        }
         pads = f"which a TPU pads to a multiple of {LANES}"
-        lines += [f"The last axis of {' and '.join(names)} is cut to {share}, {pads}." for share, names in by_share.items()]
+        lines += [
+            f"The last axis of {' and '.join(names)} is cut to {share}, {pads}."
+            for share, names in by_share.items()
+        ]
     shards = math.prod(sizes[axis] for axis in rules.mesh_axes("act_seq"))
-    uneven = sorted({ratio for ratio in cfg.model.compress_ratios if ratio and cfg.seq_len // shards % ratio})
+    uneven = sorted(
+        {ratio for ratio in cfg.model.compress_ratios if ratio and cfg.seq_len // shards % ratio}
+    )
     if shards > 1 and uneven:
-        lines.append(f"A stretch of {cfg.seq_len // shards} tokens is no multiple of {uneven[0]}: every device keeps a slot for an entry that "
-                     "may not be there.")  # fmt: skip
+        lines.append(
+            f"A stretch of {cfg.seq_len // shards} tokens is no multiple of {uneven[0]}: every device keeps a slot for an entry that "
+            "may not be there."
+        )
     return lines
 
 
@@ -93,17 +130,30 @@ def _unexpected(found: Estimate, sent: Iterable[tuple[str, str, int, int]]) -> l
     sent = list(sent)
     whole = sum(row[3] for row in sent)
     known = {"+".join(axes) for axes, _ in found.sent}
-    odd = [(axes, kind, size) for axes, kind, _, size in sent if kind == "all-gather" and axes not in known and size > 0.02 * whole]
-    return [f"The compiled program gathers {gigabytes(size)} over {axes}, which nothing in the layout asks for." for axes, kind, size in odd]
+    odd = [
+        (axes, kind, size)
+        for axes, kind, _, size in sent
+        if kind == "all-gather" and axes not in known and size > 0.02 * whole
+    ]
+    return [
+        f"The compiled program gathers {gigabytes(size)} over {axes}, which nothing in the layout asks for."
+        for axes, kind, size in odd
+    ]
 
 
-def _imbalance(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], found: Estimate) -> list[str]:
+def _imbalance(
+    cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], found: Estimate
+) -> list[str]:
     holders = math.prod(sizes[axis] for axis in rules.mesh_axes("experts"))
     if holders == 1 or "routed experts" not in found.parts:
         return []
     seconds = found.parts["routed experts"][2]
     if rules.exchange:
-        return [f"A device whose experts get more than {HEADROOM} times their share makes its whole group exchange a second time; at twice the "
-                f"share a step takes about {seconds * 1e3:.0f} ms longer ({seconds / found.step_seconds:.0%})."]  # fmt: skip
-    return [f"All {holders} devices of an expert group wait for the busiest: at twice its share a step takes about {seconds * 1e3:.0f} ms "
-            f"longer ({seconds / found.step_seconds:.0%})."]  # fmt: skip
+        return [
+            f"A device whose experts get more than {HEADROOM} times their share makes its whole group exchange a second time; at twice the "
+            f"share a step takes about {seconds * 1e3:.0f} ms longer ({seconds / found.step_seconds:.0%})."
+        ]
+    return [
+        f"All {holders} devices of an expert group wait for the busiest: at twice its share a step takes about {seconds * 1e3:.0f} ms "
+        f"longer ({seconds / found.step_seconds:.0%})."
+    ]

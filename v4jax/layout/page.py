@@ -52,13 +52,17 @@ def report(path: str, cfg: TrainConfig, request: Request, result: Result | Searc
     path.write_text(TEMPLATE.read_text().replace(">DATA<", f">{text}<"))
 
 
-def page_data(cfg: TrainConfig, hardware: Hardware, result: Result, request: Request) -> dict[str, Any]:
+def page_data(
+    cfg: TrainConfig, hardware: Hardware, result: Result, request: Request
+) -> dict[str, Any]:
     """Everything the page shows, as plain values."""
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes)
     found, devices = result.estimate, math.prod(sizes.values())
     seqs, batches = _lengths(cfg, rules, sizes)
-    terms = terms_of(cfg, rules, sizes, platform_of(hardware), found.what, request.released, request.fp8)
+    terms = terms_of(
+        cfg, rules, sizes, platform_of(hardware), found.what, request.released, request.fp8
+    )
     cuts = collections.defaultdict(list)
     for name, axes in rules.table:
         for axis in axes:
@@ -66,14 +70,32 @@ def page_data(cfg: TrainConfig, hardware: Hardware, result: Result, request: Req
     return {
         "title": f"{cfg.layout} on {cfg.mesh or 'one device'}",
         "subtitle": f"{found.what}, {devices} devices of {hardware.name}, {_compiled(result)}",
-        "what": found.what, "seq": cfg.seq_len, "batch": cfg.batch_size, "seqs": seqs, "batches": batches, "fp8": request.fp8, "sizes": sizes,
-        "hardware": dataclasses.asdict(hardware.of_a_device(devices)), "constants": constants_of(cfg.model, rules, sizes)._asdict(),
-        "terms": [term._asdict() | {"cap": None if math.isinf(term.cap) else term.cap} for term in merged(terms)],
-        "kinds": MEMORY, "working": WORKING, "notes": result.notes, "parameters": parameters(cfg), "cuts": cuts,
-        "model_flops": {seq: _flops(cfg, seq, found.what) for seq in seqs}, "experts": cfg.model.n_routed_experts,
-        "heads": cfg.model.num_attention_heads, "weights": found.memory["weights"],
-        "rules": {name: rules.mesh_axes(name) for name in ("experts", "act_batch", "act_seq", "act_heads")},
-    }  # fmt: skip
+        "what": found.what,
+        "seq": cfg.seq_len,
+        "batch": cfg.batch_size,
+        "seqs": seqs,
+        "batches": batches,
+        "fp8": request.fp8,
+        "sizes": sizes,
+        "hardware": dataclasses.asdict(hardware.of_a_device(devices)),
+        "constants": constants_of(cfg.model, rules, sizes)._asdict(),
+        "terms": [
+            term._asdict() | {"cap": None if math.isinf(term.cap) else term.cap}
+            for term in merged(terms)
+        ],
+        "kinds": MEMORY,
+        "working": WORKING,
+        "notes": result.notes,
+        "parameters": parameters(cfg),
+        "cuts": cuts,
+        "model_flops": {seq: _flops(cfg, seq, found.what) for seq in seqs},
+        "experts": cfg.model.n_routed_experts,
+        "heads": cfg.model.num_attention_heads,
+        "weights": found.memory["weights"],
+        "rules": {
+            name: rules.mesh_axes(name) for name in ("experts", "act_batch", "act_seq", "act_heads")
+        },
+    }
 
 
 def merged(terms: list[Term]) -> list[Term]:
@@ -81,16 +103,31 @@ def merged(terms: list[Term]) -> list[Term]:
     table: dict[Any, Term] = {}
     for term in terms:
         part = "" if term.kind in (*MEMORY, *WORKING) else term.part
-        key = (term.kind, part, term.basis, term.axes, term.collective, term.least, term.cap if math.isinf(term.cap) else object())
+        key = (
+            term.kind,
+            part,
+            term.basis,
+            term.axes,
+            term.collective,
+            term.least,
+            term.cap if math.isinf(term.cap) else object(),
+        )
         known = table.get(key, term._replace(part=part, coefficient=0, calls=0))
-        table[key] = known._replace(coefficient=known.coefficient + term.coefficient, calls=known.calls + term.calls)
+        table[key] = known._replace(
+            coefficient=known.coefficient + term.coefficient, calls=known.calls + term.calls
+        )
     return list(table.values())
 
 
 def _lengths(cfg: TrainConfig, rules, sizes) -> tuple[list[int], list[int]]:
     """Tokens a row and rows a step that the sliders offer: doublings that divide over the mesh, the asked ones among them."""
-    cut, rows = (math.prod(sizes[axis] for axis in rules.mesh_axes(name)) for name in ("act_seq", "act_batch"))
-    seqs = {cfg.seq_len} | {2**n for n in range(9, 21) if 2**n % cut == 0 and 2**n <= cfg.model.max_position_embeddings}
+    cut, rows = (
+        math.prod(sizes[axis] for axis in rules.mesh_axes(name))
+        for name in ("act_seq", "act_batch")
+    )
+    seqs = {cfg.seq_len} | {
+        2**n for n in range(9, 21) if 2**n % cut == 0 and 2**n <= cfg.model.max_position_embeddings
+    }
     return sorted(seqs), sorted({cfg.batch_size} | {rows * 2**n for n in range(_STEPS)})
 
 

@@ -37,13 +37,27 @@ class StagePlan:
         """As a line for people."""
         first, last = self.learning_rate
         return (
-            f"{self.first_step} to {self.last_step}", f"{self.tokens:,}", f"{self.tokens_by_then:,}", f"{first:.2e} to {last:.2e}",
-            f"{self.batch_size} x {self.seq_len}", self.attention + (", learning indexer" if self.trains_indexer else ""), f"{self.mtp:g}",
+            f"{self.first_step} to {self.last_step}",
+            f"{self.tokens:,}",
+            f"{self.tokens_by_then:,}",
+            f"{first:.2e} to {last:.2e}",
+            f"{self.batch_size} x {self.seq_len}",
+            self.attention + (", learning indexer" if self.trains_indexer else ""),
+            f"{self.mtp:g}",
             gigabytes(self.memory_bytes),
-        )  # fmt: skip
+        )
 
 
-HEAD = ("steps", "tokens", "by then", "learning rate", "batch", "attention", "MTP weight", "memory of a device")
+HEAD = (
+    "steps",
+    "tokens",
+    "by then",
+    "learning rate",
+    "batch",
+    "attention",
+    "MTP weight",
+    "memory of a device",
+)
 
 
 def plan(cfg: TrainConfig) -> list[StagePlan]:
@@ -63,10 +77,19 @@ def plan(cfg: TrainConfig) -> list[StagePlan]:
         tokens += own
         stages.append(
             StagePlan(
-                start + 1, stop, own, tokens, (float(rate(start)), float(rate(stop - 1))), view.batch_size, view.seq_len,
-                view.attention, csa_of(view).teach, view.loss.mtp, memory_of(view, hardware),
+                start + 1,
+                stop,
+                own,
+                tokens,
+                (float(rate(start)), float(rate(stop - 1))),
+                view.batch_size,
+                view.seq_len,
+                view.attention,
+                csa_of(view).teach,
+                view.loss.mtp,
+                memory_of(view, hardware),
             )
-        )  # fmt: skip
+        )
     return stages
 
 

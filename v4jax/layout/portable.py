@@ -41,8 +41,12 @@ def write_stablehlo(path: str, cfg: TrainConfig, hardware: Hardware) -> dict[str
     check_batch(cfg, rules, sizes)
     places = state_shardings(cfg, rules, mesh)
     abstract = jax.eval_shape(functools.partial(state_from, cfg), abstract_params(cfg.model))
-    state = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), abstract, places)
-    rows = jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len), jnp.int32, sharding=batch_sharding(rules, mesh))
+    state = jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), abstract, places
+    )
+    rows = jax.ShapeDtypeStruct(
+        (cfg.batch_size, cfg.seq_len), jnp.int32, sharding=batch_sharding(rules, mesh)
+    )
     platform = _LOWERED_AS[platform_of(hardware)]
     leaves, tree = jax.tree.flatten(state)
 
@@ -51,10 +55,15 @@ def write_stablehlo(path: str, cfg: TrainConfig, hardware: Hardware) -> dict[str
         return jax.tree.leaves(state), metrics
 
     with jax.set_mesh(mesh):
-        exported = export.export(jax.jit(step, donate_argnums=0), platforms=(platform,))(leaves, {"tokens": rows, "segment_ids": rows})
+        exported = export.export(jax.jit(step, donate_argnums=0), platforms=(platform,))(
+            leaves, {"tokens": rows, "segment_ids": rows}
+        )
     data = exported.serialize()
     target.write_bytes(data)
     return {
-        "file": str(target), "bytes": len(data), "platform": platform,
-        "devices": exported.nr_devices, "inputs": len(exported.in_avals),
-    }  # fmt: skip
+        "file": str(target),
+        "bytes": len(data),
+        "platform": platform,
+        "devices": exported.nr_devices,
+        "inputs": len(exported.in_avals),
+    }

@@ -37,17 +37,30 @@ class Found:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "tried": self.tried, "rejected": self.rejected, "why": self.why(),
-            "ranked": [found.to_dict() for found in self.ranked[:SHOWN]], "front": [found.to_dict() for found in self.front],
-        }  # fmt: skip
+            "tried": self.tried,
+            "rejected": self.rejected,
+            "why": self.why(),
+            "ranked": [found.to_dict() for found in self.ranked[:SHOWN]],
+            "front": [found.to_dict() for found in self.front],
+        }
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """A table for people."""
         rows = [("tried", f"{self.tried} layouts", f"{len(self.ranked)} fit", "")]
         rows += [("rejected", reason, str(count), "") for reason, count in self.rejected.items()]
-        rows += [(f"{i + 1}.", f"{e.layout}: {e.mesh}", f"{e.step_seconds:.3f} s, {e.bound}", f"{gigabytes(e.memory_bytes)}, MFU {e.mfu:.1%}")
-                 for i, e in enumerate(self.ranked[:SHOWN])]  # fmt: skip
-        return rows + [("front", f"{e.layout}: {e.mesh}", f"{e.step_seconds:.3f} s", gigabytes(e.memory_bytes)) for e in self.front[:SHOWN]]
+        rows += [
+            (
+                f"{i + 1}.",
+                f"{e.layout}: {e.mesh}",
+                f"{e.step_seconds:.3f} s, {e.bound}",
+                f"{gigabytes(e.memory_bytes)}, MFU {e.mfu:.1%}",
+            )
+            for i, e in enumerate(self.ranked[:SHOWN])
+        ]
+        return rows + [
+            ("front", f"{e.layout}: {e.mesh}", f"{e.step_seconds:.3f} s", gigabytes(e.memory_bytes))
+            for e in self.front[:SHOWN]
+        ]
 
     def why(self) -> str:
         """Why the first of the ranking is first, in a sentence."""
@@ -55,17 +68,30 @@ class Found:
             return "nothing fits"
         best = self.ranked[0]
         text = f"{best.layout} on {best.mesh} is bound by {best.bound} and spends {best.exchange_seconds:.3f} s in exchanges"
-        other = next((e for e in self.ranked if e.layout != best.layout), None) or next((e for e in self.ranked if e != best), None)
+        other = next((e for e in self.ranked if e.layout != best.layout), None) or next(
+            (e for e in self.ranked if e != best), None
+        )
         if other is None:
             return text + "; nothing else fits"
-        costs = {part: other.parts[part][2] - best.parts.get(part, (0, 0, 0))[2] for part in other.parts}
+        costs = {
+            part: other.parts[part][2] - best.parts.get(part, (0, 0, 0))[2] for part in other.parts
+        }
         costs["exchanges"] = other.exchange_seconds - best.exchange_seconds
         worst = max(costs, key=costs.get)
-        return text + (f"; {other.layout} on {other.mesh} takes {other.step_seconds / best.step_seconds:.2f} times as long, most of all for "
-                       f"{worst} ({costs[worst] * 1e3:+.0f} ms)")  # fmt: skip
+        return text + (
+            f"; {other.layout} on {other.mesh} takes {other.step_seconds / best.step_seconds:.2f} times as long, most of all for "
+            f"{worst} ({costs[worst] * 1e3:+.0f} ms)"
+        )
 
 
-def search(cfg: TrainConfig, hardware: Hardware, devices: int, what: str = "train", fp8: bool = False, released: bool = False) -> Found:
+def search(
+    cfg: TrainConfig,
+    hardware: Hardware,
+    devices: int,
+    what: str = "train",
+    fp8: bool = False,
+    released: bool = False,
+) -> Found:
     """Ranks every layout of `cfg`'s model, length and batch on `devices` devices.
 
     Raises:
@@ -91,7 +117,9 @@ def search(cfg: TrainConfig, hardware: Hardware, devices: int, what: str = "trai
     if not fits:
         raise ValueError(_nothing(cfg, devices, hardware, closest, rejected))
     fits.sort(key=lambda e: (e.step_seconds, e.memory_bytes))
-    return Found(ranked=tuple(fits), front=front(fits), rejected=dict(rejected.most_common()), tried=tried)
+    return Found(
+        ranked=tuple(fits), front=front(fits), rejected=dict(rejected.most_common()), tried=tried
+    )
 
 
 def as_estimated(cfg: TrainConfig, found: Estimate) -> TrainConfig:
@@ -111,10 +139,18 @@ def candidates(
     is_own = isinstance(cfg.layout, AxisRules) and cfg.layout not in LAYOUTS.values()
     own = [cfg.layout] if is_own else []
     for layout, rules in (*LAYOUTS.items(), *((rules, rules) for rules in own)):
-        used = [axis for axis in MESH_AXES if axis != "slice" and any(axis in axes for _, axes in rules.table)]
+        used = [
+            axis
+            for axis in MESH_AXES
+            if axis != "slice" and any(axis in axes for _, axes in rules.table)
+        ]
         for sizes in factorings(devices, len(used)):
             mesh = {axis: size for axis, size in zip(used, sizes, strict=True)}
-            key = (layout in own, rules.exchange, tuple(sorted((a, s) for a, s in mesh.items() if s > 1)))
+            key = (
+                layout in own,
+                rules.exchange,
+                tuple(sorted((a, s) for a, s in mesh.items() if s > 1)),
+            )
             if key in seen:  # `full` with an axis of size 1 is one of the others
                 continue
             if reason := impossible(cfg, mesh):
@@ -164,13 +200,23 @@ def front(found: list[Estimate]) -> tuple[Estimate, ...]:
     return tuple(kept)
 
 
-def _nothing(cfg: TrainConfig, devices: int, hardware: Hardware, closest: tuple[float, TrainConfig] | None, rejected) -> str:
+def _nothing(
+    cfg: TrainConfig,
+    devices: int,
+    hardware: Hardware,
+    closest: tuple[float, TrainConfig] | None,
+    rejected,
+) -> str:
     if closest is None:
         nearest = max(devices, round(cfg.batch_size / devices) * devices)
-        return (f"batch: no mesh of {devices} devices divides {cfg.batch_size} rows of {cfg.seq_len} ({'; '.join(rejected)}); "
-                f"nearest that does: --batch {nearest}")  # fmt: skip
+        return (
+            f"batch: no mesh of {devices} devices divides {cfg.batch_size} rows of {cfg.seq_len} ({'; '.join(rejected)}); "
+            f"nearest that does: --batch {nearest}"
+        )
     need, one = closest
     has = hardware.of_a_device(devices).hbm_bytes
     enough = 2 ** math.ceil(math.log2(devices * need / (USABLE * has)))
-    return (f"nothing fits on {devices} devices of {hardware.name}: {one.layout} on {one.mesh} comes closest and needs "
-            f"{gigabytes(need)} of {gigabytes(has)} each; try --chips {max(enough, 2 * devices) // hardware.devices_per_chip}")  # fmt: skip
+    return (
+        f"nothing fits on {devices} devices of {hardware.name}: {one.layout} on {one.mesh} comes closest and needs "
+        f"{gigabytes(need)} of {gigabytes(has)} each; try --chips {max(enough, 2 * devices) // hardware.devices_per_chip}"
+    )

@@ -54,7 +54,10 @@ class Constants(NamedTuple):
 
 
 def constants_of(cfg: ModelConfig, rules: AxisRules, sizes: Mapping[str, int]) -> Constants:
-    batch, seq = (math.prod(sizes[axis] for axis in rules.mesh_axes(name)) for name in ("act_batch", "act_seq"))
+    batch, seq = (
+        math.prod(sizes[axis] for axis in rules.mesh_axes(name))
+        for name in ("act_batch", "act_seq")
+    )
     return Constants(batch, seq, cfg.index_topk)
 
 
@@ -68,7 +71,8 @@ def bases(k: Constants, seq: int, batch: int) -> dict[str, float]:
         "one": 1,
         "tokens": tokens,
         "rows": rows,
-        "csa_used": tokens * used,  # entries that queries meet: all of them under a mask, or those gathered
+        "csa_used": tokens
+        * used,  # entries that queries meet: all of them under a mask, or those gathered
         "csa_gathered": tokens * (used if used < csa else 0),
         "csa_scored": tokens * csa if choice else 0,
         "csa_choice": tokens if choice else 0,

@@ -27,49 +27,98 @@ _LANES = 128
 """Numbers in one row of a TPU's registers."""
 
 
-def traffic(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str) -> list[Term]:
+def traffic(
+    cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str
+) -> list[Term]:
     """Terms of kind "sent". platform: "tpu", "gpu" or "cpu" (simulated devices: an exchange is a gather there)."""
-    axes = {name: [a for a in rules.mesh_axes(name) if sizes[a] > 1] for name in ("act_batch", "act_seq", "act_heads", "experts", "vocab")}
+    axes = {
+        name: [a for a in rules.mesh_axes(name) if sizes[a] > 1]
+        for name in ("act_batch", "act_seq", "act_heads", "experts", "vocab")
+    }
     tokens = [axis for axis in MESH_AXES if axis in axes["act_batch"] + axes["act_seq"]]
     terms = []
     for weight in weights_of(cfg.model):
-        terms += _weight(cfg, weight, cut_of(weight, rules, sizes), tokens, axes["act_seq"], sizes, platform)
-    terms += [_sent("optimizer", [axis], kind, size) for axis, kind, size in muon(cfg.model, rules, sizes).sent]
+        terms += _weight(
+            cfg, weight, cut_of(weight, rules, sizes), tokens, axes["act_seq"], sizes, platform
+        )
+    terms += [
+        _sent("optimizer", [axis], kind, size)
+        for axis, kind, size in muon(cfg.model, rules, sizes).sent
+    ]
     terms += experts_sent(cfg, rules, sizes, platform)
     terms += _tensor(cfg, rules, axes["act_heads"], sizes, platform)
     terms += _sequence(cfg, axes["act_seq"], sizes)
     return [term for term in terms + _embedding(cfg, rules, axes, sizes) if term.coefficient]
 
 
-def _sent(part: str, axes: Iterable[str], kind: str, coefficient: float, basis: str = "one", calls: float = 1, least: float = 1) -> Term:
+def _sent(
+    part: str,
+    axes: Iterable[str],
+    kind: str,
+    coefficient: float,
+    basis: str = "one",
+    calls: float = 1,
+    least: float = 1,
+) -> Term:
     return Term("sent", part, coefficient, basis, tuple(axes), kind, calls, least)
 
 
-def _weight(cfg: TrainConfig, weight: Weight, cut: Cut, tokens: list[str], seq: list[str], sizes, platform: str) -> list[Term]:
+def _weight(
+    cfg: TrainConfig,
+    weight: Weight,
+    cut: Cut,
+    tokens: list[str],
+    seq: list[str],
+    sizes,
+    platform: str,
+) -> list[Term]:
     """One weight: gathered where it is used, its gradient summed."""
     if weight.optimizer == "none":
         return []
     item = 4 if weight.float32 or cfg.dtype == "float32" else 2
     times = 1 if weight.name.startswith("head/") or not cfg.remat else 2
     # Rows of the table are looked up where they lie.
-    cut_tokens = [] if weight.name.startswith("embed/") else [axis for axis in tokens if axis in cut.token_axes]
+    cut_tokens = (
+        []
+        if weight.name.startswith("embed/")
+        else [axis for axis in tokens if axis in cut.token_axes]
+    )
     terms = weight_gathered(weight, cut, cut_tokens, item, sizes, times)
     if weight.optimizer == "frozen":
         return terms
     return terms + _gradient(cfg, weight, cut, cut_tokens, tokens, seq, sizes, platform)
 
 
-def weight_gathered(weight: Weight, cut: Cut, axes: list[str], item: float, sizes, times: int = 1) -> list[Term]:
+def weight_gathered(
+    weight: Weight, cut: Cut, axes: list[str], item: float, sizes, times: int = 1
+) -> list[Term]:
     """A weight gathered `times` over `axes`: the outermost moves the whole weight, each further one a part of it."""
     whole, terms = weight.size / cut.others * item, []
     for step in [axes] if weight.is_expert and axes else [[axis] for axis in axes]:
         n = math.prod(sizes[axis] for axis in step)
-        terms.append(_sent(part_of(weight.name), step, "all-gather", times * whole * (n - 1) / n, calls=times * weight.layers))
+        terms.append(
+            _sent(
+                part_of(weight.name),
+                step,
+                "all-gather",
+                times * whole * (n - 1) / n,
+                calls=times * weight.layers,
+            )
+        )
         whole /= n
     return terms
 
 
-def _gradient(cfg, weight: Weight, cut: Cut, scattered: list[str], tokens: list[str], seq: list[str], sizes, platform: str) -> list[Term]:
+def _gradient(
+    cfg,
+    weight: Weight,
+    cut: Cut,
+    scattered: list[str],
+    tokens: list[str],
+    seq: list[str],
+    sizes,
+    platform: str,
+) -> list[Term]:
     """The gradient's sum over devices that saw other tokens: scattered where the weight is cut, else in full."""
     part, numbers = part_of(weight.name), weight.size / cut.others
     table = weight.name.startswith("embed/")
@@ -81,24 +130,47 @@ def _gradient(cfg, weight: Weight, cut: Cut, scattered: list[str], tokens: list[
         # XLA:CPU sums over all of them at once and cuts afterwards; whole matrices over the sequence first, then over rows.
         both = [axis for axis in tokens if axis in scattered + rest]
         layers_own = weight.uses and not scattered and not weight.name.startswith("head/")
-        steps = [[a for a in both if a in seq], [a for a in both if a not in seq]] if layers_own else [both]
+        steps = (
+            [[a for a in both if a in seq], [a for a in both if a not in seq]]
+            if layers_own
+            else [both]
+        )
         counts = [math.prod(sizes[axis] for axis in step) for step in steps]
-        return [_sent(part, step, "all-reduce", 2 * numbers * item * (c - 1) / c, calls=weight.layers) for step, c in zip(steps, counts, strict=True)]
+        return [
+            _sent(part, step, "all-reduce", 2 * numbers * item * (c - 1) / c, calls=weight.layers)
+            for step, c in zip(steps, counts, strict=True)
+        ]
     terms = []
     if scattered:
         # In full, of which a part is kept, at twice the bytes: the head's everywhere; by XLA:TPU also all but experts' over several axes, and
         # experts' over all devices.
-        odd = (n == math.prod(sizes.values())) if weight.is_expert else len(scattered) > 1 and not table
+        odd = (
+            (n == math.prod(sizes.values()))
+            if weight.is_expert
+            else len(scattered) > 1 and not table
+        )
         full = (platform == "tpu" and odd) or weight.name.startswith("head/")
         kind = "all-reduce" if full else "reduce-scatter"
-        terms.append(_sent(part, scattered, kind, (1 + full) * numbers * item * (n - 1) / n, "one", weight.layers, 1 / (1 + full)))
+        terms.append(
+            _sent(
+                part,
+                scattered,
+                kind,
+                (1 + full) * numbers * item * (n - 1) / n,
+                "one",
+                weight.layers,
+                1 / (1 + full),
+            )
+        )
     if rest:  # experts are summed over the other axes while they are whole
         left = numbers * item / (cut.tokens if table else 1 if weight.is_expert else n)
         terms.append(_sent(part, rest, "all-reduce", 2 * left * (r - 1) / r, calls=weight.layers))
     return terms
 
 
-def experts_sent(cfg: TrainConfig, rules: AxisRules, sizes, platform: str, what: str = "train") -> list[Term]:
+def experts_sent(
+    cfg: TrainConfig, rules: AxisRules, sizes, platform: str, what: str = "train"
+) -> list[Term]:
     """Rows to experts and back: in training forward, again where layers are rematerialised, and once each way as gradients."""
     model = cfg.model
     holders = [axis for axis in rules.mesh_axes("experts") if sizes[axis] > 1]
@@ -107,24 +179,48 @@ def experts_sent(cfg: TrainConfig, rules: AxisRules, sizes, platform: str, what:
         return []
     decodes = what == "decode"
     ways, basis = (1, "rows") if decodes else (3 if cfg.remat else 2, "tokens")
-    times = ways * (sum(layers_by_ratio(model).values()) - (model.num_nextn_predict_layers if decodes else 0))
+    times = ways * (
+        sum(layers_by_ratio(model).values()) - (model.num_nextn_predict_layers if decodes else 0)
+    )
     row = times * model.hidden_size * (4 if cfg.dtype == "float32" else 2)
     if not rules.exchange:
         kinds = ("all-gather", "reduce-scatter")
-        return [_sent("routed experts", holders, kind, row * (n - 1), basis, times) for kind in kinds]
+        return [
+            _sent("routed experts", holders, kind, row * (n - 1), basis, times) for kind in kinds
+        ]
     row *= model.num_experts_per_tok
     if platform == "cpu":  # every device gathers all rows, with the headroom on the way back
         cuts = rules.mesh_axes("act_batch") + (() if decodes else rules.mesh_axes("act_seq"))
-        assignments = cfg.batch_size * (1 if decodes else cfg.seq_len) * model.num_experts_per_tok // math.prod(sizes[axis] for axis in cuts)
-        return [_sent("routed experts", holders, "all-gather", row * (n - 1) * (1 + round_rows(assignments) / assignments), basis, 2 * times)]
-    gates = times * model.num_experts_per_tok * 4 * (_LANES if platform == "tpu" else 1)  # a TPU moves whole lanes
+        assignments = (
+            cfg.batch_size
+            * (1 if decodes else cfg.seq_len)
+            * model.num_experts_per_tok
+            // math.prod(sizes[axis] for axis in cuts)
+        )
+        return [
+            _sent(
+                "routed experts",
+                holders,
+                "all-gather",
+                row * (n - 1) * (1 + round_rows(assignments) / assignments),
+                basis,
+                2 * times,
+            )
+        ]
+    gates = (
+        times * model.num_experts_per_tok * 4 * (_LANES if platform == "tpu" else 1)
+    )  # a TPU moves whole lanes
     return [
-        _sent("routed experts", holders, "ragged-all-to-all", 2 * row * (n - 1) / n, basis, 2 * times),
+        _sent(
+            "routed experts", holders, "ragged-all-to-all", 2 * row * (n - 1) / n, basis, 2 * times
+        ),
         _sent("gates", holders, "ragged-all-to-all", gates * (n - 1) / n, basis, times, 0),
     ]
 
 
-def _tensor(cfg: TrainConfig, rules: AxisRules, tensor: list[str], sizes, platform: str) -> list[Term]:
+def _tensor(
+    cfg: TrainConfig, rules: AxisRules, tensor: list[str], sizes, platform: str
+) -> list[Term]:
     """Partial sums of heads, experts and words, added over the devices that share a token."""
     n = math.prod(sizes[axis] for axis in tensor)
     if n == 1:
@@ -136,15 +232,36 @@ def _tensor(cfg: TrainConfig, rules: AxisRules, tensor: list[str], sizes, platfo
     # XLA adds up what routed and shared experts make before it sums, and sums once (backward, twice in the last layer of a pattern),
     # unless routed rows travel first.
     apart = (3, 1 + 2 * inner, 4 if platform == "cpu" else 3)
-    forward, again, backward = apart if platform == "cpu" or rules.exchange else (2, 1 + inner, 2 - inner)
-    wide = (forward + (again if cfg.remat else 0) + backward) * model.hidden_size + model.q_lora_rank + model.head_dim
+    forward, again, backward = (
+        apart if platform == "cpu" or rules.exchange else (2, 1 + inner, 2 - inner)
+    )
+    wide = (
+        (forward + (again if cfg.remat else 0) + backward) * model.hidden_size
+        + model.q_lora_rank
+        + model.head_dim
+    )
     wide += model.num_experts_per_tok  # gradients of gates
     last = (1 + model.num_nextn_predict_layers) * model.hidden_size
     ring = 2 * (n - 1) / n
-    terms = [_sent("tensor sums", tensor, "all-reduce", ring * item * (wide * count + last), "tokens", 6 * count)]
+    terms = [
+        _sent(
+            "tensor sums",
+            tensor,
+            "all-reduce",
+            ring * item * (wide * count + last),
+            "tokens",
+            6 * count,
+        )
+    ]
     entries = ((layers[CSA], "csa_entries"), (layers[HCA], "hca_entries"))
-    terms += [_sent("attention", tensor, "all-reduce", ring * item * model.head_dim * k, basis, k) for k, basis in entries if k]
-    if [axis for axis in rules.mesh_axes("index_heads") if sizes[axis] > 1]:  # scores, before entries are chosen
+    terms += [
+        _sent("attention", tensor, "all-reduce", ring * item * model.head_dim * k, basis, k)
+        for k, basis in entries
+        if k
+    ]
+    if [
+        axis for axis in rules.mesh_axes("index_heads") if sizes[axis] > 1
+    ]:  # scores, before entries are chosen
         times = (2 if cfg.remat else 1) * layers[CSA]
         terms.append(_sent("indexers", tensor, "all-reduce", ring * 4 * times, "csa_scored", times))
     return terms
@@ -153,8 +270,13 @@ def _tensor(cfg: TrainConfig, rules: AxisRules, tensor: list[str], sizes, platfo
 def _inner(cfg: TrainConfig) -> float:
     """Share of layers whose expert sums the backward pass computes anew: all but the last of each pattern."""
     groups = cfg.model.layer_groups
-    layers = sum(len(group.kinds) * group.repeats for group in groups) + cfg.model.num_nextn_predict_layers
-    return 1 - (sum(group.repeats for group in groups) + cfg.model.num_nextn_predict_layers) / layers
+    layers = (
+        sum(len(group.kinds) * group.repeats for group in groups)
+        + cfg.model.num_nextn_predict_layers
+    )
+    return (
+        1 - (sum(group.repeats for group in groups) + cfg.model.num_nextn_predict_layers) / layers
+    )
 
 
 def _sequence(cfg: TrainConfig, axes: list[str], sizes) -> list[Term]:
@@ -167,18 +289,58 @@ def _sequence(cfg: TrainConfig, axes: list[str], sizes) -> list[Term]:
     times = 2 if cfg.remat else 1
     # The window of attention; float32 projections and gates of the windows that end here, CSA's of two windows in two halves.
     halo = model.sliding_window * model.head_dim * item * sum(layers.values()) * (times + 1)
-    pooled = 2 * 4 * (times + 1) * model.head_dim * (layers[HCA] * (HCA - 1) + layers[CSA] * _CSA_ROWS)
-    terms = [_sent("attention", axes, "collective-permute", halo, "rows", (times + 1) * sum(layers.values()))]
-    terms.append(_sent("compressors", axes, "collective-permute", pooled, "rows", 2 * (times + 1) * (layers[HCA] + 2 * layers[CSA])))
+    pooled = (
+        2 * 4 * (times + 1) * model.head_dim * (layers[HCA] * (HCA - 1) + layers[CSA] * _CSA_ROWS)
+    )
+    terms = [
+        _sent(
+            "attention",
+            axes,
+            "collective-permute",
+            halo,
+            "rows",
+            (times + 1) * sum(layers.values()),
+        )
+    ]
+    terms.append(
+        _sent(
+            "compressors",
+            axes,
+            "collective-permute",
+            pooled,
+            "rows",
+            2 * (times + 1) * (layers[HCA] + 2 * layers[CSA]),
+        )
+    )
     index = 2 * 4 * times * model.index_head_dim * layers[CSA] * _CSA_ROWS
-    terms.append(_sent("indexers", axes, "collective-permute", index, "rows", 4 * times * layers[CSA]))
+    terms.append(
+        _sent("indexers", axes, "collective-permute", index, "rows", 4 * times * layers[CSA])
+    )
     # The balance loss of a row needs what all its tokens chose.
     chosen = 4 * times * model.num_experts_per_tok * sum(layers.values()) * (n - 1)
     terms.append(_sent("gates", axes, "all-gather", chosen, "tokens", times * sum(layers.values())))
     share = (n - 1) / n * item
     for ratio, basis in ((CSA, "csa_entries"), (HCA, "hca_entries")):
-        terms.append(_sent("compressors", axes, "all-gather", share * times * model.head_dim * layers[ratio], basis, times * layers[ratio]))
-        terms.append(_sent("compressors", axes, "all-reduce", 2 * share * model.head_dim * layers[ratio], basis, layers[ratio]))
+        terms.append(
+            _sent(
+                "compressors",
+                axes,
+                "all-gather",
+                share * times * model.head_dim * layers[ratio],
+                basis,
+                times * layers[ratio],
+            )
+        )
+        terms.append(
+            _sent(
+                "compressors",
+                axes,
+                "all-reduce",
+                2 * share * model.head_dim * layers[ratio],
+                basis,
+                layers[ratio],
+            )
+        )
     keys = share * times * model.index_head_dim * layers[CSA]
     return [*terms, _sent("indexers", axes, "all-gather", keys, "csa_entries", times * layers[CSA])]
 
@@ -186,11 +348,26 @@ def _sequence(cfg: TrainConfig, axes: list[str], sizes) -> list[Term]:
 def _embedding(cfg: TrainConfig, rules: AxisRules, axes: dict[str, list[str]], sizes) -> list[Term]:
     """Rows of the table, for the tokens and for MTP's next ones: partial rows added, columns swapped."""
     model = cfg.model
-    width = [axis for axis in rules.mesh_axes("embed") if sizes[axis] > 1 and axis in axes["act_batch"] + axes["act_seq"]]
+    width = [
+        axis
+        for axis in rules.mesh_axes("embed")
+        if sizes[axis] > 1 and axis in axes["act_batch"] + axes["act_seq"]
+    ]
     words = axes["vocab"]
-    times, n, v = 1 + model.num_nextn_predict_layers, math.prod(sizes[a] for a in width), math.prod(sizes[a] for a in words)
+    times, n, v = (
+        1 + model.num_nextn_predict_layers,
+        math.prod(sizes[a] for a in width),
+        math.prod(sizes[a] for a in words),
+    )
     row = times * model.hidden_size * 4
     return [
         _sent("embedding", words, "all-reduce", row * 2 * (v - 1) / v, "tokens", times),
-        _sent("embedding", width, "all-to-all", row * (n - 1) / n * (2 if cfg.dtype == "float32" else 1.5), "tokens", 2 * times),
+        _sent(
+            "embedding",
+            width,
+            "all-to-all",
+            row * (n - 1) / n * (2 if cfg.dtype == "float32" else 1.5),
+            "tokens",
+            2 * times,
+        ),
     ]

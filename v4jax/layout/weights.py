@@ -66,22 +66,34 @@ class Cut(NamedTuple):
 @functools.cache
 def weights_of(cfg: ModelConfig) -> tuple[Weight, ...]:
     """The table of parameters."""
-    axes = jax.tree_util.tree_leaves_with_path(param_axes(cfg), is_leaf=lambda leaf: isinstance(leaf, tuple))
+    axes = jax.tree_util.tree_leaves_with_path(
+        param_axes(cfg), is_leaf=lambda leaf: isinstance(leaf, tuple)
+    )
     leaves = jax.tree.leaves(abstract_params(cfg))
-    return tuple(_weight(cfg, tuple(key.key for key in path), leaf.shape, names) for (path, names), leaf in zip(axes, leaves, strict=True))
+    return tuple(
+        _weight(cfg, tuple(key.key for key in path), leaf.shape, names)
+        for (path, names), leaf in zip(axes, leaves, strict=True)
+    )
 
 
 def _weight(cfg: ModelConfig, path: tuple[str, ...], shape, names) -> Weight:
     router = path[0] == "router"
     norm = path[-1] == "weight" and path[0] != "embed" and path[0] != "head"
-    matrix = not router and not norm and path[0] != "embed" and path[-1] not in ("base", "scale", "ape", "attn_sink")
+    matrix = (
+        not router
+        and not norm
+        and path[0] != "embed"
+        and path[-1] not in ("base", "scale", "ape", "attn_sink")
+    )
     uses = {"head": 1 + cfg.num_nextn_predict_layers}.get(path[0], 1) if matrix else 0
     if path[-1] == "h_proj":
         uses = cfg.hc_mult
     if "experts" in path:
         uses = cfg.num_experts_per_tok / cfg.n_routed_experts
     kept = path[-1] in _FLOAT32 - {"weight"} or norm or path[-2:] == ("compressor", "wkv")
-    return Weight("/".join(path), tuple(shape), names, "none" if router else optimizer_of(path), kept, uses)
+    return Weight(
+        "/".join(path), tuple(shape), names, "none" if router else optimizer_of(path), kept, uses
+    )
 
 
 def cut_of(weight: Weight, rules: AxisRules, sizes: Mapping[str, int]) -> Cut:
@@ -102,11 +114,24 @@ def _cut_of(weight: Weight, rules: AxisRules, items: tuple[tuple[str, int], ...]
         here = tuple(axis for axis in rules.mesh_axes(name) if sizes[axis] > 1)
         if size % (count := math.prod(sizes[axis] for axis in here)):
             where = " x ".join(f"{axis}={sizes[axis]}" for axis in here)
-            raise ValueError(f"{weight.name} {weight.shape}: axis {name!r} of size {size} does not divide by {where} = {count}")
+            raise ValueError(
+                f"{weight.name} {weight.shape}: axis {name!r} of size {size} does not divide by {where} = {count}"
+            )
         parts.append(here)
     flat = [axis for part in parts for axis in part]
     # Experts stay where they are although their axis splits tokens too; every other weight is gathered over such axes.
-    held = [axis for part, name in zip(parts, weight.axes, strict=True) if name == "experts" for axis in part]
+    held = [
+        axis
+        for part, name in zip(parts, weight.axes, strict=True)
+        if name == "experts"
+        for axis in part
+    ]
     tokens = tuple(axis for axis in flat if axis in split and axis not in held)
     others = tuple(axis for axis in flat if axis not in tokens)
-    return Cut(tuple(parts), tokens, others, math.prod(sizes[a] for a in tokens), math.prod(sizes[a] for a in others))
+    return Cut(
+        tuple(parts),
+        tokens,
+        others,
+        math.prod(sizes[a] for a in tokens),
+        math.prod(sizes[a] for a in others),
+    )

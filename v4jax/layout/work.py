@@ -25,9 +25,18 @@ FP8 = ("routed experts", "shared experts", "attention")
 
 def part_of(name: str) -> str:
     """The part of the model a parameter belongs to, as v4jax/cost.py names them."""
-    for mark, part in (("indexer", "indexers"), ("compressor", "compressors"), ("/attn/", "attention"), ("shared_experts", "shared experts"),
-                       ("experts", "routed experts"), ("gate", "gates"), ("hc_", "mHC"), ("head", "head"), ("embed", "embedding"),
-                       ("_proj", "attention")):  # fmt: skip
+    for mark, part in (
+        ("indexer", "indexers"),
+        ("compressor", "compressors"),
+        ("/attn/", "attention"),
+        ("shared_experts", "shared experts"),
+        ("experts", "routed experts"),
+        ("gate", "gates"),
+        ("hc_", "mHC"),
+        ("head", "head"),
+        ("embed", "embedding"),
+        ("_proj", "attention"),
+    ):
         if mark in name:
             return part
     return "norms"
@@ -42,7 +51,9 @@ def passes(cfg: TrainConfig, weight: Weight) -> int:
     return 4 if cfg.remat else 3
 
 
-def work(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str, fp8: bool = False) -> list[Term]:
+def work(
+    cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str, fp8: bool = False
+) -> list[Term]:
     """Terms of kind "flops" and "hbm" of one device and step. platform: "tpu", "gpu" or "cpu". fp8: with products of fp8 operands, which are
     made from others first."""
     model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
@@ -56,13 +67,17 @@ def work(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform:
         if weight.uses:
             n = passes(cfg, weight)
             # Experts' axis leaves FLOPs as they are: fewer experts, as many more rows each.
-            here = weight.size / (_parts(rules, sizes, "expert_hidden") if weight.is_expert else cut.others)
+            here = weight.size / (
+                _parts(rules, sizes, "expert_hidden") if weight.is_expert else cut.others
+            )
             terms.append(Term("flops", part, 2 * here * weight.uses * n, "tokens"))
             terms.append(Term("hbm", part, weight.size / cut.others * item * n))
     for stack in muon(model, rules, sizes).stacks:
         terms += _orthogonalise(stack)
     layers = layers_by_ratio(model)
-    terms += _scores(cfg, layers, _parts(rules, sizes, "act_heads"), _parts(rules, sizes, "index_heads"))
+    terms += _scores(
+        cfg, layers, _parts(rules, sizes, "act_heads"), _parts(rules, sizes, "index_heads")
+    )
     if fp8:
         terms += _operands(cfg, rules, sizes, item)
     return terms + _rows(cfg, rules, sizes, item, platform)
@@ -82,8 +97,13 @@ def _scores(cfg: TrainConfig, layers: dict[int, int], tensor: int, index_parts: 
     are recomputed on their own."""
     model = cfg.model
     again = 5 if cfg.remat else 4
-    heads, wide = model.num_attention_heads / tensor, model.num_attention_heads * model.head_dim / tensor
-    index = 2 * model.index_n_heads * (model.index_head_dim + 1) / index_parts * (3 if cfg.remat else 2)
+    heads, wide = (
+        model.num_attention_heads / tensor,
+        model.num_attention_heads * model.head_dim / tensor,
+    )
+    index = (
+        2 * model.index_n_heads * (model.index_head_dim + 1) / index_parts * (3 if cfg.remat else 2)
+    )
     # Score rows are float32 and pass memory about four times each way: product, mask and exponent, sum, product.
     moved = 4 * 4 * heads * again / 2
     window = 2 * model.sliding_window * sum(layers.values())
@@ -95,23 +115,38 @@ def _scores(cfg: TrainConfig, layers: dict[int, int], tensor: int, index_parts: 
         Term("hbm", "attention scores", moved * window, "tokens"),
         Term("hbm", "attention scores", moved * layers[CSA], "csa_used"),
         Term("hbm", "attention scores", moved * layers[HCA], "hca_used"),
-        Term("hbm", "attention scores", 2 * 2 * model.head_dim * layers[CSA] * again, "csa_gathered"),
+        Term(
+            "hbm", "attention scores", 2 * 2 * model.head_dim * layers[CSA] * again, "csa_gathered"
+        ),
         Term("hbm", "indexers", 4 * 3 * 3 * layers[CSA], "csa_scored"),
     ]
 
 
-def _rows(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], item: int, platform: str) -> list[Term]:
+def _rows(
+    cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], item: int, platform: str
+) -> list[Term]:
     """Memory traffic of activations outside of scores: residual streams, rows of attention and experts, logits. Kernels of a GPU take turns, so
     that element-wise ones are parts of their own; XLA:TPU fuses them with products, and the slower of the two counts."""
     model, n = cfg.model, 4 if cfg.remat else 3
     layers = sum(layers_by_ratio(model).values())
     tensor = _parts(rules, sizes, "act_heads")
-    streams = 2 * 5 * model.hc_mult * model.hidden_size  # two sites: mixing logits, collapse, and expand reads and writes
+    streams = (
+        2 * 5 * model.hc_mult * model.hidden_size
+    )  # two sites: mixing logits, collapse, and expand reads and writes
     attention = 6 * model.num_attention_heads * model.head_dim / tensor + 12 * model.hidden_size
     hidden = _parts(rules, sizes, "expert_hidden")
-    experts = model.num_experts_per_tok * (4 * model.hidden_size + 5 * model.moe_intermediate_size / hidden)
+    experts = model.num_experts_per_tok * (
+        4 * model.hidden_size + 5 * model.moe_intermediate_size / hidden
+    )
     apart = ", element-wise" if platform == "gpu" else ""
-    logits = 3 * 4 * model.vocab_size / _parts(rules, sizes, "vocab") * 4 * (1 + model.num_nextn_predict_layers)
+    logits = (
+        3
+        * 4
+        * model.vocab_size
+        / _parts(rules, sizes, "vocab")
+        * 4
+        * (1 + model.num_nextn_predict_layers)
+    )
     return [
         Term("hbm", "mHC", streams * item * n * layers, "tokens"),
         Term("hbm", "attention" + apart, attention * item * n * layers, "tokens"),
@@ -120,13 +155,19 @@ def _rows(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], item: in
     ]
 
 
-def _operands(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], item: int) -> list[Term]:
+def _operands(
+    cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], item: int
+) -> list[Term]:
     """fp8 operands of the products of attention with its weights and of experts. A block has one scale along the axis that a product
     sums over, so the backward pass, which sums over others, needs each array a second time: an array is read once and
     written once for a forward pass that keeps nothing, twice otherwise. A matrix of weights takes as much as an input."""
     model, layers = cfg.model, sum(layers_by_ratio(cfg.model).values())
     tensor, cut = _parts(rules, sizes, "act_heads"), _parts(rules, sizes, "expert_hidden")
-    hidden, latent, heads = model.hidden_size, model.q_lora_rank, model.num_attention_heads * model.head_dim / tensor
+    hidden, latent, heads = (
+        model.hidden_size,
+        model.q_lora_rank,
+        model.num_attention_heads * model.head_dim / tensor,
+    )
     groups, wide = model.o_groups * model.o_lora_rank / tensor, model.moe_intermediate_size / cut
     experts = model.num_experts_per_tok + 1
     inputs = hidden + latent + heads + groups + experts * (hidden + wide)
@@ -135,7 +176,10 @@ def _operands(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], item
     row = inputs * (kept + once * cfg.remat) + outputs * kept
     used = [weight for weight in weights_of(model) if weight.uses and part_of(weight.name) in FP8]
     matrices = sum(weight.size / cut_of(weight, rules, sizes).others for weight in used)
-    return [Term("hbm", "fp8 operands", row * layers, "tokens"), Term("hbm", "fp8 operands", matrices * (kept + once * cfg.remat))]
+    return [
+        Term("hbm", "fp8 operands", row * layers, "tokens"),
+        Term("hbm", "fp8 operands", matrices * (kept + once * cfg.remat)),
+    ]
 
 
 def _orthogonalise(stack: Stack) -> list[Term]:

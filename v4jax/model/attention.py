@@ -26,12 +26,31 @@ from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 from v4jax.model.compressor import Compressor
 from v4jax.model.dense import dense, precision_of
 from v4jax.model.documents import Documents, Entries, whole_windows
-from v4jax.model.indexer import FEW_QUERIES, Indexer, IndexInputs, IndexLoss, best_of, best_slots, index_loss, index_scores
-from v4jax.model.indexer import may_search, top_k_mask
+from v4jax.model.indexer import (
+    FEW_QUERIES,
+    Indexer,
+    IndexInputs,
+    IndexLoss,
+    best_of,
+    best_slots,
+    index_loss,
+    index_scores,
+    may_search,
+    top_k_mask,
+)
 from v4jax.model.norm import RMSNorm, rms_norm
 from v4jax.model.packed import as_kept
 from v4jax.model.rotary import rotate
-from v4jax.model.state import SPARE_ROWS, Kept, LayerCache, Slots, all_rows, chosen_rows, slots_spec, window_rows
+from v4jax.model.state import (
+    SPARE_ROWS,
+    Kept,
+    LayerCache,
+    Slots,
+    all_rows,
+    chosen_rows,
+    slots_spec,
+    window_rows,
+)
 from v4jax.model.weights import Csa, Weights
 from v4jax.quant.fake import fp8_keys
 
@@ -119,26 +138,43 @@ def attend(
     batch, seq, heads = "act_batch", "act_seq", "act_heads"
     (slots,) = rules.mesh_axes("cache_slots") or (None,)
     split = _Split(
-        axis, *(rules.mesh_axes(name) for name in ("index_heads", heads)), rules.mesh_axes(batch) + rules.mesh_axes(seq), slots
-    )  # fmt: skip
+        axis,
+        *(rules.mesh_axes(name) for name in ("index_heads", heads)),
+        rules.mesh_axes(batch) + rules.mesh_axes(seq),
+        slots,
+    )
 
     def spec(x, *names):
         """None for what is absent; rows of one document have a batch of 1, which is not cut."""
-        return None if x is None else rules.spec((None if x.shape[0] == 1 else names[0], *names[1:]))
+        return (
+            None if x is None else rules.spec((None if x.shape[0] == 1 else names[0], *names[1:]))
+        )
 
     specs = (
         rules.spec((batch, seq, heads, None)),
         rules.spec((batch, seq, None)),
         rules.spec((heads,)),
         spec(documents.segment_BS, batch, seq),
-        None if far is None else _Far(_rows_spec(rules, far.entry_BCH), *(spec(x, batch, "cache_slots") for x in far[1:])),
-        None if index is None else IndexInputs(
-            rules.spec((batch, seq, "index_heads", None)), rules.spec((batch, seq, "index_heads")), _rows_spec(rules, index.key_BCJ)
+        None
+        if far is None
+        else _Far(
+            _rows_spec(rules, far.entry_BCH), *(spec(x, batch, "cache_slots") for x in far[1:])
         ),
-        None if past is None else Past(rules.spec((batch, None, None)), rules.spec((batch, None)), rules.spec((batch,))),
-    )  # fmt: skip
+        None
+        if index is None
+        else IndexInputs(
+            rules.spec((batch, seq, "index_heads", None)),
+            rules.spec((batch, seq, "index_heads")),
+            _rows_spec(rules, index.key_BCJ),
+        ),
+        None
+        if past is None
+        else Past(rules.spec((batch, None, None)), rules.spec((batch, None)), rules.spec((batch,))),
+    )
     loss = IndexLoss(*[rules.spec(())] * 3) if csa.teach and index is not None else None
-    return jax.shard_map(functools.partial(_attend, cfg, csa, split), in_specs=specs, out_specs=(specs[0], loss))(*arguments)
+    return jax.shard_map(
+        functools.partial(_attend, cfg, csa, split), in_specs=specs, out_specs=(specs[0], loss)
+    )(*arguments)
 
 
 def _rows_spec(rules: AxisRules, rows: jax.Array | Slots):
@@ -148,24 +184,43 @@ def _rows_spec(rules: AxisRules, rows: jax.Array | Slots):
     return Slots(slots_spec(rules, rows.stack), rules.spec(()), rules.spec(()))
 
 
-def _attend(cfg: ModelConfig, csa: Csa, split: _Split, q_BSNH, kv_BSH, sink_N, segment_BS, far: _Far | None, index, past):
+def _attend(
+    cfg: ModelConfig,
+    csa: Csa,
+    split: _Split,
+    q_BSNH,
+    kv_BSH,
+    sink_N,
+    segment_BS,
+    far: _Far | None,
+    index,
+    past,
+):
     """`attend` for one device's rows and heads, in chunks of queries."""
     batch, seq, heads, _ = q_BSNH.shape
     window = cfg.sliding_window
     # Numbers that gradients flow to, not positions: what is seen must be known to be the same on devices with other heads.
     entry_BCH = None if far is None else far.entry_BCH
-    sink_N, kv_BSH, entry_BCH = jax.tree.map(lambda x: vary_like(x, q_BSNH), (sink_N, kv_BSH, entry_BCH))
+    sink_N, kv_BSH, entry_BCH = jax.tree.map(
+        lambda x: vary_like(x, q_BSNH), (sink_N, kv_BSH, entry_BCH)
+    )
     far = far and far._replace(entry_BCH=entry_BCH)
     if past is None:
         block, first_B = window, jnp.reshape(first_row(split.seq, seq), 1)
         kv_BSH = with_rows_before(kv_BSH, window, split.seq)
         row_BV = first_B[:, None] + jnp.arange(-window, seq, dtype=jnp.int32)[None]
     else:
-        block, first_B, row_BV = seq if seq <= max(window, SPARE_ROWS) else window, past.start_B, past.row_BV
+        block, first_B, row_BV = (
+            seq if seq <= max(window, SPARE_ROWS) else window,
+            past.start_B,
+            past.row_BV,
+        )
         kv_BSH = vary_like(past.rows_BVH, q_BSNH)
     segment_BV = None if segment_BS is None else with_rows_before(segment_BS, window, split.seq)
     blocks, chunks = _chunks(cfg, csa, split, q_BSNH.shape, block, far, index)
-    queries = _cut(q_BSNH, kv_BSH, first_B, row_BV, segment_BS, segment_BV, index, block, blocks, chunks)
+    queries = _cut(
+        q_BSNH, kv_BSH, first_B, row_BV, segment_BS, segment_BV, index, block, blocks, chunks
+    )
     keys = None if index is None else index.key_BCJ
     if split.slots and keys is not None:
         keys = keys._replace(used=keys.used - first_row(split.slots, keys.count))
@@ -178,7 +233,9 @@ def _attend(cfg: ModelConfig, csa: Csa, split: _Split, q_BSNH, kv_BSH, sink_N, s
     else:
         out, loss = jax.lax.map(jax.checkpoint(one, prevent_cse=False), queries)
         out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, *out.shape[3:])
-    loss = jax.tree.map(lambda x: jax.lax.psum(x.sum(), split.queries) if split.queries else x.sum(), loss)
+    loss = jax.tree.map(
+        lambda x: jax.lax.psum(x.sum(), split.queries) if split.queries else x.sum(), loss
+    )
     return out[:, :seq], loss
 
 
@@ -187,7 +244,15 @@ def _gathers(cfg: ModelConfig, csa: Csa, slots: int, rows: int) -> bool:
     return not csa.dense and slots >= (GATHER_FROM if rows >= FEW_QUERIES else 1) * cfg.index_topk
 
 
-def _chunks(cfg: ModelConfig, csa: Csa, split: _Split, q_shape, block: int, far: _Far | None, index: IndexInputs | None) -> tuple[int, int]:
+def _chunks(
+    cfg: ModelConfig,
+    csa: Csa,
+    split: _Split,
+    q_shape,
+    block: int,
+    far: _Far | None,
+    index: IndexInputs | None,
+) -> tuple[int, int]:
     """(blocks of queries in a chunk, chunks), so that a chunk's scores stay within CHUNK_BYTES."""
     batch, seq, heads, dim = q_shape
     slots = columns = 0 if far is None else far.last_BC.shape[1]
@@ -202,7 +267,18 @@ def _chunks(cfg: ModelConfig, csa: Csa, split: _Split, q_shape, block: int, far:
     return -(-seq // (chunks * block)), chunks
 
 
-def _cut(q_BSNH, kv_BVH, first_B, row_BV, segment_BS, segment_BV, index, block: int, blocks: int, chunks: int) -> Queries:
+def _cut(
+    q_BSNH,
+    kv_BVH,
+    first_B,
+    row_BV,
+    segment_BS,
+    segment_BV,
+    index,
+    block: int,
+    blocks: int,
+    chunks: int,
+) -> Queries:
     """Pads rows to whole chunks and stacks the chunks on a new first axis; V = W + S, keys behind the W rows before them."""
     total = chunks * blocks * block
 
@@ -216,7 +292,11 @@ def _cut(q_BSNH, kv_BVH, first_B, row_BV, segment_BS, segment_BV, index, block: 
         if block == q_BSNH.shape[1]:
             return x[None, :, None]
         before = x.shape[1] - q_BSNH.shape[1]
-        x = jnp.pad(x, [(0, 0), (0, before + total - x.shape[1])] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+        x = jnp.pad(
+            x,
+            [(0, 0), (0, before + total - x.shape[1])] + [(0, 0)] * (x.ndim - 2),
+            constant_values=fill,
+        )
         x = x.reshape(x.shape[0], chunks * blocks + 1, block, *x.shape[2:])
         x = jnp.concatenate((x[:, :-1], x[:, 1:]), axis=2)
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, blocks, *x.shape[2:]), 1, 0)
@@ -225,7 +305,13 @@ def _cut(q_BSNH, kv_BVH, first_B, row_BV, segment_BS, segment_BV, index, block: 
     return Queries(
         chunked(q_BSNH),
         banded(kv_BVH),
-        jnp.moveaxis((first_B[:, None] + jnp.arange(total, dtype=jnp.int32)[None]).reshape(-1, chunks, blocks * block), 1, 0),
+        jnp.moveaxis(
+            (first_B[:, None] + jnp.arange(total, dtype=jnp.int32)[None]).reshape(
+                -1, chunks, blocks * block
+            ),
+            1,
+            0,
+        ),
         banded(row_BV, fill=-1),
         chunked(segment_BS) if packed else None,
         banded(segment_BV) if packed else None,
@@ -235,12 +321,22 @@ def _cut(q_BSNH, kv_BVH, first_B, row_BV, segment_BS, segment_BV, index, block: 
     )
 
 
-def _attend_chunk(cfg: ModelConfig, csa: Csa, split: _Split, chunk: Queries, sink_N, entries: _Far | None, index_key):
+def _attend_chunk(
+    cfg: ModelConfig,
+    csa: Csa,
+    split: _Split,
+    chunk: Queries,
+    sink_N,
+    entries: _Far | None,
+    index_key,
+):
     """(attention of one chunk of queries [B,T,N,H], loss of its indexer or None)."""
     batch, rows, heads, dim = chunk.q_BTNH.shape
     q_BUWNH = (chunk.q_BTNH * dim**-0.5).reshape(batch, chunk.window_BUWH.shape[1], -1, heads, dim)
     near = _einsum("BUWNH,BUVH->BUWNV", q_BUWNH, chunk.window_BUWH)
-    near = jnp.where(_window_mask(chunk, cfg.sliding_window)[:, :, :, None], near, -jnp.inf).reshape(batch, rows, heads, -1)
+    near = jnp.where(
+        _window_mask(chunk, cfg.sliding_window)[:, :, :, None], near, -jnp.inf
+    ).reshape(batch, rows, heads, -1)
     sink_11N = sink_N[None, None]
     peak = jnp.maximum(near.max(-1), sink_11N)
     far = loss = None
@@ -276,10 +372,16 @@ def _choose(cfg: ModelConfig, csa: Csa, split: _Split, chunk: Queries, entries: 
         return visible_BTC, all_rows(entries.entry_BCH, dtype), None
     index = IndexInputs(chunk.index_q, chunk.index_w, index_key)
     if not split.index_heads and may_search(index_key, most):
-        score_BTK, index_BTK = best_slots(index, chunk.row_BT - CSA * first_row(split.slots, index_key.count), most)
+        score_BTK, index_BTK = best_slots(
+            index, chunk.row_BT - CSA * first_row(split.slots, index_key.count), most
+        )
     else:
-        if not csa.teach and not isinstance(index_key, Slots):  # scores that gradients flow through are not left out
-            index = index._replace(key_BCJ=Slots(index_key[None], jnp.int32(0), _seen_slots(chunk, entries)))
+        if not csa.teach and not isinstance(
+            index_key, Slots
+        ):  # scores that gradients flow through are not left out
+            index = index._replace(
+                key_BCJ=Slots(index_key[None], jnp.int32(0), _seen_slots(chunk, entries))
+            )
         score_BTC = index_scores(index)
         if split.index_heads:
             score_BTC = jax.lax.psum(score_BTC, split.index_heads)
@@ -288,7 +390,11 @@ def _choose(cfg: ModelConfig, csa: Csa, split: _Split, chunk: Queries, entries: 
         if csa.dense or (slots <= most and not split.slots):
             return visible_BTC, all_rows(entries.entry_BCH, dtype), score_BTC
         if not split.slots and not _gathers(cfg, csa, slots, score_BTC.shape[1]):
-            return visible_BTC & top_k_mask(score_BTC, most), all_rows(entries.entry_BCH, dtype), score_BTC
+            return (
+                visible_BTC & top_k_mask(score_BTC, most),
+                all_rows(entries.entry_BCH, dtype),
+                score_BTC,
+            )
         score_BTK, index_BTK = best_of(score_BTC, min(most, slots))
     chosen_BTK = score_BTK > -jnp.inf
     if split.slots:
@@ -318,19 +424,32 @@ def _window_mask(chunk: Queries, window: int) -> jax.Array:
     band = (key_BU1W <= row_BUW1) & (key_BU1W > jnp.maximum(row_BUW1 - window, -1))
     if chunk.segment_BT is None:
         return band
-    own = chunk.segment_BT.reshape(chunk.segment_BT.shape[0], -1, window, 1) == chunk.segment_BUW[:, :, None]
+    own = (
+        chunk.segment_BT.reshape(chunk.segment_BT.shape[0], -1, window, 1)
+        == chunk.segment_BUW[:, :, None]
+    )
     return band & own
 
 
 def _visible(chunk: Queries, entries: _Far) -> jax.Array:
     """Entry c is visible to query t iff its last row is at most t, in the same document: c < (t+1)//M; [B or 1,T,C]."""
     seen = entries.last_BC[:, None] <= chunk.row_BT[..., None]
-    return seen if entries.segment_BC is None else seen & (entries.segment_BC[:, None] == chunk.segment_BT[..., None])
+    return (
+        seen
+        if entries.segment_BC is None
+        else seen & (entries.segment_BC[:, None] == chunk.segment_BT[..., None])
+    )
 
 
 def _seen_slots(chunk: Queries, entries: _Far) -> jax.Array:
     """How many slots, from the first on, some query of the chunk may see."""
-    return jnp.max(jnp.where(entries.last_BC <= jnp.max(chunk.row_BT), jnp.arange(1, entries.last_BC.shape[1] + 1)[None], 0))
+    return jnp.max(
+        jnp.where(
+            entries.last_BC <= jnp.max(chunk.row_BT),
+            jnp.arange(1, entries.last_BC.shape[1] + 1)[None],
+            0,
+        )
+    )
 
 
 class Attention(Weights):
@@ -346,9 +465,13 @@ class Attention(Weights):
         heads, groups, rank = cfg.num_attention_heads, cfg.o_groups, cfg.o_lora_rank
         init = nn.initializers.normal(cfg.initializer_range)
         wq_a = self.weight("wq_a", (hidden, cfg.q_lora_rank), ("embed", "q_lora"), init, low=True)
-        wq_b = self.weight("wq_b", (cfg.q_lora_rank, heads * dim), ("q_lora_in", "heads"), init, low=True)
+        wq_b = self.weight(
+            "wq_b", (cfg.q_lora_rank, heads * dim), ("q_lora_in", "heads"), init, low=True
+        )
         wkv = self.weight("wkv", (hidden, dim), ("embed", "head_dim"), init, low=True)
-        wo_a = self.weight("wo_a", (heads // groups * dim, groups * rank), ("group_in", "groups"), init, low=True)
+        wo_a = self.weight(
+            "wo_a", (heads // groups * dim, groups * rank), ("group_in", "groups"), init, low=True
+        )
         wo_b = self.weight("wo_b", (groups * rank, hidden), ("groups", "embed"), init, low=True)
         sink_N = self.weight("attn_sink", (heads,), ("sinks",), nn.initializers.zeros, True)
         turn = documents.turn if self.ratio == WINDOW_ONLY else documents.compressed_turn
@@ -359,7 +482,9 @@ class Attention(Weights):
         q_BSNH = dense(self.act_quant(qr_BSQ), wq_b).reshape(*x_BSD.shape[:2], heads, dim)
         q_BSNH = self.rules.constrain(q_BSNH, "act_batch", "act_seq", "act_heads", None)
         q_BSNH = rotate(rms_norm(q_BSNH, cfg.rms_norm_eps), turn.heads())
-        kv_BSH = rotate(RMSNorm(*self.own, cfg.rms_norm_eps, name="kv_norm")(dense(low_BSD, wkv)), turn)
+        kv_BSH = rotate(
+            RMSNorm(*self.own, cfg.rms_norm_eps, name="kv_norm")(dense(low_BSD, wkv)), turn
+        )
         kv_BSH = fp8_keys(kv_BSH, cfg.qk_rope_head_dim) if self.quant == "official" else kv_BSH
         entry_BCH = index = past = entry_kept = index_kept = None
         if self.ratio != WINDOW_ONLY:
@@ -367,13 +492,29 @@ class Attention(Weights):
             entry_BCH, entry_kept = compressor(x_BSD, entries, kept and kept.part(kept.cache.entry))
         if self.ratio == CSA:
             indexer = Indexer(*self.own, cfg, name="indexer")
-            index, index_kept = indexer(x_BSD, qr_BSQ, turn, entries, kept and kept.part(kept.cache.index))
+            index, index_kept = indexer(
+                x_BSD, qr_BSQ, turn, entries, kept and kept.part(kept.cache.index)
+            )
         if kept is not None:
             kv_BSH = as_kept(kept.cache.window, kv_BSH)
             past, window = _continue(cfg, kv_BSH, kept)
-            kept = kept.part(LayerCache(window, *(part and part.cache for part in (entry_kept, index_kept))))
+            kept = kept.part(
+                LayerCache(window, *(part and part.cache for part in (entry_kept, index_kept)))
+            )
             entries = entry_BCH and whole_windows(self.ratio, entry_BCH.count)
-        out_BSNH, loss = attend(self.rules, cfg, q_BSNH, kv_BSH, sink_N, documents, entries, entry_BCH, index, past, self.csa)
+        out_BSNH, loss = attend(
+            self.rules,
+            cfg,
+            q_BSNH,
+            kv_BSH,
+            sink_N,
+            documents,
+            entries,
+            entry_BCH,
+            index,
+            past,
+            self.csa,
+        )
         # Keys are values too, so each value came rotated; turning back by the query's angle leaves relative angles.
         out_BSNH = rotate(out_BSNH, turn.heads(), inverse=True)
         return dense(self.act_quant(_narrow(out_BSNH, wo_a, groups)), wo_b), kept, loss
@@ -381,12 +522,19 @@ class Attention(Weights):
 
 def _continue(cfg: ModelConfig, kv_BSH: jax.Array, kept: Kept) -> tuple[Past, jax.Array]:
     """(this chunk's rows and those before it, the ring of window rows with this chunk in it)."""
-    ring, rows_BVH, row_BV = window_rows(kept.cache.window, kept.layer, kv_BSH, kept.stretch, cfg.sliding_window)
+    ring, rows_BVH, row_BV = window_rows(
+        kept.cache.window, kept.layer, kv_BSH, kept.stretch, cfg.sliding_window
+    )
     return Past(rows_BVH, row_BV, kept.stretch.start_B), ring
 
 
 def _narrow(o_BSNH: jax.Array, wo_a: jax.Array, groups: int) -> jax.Array:
     """Each group of heads through its own block of wo_a [(N/G)*H, G*O]; [B,S,G*O]."""
     o_BSGI = o_BSNH.reshape(*o_BSNH.shape[:2], groups, -1)
-    low_BSGO = jnp.einsum("BSGI,IGO->BSGO", o_BSGI, wo_a.reshape(wo_a.shape[0], groups, -1), precision=precision_of(o_BSNH))
+    low_BSGO = jnp.einsum(
+        "BSGI,IGO->BSGO",
+        o_BSGI,
+        wo_a.reshape(wo_a.shape[0], groups, -1),
+        precision=precision_of(o_BSNH),
+    )
     return low_BSGO.reshape(*o_BSNH.shape[:2], -1)

@@ -28,19 +28,27 @@ class Block(Weights):
 
     @nn.compact
     def __call__(
-        self, x_BSXD: jax.Array, tokens_BS: jax.Array, documents: Documents, kept: Kept | None = None
+        self,
+        x_BSXD: jax.Array,
+        tokens_BS: jax.Array,
+        documents: Documents,
+        kept: Kept | None = None,
     ) -> tuple[jax.Array, Routing, Kept | None, IndexLoss | None]:
         cfg, own = self.cfg, self.own
         with jax.named_scope("attention"):
             u_BSD, pre_BSX, mix = HyperConnection(*own, cfg, name="hc_attn")(x_BSXD)
             u_BSD = RMSNorm(*own, cfg.rms_norm_eps, name="attn_norm")(u_BSD)
-            y_BSD, kept, loss = Attention(*own, cfg, self.kind.compress_ratio, name="attn")(u_BSD, documents, kept)
+            y_BSD, kept, loss = Attention(*own, cfg, self.kind.compress_ratio, name="attn")(
+                u_BSD, documents, kept
+            )
             x_BSXD = self._place(expand(y_BSD, x_BSXD, mix))
             seen = look(pre_BSX, mix, y_BSD, x_BSXD) if documents.ask.watch else None
         with jax.named_scope("experts"):
             u_BSD, pre_BSX, mix = HyperConnection(*own, cfg, name="hc_ffn")(x_BSXD)
             u_BSD = RMSNorm(*own, cfg.rms_norm_eps, name="ffn_norm")(u_BSD)
-            y_BSD, routing = MoE(*own, cfg, self.kind.hash_routed, name="ffn")(u_BSD, tokens_BS, documents)
+            y_BSD, routing = MoE(*own, cfg, self.kind.hash_routed, name="ffn")(
+                u_BSD, tokens_BS, documents
+            )
             x_BSXD = self._place(expand(y_BSD, x_BSXD, mix))
             if seen is not None:
                 routing = routing._replace(seen=both(seen, look(pre_BSX, mix, y_BSD, x_BSXD)))
@@ -66,14 +74,26 @@ class Pattern(Weights):
         for i, kind in enumerate(self.kinds):
             name = f"block_{i}"
             block = Block(*self.own, self.cfg, kind, name=name)
-            x_BSXD, routing[name], own, loss = block(x_BSXD, tokens_BS, documents, kept and kept.part(kept.cache[name]))
+            x_BSXD, routing[name], own, loss = block(
+                x_BSXD, tokens_BS, documents, kept and kept.part(kept.cache[name])
+            )
             cache[name] = own and own.cache
             if loss is not None:
                 index[name] = loss
         return (x_BSXD, kept and Kept(cache, kept.layer + 1, kept.stretch)), (routing, index)
 
 
-def stack(rules, dtype: jnp.dtype, quant: str, csa: Csa, cfg: ModelConfig, kinds, repeats: int, remat: bool, name: str) -> nn.Module:
+def stack(
+    rules,
+    dtype: jnp.dtype,
+    quant: str,
+    csa: Csa,
+    cfg: ModelConfig,
+    kinds,
+    repeats: int,
+    remat: bool,
+    name: str,
+) -> nn.Module:
     """`repeats` Patterns in a row as one scanned module; weights gain a first axis "layers"."""
     # Two layers in a loop cost more in slicing than they save in compiling; models that need remat are large, there it is the other way.
     loop = repeats > (1 if remat else 2)

@@ -27,7 +27,13 @@ from v4jax.quant.fake import fp8_keys, mxfp4_rotated
 
 
 def pool(
-    rules: AxisRules, c_BSH: jax.Array, z_BSH: jax.Array, ape_MH: jax.Array, entries: Entries, ratio: int, continued: bool = False
+    rules: AxisRules,
+    c_BSH: jax.Array,
+    z_BSH: jax.Array,
+    ape_MH: jax.Array,
+    entries: Entries,
+    ratio: int,
+    continued: bool = False,
 ) -> jax.Array:
     """Entry = sum over rows of softmax(z + ape) * c, per channel; float32 [B,C,H] (H halves for CSA).
 
@@ -37,7 +43,11 @@ def pool(
     batch, seq = "act_batch", "act_seq"
     # Windows stand back to back in every shard if rows are one document and shards are whole windows.
     shards = rules.shards(seq)
-    aligned = not continued and entries.segment_BC is None and (shards == 1 or c_BSH.shape[1] // shards % ratio == 0)
+    aligned = (
+        not continued
+        and entries.segment_BC is None
+        and (shards == 1 or c_BSH.shape[1] // shards % ratio == 0)
+    )
     first_BC = None if aligned else entries.first_BC
     if not rules:
         return _pool(c_BSH, z_BSH, ape_MH, first_BC, entries.overlaps_BC, ratio, None)
@@ -49,7 +59,9 @@ def pool(
     rows = rules.spec((batch, seq, None))
     slots = rules.spec((None if entries.first_BC.shape[0] == 1 else batch, seq))
     in_specs = (rows, rows, rules.spec((None, None)), None if aligned else slots, slots)
-    return jax.shard_map(local, in_specs=in_specs, out_specs=rows)(c_BSH, z_BSH, ape_MH, first_BC, entries.overlaps_BC)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=rows)(
+        c_BSH, z_BSH, ape_MH, first_BC, entries.overlaps_BC
+    )
 
 
 def _pool(c_BSH, z_BSH, ape_MH, first_BC, overlaps_BC, ratio: int, axis: str | None) -> jax.Array:
@@ -61,13 +73,17 @@ def _pool(c_BSH, z_BSH, ape_MH, first_BC, overlaps_BC, ratio: int, axis: str | N
         half = c.shape[-1] // 2
         before = overlaps_BC[..., None, None]
         c_before = jnp.where(before, windows(c_BSH[..., :half], back=1), 0)
-        z_before = jnp.where(before, windows(z_BSH[..., :half], back=1) + ape_MH[..., :half], -jnp.inf)
+        z_before = jnp.where(
+            before, windows(z_BSH[..., :half], back=1) + ape_MH[..., :half], -jnp.inf
+        )
         c = jnp.concatenate((c_before, c[..., half:]), axis=2)
         z = jnp.concatenate((z_before, z[..., half:]), axis=2)
     return jnp.sum(jax.nn.softmax(z, axis=2) * c, axis=2)
 
 
-def _windows(x_BSH: jax.Array, first_BC, slots: int, ratio: int, axis: str | None, back: int = 0) -> jax.Array:
+def _windows(
+    x_BSH: jax.Array, first_BC, slots: int, ratio: int, axis: str | None, back: int = 0
+) -> jax.Array:
     """Rows of each window [B,C,M,H], or of the window `back` windows before it (wrong where there is none: mask it)."""
     batch, rows, width = x_BSH.shape
     if first_BC is None:
@@ -98,7 +114,9 @@ class Compressor(Weights):
         """(entries, None); of rows that continue others, (Slots of all entries so far, what is kept). None: no entries."""
         width = self.head_dim * (2 if self.ratio == CSA else 1)
         init = nn.initializers.normal(self.cfg.initializer_range)
-        ape = self.weight("ape", (self.ratio, width), ("ape_rows", "entry"), nn.initializers.zeros, True)
+        ape = self.weight(
+            "ape", (self.ratio, width), ("ape_rows", "entry"), nn.initializers.zeros, True
+        )
         wkv = self.weight("wkv", (x_BSD.shape[-1], width), ("embed", "entry"), init, True)
         wgate = self.weight("wgate", (x_BSD.shape[-1], width), ("embed", "entry"), init, True)
         norm = RMSNorm(*self.own, self.cfg.rms_norm_eps, name="norm")
@@ -113,30 +131,54 @@ class Compressor(Weights):
             entry, kept = _continue(self.rules, kept, c_BSH, z_BSH, ape, entries, self.ratio)
         entry = rotate(norm(entry.astype(self.dtype)), entries.turn)
         if self.quant == "official":
-            entry = mxfp4_rotated(entry) if self.index else fp8_keys(entry, self.cfg.qk_rope_head_dim)
+            entry = (
+                mxfp4_rotated(entry) if self.index else fp8_keys(entry, self.cfg.qk_rope_head_dim)
+            )
         return (entry, None) if kept is None else _fill(self.rules, kept, entry, self.ratio)
 
 
-def _continue(rules: AxisRules, kept: Kept, c_BSH: jax.Array, z_BSH: jax.Array, ape_MH: jax.Array, entries: Entries, ratio: int):
+def _continue(
+    rules: AxisRules,
+    kept: Kept,
+    c_BSH: jax.Array,
+    z_BSH: jax.Array,
+    ape_MH: jax.Array,
+    entries: Entries,
+    ratio: int,
+):
     """(entries of windows that close in this chunk, before their norm; the rings with these rows in them)."""
     ring, (start_B, count_B) = kept.cache, kept.stretch
     c, longer_c = keep_rows(ring.c, kept.layer, c_BSH, kept.stretch)
     z, longer_z = keep_rows(ring.z, kept.layer, z_BSH, kept.stretch)
 
     def pooled():
-        return pool(rules, longer_c(tail_rows(ratio)), longer_z(tail_rows(ratio)), ape_MH, entries, ratio, True)
+        return pool(
+            rules,
+            longer_c(tail_rows(ratio)),
+            longer_z(tail_rows(ratio)),
+            ape_MH,
+            entries,
+            ratio,
+            True,
+        )
 
     if rules or c_BSH.shape[1] >= ratio:
         entry_BCH = pooled()
     else:  # decoding closes a window in one of `ratio` steps; where none closes, no query sees what is written (model/state.py)
         closes = jnp.any((start_B + count_B) // ratio > start_B // ratio)
-        nothing = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pooled))
+        nothing = functools.partial(
+            jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pooled)
+        )
         # A GPU would wait for its host to learn which way to go.
-        entry_BCH = jax.lax.platform_dependent(cpu=lambda: jax.lax.cond(closes, pooled, nothing), default=pooled)
+        entry_BCH = jax.lax.platform_dependent(
+            cpu=lambda: jax.lax.cond(closes, pooled, nothing), default=pooled
+        )
     return entry_BCH, kept.part(ring._replace(c=c, z=z))
 
 
 def _fill(rules: AxisRules, kept: Kept, entry_BCH: jax.Array, ratio: int) -> tuple[Slots, Kept]:
     start_B, count_B = kept.stretch
     slots = fill_slots(rules, kept.cache.slots, kept.layer, entry_BCH, start_B // ratio)
-    return Slots(slots, kept.layer, jnp.max((start_B + count_B) // ratio)), kept.part(kept.cache._replace(slots=slots))
+    return Slots(slots, kept.layer, jnp.max((start_B + count_B) // ratio)), kept.part(
+        kept.cache._replace(slots=slots)
+    )

@@ -72,7 +72,9 @@ class Documents(NamedTuple):
     ask: Ask = Ask()
 
 
-def read_documents(cfg: ModelConfig, seq: int, segment_BS: jax.Array | None, shards: int = 1) -> Documents:
+def read_documents(
+    cfg: ModelConfig, seq: int, segment_BS: jax.Array | None, shards: int = 1
+) -> Documents:
     """Positions, rotations and windows of rows of `seq` tokens, which are cut into `shards` equal parts."""
     extent_2BS = None if segment_BS is None else _extent(segment_BS)
     row_1S = jnp.arange(seq, dtype=jnp.int32)[None]
@@ -84,7 +86,11 @@ def read_documents(cfg: ModelConfig, seq: int, segment_BS: jax.Array | None, sha
         None if segment_BS is None else segment_BS > 0,
         rotation(cfg, False, position_BS),
         rotation(cfg, True, position_BS) if ratios else None,
-        {ratio: _entries(cfg, ratio, position_BS, segment_BS, shards) for ratio in ratios if seq >= ratio},
+        {
+            ratio: _entries(cfg, ratio, position_BS, segment_BS, shards)
+            for ratio in ratios
+            if seq >= ratio
+        },
     )
 
 
@@ -101,7 +107,9 @@ def read_stretch(cfg: ModelConfig, seq: int, stretch: Stretch) -> Documents:
     for ratio in ratios:
         first_BC = (start_B1 // ratio + jnp.arange(seq // ratio + 1, dtype=jnp.int32)[None]) * ratio
         turn = rotation(cfg, True, first_BC)
-        entries[ratio] = Entries(first_BC - start_B1 + tail_rows(ratio), first_BC + ratio - 1, None, first_BC > 0, turn)
+        entries[ratio] = Entries(
+            first_BC - start_B1 + tail_rows(ratio), first_BC + ratio - 1, None, first_BC > 0, turn
+        )
     compressed = rotation(cfg, True, position_BS) if ratios else None
     return Documents(None, None, None, rotation(cfg, False, position_BS), compressed, entries)
 
@@ -114,7 +122,9 @@ def whole_windows(ratio: int, slots: int) -> Entries:
 
 def without_last_tokens(documents: Documents, tokens_BS: jax.Array) -> Documents:
     """The same, but the last token of each document does not count: in MTP it has no next token."""
-    follows_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]) < tokens_BS.shape[1] - 1, tokens_BS.shape)
+    follows_BS = jnp.broadcast_to(
+        jnp.arange(tokens_BS.shape[1]) < tokens_BS.shape[1] - 1, tokens_BS.shape
+    )
     if documents.segment_BS is not None:
         after_BS = jnp.pad(documents.segment_BS[:, 1:], ((0, 0), (0, 1)))
         follows_BS &= (after_BS == documents.segment_BS) & documents.counts_BS
@@ -126,13 +136,17 @@ def _extent(segment_BS: jax.Array) -> jax.Array:
     seq = segment_BS.shape[1]
     row_1S = jnp.arange(seq, dtype=jnp.int32)[None]
     change_BS = segment_BS[:, 1:] != segment_BS[:, :-1]
-    begins_BS, ends_BS = (jnp.pad(change_BS, ((0, 0), side), constant_values=True) for side in ((1, 0), (0, 1)))
+    begins_BS, ends_BS = (
+        jnp.pad(change_BS, ((0, 0), side), constant_values=True) for side in ((1, 0), (0, 1))
+    )
     first_BS = jax.lax.cummax(jnp.where(begins_BS, row_1S, 0), axis=1)
     last_BS = jax.lax.cummin(jnp.where(ends_BS, row_1S, seq), axis=1, reverse=True)
     return jnp.stack((first_BS, last_BS))
 
 
-def _entries(cfg: ModelConfig, ratio: int, position_BS: jax.Array, segment_BS: jax.Array | None, shards: int) -> Entries:
+def _entries(
+    cfg: ModelConfig, ratio: int, position_BS: jax.Array, segment_BS: jax.Array | None, shards: int
+) -> Entries:
     seq = position_BS.shape[1]
     rows = seq // shards
     slots = rows // ratio if shards == 1 or rows % ratio == 0 else rows // ratio + 1
@@ -146,8 +160,13 @@ def _entries(cfg: ModelConfig, ratio: int, position_BS: jax.Array, segment_BS: j
     closes_BXS = ((position_BS % ratio == ratio - 1) & (segment_BS > 0)).reshape(-1, shards, rows)
     slot_BXS = jnp.where(closes_BXS, jnp.cumsum(closes_BXS, axis=2) - 1, slots)
     empty_C = jnp.full(slots, seq, jnp.int32)
-    place = jax.vmap(jax.vmap(lambda slot_S, row_S: empty_C.at[slot_S].set(row_S, mode="drop")), in_axes=(0, None))
-    last_BC = place(slot_BXS, jnp.arange(seq, dtype=jnp.int32).reshape(shards, rows)).reshape(-1, shards * slots)
+    place = jax.vmap(
+        jax.vmap(lambda slot_S, row_S: empty_C.at[slot_S].set(row_S, mode="drop")),
+        in_axes=(0, None),
+    )
+    last_BC = place(slot_BXS, jnp.arange(seq, dtype=jnp.int32).reshape(shards, rows)).reshape(
+        -1, shards * slots
+    )
     there_BC = last_BC < seq
     first_BC = jnp.where(there_BC, last_BC - (ratio - 1), 0)
     position_BC = jnp.where(there_BC, jnp.take_along_axis(position_BS, first_BC, axis=1), 0)

@@ -23,7 +23,6 @@ from v4jax.model.dense import precision_of
 from v4jax.model.outer import grouped_outer
 from v4jax.quant.fake import fp8_input
 
-
 FEW_ROWS = 32
 """Rows up to which all experts on all of them take less time than the loop over blocks, which copies the matrices of each block's expert
 (measured, 2 cores: with 4 of 16 experts 22.5 of 26.5 ms at 32 rows and as long at 64, with 6 of 64 as long at 32 and 106 of 70 ms at 64)."""
@@ -58,7 +57,9 @@ def clamped_swiglu(h1: jax.Array, h3: jax.Array, limit: float) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def expert_ffn(form: Activation, w: ExpertWeights, x_PD: jax.Array, gate_P: jax.Array, groups: Groups) -> jax.Array:
+def expert_ffn(
+    form: Activation, w: ExpertWeights, x_PD: jax.Array, gate_P: jax.Array, groups: Groups
+) -> jax.Array:
     """y = w2(gate * clamped_swiglu(w1 x, w3 x)) with each row's own expert, in the dtype of x.
 
     The routed weight multiplies the hidden activation before w2 (official). Rows of gate 0 give 0.
@@ -78,7 +79,9 @@ def _fwd(form, w, x_PD, gate_P, groups):
 def _bwd(form, saved, ct_PD):
     w, x_PD, gate_P, groups, h1_PF, h3_PF = saved
     args = (w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD)
-    ct_w, ct_x, ct_gate = _by_platform(form, w, groups, x_PD, _blocked_backward, _whole_backward)(*args)
+    ct_w, ct_x, ct_gate = _by_platform(form, w, groups, x_PD, _blocked_backward, _whole_backward)(
+        *args
+    )
     return ct_w, ct_x, ct_gate, None
 
 
@@ -87,16 +90,25 @@ expert_ffn.defvjp(_fwd, _bwd)
 
 def _forward(form, w, x_PD, gate_P, groups):
     """(y, h1, h3): what the backward pass needs is returned too."""
-    return _by_platform(form, w, groups, x_PD, _blocked_forward, _whole_forward)(w, x_PD, gate_P, groups)
+    return _by_platform(form, w, groups, x_PD, _blocked_forward, _whole_forward)(
+        w, x_PD, gate_P, groups
+    )
 
 
-def _by_platform(form: Activation, w: ExpertWeights, groups: Groups, x_PD: jax.Array, blocked, whole):
+def _by_platform(
+    form: Activation, w: ExpertWeights, groups: Groups, x_PD: jax.Array, blocked, whole
+):
     """The function for the platform that it is compiled for: `blocked`, or `whole` with the platform's products."""
-    blocked, ragged = functools.partial(blocked, form), functools.partial(whole, form, _ragged_dot, grouped_outer)
+    blocked, ragged = (
+        functools.partial(blocked, form),
+        functools.partial(whole, form, _ragged_dot, grouped_outer),
+    )
     cuda = blocked
     if triton.suits(x_PD.shape[0] // groups.block_expert.shape[0], x_PD.shape[1], w.w2.shape[-2]):
         cuda = functools.partial(whole, form, triton.grouped_dot, triton.grouped_outer)
-    return functools.partial(lax.platform_dependent, cpu=blocked, cuda=cuda, rocm=blocked, default=ragged)
+    return functools.partial(
+        lax.platform_dependent, cpu=blocked, cuda=cuda, rocm=blocked, default=ragged
+    )
 
 
 # ---- a few rows, all experts ---------------------------------------------------------------------------------------------
@@ -108,7 +120,9 @@ def pays_every_expert(w: ExpertWeights, rows: int, active: int) -> bool:
     return w.w3 is None and rows * active >= w.w1.shape[0] and rows <= FEW_ROWS
 
 
-def every_expert(form: Activation, w: ExpertWeights, x_TD: jax.Array, index_TK: jax.Array, gate_TK: jax.Array) -> jax.Array:
+def every_expert(
+    form: Activation, w: ExpertWeights, x_TD: jax.Array, index_TK: jax.Array, gate_TK: jax.Array
+) -> jax.Array:
     """y[t] = sum_k expert_{index[t,k]}(x[t], gate[t,k]): all experts on all rows, with gate 0 where not chosen; [T,D]. Forward only.
 
     The loop over blocks would copy almost every expert's matrices before it multiplies. Experts are a batch of the first product; the
@@ -120,7 +134,9 @@ def every_expert(form: Activation, w: ExpertWeights, x_TD: jax.Array, index_TK: 
     gate_ET = jnp.sum(jax.nn.one_hot(index_TK, experts) * gate_TK[..., None], axis=1).T
     x_ETD = jnp.broadcast_to(x_TD, (experts, *x_TD.shape))
     h_ETF = _gated(form, *jnp.split(_matmul(x_ETD, w.w1.astype(x_TD.dtype)), 2, axis=-1), gate_ET)
-    paired = jnp.moveaxis(h_ETF.reshape(-1, pair, rows, hidden), 1, 2).reshape(-1, rows, pair * hidden)
+    paired = jnp.moveaxis(h_ETF.reshape(-1, pair, rows, hidden), 1, 2).reshape(
+        -1, rows, pair * hidden
+    )
     return _matmul(paired, w.w2.reshape(-1, pair * hidden, width).astype(x_TD.dtype)).sum(0)
 
 
@@ -136,7 +152,11 @@ def _gated(form: Activation, h1, h3, gate, axis: int = -1):
     gate = jnp.expand_dims(gate, axis)
     # Rows that no token asked for have weight 0 and may hold anything on TPU: replaced, not multiplied.
     h = jnp.where(gate == 0, 0, clamped_swiglu(h1, h3, form.limit) * gate).astype(h1.dtype)
-    return jnp.moveaxis(fp8_input(jnp.moveaxis(h, axis, -1)), -1, axis) if form.quant == "official" else h
+    return (
+        jnp.moveaxis(fp8_input(jnp.moveaxis(h, axis, -1)), -1, axis)
+        if form.quant == "official"
+        else h
+    )
 
 
 def _ffn(form, dot, w: ExpertWeights, x, gate_P):
@@ -169,7 +189,9 @@ def _whole_forward(form, dot, outer, w, x_PD, gate_P, groups):
 
 
 def _whole_backward(form, dot, outer, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
-    sums = lambda x_PA, ct_PZ: outer(x_PA, ct_PZ, groups).astype(w.w1.dtype)  # noqa: E731
+    def sums(x_PA, ct_PZ):
+        return outer(x_PA, ct_PZ, groups).astype(w.w1.dtype)
+
     return _ffn_backward(form, _grouped(dot, groups), sums, w, x_PD, gate_P, h1_PF, h3_PF, ct_PD)
 
 
@@ -189,13 +211,18 @@ def _store(total, part, n, size):
 
 
 def _joined_one(w: ExpertWeights, expert, dtype) -> ExpertWeights:
-    take = lambda m: lax.dynamic_index_in_dim(m, expert, keepdims=False).astype(dtype)  # noqa: E731
+    def take(m):
+        return lax.dynamic_index_in_dim(m, expert, keepdims=False).astype(dtype)
+
     return ExpertWeights(take(w.w1), None, take(w.w2))
 
 
 def _several(w: ExpertWeights, expert_N, dtype) -> ExpertWeights:
     """The matrices of N blocks' experts, one behind the other."""
-    take = lambda m, n: lax.dynamic_index_in_dim(m, expert_N[n], keepdims=False)  # noqa: E731
+
+    def take(m, n):
+        return lax.dynamic_index_in_dim(m, expert_N[n], keepdims=False)
+
     return jax.tree.map(lambda m: jnp.stack([take(m, n) for n in range(AT_ONCE)]).astype(dtype), w)
 
 
@@ -219,10 +246,14 @@ def _blocked_forward(form, w, x_PD, gate_P, groups):
         else:
             dot, own = _batched, _several(w, _rows(groups.block_expert, n, count), x_PD.dtype)
         parts = _ffn(form, dot, own, _rows(x_PD, n, size), _rows(gate_P, n, size))
-        return tuple(_store(total, part, n, size) for total, part in zip(totals, parts, strict=True))
+        return tuple(
+            _store(total, part, n, size) for total, part in zip(totals, parts, strict=True)
+        )
 
     widths = (x_PD.shape[1], w.w2.shape[-2], w.w2.shape[-2])
-    zeros = tuple(vary_like(jnp.zeros((x_PD.shape[0], width), x_PD.dtype), x_PD) for width in widths)
+    zeros = tuple(
+        vary_like(jnp.zeros((x_PD.shape[0], width), x_PD.dtype), x_PD) for width in widths
+    )
     return lax.fori_loop(0, -(-groups.blocks_in_use // count), some_blocks, zeros)
 
 
@@ -233,9 +264,16 @@ def _blocked_backward(form, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
         ct_w, ct_x, ct_gate = totals
         expert_N = _rows(groups.block_expert, n, AT_ONCE)
         rows = [_rows(a, n, size) for a in (x_PD, gate_P, h1_PF, h3_PF, ct_PD)]
-        outer = lambda x, ct: _matmul(jnp.swapaxes(_in_blocks(x), 1, 2), _in_blocks(ct))  # noqa: E731
-        part_w, part_x, part_gate = _ffn_backward(form, _batched, outer, _several(w, expert_N, x_PD.dtype), *rows)
-        ct_w = ExpertWeights(*(_add_each(total, part, expert_N) for total, part in zip(ct_w, part_w, strict=True)))
+
+        def outer(x, ct):
+            return _matmul(jnp.swapaxes(_in_blocks(x), 1, 2), _in_blocks(ct))
+
+        part_w, part_x, part_gate = _ffn_backward(
+            form, _batched, outer, _several(w, expert_N, x_PD.dtype), *rows
+        )
+        ct_w = ExpertWeights(
+            *(_add_each(total, part, expert_N) for total, part in zip(ct_w, part_w, strict=True))
+        )
         return ct_w, _store(ct_x, part_x, n, size), _store(ct_gate, part_gate, n, size)
 
     zeros = jax.tree.map(lambda a: vary_like(jnp.zeros(a.shape, a.dtype), x_PD), (w, x_PD, gate_P))
@@ -245,6 +283,8 @@ def _blocked_backward(form, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
 def _add_each(total, part_NAZ, expert_N):
     """Adds each part to its expert; one after the other, since several may be of one expert."""
     for n in range(AT_ONCE):
-        now = lax.dynamic_index_in_dim(total, expert_N[n], keepdims=False) + part_NAZ[n].astype(total.dtype)
+        now = lax.dynamic_index_in_dim(total, expert_N[n], keepdims=False) + part_NAZ[n].astype(
+            total.dtype
+        )
         total = lax.dynamic_update_index_in_dim(total, now, expert_N[n], axis=0)
     return total

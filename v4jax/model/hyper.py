@@ -64,7 +64,11 @@ def _factors_fwd(start_JKT, iterations, eps):
         return (row_JT, column_KT / (column_KT * _column_sums(start_JKT, row_JT) + eps)), before
 
     ones_JT = vary_like(jnp.ones_like(start_JKT[:, 0]), start_JKT)
-    last, before = jax.lax.scan(rows_then_columns, (ones_JT, 1 / (_column_sums(start_JKT, ones_JT) + eps)), length=iterations - 1)
+    last, before = jax.lax.scan(
+        rows_then_columns,
+        (ones_JT, 1 / (_column_sums(start_JKT, ones_JT) + eps)),
+        length=iterations - 1,
+    )
     return last, (start_JKT, last, before)
 
 
@@ -78,9 +82,15 @@ def _factors_bwd(iterations, eps, saved, ct):
         ct_column_sum = -ct_column * column_KT * column_KT
         ct_row = ct_row + _row_sums(start_JKT, ct_column_sum)
         ct_row_sum = -ct_row * row_JT * row_JT
-        ct_column = eps * ct_column * (column_KT / column_before) ** 2 + _column_sums(start_JKT, ct_row_sum)
+        ct_column = eps * ct_column * (column_KT / column_before) ** 2 + _column_sums(
+            start_JKT, ct_row_sum
+        )
         ct_row = eps * ct_row * (row_JT / row_before) ** 2
-        ct_start = ct_start + row_JT[:, None] * ct_column_sum[None] + ct_row_sum[:, None] * column_before[None]
+        ct_start = (
+            ct_start
+            + row_JT[:, None] * ct_column_sum[None]
+            + ct_row_sum[:, None] * column_before[None]
+        )
         return ((ct_row, ct_column), ct_start, before), None
 
     carry = (ct, vary_like(jnp.zeros_like(start_JKT), start_JKT), last)
@@ -103,7 +113,9 @@ def _column_sums(start_JKT: jax.Array, row_JT: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def collapse(pre_BSX: jax.Array, x_BSXD: jax.Array) -> jax.Array:
     """sum_j pre[j] x[j]: the streams read as one, in the dtype of x. Its gradient is written out for the reason of `expand`."""
-    return sum(pre_BSX[..., j, None] * x_BSXD[:, :, j].astype(jnp.float32) for j in range(x_BSXD.shape[2])).astype(x_BSXD.dtype)
+    return sum(
+        pre_BSX[..., j, None] * x_BSXD[:, :, j].astype(jnp.float32) for j in range(x_BSXD.shape[2])
+    ).astype(x_BSXD.dtype)
 
 
 def _collapse_fwd(pre_BSX, x_BSXD):
@@ -127,7 +139,9 @@ def expand(y_BSD: jax.Array, x_BSXD: jax.Array, mix: Mix) -> jax.Array:
     comb is consumed transposed (docs/equations.md#trap-1).
     The gradient is written out: what autodiff makes of it takes 2 to 4 times as long on CPU (sums over D one by one).
     """
-    return _combine(mix.comb, x_BSXD, mix.post[..., None] * y_BSD[:, :, None].astype(jnp.float32)).astype(x_BSXD.dtype)
+    return _combine(
+        mix.comb, x_BSXD, mix.post[..., None] * y_BSD[:, :, None].astype(jnp.float32)
+    ).astype(x_BSXD.dtype)
 
 
 def _combine(weight_BSJK: jax.Array, x_BSJD: jax.Array, start=0.0) -> jax.Array:
@@ -148,7 +162,9 @@ def _expand_bwd(saved, ct_BSKD):
     ct_y = sum(mix.post[..., k, None] * ct[:, :, k] for k in range(ct.shape[2])).astype(y_BSD.dtype)
     ct_x = _combine(jnp.swapaxes(mix.comb, 2, 3), ct).astype(x_BSXD.dtype)
     ct_post = jnp.einsum("BSD,BSKD->BSK", y_BSD.astype(jnp.float32), ct, precision=precision_of(ct))
-    ct_comb = jnp.einsum("BSJD,BSKD->BSJK", x_BSXD.astype(jnp.float32), ct, precision=precision_of(ct))
+    ct_comb = jnp.einsum(
+        "BSJD,BSKD->BSJK", x_BSXD.astype(jnp.float32), ct, precision=precision_of(ct)
+    )
     return ct_y, ct_x, Mix(ct_post, ct_comb)
 
 
@@ -170,7 +186,9 @@ def balanced(rules: AxisRules, iterations: int, eps: float, logits_BSP: jax.Arra
     return jax.shard_map(local, in_specs=spec, out_specs=spec)(logits_BSP)
 
 
-def _stream_weights(rules: AxisRules, cfg: ModelConfig, x_BSXD, fn, base, scale) -> tuple[jax.Array, Mix]:
+def _stream_weights(
+    rules: AxisRules, cfg: ModelConfig, x_BSXD, fn, base, scale
+) -> tuple[jax.Array, Mix]:
     """pre [B,S,X] and Mix from the streams (report 2.2)."""
     n, base = cfg.hc_mult, base[None, None]
     mix = mixing_logits(x_BSXD, fn, cfg.rms_norm_eps)
@@ -190,7 +208,9 @@ class HyperConnection(Weights):
         """(what the streams collapse to [B,S,D], by which weights [B,S,X], Mix)."""
         n, size = self.cfg.hc_mult, x_BSXD.shape[2] * x_BSXD.shape[3]
         # Static start: read the mean of the streams, write to each, keep them mostly apart.
-        static = jnp.concatenate((jnp.full(n, -jnp.log(n - 1.0 + 1e-9)), jnp.zeros(n), 4 * jnp.eye(n).reshape(-1)))
+        static = jnp.concatenate(
+            (jnp.full(n, -jnp.log(n - 1.0 + 1e-9)), jnp.zeros(n), 4 * jnp.eye(n).reshape(-1))
+        )
         init = nn.initializers.normal(self.cfg.initializer_range)
         fn = self.weight("fn", (size, (2 + n) * n), ("streams_embed", "mix"), init, True)
         base = self.weight("base", ((2 + n) * n,), ("mix",), constant(static), True)
@@ -212,4 +232,6 @@ class HyperHead(Weights):
         base = self.weight("base", (n,), ("mix",), constant(-jnp.log(n - 1.0 + 1e-9)), True)
         scale = self.weight("scale", (1,), (None,), constant(DYNAMIC_SCALE), True)
         logits = mixing_logits(x_BSXD, fn, self.cfg.rms_norm_eps)
-        return collapse(jax.nn.sigmoid(logits * scale[0] + base[None, None]) + self.cfg.hc_eps, x_BSXD)
+        return collapse(
+            jax.nn.sigmoid(logits * scale[0] + base[None, None]) + self.cfg.hc_eps, x_BSXD
+        )

@@ -29,7 +29,6 @@ from v4jax.model.state import Kept, Slots, all_rows, slot_count, some_rows
 from v4jax.model.weights import Weights
 from v4jax.quant.fake import mxfp4_rotated
 
-
 SCORE_BLOCK = 4096
 """Slots of a cache or a long row that are scored at once (for few queries 4 times as many); blocks that nobody may see are left out."""
 
@@ -75,13 +74,17 @@ def _by_blocks(index: IndexInputs, use, totals):
 
     def one_block(n, totals):
         first = jnp.minimum(n * block, keys.count - block)
-        return use(first, scores(q_BTIJ, w_BTI, some_rows(keys, first, block, q_BTIJ.dtype)), totals)
+        return use(
+            first, scores(q_BTIJ, w_BTI, some_rows(keys, first, block, q_BTIJ.dtype)), totals
+        )
 
     scores = _scores
     if q_BTIJ.shape[1] >= FEW_QUERIES:
         scores = functools.partial(jax.lax.platform_dependent, cpu=_scores_by_head, default=_scores)
 
-    totals = jax.tree.map(lambda x: vary_like(vary_like(x, q_BTIJ), jax.tree.leaves(keys.stack)[0]), totals)
+    totals = jax.tree.map(
+        lambda x: vary_like(vary_like(x, q_BTIJ), jax.tree.leaves(keys.stack)[0]), totals
+    )
     blocks = jnp.minimum(-(-keys.used // block), -(-keys.count // block))
     return jax.lax.fori_loop(0, blocks, one_block, totals)
 
@@ -106,19 +109,27 @@ def best_slots(index: IndexInputs, row_BT: jax.Array, k: int) -> tuple[jax.Array
         part = jnp.where(last_C[None, None] <= row_BT[..., None], part, -jnp.inf)
         peaks = part.reshape(batch, rows, -1, GROUP).max(axis=-1)
         score_BTC = jax.lax.dynamic_update_slice_in_dim(score_BTC, part, first, axis=2)
-        return score_BTC, jax.lax.dynamic_update_slice_in_dim(peak_BTP, peaks, first // GROUP, axis=2)
+        return score_BTC, jax.lax.dynamic_update_slice_in_dim(
+            peak_BTP, peaks, first // GROUP, axis=2
+        )
 
     nothing = [jnp.full((batch, rows, size), -jnp.inf) for size in (slots, slots // GROUP)]
     score_BTC, peak_BTP = _by_blocks(index, one_block, tuple(nothing))
     group_BTK = jnp.sort(best_of(peak_BTP, k)[1], axis=-1)
-    near = jnp.take_along_axis(score_BTC.reshape(batch, rows, -1, GROUP), group_BTK[..., None], axis=2)
+    near = jnp.take_along_axis(
+        score_BTC.reshape(batch, rows, -1, GROUP), group_BTK[..., None], axis=2
+    )
     score_BTK, place_BTK = best_of(near.reshape(batch, rows, -1), k)
-    return score_BTK, jnp.take_along_axis(group_BTK, place_BTK // GROUP, axis=-1) * GROUP + place_BTK % GROUP
+    return score_BTK, jnp.take_along_axis(
+        group_BTK, place_BTK // GROUP, axis=-1
+    ) * GROUP + place_BTK % GROUP
 
 
 def _scores(q_BTIJ: jax.Array, w_BTI: jax.Array, key_BCJ: jax.Array) -> jax.Array:
     dots_BTIC = _dots(q_BTIJ, key_BCJ)
-    return jnp.einsum("BTIC,BTI->BTC", jax.nn.relu(dots_BTIC), w_BTI, precision=precision_of(dots_BTIC))
+    return jnp.einsum(
+        "BTIC,BTI->BTC", jax.nn.relu(dots_BTIC), w_BTI, precision=precision_of(dots_BTIC)
+    )
 
 
 def _scores_by_head(q_BTIJ: jax.Array, w_BTI: jax.Array, key_BCJ: jax.Array) -> jax.Array:
@@ -136,13 +147,19 @@ def _scores_by_head(q_BTIJ: jax.Array, w_BTI: jax.Array, key_BCJ: jax.Array) -> 
 
 def _dots(q: jax.Array, key_BCJ: jax.Array) -> jax.Array:
     """q . K[c] of each sequence, [B,...,C] of q [B,...,J]."""
-    dot = functools.partial(jnp.einsum, precision=precision_of(q), preferred_element_type=jnp.float32)
-    if len(q) == 1:  # XLA:CPU takes 5 times as long for one query and many keys where the product has a batch axis
+    dot = functools.partial(
+        jnp.einsum, precision=precision_of(q), preferred_element_type=jnp.float32
+    )
+    if (
+        len(q) == 1
+    ):  # XLA:CPU takes 5 times as long for one query and many keys where the product has a batch axis
         return dot("...J,CJ->...C", q[0], key_BCJ[0])[None]
     return dot("B...J,BCJ->B...C", q, key_BCJ)
 
 
-def index_loss(mass_BTC: jax.Array, score_BTC: jax.Array, seen_BTC: jax.Array, real_T: jax.Array) -> IndexLoss:
+def index_loss(
+    mass_BTC: jax.Array, score_BTC: jax.Array, seen_BTC: jax.Array, real_T: jax.Array
+) -> IndexLoss:
     """Sum over queries of KL( P || softmax(I) ) over the entries they see; P is the mass over its sum.
 
     The equation: docs/equations.md#indexer-loss.
@@ -164,7 +181,11 @@ def index_loss(mass_BTC: jax.Array, score_BTC: jax.Array, seen_BTC: jax.Array, r
 
     entropy_BT = jnp.sum(p_BTC * jnp.log(jnp.maximum(p_BTC, tiny)), axis=-1)
     uniform_BT = entropy_BT + jnp.log(jnp.maximum(number_BT, 1).astype(jnp.float32))
-    return IndexLoss(total(entropy_BT - jnp.sum(p_BTC * log_q_BTC, axis=-1)), total(uniform_BT), counts_BT.sum().astype(jnp.float32))
+    return IndexLoss(
+        total(entropy_BT - jnp.sum(p_BTC * log_q_BTC, axis=-1)),
+        total(uniform_BT),
+        counts_BT.sum().astype(jnp.float32),
+    )
 
 
 def top_k_mask(score_BTC: jax.Array, k: int) -> jax.Array:
@@ -180,7 +201,9 @@ def top_k_mask(score_BTC: jax.Array, k: int) -> jax.Array:
     def some_of_level(_):
         return above | (level & (running_sum(level[..., None])[..., 0] <= room))
 
-    fits = jnp.all(jnp.sum(level, axis=-1, keepdims=True) == room)  # as a rule, and then nothing has to be counted
+    fits = jnp.all(
+        jnp.sum(level, axis=-1, keepdims=True) == room
+    )  # as a rule, and then nothing has to be counted
     return jax.lax.cond(fits, lambda _: above | level, some_of_level, None)
 
 
@@ -189,17 +212,24 @@ def best_of(score_BTC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
     On CPU lax.top_k takes one core 66 us a query for the best 128 of 16,384, groups take two cores 18. For few it has less to start.
     """
-    whole_rows = lambda score_BTC: tuple(jax.lax.top_k(score_BTC, k))  # noqa: E731
+
+    def whole_rows(score_BTC):
+        return tuple(jax.lax.top_k(score_BTC, k))
+
     if score_BTC.shape[1] < FEW_QUERIES:
         return whole_rows(score_BTC)
-    return jax.lax.platform_dependent(score_BTC, cpu=functools.partial(_best_of_groups, k=k), default=whole_rows)
+    return jax.lax.platform_dependent(
+        score_BTC, cpu=functools.partial(_best_of_groups, k=k), default=whole_rows
+    )
 
 
 def _best_of_groups(score_BTC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """`best_of` in the order of slots: the k groups of neighbours with the highest peaks hold the k best slots."""
     batch, rows, slots = score_BTC.shape
     size = 1 << round(math.log2(slots / k) / 2)  # as many peaks as there are slots in k groups
-    group_BTPG = jnp.pad(score_BTC, ((0, 0), (0, 0), (0, -slots % size)), constant_values=-jnp.inf).reshape(batch, rows, -1, size)
+    group_BTPG = jnp.pad(
+        score_BTC, ((0, 0), (0, 0), (0, -slots % size)), constant_values=-jnp.inf
+    ).reshape(batch, rows, -1, size)
     group_BTK = _places(top_k_mask(group_BTPG.max(-1), k), k)
     near = jnp.take_along_axis(group_BTPG, group_BTK[..., None], axis=2).reshape(batch, rows, -1)
     place_BTK = _places(top_k_mask(near, k), k)
@@ -210,7 +240,9 @@ def _best_of_groups(score_BTC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]
 def _places(mask_BTC: jax.Array, k: int) -> jax.Array:
     """int32 [B,T,K]: where the k True of each row are. The mask is packed into words; the word of the n-th True is counted out, then
     its bit, half a word at a time."""
-    bits = jnp.pad(mask_BTC, ((0, 0), (0, 0), (0, -mask_BTC.shape[-1] % 32))).reshape(*mask_BTC.shape[:2], -1, 32)
+    bits = jnp.pad(mask_BTC, ((0, 0), (0, 0), (0, -mask_BTC.shape[-1] % 32))).reshape(
+        *mask_BTC.shape[:2], -1, 32
+    )
     value = (jnp.uint32(1) << jnp.arange(32, dtype=jnp.uint32)).reshape(1, 1, 1, 32)
     word_BTP = jnp.sum(jnp.where(bits, value, 0), axis=-1, dtype=jnp.uint32)
     upto_BTP = jnp.cumsum(jax.lax.population_count(word_BTP).astype(jnp.int32), axis=-1)
@@ -222,7 +254,11 @@ def _places(mask_BTC: jax.Array, k: int) -> jax.Array:
     for half in (16, 8, 4, 2, 1):
         low = jax.lax.population_count(word & jnp.uint32((1 << half) - 1)).astype(jnp.int32)
         up = n >= low
-        word, n, place = jnp.where(up, word >> half, word), jnp.where(up, n - low, n), place + jnp.where(up, half, 0)
+        word, n, place = (
+            jnp.where(up, word >> half, word),
+            jnp.where(up, n - low, n),
+            place + jnp.where(up, half, 0),
+        )
     return place
 
 
@@ -239,7 +275,9 @@ def _kth_largest(key_BTC: jax.Array, k: int) -> jax.Array:
 
     def settle(n, kth):
         trial = kth | (jnp.uint32(1 << 31) >> n.astype(jnp.uint32))
-        return jnp.where(jnp.sum(key_BTC >= trial, axis=-1, keepdims=True, dtype=jnp.float32) >= k, trial, kth)
+        return jnp.where(
+            jnp.sum(key_BTC >= trial, axis=-1, keepdims=True, dtype=jnp.float32) >= k, trial, kth
+        )
 
     return jax.lax.fori_loop(0, 32, settle, vary_like(jnp.zeros_like(key_BTC[..., :1]), key_BTC))
 
@@ -251,13 +289,28 @@ class Indexer(Weights):
 
     @nn.compact
     def __call__(
-        self, x_BSD: jax.Array, qr_BSQ: jax.Array, turn: Rotation, entries: Entries | None, kept: Kept | None = None
+        self,
+        x_BSD: jax.Array,
+        qr_BSQ: jax.Array,
+        turn: Rotation,
+        entries: Entries | None,
+        kept: Kept | None = None,
     ) -> tuple[IndexInputs | None, Kept | None]:
         cfg, heads, dim = self.cfg, self.cfg.index_n_heads, self.cfg.index_head_dim
         init = nn.initializers.normal(cfg.initializer_range)
-        wq_b = self.weight("wq_b", (qr_BSQ.shape[-1], heads * dim), ("q_lora_in", "index_heads"), init, low=True)
-        weights_proj = self.weight("weights_proj", (x_BSD.shape[-1], heads), ("embed", "index_heads"), init)
-        slots = 0 if entries is None else entries.first_BC.shape[1] if kept is None else slot_count(kept.cache.slots)
+        wq_b = self.weight(
+            "wq_b", (qr_BSQ.shape[-1], heads * dim), ("q_lora_in", "index_heads"), init, low=True
+        )
+        weights_proj = self.weight(
+            "weights_proj", (x_BSD.shape[-1], heads), ("embed", "index_heads"), init
+        )
+        slots = (
+            0
+            if entries is None
+            else entries.first_BC.shape[1]
+            if kept is None
+            else slot_count(kept.cache.slots)
+        )
         needed = slots > 0 if self.csa.teach else slots > cfg.index_topk and not self.csa.dense
         x_BSD, qr_BSQ = jax.lax.stop_gradient((x_BSD, qr_BSQ))
         compressor = Compressor(*self.own, cfg, CSA, dim, True, name="compressor")

@@ -20,7 +20,15 @@ from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.model.dense import dense
 from v4jax.model.documents import Documents
-from v4jax.model.grouped import JOINED_SHARE, Activation, ExpertWeights, clamped_swiglu, every_expert, expert_ffn, pays_every_expert
+from v4jax.model.grouped import (
+    JOINED_SHARE,
+    Activation,
+    ExpertWeights,
+    clamped_swiglu,
+    every_expert,
+    expert_ffn,
+    pays_every_expert,
+)
 from v4jax.model.watch import Seen
 from v4jax.model.weights import Weights
 from v4jax.quant.fake import mxfp4_weight
@@ -77,14 +85,19 @@ def _shares(score: jax.Array) -> jax.Array:
 def choose(rules: AxisRules, score_BSE: jax.Array, active: int) -> jax.Array:
     """int32 [B,S,K], the `active` experts of highest score. On a mesh each device looks at its own tokens: XLA would gather
     the scores of the whole batch on every device for its top-k."""
-    top = lambda score_bse: jax.lax.top_k(score_bse, active)[1]  # noqa: E731
+
+    def top(score_bse):
+        return jax.lax.top_k(score_bse, active)[1]
+
     if not rules:
         return top(score_BSE)
     act = rules.spec(("act_batch", "act_seq", None))
     return jax.shard_map(top, in_specs=act, out_specs=act)(score_BSE)
 
 
-def expert_share(rules: AxisRules, index_BSK: jax.Array, documents: Documents, experts: int) -> jax.Array:
+def expert_share(
+    rules: AxisRules, index_BSK: jax.Array, documents: Documents, experts: int
+) -> jax.Array:
     """f_i = E/(k T) * tokens choosing i, of each token's document with T tokens that count.
 
     Returns:
@@ -92,9 +105,13 @@ def expert_share(rules: AxisRules, index_BSK: jax.Array, documents: Documents, e
     """
     scale = experts / index_BSK.shape[-1]
     if documents.extent_2BS is None:
-        count_BS1 = jnp.ones((1, 1, 1)) if documents.counts_BS is None else documents.counts_BS[..., None]
+        count_BS1 = (
+            jnp.ones((1, 1, 1)) if documents.counts_BS is None else documents.counts_BS[..., None]
+        )
         chosen_B1E = jnp.sum(_chosen(index_BSK, experts) * count_BS1, axis=1, keepdims=True)
-        tokens = jnp.sum(jnp.broadcast_to(count_BS1, (*index_BSK.shape[:2], 1)), axis=1, keepdims=True)
+        tokens = jnp.sum(
+            jnp.broadcast_to(count_BS1, (*index_BSK.shape[:2], 1)), axis=1, keepdims=True
+        )
         return chosen_B1E * scale / jnp.maximum(tokens, 1)
     seq = rules.mesh_axes("act_seq")
 
@@ -111,8 +128,17 @@ def expert_share(rules: AxisRules, index_BSK: jax.Array, documents: Documents, e
 
     if not rules:
         return local(index_BSK, documents.counts_BS, documents.extent_2BS)
-    specs = tuple(rules.spec(names) for names in (("act_batch", "act_seq", None), ("act_batch", "act_seq"), (None, "act_batch", "act_seq")))
-    return jax.shard_map(local, in_specs=specs, out_specs=specs[0])(index_BSK, documents.counts_BS, documents.extent_2BS)
+    specs = tuple(
+        rules.spec(names)
+        for names in (
+            ("act_batch", "act_seq", None),
+            ("act_batch", "act_seq"),
+            (None, "act_batch", "act_seq"),
+        )
+    )
+    return jax.shard_map(local, in_specs=specs, out_specs=specs[0])(
+        index_BSK, documents.counts_BS, documents.extent_2BS
+    )
 
 
 def balance_loss(score_BSE: jax.Array, share_BSE: jax.Array, documents: Documents) -> jax.Array:
@@ -161,25 +187,35 @@ class MoE(Weights):
     hash_routed: bool
 
     @nn.compact
-    def __call__(self, x_BSD: jax.Array, tokens_BS: jax.Array, documents: Documents) -> tuple[jax.Array, Routing]:
+    def __call__(
+        self, x_BSD: jax.Array, tokens_BS: jax.Array, documents: Documents
+    ) -> tuple[jax.Array, Routing]:
         cfg, experts, active = self.cfg, self.cfg.n_routed_experts, self.cfg.num_experts_per_tok
-        gate_DE = self.weight("gate", (x_BSD.shape[-1], experts), ("embed", "routes"), _normal(cfg), True)
+        gate_DE = self.weight(
+            "gate", (x_BSD.shape[-1], experts), ("embed", "routes"), _normal(cfg), True
+        )
         score_BSE = router_scores(x_BSD, gate_DE)
         if self.hash_routed:
             shape = (cfg.vocab_size, experts, active)
             init = nn.with_logical_partitioning(balanced_table, ("table_rows", "table_slots"))
-            table_VK = self.variable("router", "tid2eid", lambda: init(self.make_rng("params"), *shape)).value
+            table_VK = self.variable(
+                "router", "tid2eid", lambda: init(self.make_rng("params"), *shape)
+            ).value
             index_BSK = jax.lax.stop_gradient(table_VK)[tokens_BS].astype(jnp.int32)
         else:
             init = nn.with_logical_partitioning(jnp.zeros, ("routes",))
             bias_E = self.variable("router", "bias", lambda: init((experts,), jnp.float32)).value
             index_BSK = self.get_variable("chosen", "index")
             if index_BSK is None:
-                index_BSK = choose(self.rules, jax.lax.stop_gradient(score_BSE + bias_E[None, None]), active)
+                index_BSK = choose(
+                    self.rules, jax.lax.stop_gradient(score_BSE + bias_E[None, None]), active
+                )
         weight_BSK = gate_weights(score_BSE, index_BSK, cfg.routed_scaling_factor)
         balance = jnp.zeros(())
         if not self.hash_routed:
-            balance = balance_loss(score_BSE, expert_share(self.rules, index_BSK, documents, experts), documents)
+            balance = balance_loss(
+                score_BSE, expert_share(self.rules, index_BSK, documents, experts), documents
+            )
         chosen_BSE = _chosen(index_BSK, experts)
         if documents.counts_BS is not None:
             chosen_BSE = chosen_BSE * documents.counts_BS[..., None]
@@ -202,7 +238,10 @@ class Experts(Weights):
     @nn.compact
     def __call__(self, x_BSD, index_BSK, weight_BSK):
         cfg, hidden, width = self.cfg, x_BSD.shape[-1], self.cfg.moe_intermediate_size
-        into, out = ("experts", "expert_embed", "expert_hidden"), ("experts", "expert_hidden", "expert_embed")
+        into, out = (
+            ("experts", "expert_embed", "expert_hidden"),
+            ("experts", "expert_hidden", "expert_embed"),
+        )
         axes = {"w1": into, "w3": into, "w2": out}
         shapes = {"w1": (hidden, width), "w3": (hidden, width), "w2": (width, hidden)}
         if self.has_variable("params", "w1") and not self.has_variable("params", "w3"):
@@ -220,10 +259,17 @@ class Experts(Weights):
         if self.quant == "official":
             weights = {name: mxfp4_weight(w) for name, w in weights.items()}
 
-        form, own = Activation(cfg.swiglu_limit, self.quant), ExpertWeights(**{"w3": None} | weights)
+        form, own = (
+            Activation(cfg.swiglu_limit, self.quant),
+            ExpertWeights(**{"w3": None} | weights),
+        )
         rows, active = index_BSK.size // index_BSK.shape[-1], index_BSK.shape[-1]
         if pays_every_expert(own, rows, active):
-            flat = (x_BSD.reshape(rows, hidden), index_BSK.reshape(rows, active), weight_BSK.reshape(rows, active))
+            flat = (
+                x_BSD.reshape(rows, hidden),
+                index_BSK.reshape(rows, active),
+                weight_BSK.reshape(rows, active),
+            )
             return every_expert(form, own, *flat).reshape(x_BSD.shape)
 
         def expert(weights, x_PD, gate_P, groups: Groups):
@@ -248,7 +294,9 @@ class SharedExpert(Weights):
         w3 = self.weight("w3", (hidden, width), ("embed", "hidden"), _normal(self.cfg), low=True)
         w2 = self.weight("w2", (width, hidden), ("hidden", "embed"), _normal(self.cfg), low=True)
         h = clamped_swiglu(dense(x_BSD, w1), dense(x_BSD, w3), self.cfg.swiglu_limit)
-        h = self.act_quant(self.rules.constrain(h.astype(x_BSD.dtype), "act_batch", "act_seq", "act_hidden"))
+        h = self.act_quant(
+            self.rules.constrain(h.astype(x_BSD.dtype), "act_batch", "act_seq", "act_hidden")
+        )
         return dense(h, w2)
 
 

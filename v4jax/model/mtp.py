@@ -25,7 +25,12 @@ class MTP(Weights):
 
     @nn.compact
     def __call__(
-        self, x_BSXD: jax.Array, next_BSD: jax.Array, next_BS: jax.Array, documents: Documents, kept: Kept | None = None
+        self,
+        x_BSXD: jax.Array,
+        next_BSD: jax.Array,
+        next_BS: jax.Array,
+        documents: Documents,
+        kept: Kept | None = None,
     ) -> tuple[jax.Array, Routing, Kept | None]:
         """Streams of the main model (before its last collapse), embeddings and ids of the tokens that follow."""
         cfg, own, hidden = self.cfg, self.own, x_BSXD.shape[-1]
@@ -34,9 +39,13 @@ class MTP(Weights):
         h_proj = self.weight("h_proj", (hidden, hidden), ("embed", "embed_out"), init, low=True)
         e_BSD = RMSNorm(*own, cfg.rms_norm_eps, name="enorm")(next_BSD)
         h_BSXD = RMSNorm(*own, cfg.rms_norm_eps, name="hnorm")(x_BSXD)
-        x_BSXD = dense(self.act_quant(e_BSD), e_proj)[:, :, None] + dense(self.act_quant(h_BSXD), h_proj)
+        x_BSXD = dense(self.act_quant(e_BSD), e_proj)[:, :, None] + dense(
+            self.act_quant(h_BSXD), h_proj
+        )
         kind = LayerKind(WINDOW_ONLY, hash_routed=False)
-        x_BSXD, routing, kept, _ = Block(*own, cfg, kind, name="block")(x_BSXD, next_BS, documents, kept)
+        x_BSXD, routing, kept, _ = Block(*own, cfg, kind, name="block")(
+            x_BSXD, next_BS, documents, kept
+        )
         x_BSD = HyperHead(*own, cfg, name="hc_head")(x_BSXD)
         return RMSNorm(*own, cfg.rms_norm_eps, name="norm")(x_BSD), routing, kept
 

@@ -14,7 +14,9 @@ def rms_norm(x: jax.Array, eps: float, weight: jax.Array | None = None) -> jax.A
     """x * rsqrt(mean(x^2) + eps) [* weight] over the last axis; float32 inside, the dtype of x outside."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 if weight is None else x32 * weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+    return (x32 if weight is None else x32 * weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(
+        x.dtype
+    )
 
 
 class RMSNorm(Weights):
@@ -24,4 +26,6 @@ class RMSNorm(Weights):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.eps, self.weight("weight", x.shape[-1:], ("norm",), nn.initializers.ones, True))
+        return rms_norm(
+            x, self.eps, self.weight("weight", x.shape[-1:], ("norm",), nn.initializers.ones, True)
+        )

@@ -25,26 +25,42 @@ TILE = 1024
 """Widest tile: 1024 x 1024 numbers in float32 are 4 MB, twice, of a TPU core's fast memory (16 MB are a kernel's by default)."""
 
 
-def grouped_outer(x_PA: jax.Array, ct_PZ: jax.Array, groups: Groups, interpret: bool = False) -> jax.Array:
+def grouped_outer(
+    x_PA: jax.Array, ct_PZ: jax.Array, groups: Groups, interpret: bool = False
+) -> jax.Array:
     """out[e] = sum over the rows p of expert e of x[p]^T ct[p], float32 [E,A,Z]; 0 for an expert without rows.
 
     interpret: run the kernel step by step on any platform (tests).
     """
     blocks, widths = groups.block_expert.shape[0], (x_PA.shape[1], ct_PZ.shape[1])
     size, tiles = x_PA.shape[0] // blocks, tuple(_tile(width) for width in widths)
-    zeros = vary_like(jnp.zeros((groups.group_sizes.shape[0], *widths), jnp.float32), x_PA)  # for experts that no block is of
-    rows = lambda place: lambda a, z, block, *_: (block, (a, z)[place])  # noqa: E731
+    zeros = vary_like(
+        jnp.zeros((groups.group_sizes.shape[0], *widths), jnp.float32), x_PA
+    )  # for experts that no block is of
+
+    def rows(place):
+        return lambda a, z, block, *_: (block, (a, z)[place])
+
     return pl.pallas_call(
         _add_block,
-        out_shape=jax.ShapeDtypeStruct(zeros.shape, zeros.dtype, manual_axis_type=jax.typeof(x_PA).manual_axis_type),
+        out_shape=jax.ShapeDtypeStruct(
+            zeros.shape, zeros.dtype, manual_axis_type=jax.typeof(x_PA).manual_axis_type
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(widths[0] // tiles[0], widths[1] // tiles[1], blocks),
-            in_specs=[*(pl.BlockSpec((size, tile), rows(i)) for i, tile in enumerate(tiles)), pl.BlockSpec(memory_space=pl.ANY)],
-            out_specs=pl.BlockSpec((None, *tiles), lambda a, z, block, expert, in_use: (expert[block], a, z)),
+            in_specs=[
+                *(pl.BlockSpec((size, tile), rows(i)) for i, tile in enumerate(tiles)),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=pl.BlockSpec(
+                (None, *tiles), lambda a, z, block, expert, in_use: (expert[block], a, z)
+            ),
         ),
         input_output_aliases={4: 0},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
         interpret=interpret,
     )(groups.block_expert, groups.blocks_in_use[None], x_PA, ct_PZ, zeros)
 
@@ -60,7 +76,13 @@ def _add_block(expert, in_use, x, ct, zeros, out):
 
     @pl.when(block < in_use[0])
     def _add():
-        out[...] += lax.dot_general(x[...], ct[...], (((0,), (0,)), ((), ())), precision=precision_of(x), preferred_element_type=jnp.float32)
+        out[...] += lax.dot_general(
+            x[...],
+            ct[...],
+            (((0,), (0,)), ((), ())),
+            precision=precision_of(x),
+            preferred_element_type=jnp.float32,
+        )
 
 
 def _tile(width: int) -> int:

@@ -46,16 +46,23 @@ def empty_keys(cfg: ModelConfig, lead: tuple[int, ...], dtype: jnp.dtype, storag
     if storage != "official":
         return jnp.zeros((*lead, cfg.head_dim), dtype)
     rope, plain = cfg.qk_rope_head_dim, cfg.head_dim - cfg.qk_rope_head_dim
-    code, scale = jnp.zeros((*lead, plain), jnp.float8_e4m3fn), jnp.zeros((*lead, -(-plain // KEY_BLOCK)), jnp.uint8)
+    code, scale = (
+        jnp.zeros((*lead, plain), jnp.float8_e4m3fn),
+        jnp.zeros((*lead, -(-plain // KEY_BLOCK)), jnp.uint8),
+    )
     return KeyRows(code, scale, jnp.zeros((*lead, rope), jnp.bfloat16))
 
 
-def empty_index_keys(cfg: ModelConfig, lead: tuple[int, ...], dtype: jnp.dtype, storage: str) -> Rows:
+def empty_index_keys(
+    cfg: ModelConfig, lead: tuple[int, ...], dtype: jnp.dtype, storage: str
+) -> Rows:
     """Zeros for indexer keys [*lead, J]."""
     dim = cfg.index_head_dim
     if storage != "official":
         return jnp.zeros((*lead, dim), dtype)
-    return IndexRows(jnp.zeros((*lead, dim // 2), jnp.uint8), jnp.zeros((*lead, dim // mxfp4.BLOCK), jnp.uint8))
+    return IndexRows(
+        jnp.zeros((*lead, dim // 2), jnp.uint8), jnp.zeros((*lead, dim // mxfp4.BLOCK), jnp.uint8)
+    )
 
 
 def pack(like: Rows, x: jax.Array) -> Rows:
@@ -67,7 +74,9 @@ def pack(like: Rows, x: jax.Array) -> Rows:
     if isinstance(like, IndexRows):
         y, scale = _scaled(x, mxfp4.BLOCK, mxfp4.LARGEST, mxfp4.LEAST_AMAX)
         size = jnp.abs(y)
-        code = jnp.where(size < 2, 2 * size, jnp.where(size < 4, size + 2, size / 2 + 4)).astype(jnp.uint8)
+        code = jnp.where(size < 2, 2 * size, jnp.where(size < 4, size + 2, size / 2 + 4)).astype(
+            jnp.uint8
+        )
         code = code | (jnp.signbit(y).astype(jnp.uint8) << 3)
         return IndexRows(code[..., 0::2] | (code[..., 1::2] << 4), scale)
     return x.astype(like.dtype)
@@ -79,7 +88,9 @@ def unpack(rows: Rows, dtype: jnp.dtype) -> jax.Array:
         plain = _unscaled(rows.code.astype(jnp.float32), rows.scale, KEY_BLOCK)
         return jnp.concatenate((plain.astype(dtype), rows.rope.astype(dtype)), axis=-1)
     if isinstance(rows, IndexRows):
-        code = jnp.stack((rows.code & 15, rows.code >> 4), axis=-1).reshape(*rows.code.shape[:-1], -1)
+        code = jnp.stack((rows.code & 15, rows.code >> 4), axis=-1).reshape(
+            *rows.code.shape[:-1], -1
+        )
         n = (code & 7).astype(jnp.float32)
         size = jnp.where(n < 4, n / 2, jnp.where(n < 6, n - 2, 2 * n - 8))
         return _unscaled(jnp.where(code >= 8, -size, size), rows.scale, mxfp4.BLOCK).astype(dtype)
@@ -91,13 +102,17 @@ def as_kept(like: Rows, x: jax.Array) -> jax.Array:
     if not isinstance(like, KeyRows):
         return x
     rope = like.rope.shape[-1]
-    return jnp.concatenate((x[..., :-rope], jax.lax.reduce_precision(x[..., -rope:], 8, 7)), axis=-1)
+    return jnp.concatenate(
+        (x[..., :-rope], jax.lax.reduce_precision(x[..., -rope:], 8, 7)), axis=-1
+    )
 
 
 def _scaled(x: jax.Array, block: int, largest: float, least: float) -> tuple[jax.Array, jax.Array]:
     """(x / scale, the scales' exponents uint8); the last block may be partial."""
     x = x.astype(jnp.float32)
-    blocks = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)]).reshape(*x.shape[:-1], -1, block)
+    blocks = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)]).reshape(
+        *x.shape[:-1], -1, block
+    )
     scale = power_of_two(jnp.maximum(jnp.max(jnp.abs(blocks), axis=-1), np.float32(least)), largest)
     y = (blocks / scale[..., None]).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
     return y, (jax.lax.bitcast_convert_type(scale, jnp.int32) >> 23).astype(jnp.uint8)

@@ -45,7 +45,11 @@ def _ramp(yarn: RopeScaling, theta: float, dims: int) -> np.ndarray:
     """0 for pairs that turn fast (kept), 1 for pairs that turn slowly (divided by the factor), linear between."""
 
     def pair_with(rotations: float) -> float:
-        return dims * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        return (
+            dims
+            * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi))
+            / (2 * math.log(theta))
+        )
 
     low = max(math.floor(pair_with(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_with(yarn.beta_slow)), dims - 1)
@@ -76,4 +80,7 @@ def rotate(x: jax.Array, turn: Rotation, inverse: bool = False) -> jax.Array:
     return jnp.concatenate((passed, turned.reshape(*x.shape[:-1], rope).astype(x.dtype)), axis=-1)
 
 
-rotate.defvjp(lambda x, turn, inverse: (rotate(x, turn, inverse), turn), lambda inverse, turn, ct: (rotate(ct, turn, not inverse), None))
+rotate.defvjp(
+    lambda x, turn, inverse: (rotate(x, turn, inverse), turn),
+    lambda inverse, turn, ct: (rotate(ct, turn, not inverse), None),
+)

@@ -89,7 +89,14 @@ def tail_rows(ratio: int) -> int:
 
 
 def empty_layer(
-    rules: AxisRules, cfg: ModelConfig, ratio: int, layers: int, batch: int, capacity: int, dtype: jnp.dtype, storage: str
+    rules: AxisRules,
+    cfg: ModelConfig,
+    ratio: int,
+    layers: int,
+    batch: int,
+    capacity: int,
+    dtype: jnp.dtype,
+    storage: str,
 ) -> LayerCache:
     """Nothing kept yet, room for `capacity` tokens (a multiple of the ratio); storage: see v4jax/model/packed.py."""
 
@@ -101,17 +108,23 @@ def empty_layer(
         c, z = (placed(jnp.zeros(ring, jnp.float32)) for _ in "cz")
         return Compressed(c, z, placed(slots, "cache_slots"))
 
-    window = placed(empty_keys(cfg, (layers, batch, cfg.sliding_window + SPARE_ROWS), dtype, storage))
+    window = placed(
+        empty_keys(cfg, (layers, batch, cfg.sliding_window + SPARE_ROWS), dtype, storage)
+    )
     if ratio == WINDOW_ONLY:
         return LayerCache(window)
     lead = (layers, batch, capacity // ratio)
     entry = compressed(cfg.head_dim, empty_keys(cfg, lead, dtype, storage))
     if ratio != CSA:
         return LayerCache(window, entry)
-    return LayerCache(window, entry, compressed(cfg.index_head_dim, empty_index_keys(cfg, lead, dtype, storage)))
+    return LayerCache(
+        window, entry, compressed(cfg.index_head_dim, empty_index_keys(cfg, lead, dtype, storage))
+    )
 
 
-def _rows_before(ring: Rows, layer: jax.Array, start_B: jax.Array, rows: int, dtype: jnp.dtype) -> jax.Array:
+def _rows_before(
+    ring: Rows, layer: jax.Array, start_B: jax.Array, rows: int, dtype: jnp.dtype
+) -> jax.Array:
     """[B,rows,H], the rows before position `start_B`, oldest first; anything where positions are negative."""
 
     def take(ring_LBRH):
@@ -122,7 +135,9 @@ def _rows_before(ring: Rows, layer: jax.Array, start_B: jax.Array, rows: int, dt
     return unpack(jax.tree.map(take, ring), dtype)
 
 
-def keep_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch) -> tuple[Rows, Callable[[int], jax.Array]]:
+def keep_rows(
+    ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch
+) -> tuple[Rows, Callable[[int], jax.Array]]:
     """(the ring with the real rows of a chunk in it, a function: n -> [B,n+S,H], the n rows before the chunk and its own).
 
     Every place of the ring takes the newest row that belongs there. A few rows fall on the spare ones, so that the rows before stay
@@ -133,7 +148,11 @@ def keep_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch) 
         """A few rows, in place: what is written is a few rows and not the ring."""
         size = ring_LBRH.shape[2]
         row_1S = jnp.arange(x_BSH.shape[1], dtype=jnp.int32)[None]
-        place_BS = jnp.where(row_1S < stretch.count_B[:, None], (stretch.start_B[:, None] + row_1S) % size, size + row_1S)
+        place_BS = jnp.where(
+            row_1S < stretch.count_B[:, None],
+            (stretch.start_B[:, None] + row_1S) % size,
+            size + row_1S,
+        )
         return _write(ring_LBRH, layer, place_BS, x_BSH)
 
     def keep(ring_LBRH, x_BSH):
@@ -150,7 +169,9 @@ def keep_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch) 
     def longer(rows: int) -> jax.Array:
         if few:
             return _rows_before(new, layer, stretch.start_B + size, rows + size, x_BSH.dtype)
-        return jnp.concatenate((_rows_before(ring, layer, stretch.start_B, rows, x_BSH.dtype), x_BSH), axis=1)
+        return jnp.concatenate(
+            (_rows_before(ring, layer, stretch.start_B, rows, x_BSH.dtype), x_BSH), axis=1
+        )
 
     return new, longer
 
@@ -161,7 +182,9 @@ def _positions(stretch: Stretch, size: int) -> jax.Array:
     return last_B1 - (last_B1 - jnp.arange(size, dtype=jnp.int32)[None]) % size
 
 
-def window_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch, window: int) -> tuple[Rows, jax.Array, jax.Array]:
+def window_rows(
+    ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch, window: int
+) -> tuple[Rows, jax.Array, jax.Array]:
     """(the ring with the real rows of a chunk in it, the `window` rows before the chunk and its own [B,V,H], their positions [B,V]).
 
     A few rows are given with the whole ring, as it lies: to put it in order takes longer than to attend to it. Places that hold no row of
@@ -175,7 +198,9 @@ def window_rows(ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch
     return new, rows_BRH, _positions(stretch, rows_BRH.shape[1])
 
 
-def _write(stack_LBRH: jax.Array, layer: jax.Array, place_BS: jax.Array, x_BSH: jax.Array) -> jax.Array:
+def _write(
+    stack_LBRH: jax.Array, layer: jax.Array, place_BS: jax.Array, x_BSH: jax.Array
+) -> jax.Array:
     """stack[layer, b, place[b, s]] = x[b, s], in place; places past the end are dropped. No two of a row are the same.
 
     Sequences are a batch of the scatter, so XLA sees that a device that holds some needs nothing of the others. vmap would say so too,
@@ -183,23 +208,37 @@ def _write(stack_LBRH: jax.Array, layer: jax.Array, place_BS: jax.Array, x_BSH: 
     writing of one alone wherever the stack is read, each time on a copy of all of it.
     """
     if place_BS.size == 1:
-        place_BS, x_BSH = jnp.append(place_BS, stack_LBRH.shape[2]).reshape(1, 2), jnp.pad(x_BSH, ((0, 0), (0, 1), (0, 0)))
-    index_BS2 = jnp.stack((jnp.broadcast_to(layer, place_BS.shape).astype(place_BS.dtype), place_BS), axis=-1)
+        place_BS, x_BSH = (
+            jnp.append(place_BS, stack_LBRH.shape[2]).reshape(1, 2),
+            jnp.pad(x_BSH, ((0, 0), (0, 1), (0, 0))),
+        )
+    index_BS2 = jnp.stack(
+        (jnp.broadcast_to(layer, place_BS.shape).astype(place_BS.dtype), place_BS), axis=-1
+    )
     numbers = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(2,), inserted_window_dims=(0, 2), scatter_dims_to_operand_dims=(0, 2), operand_batching_dims=(1,),
+        update_window_dims=(2,),
+        inserted_window_dims=(0, 2),
+        scatter_dims_to_operand_dims=(0, 2),
+        operand_batching_dims=(1,),
         scatter_indices_batching_dims=(0,),
-    )  # fmt: skip
+    )
     return jax.lax.scatter(stack_LBRH, index_BS2, x_BSH, numbers, unique_indices=True, mode="drop")
 
 
-def fill_slots(rules: AxisRules, slots: Rows, layer: jax.Array, x_BSH: jax.Array, first_B: jax.Array) -> Rows:
+def fill_slots(
+    rules: AxisRules, slots: Rows, layer: jax.Array, x_BSH: jax.Array, first_B: jax.Array
+) -> Rows:
     """Slots from `first_B` on hold x; rows that would fall off an end are dropped."""
 
     def fill(slots, layer, x, first_B, axis=None):
         count = slot_count(slots)
         place_BS = (first_B - first_row(axis, count))[:, None] + jnp.arange(x_BSH.shape[1])[None]
-        place_BS = jnp.where(place_BS >= 0, place_BS, place_BS + 2**30)  # past the end, not counted from it
-        return jax.tree.map(lambda slots_LBCH, x_BSH: _write(slots_LBCH, layer, place_BS, x_BSH), slots, x)
+        place_BS = jnp.where(
+            place_BS >= 0, place_BS, place_BS + 2**30
+        )  # past the end, not counted from it
+        return jax.tree.map(
+            lambda slots_LBCH, x_BSH: _write(slots_LBCH, layer, place_BS, x_BSH), slots, x
+        )
 
     x = pack(slots, x_BSH)
     if not rules.mesh_axes("cache_slots"):
@@ -208,7 +247,9 @@ def fill_slots(rules: AxisRules, slots: Rows, layer: jax.Array, x_BSH: jax.Array
     kept = slots_spec(rules, slots)
     new = jax.tree.map(lambda _: rules.spec(("act_batch", None, None)), x)
     local = functools.partial(fill, axis=axis)
-    return jax.shard_map(local, in_specs=(kept, rules.spec(()), new, rules.spec(("act_batch",))), out_specs=kept)(slots, layer, x, first_B)
+    return jax.shard_map(
+        local, in_specs=(kept, rules.spec(()), new, rules.spec(("act_batch",))), out_specs=kept
+    )(slots, layer, x, first_B)
 
 
 def slots_spec(rules: AxisRules, slots: Rows):
@@ -222,7 +263,13 @@ def all_rows(rows: jax.Array | Slots, dtype: jnp.dtype) -> jax.Array:
 
 
 def _layer_rows(stack: Rows, layer: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return unpack(jax.tree.map(lambda stack_LBRH: jax.lax.dynamic_index_in_dim(stack_LBRH, layer, keepdims=False), stack), dtype)
+    return unpack(
+        jax.tree.map(
+            lambda stack_LBRH: jax.lax.dynamic_index_in_dim(stack_LBRH, layer, keepdims=False),
+            stack,
+        ),
+        dtype,
+    )
 
 
 def some_rows(rows: Slots, first: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:
@@ -230,7 +277,9 @@ def some_rows(rows: Slots, first: jax.Array, size: int, dtype: jnp.dtype) -> jax
 
     def take(stack_LBCH):
         _, batch, _, width = stack_LBCH.shape
-        return jax.lax.dynamic_slice(stack_LBCH, (rows.layer, 0, first, 0), (1, batch, size, width))[0]
+        return jax.lax.dynamic_slice(
+            stack_LBCH, (rows.layer, 0, first, 0), (1, batch, size, width)
+        )[0]
 
     return unpack(jax.tree.map(take, rows.stack), dtype)
 

@@ -63,19 +63,27 @@ class Transformer(Weights):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, tokens_BS: jax.Array, segment_BS: jax.Array | None = None, ask: Ask = Ask()) -> Hidden:
+    def __call__(
+        self, tokens_BS: jax.Array, segment_BS: jax.Array | None = None, ask: Ask = Ask()
+    ) -> Hidden:
         cfg, own = self.cfg, self.own
         table_VD = Embedding(*own, cfg, name="embed")()
         head_DV = Head(*own, cfg, name="head")()
-        documents = read_documents(cfg, tokens_BS.shape[1], segment_BS, self.rules.shards("act_seq"))._replace(ask=ask)
+        documents = read_documents(
+            cfg, tokens_BS.shape[1], segment_BS, self.rules.shards("act_seq")
+        )._replace(ask=ask)
         with jax.named_scope("embed"):
             x_BSD = embed_lookup(self.rules, table_VD, tokens_BS).astype(self.dtype)
-        x_BSXD = jnp.broadcast_to(x_BSD[:, :, None], (*x_BSD.shape[:2], cfg.hc_mult, cfg.hidden_size))
+        x_BSXD = jnp.broadcast_to(
+            x_BSD[:, :, None], (*x_BSD.shape[:2], cfg.hc_mult, cfg.hidden_size)
+        )
         x_BSXD = self.rules.constrain(x_BSXD, "act_batch", "act_seq", "act_streams", "act_embed")
         routing, index = {}, {}
         for group in cfg.layer_groups:
             layers = stack(*own, cfg, group.kinds, group.repeats, self.remat, group.name)
-            (x_BSXD, _), (routing[group.name], index[group.name]) = layers((x_BSXD, None), tokens_BS, documents)
+            (x_BSXD, _), (routing[group.name], index[group.name]) = layers(
+                (x_BSXD, None), tokens_BS, documents
+            )
         mtp_x_BSD = None
         if cfg.num_nextn_predict_layers:
             with jax.named_scope("mtp"):
@@ -83,10 +91,14 @@ class Transformer(Weights):
                 next_BSD = embed_lookup(self.rules, table_VD, next_BS).astype(self.dtype)
                 mtp = nn.remat(MTP) if self.remat else MTP
                 counted = without_last_tokens(documents, next_BS)
-                mtp_x_BSD, route, _ = run_mtp(mtp(*own, cfg, name="mtp"), x_BSXD, next_BSD, next_BS, counted)
+                mtp_x_BSD, route, _ = run_mtp(
+                    mtp(*own, cfg, name="mtp"), x_BSXD, next_BSD, next_BS, counted
+                )
                 routing["mtp"] = {"block": route}
         x_BSD = HyperHead(*own, cfg, name="hc_head")(x_BSXD)
-        return Hidden(RMSNorm(*own, cfg.rms_norm_eps, name="norm")(x_BSD), mtp_x_BSD, head_DV, routing, index)
+        return Hidden(
+            RMSNorm(*own, cfg.rms_norm_eps, name="norm")(x_BSD), mtp_x_BSD, head_DV, routing, index
+        )
 
 
 class Embedding(Weights):
@@ -96,7 +108,9 @@ class Embedding(Weights):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.cfg.initializer_range), ("vocab", "embed"))
+        init = nn.with_logical_partitioning(
+            nn.initializers.normal(self.cfg.initializer_range), ("vocab", "embed")
+        )
         return self.param("weight", init, (self.cfg.vocab_size, self.cfg.hidden_size), jnp.float32)
 
 
@@ -108,7 +122,9 @@ class Head(Weights):
     @nn.compact
     def __call__(self) -> jax.Array:
         init = nn.initializers.normal(self.cfg.initializer_range)
-        return self.weight("weight", (self.cfg.hidden_size, self.cfg.vocab_size), ("embed", "vocab"), init)
+        return self.weight(
+            "weight", (self.cfg.hidden_size, self.cfg.vocab_size), ("embed", "vocab"), init
+        )
 
 
 def project_logits(rules: AxisRules, x_BSD: jax.Array, head_DV: jax.Array) -> jax.Array:
@@ -143,12 +159,17 @@ def apply(
     check_quant(cfg, quant, rules.shards("expert_hidden"))
     shards = rules.shards("act_seq")
     if tokens_BS.shape[1] % shards:
-        raise ValueError(f"tokens: got rows of {tokens_BS.shape[1]}; must divide by {shards}, the mesh axes that cut the sequence")
+        raise ValueError(
+            f"tokens: got rows of {tokens_BS.shape[1]}; must divide by {shards}, the mesh axes that cut the sequence"
+        )
     weights = {name: value for name, value in params.items() if name != "router"}
     model = Transformer(rules, jnp.dtype(dtype), quant, csa, cfg, remat)
     variables = {"params": weights, "router": params["router"]}
     if chosen is not None:
-        variables["chosen"] = {group: {block: {"ffn": {"index": index}} for block, index in blocks.items()} for group, blocks in chosen.items()}
+        variables["chosen"] = {
+            group: {block: {"ffn": {"index": index}} for block, index in blocks.items()}
+            for group, blocks in chosen.items()
+        }
     return model.apply(variables, tokens_BS, segment_BS, ask)
 
 
@@ -175,17 +196,27 @@ def forward(
     Raises:
       ValueError: shapes that do not fit, or a quant that does not exist or does not fit the model's sizes.
     """
-    if tokens_BS.ndim != 2 or tokens_BS.shape[1] < 1 or not jnp.issubdtype(tokens_BS.dtype, jnp.integer):
-        raise ValueError(f"tokens: got {tokens_BS.dtype} {tokens_BS.shape}; must be integers [B, S] with S >= 1")
+    if (
+        tokens_BS.ndim != 2
+        or tokens_BS.shape[1] < 1
+        or not jnp.issubdtype(tokens_BS.dtype, jnp.integer)
+    ):
+        raise ValueError(
+            f"tokens: got {tokens_BS.dtype} {tokens_BS.shape}; must be integers [B, S] with S >= 1"
+        )
     if segment_ids_BS is not None and segment_ids_BS.shape != tokens_BS.shape:
-        raise ValueError(f"segment_ids: got {segment_ids_BS.shape}; must be as tokens, {tokens_BS.shape}")
+        raise ValueError(
+            f"segment_ids: got {segment_ids_BS.shape}; must be as tokens, {tokens_BS.shape}"
+        )
     dtype = params["embed"]["weight"].dtype if dtype is None else jnp.dtype(dtype)
     return _forward(cfg, params, tokens_BS, segment_ids_BS, rules, dtype, remat, quant)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
 def _forward(cfg, params, tokens_BS, segment_BS, rules, dtype, remat, quant) -> Output:
-    hidden = apply(cfg, params, tokens_BS, segment_BS, rules=rules, dtype=dtype, remat=remat, quant=quant)
+    hidden = apply(
+        cfg, params, tokens_BS, segment_BS, rules=rules, dtype=dtype, remat=remat, quant=quant
+    )
     logits = project_logits(rules, hidden.x_BSD, hidden.head_DV)
     mtp_logits = None
     if hidden.mtp_x_BSD is not None:
@@ -205,7 +236,10 @@ def abstract_params(cfg: ModelConfig):
 
 def param_axes(cfg: ModelConfig):
     """Logical axis names of the parameters: the same tree with a tuple of names (or None) per leaf."""
-    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+
+    def is_box(leaf):
+        return isinstance(leaf, nn.LogicallyPartitioned)
+
     return jax.tree.map(lambda leaf: tuple(leaf.names), _abstract_boxed(cfg), is_leaf=is_box)
 
 
@@ -217,5 +251,7 @@ def _abstract_boxed(cfg: ModelConfig):
 
 def _boxed(cfg: ModelConfig, key: jax.Array):
     """Parameters in Flax's boxes, which carry the logical axes."""
-    variables = Transformer(AxisRules(), jnp.dtype(jnp.float32), "none", Csa(), cfg).init(key, jnp.zeros((1, 1), jnp.int32))
+    variables = Transformer(AxisRules(), jnp.dtype(jnp.float32), "none", Csa(), cfg).init(
+        key, jnp.zeros((1, 1), jnp.int32)
+    )
     return dict(variables["params"]) | {"router": dict(variables["router"])}

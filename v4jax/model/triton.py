@@ -33,7 +33,9 @@ def suits(*widths: int) -> bool:
     return all(width % LEAST == 0 for width in widths)
 
 
-def grouped_dot(x_PA: jax.Array, w_EAZ: jax.Array, groups: Groups, interpret: bool = False) -> jax.Array:
+def grouped_dot(
+    x_PA: jax.Array, w_EAZ: jax.Array, groups: Groups, interpret: bool = False
+) -> jax.Array:
     """out[p] = x[p] w[expert of p], [P,Z] in the dtype of x, summed in float32; 0 for rows of blocks not in use.
 
     interpret: run the kernel step by step on any platform (tests).
@@ -49,23 +51,34 @@ def grouped_dot(x_PA: jax.Array, w_EAZ: jax.Array, groups: Groups, interpret: bo
             return total + _dot(x[:, part], w[expert[block], part, columns])
 
         steps = (block < in_use[0]).astype(jnp.int32) * (deep // depth)
-        out[...] = lax.fori_loop(0, steps, add, jnp.zeros((size, tile), jnp.float32)).astype(out.dtype)
+        out[...] = lax.fori_loop(0, steps, add, jnp.zeros((size, tile), jnp.float32)).astype(
+            out.dtype
+        )
 
     return pl.pallas_call(
         one_tile,
         out_shape=_like(x_PA, (x_PA.shape[0], wide), x_PA.dtype),
         grid=(blocks, wide // tile),
-        in_specs=[*_anywhere(2), pl.BlockSpec((size, deep), lambda block, z: (block, 0)), *_anywhere(1)],
+        in_specs=[
+            *_anywhere(2),
+            pl.BlockSpec((size, deep), lambda block, z: (block, 0)),
+            *_anywhere(1),
+        ],
         out_specs=pl.BlockSpec((size, tile), lambda block, z: (block, z)),
         compiler_params=_options(x_PA),
         interpret=interpret,
     )(groups.block_expert, groups.blocks_in_use[None], x_PA, w_EAZ)
 
 
-def grouped_outer(x_PA: jax.Array, ct_PZ: jax.Array, groups: Groups, interpret: bool = False) -> jax.Array:
+def grouped_outer(
+    x_PA: jax.Array, ct_PZ: jax.Array, groups: Groups, interpret: bool = False
+) -> jax.Array:
     """out[e] = sum over the rows p of expert e of x[p]^T ct[p], float32 [E,A,Z]; 0 for an expert without rows."""
     widths = x_PA.shape[1], ct_PZ.shape[1]
-    size, tiles = x_PA.shape[0] // groups.block_expert.shape[0], tuple(_tile(width, SQUARE) for width in widths)
+    size, tiles = (
+        x_PA.shape[0] // groups.block_expert.shape[0],
+        tuple(_tile(width, SQUARE) for width in widths),
+    )
     blocks_E = groups.group_sizes // size
     last_E = jnp.cumsum(blocks_E)
 
@@ -82,7 +95,10 @@ def grouped_outer(x_PA: jax.Array, ct_PZ: jax.Array, groups: Groups, interpret: 
     return pl.pallas_call(
         one_tile,
         out_shape=_like(x_PA, (groups.group_sizes.shape[0], *widths), jnp.float32),
-        grid=(groups.group_sizes.shape[0], *(width // tile for width, tile in zip(widths, tiles, strict=True))),
+        grid=(
+            groups.group_sizes.shape[0],
+            *(width // tile for width, tile in zip(widths, tiles, strict=True)),
+        ),
         in_specs=_anywhere(4),
         out_specs=pl.BlockSpec((None, *tiles), lambda expert, a, z: (expert, a, z)),
         compiler_params=_options(x_PA),
@@ -91,7 +107,13 @@ def grouped_outer(x_PA: jax.Array, ct_PZ: jax.Array, groups: Groups, interpret: 
 
 
 def _dot(a, b):
-    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=precision_of(a), preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        a,
+        b,
+        (((1,), (0,)), ((), ())),
+        precision=precision_of(a),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _tile(width: int, most: int) -> int:

@@ -56,8 +56,14 @@ def look(pre_BSX: jax.Array, mix: Mix, y_BSD: jax.Array, x_BSXD: jax.Array) -> S
 
 def both(first: Seen, second: Seen) -> Seen:
     """A layer's: the mean of gates, the larger of norms and maxima, streams as the layer leaves them."""
-    larger = {name: jnp.maximum(getattr(first, name), getattr(second, name)) for name in ("gate_range", "comb_norm", "out_max", "stream_max")}
-    means = {name: (getattr(first, name) + getattr(second, name)) / 2 for name in ("pre", "post", "comb_off")}
+    larger = {
+        name: jnp.maximum(getattr(first, name), getattr(second, name))
+        for name in ("gate_range", "comb_norm", "out_max", "stream_max")
+    }
+    means = {
+        name: (getattr(first, name) + getattr(second, name)) / 2
+        for name in ("pre", "post", "comb_off")
+    }
     return second._replace(**larger, **means)
 
 

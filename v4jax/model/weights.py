@@ -39,7 +39,9 @@ class Weights(nn.Module):
         """What every module hands to those inside it."""
         return self.rules, self.dtype, self.quant, self.csa
 
-    def weight(self, name: str, shape, axes, init, keep_float32: bool = False, low: bool = False) -> jax.Array:
+    def weight(
+        self, name: str, shape, axes, init, keep_float32: bool = False, low: bool = False
+    ) -> jax.Array:
         """Declares a weight, then gives it in the compute dtype (or float32), gathered over FSDP axes.
 
         `low`: released files store it as fp8, so under quant="official" it is rounded to that.

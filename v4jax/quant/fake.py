@@ -49,13 +49,19 @@ def check_quant(cfg: ModelConfig, quant: str, parts: int = 1) -> None:
         return
     for name in ("hidden_size", "moe_intermediate_size"):
         if getattr(cfg, name) % mxfp4.BLOCK:
-            raise ValueError(f"{name}: got {getattr(cfg, name)}; quant 'official' needs a multiple of {mxfp4.BLOCK} (MXFP4 experts)")
+            raise ValueError(
+                f"{name}: got {getattr(cfg, name)}; quant 'official' needs a multiple of {mxfp4.BLOCK} (MXFP4 experts)"
+            )
     if parts > 1 and cfg.moe_intermediate_size // parts % fp8.BLOCK:
-        raise ValueError(f"moe_intermediate_size: got {cfg.moe_intermediate_size} over {parts} devices; quant 'official' needs a "
-                         f"multiple of {fp8.BLOCK} on each")  # fmt: skip
+        raise ValueError(
+            f"moe_intermediate_size: got {cfg.moe_intermediate_size} over {parts} devices; quant 'official' needs a "
+            f"multiple of {fp8.BLOCK} on each"
+        )
     dim = cfg.index_head_dim
     if CSA in cfg.compress_ratios and (dim % mxfp4.BLOCK or dim & (dim - 1)):
-        raise ValueError(f"index_head_dim: got {dim}; quant 'official' needs a power of two of at least {mxfp4.BLOCK} (Hadamard)")
+        raise ValueError(
+            f"index_head_dim: got {dim}; quant 'official' needs a power of two of at least {mxfp4.BLOCK} (Hadamard)"
+        )
 
 
 def fp8_weight(w_IO: jax.Array) -> jax.Array:
@@ -81,7 +87,10 @@ def fp8_keys(kv: jax.Array, rope: int) -> jax.Array:
 def mxfp4_rotated(x: jax.Array) -> jax.Array:
     """Hadamard rotation H^-0.5 x [H], then e2m1 with a scale for each 32. Scores of rotated q and k are those of q and k."""
     dim = x.shape[-1]
-    turned = jnp.dot(x.astype(jnp.float32), hadamard(dim), precision=jax.lax.Precision.HIGHEST) * dim**-0.5
+    turned = (
+        jnp.dot(x.astype(jnp.float32), hadamard(dim), precision=jax.lax.Precision.HIGHEST)
+        * dim**-0.5
+    )
     return _fake(E2M1, (1, mxfp4.BLOCK), turned.astype(x.dtype))
 
 

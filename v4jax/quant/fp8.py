@@ -27,7 +27,9 @@ def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
 
 def block_scale(x_OI: np.ndarray) -> np.ndarray:
     """2^ceil(log2(max |x| / 448)) of each block, float32 [P, Q]."""
-    amax_PI = np.stack([np.abs(x_OI[row : row + BLOCK]).max(axis=0) for row in range(0, len(x_OI), BLOCK)])
+    amax_PI = np.stack(
+        [np.abs(x_OI[row : row + BLOCK]).max(axis=0) for row in range(0, len(x_OI), BLOCK)]
+    )
     amax_PQ = np.maximum.reduceat(amax_PI, np.arange(0, x_OI.shape[1], BLOCK), axis=1)
     return power_of_two(np.maximum(amax_PQ, np.float32(LEAST_AMAX)), LARGEST)
 
@@ -46,8 +48,12 @@ def quantise(x_OI: np.ndarray, scale_PQ: np.ndarray | None = None) -> tuple[np.n
     scale_PQ = block_scale(x_OI) if scale_PQ is None else scale_PQ
     code_OI = np.empty(x_OI.shape, np.uint8)
     with np.errstate(over="ignore"):
-        for row, scale_Q in zip(range(0, len(x_OI), BLOCK), scale_PQ, strict=True):  # a band at a time stays in the cache
-            code_OI[row : row + BLOCK] = codes(x_OI[row : row + BLOCK] / np.repeat(scale_Q, BLOCK)[: x_OI.shape[1]][None])
+        for row, scale_Q in zip(
+            range(0, len(x_OI), BLOCK), scale_PQ, strict=True
+        ):  # a band at a time stays in the cache
+            code_OI[row : row + BLOCK] = codes(
+                x_OI[row : row + BLOCK] / np.repeat(scale_Q, BLOCK)[: x_OI.shape[1]][None]
+            )
     return code_OI.view(E4M3), scale_PQ
 
 
@@ -81,9 +87,15 @@ def dequantise(code_OI: np.ndarray, scale_PQ: np.ndarray) -> np.ndarray:
     check_codes(code_OI)
     x_OI = np.empty(code_OI.shape, np.float32)
     with np.errstate(over="ignore"):
-        for row, scale_Q in zip(range(0, len(x_OI), BLOCK), scale_PQ, strict=True):  # a band at a time stays in the cache
+        for row, scale_Q in zip(
+            range(0, len(x_OI), BLOCK), scale_PQ, strict=True
+        ):  # a band at a time stays in the cache
             band_OI = _VALUE[code_OI[row : row + BLOCK].view(np.uint8)]
-            np.multiply(band_OI, np.repeat(scale_Q, BLOCK)[: x_OI.shape[1]][None], out=x_OI[row : row + BLOCK])
+            np.multiply(
+                band_OI,
+                np.repeat(scale_Q, BLOCK)[: x_OI.shape[1]][None],
+                out=x_OI[row : row + BLOCK],
+            )
     if scale_PQ.size and scale_PQ.max() * 2.0 > np.finfo(np.float32).max / LARGEST:
         check_finite(x_OI)
     return x_OI
@@ -93,4 +105,8 @@ def spread(scale_PQ: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Every element's scale, float32 [O, I]; a row of blocks is repeated as a view where that is possible."""
     rows, columns = shape
     scale_PI = np.repeat(scale_PQ, BLOCK, axis=1)[:, :columns]
-    return np.repeat(scale_PI, BLOCK, axis=0)[:rows] if len(scale_PI) > 1 else np.broadcast_to(scale_PI, shape)
+    return (
+        np.repeat(scale_PI, BLOCK, axis=0)[:rows]
+        if len(scale_PI) > 1
+        else np.broadcast_to(scale_PI, shape)
+    )

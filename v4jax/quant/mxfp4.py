@@ -19,6 +19,7 @@ _BAND = 2**18
 LEAST_AMAX = 6 * 2.0**-126
 """Official fp4_act_quant: a block has at least this magnitude, so its scale is a normal number."""
 
+
 def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
     """[O, Q] of a matrix [O, I].
 
@@ -38,7 +39,9 @@ def pack(code_OI: np.ndarray) -> np.ndarray:
 def unpack(packed_OH: np.ndarray) -> np.ndarray:
     """int8 [O, H] -> codes 0 to 15, uint8 [O, I]."""
     byte_OH = packed_OH.view(np.uint8)
-    return np.stack([byte_OH & np.uint8(15), byte_OH >> np.uint8(4)], axis=-1).reshape(len(byte_OH), -1)
+    return np.stack([byte_OH & np.uint8(15), byte_OH >> np.uint8(4)], axis=-1).reshape(
+        len(byte_OH), -1
+    )
 
 
 def block_scale(x_OI: np.ndarray) -> np.ndarray:
@@ -58,12 +61,17 @@ def quantise(x_OI: np.ndarray, scale_OQ: np.ndarray | None = None) -> tuple[np.n
       ValueError: x that is not finite; I that is not a multiple of 32.
     """
     rows, blocks = scale_shape(x_OI.shape)
-    packed_OH, found_OQ = np.empty((rows, x_OI.shape[1] // 2), np.int8), np.empty((rows, blocks), np.float32)
+    packed_OH, found_OQ = (
+        np.empty((rows, x_OI.shape[1] // 2), np.int8),
+        np.empty((rows, blocks), np.float32),
+    )
     band = max(1, _BAND // max(1, x_OI.shape[1]))
     for some in (slice(row, row + band) for row in range(0, rows, band)):
         x, scale = x_OI[some], None if scale_OQ is None else scale_OQ[some]
         found = _quantise_bits(x, scale) if x.dtype == BFLOAT16 and x.size else None
-        packed_OH[some], found_OQ[some] = found or _quantise_numbers(x.astype(np.float32, copy=False), scale)
+        packed_OH[some], found_OQ[some] = found or _quantise_numbers(
+            x.astype(np.float32, copy=False), scale
+        )
     return packed_OH, found_OQ
 
 
@@ -78,13 +86,19 @@ def codes(y: np.ndarray) -> np.ndarray:
     A cast to ml_dtypes' float4 gives the same, number by number; comparisons run over many at once."""
     magnitude = np.abs(y)
     code = (y.view(np.uint32) >> np.uint32(28)).astype(np.uint8) & np.uint8(8)
-    for low, high in ((0.25, 0.75), (1.25, 1.75), (2.5, 3.5)):  # a tie goes to the even code: down at the first, up at the second
+    for low, high in (
+        (0.25, 0.75),
+        (1.25, 1.75),
+        (2.5, 3.5),
+    ):  # a tie goes to the even code: down at the first, up at the second
         code += (magnitude > np.float32(low)).view(np.uint8)
         code += (magnitude >= np.float32(high)).view(np.uint8)
     return code + (magnitude > np.float32(5)).view(np.uint8)
 
 
-def _quantise_bits(x_OI: np.ndarray, scale_OQ: np.ndarray | None) -> tuple[np.ndarray, np.ndarray] | None:
+def _quantise_bits(
+    x_OI: np.ndarray, scale_OQ: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray] | None:
     """`quantise` of bfloat16 without leaving its 16 bits, five times as fast; None where some number needs the longer way: one that is
     not finite, beyond 6 scales, or in a block so small that a bfloat16 of its size has fewer bits.
 
@@ -95,16 +109,24 @@ def _quantise_bits(x_OI: np.ndarray, scale_OQ: np.ndarray | None) -> tuple[np.nd
     for _ in range(5):  # of 32 numbers, neighbours first: each step runs over the whole band
         amax = np.maximum(amax[0::2], amax[1::2])
     amax_OQ = amax.reshape(scale_shape(x_OI.shape)).astype(np.int32)
-    if scale_OQ is None:  # the next power of two above amax / 6: 6 is 1.5 x 2^2, and 1.5 a mantissa of 64
+    if (
+        scale_OQ is None
+    ):  # the next power of two above amax / 6: 6 is 1.5 x 2^2, and 1.5 a mantissa of 64
         exponent_OQ = np.maximum((amax_OQ + 63 >> 7) - 2, 1)
     else:
         exponent_OQ = (scale_OQ.view(np.uint32) >> np.uint32(23)).astype(np.int32)
         if (scale_OQ.view(np.uint32) & np.uint32(0x7FFFFF)).any():
             return None
-    unusual = (amax_OQ >= 0x7F80) | (exponent_OQ > 252) | ((amax_OQ > 0) & ((exponent_OQ < 3) | (amax_OQ - (exponent_OQ << 7) > _SIX)))
+    unusual = (
+        (amax_OQ >= 0x7F80)
+        | (exponent_OQ > 252)
+        | ((amax_OQ > 0) & ((exponent_OQ < 3) | (amax_OQ - (exponent_OQ << 7) > _SIX)))
+    )
     if unusual.any():
         return None
-    taken_OQ = np.maximum(exponent_OQ, 3) << 7  # less, taken from the bits of 0, would be the bits of 0.5
+    taken_OQ = (
+        np.maximum(exponent_OQ, 3) << 7
+    )  # less, taken from the bits of 0, would be the bits of 0.5
     relative = bits_OI.reshape(-1, BLOCK) - taken_OQ.astype(np.uint16).reshape(-1, 1)
     pair = np.take(_CODE, relative, mode="wrap").view(np.uint16)
     packed = (pair | pair >> np.uint16(4)).astype(np.uint8).reshape(len(x_OI), -1)
@@ -152,10 +174,17 @@ def dequantise(packed_OH: np.ndarray, scale_OQ: np.ndarray) -> np.ndarray:
 
 def _pair_table() -> np.ndarray:
     """The two bfloat16 of scale byte x 256 + packed byte, low nibble first, as one number of 4 bytes."""
-    value = np.arange(16, dtype=np.uint8).view(E2M1).astype(np.float64)  # 0 .5 1 1.5 2 3 4 6, then their negatives
+    value = (
+        np.arange(16, dtype=np.uint8).view(E2M1).astype(np.float64)
+    )  # 0 .5 1 1.5 2 3 4 6, then their negatives
     pair = np.stack([np.tile(value, 16), np.repeat(value, 16)], axis=1)
     with np.errstate(over="ignore"):  # found by `dequantise`
-        return (np.ldexp(1.0, np.arange(256) - 127)[:, None, None] * pair).astype(BFLOAT16).reshape(-1).view(np.uint32)
+        return (
+            (np.ldexp(1.0, np.arange(256) - 127)[:, None, None] * pair)
+            .astype(BFLOAT16)
+            .reshape(-1)
+            .view(np.uint32)
+        )
 
 
 _PAIR = _pair_table()

@@ -38,7 +38,9 @@ def to_ue8m0(scale: np.ndarray) -> np.ndarray:
     exponent = np.where(lowest, np.uint32(0), bits >> np.uint32(23))
     bad = ~lowest & (((bits & _MANTISSA) != 0) | (exponent < 1) | (exponent > 254))
     if bad.any():
-        raise ValueError(f"scale: got {scale[bad].flat[0]}; must be a power of two in [2^-127, 2^127]")
+        raise ValueError(
+            f"scale: got {scale[bad].flat[0]}; must be a power of two in [2^-127, 2^127]"
+        )
     return exponent.astype(np.uint8)
 
 
@@ -50,7 +52,9 @@ def from_ue8m0(byte: np.ndarray) -> np.ndarray:
     """
     byte = np.asarray(byte, np.uint8)
     if byte.size and byte.max() == 255:
-        raise ValueError(f"scale: got byte 255 (NaN) at {np.argwhere(byte == 255)[0].tolist()}; must be below 255")
+        raise ValueError(
+            f"scale: got byte 255 (NaN) at {np.argwhere(byte == 255)[0].tolist()}; must be below 255"
+        )
     return np.where(byte == 0, _LOWEST, (byte.astype(np.uint32) << np.uint32(23)).view(np.float32))
 
 
@@ -63,11 +67,15 @@ def check_float_scale(scale: np.ndarray) -> np.ndarray:
     scale = np.asarray(scale, np.float32)
     bad = ~(np.isfinite(scale) & (scale > 0))
     if bad.any():
-        raise ValueError(f"scale: got {scale[bad].flat[0]} at {np.argwhere(bad)[0].tolist()}; must be positive, finite")
+        raise ValueError(
+            f"scale: got {scale[bad].flat[0]} at {np.argwhere(bad)[0].tolist()}; must be positive, finite"
+        )
     return scale
 
 
 def check_finite(x: np.ndarray) -> None:
     """Raises ValueError where values have no low-precision form."""
     if not np.isfinite(x).all():
-        raise ValueError(f"got {x[~np.isfinite(x)].flat[0]}; fp8 and MXFP4 hold finite numbers only")
+        raise ValueError(
+            f"got {x[~np.isfinite(x)].flat[0]}; fp8 and MXFP4 hold finite numbers only"
+        )

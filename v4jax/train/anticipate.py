@@ -32,24 +32,41 @@ Chosen = dict[str, dict[str, jax.Array]]
 """Group -> block -> experts of each token, int32 [L,B,S,K] ("mtp": [B,S,K]), of score-routed layers."""
 
 
-def choose_experts(cfg: TrainConfig, rules: AxisRules, params, batch: Mapping[str, jax.Array]) -> Chosen:
+def choose_experts(
+    cfg: TrainConfig, rules: AxisRules, params, batch: Mapping[str, jax.Array]
+) -> Chosen:
     """The experts that `params` (the public dict) choose for a batch. XLA leaves out what no index depends on."""
     hidden = apply(
-        cfg.model, params, batch["tokens"], batch.get("segment_ids"), rules=rules, dtype=jnp.dtype(cfg.dtype), quant=cfg.quant,
+        cfg.model,
+        params,
+        batch["tokens"],
+        batch.get("segment_ids"),
+        rules=rules,
+        dtype=jnp.dtype(cfg.dtype),
+        quant=cfg.quant,
         ask=Ask(index=True),
-    )  # fmt: skip
+    )
     found = {
-        group: {block: route.index_BSK for block, route in blocks.items() if route.index_BSK is not None}
+        group: {
+            block: route.index_BSK for block, route in blocks.items() if route.index_BSK is not None
+        }
         for group, blocks in hidden.routing.items()
     }
-    place = lambda x: rules.constrain(x, *[None] * (x.ndim - 3), "act_batch", "act_seq", None)  # noqa: E731
+
+    def place(x):
+        return rules.constrain(x, *[None] * (x.ndim - 3), "act_batch", "act_seq", None)
+
     return jax.tree.map(place, {group: blocks for group, blocks in found.items() if blocks})
 
 
-def compile_choice(cfg: TrainConfig, rules: AxisRules, shardings: TrainState, mesh: Mesh) -> Callable:
+def compile_choice(
+    cfg: TrainConfig, rules: AxisRules, shardings: TrainState, mesh: Mesh
+) -> Callable:
     """`choose_experts` of (public params, batch), compiled when it is first needed."""
     function = functools.partial(choose_experts, cfg, rules)
-    return compiled_together(jax.jit(function, in_shardings=(shardings.public, batch_sharding(rules, mesh))))
+    return compiled_together(
+        jax.jit(function, in_shardings=(shardings.public, batch_sharding(rules, mesh)))
+    )
 
 
 class Feed:
@@ -60,7 +77,14 @@ class Feed:
       ahead: what a checkpoint had (see `items`).
     """
 
-    def __init__(self, data: Iterator, put: Callable, choose: Callable, lag: int, ahead: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        data: Iterator,
+        put: Callable,
+        choose: Callable,
+        lag: int,
+        ahead: Mapping[str, Any] | None = None,
+    ):
         self._data, self._put, self._choose, self._lag = data, put, choose, lag
         waiting = sorted((ahead or {}).items(), key=lambda item: int(item[0]))
         self._waiting = collections.deque((one["batch"], one["chosen"]) for _, one in waiting)
@@ -69,7 +93,9 @@ class Feed:
         """How many batches are drawn and not given out."""
         return len(self._waiting)
 
-    def next(self, params, on: bool, left: float = math.inf) -> tuple[dict[str, jax.Array], Chosen | None]:
+    def next(
+        self, params, on: bool, left: float = math.inf
+    ) -> tuple[dict[str, jax.Array], Chosen | None]:
         """The next batch, and while `on` the experts chosen for it.
 
         Args:
@@ -79,7 +105,9 @@ class Feed:
             batch = self._put(next(self._data))
             # Not two programs at a time on CPU (sharding/processes.py); elsewhere the step after it waits for it anyway.
             self._waiting.append((batch, jax.block_until_ready(self._choose(params, batch))))
-        batch, chosen = self._waiting.popleft() if self._waiting else (self._put(next(self._data)), None)
+        batch, chosen = (
+            self._waiting.popleft() if self._waiting else (self._put(next(self._data)), None)
+        )
         return batch, chosen if on else None
 
     def drop(self) -> None:
@@ -88,7 +116,10 @@ class Feed:
 
     def items(self) -> dict[str, Any]:
         """What a checkpoint needs besides the data's position, which is that of the last batch drawn."""
-        waiting = {str(i): {"batch": batch, "chosen": chosen} for i, (batch, chosen) in enumerate(self._waiting)}
+        waiting = {
+            str(i): {"batch": batch, "chosen": chosen}
+            for i, (batch, chosen) in enumerate(self._waiting)
+        }
         return {"ahead": waiting} if waiting else {}
 
 

@@ -21,9 +21,14 @@ def update_bias(router, routing: dict[str, dict[str, Routing]], rate: float):
         if "bias" not in state:
             return blocks[name]
         load = routing[group][name].load_E
-        return {"ffn": {"bias": state["bias"] + rate * jnp.sign(load.mean(-1, keepdims=True) - load)}}
+        return {
+            "ffn": {"bias": state["bias"] + rate * jnp.sign(load.mean(-1, keepdims=True) - load)}
+        }
 
-    return {group: {name: block(name, group, blocks) for name in blocks} for group, blocks in router.items()}
+    return {
+        group: {name: block(name, group, blocks) for name in blocks}
+        for group, blocks in router.items()
+    }
 
 
 def load_metrics(routing: dict[str, dict[str, Routing]]) -> dict[str, jnp.ndarray]:

@@ -12,19 +12,21 @@ from sharding.mesh import parse_mesh
 from sharding.rules import AxisRules, rules_of
 from v4jax.checkpoint.formats import FORMATS
 from v4jax.config import CSA, ModelConfig
+from v4jax.data.config import DataConfig
 from v4jax.python_files import read_layout
 from v4jax.quant.fake import check_quant
-from v4jax.data.config import DataConfig
 from v4jax.storage import local_path
 from v4jax.train.loss import LossWeights
 from v4jax.train.stability import StabilityConfig
 from v4jax.train.stages import Stage, check_stages
 
 _LAYOUT_FLAG = PrimitiveConstructorSpec(
-    nargs=1, metavar="NAME|FILE.py:NAME", instance_from_str=lambda words: read_layout(words[0]),
+    nargs=1,
+    metavar="NAME|FILE.py:NAME",
+    instance_from_str=lambda words: read_layout(words[0]),
     is_instance=lambda value: isinstance(value, (AxisRules, str)),
     str_from_instance=lambda value: [str(value)],
-)  # fmt: skip
+)
 """How --layout is read and shown."""
 
 
@@ -133,26 +135,58 @@ class TrainConfig:
         for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         _require(self, "seq_len", self.seq_len >= 2, "at least 2")
-        for name in ("warmup_steps", "decay_steps", "eval_batches", "sample_tokens", "router_bias_rate", "weight_decay", "keep_every", "keep_best",
-                     "watch_every", "index_learning_rate"):
+        for name in (
+            "warmup_steps",
+            "decay_steps",
+            "eval_batches",
+            "sample_tokens",
+            "router_bias_rate",
+            "weight_decay",
+            "keep_every",
+            "keep_best",
+            "watch_every",
+            "index_learning_rate",
+        ):
             _require(self, name, getattr(self, name) >= 0, "0 or above")
         for name in ("learning_rate", "clip_norm"):
             _require(self, name, getattr(self, name) > 0, "above 0")
         if self.attention == "indexer":
-            _require(self, "index_learning_rate", self.index_learning_rate > 0, "above 0 with attention 'indexer'")
+            _require(
+                self,
+                "index_learning_rate",
+                self.index_learning_rate > 0,
+                "above 0 with attention 'indexer'",
+            )
         if self.index_learning_rate:
-            _require(self, "index_learning_rate", CSA in self.model.compress_ratios, "0 for a model without CSA layers, which has no indexer")
+            _require(
+                self,
+                "index_learning_rate",
+                CSA in self.model.compress_ratios,
+                "0 for a model without CSA layers, which has no indexer",
+            )
         _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
         _require(self, "final_lr_ratio", 0 <= self.final_lr_ratio <= 1, "in [0, 1]")
-        _require(self, "decay_steps", self.warmup_steps + self.decay_steps <= self.steps,
-                 f"at most steps - warmup_steps = {self.steps - self.warmup_steps}")  # fmt: skip
+        _require(
+            self,
+            "decay_steps",
+            self.warmup_steps + self.decay_steps <= self.steps,
+            f"at most steps - warmup_steps = {self.steps - self.warmup_steps}",
+        )
         if self.stability.rollbacks:  # the newest checkpoint may not be known to be good yet
             _require(self, "keep", self.keep >= 2, "at least 2 with stability.rollbacks")
-            _require(self, "checkpoint_every", self.checkpoint_every > self.stability.proven,
-                     f"above stability.proven={self.stability.proven}")  # fmt: skip
+            _require(
+                self,
+                "checkpoint_every",
+                self.checkpoint_every > self.stability.proven,
+                f"above stability.proven={self.stability.proven}",
+            )
         check_stages(self)
-        _require(self, "seq_len", self.seq_len <= self.model.max_position_embeddings,
-                 f"at most max_position_embeddings={self.model.max_position_embeddings}")  # fmt: skip
+        _require(
+            self,
+            "seq_len",
+            self.seq_len <= self.model.max_position_embeddings,
+            f"at most max_position_embeddings={self.model.max_position_embeddings}",
+        )
 
     @property
     def router_bias_rate(self) -> float:

@@ -48,8 +48,14 @@ def train_batches(
       ValueError: sizes that do not fit one another, a tokenizer wider than the model, or as read_documents does.
     """
     rows = _check_sizes(tokenizer, seq_len, batch_size, vocab_size, rows)
-    parts, marks = zip(*(open_pieces(cfg, source, tokenizer, seq_len, "train") for source in cfg.sources), strict=True)
-    weights, names = [source.weight for source in cfg.sources], [source.label for source in cfg.sources]
+    parts, marks = zip(
+        *(open_pieces(cfg, source, tokenizer, seq_len, "train") for source in cfg.sources),
+        strict=True,
+    )
+    weights, names = (
+        [source.weight for source in cfg.sources],
+        [source.label for source in cfg.sources],
+    )
     pieces = shuffled(parts, weights, names, cfg.seed)
     settings = settings_of(cfg, tokenizer, seq_len, batch_size)
     settings["documents"] = " ".join(mark.documents for mark in marks)
@@ -80,7 +86,10 @@ def held_out_batches(
     rows = _check_sizes(tokenizer, seq_len, batch_size, vocab_size, rows)
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches: got {max_batches}; must be at least 1, or None")
-    parts = [open_pieces(cfg, source, tokenizer, seq_len, part)[0] for source, part in of or [(s, "held_out") for s in cfg.sources]]
+    parts = [
+        open_pieces(cfg, source, tokenizer, seq_len, part)[0]
+        for source, part in of or [(s, "held_out") for s in cfg.sources]
+    ]
     pieces = grain.MapDataset.source(Joined(parts)).seed(0).shuffle()
     limit = None if max_batches is None else max_batches * batch_size
     every = list(itertools.islice(packed(pieces, seq_len, cfg.packing, cfg.masked), limit))
@@ -91,7 +100,9 @@ def held_out_batches(
         )
     empty = {name: np.zeros_like(value) for name, value in every[0].items()}
     every += [empty] * (-len(every) % batch_size)
-    return [stack([every[begin + row] for row in rows]) for begin in range(0, len(every), batch_size)]
+    return [
+        stack([every[begin + row] for row in rows]) for begin in range(0, len(every), batch_size)
+    ]
 
 
 def held_out_sets(cfg: DataConfig, *args, **kwargs) -> dict[str, list[Batch]]:
@@ -138,7 +149,9 @@ def unigram_loss(train: Iterable[Batch], held_out: Iterable[Batch], vocab_size: 
     log_p = np.log(count + 1.0) - np.log(count.sum() + vocab_size)
     targets = [predicted_tokens(batch) for batch in held_out]
     if not sum(map(len, targets)):
-        raise ValueError("held_out: got no token that has a predecessor in its segment; there is nothing to predict")
+        raise ValueError(
+            "held_out: got no token that has a predecessor in its segment; there is nothing to predict"
+        )
     return float(-np.mean(log_p[np.concatenate(targets)]))
 
 
@@ -159,12 +172,16 @@ def _check_sizes(
 ) -> list[int]:
     """The rows, all of them for None."""
     if seq_len < 2:
-        raise ValueError(f"seq_len: got {seq_len}; must be at least 2, a token and the one it predicts")
+        raise ValueError(
+            f"seq_len: got {seq_len}; must be at least 2, a token and the one it predicts"
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}; must be at least 1")
     rows = list(range(batch_size)) if rows is None else list(rows)
     if not rows or sorted(set(rows)) != rows or rows[0] < 0 or rows[-1] >= batch_size:
-        raise ValueError(f"rows: got {rows}; must be one or more rows of the batch, in [0, {batch_size}), ascending")
+        raise ValueError(
+            f"rows: got {rows}; must be one or more rows of the batch, in [0, {batch_size}), ascending"
+        )
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"vocab_size: got {vocab_size}; the tokenizer has ids up to {tokenizer.vocab_size - 1}, so it must be at "

@@ -23,8 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.mesh import make_mesh, parse_mesh
-from sharding.processes import anywhere, check_whole, from_rows, is_first, local_rows
-from sharding.processes import stop_requests, wait_for_all
+from sharding.processes import (
+    anywhere,
+    check_whole,
+    from_rows,
+    is_first,
+    local_rows,
+    stop_requests,
+    wait_for_all,
+)
 from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax.checkpoint.export import carried_files, kinds_for, save_safetensors
 from v4jax.checkpoint.store import Store, check_config, is_run, write_config
@@ -83,7 +90,10 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         place = batch_sharding(rules, mesh)
         rows = local_rows(place, (cfg.batch_size, cfg.seq_len))
         _cache(cfg, tokenizer)
-        data = Batches(cfg, lambda view: _data(view, tokenizer, local_rows(place, (view.batch_size, view.seq_len))))
+        data = Batches(
+            cfg,
+            lambda view: _data(view, tokenizer, local_rows(place, (view.batch_size, view.seq_len))),
+        )
         held_out = _held_out(cfg, tokenizer, rows)
         # What a later stage cannot read is said now, not in the middle of the run.
         for done in starts(cfg)[1:]:
@@ -99,9 +109,13 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
                 if begin.changed:
                     report.event(begin.step, "data changed", changed=begin.changed)
                 put = functools.partial(_put, place, rows, cfg.batch_size)
-                state, last = _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store, report)
+                state, last = _steps(
+                    cfg, rules, mesh, shardings, begin, data, held_out, put, store, report
+                )
         if last < cfg.steps:
-            return {"run_dir": str(run), "steps": cfg.steps, "stopped_at": last} if is_first() else {}
+            return (
+                {"run_dir": str(run), "steps": cfg.steps, "stopped_at": last} if is_first() else {}
+            )
         return _finish(cfg, run, tokenizer, state)
 
 
@@ -129,16 +143,23 @@ def _cache(cfg: TrainConfig, tokenizer) -> None:
 
 
 def _data(cfg: TrainConfig, tokenizer, rows: list[int] | None):
-    return train_batches(cfg.data, tokenizer, cfg.seq_len, cfg.batch_size, vocab_size=cfg.model.vocab_size, rows=rows)
+    return train_batches(
+        cfg.data, tokenizer, cfg.seq_len, cfg.batch_size, vocab_size=cfg.model.vocab_size, rows=rows
+    )
 
 
 def _held_out(cfg: TrainConfig, tokenizer, rows: list[int] | None) -> dict:
     if cfg.eval_batches == 0:
         return {}
     return held_out_sets(
-        cfg.data, tokenizer, cfg.seq_len, cfg.batch_size, vocab_size=cfg.model.vocab_size, rows=rows,
+        cfg.data,
+        tokenizer,
+        cfg.seq_len,
+        cfg.batch_size,
+        vocab_size=cfg.model.vocab_size,
+        rows=rows,
         max_batches=cfg.eval_batches,
-    )  # fmt: skip
+    )
 
 
 def _say_left_out(cfg: TrainConfig, tokenizer) -> None:
@@ -170,22 +191,33 @@ def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store
     state, step, record, ahead, _ = begin
     first, stop, stage, place = step, False, None, batch_sharding(rules, mesh)
     with stop_requests() as asked_to_stop:
-        for turn in itertools.count(first + 1):  # goes on where a rollback sets `step` back: processes agree on a turn to end at
+        for turn in itertools.count(
+            first + 1
+        ):  # goes on where a rollback sets `step` back: processes agree on a turn to end at
             if step == cfg.steps:
                 return state, step
             if stage != number_at(cfg, step):
                 stage, view = number_at(cfg, step), stage_at(cfg, step)
                 take_step = Steps(functools.partial(compile_step, view, rules, shardings, mesh))
                 choose = compile_choice(view, rules, shardings, mesh)
-                feed, ahead = Feed(data, _putter(place, view), choose, cfg.stability.anticipate_lag, ahead), None
+                feed, ahead = (
+                    Feed(data, _putter(place, view), choose, cfg.stability.anticipate_lag, ahead),
+                    None,
+                )
                 evaluate, record = _evaluator(view, rules, put), at_stage(cfg, record, step)
                 report.stage(step, view)
             data.at(step)
             step += 1
-            batch, chosen = feed.next(state.public, step <= record.anticipate_until, steps_left(cfg, step - 1))
-            state, metrics = take_step(state, batch, chosen, watch=cfg.watch_every > 0 and step % cfg.watch_every == 0)
+            batch, chosen = feed.next(
+                state.public, step <= record.anticipate_until, steps_left(cfg, step - 1)
+            )
+            state, metrics = take_step(
+                state, batch, chosen, watch=cfg.watch_every > 0 and step % cfg.watch_every == 0
+            )
             inside = metrics.pop("watch", None)
-            stop = asked_to_stop(turn) or stop  # several processes are asked at one turn, which may be that of a spike
+            stop = (
+                asked_to_stop(turn) or stop
+            )  # several processes are asked at one turn, which may be that of a spike
             last = stop or step == cfg.steps
             log = step % cfg.log_every == 0 or turn == first + 1 or last
             save = step % cfg.checkpoint_every == 0 or last
@@ -199,31 +231,42 @@ def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store
                 if why is not None:
                     at, before, drawn = step, record, record.batch(step) + len(feed)
                     feed.drop()
-                    state, step, record, *_ = go_back(cfg, shardings, store, state, before, at, drawn, why)
+                    state, step, record, *_ = go_back(
+                        cfg, shardings, store, state, before, at, drawn, why
+                    )
                     report.rollback(step, record, at, why, trace=(*before.losses, seen[0]))
                     continue
                 record = remember(cfg.stability, record, *seen)
             if log:
-                now = {"anticipating": float(chosen is not None)} if cfg.stability.anticipate else {}
+                now = (
+                    {"anticipating": float(chosen is not None)} if cfg.stability.anticipate else {}
+                )
                 report.step(step, metrics | now | ({"stage": stage} if cfg.stages else {}))
             if inside is not None:
                 report.inside(step, plain(jax.device_get(inside)))
             held_out_nll = None
             if evaluates:
-                nll = {f"{name}_nll": evaluate(state.public, batches) for name, batches in held_out.items()}
+                nll = {
+                    f"{name}_nll": evaluate(state.public, batches)
+                    for name, batches in held_out.items()
+                }
                 if math.isfinite(nll["held_out_nll"]):  # NaN has no place in the order of the best
                     held_out_nll = nll["held_out_nll"]
                 report.evaluation(step, nll)
             if save:
                 jax.block_until_ready(state)
-                store.save(step, items_of(state, record) | feed.items() | {"data": data}, held_out_nll)
+                store.save(
+                    step, items_of(state, record) | feed.items() | {"data": data}, held_out_nll
+                )
             if last:
                 return state, step
 
 
 def _putter(place, view: TrainConfig):
     """What puts the batches of a stage on the mesh."""
-    return functools.partial(_put, place, local_rows(place, (view.batch_size, view.seq_len)), view.batch_size)
+    return functools.partial(
+        _put, place, local_rows(place, (view.batch_size, view.seq_len)), view.batch_size
+    )
 
 
 def _put(place, rows: list[int], count: int, batch):
@@ -234,7 +277,15 @@ def _put(place, rows: list[int], count: int, batch):
 def _evaluator(cfg: TrainConfig, rules: AxisRules, put):
     @jax.jit
     def nll(params, batch):
-        _, (metrics, _) = loss_and_routing(cfg.model, params, batch, rules=rules, dtype=jnp.dtype(cfg.dtype), quant=cfg.quant, csa=Csa(cfg.attention != "sparse"))
+        _, (metrics, _) = loss_and_routing(
+            cfg.model,
+            params,
+            batch,
+            rules=rules,
+            dtype=jnp.dtype(cfg.dtype),
+            quant=cfg.quant,
+            csa=Csa(cfg.attention != "sparse"),
+        )
         return metrics["nll"], targets(batch, 1)[1].sum()
 
     def evaluate(params, batches: Iterable) -> float:
@@ -252,7 +303,9 @@ def _finish(cfg: TrainConfig, run: pathlib.Path, tokenizer, state) -> dict[str, 
     summary: dict[str, Any] = {"run_dir": str(run), "steps": cfg.steps}
     if cfg.export != "none":
         target = run / "export"
-        save_safetensors(cfg.model, state.public, target, dtype=cfg.export, overwrite=True, source=run)
+        save_safetensors(
+            cfg.model, state.public, target, dtype=cfg.export, overwrite=True, source=run
+        )
         summary["export"] = str(target)
     if not is_first():
         return {}
@@ -260,6 +313,8 @@ def _finish(cfg: TrainConfig, run: pathlib.Path, tokenizer, state) -> dict[str, 
         tokenizer.save(target)
     if held_out := _held_out(cfg, tokenizer, None):
         train_rows = itertools.islice(_data(cfg, tokenizer, None), UNIGRAM_BATCHES)
-        summary["unigram_nll"] = unigram_loss(train_rows, held_out["held_out"], cfg.model.vocab_size)
+        summary["unigram_nll"] = unigram_loss(
+            train_rows, held_out["held_out"], cfg.model.vocab_size
+        )
     summary["picture"] = str(plot_losses(run, summary.get("unigram_nll")))
     return summary | Reporter.last(run)

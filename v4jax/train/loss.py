@@ -44,23 +44,32 @@ class LossWeights:
     def __post_init__(self):
         for name in ("mtp", "balance", "index"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"loss weight {name}: got {getattr(self, name)}; must be 0 or above")
+                raise ValueError(
+                    f"loss weight {name}: got {getattr(self, name)}; must be 0 or above"
+                )
 
 
 def targets(batch: Mapping[str, jax.Array], ahead: int) -> tuple[jax.Array, jax.Array]:
     """The token `ahead` positions later and whether it counts (same document, not padding, to be learned), int32 and bool [B,S]."""
     tokens_BS, segment_BS = batch["tokens"], batch.get("segment_ids")
     seq = tokens_BS.shape[1]
-    shift = lambda x: jnp.pad(x[:, ahead:], ((0, 0), (0, min(ahead, seq))))  # noqa: E731
+
+    def shift(x):
+        return jnp.pad(x[:, ahead:], ((0, 0), (0, min(ahead, seq))))
+
     if segment_BS is None:
         counts_BS = jnp.broadcast_to(jnp.arange(seq) < seq - ahead, tokens_BS.shape)
     else:
         # Segments do not interleave, so equal ids at both ends mean that everything between is the same document.
         counts_BS = (shift(segment_BS) == segment_BS) & (segment_BS > 0)
-    return shift(tokens_BS), counts_BS & (shift(batch["loss_mask"]) > 0) if "loss_mask" in batch else counts_BS
+    return shift(tokens_BS), counts_BS & (
+        shift(batch["loss_mask"]) > 0
+    ) if "loss_mask" in batch else counts_BS
 
 
-def token_nll(rules: AxisRules, x_BSD: jax.Array, head_DV: jax.Array, label_BS: jax.Array) -> jax.Array:
+def token_nll(
+    rules: AxisRules, x_BSD: jax.Array, head_DV: jax.Array, label_BS: jax.Array
+) -> jax.Array:
     """-log softmax(x @ head)[label], float32 [B,S], with logits of a few positions at a time.
 
     Where the vocabulary is cut, each device has logits of its own words; only their maximum, sum and the label's are exchanged.
@@ -91,14 +100,18 @@ def _token_nll(words: tuple[str, ...], x_BSD, head_DV, label_BS) -> jax.Array:
         peak = jax.lax.stop_gradient(logits).max(-1)
         peak = jax.lax.pmax(peak, words) if words else peak
         total = jnp.exp(logits - peak[..., None]).sum(-1)
-        picked = jnp.where(jax.nn.one_hot(label_BS, logits.shape[-1], dtype=bool), logits, 0).sum(-1)
+        picked = jnp.where(jax.nn.one_hot(label_BS, logits.shape[-1], dtype=bool), logits, 0).sum(
+            -1
+        )
         total, picked = jax.lax.psum((total, picked), words) if words else (total, picked)
         return jnp.log(total) + peak - picked
 
     if chunks == 1:
         return nll(x_BSD, label_BS)
     pad = chunks * chunk - seq
-    x = jnp.moveaxis(jnp.pad(x_BSD, ((0, 0), (0, pad), (0, 0))).reshape(batch, chunks, chunk, -1), 1, 0)
+    x = jnp.moveaxis(
+        jnp.pad(x_BSD, ((0, 0), (0, pad), (0, 0))).reshape(batch, chunks, chunk, -1), 1, 0
+    )
     label = jnp.moveaxis(jnp.pad(label_BS, ((0, 0), (0, pad))).reshape(batch, chunks, chunk), 1, 0)
     out = jax.lax.map(lambda args: jax.checkpoint(nll, prevent_cse=False)(*args), (x, label))
     return jnp.moveaxis(out, 0, 1).reshape(batch, -1)[:, :seq]
@@ -123,14 +136,28 @@ def loss_and_routing(
     With csa.teach also + index weight * sum over CSA layers of the indexer's loss, which has gradients for the indexer only.
     """
     tokens_BS, segment_BS = batch["tokens"], batch.get("segment_ids")
-    hidden = apply(cfg, params, tokens_BS, segment_BS, rules=rules, dtype=dtype, remat=remat, quant=quant, csa=csa, ask=ask, chosen=chosen)
+    hidden = apply(
+        cfg,
+        params,
+        tokens_BS,
+        segment_BS,
+        rules=rules,
+        dtype=dtype,
+        remat=remat,
+        quant=quant,
+        csa=csa,
+        ask=ask,
+        chosen=chosen,
+    )
 
     def mean_nll(x_BSD, ahead):
         label_BS, counts_BS = targets(batch, ahead)
         nll_BS = token_nll(rules, x_BSD, hidden.head_DV, label_BS)
         return jnp.sum(jnp.where(counts_BS, nll_BS, 0)) / jnp.maximum(counts_BS.sum(), 1)
 
-    balance = sum(jnp.sum(route.balance) for blocks in hidden.routing.values() for route in blocks.values())
+    balance = sum(
+        jnp.sum(route.balance) for blocks in hidden.routing.values() for route in blocks.values()
+    )
     metrics = {"nll": mean_nll(hidden.x_BSD, 1), "balance": balance}
     total = metrics["nll"] + weights.balance * balance
     if hidden.mtp_x_BSD is not None:
@@ -147,13 +174,19 @@ def index_metrics(index: Mapping[str, Mapping[str, IndexLoss]]) -> dict[str, jax
     index_captured = 1 - index_kl / index_kl_uniform."""
     layers = [loss for blocks in index.values() for loss in blocks.values()]
     kl, uniform = (
-        sum((jnp.sum(getattr(loss, name) / jnp.maximum(loss.count, 1)) for loss in layers), jnp.zeros(())) for name in ("kl", "uniform")
+        sum(
+            (jnp.sum(getattr(loss, name) / jnp.maximum(loss.count, 1)) for loss in layers),
+            jnp.zeros(()),
+        )
+        for name in ("kl", "uniform")
     )
     captured = 1 - kl / jnp.maximum(uniform, jnp.finfo(jnp.float32).tiny)
     return {"index_kl": kl, "index_kl_uniform": uniform, "index_captured": captured}
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("weights", "rules", "dtype", "remat", "quant"))
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("weights", "rules", "dtype", "remat", "quant")
+)
 def loss(
     cfg: ModelConfig,
     params,

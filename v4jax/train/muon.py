@@ -78,10 +78,14 @@ def scale_by_muon(mu: float = 0.95, specs: Specs | None = None) -> optax.Gradien
     def update(grads, state, params=None):
         del params
         momentum = jax.tree.map(lambda m, g: mu * m + g, state.momentum, grads)
-        ahead, tree = jax.tree_util.tree_flatten_with_path(jax.tree.map(lambda m, g: mu * m + g, momentum, grads))
+        ahead, tree = jax.tree_util.tree_flatten_with_path(
+            jax.tree.map(lambda m, g: mu * m + g, momentum, grads)
+        )
         places = [specs[tuple(key.key for key in path)] for path, _ in ahead] if specs else None
         outs = on_whole_matrices(newton_schulz, [x for _, x in ahead], places)
-        return jax.tree.unflatten(tree, [out * (max(out.shape[-2:]) ** 0.5 * UPDATE_RMS) for out in outs]), MuonState(momentum)
+        return jax.tree.unflatten(
+            tree, [out * (max(out.shape[-2:]) ** 0.5 * UPDATE_RMS) for out in outs]
+        ), MuonState(momentum)
 
     return optax.GradientTransformation(init, update)
 
@@ -117,14 +121,19 @@ def optimizer_of(path: tuple[str, ...], trains_index: bool = False) -> str:
     if is_index(path) and not trains_index:
         return "frozen"
     vector = path[-1] == "weight" and path[0] not in ("embed", "head")  # norms
-    kind = "adamw" if vector or path[0] in ("embed", "head") or path[-1] in _ADAMW_LEAVES else "muon"
+    kind = (
+        "adamw" if vector or path[0] in ("embed", "head") or path[-1] in _ADAMW_LEAVES else "muon"
+    )
     return f"index_{kind}" if is_index(path) else kind
 
 
 def optimizer(
-    schedule: optax.Schedule, weight_decay: float = 0.1, mu: float = 0.95, specs: Specs | None = None,
+    schedule: optax.Schedule,
+    weight_decay: float = 0.1,
+    mu: float = 0.95,
+    specs: Specs | None = None,
     index_schedule: optax.Schedule | None = None,
-) -> optax.GradientTransformation:  # fmt: skip
+) -> optax.GradientTransformation:
     """Muon for matrices, AdamW (0.9, 0.95, eps 1e-20) for the rest, one learning-rate schedule and decay for both.
 
     index_schedule: the indexer's learning rate; None: it stays as it is.
@@ -139,12 +148,16 @@ def optimizer(
         transforms["frozen"] = optax.set_to_zero()
     else:
         transforms |= zip(("index_muon", "index_adamw"), both(index_schedule), strict=True)
-    return optax.partition(transforms, lambda params: label_parameters(params, index_schedule is not None))
+    return optax.partition(
+        transforms, lambda params: label_parameters(params, index_schedule is not None)
+    )
 
 
 def label_parameters(params, trains_index: bool = False):
     """The tree of optimizer names."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: optimizer_of(tuple(key.key for key in path), trains_index), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: optimizer_of(tuple(key.key for key in path), trains_index), params
+    )
 
 
 def clip_apart(largest: float) -> optax.GradientTransformation:

@@ -27,18 +27,26 @@ def write_summary(run) -> pathlib.Path:
     run = local_path(run, "run")
     lines = read_metrics(run)
     if not lines:
-        raise ValueError(f"{run}: no {METRICS} with a line in it; expected the directory of a run that has begun")
+        raise ValueError(
+            f"{run}: no {METRICS} with a line in it; expected the directory of a run that has begun"
+        )
     require_plots()
     picture = base64.b64encode(_draw(lines)).decode()
     newest: dict[str, Any] = {}
     for line in lines:
-        newest |= {name: value for name, value in line.items() if isinstance(value, (int, float)) and "event" not in line}
+        newest |= {
+            name: value
+            for name, value in line.items()
+            if isinstance(value, (int, float)) and "event" not in line
+        }
     title = f"Run {html.escape(run.resolve().name)}, step {lines[-1]['step']}"
     parts = [
         f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>",
         f'<img alt="curves of the run" src="data:image/png;base64,{picture}">',
         "<h2>What happened</h2>" + _table([line for line in lines if "event" in line]),
-        "<h2>Newest values</h2><table>" + "".join(f"<tr><td>{name}<td>{value:.6g}" for name, value in newest.items()) + "</table>",
+        "<h2>Newest values</h2><table>"
+        + "".join(f"<tr><td>{name}<td>{value:.6g}" for name, value in newest.items())
+        + "</table>",
     ]
     write_text(run / PAGE, "\n".join(parts) + "\n")
     return run / PAGE
@@ -49,9 +57,15 @@ def _table(events: list[dict[str, Any]]) -> str:
         return "<p>No rollback or other event.</p>"
     rows = []
     for event in events:
-        rest = {name: value for name, value in event.items() if name not in ("step", "event", "losses_given_up")}
+        rest = {
+            name: value
+            for name, value in event.items()
+            if name not in ("step", "event", "losses_given_up")
+        }
         said = "; ".join(f"{name} {value}" for name, value in rest.items())
-        rows.append(f"<tr><td>{event['step']}<td>{html.escape(event['event'])}<td>{html.escape(said)}")
+        rows.append(
+            f"<tr><td>{event['step']}<td>{html.escape(event['event'])}<td>{html.escape(said)}"
+        )
     return "<table><tr><th>step<th>event<th>" + "".join(rows) + "</table>"
 
 
@@ -60,7 +74,9 @@ def _draw(lines: list[dict[str, Any]]) -> bytes:
     from matplotlib.figure import Figure
 
     looks = [line for line in lines if "inside" in line]
-    panels = [_losses, _rates] + ([_loads, _balance, _bias, _mixing, _activations, _rms] if looks else [])
+    panels = [_losses, _rates] + (
+        [_loads, _balance, _bias, _mixing, _activations, _rms] if looks else []
+    )
     panels += [_indexers] if any("index_captured" in line for line in lines) else []
     figure = Figure(figsize=(13, 3.4 * math.ceil(len(panels) / 2)), layout="constrained")
     for place, panel in enumerate(panels, 1):
@@ -69,14 +85,23 @@ def _draw(lines: list[dict[str, Any]]) -> bytes:
         axes.set_xlabel("step")
         axes.set_xlim(0, lines[-1]["step"] + 1)
         for event in (line for line in lines if "event" in line):
-            axes.axvline(event["step"], color="tab:red" if event["event"] == "rollback" else "tab:grey", linewidth=0.8, linestyle=":")
+            axes.axvline(
+                event["step"],
+                color="tab:red" if event["event"] == "rollback" else "tab:grey",
+                linewidth=0.8,
+                linestyle=":",
+            )
     file = io.BytesIO()
     figure.savefig(file, dpi=90, format="png")
     return file.getvalue()
 
 
 def _series(lines, name: str) -> tuple[list, list]:
-    points = [(line["step"], _number(line[name])) for line in lines if name in line and "event" not in line]
+    points = [
+        (line["step"], _number(line[name]))
+        for line in lines
+        if name in line and "event" not in line
+    ]
     return [step for step, _ in points], [value for _, value in points]
 
 
@@ -86,20 +111,35 @@ def _number(value) -> float:
 
 def _extremes(looks, name: str, pick) -> tuple[list, list]:
     """The largest or smallest value over layers, at each look."""
-    found = [[value for value in look["inside"]["layers"][name] if value is not None] for look in looks]
-    return [look["step"] for look in looks], [pick(values) if values else math.nan for values in found]
+    found = [
+        [value for value in look["inside"]["layers"][name] if value is not None] for look in looks
+    ]
+    return [look["step"] for look in looks], [
+        pick(values) if values else math.nan for values in found
+    ]
 
 
 # ---- panels: (axes, all lines, the lines of looks inside) ---------------------------------------------------------------
 
 
 def _losses(axes, lines, looks) -> None:
-    for name, label, style in (("nll", "next token", "-"), ("mtp_nll", "token after next", "-"), ("held_out_nll", "held out", "o-")):
+    for name, label, style in (
+        ("nll", "next token", "-"),
+        ("mtp_nll", "token after next", "-"),
+        ("held_out_nll", "held out", "o-"),
+    ):
         axes.plot(*_series(lines, name), style, label=label, alpha=0.8)
     for event in (line for line in lines if line.get("event") == "rollback"):
         given_up = [_number(loss) for loss in event["losses_given_up"]]
         steps = range(event["at"] - len(given_up) + 1, event["at"] + 1)
-        axes.plot(steps, given_up, color="tab:red", linewidth=0.8, marker=".", label="given up (whole loss)" if event["rollback"] == 1 else None)
+        axes.plot(
+            steps,
+            given_up,
+            color="tab:red",
+            linewidth=0.8,
+            marker=".",
+            label="given up (whole loss)" if event["rollback"] == 1 else None,
+        )
     axes.set_title("nats per token; dotted: rollbacks and other events")
     axes.legend(fontsize=8)
 
@@ -114,12 +154,17 @@ def _rates(axes, lines, looks) -> None:
 def _loads(axes, lines, looks) -> None:
     import numpy as np
 
-    load_LT = np.array([[_number(value) for value in look["inside"]["layers"]["load_max"]] for look in looks], float).T
+    load_LT = np.array(
+        [[_number(value) for value in look["inside"]["layers"]["load_max"]] for look in looks],
+        float,
+    ).T
     # From a look to the next: cells end half way between looks.
     steps = np.array([look["step"] for look in looks], float)
     middle = (steps[1:] + steps[:-1]) / 2
     edges = np.concatenate(([steps[0] - 0.5], middle, [steps[-1] + 0.5]))
-    mesh = axes.pcolormesh(edges, np.arange(load_LT.shape[0] + 1) - 0.5, load_LT, vmin=1, cmap="viridis")
+    mesh = axes.pcolormesh(
+        edges, np.arange(load_LT.shape[0] + 1) - 0.5, load_LT, vmin=1, cmap="viridis"
+    )
     axes.figure.colorbar(mesh, ax=axes)
     axes.set_title("busiest expert / mean, by layer (1 is perfect)")
     axes.set_ylabel("layer (last: MTP)")
@@ -127,7 +172,10 @@ def _loads(axes, lines, looks) -> None:
 
 def _balance(axes, lines, looks) -> None:
     axes.plot(*_extremes(looks, "load_entropy", min), label="load entropy, worst layer (1: even)")
-    axes.plot(*_extremes(looks, "load_entropy", lambda values: sum(values) / len(values)), label="mean layer")
+    axes.plot(
+        *_extremes(looks, "load_entropy", lambda values: sum(values) / len(values)),
+        label="mean layer",
+    )
     axes.legend(fontsize=8, loc="lower left")
     dead = axes.twinx()
     dead.plot(*_extremes(looks, "load_dead", sum), color="tab:red", linestyle="--")
@@ -136,13 +184,19 @@ def _balance(axes, lines, looks) -> None:
 
 
 def _bias(axes, lines, looks) -> None:
-    axes.fill_between(*_extremes(looks, "bias_min", min), _extremes(looks, "bias_max", max)[1], alpha=0.4)
+    axes.fill_between(
+        *_extremes(looks, "bias_min", min), _extremes(looks, "bias_max", max)[1], alpha=0.4
+    )
     axes.set_title("router bias, range over all layers")
 
 
 def _mixing(axes, lines, looks) -> None:
-    for name, pick, label in (("comb_norm", max, "spectral norm of comb, largest"), ("comb_off", max, "share from other streams, most"),
-                              ("pre", max, "pre gate, largest layer mean"), ("post", max, "post gate, largest layer mean")):  # fmt: skip
+    for name, pick, label in (
+        ("comb_norm", max, "spectral norm of comb, largest"),
+        ("comb_off", max, "share from other streams, most"),
+        ("pre", max, "pre gate, largest layer mean"),
+        ("post", max, "post gate, largest layer mean"),
+    ):
         axes.plot(*_extremes(looks, name, pick), label=label)
     axes.set_title("hyper-connections")
     axes.legend(fontsize=8)
@@ -167,6 +221,8 @@ def _rms(axes, lines, looks) -> None:
     for i, group in enumerate(looks[0]["inside"]["grad_rms"]):
         for kind, style in (("grad_rms", "-"), ("update_rms", ":")):
             values = [_number(look["inside"][kind].get(group)) for look in looks]
-            axes.semilogy(steps, values, style, color=f"C{i}", label=group if kind == "grad_rms" else None)
+            axes.semilogy(
+                steps, values, style, color=f"C{i}", label=group if kind == "grad_rms" else None
+            )
     axes.set_title("RMS by group: gradients (solid), updates (dotted)")
     axes.legend(fontsize=7, ncols=2)

@@ -31,7 +31,9 @@ def require_plots() -> None:
         import matplotlib  # noqa: F401
         import tensorboardX  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"training draws its losses and needs {error.name}: pip install 'v4jax[plots]'") from None
+        raise ValueError(
+            f"training draws its losses and needs {error.name}: pip install 'v4jax[plots]'"
+        ) from None
 
 
 def matmul_rate(dtype: jnp.dtype, size: int = 2048, repeats: int = 3) -> float:
@@ -39,7 +41,9 @@ def matmul_rate(dtype: jnp.dtype, size: int = 2048, repeats: int = 3) -> float:
 
     Simulated CPU devices share the machine's cores, so there one matmul already uses all of them.
     """
-    with jax.set_mesh(make_mesh(parse_mesh(None))):  # one device (the first process's), whatever mesh the caller runs on
+    with jax.set_mesh(
+        make_mesh(parse_mesh(None))
+    ):  # one device (the first process's), whatever mesh the caller runs on
         a = jnp.ones((size, size), dtype)
         multiply = jax.jit(lambda a: a @ a)
         jax.block_until_ready(multiply(a))
@@ -62,16 +66,25 @@ class Reporter:
         self._last = (first, None)
         self._console = Console()
         self._bar = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[line]}"),
-            console=self._console, disable=not self._console.is_terminal,
-        )  # fmt: skip
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[line]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
         self._task = self._bar.add_task("train", total=cfg.steps, completed=first, line="compiling")
 
     def _open(self, step: int, rollbacks: int) -> None:
         """Files to go on writing to, less what came after `step` and after so many rollbacks."""
         from tensorboardX import SummaryWriter
 
-        lines = [line for line in read_metrics(self._run) if line["step"] <= step and line.get("rollback", 0) <= rollbacks]
+        lines = [
+            line
+            for line in read_metrics(self._run)
+            if line["step"] <= step and line.get("rollback", 0) <= rollbacks
+        ]
         write_text(self._run / METRICS, "".join(json_text(line) + "\n" for line in lines))
         self._file = (self._run / METRICS).open("a")
         self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=step + 1)
@@ -126,21 +139,34 @@ class Reporter:
                 self._board.add_scalar(f"layers/{name}/{word}", extreme(finite), step)
         for kind in ("grad_rms", "update_rms"):
             for group, value in found[kind].items():
-                self._board.add_scalar(f"{kind}/{group}", math.nan if value is None else value, step)
+                self._board.add_scalar(
+                    f"{kind}/{group}", math.nan if value is None else value, step
+                )
 
-    def rollback(self, step: int, record: Record, at: int, why: str, trace: Sequence[float]) -> None:
+    def rollback(
+        self, step: int, record: Record, at: int, why: str, trace: Sequence[float]
+    ) -> None:
         """The run went back from step `at` to `step`. One line says so, and the losses in between, the last of `trace`."""
         self._close()
         self._open(step, record.rollbacks)
         given_up = list(trace[-(at - step) :])
-        event = {"step": step, "event": "rollback", "rollback": record.rollbacks, "at": at, "why": why}
+        event = {
+            "step": step,
+            "event": "rollback",
+            "rollback": record.rollbacks,
+            "at": at,
+            "why": why,
+        }
         event |= {"skipped": record.skipped[-1], "losses_given_up": given_up}
         self._file.write(json_text(event) + "\n")
         self._file.flush()
         self._board.add_text("rollback", f"step {at}: {why}; back to step {step}", step)
         self._last = (step, None)
         first, last = record.skipped[-1]
-        self._show(step, f"rollback {record.rollbacks}: step {at}: {why}; batches {first} to {last} skipped")
+        self._show(
+            step,
+            f"rollback {record.rollbacks}: step {at}: {why}; batches {first} to {last} skipped",
+        )
 
     def event(self, step: int, name: str, **said: Any) -> None:
         """Something that happened to the run before the step after `step`."""
@@ -189,7 +215,9 @@ class Silent:
     def inside(self, step: int, found: dict[str, dict[str, Any]]) -> None:
         pass
 
-    def rollback(self, step: int, record: Record, at: int, why: str, trace: Sequence[float]) -> None:
+    def rollback(
+        self, step: int, record: Record, at: int, why: str, trace: Sequence[float]
+    ) -> None:
         pass
 
     def event(self, step: int, name: str, **said: Any) -> None:
@@ -227,7 +255,9 @@ def plot_losses(run: pathlib.Path, unigram_nll: float | None = None) -> pathlib.
         top.axhline(unigram_nll, color="grey", linestyle="--", label="unigram model, held out")
     top.set_ylabel("nats per token")
     top.legend()
-    bottom.plot(*series("expert_load_max"), color="tab:red", label="max / mean expert load, worst layer")
+    bottom.plot(
+        *series("expert_load_max"), color="tab:red", label="max / mean expert load, worst layer"
+    )
     bottom.set_ylabel("expert load")
     bottom.set_xlabel("step")
     bottom.legend(loc="upper left")

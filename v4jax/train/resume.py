@@ -59,9 +59,13 @@ def check_data(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
 
 
 def start(
-    cfg: TrainConfig, rules: AxisRules, shardings: TrainState, store: Store, data,
+    cfg: TrainConfig,
+    rules: AxisRules,
+    shardings: TrainState,
+    store: Store,
+    data,
     unsaved: TrainState | None = None,
-) -> Begin:  # fmt: skip
+) -> Begin:
     """The newest intact checkpoint with the data iterator set to its place, or a fresh state.
 
     Args:
@@ -84,7 +88,11 @@ def start(
         return _load(cfg, shardings, store, step, {})._replace(changed=changed)
     ahead, path = {}, store.path(step) / "ahead"
     if anywhere(path.is_dir()):
-        ahead = {"ahead": ahead_placed(ocp.metadata(store.path(step), "ahead").metadata, rules, shardings.step.mesh)}
+        ahead = {
+            "ahead": ahead_placed(
+                ocp.metadata(store.path(step), "ahead").metadata, rules, shardings.step.mesh
+            )
+        }
     return _load(cfg, shardings, store, step, {"data": data} | ahead)._replace(changed=changed)
 
 
@@ -138,7 +146,14 @@ def items_of(state: TrainState, record: Record) -> dict[str, Any]:
 
 
 def go_back(
-    cfg: TrainConfig, shardings, store: Store, state: TrainState, record: Record, step: int, drawn: int, why: str
+    cfg: TrainConfig,
+    shardings,
+    store: Store,
+    state: TrainState,
+    record: Record,
+    step: int,
+    drawn: int,
+    why: str,
 ) -> Begin:
     """`start` after a spike at `step`, with the data left where it is; newer checkpoints are moved to abandoned/.
 
@@ -157,14 +172,20 @@ def go_back(
     newest = max(step - 1 - cfg.stability.proven, record.base)
     good_step = store.latest_intact(newest=newest)
     if good_step is None and newest >= cfg.checkpoint_every:
-        raise TrainingFailed(f"step {step}: {why}; no checkpoint of step {newest} or before it to go back to; last: {store.latest}")
-    logging.getLogger("v4jax").warning("step %d: %s; going back to step %d", step, why, good_step or 0)
+        raise TrainingFailed(
+            f"step {step}: {why}; no checkpoint of step {newest} or before it to go back to; last: {store.latest}"
+        )
+    logging.getLogger("v4jax").warning(
+        "step %d: %s; going back to step %d", step, why, good_step or 0
+    )
     store.put_aside_after(good_step or 0, ABANDONED)
     if good_step is None:
         good = Begin(fresh(cfg, shardings), 0, Record(), {})
     else:
         good = _load(cfg, shardings, store, good_step, {})
-    return good._replace(record=gone_back(cfg.stability, record, step, good.record, good.step, drawn))
+    return good._replace(
+        record=gone_back(cfg.stability, record, step, good.record, good.step, drawn)
+    )
 
 
 def _load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, Any]) -> Begin:
@@ -176,12 +197,16 @@ def _load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, 
     )
     check_same_arrays(store.path(step), abstract.public)
     note = Note(Record().to_json())
-    if not anywhere(not (store.path(step) / "record").is_dir()):  # runs from before there were records go on too
+    if not anywhere(
+        not (store.path(step) / "record").is_dir()
+    ):  # runs from before there were records go on too
         more = more | {"record": note}
     items = store.load(step, {"params": abstract.public, "optimizer": abstract.optimizer} | more)
     router = items["params"].pop("router")
     count = jax.make_array_from_callback((), shardings.step, lambda _: np.asarray(step, np.int32))
-    state = dataclasses.replace(abstract, params=items["params"], router=router, optimizer=items["optimizer"], step=count)
+    state = dataclasses.replace(
+        abstract, params=items["params"], router=router, optimizer=items["optimizer"], step=count
+    )
     if wrong := not_finite(state):
         raise ValueError(
             f"{store.path(step)}: {wrong}; without it the run goes on from an older checkpoint"

@@ -128,11 +128,18 @@ def remember(cfg: StabilityConfig, record: Record, loss: float, grad_norm: float
     """The record after a step that was no spike; as it was, without rollbacks."""
     if not cfg.rollbacks:
         return record
-    keep = lambda values, new: (*values, new)[-cfg.window :]  # noqa: E731
-    return dataclasses.replace(record, losses=keep(record.losses, loss), grad_norms=keep(record.grad_norms, grad_norm))
+
+    def keep(values, new):
+        return (*values, new)[-cfg.window :]
+
+    return dataclasses.replace(
+        record, losses=keep(record.losses, loss), grad_norms=keep(record.grad_norms, grad_norm)
+    )
 
 
-def gone_back(cfg: StabilityConfig, record: Record, step: int, good: Record, good_step: int, drawn: int) -> Record:
+def gone_back(
+    cfg: StabilityConfig, record: Record, step: int, good: Record, good_step: int, drawn: int
+) -> Record:
     """The record of a run that goes on from a good checkpoint.
 
     Args:
@@ -143,4 +150,10 @@ def gone_back(cfg: StabilityConfig, record: Record, step: int, good: Record, goo
     """
     skipped = (*good.skipped, (good.batch(good_step) + 1, drawn))
     until = max(record.anticipate_until, step + cfg.anticipate) if cfg.anticipate else 0
-    return dataclasses.replace(good, rollbacks=record.rollbacks + 1, base=good_step, skipped=skipped, anticipate_until=until)
+    return dataclasses.replace(
+        good,
+        rollbacks=record.rollbacks + 1,
+        base=good_step,
+        skipped=skipped,
+        anticipate_until=until,
+    )

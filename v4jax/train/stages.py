@@ -37,7 +37,9 @@ def check_stages(cfg) -> None:
     before = 0
     for i, stage in enumerate(cfg.stages):
         if not before < stage.after < cfg.steps:
-            raise ValueError(f"stages[{i}].after: got {stage.after}; must be above {before} and below steps={cfg.steps}")
+            raise ValueError(
+                f"stages[{i}].after: got {stage.after}; must be above {before} and below steps={cfg.steps}"
+            )
         before = stage.after
         try:
             stage_at(cfg, stage.after)
@@ -73,13 +75,18 @@ def stage_at(cfg, done: int):
 
 def stream_at(cfg, done: int) -> int:
     """Which stream of batches the step after `done` steps reads: how often their shape has changed."""
-    shapes = [(view.batch_size, view.seq_len) for view in (stage_at(cfg, start) for start in starts(cfg) if start <= done)]
+    shapes = [
+        (view.batch_size, view.seq_len)
+        for view in (stage_at(cfg, start) for start in starts(cfg) if start <= done)
+    ]
     return sum(a != b for a, b in zip(shapes, shapes[1:], strict=False))
 
 
 def at_stage(cfg, record, done: int):
     """The run's record where a later stage begins: losses and gradients of the stage before tell nothing of this one's."""
-    return dataclasses.replace(record, losses=(), grad_norms=()) if done in starts(cfg)[1:] else record
+    return (
+        dataclasses.replace(record, losses=(), grad_norms=()) if done in starts(cfg)[1:] else record
+    )
 
 
 def stream_view(cfg, done: int):
@@ -118,7 +125,10 @@ class Batches:
 
     async def save(self, directory) -> Awaitable[None]:
         """Writes the positions as they are now; in the background."""
-        writing = [await stream.save(directory if number == self._now else _Below(directory, number)) for number, stream in self._streams.items()]
+        writing = [
+            await stream.save(directory if number == self._now else _Below(directory, number))
+            for number, stream in self._streams.items()
+        ]
 
         async def write():
             for one in writing:

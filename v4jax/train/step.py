@@ -28,7 +28,11 @@ from v4jax.train.schedule import learning_rate
 from v4jax.train.watch import watched
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("params", "router", "optimizer", "step"), meta_fields=())
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("params", "router", "optimizer", "step"),
+    meta_fields=(),
+)
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """Trained weights, what is not trained by gradient (selection bias, hash tables), optimizer state, steps done."""
@@ -45,31 +49,58 @@ class TrainState:
 
 
 def schedule_of(cfg: TrainConfig) -> optax.Schedule:
-    return learning_rate(cfg.learning_rate, cfg.steps, cfg.warmup_steps, cfg.decay_steps, cfg.final_lr_ratio)
+    return learning_rate(
+        cfg.learning_rate, cfg.steps, cfg.warmup_steps, cfg.decay_steps, cfg.final_lr_ratio
+    )
 
 
 def optimizer_of(cfg: TrainConfig, rules: AxisRules = AxisRules()) -> optax.GradientTransformation:
     """Clipping by global norm, then Muon and AdamW. The layout changes where Muon works, not its state."""
-    axes = jax.tree_util.tree_leaves_with_path(param_axes(cfg.model), is_leaf=lambda x: isinstance(x, tuple)) if rules else ()
+    axes = (
+        jax.tree_util.tree_leaves_with_path(
+            param_axes(cfg.model), is_leaf=lambda x: isinstance(x, tuple)
+        )
+        if rules
+        else ()
+    )
     specs = {tuple(key.key for key in path): rules.spec(names) for path, names in axes}
     main, ratio = schedule_of(cfg), cfg.index_learning_rate / cfg.learning_rate
-    inner = optimizer(main, cfg.weight_decay, cfg.momentum, specs, (lambda step: ratio * main(step)) if ratio else None)
+    inner = optimizer(
+        main,
+        cfg.weight_decay,
+        cfg.momentum,
+        specs,
+        (lambda step: ratio * main(step)) if ratio else None,
+    )
     return optax.chain(clip_apart(cfg.clip_norm), inner)
 
 
 def csa_of(cfg: TrainConfig) -> Csa:
     """How CSA layers attend, and whether their indexer is taught, in the stage that `cfg` describes."""
     alone = cfg.attention == "indexer"
-    return Csa(dense=cfg.attention != "sparse", teach=alone or (cfg.attention == "sparse" and cfg.index_learning_rate > 0))
+    return Csa(
+        dense=cfg.attention != "sparse",
+        teach=alone or (cfg.attention == "sparse" and cfg.index_learning_rate > 0),
+    )
 
 
 def state_from(cfg: TrainConfig, params) -> TrainState:
     """A fresh state around the public parameter dict."""
     trained = {name: value for name, value in params.items() if name != "router"}
-    return TrainState(trained, params["router"], optimizer_of(cfg).init(trained), jnp.zeros((), jnp.int32))
+    return TrainState(
+        trained, params["router"], optimizer_of(cfg).init(trained), jnp.zeros((), jnp.int32)
+    )
 
 
-def train_step(cfg: TrainConfig, rules: AxisRules, state: TrainState, batch: Mapping[str, jax.Array], chosen=None, *, watch: bool = False):
+def train_step(
+    cfg: TrainConfig,
+    rules: AxisRules,
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    chosen=None,
+    *,
+    watch: bool = False,
+):
     """(state, batch) -> (state, metrics). Pure; jit it with cfg, rules and watch static and state donated.
 
     Metrics are float32 scalars: loss, nll, mtp_nll, balance, grad_norm, learning_rate, expert_load_max, expert_load_mean; with `watch`
@@ -83,18 +114,35 @@ def train_step(cfg: TrainConfig, rules: AxisRules, state: TrainState, batch: Map
         public = dict(params) | {"router": state.router}
         dtype = jnp.dtype(cfg.dtype)
         loss, aux = loss_and_routing(
-            cfg.model, public, batch, weights=cfg.loss, rules=rules, dtype=dtype, remat=cfg.remat, quant=cfg.quant,
-            csa=csa, ask=Ask(watch=watch), chosen=chosen,
-        )  # fmt: skip
+            cfg.model,
+            public,
+            batch,
+            weights=cfg.loss,
+            rules=rules,
+            dtype=dtype,
+            remat=cfg.remat,
+            quant=cfg.quant,
+            csa=csa,
+            ask=Ask(watch=watch),
+            chosen=chosen,
+        )
         return (cfg.loss.index * aux[0]["index_kl"] if alone else loss), aux
 
     grads, (metrics, routing) = jax.grad(objective, has_aux=True)(state.params)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer_of(cfg, rules).update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        if alone or (cfg.index_learning_rate and not csa.teach):  # one of the two is not trained in this stage
-            held = lambda path: is_index(path) != alone  # noqa: E731
-            params, opt_state = hold(params, state.params, held), hold(opt_state, state.optimizer, held)
+        if alone or (
+            cfg.index_learning_rate and not csa.teach
+        ):  # one of the two is not trained in this stage
+
+            def held(path):
+                return is_index(path) != alone
+
+            params, opt_state = (
+                hold(params, state.params, held),
+                hold(opt_state, state.optimizer, held),
+            )
     metrics |= load_metrics(routing)
     metrics |= {"grad_norm": global_norm(grads), "learning_rate": schedule_of(cfg)(state.step)}
     if watch:
@@ -113,7 +161,10 @@ def state_shardings(cfg: TrainConfig, rules: AxisRules, mesh: Mesh) -> TrainStat
     router = params.pop("router")
     everywhere = NamedSharding(mesh, PartitionSpec())
     abstract = jax.eval_shape(lambda: state_from(cfg, init_params(cfg.model, jax.random.key(0))))
-    masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # another optimizer's parameter  # noqa: E731
+
+    def masked(leaf):
+        return isinstance(leaf, optax.MaskedNode)  # another optimizer's parameter
+
     opt_state = optax.tree.map_params(
         optimizer_of(cfg),
         lambda leaf, place: leaf if masked(leaf) else place,
@@ -137,17 +188,27 @@ def check_batch(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) ->
         parts = math.prod(sizes[axis] for axis in axes)
         if (got := getattr(cfg, field)) % parts:
             shown = " x ".join(f"{axis}={sizes[axis]}" for axis in axes)
-            raise ValueError(f"{field}: got {got}; must divide by the mesh axes that split it, {shown} = {parts}")
+            raise ValueError(
+                f"{field}: got {got}; must divide by the mesh axes that split it, {shown} = {parts}"
+            )
 
 
 def init_state(cfg: TrainConfig, shardings: TrainState) -> TrainState:
     """A fresh state, created shard by shard where it will live."""
-    init = jax.jit(lambda key: state_from(cfg, init_params(cfg.model, key)), out_shardings=shardings)
+    init = jax.jit(
+        lambda key: state_from(cfg, init_params(cfg.model, key)), out_shardings=shardings
+    )
     return init(jax.random.key(cfg.seed))
 
 
 def compile_step(
-    cfg: TrainConfig, rules: AxisRules, shardings: TrainState, mesh: Mesh, *, watch: bool = False, ahead: bool = False
+    cfg: TrainConfig,
+    rules: AxisRules,
+    shardings: TrainState,
+    mesh: Mesh,
+    *,
+    watch: bool = False,
+    ahead: bool = False,
 ):
     """The jitted step: state donated, outputs placed like inputs; metrics replicated. `ahead`: it takes chosen experts too."""
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -165,11 +226,15 @@ class Steps:
 
     def __init__(self, compile_step: Callable):
         """`compile_step`: the function above, but for watch and ahead."""
-        self._kind = functools.cache(lambda watch, ahead: compiled_together(compile_step(watch=watch, ahead=ahead)))
+        self._kind = functools.cache(
+            lambda watch, ahead: compiled_together(compile_step(watch=watch, ahead=ahead))
+        )
 
     def __call__(self, state: TrainState, batch, chosen=None, *, watch: bool = False):
         """(state, metrics), as train_step."""
-        return self._kind(watch, chosen is not None)(state, batch, *(() if chosen is None else (chosen,)))
+        return self._kind(watch, chosen is not None)(
+            state, batch, *(() if chosen is None else (chosen,))
+        )
 
 
 def compiled_together(jitted) -> Callable:

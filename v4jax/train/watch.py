@@ -37,7 +37,10 @@ def watched(cfg: ModelConfig, routing, router, grads, updates) -> dict[str, dict
         "bias_max": bias_LE.max(-1),
     }
     first = next(iter(next(iter(routing.values())).values())).seen
-    layers |= {name: _by_layer(cfg, routing, lambda route, name=name: getattr(route.seen, name)) for name in first._fields}
+    layers |= {
+        name: _by_layer(cfg, routing, lambda route, name=name: getattr(route.seen, name))
+        for name in first._fields
+    }
     return {"layers": layers, "grad_rms": rms_by_group(grads), "update_rms": rms_by_group(updates)}
 
 
@@ -46,7 +49,11 @@ def _by_layer(cfg: ModelConfig, tree, read) -> jax.Array:
     rows = []
     for group in cfg.layer_groups:
         blocks = [read(tree[group.name][f"block_{i}"]) for i in range(len(group.kinds))]
-        rows += [None if block is None else block[repeat] for repeat in range(group.repeats) for block in blocks]
+        rows += [
+            None if block is None else block[repeat]
+            for repeat in range(group.repeats)
+            for block in blocks
+        ]
     if cfg.num_nextn_predict_layers:
         rows.append(read(tree["mtp"]["block"]))
     some = next((row for row in rows if row is not None), jnp.full(1, jnp.nan))

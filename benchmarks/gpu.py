@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py          # needs an NVIDIA GPU and jax[cuda13]; minutes, most of them compiling
 
-Agreement: the kernels (v4jax/model/triton.py) against the loop over blocks that CPUs run, and loss and gradients of the demo's model
+Agreement: the kernels (v4jax/kernels/expert_ffn_gpu.py) against the loop over blocks that CPUs run, and loss and gradients of the demo's model
 in float32 on the GPU against those on this machine's CPU; largest difference of an array over its largest number.
 """
 
@@ -22,11 +22,12 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from configs import demo
 from sharding.experts import Groups
-from v4jax.model import grouped, triton
+from v4jax.kernels import expert_ffn as ffn
+from v4jax.kernels import expert_ffn_gpu
 from v4jax.model.transformer import init_params
 from v4jax.train.loss import loss_and_routing
 
-LOOP = mock.patch.object(triton, "suits", lambda *widths: False)
+LOOP = mock.patch.object(expert_ffn_gpu, "suits", lambda *widths: False)
 """With it the experts take the loop over blocks."""
 
 
@@ -45,7 +46,7 @@ def case(dtype, experts: int, width: int, hidden: int, size: int, blocks: int):
     )
     keys = jax.random.split(jax.random.key(0), 6)
     shapes = (experts, width, hidden), (experts, width, hidden), (experts, hidden, width)
-    w = grouped.ExpertWeights(
+    w = ffn.ExpertWeights(
         *(
             jax.random.normal(key, shape) * shape[1] ** -0.5
             for key, shape in zip(keys, shapes, strict=True)
@@ -61,10 +62,7 @@ def case(dtype, experts: int, width: int, hidden: int, size: int, blocks: int):
 def experts(w, x, gate, groups, ct):
     """The experts' output and its gradients."""
     y, pull = jax.vjp(
-        lambda w, x, gate: grouped.expert_ffn(grouped.Activation(10.0), w, x, gate, groups),
-        w,
-        x,
-        gate,
+        lambda w, x, gate: ffn.expert_ffn(ffn.Activation(10.0), w, x, gate, groups), w, x, gate
     )
     return y, pull(ct)
 
@@ -107,8 +105,10 @@ def kernels() -> None:
     def rate(times, taken):
         return f"{taken * 1e3:.1f} ms, {times * flops / taken / 1e12:.0f} TFLOP/s"
 
-    print("grouped_dot:", rate(1, seconds(jax.jit(triton.grouped_dot), x, one, groups)))
-    print("grouped_outer:", rate(1, seconds(jax.jit(triton.grouped_outer), x, hidden, groups)))
+    print("grouped_dot:", rate(1, seconds(jax.jit(expert_ffn_gpu.grouped_dot), x, one, groups)))
+    print(
+        "grouped_outer:", rate(1, seconds(jax.jit(expert_ffn_gpu.grouped_outer), x, hidden, groups))
+    )
     print(
         "experts, forward and backward, kernels:",
         rate(9, seconds(jax.jit(experts), w, x, gate, groups, ct)),

@@ -146,7 +146,7 @@ def config(name: str):
 
 def run(name: str) -> None:
     """Compiles one case and appends what was found."""
-    from v4jax.layout.compiled import report_layout
+    from v4jax.planner.compiled import report_layout
 
     cfg, target = config(name)
     keep(name, report_layout(cfg, target).to_dict())
@@ -155,8 +155,8 @@ def run(name: str) -> None:
 def table() -> None:
     """Prints every case that was run; ratios are paper / compiled."""
     from sharding.mesh import parse_mesh
-    from v4jax.layout.estimate import estimate
-    from v4jax.layout.hardware import target_of
+    from v4jax.planner.estimate import estimate
+    from v4jax.planner.hardware import target_of
 
     rows = {row["case"]: row for row in map(json.loads, RESULTS.read_text().splitlines())}
     print(

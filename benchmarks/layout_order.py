@@ -89,8 +89,8 @@ def main() -> None:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             print(f"{case} is timed", flush=True)
         arguments.turns = 0
-    from v4jax.layout.estimate import estimate
-    from v4jax.layout.hardware import hardware_of
+    from v4jax.planner.estimate import estimate
+    from v4jax.planner.hardware import hardware_of
 
     file = cache / "times.json"
     took = json.loads(file.read_text()) if file.exists() else {}

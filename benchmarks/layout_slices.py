@@ -53,8 +53,8 @@ def slices() -> None:
 
 def smallest(model: str, what: str, seq: int, per_device: float, chip: str):
     """(chips, best estimate) of the smallest slice on which some layout fits; rows grow with the devices."""
-    from v4jax.layout.hardware import hardware_of
-    from v4jax.layout.search import search
+    from v4jax.planner.hardware import hardware_of
+    from v4jax.planner.search import search
 
     hardware = hardware_of(chip)
     for chips in SIZES:
@@ -72,8 +72,8 @@ def smallest(model: str, what: str, seq: int, per_device: float, chip: str):
 def published() -> None:
     """V4-Pro as NVIDIA/Megatron-Bridge #4808 ran it, and as the Ascend post-training run is reported."""
     from v4jax.cost import cost
-    from v4jax.layout.estimate import estimate
-    from v4jax.layout.hardware import hardware_of
+    from v4jax.planner.estimate import estimate
+    from v4jax.planner.hardware import hardware_of
 
     print(
         "| run | mesh on paper | predicted step | predicted | published | gap | bound by |\n|---|---|---|---|---|---|---|"
@@ -104,8 +104,8 @@ def optimizer() -> None:
     """V4-Flash's optimizer step on 128 TPU devices: FLOPs beside an even share, bytes sent beside each cut matrix once there and once back."""
     from sharding.mesh import parse_mesh
     from sharding.rules import layout_for
-    from v4jax.layout.estimate import terms_of
-    from v4jax.layout.terms import bases, constants_of, total
+    from v4jax.planner.estimate import terms_of
+    from v4jax.planner.terms import bases, constants_of, total
 
     def of_a_device(layout: str, mesh: str) -> tuple[float, dict[str, float]]:
         cfg, sizes = (

@@ -4,7 +4,7 @@ Bytes are what one device sends in one call, times the calls of one run (bodies 
 all-gather, all-to-all and reduce-scatter (n-1)/n of the whole, all-reduce twice that, permute all of it, for n devices a group;
 a ragged all-to-all (n-1)/n of the rows that an even load makes.
 
-Next file to read: v4jax/layout/notes.py.
+Next file to read: v4jax/planner/notes.py.
 """
 
 import itertools

@@ -10,7 +10,7 @@ from trees import random_params, small_config
 
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules, layout_for
-from v4jax.model.documents import Ask
+from v4jax.model.segments import Ask
 from v4jax.train.anticipate import Feed, choose_experts, compile_choice
 from v4jax.train.config import TrainConfig
 from v4jax.train.loss import loss_and_routing

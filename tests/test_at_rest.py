@@ -20,11 +20,11 @@ from sharding.matrices import on_whole_matrices
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules
 from v4jax.generate.sampling import Sampling, choose_token
-from v4jax.model.documents import Documents
 from v4jax.model.hyper import mixing_logits, sinkhorn
 from v4jax.model.indexer import index_loss
 from v4jax.model.moe import balance_loss, expert_share, gate_weights, router_scores
 from v4jax.model.norm import rms_norm
+from v4jax.model.segments import Documents
 from v4jax.model.transformer import init_params
 from v4jax.model.weights import Csa
 from v4jax.quant import fake

@@ -11,8 +11,8 @@ from reference.transformer import documents
 from trees import small_config
 
 from sharding.rules import AxisRules
-from v4jax.model.documents import read_documents
 from v4jax.model.moe import balance_loss, expert_share
+from v4jax.model.segments import read_documents
 
 EXPERTS, ACTIVE = 6, 2
 SEGMENTS = np.array([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12, [1] * 2 + [2] * 9 + [0]], np.int32)

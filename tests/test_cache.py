@@ -12,11 +12,11 @@ from trees import small_config
 
 import v4jax
 from configs import models as models_of_configs
+from v4jax.cache.layer import SPARE_ROWS, Slots, Stretch, keep_rows
 from v4jax.checkpoint.names import from_official
 from v4jax.cost import cost, deepseek_v32, gqa8
 from v4jax.generate.cache import draft, empty_cache, extend, logits_of, split_layers
 from v4jax.model import indexer
-from v4jax.model.state import SPARE_ROWS, Slots, Stretch, keep_rows
 
 PATTERNS = {
     "flash": dict(

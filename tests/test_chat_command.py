@@ -13,13 +13,13 @@ from trees import small_config
 import v4jax
 from v4jax import cli
 from v4jax.api import place_on
+from v4jax.cache.layer import SPARE_ROWS
 from v4jax.chat.encoding import encode_messages
 from v4jax.chat.tokens import CHAT_TOKENS, EOS
 from v4jax.checkpoint.names import from_official
 from v4jax.generate import chat, decode
 from v4jax.generate.decode import Completion, Setting, generate
 from v4jax.generate.row import Row
-from v4jax.model.state import SPARE_ROWS
 from v4jax.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer(CHAT_TOKENS)

@@ -11,8 +11,8 @@ from test_mesh import CFG
 
 from sharding.experts import Groups
 from sharding.targets import topology_mesh
-from v4jax.layout import report_layout
-from v4jax.model import triton
+from v4jax.kernels import expert_ffn_gpu
+from v4jax.planner import report_layout
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,7 +63,10 @@ def test_the_kernels_compile(dtype):
             array(dtype, 40 * size, wide),
         )
         with jax.set_mesh(mesh):
-            for kernel, operands in ((triton.grouped_dot, (x, w)), (triton.grouped_outer, (x, ct))):
+            for kernel, operands in (
+                (expert_ffn_gpu.grouped_dot, (x, w)),
+                (expert_ffn_gpu.grouped_outer, (x, ct)),
+            ):
                 assert "triton" in jax.jit(kernel).lower(*operands, groups).compile().as_text()
 
 

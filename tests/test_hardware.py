@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from v4jax.layout.hardware import hardware_of, known, nearest, target_of
-from v4jax.layout.measure import measure
+from v4jax.planner.hardware import hardware_of, known, nearest, target_of
+from v4jax.planner.measure import measure
 
 
 @pytest.mark.parametrize("name", known())

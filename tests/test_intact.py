@@ -16,7 +16,7 @@ from trees import random_params, small_config
 
 import v4jax
 from v4jax import cli
-from v4jax.checkpoint.intact import damage, write_sums
+from v4jax.checkpoint.checksums import damage, write_sums
 from v4jax.checkpoint.store import Store
 from v4jax.data.config import DataConfig
 from v4jax.train.config import TrainConfig

@@ -15,10 +15,10 @@ from test_mesh import CFG
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import layout_for
 from v4jax.generate.cache import cache_shardings, decoding_rules, empty_cache
-from v4jax.layout import report_layout
-from v4jax.layout.estimate import estimate
-from v4jax.layout.hardware import hardware_of
-from v4jax.layout.portable import write_stablehlo
+from v4jax.planner import report_layout
+from v4jax.planner.estimate import estimate
+from v4jax.planner.hardware import hardware_of
+from v4jax.planner.portable import write_stablehlo
 
 
 def run(*arguments, code=0):

@@ -12,7 +12,7 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import LAYOUTS, AxisRules, layout, layout_for
 from v4jax.checkpoint.names import from_official
 from v4jax.config import ModelConfig, RopeScaling
-from v4jax.layout import least_expert_bytes, sent_to_experts
+from v4jax.planner import least_expert_bytes, sent_to_experts
 from v4jax.train.config import TrainConfig
 from v4jax.train.muon import optimizer_of
 from v4jax.train.step import TrainState, batch_sharding, compile_step, state_from, state_shardings

@@ -18,11 +18,11 @@ from sharding.params import named_shardings
 from sharding.rules import LAYOUTS, AxisRules, layout, layout_for
 from v4jax import api, cli
 from v4jax.data.config import DataConfig
-from v4jax.layout.command import Request, look, look_for
-from v4jax.layout.hardware import hardware_of
-from v4jax.layout.page import page_data
-from v4jax.layout.plan import as_dict
 from v4jax.model.transformer import abstract_params, param_axes
+from v4jax.planner.command import Request, look, look_for
+from v4jax.planner.hardware import hardware_of
+from v4jax.planner.page import page_data
+from v4jax.planner.plan import as_dict
 from v4jax.python_files import read_layout
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train

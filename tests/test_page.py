@@ -11,11 +11,11 @@ from test_mesh import CFG
 
 from sharding.mesh import parse_mesh
 from sharding.rules import layout_for
-from v4jax.layout.command import Request, compare, look
-from v4jax.layout.estimate import estimate, terms_of
-from v4jax.layout.hardware import target_of
-from v4jax.layout.page import merged, report
-from v4jax.layout.terms import bases, constants_of, total
+from v4jax.planner.command import Request, compare, look
+from v4jax.planner.estimate import estimate, terms_of
+from v4jax.planner.hardware import target_of
+from v4jax.planner.page import merged, report
+from v4jax.planner.terms import bases, constants_of, total
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 LAYOUT = dataclasses.replace(

@@ -13,9 +13,9 @@ from sharding.embedding import embed_lookup
 from sharding.experts import Groups
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules, layout_for
-from v4jax.model import grouped, triton
-from v4jax.model.dense import dense
-from v4jax.model.grouped import (
+from v4jax.kernels import expert_ffn as ffn
+from v4jax.kernels import expert_ffn_gpu
+from v4jax.kernels.expert_ffn import (
     FEW_ROWS,
     Activation,
     ExpertWeights,
@@ -24,6 +24,7 @@ from v4jax.model.grouped import (
     expert_ffn,
     pays_every_expert,
 )
+from v4jax.kernels.matmul import dense
 from v4jax.model.hyper import Mix, balanced, collapse, expand, sinkhorn
 from v4jax.model.indexer import top_k_mask
 from v4jax.model.moe import balanced_table, router_scores
@@ -78,13 +79,16 @@ def test_grouped_experts_are_a_loop_over_rows(sizes):
         (got[0], got[1] * used[:, None], got[2] * used),
         (want[0], want[1] * used[:, None], want[2] * used),
     )
-    tpu = grouped._ragged_dot, functools.partial(grouped.grouped_outer, interpret=True)
+    tpu = ffn._ragged_dot, functools.partial(ffn.grouped_outer, interpret=True)
     for products in (
         tpu,
-        [functools.partial(f, interpret=True) for f in (triton.grouped_dot, triton.grouped_outer)],
+        [
+            functools.partial(f, interpret=True)
+            for f in (expert_ffn_gpu.grouped_dot, expert_ffn_gpu.grouped_outer)
+        ],
     ):
-        y, h1, h3 = grouped._whole_forward(Activation(LIMIT), *products, w, x, gate, groups)
-        got = grouped._whole_backward(Activation(LIMIT), *products, w, x, gate, groups, h1, h3, ct)
+        y, h1, h3 = ffn._whole_forward(Activation(LIMIT), *products, w, x, gate, groups)
+        got = ffn._whole_backward(Activation(LIMIT), *products, w, x, gate, groups, h1, h3, ct)
         close(jnp.where(used[:, None], y, 0), value)
         close(
             (got[0], got[1] * used[:, None], got[2] * used),

@@ -8,7 +8,7 @@ import pytest
 from trees import small_config
 
 from v4jax import cli
-from v4jax.checkpoint.text import json_text
+from v4jax.checkpoint.atomic import json_text
 from v4jax.data.config import DataConfig
 from v4jax.train import report
 from v4jax.train.config import TrainConfig

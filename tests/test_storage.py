@@ -22,7 +22,7 @@ from v4jax.data.config import DataConfig, Source, tokenizer_of
 from v4jax.generate.decode import Setting
 from v4jax.generate.prefix import check_store
 from v4jax.generate.rollout import Plan, rollout
-from v4jax.layout.hardware import hardware_of, target_of
+from v4jax.planner.hardware import hardware_of, target_of
 from v4jax.score import read_tokens, score
 from v4jax.storage import file_to_write, folder_to_fill, local_path
 from v4jax.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
@@ -287,7 +287,7 @@ def test_a_place_of_the_wrong_kind_is_refused_before_work(
 ):
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.setattr("v4jax.train.loop.tokenizer_of", lambda data: pytest.fail("work began"))
-    monkeypatch.setattr("v4jax.layout.measure.measure", lambda: pytest.fail("work began"))
+    monkeypatch.setattr("v4jax.planner.measure.measure", lambda: pytest.fail("work began"))
     np.save("t.npy", np.zeros((1, 4), np.int32))
     code = cli.main(line.format(ckpt=checkpoint, cfg=config_file).split())
     out, err = capsys.readouterr()
@@ -360,7 +360,7 @@ def test_home_is_understood_by_commands_and_functions(tmp_path, monkeypatch, cap
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     write(home / "model")
-    (home / "chip.json").write_text((ROOT / "v4jax/layout/cpu.json").read_text())
+    (home / "chip.json").write_text((ROOT / "v4jax/planner/cpu.json").read_text())
     ByteTokenizer().save("~/model")
     assert (
         v4jax.ModelConfig.from_json("~/model")

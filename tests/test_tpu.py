@@ -6,9 +6,9 @@ import importlib.util
 import pytest
 from test_mesh import CFG
 
-from v4jax.layout import report_layout
-from v4jax.layout.estimate import estimate
-from v4jax.layout.hardware import hardware_of
+from v4jax.planner import report_layout
+from v4jax.planner.estimate import estimate
+from v4jax.planner.hardware import hardware_of
 
 pytestmark = [
     pytest.mark.tpu,

@@ -262,7 +262,7 @@ def _layout(sub):
         "--target",
         default="cpu",
         help="cpu; a TPU topology such as v5p:4x4x8 (extra `tpu`); h100:N (extra `gpu`); on paper "
-        "cloudmatrix384:1024, my-chip.json:16 and others (v4jax/layout/hardware.json)",
+        "cloudmatrix384:1024, my-chip.json:16 and others (v4jax/planner/hardware.json)",
     )
     sub.add_argument(
         "--what",

@@ -97,7 +97,7 @@ def _train(arguments, rest):
 
 
 def _plan(cfg, as_json: bool) -> dict | None:
-    from v4jax.layout.plan import HEAD, as_dict, plan
+    from v4jax.planner.plan import HEAD, as_dict, plan
 
     if as_json:
         return as_dict(cfg)
@@ -222,7 +222,7 @@ def _layout(arguments, _):
         raise BadInput("layout needs a CONFIG.py or config.json; see v4jax layout --help")
     is_file = pathlib.Path(arguments.config).suffix == ".py"
     config = _read_config_file(arguments.config) if is_file else arguments.config
-    from v4jax.layout import command
+    from v4jax.planner import command
 
     names = ("target", "what", "paper", "lower_only", "effort", "fp8", "released")
     request = command.Request(**{name: getattr(arguments, name) for name in names})
@@ -234,7 +234,7 @@ def _layout(arguments, _):
     ):
         _start(cfg.mesh)
     if arguments.stablehlo:
-        from v4jax.layout.portable import write_stablehlo
+        from v4jax.planner.portable import write_stablehlo
 
         return write_stablehlo(arguments.stablehlo, cfg, command.checked(cfg, request).hardware)
     if arguments.compare:
@@ -244,7 +244,7 @@ def _layout(arguments, _):
     else:
         result = command.look(cfg, request)
     if arguments.report:
-        from v4jax.layout.page import report
+        from v4jax.planner.page import report
 
         report(arguments.report, cfg, request, result)
     if arguments.json:
@@ -258,7 +258,7 @@ def _layout(arguments, _):
 def _measure(path: str) -> dict:
     """The CPU profile of this machine, written to `path`."""
     _start("data=8")
-    from v4jax.layout.measure import measure
+    from v4jax.planner.measure import measure
 
     found = measure()
     pathlib.Path(path).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
@@ -343,7 +343,7 @@ def _start(mesh: str | None, preemptible: bool = False) -> None:
 
 def _print(result: dict, as_json: bool) -> None:
     if as_json:
-        from v4jax.checkpoint.text import json_text
+        from v4jax.checkpoint.atomic import json_text
 
         print(json_text(result))
         return

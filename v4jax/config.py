@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from v4jax.foreign import file_in, read_json
 from v4jax.storage import local_path
+from v4jax.untrusted import file_in, read_json
 
 WINDOW_ONLY, CSA, HCA = 0, 4, 128
 """Compress ratios: sliding window only, compressed sparse attention, heavily compressed attention (report 2.3)."""

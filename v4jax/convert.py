@@ -50,13 +50,13 @@ from v4jax.checkpoint.formats import (
     shapes_of,
 )
 from v4jax.checkpoint.load import Source, open_safetensors
+from v4jax.checkpoint.memory_budget import Room
 from v4jax.checkpoint.names import Slot, official_names, official_shapes, plain_dtype
-from v4jax.checkpoint.room import Room
 from v4jax.checkpoint.store import is_run
 from v4jax.checkpoint.stream import StoreWriter, open_leaves
 from v4jax.config import ModelConfig, read_config_json
-from v4jax.foreign import file_in, read_json
 from v4jax.storage import folder_to_fill, local_path
+from v4jax.untrusted import file_in, read_json
 
 _GROUP_BYTES = 32 * 2**20
 """Of small tensors written to a store in one commit."""

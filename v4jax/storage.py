@@ -2,7 +2,7 @@
 
 Nothing is read or written here. This file imports nothing of v4jax, so that any file may use it.
 
-Next file to read: v4jax/foreign.py.
+Next file to read: v4jax/untrusted.py.
 """
 
 import os

@@ -3,7 +3,7 @@
 The directory appears whole or not at all: everything is written beside it and renamed at the end. Of several processes
 all take part, as each holds only its shards, and the first one writes.
 
-Next file to read: v4jax/checkpoint/intact.py.
+Next file to read: v4jax/checkpoint/checksums.py.
 """
 
 import collections
@@ -32,6 +32,7 @@ from v4jax.checkpoint.formats import (
     quantization_config,
     shapes_of,
 )
+from v4jax.checkpoint.memory_budget import Room
 from v4jax.checkpoint.names import (
     check_table,
     check_tree,
@@ -39,11 +40,10 @@ from v4jax.checkpoint.names import (
     official_shapes,
     read_slot,
 )
-from v4jax.checkpoint.room import Room
 from v4jax.config import ModelConfig, read_config_json
-from v4jax.foreign import file_in
 from v4jax.generation_config import end_tokens
 from v4jax.storage import folder_to_fill, local_path
+from v4jax.untrusted import file_in
 
 MAX_FILE_BYTES = 5 * 10**9
 ROOM = 10**9

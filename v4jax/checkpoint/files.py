@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from v4jax.checkpoint import disk
 from v4jax.checkpoint.formats import DTYPES
-from v4jax.foreign import file_in, parse_json, read_json
+from v4jax.untrusted import file_in, parse_json, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 

@@ -8,7 +8,7 @@
     RUN/metrics.jsonl, ...     written by the training loop
 
 A checkpoint appears under its name only when it is complete (Orbax renames it), so a crash leaves nothing half-written. One
-that is not what was written (checkpoint/intact.py) is passed over, loudly.
+that is not what was written (checkpoint/checksums.py) is passed over, loudly.
 
 Next file to read: v4jax/train/stability.py.
 """
@@ -26,8 +26,8 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from sharding.processes import anywhere, is_first, wait_for_all
-from v4jax.checkpoint.intact import NOT_NOTED, damage, write_sums
-from v4jax.checkpoint.text import write_text
+from v4jax.checkpoint.atomic import write_text
+from v4jax.checkpoint.checksums import NOT_NOTED, damage, write_sums
 from v4jax.config import ModelConfig, read_config_json
 from v4jax.storage import local_path
 

@@ -19,7 +19,7 @@ import tensorstore as ts
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from v4jax.checkpoint import disk
-from v4jax.checkpoint.intact import write_sums
+from v4jax.checkpoint.checksums import write_sums
 from v4jax.checkpoint.names import Path, leaf_dtype, official_names, turned
 from v4jax.checkpoint.store import CHECKPOINTS, Store, check_same_arrays
 from v4jax.config import ModelConfig

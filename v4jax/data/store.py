@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from v4jax.chat.tokens import CHAT_TOKENS, FIM_BEGIN, FIM_END, FIM_HOLE, FIM_TOKENS
-from v4jax.checkpoint.intact import SUMS_FILE, damage, write_sums
+from v4jax.checkpoint.checksums import SUMS_FILE, damage, write_sums
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.conversations import conversation_tokens
 from v4jax.data.documents import Document, name_hash, read_documents, unit_hash

@@ -10,7 +10,7 @@ many are real. Nothing of the others is kept. The weights are declared by the mo
 MTP runs one token behind: position t needs token t+1. So `draft` is a function of its own, given the streams that `extend` returns.
 
 Shapes: B batch, T positions of a chunk, X streams, D hidden, V vocabulary.
-Next file to read: v4jax/model/state.py.
+Next file to read: v4jax/cache/layer.py.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from sharding.embedding import embed_lookup
 from sharding.rules import AxisRules
+from v4jax.cache.layer import Kept, LayerCache, Stretch, empty_layer
+from v4jax.cache.quantized import STORAGES
 from v4jax.config import CSA, HCA, WINDOW_ONLY, ModelConfig
 from v4jax.model.block import Pattern, stack
-from v4jax.model.documents import read_stretch
 from v4jax.model.hyper import HyperHead
 from v4jax.model.mtp import MTP
 from v4jax.model.norm import RMSNorm
-from v4jax.model.packed import STORAGES
-from v4jax.model.state import Kept, LayerCache, Stretch, empty_layer
+from v4jax.model.segments import read_stretch
 from v4jax.model.transformer import project_logits
 from v4jax.model.weights import Csa
 
@@ -84,7 +84,7 @@ def split_layers(
 
     A loop over stacked layers takes each layer's weights off the stack, a copy of all its experts, where a token needs a few. On one
     device w1 and w3 of experts become one array, [E,D,2F]: taking one expert of both, and the product with it, then use two cores, and
-    a few rows are run through all experts as two batches of products (v4jax/model/grouped.py, `every_expert`).
+    a few rows are run through all experts as two batches of products (v4jax/kernels/expert_ffn.py, `every_expert`).
 
     take: gives layer n of stacked layers.
     """

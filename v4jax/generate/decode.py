@@ -23,6 +23,7 @@ import numpy as np
 
 from sharding.processes import gather
 from sharding.rules import AxisRules
+from v4jax.cache.layer import Stretch
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import (
     Cache,
@@ -36,7 +37,6 @@ from v4jax.generate.cache import (
 )
 from v4jax.generate.prefix import PrefixStore
 from v4jax.generate.sampling import Sampling, choose_token
-from v4jax.model.state import Stretch
 from v4jax.quant.fake import check_quant
 from v4jax.tokenizer import check_tokens
 

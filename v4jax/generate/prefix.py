@@ -25,9 +25,9 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
+from v4jax.cache.layer import LayerCache
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import Cache
-from v4jax.model.state import LayerCache
 from v4jax.storage import folder_to_fill, local_path
 
 STRETCH = 512

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from v4jax.cache.layer import SPARE_ROWS
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import Cache, decoding_rules, split_layers
 from v4jax.generate.decode import Completion, Setting, StopRule, check_request, decode, prefill
-from v4jax.model.state import SPARE_ROWS
 
 
 class Row:

@@ -22,10 +22,20 @@ import jax.numpy as jnp
 
 from sharding.manual import first_row, vary_like, with_rows_before
 from sharding.rules import AxisRules
+from v4jax.cache.layer import (
+    SPARE_ROWS,
+    Kept,
+    LayerCache,
+    Slots,
+    all_rows,
+    chosen_rows,
+    slots_spec,
+    window_rows,
+)
+from v4jax.cache.quantized import as_kept
 from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
+from v4jax.kernels.matmul import dense, precision_of
 from v4jax.model.compressor import Compressor
-from v4jax.model.dense import dense, precision_of
-from v4jax.model.documents import Documents, Entries, whole_windows
 from v4jax.model.indexer import (
     FEW_QUERIES,
     Indexer,
@@ -39,18 +49,8 @@ from v4jax.model.indexer import (
     top_k_mask,
 )
 from v4jax.model.norm import RMSNorm, rms_norm
-from v4jax.model.packed import as_kept
 from v4jax.model.rotary import rotate
-from v4jax.model.state import (
-    SPARE_ROWS,
-    Kept,
-    LayerCache,
-    Slots,
-    all_rows,
-    chosen_rows,
-    slots_spec,
-    window_rows,
-)
+from v4jax.model.segments import Documents, Entries, whole_windows
 from v4jax.model.weights import Csa, Weights
 from v4jax.quant.fake import fp8_keys
 

@@ -8,14 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from v4jax.cache.layer import Kept
 from v4jax.config import LayerKind, ModelConfig
 from v4jax.model.attention import Attention
-from v4jax.model.documents import Documents
 from v4jax.model.hyper import HyperConnection, expand
 from v4jax.model.indexer import IndexLoss
 from v4jax.model.moe import MoE, Routing
 from v4jax.model.norm import RMSNorm
-from v4jax.model.state import Kept
+from v4jax.model.segments import Documents
 from v4jax.model.watch import both, look
 from v4jax.model.weights import Csa, Weights
 

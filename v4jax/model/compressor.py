@@ -16,12 +16,12 @@ import jax.numpy as jnp
 
 from sharding.manual import first_row, vary_like, with_rows_before
 from sharding.rules import AxisRules
+from v4jax.cache.layer import Kept, Slots, fill_slots, keep_rows, tail_rows
 from v4jax.config import CSA, ModelConfig
-from v4jax.model.dense import dense
-from v4jax.model.documents import Entries
+from v4jax.kernels.matmul import dense
 from v4jax.model.norm import RMSNorm
 from v4jax.model.rotary import rotate
-from v4jax.model.state import Kept, Slots, fill_slots, keep_rows, tail_rows
+from v4jax.model.segments import Entries
 from v4jax.model.weights import Weights
 from v4jax.quant.fake import fp8_keys, mxfp4_rotated
 
@@ -164,7 +164,7 @@ def _continue(
 
     if rules or c_BSH.shape[1] >= ratio:
         entry_BCH = pooled()
-    else:  # decoding closes a window in one of `ratio` steps; where none closes, no query sees what is written (model/state.py)
+    else:  # decoding closes a window in one of `ratio` steps; where none closes, no query sees what is written (cache/layer.py)
         closes = jnp.any((start_B + count_B) // ratio > start_B // ratio)
         nothing = functools.partial(
             jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pooled)

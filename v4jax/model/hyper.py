@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from sharding.manual import vary_like
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
-from v4jax.model.dense import dense, precision_of
+from v4jax.kernels.matmul import dense, precision_of
 from v4jax.model.weights import Weights, constant
 
 DYNAMIC_SCALE = 0.01

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 
 from sharding.counting import running_sum
 from sharding.manual import vary_like
+from v4jax.cache.layer import Kept, Slots, all_rows, slot_count, some_rows
 from v4jax.config import CSA, ModelConfig
+from v4jax.kernels.matmul import dense, precision_of
 from v4jax.model.compressor import Compressor
-from v4jax.model.dense import dense, precision_of
-from v4jax.model.documents import Entries
 from v4jax.model.rotary import Rotation, rotate
-from v4jax.model.state import Kept, Slots, all_rows, slot_count, some_rows
+from v4jax.model.segments import Entries
 from v4jax.model.weights import Weights
 from v4jax.quant.fake import mxfp4_rotated
 

@@ -18,9 +18,7 @@ from sharding.counting import running_sum
 from sharding.experts import Groups, apply_experts
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
-from v4jax.model.dense import dense
-from v4jax.model.documents import Documents
-from v4jax.model.grouped import (
+from v4jax.kernels.expert_ffn import (
     JOINED_SHARE,
     Activation,
     ExpertWeights,
@@ -29,6 +27,8 @@ from v4jax.model.grouped import (
     expert_ffn,
     pays_every_expert,
 )
+from v4jax.kernels.matmul import dense
+from v4jax.model.segments import Documents
 from v4jax.model.watch import Seen
 from v4jax.model.weights import Weights
 from v4jax.quant.fake import mxfp4_weight

@@ -7,14 +7,14 @@ Next file to read: v4jax/model/block.py.
 import flax.linen as nn
 import jax
 
+from v4jax.cache.layer import Kept
 from v4jax.config import WINDOW_ONLY, LayerKind, ModelConfig
+from v4jax.kernels.matmul import dense
 from v4jax.model.block import Block
-from v4jax.model.dense import dense
-from v4jax.model.documents import Documents
 from v4jax.model.hyper import HyperHead
 from v4jax.model.moe import Routing
 from v4jax.model.norm import RMSNorm
-from v4jax.model.state import Kept
+from v4jax.model.segments import Documents
 from v4jax.model.weights import Weights
 
 

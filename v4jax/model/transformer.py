@@ -18,14 +18,14 @@ import jax.numpy as jnp
 from sharding.embedding import embed_lookup
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
+from v4jax.kernels.matmul import dense
 from v4jax.model.block import stack
-from v4jax.model.dense import dense
-from v4jax.model.documents import Ask, read_documents, without_last_tokens
 from v4jax.model.hyper import HyperHead
 from v4jax.model.indexer import IndexLoss
 from v4jax.model.moe import Routing
 from v4jax.model.mtp import MTP, run_mtp
 from v4jax.model.norm import RMSNorm
+from v4jax.model.segments import Ask, read_documents, without_last_tokens
 from v4jax.model.weights import Csa, Weights
 from v4jax.quant.fake import check_quant
 

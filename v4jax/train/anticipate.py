@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.rules import AxisRules
-from v4jax.model.documents import Ask
+from v4jax.model.segments import Ask
 from v4jax.model.transformer import apply
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import TrainState, batch_sharding, compiled_together

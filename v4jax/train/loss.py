@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from sharding.manual import vary, vary_like
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
-from v4jax.model.dense import dense
-from v4jax.model.documents import Ask
+from v4jax.kernels.matmul import dense
 from v4jax.model.indexer import IndexLoss
+from v4jax.model.segments import Ask
 from v4jax.model.transformer import apply
 from v4jax.model.weights import Csa
 

@@ -10,7 +10,7 @@ import math
 import pathlib
 from typing import Any
 
-from v4jax.checkpoint.text import write_text
+from v4jax.checkpoint.atomic import write_text
 from v4jax.storage import local_path
 from v4jax.train.report import METRICS, read_metrics, require_plots
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sharding.mesh import make_mesh, parse_mesh
-from v4jax.checkpoint.text import json_text, write_text
+from v4jax.checkpoint.atomic import json_text, write_text
 from v4jax.cost import train_flops_per_token
 from v4jax.storage import local_path
 from v4jax.train.config import TrainConfig

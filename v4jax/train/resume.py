@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 from sharding.processes import anywhere
 from sharding.rules import AxisRules
 from v4jax.api import load_onto
-from v4jax.checkpoint.note import Note
+from v4jax.checkpoint.json_item import Note
 from v4jax.checkpoint.store import ABANDONED, CHECKPOINTS, DAMAGED, Store, check_same_arrays
 from v4jax.config import ModelConfig
 from v4jax.data.config import tokenizer_of

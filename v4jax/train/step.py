@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sharding.params import named_shardings
 from sharding.processes import wait_for_all
 from sharding.rules import AxisRules
-from v4jax.model.documents import Ask
+from v4jax.model.segments import Ask
 from v4jax.model.transformer import abstract_params, init_params, param_axes
 from v4jax.model.weights import Csa
 from v4jax.train.balance import load_metrics, update_bias

@@ -4,7 +4,7 @@ Meshes are all factorings of the device count over the axes a layout uses, withi
 the output groups, `context` no shorter than a window, `slice` left out. The ranking is by estimated step time; the front holds every
 layout that no other beats in both memory and time.
 
-Next file to read: v4jax/layout/compiled.py.
+Next file to read: v4jax/planner/compiled.py.
 """
 
 import collections
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from sharding.rules import LAYOUTS, MESH_AXES, AxisRules
-from v4jax.layout.estimate import USABLE, Estimate, estimate, gigabytes, memory_of
-from v4jax.layout.hardware import Hardware
+from v4jax.planner.estimate import USABLE, Estimate, estimate, gigabytes, memory_of
+from v4jax.planner.hardware import Hardware
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import check_batch
 

@@ -1,6 +1,6 @@
 """Small files that are there whole or not at all, and JSON that every reader takes.
 
-Next file to read: v4jax/checkpoint/intact.py.
+Next file to read: v4jax/checkpoint/checksums.py.
 """
 
 import json

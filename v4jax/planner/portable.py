@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import layout_for
-from v4jax.layout.estimate import platform_of
-from v4jax.layout.hardware import Hardware
 from v4jax.model.transformer import abstract_params
+from v4jax.planner.estimate import platform_of
+from v4jax.planner.hardware import Hardware
 from v4jax.storage import file_to_write
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import batch_sharding, check_batch, state_from, state_shardings, train_step

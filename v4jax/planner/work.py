@@ -5,7 +5,7 @@ recomputed in the backward pass, weights that no axis cuts are multiplied on eve
 array once per product or fused loop that reads or writes it; it is the rougher of the two.
 
 Shapes: as in v4jax/cost.py.
-Next file to read: v4jax/layout/traffic.py.
+Next file to read: v4jax/planner/traffic.py.
 """
 
 import math
@@ -13,9 +13,9 @@ from collections.abc import Mapping
 
 from sharding.rules import AxisRules
 from v4jax.config import CSA, HCA, ModelConfig
-from v4jax.layout.muon import Stack, muon
-from v4jax.layout.terms import Term
-from v4jax.layout.weights import Weight, cut_of, weights_of
+from v4jax.planner.muon import Stack, muon
+from v4jax.planner.terms import Term
+from v4jax.planner.weights import Weight, cut_of, weights_of
 from v4jax.train.config import TrainConfig
 from v4jax.train.muon import COEFFICIENTS
 

@@ -1,10 +1,10 @@
 """The layout lab: what a layout does with a model, compiled for devices that need not exist or worked out on paper.
 
-Next file to read: v4jax/layout/hardware.py.
+Next file to read: v4jax/planner/hardware.py.
 """
 
-from v4jax.layout.compiled import LayoutReport, least_expert_bytes, report_layout, sent_to_experts
-from v4jax.layout.hardware import Hardware, hardware_of
+from v4jax.planner.compiled import LayoutReport, least_expert_bytes, report_layout, sent_to_experts
+from v4jax.planner.hardware import Hardware, hardware_of
 
 __all__ = [
     "Hardware",

@@ -1,6 +1,6 @@
 """What `v4jax layout` does: an estimate, a compiled report, a comparison of two layouts, or a search, as one printable result.
 
-Next file to read: v4jax/layout/page.py.
+Next file to read: v4jax/planner/page.py.
 """
 
 import dataclasses
@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from sharding.mesh import parse_mesh
 from sharding.rules import MESH_AXES, check_has_mesh, layout_for
 from v4jax.config import ModelConfig
-from v4jax.layout.compiled import LayoutReport, report_layout
-from v4jax.layout.estimate import Estimate, estimate, gigabytes, platform_of
-from v4jax.layout.hardware import Target, target_of
-from v4jax.layout.notes import notes
-from v4jax.layout.search import Found, as_estimated, factorings, impossible, search
-from v4jax.layout.weights import cut_of, weights_of
+from v4jax.planner.compiled import LayoutReport, report_layout
+from v4jax.planner.estimate import Estimate, estimate, gigabytes, platform_of
+from v4jax.planner.hardware import Target, target_of
+from v4jax.planner.notes import notes
+from v4jax.planner.search import Found, as_estimated, factorings, impossible, search
+from v4jax.planner.weights import cut_of, weights_of
 from v4jax.python_files import read_layout
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import check_batch
@@ -24,7 +24,7 @@ from v4jax.train.step import check_batch
 
 class Request(NamedTuple):
     """What is asked of a layout. target: as target_of reads it. what: "train" or "decode". paper: compile nothing. lower_only:
-    stop before compiling. effort: of the compiler for TPUs (layout/compiled.py). fp8: products at the fp8 rate. released: decode
+    stop before compiling. effort: of the compiler for TPUs (planner/compiled.py). fp8: products at the fp8 rate. released: decode
     from the released formats, which no program here computes with: on paper only."""
 
     target: str = "cpu"

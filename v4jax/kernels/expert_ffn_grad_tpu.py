@@ -5,7 +5,7 @@ rows x width, the largest of a training step. Rows lie in whole blocks of one ex
 only has to add up blocks: the grid walks a tile of the result through all blocks, which come in the order of their experts.
 
 Shapes: P rows in blocks, E experts, A and Z widths of the two factors.
-Next file to read: v4jax/model/grouped.py.
+Next file to read: v4jax/kernels/expert_ffn.py.
 """
 
 import jax
@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sharding.experts import Groups
 from sharding.manual import vary_like
-from v4jax.model.dense import precision_of
+from v4jax.kernels.matmul import precision_of
 
 LANES = 128
 """A TPU's vectors are this wide: tiles are cut in multiples of it."""

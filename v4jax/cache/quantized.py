@@ -6,7 +6,7 @@ rotary dims. A kept array is a plain one or one of the two NamedTuples here, all
 Bytes of a row, V4: 448 + 7 + 2*64 = 583 a key/value, 64 + 4 an indexer key.
 
 Shapes: H key/value dims, R rope dims, J index dims; `...` any leading axes.
-Next file to read: v4jax/model/state.py.
+Next file to read: v4jax/cache/layer.py.
 """
 
 from typing import NamedTuple

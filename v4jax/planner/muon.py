@@ -2,7 +2,7 @@
 
 Follows sharding/matrices.py step by step: stacks that lie alike are joined, pieces become whole matrices, and each device works on its share.
 
-Next file to read: v4jax/layout/work.py.
+Next file to read: v4jax/planner/work.py.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from sharding.matrices import TOGETHER
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
-from v4jax.layout.weights import Weight, cut_of, weights_of
+from v4jax.planner.weights import Weight, cut_of, weights_of
 
 
 class Stack(NamedTuple):

@@ -6,7 +6,7 @@ loop over blocks: on an H100 these reach 22 and 40 TFLOP/s in bfloat16, these ke
 and backward of 32 experts of [2048,1024] for 65,536 rows take 9.9 ms with the kernels and 78 ms with the loop (benchmarks/gpu.py).
 
 Shapes: P rows in blocks, E experts, A and Z widths of the two factors.
-Next file to read: v4jax/model/grouped.py.
+Next file to read: v4jax/kernels/expert_ffn.py.
 """
 
 import jax
@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from sharding.experts import Groups
-from v4jax.model.dense import precision_of
+from v4jax.kernels.matmul import precision_of
 
 DEPTH = 64
 """A program makes one tile of a result, adding up products so deep."""

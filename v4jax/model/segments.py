@@ -19,9 +19,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from v4jax.cache.layer import Stretch, tail_rows
 from v4jax.config import WINDOW_ONLY, ModelConfig
 from v4jax.model.rotary import Rotation, rotation
-from v4jax.model.state import Stretch, tail_rows
 
 
 class Entries(NamedTuple):

@@ -6,7 +6,7 @@ of hardware.json, "my-chip.json:64". "cpu" is this machine, shared by all simula
 Links form tiers, the fastest first: so many devices reach each other at that rate, and beyond them the next tier counts. In a
 torus a device has its rate split evenly over the dimensions.
 
-Next file to read: v4jax/layout/weights.py.
+Next file to read: v4jax/planner/weights.py.
 """
 
 import dataclasses
@@ -141,7 +141,7 @@ def _read(entry: dict[str, Any], where: str) -> Hardware:
     missing = [name for name in _FIGURES if name not in entry]
     if missing:
         raise ValueError(
-            f"target: {where} lacks {', '.join(missing)}; see v4jax/layout/hardware.json"
+            f"target: {where} lacks {', '.join(missing)}; see v4jax/planner/hardware.json"
         )
     fields = {field.name for field in dataclasses.fields(Hardware)}
     if unknown := sorted(set(entry) - fields):

@@ -4,7 +4,7 @@ Orbax does not notice a flipped byte or a file cut short by a full disk. A check
 killed between Orbax's last rename and the last checksum, somebody else wrote it, or they were lost. So it counts as damaged as
 long as an older one is proven (a run repeats those steps bit for bit), and is used, with a warning, only where there is no other.
 
-Next file to read: v4jax/checkpoint/note.py.
+Next file to read: v4jax/checkpoint/json_item.py.
 """
 
 import concurrent.futures
@@ -12,8 +12,8 @@ import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from v4jax.checkpoint.atomic import write_text
 from v4jax.checkpoint.disk import crc_of
-from v4jax.checkpoint.text import write_text
 
 SUMS_FILE = "checksums.json"
 """Of several processes each notes its share, in checksums-0-of-2.json and so on."""
@@ -32,7 +32,7 @@ def write_sums(
     known: size and CRC-32 of files that need not be read again.
     """
     known = known or {}
-    # Another process may be writing its share just now (text.py: a .tmp, then renamed). It is not part of what was saved, and all
+    # Another process may be writing its share just now (atomic.py: a .tmp, then renamed). It is not part of what was saved, and all
     # processes must list the same files to agree whose turn each is.
     files = sorted(
         path

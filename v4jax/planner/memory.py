@@ -7,7 +7,7 @@ what a backward pass holds is read off XLA:TPU's buffers at the peak of compiled
 
 Shapes: B rows, S tokens a row, D hidden, N heads, H head dim, X streams, E experts, F expert hidden, P rows in blocks; lower case =
 this device's share.
-Next file to read: v4jax/layout/estimate.py.
+Next file to read: v4jax/planner/estimate.py.
 """
 
 import math
@@ -15,10 +15,10 @@ from collections.abc import Iterable, Mapping
 
 from sharding.exchange import HEADROOM
 from sharding.rules import AxisRules
-from v4jax.layout.muon import muon
-from v4jax.layout.terms import Term
-from v4jax.layout.weights import cut_of, weights_of
 from v4jax.model.attention import CHUNK_BYTES
+from v4jax.planner.muon import muon
+from v4jax.planner.terms import Term
+from v4jax.planner.weights import cut_of, weights_of
 from v4jax.train.config import TrainConfig
 from v4jax.train.loss import LOGIT_BYTES
 

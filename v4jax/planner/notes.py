@@ -1,6 +1,6 @@
 """Warnings in plain words about a layout: what is held too often, padded, gathered unexpectedly, or tips over under imbalance.
 
-Next file to read: v4jax/layout/command.py.
+Next file to read: v4jax/planner/command.py.
 """
 
 import math
@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from sharding.exchange import HEADROOM
 from sharding.mesh import parse_mesh
 from sharding.rules import AxisRules, layout_for
-from v4jax.layout.estimate import Estimate, gigabytes
-from v4jax.layout.weights import cut_of, weights_of
+from v4jax.planner.estimate import Estimate, gigabytes
+from v4jax.planner.weights import cut_of, weights_of
 from v4jax.train.config import TrainConfig
 
 LARGE = 64e6

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 
 from sharding.manual import first_row
 from sharding.rules import AxisRules
+from v4jax.cache.quantized import Rows, empty_index_keys, empty_keys, pack, unpack
 from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
-from v4jax.model.packed import Rows, empty_index_keys, empty_keys, pack, unpack
 
 SPARE_ROWS = 8
 """How many tokens may be taken back, or come at once without covering what the first of them sees: rings are longer by so many rows."""
@@ -98,7 +98,7 @@ def empty_layer(
     dtype: jnp.dtype,
     storage: str,
 ) -> LayerCache:
-    """Nothing kept yet, room for `capacity` tokens (a multiple of the ratio); storage: see v4jax/model/packed.py."""
+    """Nothing kept yet, room for `capacity` tokens (a multiple of the ratio); storage: see v4jax/cache/quantized.py."""
 
     def placed(rows, slots: str | None = None):
         return jax.tree.map(lambda x: rules.constrain(x, None, "act_batch", slots, None), rows)

@@ -5,7 +5,7 @@ sharding/matrices.py moves matrices) and what XLA makes of it, as seen in compil
 Bytes are counted as in sharding/audit.py.
 
 Shapes: B rows, S tokens a row, D hidden, N heads, H head dim; lower case = this device's share.
-Next file to read: v4jax/layout/memory.py.
+Next file to read: v4jax/planner/memory.py.
 """
 
 import math
@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping
 from sharding.exchange import round_rows
 from sharding.rules import MESH_AXES, AxisRules
 from v4jax.config import CSA, HCA
-from v4jax.layout.muon import muon
-from v4jax.layout.terms import Term
-from v4jax.layout.weights import Cut, Weight, cut_of, weights_of
-from v4jax.layout.work import layers_by_ratio, part_of
+from v4jax.planner.muon import muon
+from v4jax.planner.terms import Term
+from v4jax.planner.weights import Cut, Weight, cut_of, weights_of
+from v4jax.planner.work import layers_by_ratio, part_of
 from v4jax.train.config import TrainConfig
 
 _CSA_ROWS = 2 * (CSA - 1) + (2 * CSA - 1)

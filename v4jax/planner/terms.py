@@ -7,7 +7,7 @@ Every figure of a layout (FLOPs, bytes of memory traffic, of exchanges, of memor
 so that Python and the report page (page.html) work from one table, and the page's sliders need no model of their own.
 
 Shapes: B rows of the global batch, S tokens a row; lower case = this device's share.
-Next file to read: v4jax/layout/muon.py.
+Next file to read: v4jax/planner/muon.py.
 """
 
 import math

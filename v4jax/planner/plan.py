@@ -9,8 +9,8 @@ from typing import Any
 
 from sharding.mesh import parse_mesh
 from sharding.rules import check_has_mesh, layout_for
-from v4jax.layout.estimate import gigabytes, memory_of
-from v4jax.layout.hardware import hardware_of
+from v4jax.planner.estimate import gigabytes, memory_of
+from v4jax.planner.hardware import hardware_of
 from v4jax.train.config import TrainConfig
 from v4jax.train.stages import stage_at, starts
 from v4jax.train.step import check_batch, csa_of, schedule_of

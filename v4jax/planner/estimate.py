@@ -4,7 +4,7 @@ Time is a roofline: each part of the model takes the longer of its FLOPs and its
 as the profile says (`overlap`), the rest adds to the step. What a chip reaches of its peaks is an assumption of the profile unless
 it was measured, so ratios between layouts mean more than seconds.
 
-Next file to read: v4jax/layout/search.py.
+Next file to read: v4jax/planner/search.py.
 """
 
 import collections
@@ -17,12 +17,12 @@ from typing import Any
 from sharding.mesh import parse_mesh
 from sharding.rules import MESH_AXES, AxisRules, layout_for
 from v4jax.cost import cost
-from v4jax.layout.decode import decode_terms
-from v4jax.layout.hardware import Hardware
-from v4jax.layout.memory import held, largest_working_set, memory
-from v4jax.layout.terms import Term, bases, constants_of
-from v4jax.layout.traffic import traffic
-from v4jax.layout.work import FP8, work
+from v4jax.planner.decode import decode_terms
+from v4jax.planner.hardware import Hardware
+from v4jax.planner.memory import held, largest_working_set, memory
+from v4jax.planner.terms import Term, bases, constants_of
+from v4jax.planner.traffic import traffic
+from v4jax.planner.work import FP8, work
 from v4jax.train.config import TrainConfig
 
 USABLE = 0.97

@@ -2,7 +2,7 @@
 
 Shapes and axis names come from the model itself (abstract, nothing is computed), so a new weight cannot be forgotten here.
 
-Next file to read: v4jax/layout/terms.py.
+Next file to read: v4jax/planner/terms.py.
 """
 
 import functools

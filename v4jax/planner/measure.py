@@ -5,7 +5,7 @@
 All simulated devices share the cores, so the figures are of all of them together (`shared`); they are reached, not published,
 so nothing is taken off them.
 
-Next file to read: v4jax/layout/hardware.py.
+Next file to read: v4jax/planner/hardware.py.
 """
 
 import os

@@ -4,7 +4,7 @@ Caches are those of v4jax/generate/cache.py, in the compute dtype or as the rele
 keys in fp4), cut with the rows and, where a layout cuts sequences, along them. Weights are held in the compute dtype, or in the
 released formats.
 
-Next file to read: v4jax/layout/estimate.py.
+Next file to read: v4jax/planner/estimate.py.
 """
 
 import functools
@@ -20,10 +20,10 @@ from v4jax.checkpoint.names import leaf_dtype, official_names, plain_dtype
 from v4jax.config import CSA, HCA, ModelConfig
 from v4jax.cost import cost
 from v4jax.generate.cache import empty_cache
-from v4jax.layout.terms import Term
-from v4jax.layout.traffic import experts_sent, weight_gathered
-from v4jax.layout.weights import Weight, cut_of, weights_of
-from v4jax.layout.work import layers_by_ratio, part_of
+from v4jax.planner.terms import Term
+from v4jax.planner.traffic import experts_sent, weight_gathered
+from v4jax.planner.weights import Weight, cut_of, weights_of
+from v4jax.planner.work import layers_by_ratio, part_of
 from v4jax.train.config import TrainConfig
 
 RELEASED = {"experts": 0.53, "matrices": 1.0, "rest": 2.0}

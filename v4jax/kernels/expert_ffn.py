@@ -1,7 +1,7 @@
 """The experts' feed-forward over rows sorted by expert: grouped matrix products, with a backend per platform.
 
-TPU: lax.ragged_dot (a grouped GEMM) on all rows at once, with a kernel for its weight gradient (model/outer.py). NVIDIA GPUs: kernels
-for both (model/triton.py). CPU, other GPUs, and widths that those kernels cannot cut: one loop over blocks of rows that belong to one
+TPU: lax.ragged_dot (a grouped GEMM) on all rows at once, with a kernel for its weight gradient (kernels/expert_ffn_grad_tpu.py). NVIDIA GPUs: kernels
+for both (kernels/expert_ffn_gpu.py). CPU, other GPUs, and widths that those kernels cannot cut: one loop over blocks of rows that belong to one
 expert, a few at a time, as long as there are blocks in use; there XLA's ragged_dot does E times the work (30-50 times slower on CPU), and a
 block's intermediate values stay in cache. All run the same two formulas below, which take the products as arguments.
 
@@ -18,9 +18,9 @@ from jax import lax
 
 from sharding.experts import AT_ONCE, Groups
 from sharding.manual import vary_like
-from v4jax.model import triton
-from v4jax.model.dense import precision_of
-from v4jax.model.outer import grouped_outer
+from v4jax.kernels import expert_ffn_gpu
+from v4jax.kernels.expert_ffn_grad_tpu import grouped_outer
+from v4jax.kernels.matmul import precision_of
 from v4jax.quant.fake import fp8_input
 
 FEW_ROWS = 32
@@ -104,8 +104,12 @@ def _by_platform(
         functools.partial(whole, form, _ragged_dot, grouped_outer),
     )
     cuda = blocked
-    if triton.suits(x_PD.shape[0] // groups.block_expert.shape[0], x_PD.shape[1], w.w2.shape[-2]):
-        cuda = functools.partial(whole, form, triton.grouped_dot, triton.grouped_outer)
+    if expert_ffn_gpu.suits(
+        x_PD.shape[0] // groups.block_expert.shape[0], x_PD.shape[1], w.w2.shape[-2]
+    ):
+        cuda = functools.partial(
+            whole, form, expert_ffn_gpu.grouped_dot, expert_ffn_gpu.grouped_outer
+        )
     return functools.partial(
         lax.platform_dependent, cpu=blocked, cuda=cuda, rocm=blocked, default=ragged
     )

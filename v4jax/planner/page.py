@@ -1,9 +1,9 @@
 """A report as one self-contained page: the paper model's terms as data, and the few lines of JavaScript that evaluate them.
 
 The page needs no network and no server. Its sliders change tokens a row and rows a step; it recomputes memory, time and traffic from
-the same terms as v4jax/layout/estimate.py (tests/test_page.py compares the two in a browser).
+the same terms as v4jax/planner/estimate.py (tests/test_page.py compares the two in a browser).
 
-Next file to read: v4jax/layout/page.html.
+Next file to read: v4jax/planner/page.html.
 """
 
 import collections
@@ -16,13 +16,13 @@ from typing import Any
 from sharding.mesh import parse_mesh
 from sharding.rules import layout_for
 from v4jax.cost import cost
-from v4jax.layout.command import Request, Result, Searched
-from v4jax.layout.estimate import platform_of, terms_of
-from v4jax.layout.hardware import Hardware, target_of
-from v4jax.layout.memory import MEMORY, WORKING
-from v4jax.layout.notes import notes, parameters
-from v4jax.layout.search import as_estimated
-from v4jax.layout.terms import Term, constants_of
+from v4jax.planner.command import Request, Result, Searched
+from v4jax.planner.estimate import platform_of, terms_of
+from v4jax.planner.hardware import Hardware, target_of
+from v4jax.planner.memory import MEMORY, WORKING
+from v4jax.planner.notes import notes, parameters
+from v4jax.planner.search import as_estimated
+from v4jax.planner.terms import Term, constants_of
 from v4jax.storage import local_path
 from v4jax.train.config import TrainConfig
 

@@ -118,11 +118,16 @@ def ours(folder, prompts, tokens: int) -> tuple[float, float]:
     from v4jax.generate.decode import generate
 
     cfg, params = v4jax.load(folder)
-    params, room = split_layers(cfg, params), len(prompts[0]) + tokens
+    params, capacity = split_layers(cfg, params), len(prompts[0]) + tokens
 
     def run(count, tell):
         generate(
-            cfg, params, prompts, count, stop=lambda row, _: bool(row == 0 and tell()), room=room
+            cfg,
+            params,
+            prompts,
+            count,
+            stop=lambda row, _: bool(row == 0 and tell()),
+            capacity=capacity,
         )
 
     return steps_of(run, tokens)

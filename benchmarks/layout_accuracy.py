@@ -1,4 +1,4 @@
-"""The paper model beside compiled programs: bytes of weights and optimizer, of everything held, and of everything sent, per device.
+"""The estimate beside compiled programs: bytes of weights and optimizer, of everything held, and of everything sent, per device.
 
 Bars: weights and optimizer within 10%, everything within 25%, sent within 10%. "Everything" is compared for TPU targets only: XLA:CPU
 plans its temporary memory for no device one could buy. The full models are compiled by pods.py, which keeps its results here; the other
@@ -153,7 +153,7 @@ def run(name: str) -> None:
 
 
 def table() -> None:
-    """Prints every case that was run; ratios are paper / compiled."""
+    """Prints every case that was run; ratios are estimated / compiled."""
     from sharding.mesh import parse_mesh
     from v4jax.planner.estimate import estimate
     from v4jax.planner.hardware import target_of

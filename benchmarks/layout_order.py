@@ -1,4 +1,4 @@
-"""Does the paper model order layouts as the machine does? Steps of one global batch on meshes of 8 simulated devices, predicted with
+"""Does the estimate order layouts as the machine does? Steps of one global batch on meshes of 8 simulated devices, predicted with
 this machine's measured profile and timed; Kendall's tau of the two orders.
 
 Each layout is timed in a process of its own (ten programs of eight devices in one process came to wait for each other for ever: XLA:CPU
@@ -100,7 +100,7 @@ def main() -> None:
         file.write_text(json.dumps(took))
     paper = {case: estimate(config(case), hardware_of(arguments.profile)) for case in CASES}
     print(
-        "| layout: mesh | paper ms | measured ms | measured / paper | bound by |\n|---|---|---|---|---|"
+        "| layout: mesh | estimated ms | measured ms | measured / estimated | bound by |\n|---|---|---|---|---|"
     )
     for case in sorted(CASES, key=lambda case: paper[case].step_seconds):
         ms, real = paper[case].step_seconds * 1e3, took.get(case, float("nan")) * 1e3

@@ -1,4 +1,4 @@
-"""Tables of docs/layout-tables.md, made on paper by v4jax layout: the smallest TPU slices that hold the full models, published training
+"""Tables of docs/layout-tables.md, estimated by v4jax layout: the smallest TPU slices that hold the full models, published training
 runs beside what the model predicts for them, and what the optimizer does under each named layout.
 
     python benchmarks/layout_slices.py slices | published | optimizer
@@ -76,7 +76,7 @@ def published() -> None:
     from v4jax.planner.hardware import hardware_of
 
     print(
-        "| run | mesh on paper | predicted step | predicted | published | gap | bound by |\n|---|---|---|---|---|---|---|"
+        "| run | estimated mesh | predicted step | predicted | published | gap | bound by |\n|---|---|---|---|---|---|---|"
     )
     cfg = dataclasses.replace(
         training("pro"), seq_len=4096, batch_size=4096, layout="pod", mesh="fsdp=4,expert=64"

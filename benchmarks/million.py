@@ -108,17 +108,17 @@ class Run:
         import numpy as np
 
         from v4jax.generate.cache import split_layers
-        from v4jax.generate.decode import Setting
+        from v4jax.generate.decode import DecodeConfig
         from v4jax.model.transformer import init_params
 
         self.cfg = get_model()
         self.params = split_layers(self.cfg, init_params(self.cfg, jax.random.key(0)))
-        self.setting = Setting(
+        self.decoding = DecodeConfig(
             storage=storage, quant="official" if storage == "official" else "none"
         )
-        self.room, self.seed_B = tokens + 4 * NEW, np.zeros(1, np.uint32)
+        self.capacity, self.seed_B = tokens + 4 * NEW, np.zeros(1, np.uint32)
         self.tokens = np.random.default_rng(0).integers(2, self.cfg.vocab_size, tokens).tolist()
-        self.done, self.state, self.news = 0, None, None
+        self.done, self.state, self.output = 0, None, None
 
     def prefill(self, until: int) -> None:
         """Goes on to `until` tokens of the text, in stretches, each in chunks (v4jax/generate/decode.py)."""
@@ -128,10 +128,10 @@ class Run:
         while self.done < until:
             part = self.tokens[self.done : min(self.done + STRETCH, until)]
             cache = None if self.state is None else self.state.cache
-            self.state, self.news = prefill(
-                self.cfg, self.setting, self.params, [part], self.seed_B, self.room, cache
+            self.state, self.output = prefill(
+                self.cfg, self.decoding, self.params, [part], self.seed_B, self.capacity, cache
             )
-            self.news.token_PBN.block_until_ready()
+            self.output.token_PBN.block_until_ready()
             self.done += len(part)
             spent = time.perf_counter() - start
             print(
@@ -156,10 +156,10 @@ class Run:
         start = time.perf_counter()
         (completion,), cache = decode(
             self.cfg,
-            self.setting,
+            self.decoding,
             self.params,
             self.state,
-            self.news,
+            self.output,
             self.seed_B,
             lambda *_: False,
             [tokens + 1],

@@ -111,7 +111,7 @@ def row(name: str, config: str, target: str, mesh: str, seq: int, batch: int, ef
     parts = " | ".join(f"{size:.1f} GB" for size in sizes)
     return (
         head
-        + f"{parts} | {sum(sizes):.1f} GB, on paper {paper['memory_bytes'] / 1e9:.1f} GB | {sent:.0f} GB, on paper "
+        + f"{parts} | {sum(sizes):.1f} GB, estimated {paper['memory_bytes'] / 1e9:.1f} GB | {sent:.0f} GB, estimated "
         f"{sum(row[2] for row in paper['sent']) / 1e9:.0f} GB | {took}"
     )
 

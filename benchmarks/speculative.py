@@ -35,7 +35,7 @@ def main():
     simulate_devices(1)
     import v4jax
     from v4jax.generate.cache import split_layers
-    from v4jax.generate.decode import Setting, generate
+    from v4jax.generate.decode import DecodeConfig, generate
     from v4jax.generate.sampling import Sampling
     from v4jax.tokenizer import load_tokenizer
 
@@ -43,13 +43,13 @@ def main():
     params, tokenizer = split_layers(cfg, params), load_tokenizer(arguments.checkpoint)
     prompts = [[tokenizer.bos_token_id, *tokenizer.encode(text)] for text in TEXTS]
 
-    def run(setting, tokens):
+    def run(decoding, tokens):
         """(seconds, completions), one prompt after the other."""
         start = time.perf_counter()
         found = [
-            generate(cfg, params, [row], tokens, stop=lambda *_: False, room=512, setting=setting)[
-                0
-            ]
+            generate(
+                cfg, params, [row], tokens, stop=lambda *_: False, capacity=512, decoding=decoding
+            )[0]
             for row in prompts
         ]
         return time.perf_counter() - start, found
@@ -61,14 +61,14 @@ def main():
         "temperature   ms a token   ms a token   times as fast   drafts that stay   ms a step   in plain steps"
     )
     for temperature in (0.0, 0.7, 1.0):
-        plain = Setting(sampling=Sampling(temperature=temperature))
+        plain = DecodeConfig(sampling=Sampling(temperature=temperature))
         settings, seconds, found = (plain, plain._replace(speculative=True)), ([], []), [None, None]
-        for setting in settings:
-            run(setting, 2)
+        for decoding in settings:
+            run(decoding, 2)
         for _ in range(arguments.rounds):  # in turn, so that a noisy machine disturbs both
-            for i, setting in enumerate(settings):
-                first, _ = run(setting, 1)
-                whole, found[i] = run(setting, arguments.tokens)
+            for i, decoding in enumerate(settings):
+                first, _ = run(decoding, 1)
+                whole, found[i] = run(decoding, arguments.tokens)
                 seconds[i].append((whole - first) / len(prompts) / (arguments.tokens - 1))
         assert [row.tokens for row in found[0]] == [row.tokens for row in found[1]], (
             "speculation changed a token"

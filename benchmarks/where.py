@@ -108,16 +108,16 @@ def decode(arguments) -> None:
 
     import v4jax
     from v4jax.generate.cache import split_layers
-    from v4jax.generate.decode import STEPS, Setting, advance, prefill
+    from v4jax.generate.decode import STEPS, DecodeConfig, advance, prefill
 
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(folder, models()["small"])
         cfg, params = v4jax.load(folder)
-    params, setting, rows = split_layers(cfg, params), Setting(), arguments.batch
+    params, decoding, rows = split_layers(cfg, params), DecodeConfig(), arguments.batch
     prompts = np.random.default_rng(0).integers(2, cfg.vocab_size, (rows, 64)).tolist()
     seed_B, active_B = np.arange(rows, dtype=np.uint32), np.ones(rows, bool)
-    state, _ = prefill(cfg, setting, params, prompts, seed_B, 128)
-    compiled = advance.lower(cfg, setting, params, state, active_B, seed_B).compile()
+    state, _ = prefill(cfg, decoding, params, prompts, seed_B, 128)
+    compiled = advance.lower(cfg, decoding, params, state, active_B, seed_B).compile()
     state, _ = compiled(params, state, active_B, seed_B)
     print_trace(
         lambda: np.asarray(compiled(params, state, active_B, seed_B)[1].token_PBN),

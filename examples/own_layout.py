@@ -1,7 +1,7 @@
 """A layout of your own: the demo with experts over 4 devices, and large matrices cut over all 8.
 
 Command: JAX_PLATFORMS=cpu v4jax train examples/own_layout.py
-On paper: v4jax layout examples/own_layout.py --paper
+Estimated: v4jax layout examples/own_layout.py --paper
 With another config:
     v4jax train configs/demo.py --mesh fsdp=2,expert=4 --layout examples/own_layout.py:mine
 Hardware: 2 CPU cores; 8 simulated devices as fsdp=2, expert=4.

@@ -10,8 +10,8 @@ from trees import random_params, small_config
 
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules, layout_for
-from v4jax.model.segments import Ask
-from v4jax.train.anticipate import Feed, choose_experts, compile_choice
+from v4jax.model.segments import Collect
+from v4jax.train.anticipate import RoutedBatchQueue, choose_experts, compile_choice
 from v4jax.train.config import TrainConfig
 from v4jax.train.loss import loss_and_routing
 from v4jax.train.step import batch_sharding, state_from, state_shardings
@@ -41,7 +41,9 @@ CFG = TrainConfig(
 
 
 def feed_of(lag, data, ahead=None):
-    return Feed(data, lambda batch: batch, lambda weights, batch: (weights, batch), lag, ahead)
+    return RoutedBatchQueue(
+        data, lambda batch: batch, lambda weights, batch: (weights, batch), lag, ahead
+    )
 
 
 @pytest.mark.parametrize("lag", [1, 3])
@@ -87,7 +89,7 @@ def chosen_by():
     choose = jax.jit(functools.partial(choose_experts, CFG, AxisRules()))
     run = jax.jit(
         lambda params, chosen: loss_and_routing(
-            MODEL, params, batch, chosen=chosen, ask=Ask(watch=True)
+            MODEL, params, batch, chosen=chosen, collect=Collect(watch=True)
         )
     )
     return batch, params, [choose(one, batch) for one in params], run
@@ -105,7 +107,7 @@ def test_indices_choose_and_current_weights_weigh(chosen_by):
         for route in blocks.values():
             assert all(
                 value.shape == route.balance.shape and jnp.isfinite(value).all()
-                for value in route.seen
+                for value in route.diagnostics
             ), group
     other, (_, moved) = run(new, by_old)
     assert other != plain

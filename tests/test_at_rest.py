@@ -24,9 +24,9 @@ from v4jax.model.hyper import mixing_logits, sinkhorn
 from v4jax.model.indexer import index_loss
 from v4jax.model.moe import balance_loss, expert_share, gate_weights, router_scores
 from v4jax.model.norm import rms_norm
-from v4jax.model.segments import Documents
+from v4jax.model.segments import Segments
 from v4jax.model.transformer import init_params
-from v4jax.model.weights import Csa
+from v4jax.model.weights import SparseMode
 from v4jax.quant import fake
 from v4jax.train.loss import loss_and_routing
 from v4jax.train.muon import (
@@ -37,7 +37,7 @@ from v4jax.train.muon import (
     scale_by_adam,
     scale_by_muon,
 )
-from v4jax.train.stability import Record, StabilityConfig, spike
+from v4jax.train.stability import LossHistory, StabilityConfig, spike
 from v4jax.train.watch import rms_by_group
 
 LEAST, LARGEST = (float(value) for value in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
@@ -165,8 +165,8 @@ def test_a_gradient_that_is_not_finite_has_no_finite_norm():
 def test_norms_that_scatter_from_nothing_to_the_largest_are_compared():
     """The limit is 1e30 to a high power, which no float holds."""
     norms = tuple(itertools.islice(itertools.cycle((0.0, 1e30)), 32))
-    record = Record(losses=(1.0,) * 32, grad_norms=norms)
-    assert spike(StabilityConfig(rollbacks=1), record, 1.0, 3e38) is None
+    history = LossHistory(losses=(1.0,) * 32, grad_norms=norms)
+    assert spike(StabilityConfig(rollbacks=1), history, 1.0, 3e38) is None
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -190,10 +190,10 @@ def test_gates_of_experts_that_all_score_next_to_nothing(logit):
     want = scale / 2 * share[0] * np.array([share[1], -share[1], 0, 0])
     np.testing.assert_allclose(slope[0, 0], want, rtol=1e-4, atol=1e-7)
 
-    documents = Documents(None, None, None, None, None, {})
-    chosen = expert_share(AxisRules(), index, documents, 4)
+    segments = Segments(None, None, None, None, None, {})
+    chosen = expert_share(AxisRules(), index, segments, 4)
     value, slope = jax.value_and_grad(
-        lambda logits: balance_loss(router_scores(logits, eye), chosen, documents)
+        lambda logits: balance_loss(router_scores(logits, eye), chosen, segments)
     )(logits)
     share = np.exp([0, -1, -1.5, -0.5]) / np.exp([0, -1, -1.5, -0.5]).sum()
     # f is 4/2 for both experts of the only token.
@@ -272,7 +272,7 @@ def gradients():
     @jax.jit
     def run(params, batch):
         def value(params):
-            return loss_and_routing(cfg, params, batch, csa=Csa(teach=True))
+            return loss_and_routing(cfg, params, batch, sparse=SparseMode(train_indexer=True))
 
         (loss, (metrics, _)), grads = jax.value_and_grad(value, has_aux=True)(params)
         return loss, metrics, grads

@@ -12,7 +12,7 @@ from trees import small_config
 
 from sharding.rules import AxisRules
 from v4jax.model.moe import balance_loss, expert_share
-from v4jax.model.segments import read_documents
+from v4jax.model.segments import read_segments
 
 EXPERTS, ACTIVE = 6, 2
 SEGMENTS = np.array([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12, [1] * 2 + [2] * 9 + [0]], np.int32)
@@ -28,7 +28,7 @@ def routing():
 def balance(routing, segment_BS=None) -> float:
     score_BSE, index_BSK = map(jnp.asarray, routing)
     segment_BS = None if segment_BS is None else jnp.asarray(segment_BS)
-    rows = read_documents(small_config(), index_BSK.shape[1], segment_BS)
+    rows = read_segments(small_config(), index_BSK.shape[1], segment_BS)
     share_BSE = expert_share(AxisRules(), index_BSK, rows, EXPERTS)
     return float(balance_loss(score_BSE, share_BSE, rows))
 

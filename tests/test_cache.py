@@ -12,7 +12,7 @@ from trees import small_config
 
 import v4jax
 from configs import models as models_of_configs
-from v4jax.cache.layer import SPARE_ROWS, Slots, Stretch, keep_rows
+from v4jax.cache.layer import SPARE_ROWS, ChunkSpan, CompressedKV, keep_rows
 from v4jax.checkpoint.names import from_official
 from v4jax.cost import cost, deepseek_v32, gqa8
 from v4jax.generate.cache import draft, empty_cache, extend, logits_of, split_layers
@@ -51,7 +51,9 @@ def step(cfg, params, cache, tokens_BT, next_BT, count_B):
     """Logits and MTP logits of a chunk."""
     start_B = cache.length_B
     chunk, cache = extend(cfg, params, cache, tokens_BT, count_B)
-    x_BTD, cache = draft(cfg, params, cache, chunk.streams_BTXD, next_BT, Stretch(start_B, count_B))
+    x_BTD, cache = draft(
+        cfg, params, cache, chunk.streams_BTXD, next_BT, ChunkSpan(start_B, count_B)
+    )
     return logits_of(params, chunk.x_BTD), logits_of(params, x_BTD), cache
 
 
@@ -144,7 +146,7 @@ def test_long_rows_are_scored_in_blocks(models, monkeypatch):
     cfg, params, tokens, logits, mtp = models("flash")
     monkeypatch.setattr(indexer, "SCORE_BLOCK", 80)
     monkeypatch.setattr(indexer, "GROUP", 4)
-    assert indexer.may_search(Slots(jnp.zeros((1, 1, 192, 1)), 0, 0), cfg.index_topk)
+    assert indexer.may_search(CompressedKV(jnp.zeros((1, 1, 192, 1)), 0, 0), cfg.index_topk)
     cfg = cfg.replace(bos_token_id=2)  # another program
     got, cache = run(cfg, params, empty_cache(cfg, 1, LENGTH), tokens, np.array([387]), 129)
     check(got[0], logits[0], mtp[0], 0)
@@ -163,11 +165,11 @@ def test_the_best_slots_are_those_of_a_full_search(monkeypatch):
         jnp.asarray(rng.integers(-1, 2, (2, 2, 64, 3)), jnp.float32),
         jnp.asarray(rng.integers(-1, 2, (2, 3, 2, 3)), jnp.float32),
     )
-    w_BTI, row_BT = jnp.ones((2, 3, 2)), jnp.asarray([[255, 13, 2], [160, 27, 99]], jnp.int32)
-    index = indexer.IndexInputs(q_BTIJ, w_BTI, Slots(key_LBCJ, jnp.int32(1), jnp.int32(64)))
-    score_BTK, slot_BTK = jax.jit(lambda: indexer.best_slots(index, row_BT, 5))()
+    w_BTI, position_BT = jnp.ones((2, 3, 2)), jnp.asarray([[255, 13, 2], [160, 27, 99]], jnp.int32)
+    index = indexer.IndexInputs(q_BTIJ, w_BTI, CompressedKV(key_LBCJ, jnp.int32(1), jnp.int32(64)))
+    score_BTK, slot_BTK = jax.jit(lambda: indexer.best_slots(index, position_BT, 5))()
     whole = indexer.index_scores(index._replace(key_BCJ=key_LBCJ[1]))
-    whole = jnp.where(jnp.arange(64)[None, None] * 4 + 3 <= row_BT[..., None], whole, -jnp.inf)
+    whole = jnp.where(jnp.arange(64)[None, None] * 4 + 3 <= position_BT[..., None], whole, -jnp.inf)
     expected, expected_slot = jax.lax.top_k(whole, 5)
     np.testing.assert_array_equal(score_BTK, expected)
     seen = np.isfinite(expected)
@@ -181,17 +183,17 @@ def test_a_few_rows_are_kept_as_many_are(rows):
     rng = np.random.default_rng(0)
     ring = jnp.asarray(rng.standard_normal((2, 4, 12, 5)), jnp.float32)
     x = jnp.asarray(rng.standard_normal((4, rows, 5)), jnp.float32)
-    stretch = Stretch(jnp.array([0, 11, 35, 7]), jnp.minimum(jnp.array([rows, rows, 0, 2]), rows))
+    span = ChunkSpan(jnp.array([0, 11, 35, 7]), jnp.minimum(jnp.array([rows, rows, 0, 2]), rows))
     longer = jnp.pad(
         x, ((0, 0), (0, SPARE_ROWS), (0, 0)), constant_values=9
     )  # filled up, which must not matter
     (few, few_before), (many, many_before) = (
-        keep_rows(ring, jnp.int32(1), new, stretch) for new in (x, longer)
+        keep_rows(ring, jnp.int32(1), new, span) for new in (x, longer)
     )
     np.testing.assert_array_equal(few, many)
     before = ring.shape[2] - SPARE_ROWS
     for b, count in enumerate(
-        np.asarray(stretch.count_B)
+        np.asarray(span.count_B)
     ):  # the rows that a token behind them sees, and the real ones
         np.testing.assert_array_equal(
             few_before(before)[b, : before + count], many_before(before)[b, : before + count]

@@ -18,7 +18,7 @@ from v4jax.chat.encoding import encode_messages
 from v4jax.chat.tokens import CHAT_TOKENS, EOS
 from v4jax.checkpoint.names import from_official
 from v4jax.generate import chat, decode
-from v4jax.generate.decode import Completion, Setting, generate
+from v4jax.generate.decode import Completion, DecodeConfig, generate
 from v4jax.generate.row import Row
 from v4jax.tokenizer import ByteTokenizer
 
@@ -88,12 +88,12 @@ class Script:
 def test_a_kept_row_answers_as_a_fresh_one(params):
     """Grown text, a few tokens taken back (twice: rings must not be trusted beyond what they still hold), and another beginning."""
     rng = np.random.default_rng(0)
-    row = Row(CFG, params, Setting(), ROOM)
+    row = Row(CFG, params, DecodeConfig(), ROOM)
 
     def check(prompt, known):
         assert row.known(prompt) == known
         got = row.answer(prompt, 3, 0, never)
-        (expected,) = generate(CFG, params, [prompt], 3, stop=never, room=ROOM)
+        (expected,) = generate(CFG, params, [prompt], 3, stop=never, capacity=ROOM)
         assert got.tokens == expected.tokens
         np.testing.assert_allclose(
             got.log_probs, expected.log_probs, atol=2e-4
@@ -115,13 +115,13 @@ def test_a_kept_row_answers_as_a_fresh_one(params):
 def test_a_row_on_a_mesh(params):
     mesh, rules = place_on("data=2", None)
     with jax.set_mesh(mesh):
-        row = Row(CFG, params, Setting(rules=rules), ROOM)
+        row = Row(CFG, params, DecodeConfig(rules=rules), ROOM)
         first = row.answer([0, 5, 6], 3, 0, never)
         prompt = [0, 5, 6, *first.tokens, 9]
         assert row.known(prompt) == 5
         again = row.answer(prompt, 3, 0, never)
         (expected,) = generate(
-            CFG, params, [prompt], 3, stop=never, room=ROOM, setting=Setting(rules=rules)
+            CFG, params, [prompt], 3, stop=never, capacity=ROOM, decoding=DecodeConfig(rules=rules)
         )
     assert again.tokens == expected.tokens
 
@@ -144,7 +144,7 @@ def test_an_untrained_model_is_listened_to_politely(checkpoint, params, monkeypa
     assert "this turn is left out: prompt of" in err and "the cache, which has room for 140" in err
     assert len(err.splitlines()) == 3
     prompt = TOKENIZER.encode(encode_messages(messages[:4]))
-    (expected,) = generate(CFG, params, [prompt], 12, room=ROOM)
+    (expected,) = generate(CFG, params, [prompt], 12, capacity=ROOM)
     assert (
         chat._AllText(TOKENIZER).decode(expected.tokens).removesuffix(EOS) == messages[4]["content"]
     )

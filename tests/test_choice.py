@@ -126,8 +126,14 @@ def test_a_limit_of_the_file_gives_way_and_one_of_a_flag_does_not(tmp_path):
         choice(tmp_path, {"max_new_tokens": 50}),
         choice(tmp_path, {"max_new_tokens": 50}, "--max-new-tokens", "60"),
     )
-    assert [filed.most(10, room) for room in (100, 60, 59, 12, 10)] == [50, 50, 49, 2, 1]
-    assert [flagged.most(10, room) for room in (100, 60)] == [60, 60]
+    assert [filed.new_tokens(10, capacity) for capacity in (100, 60, 59, 12, 10)] == [
+        50,
+        50,
+        49,
+        2,
+        1,
+    ]
+    assert [flagged.new_tokens(10, capacity) for capacity in (100, 60)] == [60, 60]
 
 
 BAD = [
@@ -256,9 +262,9 @@ def test_generate_ends_at_all_of_them_and_shows_what_the_file_decides(
     text = "abcde"
     asked = []
 
-    def generate(cfg, params, prompts, most, *, stop, setting, **_):
+    def generate(cfg, params, prompts, max_new_tokens, *, stop, decoding, **_):
         """In the place of the model: says `text`, until it is stopped."""
-        asked.append((setting.sampling, most))
+        asked.append((decoding.sampling, max_new_tokens))
         tokens = TOKENIZER.encode(text)
         end = next((n for n in range(1, len(tokens) + 1) if stop(0, tokens[:n])), None)
         return [
@@ -287,9 +293,9 @@ def test_generate_ends_at_all_of_them_and_shows_what_the_file_decides(
         f"{line}temperature 0 (do_sample is false), rows also end at {d}, {b}\n",
     )
     assert run("--stop-tokens", f"{d}", generation_config={"eos_token_id": b}) == ("xabc\n", "")
-    assert {sampling for sampling, _ in asked} == {Sampling()} and {most for _, most in asked} == {
-        64
-    }
+    assert {sampling for sampling, _ in asked} == {Sampling()} and {
+        max_new_tokens for _, max_new_tokens in asked
+    } == {64}
     hot = {"temperature": 1.7, "top_k": 50, "max_new_tokens": 4}
     shown = run(generation_config=hot)
     assert shown == (

@@ -16,7 +16,7 @@ from sharding.params import named_shardings
 from sharding.rules import layout_for
 from v4jax.checkpoint.names import from_official
 from v4jax.generate.cache import decoding_rules, empty_cache, extend, logits_of, split_layers
-from v4jax.generate.decode import Setting, generate
+from v4jax.generate.decode import DecodeConfig, generate
 from v4jax.model import indexer
 from v4jax.model.transformer import abstract_params, param_axes
 
@@ -143,10 +143,10 @@ def test_generate_on_a_cut_cache(model, speculative):
     def never(*_):
         return False
 
-    (expected,) = generate(CFG, params, [prompt], 8, stop=never, room=ROOM)
+    (expected,) = generate(CFG, params, [prompt], 8, stop=never, capacity=ROOM)
     sizes = parse_mesh("context=4")
     with jax.set_mesh(make_mesh(sizes)):
-        setting = Setting(rules=layout_for(None, sizes), speculative=speculative)
-        (got,) = generate(CFG, params, [prompt], 8, stop=never, room=ROOM, setting=setting)
+        decoding = DecodeConfig(rules=layout_for(None, sizes), speculative=speculative)
+        (got,) = generate(CFG, params, [prompt], 8, stop=never, capacity=ROOM, decoding=decoding)
     assert got.tokens == expected.tokens
     np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=2e-4)

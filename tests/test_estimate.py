@@ -1,4 +1,4 @@
-"""The paper model of a layout: exact where it can be, near the compiled program elsewhere, and consistent with itself."""
+"""The estimate of a layout: exact where it can be, near the compiled program elsewhere, and consistent with itself."""
 
 import collections
 import dataclasses
@@ -16,7 +16,7 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.params import bytes_per_device
 from sharding.rules import layout_for
 from v4jax.model.transformer import abstract_params
-from v4jax.planner.command import Request, checked, compare, look, nearest_mesh
+from v4jax.planner.command import Request, checked, compare, examine, nearest_mesh
 from v4jax.planner.estimate import estimate, exchange_time
 from v4jax.planner.hardware import hardware_of
 from v4jax.planner.muon import muon
@@ -64,7 +64,7 @@ def test_weights_and_optimizer_are_exact(mesh, layout):
         ("fsdp=8", "fsdp"),
     ],
 )
-def test_muon_on_paper_is_the_program(mesh, layout):
+def test_estimated_muon_is_the_program(mesh, layout):
     """Whole matrices a device works on and what it sends for them, beside a trace of the program."""
     sizes = parse_mesh(mesh)
     rules, mesh = layout_for(layout, sizes), make_mesh(sizes)
@@ -202,12 +202,12 @@ def test_what_cannot_be_names_the_nearest_that_can():
     )  # two output groups: tensor stays
 
 
-def test_a_look_on_paper_warns():
-    found = look(full(flash, "fsdp=8,expert=16", "ep_fsdp"), Request("v5p:128", paper=True))
+def test_an_estimated_look_warns():
+    found = examine(full(flash, "fsdp=8,expert=16", "ep_fsdp"), Request("v5p:128", paper=True))
     text = "\n".join(found.notes)
     assert found.compiled is None and "embed/weight" not in text
     assert "wait for the busiest" in text
-    replicated = look(full(flash, "expert=128", "ep"), Request("tpu7x:4x4x4", paper=True))
+    replicated = examine(full(flash, "expert=128", "ep"), Request("tpu7x:4x4x4", paper=True))
     assert "is held 128 times" in "\n".join(replicated.notes)
     rows = parameters(full(flash, "fsdp=8,expert=16"))
     assert (

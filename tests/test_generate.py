@@ -9,7 +9,7 @@ from trees import small_config
 
 import v4jax
 from v4jax.checkpoint.names import from_official
-from v4jax.generate.decode import Setting, generate
+from v4jax.generate.decode import DecodeConfig, generate
 from v4jax.generate.sampling import Sampling, shaped_logits
 from v4jax.generate.text import TextStop
 from v4jax.tokenizer import ByteTokenizer
@@ -84,12 +84,12 @@ def test_what_a_sequence_samples_depends_on_its_seed_alone(model):
         params,
         [[3, 5, 7], [9], [3, 5, 7]],
         12,
-        setting=Setting(sampling=warm),
+        decoding=DecodeConfig(sampling=warm),
         seeds=[4, 0, 5],
         stop=never,
     )
     alone = generate(
-        cfg, params, [[3, 5, 7]], 12, setting=Setting(sampling=warm), seeds=[5], stop=never
+        cfg, params, [[3, 5, 7]], 12, decoding=DecodeConfig(sampling=warm), seeds=[5], stop=never
     )
     assert together[2].tokens == alone[0].tokens
     assert together[0].tokens != together[2].tokens
@@ -98,7 +98,7 @@ def test_what_a_sequence_samples_depends_on_its_seed_alone(model):
         params,
         [[3, 5, 7]],
         12,
-        setting=Setting(sampling=warm),
+        decoding=DecodeConfig(sampling=warm),
         seeds=[5],
         stop=lambda _, tokens: len(tokens) == 4,
     )
@@ -112,9 +112,9 @@ def test_speculation_changes_no_token(model, temperature):
     prompts = [
         np.random.default_rng(7).integers(0, cfg.vocab_size, n).tolist() for n in (118, 1, 9)
     ]
-    plain = Setting(sampling=Sampling(temperature=temperature))
-    expected = generate(cfg, params, prompts, 20, stop=never, setting=plain)
-    got = generate(cfg, params, prompts, 20, stop=never, setting=plain._replace(speculative=True))
+    plain = DecodeConfig(sampling=Sampling(temperature=temperature))
+    expected = generate(cfg, params, prompts, 20, stop=never, decoding=plain)
+    got = generate(cfg, params, prompts, 20, stop=never, decoding=plain._replace(speculative=True))
     for a, b in zip(got, expected, strict=True):
         assert a.tokens == b.tokens
         np.testing.assert_allclose(a.log_probs, b.log_probs, atol=2e-4)
@@ -134,14 +134,16 @@ def test_a_row_ends_at_the_first_of_all_end_tokens(model, speculative, order):
     prompts = [
         np.random.default_rng(7).integers(0, cfg.vocab_size, n).tolist() for n in (118, 1, 9)
     ]
-    setting = Setting(sampling=Sampling(temperature=1.2), speculative=speculative)
-    whole = [row.tokens for row in generate(cfg, params, prompts, 20, stop=never, setting=setting)]
+    decoding = DecodeConfig(sampling=Sampling(temperature=1.2), speculative=speculative)
+    whole = [
+        row.tokens for row in generate(cfg, params, prompts, 20, stop=never, decoding=decoding)
+    ]
     ends = [cfg.eos_token_id, whole[0][4], whole[1][2], whole[2][7], whole[0][4]]
     listed = cfg.replace(more_eos_token_ids=tuple(ends[::order]))
-    rows = generate(listed, params, prompts, 20, setting=setting)
+    rows = generate(listed, params, prompts, 20, decoding=decoding)
     assert [row.tokens for row in rows] == [cut(tokens, ends) for tokens in whole]
     assert {row.ended for row in rows} == {"stop"} and len({row.tokens[-1] for row in rows}) > 1
-    alone = generate(cfg, params, prompts, 20, setting=setting)
+    alone = generate(cfg, params, prompts, 20, decoding=decoding)
     assert [row.tokens for row in alone] == [cut(tokens, [cfg.eos_token_id]) for tokens in whole]
 
 
@@ -155,10 +157,10 @@ def test_accepted_drafts_are_taken(model):
             * jnp.where(jnp.arange(97) < 3, 1, 0)[None]
         }
     }
-    few = Setting(sampling=Sampling(temperature=0.5, top_k=3))
-    expected = generate(cfg, params, [[5, 6, 7], [8]], 40, stop=never, setting=few)
+    few = DecodeConfig(sampling=Sampling(temperature=0.5, top_k=3))
+    expected = generate(cfg, params, [[5, 6, 7], [8]], 40, stop=never, decoding=few)
     got = generate(
-        cfg, params, [[5, 6, 7], [8]], 40, stop=never, setting=few._replace(speculative=True)
+        cfg, params, [[5, 6, 7], [8]], 40, stop=never, decoding=few._replace(speculative=True)
     )
     assert [row.tokens for row in got] == [row.tokens for row in expected]
     assert sum(row.accepted for row in got) >= 5
@@ -168,7 +170,7 @@ def test_accepted_drafts_are_taken(model):
         [[5, 6, 7]],
         40,
         stop=lambda _, ids: len(ids) == 9,
-        setting=few._replace(speculative=True),
+        decoding=few._replace(speculative=True),
     )
     assert ended[0].tokens == expected[0].tokens[:9]
 

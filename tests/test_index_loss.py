@@ -20,7 +20,7 @@ from sharding.rules import AxisRules, layout_for
 from v4jax.checkpoint.names import from_official
 from v4jax.model import attention
 from v4jax.model.transformer import abstract_params
-from v4jax.model.weights import Csa
+from v4jax.model.weights import SparseMode
 from v4jax.train.loss import loss_and_routing
 
 ONE = small_config(
@@ -33,10 +33,10 @@ SEGMENTS = np.repeat([[1, 2, 3, 0]], [3, 40, 20, 7], axis=1).repeat(2, 0).astype
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def run(cfg, params, batch, csa):
+def run(cfg, params, batch, sparse):
     """(metrics, gradients of the training objective)."""
     (_, aux), grads = jax.value_and_grad(
-        lambda p: loss_and_routing(cfg, p, batch, csa=csa), has_aux=True
+        lambda p: loss_and_routing(cfg, p, batch, sparse=sparse), has_aux=True
     )(params)
     return aux[0], grads
 
@@ -71,7 +71,7 @@ def test_the_loss_is_the_equation(form, packed, monkeypatch):
     batch = {"tokens": jnp.asarray(TOKENS)} | (
         {"segment_ids": jnp.asarray(segments)} if packed else {}
     )
-    metrics, _ = run(ONE, PARAMS, batch, Csa(form == "dense", True))
+    metrics, _ = run(ONE, PARAMS, batch, SparseMode(form == "dense", True))
     kl, uniform = expected_loss(TOKENS, segments, form == "dense")
     assert float(metrics["index_kl"]) == pytest.approx(kl, rel=2e-5)  # float32 against float64
     assert float(metrics["index_kl_uniform"]) == pytest.approx(uniform, rel=2e-5)
@@ -82,7 +82,7 @@ def test_where_everything_is_chosen_both_losses_agree():
     """Rows of 4 * topk tokens have topk entries: all are chosen."""
     batch = {"tokens": jnp.asarray(TOKENS[:, :16])}
     run.clear_cache()
-    dense, sparse = (run(ONE, PARAMS, batch, Csa(dense, True)) for dense in (True, False))
+    dense, sparse = (run(ONE, PARAMS, batch, SparseMode(dense, True)) for dense in (True, False))
     for a, b in zip(jax.tree.leaves(dense), jax.tree.leaves(sparse), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -92,7 +92,7 @@ def test_only_the_indexer_learns_from_it(dense):
     batch = {"tokens": jnp.asarray(TOKENS), "segment_ids": jnp.asarray(SEGMENTS)}
     run.clear_cache()
     (plain_metrics, plain), (metrics, taught) = (
-        run(ONE, PARAMS, batch, Csa(dense, teach)) for teach in (False, True)
+        run(ONE, PARAMS, batch, SparseMode(dense, train_indexer)) for train_indexer in (False, True)
     )
     assert float(metrics["nll"]) == pytest.approx(float(plain_metrics["nll"]), rel=1e-6)
     moved = 0
@@ -111,8 +111,8 @@ def test_no_array_is_quadratic_in_the_length(monkeypatch):
     seq, tokens = 1432, jax.ShapeDtypeStruct((2, 1432), jnp.int32)
     for dense in (False, True):
 
-        def loss(params, tokens, csa=Csa(dense, True)):
-            return loss_and_routing(MODEL, params, {"tokens": tokens}, csa=csa, remat=True)[0]
+        def loss(params, tokens, sparse=SparseMode(dense, True)):
+            return loss_and_routing(MODEL, params, {"tokens": tokens}, sparse=sparse, remat=True)[0]
 
         found = set(shapes(jax.make_jaxpr(jax.grad(loss))(abstract_params(MODEL), tokens).jaxpr))
         assert any(seq in shape for shape in found)
@@ -133,9 +133,9 @@ def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh, layout, dense):
     def value(rules):
         return jax.jit(
             jax.value_and_grad(
-                lambda p: loss_and_routing(MODEL, p, batch, rules=rules, csa=Csa(dense, True))[
-                    ::-1
-                ][0][0]["index_kl"]
+                lambda p: loss_and_routing(
+                    MODEL, p, batch, rules=rules, sparse=SparseMode(dense, True)
+                )[::-1][0][0]["index_kl"]
             )
         )
 

@@ -61,7 +61,7 @@ def test_a_small_step_reports_what_it_sends():
     assert report.temporary_bytes > 0 and report.compile_seconds > 0
     assert "P(" in report.largest[0][1] and report.largest[0][2] >= report.largest[-1][2]
     assert all(len(row) == 4 for row in report.rows())
-    # The paper model of the same layout, for simulated devices.
+    # The estimate of the same layout, for simulated devices.
     predicted = estimate(dataclasses.replace(CFG, mesh="fsdp=2,expert=4"), hardware_of("cpu"))
     assert predicted.memory["weights"] + predicted.memory["optimizer"] == pytest.approx(
         report.state_bytes, rel=1e-3
@@ -84,7 +84,7 @@ TWO_LAYERS = dataclasses.replace(
 @pytest.mark.parametrize(
     "mesh, layout", [("context=4,tensor=2", "full"), ("fsdp=2,expert=4", "pod")]
 )
-def test_a_step_of_decoding_lowers_and_holds_what_the_paper_says(mesh, layout):
+def test_a_step_of_decoding_lowers_and_holds_what_the_estimate_says(mesh, layout):
     cfg = dataclasses.replace(TWO_LAYERS, mesh=mesh, layout=layout)
     report, paper = (
         report_layout(cfg, lower_only=True, what="decode"),
@@ -101,7 +101,7 @@ def test_a_step_of_decoding_lowers_and_holds_what_the_paper_says(mesh, layout):
     "mesh, layout",
     [("context=4,tensor=2", "full"), ("expert=4,tensor=2", "ep_tp"), ("fsdp=2,expert=4", "pod")],
 )
-def test_a_step_of_decoding_sends_what_the_paper_says(mesh, layout):
+def test_a_step_of_decoding_sends_what_the_estimate_says(mesh, layout):
     cfg = dataclasses.replace(TWO_LAYERS, mesh=mesh, layout=layout)
     report, paper = report_layout(cfg, what="decode"), estimate(cfg, hardware_of("cpu"), "decode")
     assert sum(row[0] for row in paper.sent.values()) == pytest.approx(

@@ -19,7 +19,7 @@ from sharding.rules import LAYOUTS, AxisRules, layout, layout_for
 from v4jax import api, cli
 from v4jax.data.config import DataConfig
 from v4jax.model.transformer import abstract_params, param_axes
-from v4jax.planner.command import Request, look, look_for
+from v4jax.planner.command import Request, examine, look_for
 from v4jax.planner.hardware import hardware_of
 from v4jax.planner.page import page_data
 from v4jax.planner.plan import as_dict
@@ -164,7 +164,7 @@ def test_a_layout_without_a_mesh_is_refused_not_ignored(given, tmp_path):
         lambda: v4jax.load(tmp_path, layout=given),
         lambda: train(dataclasses.replace(CFG, layout=given)),
         lambda: as_dict(dataclasses.replace(CFG, layout=given)),
-        lambda: look(dataclasses.replace(CFG, layout=given), Request(paper=True)),
+        lambda: examine(dataclasses.replace(CFG, layout=given), Request(paper=True)),
     ):
         with pytest.raises(
             ValueError, match="needs a mesh; give one, for example --mesh data=2"
@@ -283,7 +283,9 @@ def test_a_search_ranks_it_among_the_named_ones():
     assert {"mine", "full", "pod"} <= {one.layout for one in found.ranked}
     best = next(one for one in found.ranked if one.layout == "mine")
     lone = dataclasses.replace(cfg, mesh=best.mesh)
-    page = page_data(lone, hardware_of("cpu"), look(lone, Request(paper=True)), Request(paper=True))
+    page = page_data(
+        lone, hardware_of("cpu"), examine(lone, Request(paper=True)), Request(paper=True)
+    )
     assert page["title"] == f"mine on {best.mesh}" and "experts" in page["cuts"]["expert"]
 
 

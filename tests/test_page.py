@@ -11,7 +11,7 @@ from test_mesh import CFG
 
 from sharding.mesh import parse_mesh
 from sharding.rules import layout_for
-from v4jax.planner.command import Request, compare, look
+from v4jax.planner.command import Request, compare, examine
 from v4jax.planner.estimate import estimate, terms_of
 from v4jax.planner.hardware import target_of
 from v4jax.planner.page import merged, report
@@ -27,7 +27,7 @@ REQUEST = Request("h100:16", paper=True)
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
-    report(str(path), LAYOUT, REQUEST, look(LAYOUT, REQUEST))
+    report(str(path), LAYOUT, REQUEST, examine(LAYOUT, REQUEST))
     return path
 
 

@@ -12,10 +12,10 @@ from trees import small_config
 
 from v4jax.checkpoint.names import from_official
 from v4jax.generate import decode, prefix
-from v4jax.generate.decode import Setting, generate
+from v4jax.generate.decode import DecodeConfig, generate
 from v4jax.generate.prefix import PrefixStore
 
-SETTING = Setting(
+SETTING = DecodeConfig(
     speculative=True
 )  # MTP's window is kept too: the drafts that stay are the same ones
 
@@ -46,7 +46,9 @@ def expected(model):
 
 
 def run(model, prompt, store=None):
-    return generate(*model, [prompt], 6, stop=never, room=384, setting=SETTING, prefixes=store)[0]
+    return generate(
+        *model, [prompt], 6, stop=never, capacity=384, decoding=SETTING, prefixes=store
+    )[0]
 
 
 def open_store(model, folder, limit=10**9):
@@ -75,13 +77,19 @@ def test_what_is_shared_is_computed_once(model, expected, tmp_path):
         assert (store.reused - before[0], store.kept - before[1]) == (reused, kept)
     again = open_store(model, tmp_path)  # another process
     prompts = [prompt for prompt, _ in expected]
-    together = generate(*model, prompts, 6, stop=never, room=384, setting=SETTING, prefixes=again)
+    together = generate(
+        *model, prompts, 6, stop=never, capacity=384, decoding=SETTING, prefixes=again
+    )
     assert again.reused == 256 + 128
     for got, (_, completion) in zip(together, expected, strict=True):
         assert got.tokens == completion.tokens
     other = (model[0], model[1] | {"norm": {"weight": model[1]["norm"]["weight"] * 1.001}})
     assert open_store(other, tmp_path).begin(None, prompts)[1] == [0, 0, 0]
-    assert PrefixStore(tmp_path, 1, *model, Setting().formats).begin(None, prompts)[1] == [0, 0, 0]
+    assert PrefixStore(tmp_path, 1, *model, DecodeConfig().formats).begin(None, prompts)[1] == [
+        0,
+        0,
+        0,
+    ]
 
 
 def test_damage_is_noticed_and_mended(model, expected, tmp_path, capsys):

@@ -12,7 +12,7 @@ from sharding.rules import layout_for
 from v4jax.checkpoint.names import from_official
 from v4jax.model import attention
 from v4jax.model.transformer import abstract_params, forward
-from v4jax.model.weights import Csa
+from v4jax.model.weights import SparseMode
 from v4jax.train.loss import loss_and_routing
 
 
@@ -45,10 +45,12 @@ def shapes(jaxpr):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_float32_products_are_float32_on_every_platform(dtype):
     """TPUs round the operands of a product to bfloat16, and GPUs to TF32, unless it asks for more: router, mHC, compressors."""
-    teach = Csa(teach=True)
+    train_indexer = SparseMode(train_indexer=True)
 
     def loss(params, tokens):
-        return loss_and_routing(MODEL, params, {"tokens": tokens}, dtype=dtype, csa=teach)[0]
+        return loss_and_routing(
+            MODEL, params, {"tokens": tokens}, dtype=dtype, sparse=train_indexer
+        )[0]
 
     jaxpr = jax.make_jaxpr(jax.grad(loss))(
         abstract_params(MODEL), jax.ShapeDtypeStruct((2, 72), jnp.int32)

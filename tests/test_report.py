@@ -13,7 +13,7 @@ from v4jax.data.config import DataConfig
 from v4jax.train import report
 from v4jax.train.config import TrainConfig
 from v4jax.train.report import METRICS, Reporter, plot_losses, read_metrics
-from v4jax.train.stability import Record
+from v4jax.train.stability import LossHistory
 
 
 def strict(text):
@@ -76,10 +76,12 @@ def test_every_line_of_a_run_is_json(cfg, tmp_path):
         "grad_rms": {"head": math.nan},
         "update_rms": {},
     }
-    with Reporter(tmp_path, cfg, 0, Record()) as reporter:
+    with Reporter(tmp_path, cfg, 0, LossHistory()) as reporter:
         reporter.step(1, dict(step))
         reporter.evaluation(1, {"held_out_nll": math.nan})
-        reporter.rollback(0, Record(rollbacks=1, skipped=((1, 2),)), 1, "loss is nan", [math.nan])
+        reporter.rollback(
+            0, LossHistory(rollbacks=1, skipped=((1, 2),)), 1, "loss is nan", [math.nan]
+        )
         reporter.step(1, dict(step))
         reporter.evaluation(1, {"held_out_nll": math.nan})
         reporter.inside(2, {**inside, "layers": {"bias_min": [None]}})
@@ -97,7 +99,7 @@ def test_every_line_of_a_run_is_json(cfg, tmp_path):
 
 def test_a_run_that_goes_on_mends_the_lines_of_an_older_version(cfg, tmp_path):
     (tmp_path / METRICS).write_text('{"step": 1, "held_out_nll": NaN}\n{"step": 5, "loss": 1.0}\n')
-    with Reporter(tmp_path, cfg, 1, Record()):
+    with Reporter(tmp_path, cfg, 1, LossHistory()):
         pass
     assert (tmp_path / METRICS).read_text() == '{"step": 1, "held_out_nll": null}\n'
     assert read_metrics(tmp_path) == [{"step": 1, "held_out_nll": None}]

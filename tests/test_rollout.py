@@ -14,13 +14,13 @@ from trees import small_config
 import v4jax
 from v4jax.checkpoint.names import from_official
 from v4jax.generate import rollout as module
-from v4jax.generate.decode import Setting
+from v4jax.generate.decode import DecodeConfig
 from v4jax.generate.rollout import Plan, rollout
 from v4jax.generate.sampling import Sampling
 
 PROMPTS = [[3, 5, 7], [9], list(range(20, 31))]
 PLAN = Plan(samples=2, max_new_tokens=10, rows=4, stop_tokens=(4,), seed=11)
-WARM = Setting(sampling=Sampling(temperature=1.0))
+WARM = DecodeConfig(sampling=Sampling(temperature=1.0))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def model():
 def whole(model, tmp_path_factory):
     """What comes of an uninterrupted batch, and its log."""
     log = tmp_path_factory.mktemp("rollout") / "log.jsonl"
-    return rollout(*model, PROMPTS, PLAN, log, setting=WARM), log
+    return rollout(*model, PROMPTS, PLAN, log, decoding=WARM), log
 
 
 def test_log_probabilities_are_those_of_the_training_forward(model, whole):
@@ -66,7 +66,7 @@ def test_samples_end_at_every_end_token_of_the_model(model, whole, tmp_path):
     ends = (4, whole[0][0][0].tokens[2], cfg.eos_token_id)
     plan = dataclasses.replace(PLAN, stop_tokens=None)
     cfg = cfg.replace(more_eos_token_ids=ends[:2])
-    samples = rollout(cfg, params, PROMPTS, plan, tmp_path / "log", setting=WARM)
+    samples = rollout(cfg, params, PROMPTS, plan, tmp_path / "log", decoding=WARM)
     for before, now in zip(sum(whole[0], []), sum(samples, []), strict=True):
         assert now.tokens == cut(before.tokens, ends)
         assert now.ended == ("stop" if now.tokens[-1] in ends else "length")
@@ -93,29 +93,33 @@ def test_an_interrupted_batch_goes_on_where_it_was(model, whole, tmp_path, monke
     for most in (9, 5):
         monkeypatch.setattr(module._Log, "write", until(most))
         with pytest.raises(KeyboardInterrupt):
-            rollout(*model, PROMPTS, PLAN, log, setting=WARM)
+            rollout(*model, PROMPTS, PLAN, log, decoding=WARM)
     monkeypatch.setattr(module._Log, "write", until(-1))
-    again = rollout(*model, PROMPTS, PLAN, log, setting=WARM)
+    again = rollout(*model, PROMPTS, PLAN, log, decoding=WARM)
     assert len(written) == total - 9 - 5, "what was logged was computed again, or lost"
     for got, expected in zip(sum(again, []), sum(samples, []), strict=True):
         assert (got.tokens, got.ended) == (expected.tokens, expected.ended)
         np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=2e-4)
     monkeypatch.setattr(module, "generate", None)
-    assert rollout(*model, PROMPTS, PLAN, log, setting=WARM) == again
+    assert rollout(*model, PROMPTS, PLAN, log, decoding=WARM) == again
 
 
 def test_another_batch_is_refused(model, whole):
     _, log = whole
-    for prompts, plan, setting in (
+    for prompts, plan, decoding in (
         (PROMPTS[:2], PLAN, WARM),
         (PROMPTS, Plan(samples=2, max_new_tokens=11), WARM),
-        (PROMPTS, PLAN, Setting()),
+        (PROMPTS, PLAN, DecodeConfig()),
     ):
         with pytest.raises(ValueError, match="the log of another batch"):
-            rollout(*model, prompts, plan, log, setting=setting)
+            rollout(*model, prompts, plan, log, decoding=decoding)
     with pytest.raises(ValueError, match=r"stop_tokens: got id 97"):
         rollout(
-            *model, PROMPTS, Plan(samples=1, max_new_tokens=1, stop_tokens=(97,)), log, setting=WARM
+            *model,
+            PROMPTS,
+            Plan(samples=1, max_new_tokens=1, stop_tokens=(97,)),
+            log,
+            decoding=WARM,
         )
     with pytest.raises(ValueError, match="rows: got 0; must be an integer of at least 1"):
         Plan(samples=1, max_new_tokens=1, rows=0)
@@ -124,7 +128,7 @@ def test_another_batch_is_refused(model, whole):
 def test_prompts_may_be_arrays(model, whole):
     samples, log = whole
     assert (
-        rollout(*model, [np.array(prompt) for prompt in PROMPTS], PLAN, log, setting=WARM)
+        rollout(*model, [np.array(prompt) for prompt in PROMPTS], PLAN, log, decoding=WARM)
         == samples
     )
 
@@ -149,7 +153,7 @@ def test_a_damaged_log_is_refused_and_left_as_it_is(model, whole, tmp_path, line
     log = tmp_path / "log"
     log.write_bytes(head + line + b"\n")
     with pytest.raises(ValueError, match=words):
-        rollout(*model, PROMPTS, PLAN, log, setting=WARM)
+        rollout(*model, PROMPTS, PLAN, log, decoding=WARM)
     assert log.read_bytes() == head + line + b"\n"
 
 
@@ -157,5 +161,5 @@ def test_another_file_is_not_taken_for_a_log_cut_short(model, whole, tmp_path):
     notes = tmp_path / "notes"
     notes.write_bytes(b"my notes, one line without its end")
     with pytest.raises(ValueError, match="the log of another batch"):
-        rollout(*model, PROMPTS, PLAN, notes, setting=WARM)
+        rollout(*model, PROMPTS, PLAN, notes, decoding=WARM)
     assert notes.read_bytes() == b"my notes, one line without its end"

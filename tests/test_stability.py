@@ -19,7 +19,7 @@ from v4jax.data.config import DataConfig
 from v4jax.train import loop
 from v4jax.train.config import TrainConfig
 from v4jax.train.stability import (
-    Record,
+    LossHistory,
     StabilityConfig,
     TrainingFailed,
     gone_back,
@@ -191,41 +191,45 @@ def clean(text_folder, tmp_path_factory, compiled):
 
 
 def test_what_counts_as_a_spike():
-    record = Record()
+    history = LossHistory()
     for i in range(16):
-        assert spike(GUARD, record, 1e9, 1.0) is None or i >= 4  # too few steps to say
-        record = remember(GUARD, record, 4 + 0.01 * (-1) ** i, 1.0)
-    assert spike(GUARD, record, 4.4, 1.0) is None and spike(GUARD, record, 3.0, 1e-9) is None
-    assert spike(GUARD, record, 4.6, 1.0) == "loss is 4.6, above 4.5"
-    assert spike(GUARD, record, 4.0, 8.1) == "grad_norm is 8.1, above 8"
-    assert spike(GUARD, Record(), math.nan, 1.0) == "loss is nan"
-    assert spike(GUARD, Record(), 1.0, math.inf) == "grad_norm is inf"
-    noisy = Record(losses=tuple(4 + 0.2 * (-1) ** i for i in range(16)), grad_norms=(1.0,) * 16)
+        assert spike(GUARD, history, 1e9, 1.0) is None or i >= 4  # too few steps to say
+        history = remember(GUARD, history, 4 + 0.01 * (-1) ** i, 1.0)
+    assert spike(GUARD, history, 4.4, 1.0) is None and spike(GUARD, history, 3.0, 1e-9) is None
+    assert spike(GUARD, history, 4.6, 1.0) == "loss is 4.6, above 4.5"
+    assert spike(GUARD, history, 4.0, 8.1) == "grad_norm is 8.1, above 8"
+    assert spike(GUARD, LossHistory(), math.nan, 1.0) == "loss is nan"
+    assert spike(GUARD, LossHistory(), 1.0, math.inf) == "grad_norm is inf"
+    noisy = LossHistory(
+        losses=tuple(4 + 0.2 * (-1) ** i for i in range(16)), grad_norms=(1.0,) * 16
+    )
     assert spike(GUARD, noisy, 7.3, 1.0) is None and spike(
         GUARD, noisy, 7.4, 1.0
     )  # 8 deviations of 0.42
-    falling = Record(losses=tuple(8 - 0.05 * i for i in range(16)), grad_norms=(1.0,) * 16)
+    falling = LossHistory(losses=tuple(8 - 0.05 * i for i in range(16)), grad_norms=(1.0,) * 16)
     assert spike(GUARD, falling, 8.2, 1.0)
     off = StabilityConfig()
     assert (
-        spike(off, record, 1e9, 1e9) is None
-        and spike(off, record, math.nan, 1.0)
-        and remember(off, record, 1.0, 1.0) is record
+        spike(off, history, 1e9, 1e9) is None
+        and spike(off, history, math.nan, 1.0)
+        and remember(off, history, 1.0, 1.0) is history
     )
 
 
 def test_batches_are_counted_past_what_was_skipped():
-    record = gone_back(AHEAD, Record(), 14, Record(), 10, drawn=14)
+    history = gone_back(AHEAD, LossHistory(), 14, LossHistory(), 10, drawn=14)
     assert (
-        record.skipped == ((11, 14),) and record.batch(11) == 15 and record.anticipate_until == 18
+        history.skipped == ((11, 14),)
+        and history.batch(11) == 15
+        and history.anticipate_until == 18
     )
-    again = gone_back(AHEAD, record, 12, Record(), 10, drawn=record.batch(12))
+    again = gone_back(AHEAD, history, 12, LossHistory(), 10, drawn=history.batch(12))
     assert again.skipped == ((11, 16),) and again.rollbacks == 2 and again.anticipate_until == 18
     later = gone_back(AHEAD, again, 23, again, 20, drawn=again.batch(23))
     assert (
         later.skipped == ((11, 16), (27, 29))
         and later.batch(21) == 30
-        and Record.from_json(json.loads(json.dumps(later.to_json()))) == later
+        and LossHistory.from_json(json.loads(json.dumps(later.to_json()))) == later
     )
 
 

@@ -13,11 +13,11 @@ from trees import small_config
 from v4jax.checkpoint.store import Store
 from v4jax.data.config import DataConfig
 from v4jax.model.transformer import abstract_params
-from v4jax.model.weights import Csa
+from v4jax.model.weights import SparseMode
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
 from v4jax.train.stages import Stage, number_at, stage_at, stream_at
-from v4jax.train.step import csa_of
+from v4jax.train.step import sparse_mode
 
 MODEL = small_config(
     vocab_size=260,
@@ -104,11 +104,11 @@ def test_the_plan():
         (4, 48, "indexer"),
         (4, 48, "sparse"),
     ]
-    assert [csa_of(view) for view in views] == [
-        Csa(True, False),
-        Csa(True, False),
-        Csa(True, True),
-        Csa(False, True),
+    assert [sparse_mode(view) for view in views] == [
+        SparseMode(True, False),
+        SparseMode(True, False),
+        SparseMode(True, True),
+        SparseMode(False, True),
     ]
     late = dataclasses.replace(cfg, stages=(Stage(after=5, mtp=0.1),))
     assert (stage_at(late, 4).loss.mtp, stage_at(late, 5).loss.mtp) == (0.3, 0.1)

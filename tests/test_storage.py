@@ -19,7 +19,7 @@ from v4jax.checkpoint.load import load_safetensors, open_safetensors, read_confi
 from v4jax.checkpoint.store import Store, check_config, is_run, write_config
 from v4jax.convert import compare, convert, open_checkpoint
 from v4jax.data.config import DataConfig, Source, tokenizer_of
-from v4jax.generate.decode import Setting
+from v4jax.generate.decode import DecodeConfig
 from v4jax.generate.prefix import check_store
 from v4jax.generate.rollout import Plan, rollout
 from v4jax.planner.hardware import hardware_of, target_of
@@ -336,7 +336,7 @@ CALLS = {
     "check_store": (lambda path: check_store(path, 1), "prefix cache"),
     "rollout": (
         lambda path: rollout(
-            CFG, PARAMS, [[1]], Plan(samples=1, max_new_tokens=1), path, setting=Setting()
+            CFG, PARAMS, [[1]], Plan(samples=1, max_new_tokens=1), path, decoding=DecodeConfig()
         ),
         "log",
     ),

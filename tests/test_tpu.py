@@ -35,7 +35,7 @@ def test_experts_by_exchange_send_what_they_must(capfd):
     assert "rematerialization" not in capfd.readouterr().err
 
 
-def test_a_step_of_decoding_holds_what_the_paper_says():
+def test_a_step_of_decoding_holds_what_the_estimate_says():
     model = CFG.model.replace(
         num_hidden_layers=2, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(4, 128)
     )

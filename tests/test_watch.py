@@ -8,7 +8,7 @@ from trees import random_params, small_config
 
 from v4jax.model.hyper import Mix
 from v4jax.model.moe import Routing
-from v4jax.model.watch import both, look, spectral_norm
+from v4jax.model.watch import measure, merge, spectral_norm
 from v4jax.train.watch import group_of, plain, rms_by_group, watched
 
 MODEL = small_config(n_routed_experts=4)
@@ -33,7 +33,7 @@ def test_a_look_at_a_sublayer():
     pre, post, comb = rng.random((2, 3, 4)), rng.random((2, 3, 4)) * 2, rng.random((2, 3, 4, 4))
     y, x = rng.normal(size=(2, 3, 8)), rng.normal(size=(2, 3, 4, 8))
     arrays = [jnp.asarray(a, jnp.float32) for a in (pre, post, comb, y, x)]
-    seen = look(arrays[0], Mix(*arrays[1:3]), *arrays[3:])
+    diagnostics = measure(arrays[0], Mix(*arrays[1:3]), *arrays[3:])
     gates = np.concatenate((pre, post), -1)
     off = 1 - (np.trace(comb, axis1=-2, axis2=-1) / comb.sum((-2, -1))).mean()
     expected = (
@@ -46,15 +46,19 @@ def test_a_look_at_a_sublayer():
         abs(x).max(),
         np.sqrt((x**2).mean()),
     )
-    np.testing.assert_allclose(seen, expected, rtol=1e-5)
-    later = both(
-        seen,
-        seen._replace(pre=seen.pre + 1, out_max=seen.out_max + 1, stream_rms=seen.stream_rms + 1),
+    np.testing.assert_allclose(diagnostics, expected, rtol=1e-5)
+    later = merge(
+        diagnostics,
+        diagnostics._replace(
+            pre=diagnostics.pre + 1,
+            out_max=diagnostics.out_max + 1,
+            stream_rms=diagnostics.stream_rms + 1,
+        ),
     )
     assert (
-        later.pre == seen.pre + 0.5
-        and later.out_max == seen.out_max + 1
-        and later.stream_rms == seen.stream_rms + 1
+        later.pre == diagnostics.pre + 0.5
+        and later.out_max == diagnostics.out_max + 1
+        and later.stream_rms == diagnostics.stream_rms + 1
     )
 
 
@@ -62,7 +66,7 @@ def test_layers_stand_in_order_and_groups_hold_all():
     """Flash's pattern in small: 2 hash-routed layers... then pairs; the MTP layer comes last."""
     params = random_params(MODEL)
     router, trained = params.pop("router"), params
-    seen = look(
+    diagnostics = measure(
         jnp.ones((1, 1, 4)),
         Mix(jnp.ones((1, 1, 4)), jnp.ones((1, 1, 4, 4))),
         jnp.ones((1, 1, 2)),
@@ -77,8 +81,8 @@ def test_layers_stand_in_order_and_groups_hold_all():
             ]
             load = np.array([[4 + layer, 2, 2, 0] for layer in layers], np.float32)
             loads |= dict(zip(layers, load, strict=True))
-            stacked = type(seen)(
-                *(jnp.stack([value + layer for layer in layers]) for value in seen)
+            stacked = type(diagnostics)(
+                *(jnp.stack([value + layer for layer in layers]) for value in diagnostics)
             )
             routing[group.name][f"block_{i}"] = Routing(
                 jnp.asarray(load), jnp.zeros(len(layers)), None, stacked
@@ -86,7 +90,10 @@ def test_layers_stand_in_order_and_groups_hold_all():
     loads[7] = np.array([1, 1, 1, 1], np.float32)
     routing["mtp"] = {
         "block": Routing(
-            jnp.asarray(loads[7]), jnp.zeros(()), None, type(seen)(*(value + 7 for value in seen))
+            jnp.asarray(loads[7]),
+            jnp.zeros(()),
+            None,
+            type(diagnostics)(*(value + 7 for value in diagnostics)),
         )
     }
     found = watched(MODEL, routing, router, trained, trained)

@@ -261,7 +261,7 @@ def _layout(sub):
     sub.add_argument(
         "--target",
         default="cpu",
-        help="cpu; a TPU topology such as v5p:4x4x8 (extra `tpu`); h100:N (extra `gpu`); on paper "
+        help="cpu; a TPU topology such as v5p:4x4x8 (extra `tpu`); h100:N (extra `gpu`); estimated only: "
         "cloudmatrix384:1024, my-chip.json:16 and others (v4jax/planner/hardware.json)",
     )
     sub.add_argument(
@@ -294,7 +294,9 @@ def _layout(sub):
         help="effort of the TPU compiler: quick (the default, at most half the time) or full, as a run compiles",
     )
     sub.add_argument(
-        "--search", action="store_true", help="rank every layout and mesh of --chips chips on paper"
+        "--search",
+        action="store_true",
+        help="rank every layout and mesh of --chips chips by estimate",
     )
     sub.add_argument(
         "--chips", type=int, help="chips to search on (default: as many as the target names)"

@@ -120,7 +120,7 @@ def _sample(cfg) -> dict:
 
     from sharding.processes import is_first
     from v4jax.api import load, place_on
-    from v4jax.generate.decode import Setting, generate
+    from v4jax.generate.decode import DecodeConfig, generate
     from v4jax.generate.sampling import Sampling
     from v4jax.generate.text import TextStop
     from v4jax.storage import local_path
@@ -137,7 +137,7 @@ def _sample(cfg) -> dict:
             [prompt],
             cfg.sample_tokens,
             seeds=[cfg.seed],
-            setting=Setting(rules=rules, dtype=cfg.dtype, sampling=Sampling(temperature=0.7)),
+            decoding=DecodeConfig(rules=rules, dtype=cfg.dtype, sampling=Sampling(temperature=0.7)),
         )
     stop = TextStop(model.eos_token_ids, tokenizer=tokenizer)
     text = cfg.sample_prompt + stop.text(completion.tokens)
@@ -242,7 +242,7 @@ def _layout(arguments, _):
     elif arguments.search:
         result = command.look_for(cfg, request, arguments.chips, arguments.confirm)
     else:
-        result = command.look(cfg, request)
+        result = command.examine(cfg, request)
     if arguments.report:
         from v4jax.planner.page import report
 

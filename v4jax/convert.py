@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from v4jax.checkpoint.export import (
+    BUDGET,
     MAX_FILE_BYTES,
-    ROOM,
     carried_files,
     config_json,
     kinds_for,
@@ -50,7 +50,7 @@ from v4jax.checkpoint.formats import (
     shapes_of,
 )
 from v4jax.checkpoint.load import Source, open_safetensors
-from v4jax.checkpoint.memory_budget import Room
+from v4jax.checkpoint.memory_budget import MemoryBudget
 from v4jax.checkpoint.names import Slot, official_names, official_shapes, plain_dtype
 from v4jax.checkpoint.store import is_run
 from v4jax.checkpoint.stream import StoreWriter, open_leaves
@@ -298,12 +298,12 @@ def _to_safetensors(
 
     shapes = official_shapes(source.cfg)
 
-    def room_for(name: str) -> int:
+    def memory_for(name: str) -> int:
         return working_bytes(shapes[name], source.kinds[name], kinds[name])
 
     files = plan_files(source.cfg, kinds, max_file_bytes)
     with _progress("converting", total_bytes(files)) as wrote:
-        write_tensors(partial, files, stored, wrote, workers, room_for)
+        write_tensors(partial, files, stored, wrote, workers, memory_for)
     write_json(partial / "config.json", config_json(source.cfg, dtype, source.raw))
     if open_safetensors(partial).kinds != kinds:
         raise OSError(f"{partial}: reads back with other tensors than were written")
@@ -323,14 +323,15 @@ def _to_store(source: Source | StoreSource, partial: pathlib.Path, dtype: str, w
         if log.exists()
         else {}
     )
-    lock, room, compress = threading.Lock(), Room(ROOM), source.format in ("fp8", "official")
+    lock, budget = threading.Lock(), MemoryBudget(BUDGET)
+    compress = source.format in ("fp8", "official")
 
-    def room_for(names: list[str]) -> int:
+    def memory_for(names: list[str]) -> int:
         return sum(working_bytes(shapes[name], source.kinds[name], kinds[name]) for name in names)
 
     def write(names: list[str]) -> None:
         left = [name for name in names if name not in sums or not store.holds(name, sums[name])]
-        with room.take(room_for(left)):
+        with budget.take(memory_for(left)):
             found = store.write((name, source.numbers(name)) for name in left)
         with lock, open(log, "a") as file:
             file.writelines(f"{name} {one}\n" for name, one in found.items())

@@ -1,6 +1,6 @@
 """What a layer keeps of the tokens it has seen, so that a row can be continued: explicit arrays, stacked over scanned layers.
 
-Slots may be cut over the devices that cut sequences (logical axis "cache_slots"), each holding a stretch of them; rings are not.
+Slots may be cut over the devices that cut sequences (logical axis "cache_slots"), each holding a contiguous part of them; rings are not.
 
 Everything is addressed by absolute position, so that taking tokens back is nothing but a smaller length:
 - rings hold the newest rows (the window; what a coming entry will pool): position p lies at p mod R;
@@ -30,7 +30,7 @@ SPARE_ROWS = 8
 """How many tokens may be taken back, or come at once without covering what the first of them sees: rings are longer by so many rows."""
 
 
-class Stretch(NamedTuple):
+class ChunkSpan(NamedTuple):
     """Which rows of a chunk [B,S] are real: `count_B` of them, from the left; the first one continues at position `start_B`."""
 
     start_B: jax.Array
@@ -53,20 +53,20 @@ class LayerCache(NamedTuple):
     index: Compressed | None = None
 
 
-class Kept(NamedTuple):
-    """The cache as layers meet it: (a part of) the arrays, which of the stacked layers this is, and what the chunk brings."""
+class CacheView(NamedTuple):
+    """The cache as a layer sees it: (a part of) the arrays, which of the stacked layers this is, and what the chunk brings."""
 
     cache: Any
     layer: jax.Array
-    stretch: Stretch
+    span: ChunkSpan
 
-    def part(self, cache) -> "Kept":
+    def with_arrays(self, cache) -> "CacheView":
         """The same layer and chunk, other arrays."""
         return self._replace(cache=cache)
 
 
-class Slots(NamedTuple):
-    """Slots of one layer: stack [L,B,C,H], and how many are in use in the longest row."""
+class CompressedKV(NamedTuple):
+    """Entries or index keys of one layer: stack [L,B,C,H], and how many are in use in the longest row."""
 
     stack: Rows
     layer: jax.Array
@@ -136,7 +136,7 @@ def _rows_before(
 
 
 def keep_rows(
-    ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch
+    ring: Rows, layer: jax.Array, x_BSH: jax.Array, span: ChunkSpan
 ) -> tuple[Rows, Callable[[int], jax.Array]]:
     """(the ring with the real rows of a chunk in it, a function: n -> [B,n+S,H], the n rows before the chunk and its own).
 
@@ -149,16 +149,14 @@ def keep_rows(
         size = ring_LBRH.shape[2]
         row_1S = jnp.arange(x_BSH.shape[1], dtype=jnp.int32)[None]
         place_BS = jnp.where(
-            row_1S < stretch.count_B[:, None],
-            (stretch.start_B[:, None] + row_1S) % size,
-            size + row_1S,
+            row_1S < span.count_B[:, None], (span.start_B[:, None] + row_1S) % size, size + row_1S
         )
         return _write(ring_LBRH, layer, place_BS, x_BSH)
 
     def keep(ring_LBRH, x_BSH):
         ring_BRH = jax.lax.dynamic_index_in_dim(ring_LBRH, layer, keepdims=False)
         size = ring_BRH.shape[1]
-        row_BR = _positions(stretch, size) - stretch.start_B[:, None]
+        row_BR = _positions(span, size) - span.start_B[:, None]
         new_BRH = jnp.take_along_axis(x_BSH, jnp.maximum(row_BR, 0)[..., None], axis=1)
         ring_BRH = jnp.where((row_BR >= 0)[..., None], new_BRH, ring_BRH)
         return jax.lax.dynamic_update_index_in_dim(ring_LBRH, ring_BRH, layer, 0)
@@ -168,34 +166,34 @@ def keep_rows(
 
     def longer(rows: int) -> jax.Array:
         if few:
-            return _rows_before(new, layer, stretch.start_B + size, rows + size, x_BSH.dtype)
+            return _rows_before(new, layer, span.start_B + size, rows + size, x_BSH.dtype)
         return jnp.concatenate(
-            (_rows_before(ring, layer, stretch.start_B, rows, x_BSH.dtype), x_BSH), axis=1
+            (_rows_before(ring, layer, span.start_B, rows, x_BSH.dtype), x_BSH), axis=1
         )
 
     return new, longer
 
 
-def _positions(stretch: Stretch, size: int) -> jax.Array:
+def _positions(span: ChunkSpan, size: int) -> jax.Array:
     """int32 [B,R], which position each place of a ring holds once it has the rows of a chunk; negative: none yet."""
-    last_B1 = (stretch.start_B + stretch.count_B - 1)[:, None]
+    last_B1 = (span.start_B + span.count_B - 1)[:, None]
     return last_B1 - (last_B1 - jnp.arange(size, dtype=jnp.int32)[None]) % size
 
 
 def window_rows(
-    ring: Rows, layer: jax.Array, x_BSH: jax.Array, stretch: Stretch, window: int
+    ring: Rows, layer: jax.Array, x_BSH: jax.Array, span: ChunkSpan, window: int
 ) -> tuple[Rows, jax.Array, jax.Array]:
     """(the ring with the real rows of a chunk in it, the `window` rows before the chunk and its own [B,V,H], their positions [B,V]).
 
     A few rows are given with the whole ring, as it lies: to put it in order takes longer than to attend to it. Places that hold no row of
     the window have positions before it.
     """
-    new, longer = keep_rows(ring, layer, x_BSH, stretch)
+    new, longer = keep_rows(ring, layer, x_BSH, span)
     if x_BSH.shape[1] > SPARE_ROWS:
         row_1V = jnp.arange(-window, x_BSH.shape[1], dtype=jnp.int32)[None]
-        return new, longer(window), stretch.start_B[:, None] + row_1V
+        return new, longer(window), span.start_B[:, None] + row_1V
     rows_BRH = _layer_rows(new, layer, x_BSH.dtype)
-    return new, rows_BRH, _positions(stretch, rows_BRH.shape[1])
+    return new, rows_BRH, _positions(span, rows_BRH.shape[1])
 
 
 def _write(
@@ -253,13 +251,13 @@ def fill_slots(
 
 
 def slots_spec(rules: AxisRules, slots: Rows):
-    """Where slots are: cut with the batch and, over devices that cut sequences, in stretches."""
+    """Where slots are: cut with the batch and, over devices that cut sequences, into contiguous parts."""
     return jax.tree.map(lambda _: rules.spec((None, "act_batch", "cache_slots", None)), slots)
 
 
-def all_rows(rows: jax.Array | Slots, dtype: jnp.dtype) -> jax.Array:
+def all_rows(rows: jax.Array | CompressedKV, dtype: jnp.dtype) -> jax.Array:
     """[B,C,H] of a layer; an array passes."""
-    return _layer_rows(rows.stack, rows.layer, dtype) if isinstance(rows, Slots) else rows
+    return _layer_rows(rows.stack, rows.layer, dtype) if isinstance(rows, CompressedKV) else rows
 
 
 def _layer_rows(stack: Rows, layer: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -272,7 +270,7 @@ def _layer_rows(stack: Rows, layer: jax.Array, dtype: jnp.dtype) -> jax.Array:
     )
 
 
-def some_rows(rows: Slots, first: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:
+def some_rows(rows: CompressedKV, first: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:
     """[B,size,H], the slots from `first` on."""
 
     def take(stack_LBCH):
@@ -284,9 +282,11 @@ def some_rows(rows: Slots, first: jax.Array, size: int, dtype: jnp.dtype) -> jax
     return unpack(jax.tree.map(take, rows.stack), dtype)
 
 
-def chosen_rows(rows: jax.Array | Slots, index_BTK: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def chosen_rows(
+    rows: jax.Array | CompressedKV, index_BTK: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
     """[B,T,K,H], rows[index]; of a stack nothing else is read."""
-    if not isinstance(rows, Slots):
+    if not isinstance(rows, CompressedKV):
         return jax.vmap(lambda rows_CH, index_TK: rows_CH[index_TK])(rows, index_BTK)
     one = jax.vmap(lambda rows_LCH, index_TK: rows_LCH[rows.layer, index_TK], in_axes=(1, 0))
     return unpack(jax.tree.map(lambda stack: one(stack, index_BTK), rows.stack), dtype)

@@ -24,11 +24,11 @@ def forget(fd: int, start: int = 0, size: int = 0) -> None:
         os.posix_fadvise(fd, start, size, os.POSIX_FADV_DONTNEED)
 
 
-def crc(file, once: bool = False, most: float = math.inf) -> tuple[int, int]:
+def crc(file, once: bool = False, limit: float = math.inf) -> tuple[int, int]:
     """(bytes, CRC-32) of what follows in a file opened unbuffered, or of its first `most` bytes. `once`: nobody reads it again soon."""
     size = found = 0
     buffer, start = memoryview(bytearray(_READ)), file.tell()
-    while count := file.readinto(buffer[: min(_READ, most - size)]):
+    while count := file.readinto(buffer[: min(_READ, limit - size)]):
         found = zlib.crc32(buffer[:count], found)
         if once:
             forget(file.fileno(), start + size, count)
@@ -99,7 +99,7 @@ class NewFile:
     def _put(self, size: int, written: int) -> None:
         start = self._back.tell()
         os.fsync(self._file.fileno())
-        if crc(self._back, most=size) != (size, written):
+        if crc(self._back, limit=size) != (size, written):
             raise OSError(
                 f"{self._path} reads back other than it was written, from byte {start} on"
             )

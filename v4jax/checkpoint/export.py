@@ -32,7 +32,7 @@ from v4jax.checkpoint.formats import (
     quantization_config,
     shapes_of,
 )
-from v4jax.checkpoint.memory_budget import Room
+from v4jax.checkpoint.memory_budget import MemoryBudget
 from v4jax.checkpoint.names import (
     check_table,
     check_tree,
@@ -46,7 +46,7 @@ from v4jax.storage import folder_to_fill, local_path
 from v4jax.untrusted import file_in
 
 MAX_FILE_BYTES = 5 * 10**9
-ROOM = 10**9
+BUDGET = 10**9
 """Bytes that all workers of a conversion take for small tensors; a tensor that wants more is worked on alone."""
 _CARRIED = re.compile(
     r"(tokenizer|generation_config|special_tokens_map|chat_template|vocab|merges|added_tokens)[\w.]*\.(json|txt|model|jinja)$"
@@ -253,21 +253,21 @@ def write_tensors(
     stored: Callable[[str], Stored],
     wrote: Callable[[int], None] = lambda size: None,
     workers: int = 1,
-    room_for: Callable[[str], int] = lambda name: 0,
+    memory_for: Callable[[str], int] = lambda name: 0,
 ) -> None:
     """The files of a plan and, if there are several, their index; files that are there already are taken to be whole.
 
     Args:
       stored: official name -> its tensor. wrote: called with the bytes of each piece written (or found).
-      workers: how many files are written at once. room_for: official name -> memory it takes, which the workers share.
+      workers: how many files are written at once. memory_for: official name -> memory it takes, which the workers share.
     """
 
-    room = Room(ROOM)
+    budget = MemoryBudget(BUDGET)
 
     def held(name: str) -> tuple[Stored, Callable[[], None]]:
         """A tensor, and what to call when it is not needed any more."""
         with contextlib.ExitStack() as hold:
-            hold.enter_context(room.take(room_for(name)))
+            hold.enter_context(budget.take(memory_for(name)))
             return stored(name), hold.pop_all().close
 
     def write(file: str, tensors) -> None:
@@ -346,13 +346,13 @@ def _size(dtype: str, shape: tuple[int, ...]) -> int:
 def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Names in order, cut into pieces of at most `limit` bytes; {"a": 3, "b": 3, "c": 9}, 6 -> [[a, b], [c]]."""
     pieces: list[list[str]] = [[]]
-    room = limit
+    budget = limit
     for name, size in sizes.items():
-        if pieces[-1] and size > room:
+        if pieces[-1] and size > budget:
             pieces.append([])
-            room = limit
+            budget = limit
         pieces[-1].append(name)
-        room -= size
+        budget -= size
     return pieces
 
 

@@ -12,7 +12,7 @@ from sharding.processes import is_first
 NOTE_FILE = "note.json"
 
 
-class Note:
+class JsonItem:
     """Holds `value`, which Orbax saves, and replaces when it loads. The first process writes it, all read it."""
 
     def __init__(self, value: Any):

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 
 
-class Room:
+class MemoryBudget:
     """So many bytes, shared by threads. Who wants more than is free waits; who wants more than there are waits to be alone."""
 
     def __init__(self, size: int):

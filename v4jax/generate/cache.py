@@ -25,16 +25,16 @@ from jax.sharding import Mesh, NamedSharding
 
 from sharding.embedding import embed_lookup
 from sharding.rules import AxisRules
-from v4jax.cache.layer import Kept, LayerCache, Stretch, empty_layer
+from v4jax.cache.layer import CacheView, ChunkSpan, LayerCache, empty_layer
 from v4jax.cache.quantized import STORAGES
 from v4jax.config import CSA, HCA, WINDOW_ONLY, ModelConfig
 from v4jax.model.block import Pattern, stack
 from v4jax.model.hyper import HyperHead
 from v4jax.model.mtp import MTP
 from v4jax.model.norm import RMSNorm
-from v4jax.model.segments import read_stretch
+from v4jax.model.segments import read_span
 from v4jax.model.transformer import project_logits
-from v4jax.model.weights import Csa
+from v4jax.model.weights import SparseMode
 
 BLOCK = math.lcm(CSA, HCA)
 """Capacity comes in whole windows of both ratios."""
@@ -67,7 +67,7 @@ class Chunk(NamedTuple):
 def decoding_rules(rules: AxisRules) -> AxisRules:
     """The layout with devices that cut sequences cutting what is kept of them instead: a token cannot be cut.
 
-    Entries and index keys lie in stretches, one a device. All these devices compute every token, from whole weights. The mesh is ambient.
+    Each device holds a contiguous part of the entries and index keys. All these devices compute every token, from whole weights. The mesh is ambient.
     """
     cut = rules.mesh_axes("act_seq")
     slots = cut if rules.shards("act_seq") > 1 else ()
@@ -188,32 +188,33 @@ def extend(
     params: as everywhere, or as `split_layers` gives them.
     The caller sees to it that no row outgrows the cache: entries that find no place are dropped.
     """
-    stretch, own = Stretch(cache.length_B, count_B), (rules, jnp.dtype(dtype), quant, Csa())
-    documents = read_stretch(cfg, tokens_BT.shape[1], stretch)
+    span = ChunkSpan(cache.length_B, count_B)
+    context = (rules, jnp.dtype(dtype), quant, SparseMode())
+    segments = read_span(cfg, tokens_BT.shape[1], span)
     x_BTD = embed_lookup(rules, params["embed"]["weight"], tokens_BT).astype(dtype)
     x_BTXD = jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], cfg.hc_mult, cfg.hidden_size))
     layers = {}
     for group in cfg.layer_groups:
         weights, router = params[group.name], params["router"][group.name]
-        kept = Kept(cache.layers[group.name], jnp.int32(0), stretch)
+        view = CacheView(cache.layers[group.name], jnp.int32(0), span)
         if isinstance(weights, tuple):
-            run = Pattern(*own, cfg, group.kinds)
+            run = Pattern(*context, cfg, group.kinds)
         else:
             run, weights, router = (
-                stack(*own, cfg, group.kinds, group.repeats, False, group.name),
+                stack(*context, cfg, group.kinds, group.repeats, False, group.name),
                 (weights,),
                 (router,),
             )
         for part in zip(weights, router, strict=True):
-            ((x_BTXD, kept), _) = run.apply(
+            ((x_BTXD, view), _) = run.apply(
                 dict(zip(("params", "router"), part, strict=True)),
-                (x_BTXD, kept),
+                (x_BTXD, view),
                 tokens_BT,
-                documents,
+                segments,
             )
-        layers[group.name] = kept.cache
-    x_BTD = HyperHead(*own, cfg).apply({"params": params["hc_head"]}, x_BTXD)
-    x_BTD = RMSNorm(*own, cfg.rms_norm_eps).apply({"params": params["norm"]}, x_BTD)
+        layers[group.name] = view.cache
+    x_BTD = HyperHead(*context, cfg).apply({"params": params["hc_head"]}, x_BTXD)
+    x_BTD = RMSNorm(*context, cfg.rms_norm_eps).apply({"params": params["norm"]}, x_BTD)
     return Chunk(x_BTD, x_BTXD), Cache(cache.length_B + count_B, layers, cache.mtp)
 
 
@@ -223,7 +224,7 @@ def draft(
     cache: Cache,
     streams_BTXD: jax.Array,
     next_BT: jax.Array,
-    stretch: Stretch,
+    span: ChunkSpan,
     *,
     rules: AxisRules = AxisRules(),
     dtype: jnp.dtype = jnp.float32,
@@ -234,14 +235,14 @@ def draft(
     Returns:
       x_BTD, which the head turns into logits of the token after `next_BT`; the cache with these rows in MTP's window.
     """
-    documents = read_stretch(cfg, next_BT.shape[1], stretch)
+    segments = read_span(cfg, next_BT.shape[1], span)
     next_BTD = embed_lookup(rules, params["embed"]["weight"], next_BT).astype(dtype)
     weights = {"params": params["mtp"], "router": params["router"]["mtp"]}
-    kept = Kept(cache.mtp, jnp.int32(0), stretch)
-    x_BTD, _, kept = MTP(rules, jnp.dtype(dtype), quant, Csa(), cfg).apply(
-        weights, streams_BTXD, next_BTD, next_BT, documents, kept
+    view = CacheView(cache.mtp, jnp.int32(0), span)
+    x_BTD, _, view = MTP(rules, jnp.dtype(dtype), quant, SparseMode(), cfg).apply(
+        weights, streams_BTXD, next_BTD, next_BT, segments, view
     )
-    return x_BTD, cache._replace(mtp=kept.cache)
+    return x_BTD, cache._replace(mtp=view.cache)
 
 
 def logits_of(params, x_BTD: jax.Array, rules: AxisRules = AxisRules()) -> jax.Array:

@@ -16,14 +16,14 @@ from v4jax.chat.encoding import Message, encode_messages
 from v4jax.chat.parse import parse_message
 from v4jax.chat.tokens import BOS, CHAT_TOKENS, END_THINK, EOS
 from v4jax.generate.choice import Choice, model_and_choice, say
-from v4jax.generate.decode import Setting, check_request
+from v4jax.generate.decode import DecodeConfig, check_request
 from v4jax.generate.row import Row
 from v4jax.generate.text import TextStop
 from v4jax.generation_config import disagreement
 from v4jax.tokenizer import Tokenizer, load_tokenizer, prompt_ids, require_tokens
 
 CACHE_TOKENS = 4096
-"""Room of the cache where none is asked for and the model reaches so far."""
+"""Capacity of the cache where none is asked for and the model reaches so far."""
 REASONING, ANSWER = "[reasoning]\n", "\n[answer]\n"
 """What stands before them on the terminal, in thinking mode."""
 
@@ -44,23 +44,30 @@ def run(flags) -> dict | None:
     require_tokens(tokenizer, (BOS, EOS, *CHAT_TOKENS), "a chat")
     history = [] if flags.system is None else [{"role": "system", "content": flags.system}]
     cfg, choice = model_and_choice(flags)
-    setting = Setting(
+    decoding = DecodeConfig(
         dtype=flags.dtype, quant=flags.quant, storage=flags.cache, sampling=choice.sampling
     )
-    room = (
+    capacity = (
         min(CACHE_TOKENS, cfg.max_position_embeddings)
         if flags.cache_tokens is None
         else flags.cache_tokens
     )
     shortest = _ids(flags, tokenizer, [*history, {"role": "user", "content": ""}])
-    check_request(cfg, [shortest], [flags.seed], choice.most(len(shortest), room), room, setting)
+    check_request(
+        cfg,
+        [shortest],
+        [flags.seed],
+        choice.new_tokens(len(shortest), capacity),
+        capacity,
+        decoding,
+    )
     say(choice.line, disagreement(cfg, tokenizer))
     cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout)
     mesh, rules = place_on(flags.mesh, flags.layout)
     with jax.set_mesh(mesh):
-        row = Row(cfg, params, setting._replace(rules=rules), room)
+        row = Row(cfg, params, decoding._replace(rules=rules), capacity)
         ends = (*tokenizer.encode(EOS), *cfg.eos_token_ids)
-        chat = _Chat(flags, tokenizer, row, room, choice, ends)
+        chat = _Chat(flags, tokenizer, row, capacity, choice, ends)
         for line in _lines("" if flags.json else "> "):
             _turn(chat, history, line)
     return {"messages": history} if flags.json else None
@@ -70,13 +77,13 @@ class _Chat(NamedTuple):
     """What stays the same from turn to turn.
 
     Attributes:
-      room: tokens that the row has room for. ends: tokens that end an answer.
+      capacity: tokens that the row has room for. ends: tokens that end an answer.
     """
 
     flags: Any
     tokenizer: Tokenizer
     row: Row
-    room: int
+    capacity: int
     choice: Choice
     ends: tuple[int, ...]
 
@@ -94,8 +101,8 @@ def _turn(chat: _Chat, history: list[Message], line: str) -> None:
     stop = TextStop(chat.ends, (), shown, write)
     try:
         prompt = _ids(flags, tokenizer, turns)
-        most = chat.choice.most(len(prompt), chat.room)
-        completion = chat.row.answer(prompt, most, flags.seed, stop)
+        max_new_tokens = chat.choice.new_tokens(len(prompt), chat.capacity)
+        completion = chat.row.answer(prompt, max_new_tokens, flags.seed, stop)
     except ValueError as error:
         print(f"v4jax: this turn is left out: {error}", file=sys.stderr)
         return

@@ -42,11 +42,11 @@ class Choice(NamedTuple):
     from_file: bool = False
     line: str = ""
 
-    def most(self, prompt: int, room: int) -> int:
-        """New tokens that may follow `prompt` tokens where `room` tokens fit in all."""
+    def new_tokens(self, prompt: int, capacity: int) -> int:
+        """New tokens that may follow `prompt` tokens where `capacity` tokens fit in all."""
         if not self.from_file:
             return self.max_new_tokens
-        return max(1, min(self.max_new_tokens, room - prompt))
+        return max(1, min(self.max_new_tokens, capacity - prompt))
 
 
 def model_and_choice(flags) -> tuple[ModelConfig, Choice]:
@@ -84,10 +84,10 @@ def choice_of(flags, ends: Sequence[int] = ()) -> Choice:
     if (filed | flagged).get("temperature", 0) == 0:
         filed = {name: value for name, value in filed.items() if name not in _FILTERS}
     chosen = {"max_new_tokens": flags.default_new_tokens} | filed | flagged
-    most = chosen.pop("max_new_tokens")
+    max_new_tokens = chosen.pop("max_new_tokens")
     counts = {name: value for name, value in filed.items() if name not in flagged}
     line = _line(raw, counts, ends)
-    return Choice(Sampling(**chosen), most, "max_new_tokens" in counts, line)
+    return Choice(Sampling(**chosen), max_new_tokens, "max_new_tokens" in counts, line)
 
 
 def say(*lines: str) -> None:
@@ -104,9 +104,11 @@ def _check(raw: dict[str, Any]) -> None:
         value = raw.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{name}: got {value!r}; must be a number")
-    most = raw.get("max_new_tokens", 1)
-    if type(most) is not int or most < 1:
-        raise ValueError(f"max_new_tokens: got {most!r}; must be an integer of at least 1")
+    max_new_tokens = raw.get("max_new_tokens", 1)
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise ValueError(
+            f"max_new_tokens: got {max_new_tokens!r}; must be an integer of at least 1"
+        )
     Sampling(temperature=raw.get("temperature", 0.0))
     Sampling(temperature=1.0, **{name: raw[name] for name in _FILTERS if name in raw})
 

@@ -11,7 +11,7 @@ import jax
 from sharding.processes import is_first
 from v4jax.api import load, place_on
 from v4jax.generate.choice import model_and_choice, say
-from v4jax.generate.decode import Completion, Setting, check_request, generate
+from v4jax.generate.decode import Completion, DecodeConfig, check_request, generate
 from v4jax.generate.prefix import PrefixStore, check_store
 from v4jax.generate.text import TextStop
 from v4jax.generation_config import disagreement
@@ -30,7 +30,7 @@ def run(flags) -> dict | None:
     if flags.samples < 1 or (flags.samples > 1 and choice.sampling.temperature == 0):
         rule = "must be 1 or more, and 1 without --temperature (all would be the same)"
         raise ValueError(f"--samples: got {flags.samples}; {rule}")
-    setting = Setting(
+    decoding = DecodeConfig(
         dtype=flags.dtype,
         quant=flags.quant,
         storage=flags.cache,
@@ -38,9 +38,9 @@ def run(flags) -> dict | None:
         speculative=flags.speculative,
     )
     prompts, seeds = [prompt] * flags.samples, list(range(flags.seed, flags.seed + flags.samples))
-    room = model.max_position_embeddings if flags.cache_tokens is None else flags.cache_tokens
-    most = choice.most(len(prompt), room)
-    check_request(model, prompts, seeds, most, flags.cache_tokens, setting)
+    capacity = model.max_position_embeddings if flags.cache_tokens is None else flags.cache_tokens
+    max_new_tokens = choice.new_tokens(len(prompt), capacity)
+    check_request(model, prompts, seeds, max_new_tokens, flags.cache_tokens, decoding)
     if given is not None:
         check_tokens(given, model.vocab_size, "--stop-tokens")
     if flags.prefix_cache is not None:
@@ -53,7 +53,7 @@ def run(flags) -> dict | None:
     stop = TextStop(cfg.eos_token_ids if given is None else given, flags.stop, tokenizer, write)
     mesh, rules = place_on(flags.mesh, flags.layout)
     prefixes = flags.prefix_cache and PrefixStore(
-        flags.prefix_cache, flags.prefix_cache_bytes, cfg, params, setting.formats
+        flags.prefix_cache, flags.prefix_cache_bytes, cfg, params, decoding.formats
     )
     if stream:
         write(flags.prompt)
@@ -62,11 +62,11 @@ def run(flags) -> dict | None:
             cfg,
             params,
             prompts,
-            most,
+            max_new_tokens,
             seeds=seeds,
             stop=stop,
-            room=flags.cache_tokens,
-            setting=setting._replace(rules=rules),
+            capacity=flags.cache_tokens,
+            decoding=decoding._replace(rules=rules),
             prefixes=prefixes or None,
         )
     if prefixes and is_first():

@@ -23,7 +23,7 @@ import numpy as np
 
 from sharding.processes import gather
 from sharding.rules import AxisRules
-from v4jax.cache.layer import Stretch
+from v4jax.cache.layer import ChunkSpan
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import (
     Cache,
@@ -69,7 +69,7 @@ class Completion(NamedTuple):
     accepted: int = 0
 
 
-class Setting(NamedTuple):
+class DecodeConfig(NamedTuple):
     """What compiled programs depend on besides the model."""
 
     rules: AxisRules = AxisRules()
@@ -99,8 +99,8 @@ class State(NamedTuple):
     draft_B: jax.Array | None
 
 
-class News(NamedTuple):
-    """What steps bring: `count` tokens of each row, and the logs of their probabilities; P steps."""
+class StepOutput(NamedTuple):
+    """What decoding steps bring: `count` tokens of each row, and the logs of their probabilities; P steps."""
 
     token_PBN: jax.Array
     score_PBN: jax.Array
@@ -115,19 +115,19 @@ def generate(
     *,
     seeds: Sequence[int] | None = None,
     stop: StopRule | None = None,
-    tell: Listener | None = None,
-    room: int | None = None,
+    on_tokens: Listener | None = None,
+    capacity: int | None = None,
     rows: int = 1,
-    setting: Setting = Setting(),
+    decoding: DecodeConfig = DecodeConfig(),
     prefixes: PrefixStore | None = None,
 ) -> list[Completion]:
     """Continues each prompt by at most max_new_tokens (a number for all, or for each).
 
     Args:
       seeds: one per prompt; default 0, 1, 2, ... stop: default, at any of cfg.eos_token_ids.
-      tell: hears every step.
-      room: tokens the cache has room for in each row; default: what the longest prompt needs. rows: of the batch, at least.
-      setting: its rules are a layout, with the mesh ambient (jax.set_mesh).
+      on_tokens: called after every step.
+      capacity: tokens the cache has room for in each row; default: what the longest prompt needs. rows: of the batch, at least.
+      decoding: its rules are a layout, with the mesh ambient (jax.set_mesh).
       prefixes: where beginnings of prompts are looked up and kept.
 
     Raises:
@@ -135,68 +135,73 @@ def generate(
         whose logits are no numbers.
     """
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-    check_request(cfg, prompts, seeds, max_new_tokens, room, setting)
+    check_request(cfg, prompts, seeds, max_new_tokens, capacity, decoding)
     stop = stop or (lambda _, tokens: tokens[-1] in cfg.eos_token_ids)
-    setting = setting._replace(rules=decoding_rules(setting.rules))
-    params = split_layers(cfg, params, setting.rules)
-    shards, most = setting.rules.shards("act_batch"), _each(max_new_tokens, prompts)
+    decoding = decoding._replace(rules=decoding_rules(decoding.rules))
+    params = split_layers(cfg, params, decoding.rules)
+    shards = decoding.rules.shards("act_batch")
+    max_new_tokens = _each(max_new_tokens, prompts)
     rows = -(-max(rows, len(prompts)) // shards) * shards
     padded = [*prompts, *[prompts[0][:1]] * (rows - len(prompts))]  # every device must hold a row
     seed_B = np.array([*seeds, *[0] * (rows - len(prompts))], np.uint32)
-    room = (
-        max(len(prompt) + new for prompt, new in zip(prompts, most, strict=True))
-        if room is None
-        else room
+    capacity = (
+        max(len(prompt) + new for prompt, new in zip(prompts, max_new_tokens, strict=True))
+        if capacity is None
+        else capacity
     )
     cache, known, keep = None, [0] * rows, None
     if prefixes is not None:
         cache, known = prefixes.begin(
-            _start(cfg, setting._replace(sampling=Sampling()), rows, room), padded
+            _start(cfg, decoding._replace(sampling=Sampling()), rows, capacity), padded
         )
         keep = functools.partial(prefixes.keep, padded, known)
-    state, news = prefill(
+    state, output = prefill(
         cfg,
-        setting,
+        decoding,
         params,
         [row[n:] for row, n in zip(padded, known, strict=True)],
         seed_B,
-        room,
+        capacity,
         cache,
         keep,
     )
-    return decode(cfg, setting, params, state, news, seed_B, stop, most, tell)[0]
+    return decode(cfg, decoding, params, state, output, seed_B, stop, max_new_tokens, on_tokens)[0]
 
 
 def decode(
     cfg: ModelConfig,
-    setting: Setting,
+    decoding: DecodeConfig,
     params,
     state: State,
-    news: News,
+    output: StepOutput,
     seed_B,
     stop: StopRule,
-    most: Sequence[int],
-    tell: Listener | None = None,
+    max_new_tokens: Sequence[int],
+    on_tokens: Listener | None = None,
 ) -> tuple[list[Completion], Cache]:
     """What follows the first rows, at most so many tokens each, and the cache, which lacks the newest token of each."""
-    sequences, count = [_Sequence(b, stop, tell, new) for b, new in enumerate(most)], len(most)
+    sequences = [_Sequence(b, stop, on_tokens, new) for b, new in enumerate(max_new_tokens)]
+    count = len(sequences)
     while True:
         for token_BN, score_BN, count_B in zip(
-            *(gather(array).tolist() for array in news), strict=True
+            *(gather(array).tolist() for array in output), strict=True
         ):
             for b, sequence in enumerate(sequences):
                 sequence.take(token_BN[b][: count_B[b]], score_BN[b])
         active_B = np.array([b < count and sequences[b].ended is None for b in range(len(seed_B))])
         if not active_B.any():
             return [sequence.completion() for sequence in sequences], state.cache
-        state, news = advance(cfg, setting, params, state, active_B, seed_B)
+        state, output = advance(cfg, decoding, params, state, active_B, seed_B)
 
 
 class _Sequence:
     """What one sequence has brought so far, and whether it goes on."""
 
-    def __init__(self, number: int, stop: StopRule, tell: Listener | None, most: int):
-        self.number, self.stop, self.tell, self.most = number, stop, tell, most
+    def __init__(
+        self, number: int, stop: StopRule, on_tokens: Listener | None, max_new_tokens: int
+    ):
+        self.number, self.stop = number, stop
+        self.on_tokens, self.max_new_tokens = on_tokens, max_new_tokens
         self.tokens, self.scores, self.ended, self.drafted, self.accepted = [], [], None, 0, 0
 
     def take(self, tokens: Sequence[int], scores: Sequence[float]) -> None:
@@ -206,8 +211,8 @@ class _Sequence:
         self.accepted += len(tokens) - 1
         before = len(self.tokens)
         self._append(tokens, scores)
-        if self.tell is not None:
-            self.tell(self.number, self.tokens[before:], self.scores[before:])
+        if self.on_tokens is not None:
+            self.on_tokens(self.number, self.tokens[before:], self.scores[before:])
 
     def _append(self, tokens: Sequence[int], scores: Sequence[float]) -> None:
         for token, score in zip(tokens, scores, strict=False):
@@ -219,7 +224,7 @@ class _Sequence:
             self.scores.append(score)
             if self.stop(self.number, self.tokens):
                 self.ended = "stop"
-            elif len(self.tokens) == self.most:
+            elif len(self.tokens) == self.max_new_tokens:
                 self.ended = "length"
             if self.ended is not None:
                 return
@@ -241,13 +246,13 @@ def check_request(
     prompts,
     seeds,
     max_new_tokens: int | Sequence[int],
-    room: int | None,
-    setting: Setting,
+    capacity: int | None,
+    decoding: DecodeConfig,
 ) -> None:
     """Raises ValueError for what `generate` cannot do."""
-    check_storage(setting.storage, setting.quant)
-    check_quant(cfg, setting.quant)
-    if setting.speculative and not cfg.num_nextn_predict_layers:
+    check_storage(decoding.storage, decoding.quant)
+    check_quant(cfg, decoding.quant)
+    if decoding.speculative and not cfg.num_nextn_predict_layers:
         raise ValueError("speculative: the model has no MTP layer to draft with")
     if not len(prompts) or not all(len(prompt) for prompt in prompts):
         raise ValueError(
@@ -259,46 +264,48 @@ def check_request(
         raise ValueError(
             f"seeds: got {seeds}; must be one number in [0, 2^32) for each of {len(prompts)} prompt(s)"
         )
-    most = _each(max_new_tokens, prompts)
-    if len(most) != len(prompts):
+    max_new_tokens = _each(max_new_tokens, prompts)
+    if len(max_new_tokens) != len(prompts):
         raise ValueError(
-            f"max_new_tokens: got {len(most)} numbers; must be one, or one for each of {len(prompts)} prompt(s)"
+            f"max_new_tokens: got {len(max_new_tokens)} numbers; must be one, or one for each of {len(prompts)} prompt(s)"
         )
-    if min(most) < 1:
-        raise ValueError(f"max_new_tokens: got {min(most)}; must be at least 1")
-    needed, new = max((len(prompt) + new, new) for prompt, new in zip(prompts, most, strict=True))
+    if min(max_new_tokens) < 1:
+        raise ValueError(f"max_new_tokens: got {min(max_new_tokens)}; must be at least 1")
+    needed, new = max(
+        (len(prompt) + new, new) for prompt, new in zip(prompts, max_new_tokens, strict=True)
+    )
     text, limit = (
         f"prompt of {needed - new} tokens + max_new_tokens {new} is longer than",
         cfg.max_position_embeddings,
     )
-    if room is not None and needed > room:
-        raise ValueError(f"{text} the cache, which has room for {room}")
+    if capacity is not None and needed > capacity:
+        raise ValueError(f"{text} the cache, which has room for {capacity}")
     if needed > limit:
         raise ValueError(f"{text} max_position_embeddings={limit}")
-    if room is not None and room > limit:
+    if capacity is not None and capacity > limit:
         raise ValueError(
-            f"the cache: got room for {room} tokens; max_position_embeddings={limit} are the most that the model takes"
+            f"the cache: got room for {capacity} tokens; max_position_embeddings={limit} are the most that the model takes"
         )
 
 
 def prefill(
     cfg: ModelConfig,
-    setting: Setting,
+    decoding: DecodeConfig,
     params,
     prompts,
     seed_B,
-    room: int,
+    capacity: int,
     cache: Cache | None = None,
     after: Callable[[Cache, int], None] | None = None,
-) -> tuple[State, News]:
+) -> tuple[State, StepOutput]:
     """The state with every prompt in the cache, and each row's first new token.
 
     cache: what the prompts continue; donated. after: told of the cache behind every chunk, and how many tokens were run.
     """
     length_B = np.array([len(prompt) for prompt in prompts])
     chunk = min(PREFILL_CHUNK, 1 << int(length_B.max() - 1).bit_length())
-    plain = setting._replace(sampling=Sampling())  # one program however tokens are chosen
-    cache = _start(cfg, plain, len(prompts), room) if cache is None else cache
+    plain = decoding._replace(sampling=Sampling())  # one program however tokens are chosen
+    cache = _start(cfg, plain, len(prompts), capacity) if cache is None else cache
     last = _no_state(cfg, plain, len(prompts))
     for start in range(0, length_B.max(), chunk):
         tokens_BV = np.zeros(
@@ -312,35 +319,37 @@ def prefill(
         )
         if after is not None:
             after(cache, start + chunk)
-    return _first(cfg, setting, params, cache, last, seed_B)
+    return _first(cfg, decoding, params, cache, last, seed_B)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _start(cfg, setting: Setting, batch: int, room: int) -> Cache:
-    return empty_cache(cfg, batch, room, jnp.dtype(setting.dtype), setting.storage, setting.rules)
+def _start(cfg, decoding: DecodeConfig, batch: int, capacity: int) -> Cache:
+    return empty_cache(
+        cfg, batch, capacity, jnp.dtype(decoding.dtype), decoding.storage, decoding.rules
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _no_state(cfg, setting: Setting, batch: int):
+def _no_state(cfg, decoding: DecodeConfig, batch: int):
     """In the place of each row's last state: normalised for the head [B,D], and (for MTP) its streams [B,X,D]."""
-    dtype = jnp.dtype(setting.dtype)
+    dtype = jnp.dtype(decoding.dtype)
     streams_BXD = (
-        jnp.zeros((batch, cfg.hc_mult, cfg.hidden_size), dtype) if setting.speculative else None
+        jnp.zeros((batch, cfg.hc_mult, cfg.hidden_size), dtype) if decoding.speculative else None
     )
     return jnp.zeros((batch, cfg.hidden_size), dtype), streams_BXD
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 6))
-def _continue(cfg, setting: Setting, params, cache, tokens_BV, left_B, last):
+def _continue(cfg, decoding: DecodeConfig, params, cache, tokens_BV, left_B, last):
     """The cache and the last state of each row, which stays where the chunk brings nothing; left_B counts tokens from here on."""
     size, start_B = tokens_BV.shape[1] - 1, cache.length_B
     count_B = jnp.clip(left_B, 0, size)
-    chunk, cache = extend(cfg, params, cache, tokens_BV[:, :-1], count_B, **setting.compute)
-    states = (chunk.x_BTD, chunk.streams_BTXD if setting.speculative else None)
-    if setting.speculative:
-        known = Stretch(start_B, jnp.clip(left_B - 1, 0, size))
+    chunk, cache = extend(cfg, params, cache, tokens_BV[:, :-1], count_B, **decoding.compute)
+    states = (chunk.x_BTD, chunk.streams_BTXD if decoding.speculative else None)
+    if decoding.speculative:
+        known = ChunkSpan(start_B, jnp.clip(left_B - 1, 0, size))
         _, cache = draft(
-            cfg, params, cache, chunk.streams_BTXD, tokens_BV[:, 1:], known, **setting.compute
+            cfg, params, cache, chunk.streams_BTXD, tokens_BV[:, 1:], known, **decoding.compute
         )
 
     def pick(new, old):
@@ -350,68 +359,74 @@ def _continue(cfg, setting: Setting, params, cache, tokens_BV, left_B, last):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _first(cfg, setting: Setting, params, cache, last, seed_B):
+def _first(cfg, decoding: DecodeConfig, params, cache, last, seed_B):
     x_BD, streams_BXD = last
-    logits_BV = logits_of(params, x_BD[:, None], setting.rules)[:, 0]
-    token_B, score_B = choose_token(setting.sampling, logits_BV, seed_B, cache.length_B)
-    news = News(token_B[None, :, None], score_B[None, :, None], jnp.ones_like(token_B)[None])
-    if not setting.speculative:
-        return State(cache, token_B, None), news
-    stretch = Stretch(cache.length_B - 1, jnp.ones_like(token_B))
-    draft_B, cache = _draft(
-        cfg, setting, params, cache, streams_BXD[:, None], token_B[:, None], stretch, seed_B
+    logits_BV = logits_of(params, x_BD[:, None], decoding.rules)[:, 0]
+    token_B, score_B = choose_token(decoding.sampling, logits_BV, seed_B, cache.length_B)
+    output = StepOutput(
+        token_B[None, :, None], score_B[None, :, None], jnp.ones_like(token_B)[None]
     )
-    return State(cache, token_B, draft_B), news
+    if not decoding.speculative:
+        return State(cache, token_B, None), output
+    span = ChunkSpan(cache.length_B - 1, jnp.ones_like(token_B))
+    draft_B, cache = _draft(
+        cfg, decoding, params, cache, streams_BXD[:, None], token_B[:, None], span, seed_B
+    )
+    return State(cache, token_B, draft_B), output
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def advance(cfg, setting: Setting, params, state: State, active_B, seed_B) -> tuple[State, News]:
+def advance(
+    cfg, decoding: DecodeConfig, params, state: State, active_B, seed_B
+) -> tuple[State, StepOutput]:
     """Steps of every active row."""
     return jax.lax.scan(
-        lambda state, _: _step(cfg, setting, params, state, active_B, seed_B),
+        lambda state, _: _step(cfg, decoding, params, state, active_B, seed_B),
         state,
-        length=setting.steps,
+        length=decoding.steps,
     )
 
 
-def _step(cfg, setting: Setting, params, state: State, active_B, seed_B) -> tuple[State, News]:
+def _step(
+    cfg, decoding: DecodeConfig, params, state: State, active_B, seed_B
+) -> tuple[State, StepOutput]:
     start_B, token_B = state.cache.length_B, state.token_B
     tokens_BN = (
-        jnp.stack((token_B, state.draft_B), axis=1) if setting.speculative else token_B[:, None]
+        jnp.stack((token_B, state.draft_B), axis=1) if decoding.speculative else token_B[:, None]
     )
     size = tokens_BN.shape[1]
     chunk, cache = extend(
-        cfg, params, state.cache, tokens_BN, size * active_B.astype(jnp.int32), **setting.compute
+        cfg, params, state.cache, tokens_BN, size * active_B.astype(jnp.int32), **decoding.compute
     )
-    logits_BNV = logits_of(params, chunk.x_BTD, setting.rules)
+    logits_BNV = logits_of(params, chunk.x_BTD, decoding.rules)
     chosen = [
-        choose_token(setting.sampling, logits_BNV[:, n], seed_B, start_B + 1 + n)
+        choose_token(decoding.sampling, logits_BNV[:, n], seed_B, start_B + 1 + n)
         for n in range(size)
     ]
-    news_BN, score_BN = (jnp.stack(parts, axis=1) for parts in zip(*chosen, strict=True))
-    if not setting.speculative:
-        return State(cache, news_BN[:, 0], None), News(
-            news_BN, score_BN, active_B.astype(jnp.int32)
+    chosen_BN, score_BN = (jnp.stack(parts, axis=1) for parts in zip(*chosen, strict=True))
+    if not decoding.speculative:
+        return State(cache, chosen_BN[:, 0], None), StepOutput(
+            chosen_BN, score_BN, active_B.astype(jnp.int32)
         )
-    count_B = jnp.where(active_B, 1 + (news_BN[:, 0] == state.draft_B), 0)
+    count_B = jnp.where(active_B, 1 + (chosen_BN[:, 0] == state.draft_B), 0)
     cache = cache._replace(length_B=start_B + count_B)
-    stretch = Stretch(start_B, count_B)
+    span = ChunkSpan(start_B, count_B)
     draft_B, cache = _draft(
-        cfg, setting, params, cache, chunk.streams_BTXD, news_BN, stretch, seed_B
+        cfg, decoding, params, cache, chunk.streams_BTXD, chosen_BN, span, seed_B
     )
-    return State(cache, _at(news_BN, jnp.maximum(count_B - 1, 0)), draft_B), News(
-        news_BN, score_BN, count_B
+    return State(cache, _at(chosen_BN, jnp.maximum(count_B - 1, 0)), draft_B), StepOutput(
+        chosen_BN, score_BN, count_B
     )
 
 
 def _draft(
-    cfg, setting: Setting, params, cache, streams_BTXD, next_BT, stretch: Stretch, seed_B
+    cfg, decoding: DecodeConfig, params, cache, streams_BTXD, next_BT, span: ChunkSpan, seed_B
 ) -> tuple[jax.Array, Cache]:
     """What MTP would choose behind the last real one of `next_BT`."""
-    x_BTD, cache = draft(cfg, params, cache, streams_BTXD, next_BT, stretch, **setting.compute)
-    x_BD = _at(x_BTD, jnp.maximum(stretch.count_B - 1, 0))
-    logits_BV = logits_of(params, x_BD[:, None], setting.rules)[:, 0]
-    return choose_token(setting.sampling, logits_BV, seed_B, stretch.start_B + stretch.count_B + 1)[
+    x_BTD, cache = draft(cfg, params, cache, streams_BTXD, next_BT, span, **decoding.compute)
+    x_BD = _at(x_BTD, jnp.maximum(span.count_B - 1, 0))
+    logits_BV = logits_of(params, x_BD[:, None], decoding.rules)[:, 0]
+    return choose_token(decoding.sampling, logits_BV, seed_B, span.start_B + span.count_B + 1)[
         0
     ], cache
 

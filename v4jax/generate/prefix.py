@@ -200,7 +200,7 @@ def _ratios(cfg: ModelConfig, cache: Cache) -> tuple[int, ...]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _pieces(
-    ratios: tuple[int, ...], leaves: Sequence[jax.Array], row: jax.Array, stretch: jax.Array
+    ratios: tuple[int, ...], leaves: Sequence[jax.Array], row: jax.Array, index: jax.Array
 ) -> list[jax.Array]:
     """What a stretch keeps of a row: rings whole, of slots its own."""
 
@@ -208,7 +208,7 @@ def _pieces(
         x_LRH = jax.lax.dynamic_index_in_dim(x_LBRH, row, axis=1, keepdims=False)
         return (
             jax.lax.dynamic_slice_in_dim(
-                x_LRH, stretch * (STRETCH // ratio), STRETCH // ratio, axis=1
+                x_LRH, index * (STRETCH // ratio), STRETCH // ratio, axis=1
             )
             if ratio
             else x_LRH

@@ -1,6 +1,6 @@
 """Samples for reinforcement learning: several of each of many prompts, with the logs of their probabilities, and a log to go on from.
 
-    samples = rollout(cfg, params, prompts, Plan(samples=8, max_new_tokens=256), "run/rollout.jsonl", setting=Setting(sampling=warm))
+    samples = rollout(cfg, params, prompts, Plan(samples=8, max_new_tokens=256), "run/rollout.jsonl", decoding=DecodeConfig(sampling=warm))
     samples[p][s].tokens, samples[p][s].log_probs
 
 Probabilities are the model's own, at temperature 1 and unfiltered: what the forward pass of training gives for the same tokens, up to
@@ -24,7 +24,7 @@ import numpy as np
 
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import split_layers
-from v4jax.generate.decode import Completion, Setting, check_request, generate
+from v4jax.generate.decode import Completion, DecodeConfig, check_request, generate
 from v4jax.generate.prefix import PrefixStore, digest
 from v4jax.storage import folder_to_fill, local_path
 from v4jax.tokenizer import check_tokens
@@ -64,13 +64,13 @@ def rollout(
     plan: Plan,
     log,
     *,
-    setting: Setting = Setting(),
+    decoding: DecodeConfig = DecodeConfig(),
     prefixes: PrefixStore | None = None,
 ) -> list[list[Completion]]:
     """The samples of each prompt, in order.
 
     Args:
-      log: path of the file that remembers; made where it is not. setting, prefixes: see v4jax/generate/decode.py.
+      log: path of the file that remembers; made where it is not. decoding, prefixes: see v4jax/generate/decode.py.
 
     Raises:
       ValueError: see `check_request`; a log of another batch; several processes.
@@ -81,11 +81,16 @@ def rollout(
     stops = cfg.eos_token_ids if plan.stop_tokens is None else plan.stop_tokens
     each = [prompt for prompt in prompts for _ in range(plan.samples)]
     seeds = [(plan.seed + job) % 2**32 for job in range(len(each))]
-    check_request(cfg, each, seeds, plan.max_new_tokens, None, setting)
+    check_request(cfg, each, seeds, plan.max_new_tokens, None, decoding)
     check_tokens(np.array(stops, int), cfg.vocab_size, "stop_tokens")
     jobs = [np.asarray(prompt).tolist() for prompt in each]
-    room = max(map(len, jobs)) + plan.max_new_tokens
-    numbers = [setting.dtype, setting.quant, setting.storage, dataclasses.asdict(setting.sampling)]
+    capacity = max(map(len, jobs)) + plan.max_new_tokens
+    numbers = [
+        decoding.dtype,
+        decoding.quant,
+        decoding.storage,
+        dataclasses.asdict(decoding.sampling),
+    ]
     with _Log(
         log,
         [cfg.to_dict(), digest(params).hex(), jobs, dataclasses.asdict(plan), *numbers],
@@ -93,7 +98,7 @@ def rollout(
         plan,
         cfg.vocab_size,
     ) as done:
-        params = split_layers(cfg, params, setting.rules)
+        params = split_layers(cfg, params, decoding.rules)
         left = [
             job
             for job, tokens in enumerate(done.tokens)
@@ -108,10 +113,12 @@ def rollout(
                 [plan.max_new_tokens - len(done.tokens[job]) for job in batch],
                 seeds=[seeds[job] for job in batch],
                 stop=lambda _, tokens: tokens[-1] in stops,
-                tell=lambda b, tokens, scores, batch=batch: done.write(batch[b], tokens, scores),
-                room=room,
+                on_tokens=lambda b, tokens, scores, batch=batch: done.write(
+                    batch[b], tokens, scores
+                ),
+                capacity=capacity,
                 rows=plan.rows,
-                setting=setting,
+                decoding=decoding,
                 prefixes=prefixes,
             )
         completions = [

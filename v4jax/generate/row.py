@@ -1,6 +1,6 @@
 """One sequence whose cache stays between calls: of the next prompt only what is new is run.
 
-    row = Row(cfg, params, setting, room=4096)
+    row = Row(cfg, params, decoding, capacity=4096)
     first = row.answer([0, 5, 6], 64, 0, stop)
     again = row.answer([0, 5, 6, *first.tokens, 7], 64, 0, stop)      # runs the newest token of `first`, and 7
 
@@ -19,22 +19,23 @@ import numpy as np
 from v4jax.cache.layer import SPARE_ROWS
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import Cache, decoding_rules, split_layers
-from v4jax.generate.decode import Completion, Setting, StopRule, check_request, decode, prefill
+from v4jax.generate.decode import Completion, DecodeConfig, StopRule, check_request, decode, prefill
 
 
 class Row:
-    """Room for one sequence of `room` tokens, with the mesh of setting.rules ambient; without speculation.
+    """Room for one sequence of `capacity` tokens, with the mesh of decoding.rules ambient; without speculation.
 
     Attributes:
       tokens: those that the cache holds.
     """
 
-    def __init__(self, cfg: ModelConfig, params, setting: Setting, room: int):
-        if setting.speculative:
+    def __init__(self, cfg: ModelConfig, params, decoding: DecodeConfig, capacity: int):
+        if decoding.speculative:
             raise ValueError("speculative: a kept row is continued a token at a time")
-        self._cfg, self._params, self._room = cfg, split_layers(cfg, params, setting.rules), room
+        self._cfg, self._capacity = cfg, capacity
+        self._params = split_layers(cfg, params, decoding.rules)
         # A step at a time: what comes behind a stop would have to be taken back.
-        self._setting = setting._replace(rules=decoding_rules(setting.rules), steps=1)
+        self._decoding = decoding._replace(rules=decoding_rules(decoding.rules), steps=1)
         self._cache: Cache | None = None
         self._reach = (
             0  # positions that were ever written: rings have lost what is a whole turn before them
@@ -55,10 +56,10 @@ class Row:
         Raises:
           ValueError: see `check_request`; the row is then as it was.
         """
-        check_request(self._cfg, [prompt], [seed], max_new_tokens, self._room, self._setting)
+        check_request(self._cfg, [prompt], [seed], max_new_tokens, self._capacity, self._decoding)
         known, rows = (
             self.known(prompt),
-            self._setting.rules.shards("act_batch"),
+            self._decoding.rules.shards("act_batch"),
         )  # every device must hold a row
         cache = (
             self._cache._replace(length_B=jnp.minimum(self._cache.length_B, known))
@@ -70,9 +71,9 @@ class Row:
             [prompt[known:], *[prompt[:1]] * (rows - 1)],
             np.array([seed] * rows, np.uint32),
         )
-        own = (self._cfg, self._setting, self._params)
-        state, news = prefill(*own, prompts, seed_B, self._room, cache)
-        (completion,), self._cache = decode(*own, state, news, seed_B, stop, [max_new_tokens])
+        own = (self._cfg, self._decoding, self._params)
+        state, output = prefill(*own, prompts, seed_B, self._capacity, cache)
+        (completion,), self._cache = decode(*own, state, output, seed_B, stop, [max_new_tokens])
         self.tokens = [*prompt, *completion.tokens[:-1]]
         self._reach = max(self._reach if known else 0, len(self.tokens))
         return completion

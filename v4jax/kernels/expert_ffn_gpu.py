@@ -116,9 +116,9 @@ def _dot(a, b):
     )
 
 
-def _tile(width: int, most: int) -> int:
-    """The largest power of two that cuts `width` evenly, up to `most`."""
-    return min(width & -width, most)
+def _tile(width: int, limit: int) -> int:
+    """The largest power of two that cuts `width` evenly, up to `limit`."""
+    return min(width & -width, limit)
 
 
 def _anywhere(count: int) -> list[pl.BlockSpec]:

@@ -4,7 +4,7 @@ Cost: the window is banded, blocks of W queries against 2W keys, never S x S. Qu
 queries against all entries never exist at once. CSA either masks the entries that were not chosen or gathers the chosen
 ones, whichever is cheaper at that length; both give the same result.
 
-On a mesh every device attends for its own rows and heads: a stretch of the sequence needs the W rows before it from its
+On a mesh every device attends for its own rows and heads: a part of the sequence needs the W rows before it from its
 neighbour and the compressed entries of all; what indexer heads on other devices score is added before entries are chosen.
 A cache that is cut along the sequence stays where it is: every device attends to its own entries, and the parts are added.
 
@@ -24,9 +24,9 @@ from sharding.manual import first_row, vary_like, with_rows_before
 from sharding.rules import AxisRules
 from v4jax.cache.layer import (
     SPARE_ROWS,
-    Kept,
+    CacheView,
+    CompressedKV,
     LayerCache,
-    Slots,
     all_rows,
     chosen_rows,
     slots_spec,
@@ -50,8 +50,8 @@ from v4jax.model.indexer import (
 )
 from v4jax.model.norm import RMSNorm, rms_norm
 from v4jax.model.rotary import rotate
-from v4jax.model.segments import Documents, Entries, whole_windows
-from v4jax.model.weights import Csa, Weights
+from v4jax.model.segments import CompressionWindows, Segments, whole_windows
+from v4jax.model.weights import SparseMode, Weights
 from v4jax.quant.fake import fp8_keys
 
 CHUNK_BYTES = 2**24
@@ -64,14 +64,14 @@ GATHER_FROM = 8
 class Queries(NamedTuple):
     """A chunk of queries with the raw rows they may see: blocks of W queries over 2W rows (their own W and the W before).
 
-    row, window_row [B or 1,...]: positions; segments are None for rows of one document; real: does not only fill up a chunk; index is
+    position, window_position [B or 1,...]: of the queries, of the window's keys; segments are None for rows of one document; real: does not only fill up a chunk; index is
     None unless asked for. A few queries that continue a row are one block over all rows that are given.
     """
 
     q_BTNH: jax.Array
     window_BUWH: jax.Array
-    row_BT: jax.Array
-    window_row_BUW: jax.Array
+    position_BT: jax.Array
+    window_position_BUW: jax.Array
     segment_BT: jax.Array | None
     segment_BUW: jax.Array | None
     real_T: jax.Array
@@ -79,26 +79,26 @@ class Queries(NamedTuple):
     index_w: jax.Array | None
 
 
-class Past(NamedTuple):
+class WindowKV(NamedTuple):
     """Of a row that is continued: the W rows before it and its own, V = W + S, their positions, and its first position.
 
     Rows before a few (SPARE_ROWS) may be in any order and among others, with positions before the window."""
 
     rows_BVH: jax.Array
-    row_BV: jax.Array
+    position_BV: jax.Array
     start_B: jax.Array
 
 
-class _Far(NamedTuple):
+class Entries(NamedTuple):
     """The compressed entries: key/value rows, the last row each stands for, its document (None: rows of one document)."""
 
-    entry_BCH: jax.Array | Slots
+    entry_BCH: jax.Array | CompressedKV
     last_BC: jax.Array
     segment_BC: jax.Array | None
 
 
-class _Split(NamedTuple):
-    """Mesh axes that cut the sequence (None: whole), the indexer's heads, the heads, the queries (batch and sequence), and kept entries."""
+class ShardAxes(NamedTuple):
+    """Mesh axes that cut the sequence (None: whole), the indexer's heads, the heads, the queries (batch and sequence), and cached entries."""
 
     seq: str | None = None
     index_heads: tuple[str, ...] = ()
@@ -113,31 +113,31 @@ def attend(
     q_BSNH: jax.Array,
     kv_BSH: jax.Array,
     sink_N: jax.Array,
-    documents: Documents,
-    entries: Entries | None = None,
+    segments: Segments,
+    windows: CompressionWindows | None = None,
     entry_BCH: jax.Array | None = None,
     index: IndexInputs | None = None,
-    past: Past | None = None,
-    csa: Csa = Csa(),
+    past: WindowKV | None = None,
+    sparse: SparseMode = SparseMode(),
 ) -> tuple[jax.Array, IndexLoss | None]:
     """softmax over (window keys, visible or chosen entries, sink) of q.k * H^-0.5, times the same keys; [B,S,N,H].
 
-    And the loss of the indexer, if csa.teach.
+    And the loss of the indexer, if sparse.train_indexer.
 
     Args:
       q_BSNH, kv_BSH, entry_BCH: normalised and rotated. sink_N: float32 logit per head, in the denominator only.
-      entries: what entry_BCH stands for, or None in layers of ratio 0 and in rows shorter than a window.
-      index: given when only index_topk of the entries may be attended to, or the indexer is taught.
-      past: given when rows continue others, and then in the place of kv_BSH; entry_BCH is then all that is kept, and may be Slots.
+      windows: those that entry_BCH was made of, or None in layers of ratio 0 and in rows shorter than a window.
+      index: given when only index_topk of the entries may be attended to, or the indexer is trained.
+      past: given when rows continue others, and then in the place of kv_BSH; entry_BCH is then all that is kept, and may be CompressedKV.
     """
-    far = None if entries is None else _Far(entry_BCH, entries.last_BC, entries.segment_BC)
-    arguments = (q_BSNH, kv_BSH, sink_N, documents.segment_BS, far, index, past)
+    entries = None if windows is None else Entries(entry_BCH, windows.last_BC, windows.segment_BC)
+    arguments = (q_BSNH, kv_BSH, sink_N, segments.segment_BS, entries, index, past)
     if not rules:
-        return _attend(cfg, csa, _Split(), *arguments)
+        return _attend(cfg, sparse, ShardAxes(), *arguments)
     (axis,) = rules.mesh_axes("act_seq") or (None,)
     batch, seq, heads = "act_batch", "act_seq", "act_heads"
     (slots,) = rules.mesh_axes("cache_slots") or (None,)
-    split = _Split(
+    split = ShardAxes(
         axis,
         *(rules.mesh_axes(name) for name in ("index_heads", heads)),
         rules.mesh_axes(batch) + rules.mesh_axes(seq),
@@ -154,11 +154,12 @@ def attend(
         rules.spec((batch, seq, heads, None)),
         rules.spec((batch, seq, None)),
         rules.spec((heads,)),
-        spec(documents.segment_BS, batch, seq),
+        spec(segments.segment_BS, batch, seq),
         None
-        if far is None
-        else _Far(
-            _rows_spec(rules, far.entry_BCH), *(spec(x, batch, "cache_slots") for x in far[1:])
+        if entries is None
+        else Entries(
+            _rows_spec(rules, entries.entry_BCH),
+            *(spec(x, batch, "cache_slots") for x in entries[1:]),
         ),
         None
         if index is None
@@ -169,30 +170,32 @@ def attend(
         ),
         None
         if past is None
-        else Past(rules.spec((batch, None, None)), rules.spec((batch, None)), rules.spec((batch,))),
+        else WindowKV(
+            rules.spec((batch, None, None)), rules.spec((batch, None)), rules.spec((batch,))
+        ),
     )
-    loss = IndexLoss(*[rules.spec(())] * 3) if csa.teach and index is not None else None
+    loss = IndexLoss(*[rules.spec(())] * 3) if sparse.train_indexer and index is not None else None
     return jax.shard_map(
-        functools.partial(_attend, cfg, csa, split), in_specs=specs, out_specs=(specs[0], loss)
+        functools.partial(_attend, cfg, sparse, split), in_specs=specs, out_specs=(specs[0], loss)
     )(*arguments)
 
 
-def _rows_spec(rules: AxisRules, rows: jax.Array | Slots):
+def _rows_spec(rules: AxisRules, rows: jax.Array | CompressedKV):
     """Where entries or index keys of all devices are: cut with the batch, and kept ones as they are kept."""
-    if not isinstance(rows, Slots):
+    if not isinstance(rows, CompressedKV):
         return rules.spec(("act_batch", None, None))
-    return Slots(slots_spec(rules, rows.stack), rules.spec(()), rules.spec(()))
+    return CompressedKV(slots_spec(rules, rows.stack), rules.spec(()), rules.spec(()))
 
 
 def _attend(
     cfg: ModelConfig,
-    csa: Csa,
-    split: _Split,
+    sparse: SparseMode,
+    split: ShardAxes,
     q_BSNH,
     kv_BSH,
     sink_N,
     segment_BS,
-    far: _Far | None,
+    entries: Entries | None,
     index,
     past,
 ):
@@ -200,33 +203,33 @@ def _attend(
     batch, seq, heads, _ = q_BSNH.shape
     window = cfg.sliding_window
     # Numbers that gradients flow to, not positions: what is seen must be known to be the same on devices with other heads.
-    entry_BCH = None if far is None else far.entry_BCH
+    entry_BCH = None if entries is None else entries.entry_BCH
     sink_N, kv_BSH, entry_BCH = jax.tree.map(
         lambda x: vary_like(x, q_BSNH), (sink_N, kv_BSH, entry_BCH)
     )
-    far = far and far._replace(entry_BCH=entry_BCH)
+    entries = entries and entries._replace(entry_BCH=entry_BCH)
     if past is None:
         block, first_B = window, jnp.reshape(first_row(split.seq, seq), 1)
         kv_BSH = with_rows_before(kv_BSH, window, split.seq)
-        row_BV = first_B[:, None] + jnp.arange(-window, seq, dtype=jnp.int32)[None]
+        position_BV = first_B[:, None] + jnp.arange(-window, seq, dtype=jnp.int32)[None]
     else:
-        block, first_B, row_BV = (
+        block, first_B, position_BV = (
             seq if seq <= max(window, SPARE_ROWS) else window,
             past.start_B,
-            past.row_BV,
+            past.position_BV,
         )
         kv_BSH = vary_like(past.rows_BVH, q_BSNH)
     segment_BV = None if segment_BS is None else with_rows_before(segment_BS, window, split.seq)
-    blocks, chunks = _chunks(cfg, csa, split, q_BSNH.shape, block, far, index)
+    blocks, chunks = _chunks(cfg, sparse, split, q_BSNH.shape, block, entries, index)
     queries = _cut(
-        q_BSNH, kv_BSH, first_B, row_BV, segment_BS, segment_BV, index, block, blocks, chunks
+        q_BSNH, kv_BSH, first_B, position_BV, segment_BS, segment_BV, index, block, blocks, chunks
     )
     keys = None if index is None else index.key_BCJ
     if split.slots and keys is not None:
         keys = keys._replace(used=keys.used - first_row(split.slots, keys.count))
 
     def one(chunk: Queries) -> tuple[jax.Array, IndexLoss | None]:
-        return _attend_chunk(cfg, csa, split, chunk, sink_N, far, keys)
+        return _attend_chunk(cfg, sparse, split, chunk, sink_N, entries, keys)
 
     if chunks == 1:
         out, loss = one(jax.tree.map(lambda x: x[0], queries))
@@ -239,24 +242,26 @@ def _attend(
     return out[:, :seq], loss
 
 
-def _gathers(cfg: ModelConfig, csa: Csa, slots: int, rows: int) -> bool:
+def _gathers(cfg: ModelConfig, sparse: SparseMode, slots: int, rows: int) -> bool:
     """Whether CSA gathers what it chose; for few queries (decoding) as soon as there is a choice."""
-    return not csa.dense and slots >= (GATHER_FROM if rows >= FEW_QUERIES else 1) * cfg.index_topk
+    return (
+        not sparse.dense and slots >= (GATHER_FROM if rows >= FEW_QUERIES else 1) * cfg.index_topk
+    )
 
 
 def _chunks(
     cfg: ModelConfig,
-    csa: Csa,
-    split: _Split,
+    sparse: SparseMode,
+    split: ShardAxes,
     q_shape,
     block: int,
-    far: _Far | None,
+    entries: Entries | None,
     index: IndexInputs | None,
 ) -> tuple[int, int]:
     """(blocks of queries in a chunk, chunks), so that a chunk's scores stay within CHUNK_BYTES."""
     batch, seq, heads, dim = q_shape
-    slots = columns = 0 if far is None else far.last_BC.shape[1]
-    if index is not None and (split.slots or _gathers(cfg, csa, slots, seq)):
+    slots = columns = 0 if entries is None else entries.last_BC.shape[1]
+    if index is not None and (split.slots or _gathers(cfg, sparse, slots, seq)):
         # Gathered rows are H wide and belong to one query: they weigh more than their scores.
         columns = cfg.index_topk * (1 + dim // heads)
     per_query = heads * (2 * cfg.sliding_window + columns)
@@ -271,7 +276,7 @@ def _cut(
     q_BSNH,
     kv_BVH,
     first_B,
-    row_BV,
+    position_BV,
     segment_BS,
     segment_BV,
     index,
@@ -312,7 +317,7 @@ def _cut(
             1,
             0,
         ),
-        banded(row_BV, fill=-1),
+        banded(position_BV, fill=-1),
         chunked(segment_BS) if packed else None,
         banded(segment_BV) if packed else None,
         (jnp.arange(total) < q_BSNH.shape[1]).reshape(chunks, -1),
@@ -323,11 +328,11 @@ def _cut(
 
 def _attend_chunk(
     cfg: ModelConfig,
-    csa: Csa,
-    split: _Split,
+    sparse: SparseMode,
+    split: ShardAxes,
     chunk: Queries,
     sink_N,
-    entries: _Far | None,
+    entries: Entries | None,
     index_key,
 ):
     """(attention of one chunk of queries [B,T,N,H], loss of its indexer or None)."""
@@ -341,7 +346,7 @@ def _attend_chunk(
     peak = jnp.maximum(near.max(-1), sink_11N)
     far = loss = None
     if entries is not None:
-        visible_BTC, entry_BCH, score_BTC = _choose(cfg, csa, split, chunk, entries, index_key)
+        visible_BTC, entry_BCH, score_BTC = _choose(cfg, sparse, split, chunk, entries, index_key)
         keys = "BTKH" if entry_BCH.ndim == 4 else "BKH"
         far = _einsum(f"BTNH,{keys}->BTNK", q_BUWNH.reshape(batch, rows, heads, dim), entry_BCH)
         far = jnp.where(visible_BTC[:, :, None], far, -jnp.inf)
@@ -356,7 +361,7 @@ def _attend_chunk(
         far = jnp.exp(far - peak)
         add = functools.partial(jax.lax.psum, axis_name=split.slots) if split.slots else lambda x: x
         total = total + add(far.sum(-1))
-        if csa.teach and index_key is not None:
+        if sparse.train_indexer and index_key is not None:
             mass_BTC = jnp.sum(far / total[..., None], axis=2)
             mass_BTC = jax.lax.psum(mass_BTC, split.heads) if split.heads else mass_BTC
             loss = index_loss(mass_BTC, score_BTC, visible_BTC, chunk.real_T)
@@ -364,50 +369,57 @@ def _attend_chunk(
     return (out / total[..., None]).astype(chunk.q_BTNH.dtype), loss
 
 
-def _choose(cfg: ModelConfig, csa: Csa, split: _Split, chunk: Queries, entries: _Far, index_key):
+def _choose(
+    cfg: ModelConfig,
+    sparse: SparseMode,
+    split: ShardAxes,
+    chunk: Queries,
+    entries: Entries,
+    index_key,
+):
     """(which entries each query attends to [B or 1,T,C], their rows [B,C,H], their index scores [B,T,C] or None): all that it
     sees, or the chosen ones of these. Where these are gathered: [B,T,K], [B,T,K,H], [B,T,K]."""
-    visible_BTC, dtype, most = _visible(chunk, entries), chunk.q_BTNH.dtype, cfg.index_topk
+    visible_BTC, dtype, topk = _visible(chunk, entries), chunk.q_BTNH.dtype, cfg.index_topk
     if index_key is None:
         return visible_BTC, all_rows(entries.entry_BCH, dtype), None
     index = IndexInputs(chunk.index_q, chunk.index_w, index_key)
-    if not split.index_heads and may_search(index_key, most):
+    if not split.index_heads and may_search(index_key, topk):
         score_BTK, index_BTK = best_slots(
-            index, chunk.row_BT - CSA * first_row(split.slots, index_key.count), most
+            index, chunk.position_BT - CSA * first_row(split.slots, index_key.count), topk
         )
     else:
-        if not csa.teach and not isinstance(
-            index_key, Slots
+        if not sparse.train_indexer and not isinstance(
+            index_key, CompressedKV
         ):  # scores that gradients flow through are not left out
             index = index._replace(
-                key_BCJ=Slots(index_key[None], jnp.int32(0), _seen_slots(chunk, entries))
+                key_BCJ=CompressedKV(index_key[None], jnp.int32(0), _seen_slots(chunk, entries))
             )
         score_BTC = index_scores(index)
         if split.index_heads:
             score_BTC = jax.lax.psum(score_BTC, split.index_heads)
         score_BTC = jnp.where(visible_BTC, score_BTC, -jnp.inf)
         slots = score_BTC.shape[-1]
-        if csa.dense or (slots <= most and not split.slots):
+        if sparse.dense or (slots <= topk and not split.slots):
             return visible_BTC, all_rows(entries.entry_BCH, dtype), score_BTC
-        if not split.slots and not _gathers(cfg, csa, slots, score_BTC.shape[1]):
+        if not split.slots and not _gathers(cfg, sparse, slots, score_BTC.shape[1]):
             return (
-                visible_BTC & top_k_mask(score_BTC, most),
+                visible_BTC & top_k_mask(score_BTC, topk),
                 all_rows(entries.entry_BCH, dtype),
                 score_BTC,
             )
-        score_BTK, index_BTK = best_of(score_BTC, min(most, slots))
+        score_BTK, index_BTK = best_of(score_BTC, min(topk, slots))
     chosen_BTK = score_BTK > -jnp.inf
     if split.slots:
-        chosen_BTK &= _among_all(score_BTK, most, split.slots)
+        chosen_BTK &= _among_all(score_BTK, topk, split.slots)
     return chosen_BTK, chosen_rows(entries.entry_BCH, index_BTK, dtype), score_BTK
 
 
-def _among_all(score_BTK: jax.Array, most: int, axis: str) -> jax.Array:
-    """Which of the best scores of this device are among the `most` best of all, where every device holds a stretch of the entries.
+def _among_all(score_BTK: jax.Array, topk: int, axis: str) -> jax.Array:
+    """Which of the best scores of this device are among the `topk` best of all, where every device holds a contiguous part of the entries.
 
-    Stretches follow each other, so of equal scores the smaller index wins here too. K numbers a query travel.
+    The parts follow each other, so of equal scores the smaller index wins here too. K numbers a query travel.
     """
-    best = top_k_mask(jax.lax.all_gather(score_BTK, axis, axis=2, tiled=True), most)
+    best = top_k_mask(jax.lax.all_gather(score_BTK, axis, axis=2, tiled=True), topk)
     count = score_BTK.shape[-1]
     return jax.lax.dynamic_slice_in_dim(best, jax.lax.axis_index(axis) * count, count, axis=2)
 
@@ -418,22 +430,22 @@ def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _window_mask(chunk: Queries, window: int) -> jax.Array:
     """Which keys of its block each query sees: itself and the W-1 rows before it, in its own document; [B or 1,U,W,2W]."""
-    blocks = chunk.window_row_BUW.shape[1]
-    row_BUW1 = chunk.row_BT.reshape(chunk.row_BT.shape[0], blocks, -1, 1)
-    key_BU1W = chunk.window_row_BUW[:, :, None]
-    band = (key_BU1W <= row_BUW1) & (key_BU1W > jnp.maximum(row_BUW1 - window, -1))
+    blocks = chunk.window_position_BUW.shape[1]
+    position_BUW1 = chunk.position_BT.reshape(chunk.position_BT.shape[0], blocks, -1, 1)
+    key_BU1W = chunk.window_position_BUW[:, :, None]
+    band = (key_BU1W <= position_BUW1) & (key_BU1W > jnp.maximum(position_BUW1 - window, -1))
     if chunk.segment_BT is None:
         return band
-    own = (
+    same = (
         chunk.segment_BT.reshape(chunk.segment_BT.shape[0], -1, window, 1)
         == chunk.segment_BUW[:, :, None]
     )
-    return band & own
+    return band & same
 
 
-def _visible(chunk: Queries, entries: _Far) -> jax.Array:
+def _visible(chunk: Queries, entries: Entries) -> jax.Array:
     """Entry c is visible to query t iff its last row is at most t, in the same document: c < (t+1)//M; [B or 1,T,C]."""
-    seen = entries.last_BC[:, None] <= chunk.row_BT[..., None]
+    seen = entries.last_BC[:, None] <= chunk.position_BT[..., None]
     return (
         seen
         if entries.segment_BC is None
@@ -441,11 +453,11 @@ def _visible(chunk: Queries, entries: _Far) -> jax.Array:
     )
 
 
-def _seen_slots(chunk: Queries, entries: _Far) -> jax.Array:
+def _seen_slots(chunk: Queries, entries: Entries) -> jax.Array:
     """How many slots, from the first on, some query of the chunk may see."""
     return jnp.max(
         jnp.where(
-            entries.last_BC <= jnp.max(chunk.row_BT),
+            entries.last_BC <= jnp.max(chunk.position_BT),
             jnp.arange(1, entries.last_BC.shape[1] + 1)[None],
             0,
         )
@@ -459,73 +471,75 @@ class Attention(Weights):
     ratio: int
 
     @nn.compact
-    def __call__(self, x_BSD: jax.Array, documents: Documents, kept: Kept | None = None):
+    def __call__(self, x_BSD: jax.Array, segments: Segments, view: CacheView | None = None):
         """Hidden rows -> (hidden rows, what is kept, with these rows in it, the indexer's IndexLoss where it is taught)."""
         cfg, dim, hidden = self.cfg, self.cfg.head_dim, x_BSD.shape[-1]
         heads, groups, rank = cfg.num_attention_heads, cfg.o_groups, cfg.o_lora_rank
         init = nn.initializers.normal(cfg.initializer_range)
-        wq_a = self.weight("wq_a", (hidden, cfg.q_lora_rank), ("embed", "q_lora"), init, low=True)
+        wq_a = self.weight("wq_a", (hidden, cfg.q_lora_rank), ("embed", "q_lora"), init, fp8=True)
         wq_b = self.weight(
-            "wq_b", (cfg.q_lora_rank, heads * dim), ("q_lora_in", "heads"), init, low=True
+            "wq_b", (cfg.q_lora_rank, heads * dim), ("q_lora_in", "heads"), init, fp8=True
         )
-        wkv = self.weight("wkv", (hidden, dim), ("embed", "head_dim"), init, low=True)
+        wkv = self.weight("wkv", (hidden, dim), ("embed", "head_dim"), init, fp8=True)
         wo_a = self.weight(
-            "wo_a", (heads // groups * dim, groups * rank), ("group_in", "groups"), init, low=True
+            "wo_a", (heads // groups * dim, groups * rank), ("group_in", "groups"), init, fp8=True
         )
-        wo_b = self.weight("wo_b", (groups * rank, hidden), ("groups", "embed"), init, low=True)
+        wo_b = self.weight("wo_b", (groups * rank, hidden), ("groups", "embed"), init, fp8=True)
         sink_N = self.weight("attn_sink", (heads,), ("sinks",), nn.initializers.zeros, True)
-        turn = documents.turn if self.ratio == WINDOW_ONLY else documents.compressed_turn
-        entries = documents.entries.get(self.ratio)
+        rope = segments.rope if self.ratio == WINDOW_ONLY else segments.compressed_rope
+        windows = segments.windows.get(self.ratio)
 
         low_BSD = self.act_quant(x_BSD)
-        qr_BSQ = RMSNorm(*self.own, cfg.rms_norm_eps, name="q_norm")(dense(low_BSD, wq_a))
+        qr_BSQ = RMSNorm(*self.context, cfg.rms_norm_eps, name="q_norm")(dense(low_BSD, wq_a))
         q_BSNH = dense(self.act_quant(qr_BSQ), wq_b).reshape(*x_BSD.shape[:2], heads, dim)
         q_BSNH = self.rules.constrain(q_BSNH, "act_batch", "act_seq", "act_heads", None)
-        q_BSNH = rotate(rms_norm(q_BSNH, cfg.rms_norm_eps), turn.heads())
+        q_BSNH = rotate(rms_norm(q_BSNH, cfg.rms_norm_eps), rope.heads())
         kv_BSH = rotate(
-            RMSNorm(*self.own, cfg.rms_norm_eps, name="kv_norm")(dense(low_BSD, wkv)), turn
+            RMSNorm(*self.context, cfg.rms_norm_eps, name="kv_norm")(dense(low_BSD, wkv)), rope
         )
         kv_BSH = fp8_keys(kv_BSH, cfg.qk_rope_head_dim) if self.quant == "official" else kv_BSH
         entry_BCH = index = past = entry_kept = index_kept = None
         if self.ratio != WINDOW_ONLY:
-            compressor = Compressor(*self.own, cfg, self.ratio, dim, name="compressor")
-            entry_BCH, entry_kept = compressor(x_BSD, entries, kept and kept.part(kept.cache.entry))
-        if self.ratio == CSA:
-            indexer = Indexer(*self.own, cfg, name="indexer")
-            index, index_kept = indexer(
-                x_BSD, qr_BSQ, turn, entries, kept and kept.part(kept.cache.index)
+            compressor = Compressor(*self.context, cfg, self.ratio, dim, name="compressor")
+            entry_BCH, entry_kept = compressor(
+                x_BSD, windows, view and view.with_arrays(view.cache.entry)
             )
-        if kept is not None:
-            kv_BSH = as_kept(kept.cache.window, kv_BSH)
-            past, window = _continue(cfg, kv_BSH, kept)
-            kept = kept.part(
+        if self.ratio == CSA:
+            indexer = Indexer(*self.context, cfg, name="indexer")
+            index, index_kept = indexer(
+                x_BSD, qr_BSQ, rope, windows, view and view.with_arrays(view.cache.index)
+            )
+        if view is not None:
+            kv_BSH = as_kept(view.cache.window, kv_BSH)
+            past, window = _continue(cfg, kv_BSH, view)
+            view = view.with_arrays(
                 LayerCache(window, *(part and part.cache for part in (entry_kept, index_kept)))
             )
-            entries = entry_BCH and whole_windows(self.ratio, entry_BCH.count)
+            windows = entry_BCH and whole_windows(self.ratio, entry_BCH.count)
         out_BSNH, loss = attend(
             self.rules,
             cfg,
             q_BSNH,
             kv_BSH,
             sink_N,
-            documents,
-            entries,
+            segments,
+            windows,
             entry_BCH,
             index,
             past,
-            self.csa,
+            self.sparse,
         )
         # Keys are values too, so each value came rotated; turning back by the query's angle leaves relative angles.
-        out_BSNH = rotate(out_BSNH, turn.heads(), inverse=True)
-        return dense(self.act_quant(_narrow(out_BSNH, wo_a, groups)), wo_b), kept, loss
+        out_BSNH = rotate(out_BSNH, rope.heads(), inverse=True)
+        return dense(self.act_quant(_narrow(out_BSNH, wo_a, groups)), wo_b), view, loss
 
 
-def _continue(cfg: ModelConfig, kv_BSH: jax.Array, kept: Kept) -> tuple[Past, jax.Array]:
+def _continue(cfg: ModelConfig, kv_BSH: jax.Array, view: CacheView) -> tuple[WindowKV, jax.Array]:
     """(this chunk's rows and those before it, the ring of window rows with this chunk in it)."""
-    ring, rows_BVH, row_BV = window_rows(
-        kept.cache.window, kept.layer, kv_BSH, kept.stretch, cfg.sliding_window
+    ring, rows_BVH, position_BV = window_rows(
+        view.cache.window, view.layer, kv_BSH, view.span, cfg.sliding_window
     )
-    return Past(rows_BVH, row_BV, kept.stretch.start_B), ring
+    return WindowKV(rows_BVH, position_BV, view.span.start_B), ring
 
 
 def _narrow(o_BSNH: jax.Array, wo_a: jax.Array, groups: int) -> jax.Array:

@@ -8,16 +8,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from v4jax.cache.layer import Kept
+from v4jax.cache.layer import CacheView
 from v4jax.config import LayerKind, ModelConfig
 from v4jax.model.attention import Attention
 from v4jax.model.hyper import HyperConnection, expand
 from v4jax.model.indexer import IndexLoss
 from v4jax.model.moe import MoE, Routing
 from v4jax.model.norm import RMSNorm
-from v4jax.model.segments import Documents
-from v4jax.model.watch import both, look
-from v4jax.model.weights import Csa, Weights
+from v4jax.model.segments import Segments
+from v4jax.model.watch import measure, merge
+from v4jax.model.weights import SparseMode, Weights
 
 
 class Block(Weights):
@@ -31,28 +31,30 @@ class Block(Weights):
         self,
         x_BSXD: jax.Array,
         tokens_BS: jax.Array,
-        documents: Documents,
-        kept: Kept | None = None,
-    ) -> tuple[jax.Array, Routing, Kept | None, IndexLoss | None]:
-        cfg, own = self.cfg, self.own
+        segments: Segments,
+        view: CacheView | None = None,
+    ) -> tuple[jax.Array, Routing, CacheView | None, IndexLoss | None]:
+        cfg, context = self.cfg, self.context
         with jax.named_scope("attention"):
-            u_BSD, pre_BSX, mix = HyperConnection(*own, cfg, name="hc_attn")(x_BSXD)
-            u_BSD = RMSNorm(*own, cfg.rms_norm_eps, name="attn_norm")(u_BSD)
-            y_BSD, kept, loss = Attention(*own, cfg, self.kind.compress_ratio, name="attn")(
-                u_BSD, documents, kept
+            u_BSD, pre_BSX, mix = HyperConnection(*context, cfg, name="hc_attn")(x_BSXD)
+            u_BSD = RMSNorm(*context, cfg.rms_norm_eps, name="attn_norm")(u_BSD)
+            y_BSD, view, loss = Attention(*context, cfg, self.kind.compress_ratio, name="attn")(
+                u_BSD, segments, view
             )
             x_BSXD = self._place(expand(y_BSD, x_BSXD, mix))
-            seen = look(pre_BSX, mix, y_BSD, x_BSXD) if documents.ask.watch else None
+            diagnostics = measure(pre_BSX, mix, y_BSD, x_BSXD) if segments.collect.watch else None
         with jax.named_scope("experts"):
-            u_BSD, pre_BSX, mix = HyperConnection(*own, cfg, name="hc_ffn")(x_BSXD)
-            u_BSD = RMSNorm(*own, cfg.rms_norm_eps, name="ffn_norm")(u_BSD)
-            y_BSD, routing = MoE(*own, cfg, self.kind.hash_routed, name="ffn")(
-                u_BSD, tokens_BS, documents
+            u_BSD, pre_BSX, mix = HyperConnection(*context, cfg, name="hc_ffn")(x_BSXD)
+            u_BSD = RMSNorm(*context, cfg.rms_norm_eps, name="ffn_norm")(u_BSD)
+            y_BSD, routing = MoE(*context, cfg, self.kind.hash_routed, name="ffn")(
+                u_BSD, tokens_BS, segments
             )
             x_BSXD = self._place(expand(y_BSD, x_BSXD, mix))
-            if seen is not None:
-                routing = routing._replace(seen=both(seen, look(pre_BSX, mix, y_BSD, x_BSXD)))
-        return x_BSXD, routing, kept, loss
+            if diagnostics is not None:
+                routing = routing._replace(
+                    diagnostics=merge(diagnostics, measure(pre_BSX, mix, y_BSD, x_BSXD))
+                )
+        return x_BSXD, routing, view, loss
 
     def _place(self, x_BSXD: jax.Array) -> jax.Array:
         return self.rules.constrain(x_BSXD, "act_batch", "act_seq", "act_streams", "act_embed")
@@ -65,29 +67,29 @@ class Pattern(Weights):
     kinds: tuple[LayerKind, ...]
 
     @nn.compact
-    def __call__(self, carry, tokens_BS, documents: Documents):
+    def __call__(self, carry, tokens_BS, segments: Segments):
         """(carry, (block name -> Routing, block name -> IndexLoss where an indexer is taught)).
 
-        carry: the streams, and Kept with a dict block name -> LayerCache (None where nothing is kept).
+        carry: the streams, and CacheView with a dict block name -> LayerCache (None where nothing is kept).
         """
-        (x_BSXD, kept), routing, cache, index = carry, {}, {}, {}
+        (x_BSXD, view), routing, cache, index = carry, {}, {}, {}
         for i, kind in enumerate(self.kinds):
             name = f"block_{i}"
-            block = Block(*self.own, self.cfg, kind, name=name)
-            x_BSXD, routing[name], own, loss = block(
-                x_BSXD, tokens_BS, documents, kept and kept.part(kept.cache[name])
+            block = Block(*self.context, self.cfg, kind, name=name)
+            x_BSXD, routing[name], after, loss = block(
+                x_BSXD, tokens_BS, segments, view and view.with_arrays(view.cache[name])
             )
-            cache[name] = own and own.cache
+            cache[name] = after and after.cache
             if loss is not None:
                 index[name] = loss
-        return (x_BSXD, kept and Kept(cache, kept.layer + 1, kept.stretch)), (routing, index)
+        return (x_BSXD, view and CacheView(cache, view.layer + 1, view.span)), (routing, index)
 
 
 def stack(
     rules,
     dtype: jnp.dtype,
     quant: str,
-    csa: Csa,
+    sparse: SparseMode,
     cfg: ModelConfig,
     kinds,
     repeats: int,
@@ -108,4 +110,4 @@ def stack(
         unroll=1 if loop else repeats,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scanned(rules, dtype, quant, csa, cfg, kinds, name=name)
+    return scanned(rules, dtype, quant, sparse, cfg, kinds, name=name)

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 
 from sharding.manual import first_row, vary_like, with_rows_before
 from sharding.rules import AxisRules
-from v4jax.cache.layer import Kept, Slots, fill_slots, keep_rows, tail_rows
+from v4jax.cache.layer import CacheView, CompressedKV, fill_slots, keep_rows, tail_rows
 from v4jax.config import CSA, ModelConfig
 from v4jax.kernels.matmul import dense
 from v4jax.model.norm import RMSNorm
 from v4jax.model.rotary import rotate
-from v4jax.model.segments import Entries
+from v4jax.model.segments import CompressionWindows
 from v4jax.model.weights import Weights
 from v4jax.quant.fake import fp8_keys, mxfp4_rotated
 
@@ -31,13 +31,13 @@ def pool(
     c_BSH: jax.Array,
     z_BSH: jax.Array,
     ape_MH: jax.Array,
-    entries: Entries,
+    windows: CompressionWindows,
     ratio: int,
     continued: bool = False,
 ) -> jax.Array:
     """Entry = sum over rows of softmax(z + ape) * c, per channel; float32 [B,C,H] (H halves for CSA).
 
-    continued: rows begin anywhere (see read_stretch). A sequence cut over devices: each pools the entries that end in its
+    continued: rows begin anywhere (see read_span). A sequence cut over devices: each pools the entries that end in its
     shard, with the rows before it from its neighbour.
     """
     batch, seq = "act_batch", "act_seq"
@@ -45,22 +45,22 @@ def pool(
     shards = rules.shards(seq)
     aligned = (
         not continued
-        and entries.segment_BC is None
+        and windows.segment_BC is None
         and (shards == 1 or c_BSH.shape[1] // shards % ratio == 0)
     )
-    first_BC = None if aligned else entries.first_BC
+    first_BC = None if aligned else windows.first_BC
     if not rules:
-        return _pool(c_BSH, z_BSH, ape_MH, first_BC, entries.overlaps_BC, ratio, None)
+        return _pool(c_BSH, z_BSH, ape_MH, first_BC, windows.overlaps_BC, ratio, None)
     (axis,) = rules.mesh_axes(seq) or (None,)
 
     def local(c_bsH, z_bsH, ape_MH, first_bC, overlaps_bC):
         return _pool(c_bsH, z_bsH, vary_like(ape_MH, c_bsH), first_bC, overlaps_bC, ratio, axis)
 
     rows = rules.spec((batch, seq, None))
-    slots = rules.spec((None if entries.first_BC.shape[0] == 1 else batch, seq))
+    slots = rules.spec((None if windows.first_BC.shape[0] == 1 else batch, seq))
     in_specs = (rows, rows, rules.spec((None, None)), None if aligned else slots, slots)
     return jax.shard_map(local, in_specs=in_specs, out_specs=rows)(
-        c_BSH, z_BSH, ape_MH, first_BC, entries.overlaps_BC
+        c_BSH, z_BSH, ape_MH, first_BC, windows.overlaps_BC
     )
 
 
@@ -110,8 +110,10 @@ class Compressor(Weights):
     index: bool = False
 
     @nn.compact
-    def __call__(self, x_BSD: jax.Array, entries: Entries | None, kept: Kept | None = None):
-        """(entries, None); of rows that continue others, (Slots of all entries so far, what is kept). None: no entries."""
+    def __call__(
+        self, x_BSD: jax.Array, windows: CompressionWindows | None, view: CacheView | None = None
+    ):
+        """(entries, None); of rows that continue others, (CompressedKV of all entries so far, what is kept). None: no entries."""
         width = self.head_dim * (2 if self.ratio == CSA else 1)
         init = nn.initializers.normal(self.cfg.initializer_range)
         ape = self.weight(
@@ -119,37 +121,37 @@ class Compressor(Weights):
         )
         wkv = self.weight("wkv", (x_BSD.shape[-1], width), ("embed", "entry"), init, True)
         wgate = self.weight("wgate", (x_BSD.shape[-1], width), ("embed", "entry"), init, True)
-        norm = RMSNorm(*self.own, self.cfg.rms_norm_eps, name="norm")
-        if entries is None:  # a row shorter than one window; the norm must exist all the same
+        norm = RMSNorm(*self.context, self.cfg.rms_norm_eps, name="norm")
+        if windows is None:  # a row shorter than one window; the norm must exist all the same
             norm(jnp.zeros((1, self.head_dim), self.dtype))
-            return None, kept
+            return None, view
         x32 = x_BSD.astype(jnp.float32)
         c_BSH, z_BSH = dense(x32, wkv), dense(x32, wgate)
-        if kept is None:
-            entry = pool(self.rules, c_BSH, z_BSH, ape, entries, self.ratio)
+        if view is None:
+            entry = pool(self.rules, c_BSH, z_BSH, ape, windows, self.ratio)
         else:
-            entry, kept = _continue(self.rules, kept, c_BSH, z_BSH, ape, entries, self.ratio)
-        entry = rotate(norm(entry.astype(self.dtype)), entries.turn)
+            entry, view = _continue(self.rules, view, c_BSH, z_BSH, ape, windows, self.ratio)
+        entry = rotate(norm(entry.astype(self.dtype)), windows.rope)
         if self.quant == "official":
             entry = (
                 mxfp4_rotated(entry) if self.index else fp8_keys(entry, self.cfg.qk_rope_head_dim)
             )
-        return (entry, None) if kept is None else _fill(self.rules, kept, entry, self.ratio)
+        return (entry, None) if view is None else _fill(self.rules, view, entry, self.ratio)
 
 
 def _continue(
     rules: AxisRules,
-    kept: Kept,
+    view: CacheView,
     c_BSH: jax.Array,
     z_BSH: jax.Array,
     ape_MH: jax.Array,
-    entries: Entries,
+    windows: CompressionWindows,
     ratio: int,
 ):
     """(entries of windows that close in this chunk, before their norm; the rings with these rows in them)."""
-    ring, (start_B, count_B) = kept.cache, kept.stretch
-    c, longer_c = keep_rows(ring.c, kept.layer, c_BSH, kept.stretch)
-    z, longer_z = keep_rows(ring.z, kept.layer, z_BSH, kept.stretch)
+    ring, (start_B, count_B) = view.cache, view.span
+    c, longer_c = keep_rows(ring.c, view.layer, c_BSH, view.span)
+    z, longer_z = keep_rows(ring.z, view.layer, z_BSH, view.span)
 
     def pooled():
         return pool(
@@ -157,7 +159,7 @@ def _continue(
             longer_c(tail_rows(ratio)),
             longer_z(tail_rows(ratio)),
             ape_MH,
-            entries,
+            windows,
             ratio,
             True,
         )
@@ -173,12 +175,14 @@ def _continue(
         entry_BCH = jax.lax.platform_dependent(
             cpu=lambda: jax.lax.cond(closes, pooled, nothing), default=pooled
         )
-    return entry_BCH, kept.part(ring._replace(c=c, z=z))
+    return entry_BCH, view.with_arrays(ring._replace(c=c, z=z))
 
 
-def _fill(rules: AxisRules, kept: Kept, entry_BCH: jax.Array, ratio: int) -> tuple[Slots, Kept]:
-    start_B, count_B = kept.stretch
-    slots = fill_slots(rules, kept.cache.slots, kept.layer, entry_BCH, start_B // ratio)
-    return Slots(slots, kept.layer, jnp.max((start_B + count_B) // ratio)), kept.part(
-        kept.cache._replace(slots=slots)
+def _fill(
+    rules: AxisRules, view: CacheView, entry_BCH: jax.Array, ratio: int
+) -> tuple[CompressedKV, CacheView]:
+    start_B, count_B = view.span
+    slots = fill_slots(rules, view.cache.slots, view.layer, entry_BCH, start_B // ratio)
+    return CompressedKV(slots, view.layer, jnp.max((start_B + count_B) // ratio)), view.with_arrays(
+        view.cache._replace(slots=slots)
     )

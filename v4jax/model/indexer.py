@@ -20,12 +20,12 @@ import jax.numpy as jnp
 
 from sharding.counting import running_sum
 from sharding.manual import vary_like
-from v4jax.cache.layer import Kept, Slots, all_rows, slot_count, some_rows
+from v4jax.cache.layer import CacheView, CompressedKV, all_rows, slot_count, some_rows
 from v4jax.config import CSA, ModelConfig
 from v4jax.kernels.matmul import dense, precision_of
 from v4jax.model.compressor import Compressor
 from v4jax.model.rotary import Rotation, rotate
-from v4jax.model.segments import Entries
+from v4jax.model.segments import CompressionWindows
 from v4jax.model.weights import Weights
 from v4jax.quant.fake import mxfp4_rotated
 
@@ -52,13 +52,13 @@ class IndexInputs(NamedTuple):
 
     q_BTIJ: jax.Array
     w_BTI: jax.Array
-    key_BCJ: jax.Array | Slots
+    key_BCJ: jax.Array | CompressedKV
 
 
 def index_scores(index: IndexInputs) -> jax.Array:
     """I[t,c], float32 [B,T,C], before any mask; 0 in blocks past the slots in use. The only array with heads and entries lives in here."""
     q_BTIJ, w_BTI, keys = index
-    if not isinstance(keys, Slots) or keys.count <= SCORE_BLOCK:
+    if not isinstance(keys, CompressedKV) or keys.count <= SCORE_BLOCK:
         return _scores(q_BTIJ, w_BTI, all_rows(keys, q_BTIJ.dtype))
 
     def one_block(first, part, score_BTC):
@@ -89,15 +89,15 @@ def _by_blocks(index: IndexInputs, use, totals):
     return jax.lax.fori_loop(0, blocks, one_block, totals)
 
 
-def may_search(keys: jax.Array | Slots, k: int) -> bool:
+def may_search(keys: jax.Array | CompressedKV, k: int) -> bool:
     """Whether `best_slots` is worth it: lax.top_k of a whole row takes as long as scoring it."""
-    return isinstance(keys, Slots) and keys.count >= max(SCORE_BLOCK, 4 * k * GROUP)
+    return isinstance(keys, CompressedKV) and keys.count >= max(SCORE_BLOCK, 4 * k * GROUP)
 
 
-def best_slots(index: IndexInputs, row_BT: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def best_slots(index: IndexInputs, position_BT: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """(scores, slots) of the k best of those that queries see, float32 and int32 [B,T,K]; -inf where there are fewer.
 
-    row_BT: positions of the queries, counted from the first token of slot 0. The result is that of lax.top_k over all scores, ties
+    position_BT: of the queries, counted from the first token of slot 0. The result is that of lax.top_k over all scores, ties
     included and in any order, without another pass over these: the highest of every GROUP neighbours is noted as they are scored, and the k
     groups with the highest ones hold the k best slots.
     """
@@ -106,7 +106,7 @@ def best_slots(index: IndexInputs, row_BT: jax.Array, k: int) -> tuple[jax.Array
     def one_block(first, part, totals):
         score_BTC, peak_BTP = totals
         last_C = (first + jnp.arange(part.shape[2], dtype=jnp.int32)) * CSA + CSA - 1
-        part = jnp.where(last_C[None, None] <= row_BT[..., None], part, -jnp.inf)
+        part = jnp.where(last_C[None, None] <= position_BT[..., None], part, -jnp.inf)
         peaks = part.reshape(batch, rows, -1, GROUP).max(axis=-1)
         score_BTC = jax.lax.dynamic_update_slice_in_dim(score_BTC, part, first, axis=2)
         return score_BTC, jax.lax.dynamic_update_slice_in_dim(
@@ -292,34 +292,38 @@ class Indexer(Weights):
         self,
         x_BSD: jax.Array,
         qr_BSQ: jax.Array,
-        turn: Rotation,
-        entries: Entries | None,
-        kept: Kept | None = None,
-    ) -> tuple[IndexInputs | None, Kept | None]:
+        rope: Rotation,
+        windows: CompressionWindows | None,
+        view: CacheView | None = None,
+    ) -> tuple[IndexInputs | None, CacheView | None]:
         cfg, heads, dim = self.cfg, self.cfg.index_n_heads, self.cfg.index_head_dim
         init = nn.initializers.normal(cfg.initializer_range)
         wq_b = self.weight(
-            "wq_b", (qr_BSQ.shape[-1], heads * dim), ("q_lora_in", "index_heads"), init, low=True
+            "wq_b", (qr_BSQ.shape[-1], heads * dim), ("q_lora_in", "index_heads"), init, fp8=True
         )
         weights_proj = self.weight(
             "weights_proj", (x_BSD.shape[-1], heads), ("embed", "index_heads"), init
         )
         slots = (
             0
-            if entries is None
-            else entries.first_BC.shape[1]
-            if kept is None
-            else slot_count(kept.cache.slots)
+            if windows is None
+            else windows.first_BC.shape[1]
+            if view is None
+            else slot_count(view.cache.slots)
         )
-        needed = slots > 0 if self.csa.teach else slots > cfg.index_topk and not self.csa.dense
+        needed = (
+            slots > 0
+            if self.sparse.train_indexer
+            else slots > cfg.index_topk and not self.sparse.dense
+        )
         x_BSD, qr_BSQ = jax.lax.stop_gradient((x_BSD, qr_BSQ))
-        compressor = Compressor(*self.own, cfg, CSA, dim, True, name="compressor")
-        key_BCJ, kept = compressor(x_BSD, entries if needed else None, kept)
+        compressor = Compressor(*self.context, cfg, CSA, dim, True, name="compressor")
+        key_BCJ, view = compressor(x_BSD, windows if needed else None, view)
         if not needed:
-            return None, kept
+            return None, view
         q_BSIJ = dense(self.act_quant(qr_BSQ), wq_b).reshape(*qr_BSQ.shape[:2], heads, dim)
         w_BSI = dense(x_BSD, weights_proj).astype(jnp.float32) * (dim**-0.5 * heads**-0.5)
-        q_BSIJ = rotate(q_BSIJ, turn.heads())
+        q_BSIJ = rotate(q_BSIJ, rope.heads())
         q_BSIJ = mxfp4_rotated(q_BSIJ) if self.quant == "official" else q_BSIJ
         index = IndexInputs(q_BSIJ, w_BSI, key_BCJ)
-        return (index if self.csa.teach else jax.lax.stop_gradient(index)), kept
+        return (index if self.sparse.train_indexer else jax.lax.stop_gradient(index)), view

@@ -28,8 +28,8 @@ from v4jax.kernels.expert_ffn import (
     pays_every_expert,
 )
 from v4jax.kernels.matmul import dense
-from v4jax.model.segments import Documents
-from v4jax.model.watch import Seen
+from v4jax.model.segments import Segments
+from v4jax.model.watch import Diagnostics
 from v4jax.model.weights import Weights
 from v4jax.quant.fake import mxfp4_weight
 
@@ -41,14 +41,14 @@ class Routing(NamedTuple):
       load_E: float32, how many tokens of the whole batch chose each expert; sums to K * tokens that count.
       balance: float32 scalar, sequence-wise balance loss (docs/equations.md#losses); 0 where a table
         routes, since nothing the gate learns would move a token there.
-      index_BSK: the experts the scores chose, int32, where Ask.index asks for them and no table routes.
-      seen: how the whole layer is doing, where Ask.watch asks for it (model/watch.py).
+      index_BSK: the experts the scores chose, int32, where Collect.index asks for them and no table routes.
+      diagnostics: how the whole layer is doing, where Collect.watch asks for it (model/watch.py).
     """
 
     load_E: jax.Array
     balance: jax.Array
     index_BSK: jax.Array | None = None
-    seen: Seen | None = None
+    diagnostics: Diagnostics | None = None
 
 
 def router_scores(x_BSD: jax.Array, gate_DE: jax.Array) -> jax.Array:
@@ -96,7 +96,7 @@ def choose(rules: AxisRules, score_BSE: jax.Array, active: int) -> jax.Array:
 
 
 def expert_share(
-    rules: AxisRules, index_BSK: jax.Array, documents: Documents, experts: int
+    rules: AxisRules, index_BSK: jax.Array, segments: Segments, experts: int
 ) -> jax.Array:
     """f_i = E/(k T) * tokens choosing i, of each token's document with T tokens that count.
 
@@ -104,9 +104,9 @@ def expert_share(
       float32 [B,S,E]; [B,1,E] where every row is one document.
     """
     scale = experts / index_BSK.shape[-1]
-    if documents.extent_2BS is None:
+    if segments.extent_2BS is None:
         count_BS1 = (
-            jnp.ones((1, 1, 1)) if documents.counts_BS is None else documents.counts_BS[..., None]
+            jnp.ones((1, 1, 1)) if segments.counts_BS is None else segments.counts_BS[..., None]
         )
         chosen_B1E = jnp.sum(_chosen(index_BSK, experts) * count_BS1, axis=1, keepdims=True)
         tokens = jnp.sum(
@@ -127,7 +127,7 @@ def expert_share(
         return total[..., :-1] * scale / jnp.maximum(total[..., -1:], 1)
 
     if not rules:
-        return local(index_BSK, documents.counts_BS, documents.extent_2BS)
+        return local(index_BSK, segments.counts_BS, segments.extent_2BS)
     specs = tuple(
         rules.spec(names)
         for names in (
@@ -137,19 +137,19 @@ def expert_share(
         )
     )
     return jax.shard_map(local, in_specs=specs, out_specs=specs[0])(
-        index_BSK, documents.counts_BS, documents.extent_2BS
+        index_BSK, segments.counts_BS, segments.extent_2BS
     )
 
 
-def balance_loss(score_BSE: jax.Array, share_BSE: jax.Array, documents: Documents) -> jax.Array:
+def balance_loss(score_BSE: jax.Array, share_BSE: jax.Array, segments: Segments) -> jax.Array:
     """sum_i f_i P_i of each document, averaged over documents weighted by their tokens; float32 scalar.
 
     P_i = mean_t s_i / sum_j s_j over the document's tokens that count; share_BSE is f (see expert_share).
     """
     each_BS = jnp.sum(share_BSE * _shares(score_BSE), axis=-1)
-    if documents.counts_BS is None:
+    if segments.counts_BS is None:
         return jnp.mean(each_BS)
-    return jnp.sum(each_BS * documents.counts_BS) / jnp.maximum(documents.counts_BS.sum(), 1)
+    return jnp.sum(each_BS * segments.counts_BS) / jnp.maximum(segments.counts_BS.sum(), 1)
 
 
 def _chosen(index_BSK: jax.Array, experts: int) -> jax.Array:
@@ -188,7 +188,7 @@ class MoE(Weights):
 
     @nn.compact
     def __call__(
-        self, x_BSD: jax.Array, tokens_BS: jax.Array, documents: Documents
+        self, x_BSD: jax.Array, tokens_BS: jax.Array, segments: Segments
     ) -> tuple[jax.Array, Routing]:
         cfg, experts, active = self.cfg, self.cfg.n_routed_experts, self.cfg.num_experts_per_tok
         gate_DE = self.weight(
@@ -214,16 +214,16 @@ class MoE(Weights):
         balance = jnp.zeros(())
         if not self.hash_routed:
             balance = balance_loss(
-                score_BSE, expert_share(self.rules, index_BSK, documents, experts), documents
+                score_BSE, expert_share(self.rules, index_BSK, segments, experts), segments
             )
         chosen_BSE = _chosen(index_BSK, experts)
-        if documents.counts_BS is not None:
-            chosen_BSE = chosen_BSE * documents.counts_BS[..., None]
-        asked = documents.ask.index and not self.hash_routed
+        if segments.counts_BS is not None:
+            chosen_BSE = chosen_BSE * segments.counts_BS[..., None]
+        asked = segments.collect.index and not self.hash_routed
         routing = Routing(jnp.sum(chosen_BSE, axis=(0, 1)), balance, index_BSK if asked else None)
         x_BSD = self.act_quant(x_BSD)
-        y_BSD = Experts(*self.own, cfg, name="experts")(x_BSD, index_BSK, weight_BSK)
-        y_BSD = y_BSD + SharedExpert(*self.own, cfg, name="shared_experts")(x_BSD)
+        y_BSD = Experts(*self.context, cfg, name="experts")(x_BSD, index_BSK, weight_BSK)
+        y_BSD = y_BSD + SharedExpert(*self.context, cfg, name="shared_experts")(x_BSD)
         return y_BSD, routing
 
 
@@ -290,9 +290,9 @@ class SharedExpert(Weights):
     @nn.compact
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         hidden, width = x_BSD.shape[-1], self.cfg.moe_intermediate_size
-        w1 = self.weight("w1", (hidden, width), ("embed", "hidden"), _normal(self.cfg), low=True)
-        w3 = self.weight("w3", (hidden, width), ("embed", "hidden"), _normal(self.cfg), low=True)
-        w2 = self.weight("w2", (width, hidden), ("hidden", "embed"), _normal(self.cfg), low=True)
+        w1 = self.weight("w1", (hidden, width), ("embed", "hidden"), _normal(self.cfg), fp8=True)
+        w3 = self.weight("w3", (hidden, width), ("embed", "hidden"), _normal(self.cfg), fp8=True)
+        w2 = self.weight("w2", (width, hidden), ("hidden", "embed"), _normal(self.cfg), fp8=True)
         h = clamped_swiglu(dense(x_BSD, w1), dense(x_BSD, w3), self.cfg.swiglu_limit)
         h = self.act_quant(
             self.rules.constrain(h.astype(x_BSD.dtype), "act_batch", "act_seq", "act_hidden")

@@ -64,23 +64,23 @@ def rotation(cfg: ModelConfig, compressed: bool, positions: jax.Array) -> Rotati
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rotate(x: jax.Array, turn: Rotation, inverse: bool = False) -> jax.Array:
+def rotate(x: jax.Array, rope: Rotation, inverse: bool = False) -> jax.Array:
     """Turns pairs (2i, 2i+1) of the last R dims of x by +-angle, in float32; the other dims pass through.
 
     Its gradient turns back (autodiff pads and adds every slice instead); none goes to the angles.
 
     Args:
-      x: [..., H] with H >= R. turn: broadcastable to [..., R/2]. inverse: turn back (the attention output).
+      x: [..., H] with H >= R. rope: broadcastable to [..., R/2]. inverse: turn back (the attention output).
     """
-    rope = 2 * turn.cos.shape[-1]
-    passed, turned = x[..., :-rope], x[..., -rope:].astype(jnp.float32)
+    width = 2 * rope.cos.shape[-1]
+    passed, turned = x[..., :-width], x[..., -width:].astype(jnp.float32)
     even, odd = turned[..., 0::2], turned[..., 1::2]
-    sin = -turn.sin if inverse else turn.sin
-    turned = jnp.stack((even * turn.cos - odd * sin, odd * turn.cos + even * sin), axis=-1)
-    return jnp.concatenate((passed, turned.reshape(*x.shape[:-1], rope).astype(x.dtype)), axis=-1)
+    sin = -rope.sin if inverse else rope.sin
+    turned = jnp.stack((even * rope.cos - odd * sin, odd * rope.cos + even * sin), axis=-1)
+    return jnp.concatenate((passed, turned.reshape(*x.shape[:-1], width).astype(x.dtype)), axis=-1)
 
 
 rotate.defvjp(
-    lambda x, turn, inverse: (rotate(x, turn, inverse), turn),
-    lambda inverse, turn, ct: (rotate(ct, turn, not inverse), None),
+    lambda x, rope, inverse: (rotate(x, rope, inverse), rope),
+    lambda inverse, rope, ct: (rotate(ct, rope, not inverse), None),
 )

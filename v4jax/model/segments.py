@@ -19,116 +19,116 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from v4jax.cache.layer import Stretch, tail_rows
+from v4jax.cache.layer import ChunkSpan, tail_rows
 from v4jax.config import WINDOW_ONLY, ModelConfig
 from v4jax.model.rotary import Rotation, rotation
 
 
-class Entries(NamedTuple):
+class CompressionWindows(NamedTuple):
     """The compression windows of one ratio. Slots without a window have last_BC = S, which no query can see.
 
     Attributes:
       first_BC: row of the window's first token. last_BC: row of its last one. Batch is 1 for rows of one document.
       segment_BC: its document, or None for rows of one document.
       overlaps_BC: whether its document has a window before it (CSA pools that one's rows too).
-      turn: rotation at the position of the window's first token [B,C,R/2].
+      rope: rotation at the position of the window's first token [B,C,R/2].
     """
 
     first_BC: jax.Array
     last_BC: jax.Array
     segment_BC: jax.Array | None
     overlaps_BC: jax.Array
-    turn: Rotation | None
+    rope: Rotation | None
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Ask:
+class Collect:
     """What layers are to give besides what they compute (see moe.Routing): the indices of chosen experts; how they are doing."""
 
     index: bool = False
     watch: bool = False
 
 
-class Documents(NamedTuple):
+class Segments(NamedTuple):
     """What layers must know about rows.
 
     Attributes:
       segment_BS: document id of each token, 0 for padding; None where each row is one document.
       extent_2BS: rows of the first and last token of each token's document; None where each row is one document.
       counts_BS: tokens that count in router statistics: not padding and, in MTP, not a document's last. None: all.
-      turn: rotation of tokens in layers of ratio 0 [B,S,R/2] (batch 1 for rows of one document).
-      compressed_turn: the same for CSA and HCA layers.
-      entries: compress ratio -> Entries, for the ratios that give any entry at this length.
-      ask: static.
+      rope: rotation of tokens in layers of ratio 0 [B,S,R/2] (batch 1 for rows of one document).
+      compressed_rope: the same for CSA and HCA layers.
+      windows: compress ratio -> CompressionWindows, for the ratios that give any entry at this length.
+      collect: static.
     """
 
     segment_BS: jax.Array | None
     extent_2BS: jax.Array | None
     counts_BS: jax.Array | None
-    turn: Rotation
-    compressed_turn: Rotation | None
-    entries: dict[int, Entries]
-    ask: Ask = Ask()
+    rope: Rotation
+    compressed_rope: Rotation | None
+    windows: dict[int, CompressionWindows]
+    collect: Collect = Collect()
 
 
-def read_documents(
+def read_segments(
     cfg: ModelConfig, seq: int, segment_BS: jax.Array | None, shards: int = 1
-) -> Documents:
+) -> Segments:
     """Positions, rotations and windows of rows of `seq` tokens, which are cut into `shards` equal parts."""
     extent_2BS = None if segment_BS is None else _extent(segment_BS)
     row_1S = jnp.arange(seq, dtype=jnp.int32)[None]
     position_BS = row_1S if extent_2BS is None else row_1S - extent_2BS[0]
     ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio != WINDOW_ONLY})
-    return Documents(
+    return Segments(
         segment_BS,
         extent_2BS,
         None if segment_BS is None else segment_BS > 0,
         rotation(cfg, False, position_BS),
         rotation(cfg, True, position_BS) if ratios else None,
         {
-            ratio: _entries(cfg, ratio, position_BS, segment_BS, shards)
+            ratio: _windows(cfg, ratio, position_BS, segment_BS, shards)
             for ratio in ratios
             if seq >= ratio
         },
     )
 
 
-def read_stretch(cfg: ModelConfig, seq: int, stretch: Stretch) -> Documents:
+def read_span(cfg: ModelConfig, seq: int, span: ChunkSpan) -> Segments:
     """The same for chunks of `seq` tokens that continue rows at positions of their own.
 
-    Entries are the windows that may close in the chunk; first_BC counts from the first of `tail_rows` rows before it (so window
+    Windows are those that may close in the chunk; first_BC counts from the first of `tail_rows` rows before it (so window
     2 of ratio 4 has first_BC 6 where the chunk starts at position 10), last_BC is a position.
     """
-    start_B1 = stretch.start_B[:, None]
+    start_B1 = span.start_B[:, None]
     position_BS = start_B1 + jnp.arange(seq, dtype=jnp.int32)[None]
     ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio != WINDOW_ONLY})
-    entries = {}
+    windows = {}
     for ratio in ratios:
         first_BC = (start_B1 // ratio + jnp.arange(seq // ratio + 1, dtype=jnp.int32)[None]) * ratio
-        turn = rotation(cfg, True, first_BC)
-        entries[ratio] = Entries(
-            first_BC - start_B1 + tail_rows(ratio), first_BC + ratio - 1, None, first_BC > 0, turn
+        rope = rotation(cfg, True, first_BC)
+        windows[ratio] = CompressionWindows(
+            first_BC - start_B1 + tail_rows(ratio), first_BC + ratio - 1, None, first_BC > 0, rope
         )
     compressed = rotation(cfg, True, position_BS) if ratios else None
-    return Documents(None, None, None, rotation(cfg, False, position_BS), compressed, entries)
+    return Segments(None, None, None, rotation(cfg, False, position_BS), compressed, windows)
 
 
-def whole_windows(ratio: int, slots: int) -> Entries:
+def whole_windows(ratio: int, slots: int) -> CompressionWindows:
     """Slots that stand back to back from position 0, of which only the last rows matter."""
     first_1C = jnp.arange(slots, dtype=jnp.int32)[None] * ratio
-    return Entries(first_1C, first_1C + ratio - 1, None, first_1C > 0, None)
+    return CompressionWindows(first_1C, first_1C + ratio - 1, None, first_1C > 0, None)
 
 
-def without_last_tokens(documents: Documents, tokens_BS: jax.Array) -> Documents:
+def without_last_tokens(segments: Segments, tokens_BS: jax.Array) -> Segments:
     """The same, but the last token of each document does not count: in MTP it has no next token."""
     follows_BS = jnp.broadcast_to(
         jnp.arange(tokens_BS.shape[1]) < tokens_BS.shape[1] - 1, tokens_BS.shape
     )
-    if documents.segment_BS is not None:
-        after_BS = jnp.pad(documents.segment_BS[:, 1:], ((0, 0), (0, 1)))
-        follows_BS &= (after_BS == documents.segment_BS) & documents.counts_BS
-    return documents._replace(counts_BS=follows_BS)
+    if segments.segment_BS is not None:
+        after_BS = jnp.pad(segments.segment_BS[:, 1:], ((0, 0), (0, 1)))
+        follows_BS &= (after_BS == segments.segment_BS) & segments.counts_BS
+    return segments._replace(counts_BS=follows_BS)
 
 
 def _extent(segment_BS: jax.Array) -> jax.Array:
@@ -144,9 +144,9 @@ def _extent(segment_BS: jax.Array) -> jax.Array:
     return jnp.stack((first_BS, last_BS))
 
 
-def _entries(
+def _windows(
     cfg: ModelConfig, ratio: int, position_BS: jax.Array, segment_BS: jax.Array | None, shards: int
-) -> Entries:
+) -> CompressionWindows:
     seq = position_BS.shape[1]
     rows = seq // shards
     slots = rows // ratio if shards == 1 or rows % ratio == 0 else rows // ratio + 1
@@ -156,7 +156,9 @@ def _entries(
         there_BC = (window_XC < (shard_X1 + 1) * rows // ratio).reshape(1, -1)
         first_BC = jnp.where(there_BC, window_XC.reshape(1, -1) * ratio, 0)
         last_BC = jnp.where(there_BC, first_BC + ratio - 1, seq)
-        return Entries(first_BC, last_BC, None, first_BC > 0, rotation(cfg, True, first_BC))
+        return CompressionWindows(
+            first_BC, last_BC, None, first_BC > 0, rotation(cfg, True, first_BC)
+        )
     closes_BXS = ((position_BS % ratio == ratio - 1) & (segment_BS > 0)).reshape(-1, shards, rows)
     slot_BXS = jnp.where(closes_BXS, jnp.cumsum(closes_BXS, axis=2) - 1, slots)
     empty_C = jnp.full(slots, seq, jnp.int32)
@@ -171,4 +173,6 @@ def _entries(
     first_BC = jnp.where(there_BC, last_BC - (ratio - 1), 0)
     position_BC = jnp.where(there_BC, jnp.take_along_axis(position_BS, first_BC, axis=1), 0)
     segment_BC = jnp.where(there_BC, jnp.take_along_axis(segment_BS, first_BC, axis=1), 0)
-    return Entries(first_BC, last_BC, segment_BC, position_BC > 0, rotation(cfg, True, position_BC))
+    return CompressionWindows(
+        first_BC, last_BC, segment_BC, position_BC > 0, rotation(cfg, True, position_BC)
+    )

@@ -25,8 +25,8 @@ from v4jax.model.indexer import IndexLoss
 from v4jax.model.moe import Routing
 from v4jax.model.mtp import MTP, run_mtp
 from v4jax.model.norm import RMSNorm
-from v4jax.model.segments import Ask, read_documents, without_last_tokens
-from v4jax.model.weights import Csa, Weights
+from v4jax.model.segments import Collect, read_segments, without_last_tokens
+from v4jax.model.weights import SparseMode, Weights
 from v4jax.quant.fake import check_quant
 
 
@@ -64,14 +64,17 @@ class Transformer(Weights):
 
     @nn.compact
     def __call__(
-        self, tokens_BS: jax.Array, segment_BS: jax.Array | None = None, ask: Ask = Ask()
+        self,
+        tokens_BS: jax.Array,
+        segment_BS: jax.Array | None = None,
+        collect: Collect = Collect(),
     ) -> Hidden:
-        cfg, own = self.cfg, self.own
-        table_VD = Embedding(*own, cfg, name="embed")()
-        head_DV = Head(*own, cfg, name="head")()
-        documents = read_documents(
+        cfg, context = self.cfg, self.context
+        table_VD = Embedding(*context, cfg, name="embed")()
+        head_DV = Head(*context, cfg, name="head")()
+        segments = read_segments(
             cfg, tokens_BS.shape[1], segment_BS, self.rules.shards("act_seq")
-        )._replace(ask=ask)
+        )._replace(collect=collect)
         with jax.named_scope("embed"):
             x_BSD = embed_lookup(self.rules, table_VD, tokens_BS).astype(self.dtype)
         x_BSXD = jnp.broadcast_to(
@@ -80,9 +83,9 @@ class Transformer(Weights):
         x_BSXD = self.rules.constrain(x_BSXD, "act_batch", "act_seq", "act_streams", "act_embed")
         routing, index = {}, {}
         for group in cfg.layer_groups:
-            layers = stack(*own, cfg, group.kinds, group.repeats, self.remat, group.name)
+            layers = stack(*context, cfg, group.kinds, group.repeats, self.remat, group.name)
             (x_BSXD, _), (routing[group.name], index[group.name]) = layers(
-                (x_BSXD, None), tokens_BS, documents
+                (x_BSXD, None), tokens_BS, segments
             )
         mtp_x_BSD = None
         if cfg.num_nextn_predict_layers:
@@ -90,14 +93,18 @@ class Transformer(Weights):
                 next_BS = jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1)))
                 next_BSD = embed_lookup(self.rules, table_VD, next_BS).astype(self.dtype)
                 mtp = nn.remat(MTP) if self.remat else MTP
-                counted = without_last_tokens(documents, next_BS)
+                counted = without_last_tokens(segments, next_BS)
                 mtp_x_BSD, route, _ = run_mtp(
-                    mtp(*own, cfg, name="mtp"), x_BSXD, next_BSD, next_BS, counted
+                    mtp(*context, cfg, name="mtp"), x_BSXD, next_BSD, next_BS, counted
                 )
                 routing["mtp"] = {"block": route}
-        x_BSD = HyperHead(*own, cfg, name="hc_head")(x_BSXD)
+        x_BSD = HyperHead(*context, cfg, name="hc_head")(x_BSXD)
         return Hidden(
-            RMSNorm(*own, cfg.rms_norm_eps, name="norm")(x_BSD), mtp_x_BSD, head_DV, routing, index
+            RMSNorm(*context, cfg.rms_norm_eps, name="norm")(x_BSD),
+            mtp_x_BSD,
+            head_DV,
+            routing,
+            index,
         )
 
 
@@ -143,14 +150,14 @@ def apply(
     dtype: jnp.dtype = jnp.float32,
     remat: bool = False,
     quant: str = "none",
-    ask: Ask = Ask(),
+    collect: Collect = Collect(),
     chosen=None,
-    csa: Csa = Csa(),
+    sparse: SparseMode = SparseMode(),
 ) -> Hidden:
     """Runs the network up to the head; `params` is the public dict, "router" included.
 
     Args:
-      ask: what routing holds besides loads. chosen: group -> block -> indices of experts [L,B,S,K], as routing gives them when asked;
+      collect: what routing holds besides loads. chosen: group -> block -> indices of experts [L,B,S,K], as routing gives them when asked;
         None: the scores choose.
 
     Raises:
@@ -163,14 +170,14 @@ def apply(
             f"tokens: got rows of {tokens_BS.shape[1]}; must divide by {shards}, the mesh axes that cut the sequence"
         )
     weights = {name: value for name, value in params.items() if name != "router"}
-    model = Transformer(rules, jnp.dtype(dtype), quant, csa, cfg, remat)
+    model = Transformer(rules, jnp.dtype(dtype), quant, sparse, cfg, remat)
     variables = {"params": weights, "router": params["router"]}
     if chosen is not None:
         variables["chosen"] = {
             group: {block: {"ffn": {"index": index}} for block, index in blocks.items()}
             for group, blocks in chosen.items()
         }
-    return model.apply(variables, tokens_BS, segment_BS, ask)
+    return model.apply(variables, tokens_BS, segment_BS, collect)
 
 
 def forward(
@@ -251,7 +258,7 @@ def _abstract_boxed(cfg: ModelConfig):
 
 def _boxed(cfg: ModelConfig, key: jax.Array):
     """Parameters in Flax's boxes, which carry the logical axes."""
-    variables = Transformer(AxisRules(), jnp.dtype(jnp.float32), "none", Csa(), cfg).init(
+    variables = Transformer(AxisRules(), jnp.dtype(jnp.float32), "none", SparseMode(), cfg).init(
         key, jnp.zeros((1, 1), jnp.int32)
     )
     return dict(variables["params"]) | {"router": dict(variables["router"])}

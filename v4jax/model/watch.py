@@ -15,8 +15,8 @@ ITERATIONS = 8
 """Of the power method: Sinkhorn leaves comb so near to doubly stochastic that the ones it starts from are almost the answer."""
 
 
-class Seen(NamedTuple):
-    """Float32 scalars of one sublayer, over all tokens of the batch; `both` joins the two of a layer.
+class Diagnostics(NamedTuple):
+    """Float32 scalars of one sublayer, over all tokens of the batch; `merge` joins the two of a layer.
 
     Attributes:
       pre, post: mean gates into and out of the sublayer. gate_range: largest minus smallest of all of them.
@@ -36,13 +36,13 @@ class Seen(NamedTuple):
     stream_rms: jax.Array
 
 
-def look(pre_BSX: jax.Array, mix: Mix, y_BSD: jax.Array, x_BSXD: jax.Array) -> Seen:
+def measure(pre_BSX: jax.Array, mix: Mix, y_BSD: jax.Array, x_BSXD: jax.Array) -> Diagnostics:
     """The numbers of one sublayer: its gates, its output y, the streams x behind it."""
     pre_BSX, mix, y_BSD, x_BSXD = jax.lax.stop_gradient((pre_BSX, mix, y_BSD, x_BSXD))
     x = x_BSXD.astype(jnp.float32)
     gates = jnp.concatenate((pre_BSX, mix.post), axis=-1)
     kept = jnp.trace(mix.comb, axis1=-2, axis2=-1) / jnp.maximum(mix.comb.sum((-2, -1)), 1e-9)
-    return Seen(
+    return Diagnostics(
         pre=pre_BSX.mean(),
         post=mix.post.mean(),
         gate_range=gates.max() - gates.min(),
@@ -54,7 +54,7 @@ def look(pre_BSX: jax.Array, mix: Mix, y_BSD: jax.Array, x_BSXD: jax.Array) -> S
     )
 
 
-def both(first: Seen, second: Seen) -> Seen:
+def merge(first: Diagnostics, second: Diagnostics) -> Diagnostics:
     """A layer's: the mean of gates, the larger of norms and maxima, streams as the layer leaves them."""
     larger = {
         name: jnp.maximum(getattr(first, name), getattr(second, name))

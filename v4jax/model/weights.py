@@ -15,39 +15,39 @@ from sharding.rules import AxisRules
 from v4jax.quant.fake import fp8_input, fp8_weight
 
 
-class Csa(NamedTuple):
-    """How CSA layers attend. dense: to every visible entry, not to the chosen ones. teach: compute the indexer's loss too."""
+class SparseMode(NamedTuple):
+    """How CSA layers attend. dense: to every visible entry, not to the chosen ones. train_indexer: compute the indexer's loss too."""
 
     dense: bool = False
-    teach: bool = False
+    train_indexer: bool = False
 
 
 class Weights(nn.Module):
     """Base of modules that own weights.
 
     `dtype` is the compute dtype; weights themselves are float32 by default. `quant`: "none", or "official" to compute with the
-    low-precision numbers of the served model (v4jax/quant/fake.py). `csa`: how CSA layers attend.
+    low-precision numbers of the served model (v4jax/quant/fake.py). `sparse`: how CSA layers attend.
     """
 
     rules: AxisRules
     dtype: jnp.dtype
     quant: str
-    csa: Csa
+    sparse: SparseMode
 
     @property
-    def own(self) -> tuple[AxisRules, jnp.dtype, str, Csa]:
+    def context(self) -> tuple[AxisRules, jnp.dtype, str, SparseMode]:
         """What every module hands to those inside it."""
-        return self.rules, self.dtype, self.quant, self.csa
+        return self.rules, self.dtype, self.quant, self.sparse
 
     def weight(
-        self, name: str, shape, axes, init, keep_float32: bool = False, low: bool = False
+        self, name: str, shape, axes, init, keep_float32: bool = False, fp8: bool = False
     ) -> jax.Array:
         """Declares a weight, then gives it in the compute dtype (or float32), gathered over FSDP axes.
 
-        `low`: released files store it as fp8, so under quant="official" it is rounded to that.
+        `fp8`: released files store it as fp8, so under quant="official" it is rounded to that.
         """
         w = self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-        if low and self.quant == "official":
+        if fp8 and self.quant == "official":
             w = fp8_weight(w)
         return self.rules.gather(w.astype(jnp.float32 if keep_float32 else self.dtype), axes)
 

@@ -25,7 +25,7 @@ from v4jax.train.step import check_batch
 class Request(NamedTuple):
     """What is asked of a layout. target: as target_of reads it. what: "train" or "decode". paper: compile nothing. lower_only:
     stop before compiling. effort: of the compiler for TPUs (planner/compiled.py). fp8: products at the fp8 rate. released: decode
-    from the released formats, which no program here computes with: on paper only."""
+    from the released formats, which no program here computes with: estimated only."""
 
     target: str = "cpu"
     what: str = "train"
@@ -122,7 +122,7 @@ def config_of(config: TrainConfig | str, options) -> TrainConfig:
     return dataclasses.replace(config, batch_size=options.batch or devices)
 
 
-def look(cfg: TrainConfig, request: Request) -> Result:
+def examine(cfg: TrainConfig, request: Request) -> Result:
     """The estimate of `cfg`, and what compiling says where JAX can compile for the target.
 
     Raises:
@@ -194,13 +194,13 @@ class Searched:
                 report.state_bytes + (report.temporary_bytes or 0),
                 sum(row[3] for row in report.collectives),
             )
-            paper = sum(row[0] for row in estimated.sent.values())
+            sent_bytes = sum(row[0] for row in estimated.sent.values())
             rows.append(
                 (
                     "compiled",
                     f"{report.layout}: {report.mesh}",
-                    f"{gigabytes(size)} held, on paper {gigabytes(estimated.memory_bytes)}",
-                    f"{gigabytes(sent)} sent, on paper {gigabytes(paper)}",
+                    f"{gigabytes(size)} held, estimated {gigabytes(estimated.memory_bytes)}",
+                    f"{gigabytes(sent)} sent, estimated {gigabytes(sent_bytes)}",
                 )
             )
         return rows

@@ -23,7 +23,7 @@ from sharding.rules import AxisRules, layout_for
 from sharding.targets import topology_mesh
 from v4jax.checkpoint.names import leaf_dtype, official_names, plain_dtype
 from v4jax.generate.cache import cache_shardings, decoding_rules, empty_cache, split_layers
-from v4jax.generate.decode import Setting, State, advance
+from v4jax.generate.decode import DecodeConfig, State, advance
 from v4jax.model.transformer import abstract_params, param_axes
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import batch_sharding, check_batch, compile_step, state_from, state_shardings
@@ -219,18 +219,18 @@ def _lower_decode(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
         for dtype in (jnp.int32, jnp.bool, jnp.uint32)
     )
     with jax.set_mesh(mesh):
-        setting = Setting(rules=decoding_rules(rules), dtype=cfg.dtype, steps=1)
+        decoding = DecodeConfig(rules=decoding_rules(rules), dtype=cfg.dtype, steps=1)
         cache = jax.eval_shape(
             lambda: empty_cache(
-                model, cfg.batch_size, cfg.seq_len, jnp.dtype(cfg.dtype), rules=setting.rules
+                model, cfg.batch_size, cfg.seq_len, jnp.dtype(cfg.dtype), rules=decoding.rules
             )
         )
-        cache = jax.tree.map(_placed, cache, cache_shardings(mesh, setting.rules, cache))
-        split = split_layers(model, params, setting.rules, _layer)
+        cache = jax.tree.map(_placed, cache, cache_shardings(mesh, decoding.rules, cache))
+        split = split_layers(model, params, decoding.rules, _layer)
         return (
             params,
             (params, cache),
-            advance.lower(model, setting, split, State(cache, token_B, None), active_B, seed_B),
+            advance.lower(model, decoding, split, State(cache, token_B, None), active_B, seed_B),
         )
 
 

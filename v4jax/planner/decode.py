@@ -1,4 +1,4 @@
-"""One decoding step on paper: weights and caches held and read, products of one new token a row, what is sent.
+"""One decoding step, estimated: weights and caches held and read, products of one new token a row, what is sent.
 
 Caches are those of v4jax/generate/cache.py, in the compute dtype or as the released model keeps them (entries in fp8 and bf16, index
 keys in fp4), cut with the rows and, where a layout cuts sequences, along them. Weights are held in the compute dtype, or in the
@@ -93,7 +93,7 @@ def _loaded(model: ModelConfig, dtype: str) -> dict[str, int]:
     }
 
 
-class Kept(NamedTuple):
+class CacheBytes(NamedTuple):
     """Bytes of one row's cache. rings: of the newest tokens. slots: entries and index keys. unread: of these, entries of CSA that a step does
     not choose."""
 
@@ -103,7 +103,7 @@ class Kept(NamedTuple):
 
 
 @functools.lru_cache(64)
-def kept(model: ModelConfig, seq: int, dtype: str, released: bool) -> Kept:
+def cache_bytes(model: ModelConfig, seq: int, dtype: str, released: bool) -> CacheBytes:
     """The cache of a row with room for `seq` tokens; released: in the released formats."""
     shapes = jax.eval_shape(
         lambda: empty_cache(model, 1, seq, jnp.dtype(dtype), "official" if released else "dtype")
@@ -118,13 +118,13 @@ def kept(model: ModelConfig, seq: int, dtype: str, released: bool) -> Kept:
         slots += size
         if "entry" in names and count > model.index_topk and count >= seq // CSA:
             unread += size * (1 - model.index_topk / count)
-    return Kept(rings, slots, unread)
+    return CacheBytes(rings, slots, unread)
 
 
 def _caches(cfg: TrainConfig, rules: AxisRules, sizes, seq: int, released: bool) -> list[Term]:
     """All entries are held; a step reads the newest tokens', HCA's, the chosen ones of CSA, and every index key."""
     model = cfg.model
-    found, own = cost(model, cfg.seq_len), kept(model, cfg.seq_len, cfg.dtype, released)
+    found, own = cost(model, cfg.seq_len), cache_bytes(model, cfg.seq_len, cfg.dtype, released)
     heads = math.prod(sizes[axis] for axis in rules.mesh_axes("act_heads"))
     flops = found.total.flops - 2 * sum(
         w.size * w.uses for w in weights_of(model) if not w.name.startswith("mtp")

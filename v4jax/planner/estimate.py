@@ -1,4 +1,4 @@
-"""A layout on paper: memory, FLOPs, traffic and time of one step, and which resource binds. Nothing is compiled.
+"""A layout, estimated: memory, FLOPs, traffic and time of one step, and which resource binds. Nothing is compiled.
 
 Time is a roofline: each part of the model takes the longer of its FLOPs and its memory traffic; exchanges run beside them as far
 as the profile says (`overlap`), the rest adds to the step. What a chip reaches of its peaks is an assumption of the profile unless

@@ -1,4 +1,4 @@
-"""Muon on paper: the stacks of whole matrices one device orthogonalises, and what it sends for them.
+"""Muon, estimated: the stacks of whole matrices one device orthogonalises, and what it sends for them.
 
 Follows sharding/matrices.py step by step: stacks that lie alike are joined, pieces become whole matrices, and each device works on its share.
 

@@ -1,4 +1,4 @@
-"""A report as one self-contained page: the paper model's terms as data, and the few lines of JavaScript that evaluate them.
+"""A report as one self-contained page: the estimate's terms as data, and the few lines of JavaScript that evaluate them.
 
 The page needs no network and no server. Its sliders change tokens a row and rows a step; it recomputes memory, time and traffic from
 the same terms as v4jax/planner/estimate.py (tests/test_page.py compares the two in a browser).
@@ -139,8 +139,8 @@ def _flops(cfg: TrainConfig, seq: int, what: str) -> float:
 def _compiled(result: Result) -> str:
     report = result.compiled
     if report is None:
-        return "on paper: nothing was compiled"
+        return "estimated: nothing was compiled"
     if report.temporary_bytes is None:
-        return f"on paper, and lowered: {report.state_bytes / 1e9:.2f} GB of state"
+        return f"estimated, and lowered: {report.state_bytes / 1e9:.2f} GB of state"
     sent = sum(row[3] for row in report.collectives)
-    return f"on paper; compiled: {report.state_bytes / 1e9:.2f} GB of state, {report.temporary_bytes / 1e9:.2f} GB temporary, {sent / 1e9:.2f} GB sent"
+    return f"estimated; compiled: {report.state_bytes / 1e9:.2f} GB of state, {report.temporary_bytes / 1e9:.2f} GB temporary, {sent / 1e9:.2f} GB sent"

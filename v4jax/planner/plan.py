@@ -13,7 +13,7 @@ from v4jax.planner.estimate import gigabytes, memory_of
 from v4jax.planner.hardware import hardware_of
 from v4jax.train.config import TrainConfig
 from v4jax.train.stages import stage_at, starts
-from v4jax.train.step import check_batch, csa_of, schedule_of
+from v4jax.train.step import check_batch, schedule_of, sparse_mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def plan(cfg: TrainConfig) -> list[StagePlan]:
                 view.batch_size,
                 view.seq_len,
                 view.attention,
-                csa_of(view).teach,
+                sparse_mode(view).train_indexer,
                 view.loss.mtp,
                 memory_of(view, hardware),
             )

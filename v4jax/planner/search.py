@@ -1,4 +1,4 @@
-"""Which layout and mesh for so many chips: every one that could be meant, on paper; what does not fit is rejected with its reason.
+"""Which layout and mesh for so many chips: every one that could be meant, estimated; what does not fit is rejected with its reason.
 
 Meshes are all factorings of the device count over the axes a layout uses, within what a model can be cut into: `tensor` at most
 the output groups, `context` no shorter than a window, `slice` left out. The ranking is by estimated step time; the front holds every

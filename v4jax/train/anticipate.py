@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.rules import AxisRules
-from v4jax.model.segments import Ask
+from v4jax.model.segments import Collect
 from v4jax.model.transformer import apply
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import TrainState, batch_sharding, compiled_together
@@ -44,7 +44,7 @@ def choose_experts(
         rules=rules,
         dtype=jnp.dtype(cfg.dtype),
         quant=cfg.quant,
-        ask=Ask(index=True),
+        collect=Collect(index=True),
     )
     found = {
         group: {
@@ -69,7 +69,7 @@ def compile_choice(
     )
 
 
-class Feed:
+class RoutedBatchQueue:
     """The batches of a run, in order; while it is on, some are drawn ahead and their experts chosen.
 
     Args:

@@ -39,16 +39,16 @@ from v4jax.data.config import tokenizer_of
 from v4jax.data.files import tell_left_out
 from v4jax.data.store import prepare_cache
 from v4jax.generation_config import disagreement
-from v4jax.model.weights import Csa
+from v4jax.model.weights import SparseMode
 from v4jax.storage import folder_to_fill
-from v4jax.train.anticipate import Feed, compile_choice
+from v4jax.train.anticipate import RoutedBatchQueue, compile_choice
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_sets, left_out_lines, train_batches, unigram_loss
 from v4jax.train.finite import not_finite
 from v4jax.train.loss import loss_and_routing, targets
 from v4jax.train.report import Reporter, Silent, plot_losses, require_plots
 from v4jax.train.resume import check_data, check_source, fresh, go_back, items_of, start
-from v4jax.train.stability import Record, remember, spike
+from v4jax.train.stability import LossHistory, remember, spike
 from v4jax.train.stages import Batches, at_stage, number_at, stage_at, starts, steps_left
 from v4jax.train.step import Steps, batch_sharding, check_batch, compile_step, state_shardings
 from v4jax.train.watch import plain
@@ -105,7 +105,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         _prepare(run, cfg, tokenizer)
         with Store(run, cfg.keep, cfg.keep_every, cfg.keep_best, writes=True) as store:
             begin = start(cfg, rules, shardings, store, data, unsaved)
-            with _reporter(run, cfg, begin.step, begin.record) as report:
+            with _reporter(run, cfg, begin.step, begin.history) as report:
                 if begin.changed:
                     report.event(begin.step, "data changed", changed=begin.changed)
                 put = functools.partial(_put, place, rows, cfg.batch_size)
@@ -182,13 +182,15 @@ def _prepare(run: pathlib.Path, cfg: TrainConfig, tokenizer) -> None:
     wait_for_all("the run directory is there")
 
 
-def _reporter(run: pathlib.Path, cfg: TrainConfig, first: int, record: Record) -> Reporter | Silent:
-    return Reporter(run, cfg, first, record) if is_first() else Silent()
+def _reporter(
+    run: pathlib.Path, cfg: TrainConfig, first: int, history: LossHistory
+) -> Reporter | Silent:
+    return Reporter(run, cfg, first, history) if is_first() else Silent()
 
 
 def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store, report):
     """(state, step it stands at): trains from `begin` (see resume.start) to the last step, or until the job is asked to end."""
-    state, step, record, ahead, _ = begin
+    state, step, history, ahead, _ = begin
     first, stop, stage, place = step, False, None, batch_sharding(rules, mesh)
     with stop_requests() as asked_to_stop:
         for turn in itertools.count(
@@ -200,16 +202,18 @@ def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store
                 stage, view = number_at(cfg, step), stage_at(cfg, step)
                 take_step = Steps(functools.partial(compile_step, view, rules, shardings, mesh))
                 choose = compile_choice(view, rules, shardings, mesh)
-                feed, ahead = (
-                    Feed(data, _putter(place, view), choose, cfg.stability.anticipate_lag, ahead),
+                queue, ahead = (
+                    RoutedBatchQueue(
+                        data, _putter(place, view), choose, cfg.stability.anticipate_lag, ahead
+                    ),
                     None,
                 )
-                evaluate, record = _evaluator(view, rules, put), at_stage(cfg, record, step)
+                evaluate, history = _evaluator(view, rules, put), at_stage(cfg, history, step)
                 report.stage(step, view)
             data.at(step)
             step += 1
-            batch, chosen = feed.next(
-                state.public, step <= record.anticipate_until, steps_left(cfg, step - 1)
+            batch, chosen = queue.next(
+                state.public, step <= history.anticipate_until, steps_left(cfg, step - 1)
             )
             state, metrics = take_step(
                 state, batch, chosen, watch=cfg.watch_every > 0 and step % cfg.watch_every == 0
@@ -225,18 +229,18 @@ def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store
             if log or save or evaluates or cfg.stability.rollbacks:
                 metrics = {name: float(value) for name, value in metrics.items()}
                 seen = metrics["loss"], metrics["grad_norm"]
-                why = spike(cfg.stability, record, *seen)
+                why = spike(cfg.stability, history, *seen)
                 if why is None and (save or evaluates):
                     why = not_finite(state)  # as the update has left it, and as it would be kept
                 if why is not None:
-                    at, before, drawn = step, record, record.batch(step) + len(feed)
-                    feed.drop()
-                    state, step, record, *_ = go_back(
+                    at, before, drawn = step, history, history.batch(step) + len(queue)
+                    queue.drop()
+                    state, step, history, *_ = go_back(
                         cfg, shardings, store, state, before, at, drawn, why
                     )
-                    report.rollback(step, record, at, why, trace=(*before.losses, seen[0]))
+                    report.rollback(step, history, at, why, trace=(*before.losses, seen[0]))
                     continue
-                record = remember(cfg.stability, record, *seen)
+                history = remember(cfg.stability, history, *seen)
             if log:
                 now = (
                     {"anticipating": float(chosen is not None)} if cfg.stability.anticipate else {}
@@ -256,7 +260,7 @@ def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store
             if save:
                 jax.block_until_ready(state)
                 store.save(
-                    step, items_of(state, record) | feed.items() | {"data": data}, held_out_nll
+                    step, items_of(state, history) | queue.items() | {"data": data}, held_out_nll
                 )
             if last:
                 return state, step
@@ -284,7 +288,7 @@ def _evaluator(cfg: TrainConfig, rules: AxisRules, put):
             rules=rules,
             dtype=jnp.dtype(cfg.dtype),
             quant=cfg.quant,
-            csa=Csa(cfg.attention != "sparse"),
+            sparse=SparseMode(cfg.attention != "sparse"),
         )
         return metrics["nll"], targets(batch, 1)[1].sum()
 

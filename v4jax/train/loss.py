@@ -19,9 +19,9 @@ from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.kernels.matmul import dense
 from v4jax.model.indexer import IndexLoss
-from v4jax.model.segments import Ask
+from v4jax.model.segments import Collect
 from v4jax.model.transformer import apply
-from v4jax.model.weights import Csa
+from v4jax.model.weights import SparseMode
 
 LOGIT_BYTES = 2**27
 """Float32 logits one device holds at a time."""
@@ -127,13 +127,13 @@ def loss_and_routing(
     dtype: jnp.dtype = jnp.float32,
     remat: bool = False,
     quant: str = "none",
-    ask: Ask = Ask(),
+    collect: Collect = Collect(),
     chosen=None,
-    csa: Csa = Csa(),
+    sparse: SparseMode = SparseMode(),
 ):
     """(loss, (metrics, routing)): nll + mtp weight * mtp_nll + balance weight * sum over layers of the balance loss.
 
-    With csa.teach also + index weight * sum over CSA layers of the indexer's loss, which has gradients for the indexer only.
+    With sparse.train_indexer also + index weight * sum over CSA layers of the indexer's loss, which has gradients for the indexer only.
     """
     tokens_BS, segment_BS = batch["tokens"], batch.get("segment_ids")
     hidden = apply(
@@ -145,8 +145,8 @@ def loss_and_routing(
         dtype=dtype,
         remat=remat,
         quant=quant,
-        csa=csa,
-        ask=ask,
+        sparse=sparse,
+        collect=collect,
         chosen=chosen,
     )
 
@@ -163,7 +163,7 @@ def loss_and_routing(
     if hidden.mtp_x_BSD is not None:
         metrics["mtp_nll"] = mean_nll(hidden.mtp_x_BSD, 2)
         total = total + weights.mtp * metrics["mtp_nll"]
-    if csa.teach:
+    if sparse.train_indexer:
         metrics |= index_metrics(hidden.index)
         total = total + weights.index * metrics["index_kl"]
     return total, (metrics | {"loss": total}, hidden.routing)

@@ -139,15 +139,15 @@ def optimizer(
     index_schedule: the indexer's learning rate; None: it stays as it is.
     """
 
-    def both(schedule):
+    def pair(schedule):
         rest = optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(schedule)
         return [optax.chain(step, *rest) for step in (scale_by_muon(mu, specs), scale_by_adam())]
 
-    transforms = dict(zip(("muon", "adamw"), both(schedule), strict=True))
+    transforms = dict(zip(("muon", "adamw"), pair(schedule), strict=True))
     if index_schedule is None:
         transforms["frozen"] = optax.set_to_zero()
     else:
-        transforms |= zip(("index_muon", "index_adamw"), both(index_schedule), strict=True)
+        transforms |= zip(("index_muon", "index_adamw"), pair(index_schedule), strict=True)
     return optax.partition(
         transforms, lambda params: label_parameters(params, index_schedule is not None)
     )
@@ -196,14 +196,14 @@ def global_norm(tree) -> jax.Array:
     return jnp.where(jnp.isfinite(norm), norm, large)
 
 
-def hold(new, old, is_held):
-    """The tree `new` with the arrays of parameters that are held as in `old`: their weights, momenta, moments. Counts go on.
+def freeze(new, old, is_frozen):
+    """The tree `new` with the arrays of parameters that are frozen as in `old`: their weights, momenta, moments. Counts go on.
 
-    is_held: path of a parameter -> bool.
+    is_frozen: path of a parameter -> bool.
     """
 
     def choose(path, new, old):
         keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        return old if new.ndim and is_held(keys) else new
+        return old if new.ndim and is_frozen(keys) else new
 
     return jax.tree_util.tree_map_with_path(choose, new, old)

@@ -20,7 +20,7 @@ from v4jax.checkpoint.atomic import json_text, write_text
 from v4jax.cost import train_flops_per_token
 from v4jax.storage import local_path
 from v4jax.train.config import TrainConfig
-from v4jax.train.stability import Record
+from v4jax.train.stability import LossHistory
 
 METRICS = "metrics.jsonl"
 
@@ -58,9 +58,9 @@ def matmul_rate(dtype: jnp.dtype, size: int = 2048, repeats: int = 3) -> float:
 class Reporter:
     """Collects metrics of one run. A resumed run drops the lines after its checkpoint, so no step stands twice."""
 
-    def __init__(self, run: pathlib.Path, cfg: TrainConfig, first: int, record: Record):
+    def __init__(self, run: pathlib.Path, cfg: TrainConfig, first: int, history: LossHistory):
         self._cfg, self._run = cfg, run
-        self._open(first, record.rollbacks)
+        self._open(first, history.rollbacks)
         self._tokens = self._flops = 0
         self._peak = matmul_rate(jnp.dtype(cfg.dtype))
         self._last = (first, None)
@@ -144,28 +144,28 @@ class Reporter:
                 )
 
     def rollback(
-        self, step: int, record: Record, at: int, why: str, trace: Sequence[float]
+        self, step: int, history: LossHistory, at: int, why: str, trace: Sequence[float]
     ) -> None:
         """The run went back from step `at` to `step`. One line says so, and the losses in between, the last of `trace`."""
         self._close()
-        self._open(step, record.rollbacks)
+        self._open(step, history.rollbacks)
         given_up = list(trace[-(at - step) :])
         event = {
             "step": step,
             "event": "rollback",
-            "rollback": record.rollbacks,
+            "rollback": history.rollbacks,
             "at": at,
             "why": why,
         }
-        event |= {"skipped": record.skipped[-1], "losses_given_up": given_up}
+        event |= {"skipped": history.skipped[-1], "losses_given_up": given_up}
         self._file.write(json_text(event) + "\n")
         self._file.flush()
         self._board.add_text("rollback", f"step {at}: {why}; back to step {step}", step)
         self._last = (step, None)
-        first, last = record.skipped[-1]
+        first, last = history.skipped[-1]
         self._show(
             step,
-            f"rollback {record.rollbacks}: step {at}: {why}; batches {first} to {last} skipped",
+            f"rollback {history.rollbacks}: step {at}: {why}; batches {first} to {last} skipped",
         )
 
     def event(self, step: int, name: str, **said: Any) -> None:
@@ -216,7 +216,7 @@ class Silent:
         pass
 
     def rollback(
-        self, step: int, record: Record, at: int, why: str, trace: Sequence[float]
+        self, step: int, history: LossHistory, at: int, why: str, trace: Sequence[float]
     ) -> None:
         pass
 

@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 from sharding.processes import anywhere
 from sharding.rules import AxisRules
 from v4jax.api import load_onto
-from v4jax.checkpoint.json_item import Note
+from v4jax.checkpoint.json_item import JsonItem
 from v4jax.checkpoint.store import ABANDONED, CHECKPOINTS, DAMAGED, Store, check_same_arrays
 from v4jax.config import ModelConfig
 from v4jax.data.config import tokenizer_of
@@ -27,18 +27,18 @@ from v4jax.tokenizer import Tokenizer, token_table
 from v4jax.train.anticipate import ahead_placed
 from v4jax.train.config import TrainConfig
 from v4jax.train.finite import not_finite
-from v4jax.train.stability import Record, TrainingFailed, gone_back
+from v4jax.train.stability import LossHistory, TrainingFailed, gone_back
 from v4jax.train.stages import stream_view
 from v4jax.train.step import TrainState, init_state, state_from
 
 
 class Begin(NamedTuple):
     """The state, how many steps it has done, what is remembered, batches that were drawn ahead
-    (anticipate.Feed.items), and what of the data is not as it was, in words."""
+    (anticipate.RoutedBatchQueue.items), and what of the data is not as it was, in words."""
 
     state: TrainState
     step: int
-    record: Record
+    history: LossHistory
     ahead: dict[str, Any]
     changed: tuple[str, ...] = ()
 
@@ -76,7 +76,7 @@ def start(
     """
     step = store.latest_intact(strict=cfg.strict)
     if step is None:
-        return Begin(fresh(cfg, shardings) if unsaved is None else unsaved, 0, Record(), {})
+        return Begin(fresh(cfg, shardings) if unsaved is None else unsaved, 0, LossHistory(), {})
     store.put_aside_after(step, DAMAGED)
     if step > cfg.steps:
         raise ValueError(f"steps: got {cfg.steps}; {cfg.run_dir} has already done {step}")
@@ -140,9 +140,13 @@ def _say_on_resume(
     say_once(f"data changed: {path} {changed[0]}{more}; allow_change: going on {where}")
 
 
-def items_of(state: TrainState, record: Record) -> dict[str, Any]:
+def items_of(state: TrainState, history: LossHistory) -> dict[str, Any]:
     """What a checkpoint holds of a run, but for the data's position."""
-    return {"params": state.public, "optimizer": state.optimizer, "record": Note(record.to_json())}
+    return {
+        "params": state.public,
+        "optimizer": state.optimizer,
+        "record": JsonItem(history.to_json()),
+    }
 
 
 def go_back(
@@ -150,7 +154,7 @@ def go_back(
     shardings,
     store: Store,
     state: TrainState,
-    record: Record,
+    history: LossHistory,
     step: int,
     drawn: int,
     why: str,
@@ -158,18 +162,18 @@ def go_back(
     """`start` after a spike at `step`, with the data left where it is; newer checkpoints are moved to abandoned/.
 
     Args:
-      state: of the spike; its memory is freed. record: of the run up to there. drawn: the last batch taken from the data.
+      state: of the spike; its memory is freed. history: of the run up to there. drawn: the last batch taken from the data.
       why: the spike, in words.
 
     Raises:
       TrainingFailed: no rollback is left, or no checkpoint from long enough before the spike.
     """
-    if record.rollbacks >= cfg.stability.rollbacks:
-        spent = f" after {record.rollbacks} rollback(s)" if record.rollbacks else ""
+    if history.rollbacks >= cfg.stability.rollbacks:
+        spent = f" after {history.rollbacks} rollback(s)" if history.rollbacks else ""
         raise TrainingFailed(f"step {step}: {why}{spent}; last checkpoint: {store.latest}")
     store.wait()  # a save may still read the state
     jax.tree.map(lambda leaf: leaf.delete(), state)
-    newest = max(step - 1 - cfg.stability.proven, record.base)
+    newest = max(step - 1 - cfg.stability.proven, history.base)
     good_step = store.latest_intact(newest=newest)
     if good_step is None and newest >= cfg.checkpoint_every:
         raise TrainingFailed(
@@ -180,27 +184,27 @@ def go_back(
     )
     store.put_aside_after(good_step or 0, ABANDONED)
     if good_step is None:
-        good = Begin(fresh(cfg, shardings), 0, Record(), {})
+        good = Begin(fresh(cfg, shardings), 0, LossHistory(), {})
     else:
         good = _load(cfg, shardings, store, good_step, {})
     return good._replace(
-        record=gone_back(cfg.stability, record, step, good.record, good.step, drawn)
+        history=gone_back(cfg.stability, history, step, good.history, good.step, drawn)
     )
 
 
 def _load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, Any]) -> Begin:
-    """A checkpoint's state and record; `more`: its other items, as Store.load takes them."""
+    """A checkpoint's state and loss history; `more`: its other items, as Store.load takes them."""
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         jax.eval_shape(functools.partial(init_state, cfg, shardings)),
         shardings,
     )
     check_same_arrays(store.path(step), abstract.public)
-    note = Note(Record().to_json())
+    item = JsonItem(LossHistory().to_json())
     if not anywhere(
         not (store.path(step) / "record").is_dir()
     ):  # runs from before there were records go on too
-        more = more | {"record": note}
+        more = more | {"record": item}
     items = store.load(step, {"params": abstract.public, "optimizer": abstract.optimizer} | more)
     router = items["params"].pop("router")
     count = jax.make_array_from_callback((), shardings.step, lambda _: np.asarray(step, np.int32))
@@ -211,7 +215,7 @@ def _load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, 
         raise ValueError(
             f"{store.path(step)}: {wrong}; without it the run goes on from an older checkpoint"
         )
-    return Begin(state, step, Record.from_json(note.value), items.get("ahead", {}))
+    return Begin(state, step, LossHistory.from_json(item.value), items.get("ahead", {}))
 
 
 def fresh(cfg: TrainConfig, shardings) -> TrainState:

@@ -71,7 +71,7 @@ class StabilityConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class LossHistory:
     """What a run remembers beside its weights; it is in every checkpoint, as JSON.
 
     Attributes:
@@ -93,25 +93,25 @@ class Record:
         return dataclasses.asdict(self)
 
     @staticmethod
-    def from_json(value: dict) -> "Record":
+    def from_json(value: dict) -> "LossHistory":
         tuples = {name: tuple(value[name]) for name in ("losses", "grad_norms")}
-        return Record(**value | tuples | {"skipped": tuple(map(tuple, value["skipped"]))})
+        return LossHistory(**value | tuples | {"skipped": tuple(map(tuple, value["skipped"]))})
 
     def batch(self, step: int) -> int:
         """Which batch of the data this step trains on. Example: skipped (5, 9), step 5 -> batch 10."""
         return step + sum(last - first + 1 for first, last in self.skipped)
 
 
-def spike(cfg: StabilityConfig, record: Record, loss: float, grad_norm: float) -> str | None:
+def spike(cfg: StabilityConfig, history: LossHistory, loss: float, grad_norm: float) -> str | None:
     """Why a step is a spike, in words; None if it is none. Without rollbacks only what is not finite is one."""
     for name, value in (("loss", loss), ("grad_norm", grad_norm)):
         if not math.isfinite(value):
             return f"{name} is {value}"
-    if not cfg.rollbacks or len(record.losses) < cfg.least:
+    if not cfg.rollbacks or len(history.losses) < cfg.least:
         return None
-    if loss > (limit := _limit(record.losses, cfg.sigmas, cfg.loss_rise)):
+    if loss > (limit := _limit(history.losses, cfg.sigmas, cfg.loss_rise)):
         return f"loss is {loss:.4g}, above {limit:.4g}"
-    *logs, log = [math.log(max(norm, 1e-30)) for norm in (*record.grad_norms, grad_norm)]
+    *logs, log = [math.log(max(norm, 1e-30)) for norm in (*history.grad_norms, grad_norm)]
     limit = _limit(logs, cfg.sigmas, math.log(cfg.norm_rise))
     if log > limit:  # the limit of norms that scatter widely is too large for exp
         return f"grad_norm is {grad_norm:.4g}, above {math.exp(limit):.4g}"
@@ -124,35 +124,42 @@ def _limit(values, sigmas: float, rise: float) -> float:
     return middle + max(sigmas * spread, rise)
 
 
-def remember(cfg: StabilityConfig, record: Record, loss: float, grad_norm: float) -> Record:
-    """The record after a step that was no spike; as it was, without rollbacks."""
+def remember(
+    cfg: StabilityConfig, history: LossHistory, loss: float, grad_norm: float
+) -> LossHistory:
+    """The history after a step that was no spike; as it was, without rollbacks."""
     if not cfg.rollbacks:
-        return record
+        return history
 
     def keep(values, new):
         return (*values, new)[-cfg.window :]
 
     return dataclasses.replace(
-        record, losses=keep(record.losses, loss), grad_norms=keep(record.grad_norms, grad_norm)
+        history, losses=keep(history.losses, loss), grad_norms=keep(history.grad_norms, grad_norm)
     )
 
 
 def gone_back(
-    cfg: StabilityConfig, record: Record, step: int, good: Record, good_step: int, drawn: int
-) -> Record:
-    """The record of a run that goes on from a good checkpoint.
+    cfg: StabilityConfig,
+    history: LossHistory,
+    step: int,
+    good: LossHistory,
+    good_step: int,
+    drawn: int,
+) -> LossHistory:
+    """The history of a run that goes on from a good checkpoint.
 
     Args:
-      record: of the run as it was, at the spike of `step`. good, good_step: of the checkpoint. drawn: the last batch taken from the data.
+      history: of the run as it was, at the spike of `step`. good, good_step: of the checkpoint. drawn: the last batch taken from the data.
 
     Example: checkpoint of step 10, spike at step 14 -> batches 11 to 14 are skipped and step 11 trains on batch 15. Another one at
     step 12, with no checkpoint between: 11 to 16 are skipped.
     """
     skipped = (*good.skipped, (good.batch(good_step) + 1, drawn))
-    until = max(record.anticipate_until, step + cfg.anticipate) if cfg.anticipate else 0
+    until = max(history.anticipate_until, step + cfg.anticipate) if cfg.anticipate else 0
     return dataclasses.replace(
         good,
-        rollbacks=record.rollbacks + 1,
+        rollbacks=history.rollbacks + 1,
         base=good_step,
         skipped=skipped,
         anticipate_until=until,

@@ -82,10 +82,12 @@ def stream_at(cfg, done: int) -> int:
     return sum(a != b for a, b in zip(shapes, shapes[1:], strict=False))
 
 
-def at_stage(cfg, record, done: int):
-    """The run's record where a later stage begins: losses and gradients of the stage before tell nothing of this one's."""
+def at_stage(cfg, history, done: int):
+    """The run's loss history where a later stage begins: losses and gradients of the stage before tell nothing of this one's."""
     return (
-        dataclasses.replace(record, losses=(), grad_norms=()) if done in starts(cfg)[1:] else record
+        dataclasses.replace(history, losses=(), grad_norms=())
+        if done in starts(cfg)[1:]
+        else history
     )
 
 

@@ -17,13 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sharding.params import named_shardings
 from sharding.processes import wait_for_all
 from sharding.rules import AxisRules
-from v4jax.model.segments import Ask
+from v4jax.model.segments import Collect
 from v4jax.model.transformer import abstract_params, init_params, param_axes
-from v4jax.model.weights import Csa
+from v4jax.model.weights import SparseMode
 from v4jax.train.balance import load_metrics, update_bias
 from v4jax.train.config import TrainConfig
 from v4jax.train.loss import loss_and_routing
-from v4jax.train.muon import clip_apart, global_norm, hold, is_index, optimizer
+from v4jax.train.muon import clip_apart, freeze, global_norm, is_index, optimizer
 from v4jax.train.schedule import learning_rate
 from v4jax.train.watch import watched
 
@@ -75,12 +75,12 @@ def optimizer_of(cfg: TrainConfig, rules: AxisRules = AxisRules()) -> optax.Grad
     return optax.chain(clip_apart(cfg.clip_norm), inner)
 
 
-def csa_of(cfg: TrainConfig) -> Csa:
+def sparse_mode(cfg: TrainConfig) -> SparseMode:
     """How CSA layers attend, and whether their indexer is taught, in the stage that `cfg` describes."""
     alone = cfg.attention == "indexer"
-    return Csa(
+    return SparseMode(
         dense=cfg.attention != "sparse",
-        teach=alone or (cfg.attention == "sparse" and cfg.index_learning_rate > 0),
+        train_indexer=alone or (cfg.attention == "sparse" and cfg.index_learning_rate > 0),
     )
 
 
@@ -108,7 +108,7 @@ def train_step(
     Where the indexer is taught also index_kl, index_kl_uniform, index_captured. With attention="indexer" everything else stays.
     """
 
-    csa, alone = csa_of(cfg), cfg.attention == "indexer"
+    sparse, alone = sparse_mode(cfg), cfg.attention == "indexer"
 
     def objective(params):
         public = dict(params) | {"router": state.router}
@@ -122,8 +122,8 @@ def train_step(
             dtype=dtype,
             remat=cfg.remat,
             quant=cfg.quant,
-            csa=csa,
-            ask=Ask(watch=watch),
+            sparse=sparse,
+            collect=Collect(watch=watch),
             chosen=chosen,
         )
         return (cfg.loss.index * aux[0]["index_kl"] if alone else loss), aux
@@ -133,15 +133,15 @@ def train_step(
         updates, opt_state = optimizer_of(cfg, rules).update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         if alone or (
-            cfg.index_learning_rate and not csa.teach
+            cfg.index_learning_rate and not sparse.train_indexer
         ):  # one of the two is not trained in this stage
 
             def held(path):
                 return is_index(path) != alone
 
             params, opt_state = (
-                hold(params, state.params, held),
-                hold(opt_state, state.optimizer, held),
+                freeze(params, state.params, held),
+                freeze(opt_state, state.optimizer, held),
             )
     metrics |= load_metrics(routing)
     metrics |= {"grad_norm": global_norm(grads), "learning_rate": schedule_of(cfg)(state.step)}

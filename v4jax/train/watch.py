@@ -22,7 +22,7 @@ def watched(cfg: ModelConfig, routing, router, grads, updates) -> dict[str, dict
     """{"layers": name -> float32 [L], "grad_rms": group -> scalar, "update_rms": group -> scalar}.
 
     Names of layers: load_max (busiest expert over the mean; 1 is perfect), load_entropy (over that of an even load; 1 is perfect),
-    load_dead (experts no token of the batch chose), bias_min, bias_max, and those of model/watch.Seen. An update is what is added
+    load_dead (experts no token of the batch chose), bias_min, bias_max, and those of model/watch.Diagnostics. An update is what is added
     to the weights.
     """
     load_LE = _by_layer(cfg, routing, lambda route: route.load_E)
@@ -36,9 +36,9 @@ def watched(cfg: ModelConfig, routing, router, grads, updates) -> dict[str, dict
         "bias_min": bias_LE.min(-1),
         "bias_max": bias_LE.max(-1),
     }
-    first = next(iter(next(iter(routing.values())).values())).seen
+    first = next(iter(next(iter(routing.values())).values())).diagnostics
     layers |= {
-        name: _by_layer(cfg, routing, lambda route, name=name: getattr(route.seen, name))
+        name: _by_layer(cfg, routing, lambda route, name=name: getattr(route.diagnostics, name))
         for name in first._fields
     }
     return {"layers": layers, "grad_rms": rms_by_group(grads), "update_rms": rms_by_group(updates)}

@@ -8,7 +8,8 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-# A room may import the rooms that stand on an earlier line. Files of one room may import each other, without circles.
+# A room may import the rooms that stand on an earlier line. Files of one room may import each other,
+# without circles.
 ORDER = [
     "sharding",
     "v4jax.storage",

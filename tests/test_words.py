@@ -11,7 +11,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 EVERYWHERE = ("sharding", "v4jax")
-# Retired name: (what it is called now, where). Words that mean something else outside a room are retired in that room only.
+# Retired name: (what it is called now, the rooms it is retired in). Some words mean something else in
+# other rooms, and stay there.
 RETIRED = {
     "Ask": ("Collect", EVERYWHERE),
     "ask": ("collect", EVERYWHERE),
@@ -97,7 +98,7 @@ def declared(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def retired(name: str, file: str) -> str | None:
-    """What a retired name is called now, with or without an underscore before it; None for other names."""
+    """What a retired name, with or without an underscore before it, is called now; else None."""
     now, rooms = RETIRED.get(name.removeprefix("_"), (None, ()))
     return now if any(file.startswith(f"{room}/") for room in rooms) else None
 

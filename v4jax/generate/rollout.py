@@ -1,6 +1,7 @@
 """Samples for reinforcement learning: several of each of many prompts, with the logs of their probabilities, and a log to go on from.
 
-    samples = rollout(cfg, params, prompts, Plan(samples=8, max_new_tokens=256), "run/rollout.jsonl", decoding=DecodeConfig(sampling=warm))
+    plan, decoding = Plan(samples=8, max_new_tokens=256), DecodeConfig(sampling=warm)
+    samples = rollout(cfg, params, prompts, plan, "run/rollout.jsonl", decoding=decoding)
     samples[p][s].tokens, samples[p][s].log_probs
 
 Probabilities are the model's own, at temperature 1 and unfiltered: what the forward pass of training gives for the same tokens, up to

@@ -1,9 +1,10 @@
 """The experts' feed-forward over rows sorted by expert: grouped matrix products, with a backend per platform.
 
-TPU: lax.ragged_dot (a grouped GEMM) on all rows at once, with a kernel for its weight gradient (kernels/expert_ffn_grad_tpu.py). NVIDIA GPUs: kernels
-for both (kernels/expert_ffn_gpu.py). CPU, other GPUs, and widths that those kernels cannot cut: one loop over blocks of rows that belong to one
-expert, a few at a time, as long as there are blocks in use; there XLA's ragged_dot does E times the work (30-50 times slower on CPU), and a
-block's intermediate values stay in cache. All run the same two formulas below, which take the products as arguments.
+TPU: lax.ragged_dot (a grouped GEMM) on all rows at once, with a kernel for its weight gradient
+(kernels/expert_ffn_grad_tpu.py). NVIDIA GPUs: kernels for both (kernels/expert_ffn_gpu.py). CPU, other
+GPUs, and widths that those kernels cannot cut: one loop over blocks of rows that belong to one expert, a
+few at a time, as long as there are blocks in use; there XLA's ragged_dot does E times the work (30-50
+times slower on CPU), and a block's intermediate values stay in cache. All run the same two formulas below, which take the products as arguments.
 
 Shapes: P rows (of all blocks, or of some), D width, F expert hidden, E experts, N blocks at a time, b rows of a block.
 Next file to read: sharding/experts.py.

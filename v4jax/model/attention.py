@@ -64,8 +64,9 @@ GATHER_FROM = 8
 class Queries(NamedTuple):
     """A chunk of queries with the raw rows they may see: blocks of W queries over 2W rows (their own W and the W before).
 
-    position, window_position [B or 1,...]: of the queries, of the window's keys; segments are None for rows of one document; real: does not only fill up a chunk; index is
-    None unless asked for. A few queries that continue a row are one block over all rows that are given.
+    position, window_position [B or 1,...]: of the queries, of the window's keys; segments are None for
+    rows of one document; real: does not only fill up a chunk; index is None unless asked for.
+    A few queries that continue a row are one block over all rows that are given.
     """
 
     q_BTNH: jax.Array
@@ -415,9 +416,10 @@ def _choose(
 
 
 def _among_all(score_BTK: jax.Array, topk: int, axis: str) -> jax.Array:
-    """Which of the best scores of this device are among the `topk` best of all, where every device holds a contiguous part of the entries.
+    """Which of the best scores of this device are among the `topk` best of all.
 
-    The parts follow each other, so of equal scores the smaller index wins here too. K numbers a query travel.
+    Every device holds a contiguous part of the entries, and the parts follow each other, so of equal
+    scores the smaller index wins here too. K numbers a query travel.
     """
     best = top_k_mask(jax.lax.all_gather(score_BTK, axis, axis=2, tiled=True), topk)
     count = score_BTK.shape[-1]

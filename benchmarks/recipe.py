@@ -83,7 +83,7 @@ VARIANTS = {
 
 
 def also_with_a_new_indexer(evaluator, held_out: list[float]):
-    """`loop._evaluator` whose evaluations add to `held_out` the loss of the same weights with an indexer that never learned."""
+    """`evaluator` whose evaluations add to `held_out` the loss of the same weights with an indexer that never learned."""
 
     def make(cfg: TrainConfig, *rest):
         evaluate = evaluator(cfg, *rest)
@@ -114,7 +114,7 @@ def run(name: str, seed: int) -> dict:
     )
     start, new_indexer = time.perf_counter(), []
     evaluator = mock.patch.object(
-        loop, "_evaluator", also_with_a_new_indexer(loop._evaluator, new_indexer)
+        loop, "evaluator", also_with_a_new_indexer(loop.evaluator, new_indexer)
     )
     cfg, plain = VARIANTS[name], contextlib.nullcontext()
     with (

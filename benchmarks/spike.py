@@ -17,8 +17,10 @@ import numpy as np
 
 from sharding.mesh import simulate_devices
 from v4jax.config import ModelConfig
+from v4jax.data.config import tokenizer_of
 from v4jax.train import loop
 from v4jax.train.config import TrainConfig
+from v4jax.train.prepare import stage_batches
 from v4jax.train.stability import StabilityConfig
 
 MODEL = ModelConfig(
@@ -97,7 +99,7 @@ def main():
         remat=False,
         export="none",
     )
-    data = loop._data(cfg, loop.tokenizer_of(cfg.data), None)
+    data = stage_batches(cfg, tokenizer_of(cfg.data), None)
     rows = [next(data)["tokens"][0] for _ in range(steps)]
     real = loop.compile_step
     ends = {"clean": loop.train(cfg)}

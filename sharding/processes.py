@@ -160,6 +160,48 @@ def anywhere(flag: bool) -> bool:
     )
 
 
+def gather_text(text: str) -> list[str]:
+    """The texts of all processes, in their order. Every process calls it."""
+    count, index = jax.process_count(), jax.process_index()
+    if count == 1:
+        return [text]
+    own = np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
+    sizes = np.zeros(count, np.uint32)
+    sizes[index] = own.size
+    ends = np.cumsum(_sum_of_bits(sizes), dtype=np.int64)
+    if not ends[-1]:
+        return [""] * count
+    joined = np.zeros(ends[-1], np.uint8)
+    joined[ends[index] - own.size : ends[index]] = own
+    parts = np.split(_sum_of_bits(joined), ends[:-1])
+    return [part.tobytes().decode("utf-8", "surrogateescape") for part in parts]
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """All processes leave the block alike: a ValueError of one of them is raised by every one.
+
+    Its text is that of process 0; where that one has none, that of the first which has, with its
+    number. Every process enters the block, which holds no other collective: a process that raises
+    takes no part in it. Any other error ends this process alone, as a crash does.
+
+    Raises:
+      ValueError: the block has raised one in any process.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    fault = None
+    try:
+        yield
+    except ValueError as error:
+        fault = error
+    texts = gather_text("" if fault is None else str(fault) or repr(fault))
+    for index, text in enumerate(texts):
+        if text:
+            raise ValueError(text if index == 0 else f"process {index}: {text}") from fault
+
+
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
     """Gives a function to call after each step with its number: whether the job was told to end, by SIGTERM to any process.

@@ -6,19 +6,28 @@ import json
 import os
 import pathlib
 import re
+import shutil
 
+import jax
 import pytest
 from trees import small_config
 
+from sharding.mesh import make_mesh, parse_mesh
+from sharding.rules import AxisRules
 from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS
+from v4jax.checkpoint.checksums import write_sums
+from v4jax.checkpoint.store import Store, write_config
 from v4jax.data.config import DataConfig, Source
-from v4jax.data.identity import settings_of
 from v4jax.tokenizer import BOS_TOKEN, ByteTokenizer
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import train_batches
+from v4jax.train.initial import check_source_tokens
 from v4jax.train.loop import train
-from v4jax.train.resume import _say_on_resume, check_data, check_source
-from v4jax.train.stages import Stage
+from v4jax.train.prepare import stage_batches
+from v4jax.train.resume import check_data, items_of
+from v4jax.train.stability import LossHistory
+from v4jax.train.stages import Batches, Stage
+from v4jax.train.step import init_state, state_shardings
 
 BYTES, CHAT = ByteTokenizer(), ByteTokenizer(CHAT_TOKENS + FIM_TOKENS)
 OLD = ("documents", "tokenizer", "seed", "seq_len", "batch_size")
@@ -27,10 +36,6 @@ OLD = ("documents", "tokenizer", "seed", "seq_len", "batch_size")
 
 def through_json(value):
     return json.loads(json.dumps(value))
-
-
-def settings(cfg, tokenizer=BYTES, seq_len=32, batch_size=2):
-    return through_json(settings_of(cfg, tokenizer, seq_len, batch_size))
 
 
 def edit(path: pathlib.Path, old: bytes, new: bytes) -> None:
@@ -42,23 +47,24 @@ def edit(path: pathlib.Path, old: bytes, new: bytes) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "text").mkdir()
+def text_in(folder: pathlib.Path) -> pathlib.Path:
+    folder.mkdir()
     for i in range(6):
-        (tmp_path / "text" / f"{i}.txt").write_text(f"document {i}: the cat sat on the mat")
-    return tmp_path / "text"
+        (folder / f"{i}.txt").write_text(f"document {i}: the cat sat on the mat")
+    return folder
 
 
-@pytest.fixture
-def records(tmp_path):
-    (tmp_path / "r").mkdir()
+def records_in(folder: pathlib.Path) -> pathlib.Path:
+    folder.mkdir()
     for name in "ab":
         texts = [{"text": f"{name}{i} the cat sat", "more": "x"} for i in range(9)]
-        (tmp_path / "r" / f"{name}.jsonl").write_text(
-            "".join(json.dumps(text) + "\n" for text in texts)
-        )
-    return tmp_path / "r"
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return text_in(tmp_path / "text")
 
 
 MODEL = small_config(
@@ -92,72 +98,105 @@ def config(folder, run_dir, **changes) -> TrainConfig:
     return TrainConfig(**fields | changes)
 
 
-def as_saved(run, step, view: TrainConfig) -> None:
-    """Writes of a checkpoint what is compared first."""
-    path = pathlib.Path(run) / "checkpoints" / str(step) / "data" / "process_0.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(
-        json.dumps(
-            {"settings": settings(view.data, BYTES, view.seq_len, view.batch_size), "rows": {}}
-        )
-    )
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(config, folder of it and its text): what a run of two stages leaves of steps 2 and 4, one in
+    each stage, but for the weights' training."""
+    home = tmp_path_factory.mktemp("finished")
+    text_in(home / "text")
+    extra = Source(path=str(records_in(home / "r") / "a.jsonl"), format="jsonl", name="extra")
+    data = DataConfig(source=str(home / "text"), held_out=0.2, evaluate_on=(extra,))
+    stages = (Stage(after=3, seq_len=40),)
+    cfg = config(home / "text", home / "run", steps=4, data=data, stages=stages)
+    batches = Batches(cfg, lambda view: stage_batches(view, BYTES, None))
+    mesh = make_mesh(parse_mesh(cfg.mesh))
+    with jax.set_mesh(mesh), Store(cfg.run_dir) as store:
+        write_config(cfg.run_dir, MODEL)
+        state = init_state(cfg, state_shardings(cfg, AxisRules(), mesh))
+        for step in (2, 4):
+            next(batches.at(step - 1))
+            store.save(step, items_of(state, LossHistory()) | {"data": batches})
+    return cfg, home
 
 
-def test_data_are_compared_with_the_newest_checkpoint_at_its_stage(folder, tmp_path):
-    cfg = config(folder, tmp_path / "run", steps=20, stages=(Stage(after=10, seq_len=64),))
-    check_data(cfg, BYTES)  # a run that has not begun
-    as_saved(cfg.run_dir, 9, cfg)
-    check_data(cfg, BYTES)
-    as_saved(cfg.run_dir, 10, cfg)
-    check_data(cfg, BYTES)
-    as_saved(
-        cfg.run_dir,
-        12,
-        dataclasses.replace(cfg, stages=(), seq_len=64, data=dataclasses.replace(cfg.data, seed=1)),
-    )
-    check_data(cfg, BYTES)
-    edit(folder / "3.txt", b"cat", b"dog")
-    with pytest.raises(
-        ValueError,
-        match=r"^data position: was saved with text/3.txt .* \(--data.allow-change: from a fresh",
-    ):
-        check_data(cfg, BYTES)
-    check_data(
-        dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, allow_change=True)), BYTES
-    )
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The finished run, copied with its text; its files may be changed."""
+    cfg, home = finished
+    shutil.copytree(home, tmp_path / "copy")
+    extra = dataclasses.replace(cfg.data.evaluate_on[0], path=str(tmp_path / "copy/r/a.jsonl"))
+    data = dataclasses.replace(cfg.data, source=str(tmp_path / "copy/text"), evaluate_on=(extra,))
+    return dataclasses.replace(cfg, data=data, run_dir=str(tmp_path / "copy/run"))
 
 
-def test_another_set_to_evaluate_on_under_an_old_name_is_refused(folder, records, tmp_path):
-    sets = [
-        Source(path=str(records / f"{name}.jsonl"), format="jsonl", name="extra") for name in "ab"
-    ]
-    cfg, other = (
-        config(folder, tmp_path / "run", data=DataConfig(source=str(folder), evaluate_on=(one,)))
-        for one in sets
+def position(cfg, step: int) -> pathlib.Path:
+    return pathlib.Path(cfg.run_dir) / "checkpoints" / str(step) / "data" / "process_0.json"
+
+
+def rewrite(path: pathlib.Path, text: str) -> None:
+    """Writes a file of a checkpoint as if it had always said so."""
+    path.write_text(text)
+    write_sums(path.parent.parent)
+
+
+def test_data_are_compared_with_the_newest_checkpoint_at_its_stage(copied):
+    assert json.loads(position(copied, 4).read_text())["settings"]["seq_len"] == 40
+    check_data(copied, BYTES)
+    edit(pathlib.Path(copied.data.source) / "3.txt", b"cat", b"dog")
+    words = r"^data position: was saved with text/3.txt .* \(--data.allow-change: from a fresh"
+    with pytest.raises(ValueError, match=words):
+        check_data(copied, BYTES)
+    changed = dataclasses.replace(copied.data, allow_change=True)
+    check_data(dataclasses.replace(copied, data=changed), BYTES)
+
+
+def test_another_set_to_evaluate_on_under_an_old_name_is_refused(copied):
+    extra = copied.data.evaluate_on[0]
+    other = dataclasses.replace(extra, path=extra.path.replace("a.jsonl", "b.jsonl"))
+    data = dataclasses.replace(copied.data, evaluate_on=(other,))
+    words = "evaluate_on extra .*; its loss cannot be compared any more: give it another name"
+    with pytest.raises(ValueError, match=words):
+        check_data(dataclasses.replace(copied, data=data), BYTES)
+
+
+def test_data_are_compared_with_the_checkpoint_that_the_run_will_resume_from(copied):
+    """A flipped byte makes the newest one damaged, not the data changed."""
+    edit(position(copied, 4), b'"held_out": 0.2', b'"held_out": 0.3')
+    check_data(copied, BYTES)
+    with pytest.raises(ValueError, match="checkpoints/4 is damaged: data/process_0.json"):
+        check_data(dataclasses.replace(copied, strict=True), BYTES)
+    edit(pathlib.Path(copied.data.source) / "3.txt", b"cat", b"dog")
+    with pytest.raises(ValueError, match="^data position: was saved with text/3.txt"):
+        check_data(copied, BYTES)
+    edit(position(copied, 2), b'"held_out": 0.2', b'"held_out": 0.3')
+    with pytest.raises(ValueError, match="checkpoints/2 is damaged: data/process_0.json"):
+        check_data(copied, BYTES)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"settings": 3}'])
+def test_a_position_that_cannot_be_read_is_not_taken_for_an_older_one(copied, text):
+    rewrite(position(copied, 4), text)
+    words = (
+        r"^data position: .*4/data/process_0.json cannot be read \(.*; remove .*checkpoints/4 to"
     )
-    as_saved(cfg.run_dir, 2, cfg)
-    check_data(cfg, BYTES)
-    with pytest.raises(
-        ValueError,
-        match="evaluate_on extra .*; its loss cannot be compared any more: give it another name",
-    ):
-        check_data(other, BYTES)
+    with pytest.raises(ValueError, match=words):
+        train(copied)
 
 
 def test_weights_that_go_with_other_tokens_are_refused(folder, tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps(MODEL.to_dict()))
     cfg = config(folder, tmp_path / "run", init_from=str(tmp_path / "base"))
-    check_source(cfg)  # says nothing of its tokens
+    check_source_tokens(cfg, BYTES)  # says nothing of its tokens
     CHAT.save(tmp_path / "base")
-    check_source(cfg)  # has more tokens than this run's, none other
+    check_source_tokens(cfg, BYTES)  # has more tokens than this run's, none other
     path = tmp_path / "base" / "tokenizer.json"
     path.write_text(path.read_text().replace(f'"content": "{BOS_TOKEN}"', '"content": "<s>"'))
     with pytest.raises(
         ValueError,
         match=f"init_from: .* has another tokenizer: id 0 is '<s>' there, '{re.escape(BOS_TOKEN)}' here",
     ):
-        check_source(cfg)
+        check_source_tokens(cfg, BYTES)
 
 
 def digest(folder):
@@ -201,23 +240,17 @@ def test_a_run_goes_on_with_other_data_only_when_told_to(folder, tmp_path, capsy
     )  # what it went on with is what it goes on with
 
 
-def test_of_an_older_checkpoint_it_is_said_what_cannot_be_checked(folder, tmp_path, capsys):
-    cfg = config(folder, tmp_path / "run")
-    as_saved(cfg.run_dir, 2, cfg)
-    path = tmp_path / "run" / "checkpoints" / "2" / "data" / "process_0.json"
-    state = json.loads(path.read_text())
+def test_of_an_older_checkpoint_it_is_said_what_cannot_be_checked(copied, capsys):
+    state = json.loads(position(copied, 4).read_text())
     state["settings"] = {name: value for name, value in state["settings"].items() if name in OLD}
-    path.write_text(json.dumps(state))
-    check_data(cfg, BYTES)
-    with pytest.raises(ValueError, match="was saved with packing split, this run has best_fit"):
-        check_data(
-            dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, packing="best_fit")), BYTES
-        )
-    for settings_ in (state["settings"], settings(cfg.data)):
-        _say_on_resume(tmp_path, settings_, False, ())
+    rewrite(position(copied, 4), json.dumps(state))
+    train(copied)
     said = capsys.readouterr().err
     assert (
         said.count("\n") == 1
         and "is of an older v4jax" in said
-        and "by tokenizer, seed, seq_len, batch_size alone" in said
+        and "by tokenizer, seed, seq_len, batch_size, documents alone" in said
     )
+    data = dataclasses.replace(copied.data, packing="best_fit")
+    with pytest.raises(ValueError, match="was saved with packing split, this run has best_fit"):
+        check_data(dataclasses.replace(copied, data=data), BYTES)

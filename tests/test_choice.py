@@ -21,7 +21,7 @@ from v4jax.generate.decode import Completion
 from v4jax.generate.sampling import Sampling
 from v4jax.generation_config import disagreement, with_end_tokens
 from v4jax.tokenizer import ByteTokenizer
-from v4jax.train import loop
+from v4jax.train import loop, prepare
 from v4jax.train.config import TrainConfig
 
 TOKENIZER = ByteTokenizer(CHAT_TOKENS)
@@ -392,7 +392,7 @@ def test_generate_and_train_say_so_in_one_line(checkpoint, tmp_path, monkeypatch
     monkeypatch.setattr(command, "load", enough)
     assert cli.main(["generate", str(checkpoint), "--prompt", "x"]) == 2
     assert capsys.readouterr().err == f"v4jax: {said}\nv4jax: enough\n"
-    monkeypatch.setattr(loop, "tokenizer_of", lambda _: Odd())
+    monkeypatch.setattr(prepare, "tokenizer_of", lambda _: Odd())
     cfg = TrainConfig(
         model=MODEL,
         run_dir=str(tmp_path / "run"),

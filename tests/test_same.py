@@ -10,9 +10,10 @@ from trees import small_config
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules, layout_for
 from v4jax.checkpoint.store import Store
-from v4jax.data.config import DataConfig
+from v4jax.data.config import DataConfig, tokenizer_of
 from v4jax.train import loop
 from v4jax.train.config import TrainConfig
+from v4jax.train.prepare import stage_batches
 from v4jax.train.report import read_metrics
 from v4jax.train.resume import start
 from v4jax.train.stages import Batches
@@ -54,7 +55,7 @@ def states(cfg):
     found = {}
     with jax.set_mesh(mesh), Store(cfg.run_dir) as store:
         for step in (4, 2):
-            data = Batches(cfg, lambda view: loop._data(view, loop.tokenizer_of(cfg.data), None))
+            data = Batches(cfg, lambda view: stage_batches(view, tokenizer_of(cfg.data), None))
             found[step] = jax.tree.map(
                 np.asarray,
                 start(
@@ -63,6 +64,7 @@ def states(cfg):
                     state_shardings(cfg, rules, mesh),
                     store,
                     data,
+                    pytest.fail,
                 ).state,
             )
             store.put_aside_after(step - 1, "seen")

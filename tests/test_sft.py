@@ -19,10 +19,10 @@ from v4jax.data.conversations import conversation_tokens
 from v4jax.data.selection import used_conversations
 from v4jax.data.store import TokenStore, open_store
 from v4jax.tokenizer import ByteTokenizer
-from v4jax.train import loop
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_batches, left_out_lines, train_batches, unigram_loss
 from v4jax.train.loop import train
+from v4jax.train.prepare import say_left_out
 from v4jax.train.stages import Stage
 
 CHAT = ByteTokenizer(CHAT_TOKENS + FIM_TOKENS)
@@ -426,7 +426,7 @@ def test_a_run_says_once_what_it_leaves_out(tmp_path, capsys):
         tmp_path / "chat.jsonl", [*(asked_for(f"{i}") for i in range(8)), asked_for("u" * 99)]
     )
     stages = (Stage(after=1, batch_size=2), Stage(after=2, seq_len=48))
-    loop._say_left_out(run_of(cfg, tmp_path, stages=stages), CHAT)
+    say_left_out(run_of(cfg, tmp_path, stages=stages), CHAT)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(
         line.startswith(f"v4jax: source {cfg.source}: 1 of 9 conversations are left out")

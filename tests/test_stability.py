@@ -15,9 +15,10 @@ from trees import small_config
 
 import v4jax
 from v4jax.checkpoint.store import Store
-from v4jax.data.config import DataConfig
+from v4jax.data.config import DataConfig, tokenizer_of
 from v4jax.train import loop
 from v4jax.train.config import TrainConfig
+from v4jax.train.prepare import stage_batches
 from v4jax.train.stability import (
     LossHistory,
     StabilityConfig,
@@ -164,7 +165,7 @@ def lines(cfg):
 
 def rows(cfg, count: int):
     """The first row of each of the run's first batches."""
-    data = loop._data(cfg, loop.tokenizer_of(cfg.data), None)
+    data = stage_batches(cfg, tokenizer_of(cfg.data), None)
     return [next(data)["tokens"][0] for _ in range(count)]
 
 

@@ -286,7 +286,7 @@ def test_a_place_of_the_wrong_kind_is_refused_before_work(
     line, words, checkpoint, config_file, empty_folder, monkeypatch, capsys
 ):
     monkeypatch.syspath_prepend(ROOT)
-    monkeypatch.setattr("v4jax.train.loop.tokenizer_of", lambda data: pytest.fail("work began"))
+    monkeypatch.setattr("v4jax.train.prepare.tokenizer_of", lambda data: pytest.fail("work began"))
     monkeypatch.setattr("v4jax.planner.measure.measure", lambda: pytest.fail("work began"))
     np.save("t.npy", np.zeros((1, 4), np.int32))
     code = cli.main(line.format(ckpt=checkpoint, cfg=config_file).split())

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from v4jax.storage import local_path
+from v4jax.untrusted import file_in
 
 BOS_TOKEN, EOS_TOKEN = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 """The special tokens of the DeepSeek tokenizers; ids 0 and 1 in the released config.json."""
@@ -231,15 +232,44 @@ def without_marks(
 
 
 def token_table(text: str) -> dict[int, str]:
-    """Id -> token of a tokenizer.json, given as its text."""
-    raw = json.loads(text)
-    vocab = raw.get("model", {}).get("vocab", {})
-    if isinstance(vocab, dict):
-        tokens = vocab.items()
-    else:  # of the kind "Unigram": pairs of token and score
-        tokens = ((token, i) for i, (token, _) in enumerate(vocab))
-    added = ((token["content"], token["id"]) for token in raw.get("added_tokens") or ())
-    return {i: token for token, i in itertools.chain(tokens, added)}
+    """Id -> token of a tokenizer.json, given as its text.
+
+    Raises:
+      ValueError: not JSON, or not what a tokenizer.json says.
+    """
+    try:
+        raw = json.loads(text)
+    except (RecursionError, json.JSONDecodeError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+    try:
+        vocab = raw["model"]["vocab"]
+        if isinstance(vocab, dict):
+            tokens = vocab.items()
+        else:  # of the kind "Unigram": pairs of token and score
+            tokens = ((token, i) for i, (token, _) in enumerate(vocab))
+        added = ((token["content"], token["id"]) for token in raw.get("added_tokens") or ())
+        return {operator.index(i): token for token, i in itertools.chain(tokens, added)}
+    except (AttributeError, KeyError, TypeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            "expected a JSON object with model.vocab, and added_tokens with content and id "
+            f"({said})"
+        ) from None
+
+
+def tokens_in(directory: pathlib.Path) -> dict[int, str]:
+    """`token_table` of a checkpoint that others made; {} where it has no tokenizer.json.
+
+    Raises:
+      ValueError: names the file: a link that leads elsewhere, no tokenizer.json that can be read.
+    """
+    path = directory / "tokenizer.json"
+    try:
+        return token_table(file_in(directory, path.name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def require_tokens(tokenizer: Tokenizer, names: Iterable[str], purpose: str) -> None:

@@ -258,22 +258,23 @@ def _name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def newest_step(directory) -> int | None:
+    """Step of a run's newest complete checkpoint; None for no checkpoint, or no run. Every process calls it."""
+    if not anywhere(is_run(directory)):
+        return None
+    with Store(directory) as store:
+        return store.latest
+
+
 def check_config(directory, cfg: ModelConfig) -> None:
-    """Refuses a directory that `write_config` would refuse; changes nothing.
+    """Refuses a directory that is not empty and holds no run of this model; changes nothing.
 
     Raises:
       ValueError: the directory belongs to another model (names the first field that differs), or to something else.
     """
     directory = local_path(directory, "directory")
-    path = directory / "config.json"
-    if path.exists():
-        old = ModelConfig.from_json(path)
-        if name := cfg.difference(old):
-            theirs, ours = old.to_dict().get(name), cfg.to_dict().get(name)
-            raise ValueError(
-                f"{directory} holds a run of another model: {name} is {theirs} there, {ours} here; "
-                "choose another run directory"
-            )
+    if (directory / "config.json").exists():
+        _check_same_model(directory, cfg)
     elif directory.exists() and any(directory.iterdir()):
         raise ValueError(
             f"{directory} is not empty and holds no v4jax run; choose another run directory"
@@ -283,17 +284,31 @@ def check_config(directory, cfg: ModelConfig) -> None:
 def write_config(directory, cfg: ModelConfig, source: str = "") -> None:
     """Writes config.json, or finds that the one there describes the same model.
 
+    What else the directory holds is the caller's to look at first (check_config).
+
     Args:
       source: checkpoint of this model that the weights come from; its config.json says more than `cfg` does.
 
     Raises:
-      ValueError: see check_config.
+      ValueError: the directory belongs to another model.
     """
-    check_config(directory, cfg)
-    path = local_path(directory, "directory") / "config.json"
-    if not path.exists():
-        raw = cfg.to_dict()
-        if source:
-            raw = read_config_json(local_path(source, "source") / "config.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(raw, indent=2) + "\n")
+    directory = local_path(directory, "directory")
+    path = directory / "config.json"
+    if path.exists():
+        _check_same_model(directory, cfg)
+        return
+    raw = cfg.to_dict()
+    if source:
+        raw = read_config_json(local_path(source, "source") / "config.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(raw, indent=2) + "\n")
+
+
+def _check_same_model(directory: pathlib.Path, cfg: ModelConfig) -> None:
+    old = ModelConfig.from_json(directory / "config.json")
+    if name := cfg.difference(old):
+        theirs, ours = old.to_dict().get(name), cfg.to_dict().get(name)
+        raise ValueError(
+            f"{directory} holds a run of another model: {name} is {theirs} there, {ours} here; "
+            "choose another run directory"
+        )

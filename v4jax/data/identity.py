@@ -106,14 +106,21 @@ def evaluation_differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[
     return found
 
 
-def saved_settings(directory: pathlib.Path) -> dict[str, Any] | None:
-    """The settings in a checkpoint's item of data positions; None where there are none to read."""
+def saved_settings(directory: pathlib.Path) -> dict[str, Any]:
+    """The settings in a checkpoint's item of data positions; {} where an older v4jax wrote none.
+
+    Raises:
+      ValueError: names the file that is there and cannot be read.
+    """
     for path in sorted(directory.glob("*.json"))[:1]:
         try:
-            return json.loads(path.read_text())["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-    return None
+            return dict(json.loads(path.read_text()).get("settings") or {})
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"data position: {path} cannot be read ({error}); "
+                f"remove {directory.parent} to resume from the checkpoint before it"
+            ) from None
+    return {}
 
 
 def _evaluated(source: Source) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Everything that defines a training run, in one frozen dataclass. A file in configs/ builds it in `get_config()`.
 
-Next file to read: v4jax/train/loop.py.
+Next file to read: v4jax/train/prepare.py.
 """
 
 import dataclasses

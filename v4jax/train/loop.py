@@ -10,47 +10,40 @@ Next file to read: v4jax/train/report.py.
 
 import functools
 import itertools
-import logging
 import math
 import pathlib
-import shutil
-import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from sharding.mesh import make_mesh, parse_mesh
-from sharding.processes import (
-    anywhere,
-    check_whole,
-    from_rows,
-    is_first,
-    local_rows,
-    stop_requests,
-    wait_for_all,
-)
-from sharding.rules import AxisRules, check_has_mesh, layout_for
-from v4jax.checkpoint.export import carried_files, kinds_for, save_safetensors
-from v4jax.checkpoint.store import Store, check_config, is_run, write_config
-from v4jax.data.config import tokenizer_of
-from v4jax.data.files import tell_left_out
-from v4jax.data.store import prepare_cache
-from v4jax.generation_config import disagreement
-from v4jax.model.weights import SparseMode
-from v4jax.storage import folder_to_fill
+from sharding.processes import agreed, from_rows, is_first, local_rows, stop_requests
+from sharding.rules import AxisRules
+from v4jax.checkpoint.export import save_safetensors
+from v4jax.checkpoint.store import Store
 from v4jax.train.anticipate import RoutedBatchQueue, compile_choice
 from v4jax.train.config import TrainConfig
-from v4jax.train.data import held_out_sets, left_out_lines, train_batches, unigram_loss
+from v4jax.train.data import unigram_loss
+from v4jax.train.evaluation import evaluation_sets, evaluator
 from v4jax.train.finite import not_finite
-from v4jax.train.loss import loss_and_routing, targets
-from v4jax.train.report import Reporter, Silent, plot_losses, require_plots
-from v4jax.train.resume import check_data, check_source, fresh, go_back, items_of, start
+from v4jax.train.initial import first_state
+from v4jax.train.prepare import (
+    as_read,
+    check_folders,
+    check_layout,
+    check_text,
+    make_cache,
+    open_batches,
+    say_left_out,
+    stage_batches,
+    write_run,
+)
+from v4jax.train.report import Reporter, Silent, plot_losses
+from v4jax.train.resume import Begin, go_back, items_of, start
 from v4jax.train.stability import LossHistory, remember, spike
-from v4jax.train.stages import Batches, at_stage, number_at, stage_at, starts, steps_left
-from v4jax.train.step import Steps, batch_sharding, check_batch, compile_step, state_shardings
+from v4jax.train.stages import Batches, at_stage, number_at, stage_at, steps_left
+from v4jax.train.step import Steps, TrainState, batch_sharding, compile_step, state_shardings
 from v4jax.train.watch import plain
 
 UNIGRAM_BATCHES = 64
@@ -64,122 +57,34 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     `stopped_at`, and the same call goes on from there.
 
     Raises:
-      ValueError: anything wrong with config, mesh, data or run directory, before training starts.
+      ValueError: anything wrong with config, mesh, data or run directory, before training starts;
+        every process raises it.
       TrainingFailed: the loss or the state is not finite, or the loss spikes, and no rollback is
         left. Such a state is neither saved nor exported.
       OSError: a checkpoint could not be written; those before it are intact.
     """
-    check_has_mesh(cfg.layout, cfg.mesh)
-    run = _check_folders(cfg)
-    sizes = parse_mesh(cfg.mesh)
-    rules = layout_for(cfg.layout, sizes) if math.prod(sizes.values()) > 1 else AxisRules()
-    mesh = make_mesh(sizes)
-    check_whole(mesh)
-    require_plots()
-    for done in starts(cfg):
-        check_batch(stage_at(cfg, done), rules, sizes)
-    if cfg.export != "none":
-        kinds_for(cfg.model, cfg.export)
-    tokenizer = tokenizer_of(cfg.data)
-    if is_first() and (said := disagreement(cfg.model, tokenizer)):
-        logging.getLogger("v4jax").warning("%s", said)
-    check_data(cfg, tokenizer)
-    tell_left_out(cfg.data)
+    cfg = as_read(cfg)
+    with agreed():
+        rules, mesh = check_layout(cfg)
+        run = check_folders(cfg)
+    tokenizer = check_text(cfg)
     with jax.set_mesh(mesh):
         shardings = state_shardings(cfg, rules, mesh)
-        place = batch_sharding(rules, mesh)
-        rows = local_rows(place, (cfg.batch_size, cfg.seq_len))
-        _cache(cfg, tokenizer)
-        data = Batches(
-            cfg,
-            lambda view: _data(view, tokenizer, local_rows(place, (view.batch_size, view.seq_len))),
-        )
-        held_out = _held_out(cfg, tokenizer, rows)
-        # What a later stage cannot read is said now, not in the middle of the run.
-        for done in starts(cfg)[1:]:
-            view = stage_at(cfg, done)
-            _data(view, tokenizer, local_rows(place, (view.batch_size, view.seq_len)))
-        _say_left_out(cfg, tokenizer)
-        # Before anything is written: weights that are refused leave no run behind.
-        unsaved = None if anywhere(is_run(run)) else fresh(cfg, shardings)
-        _prepare(run, cfg, tokenizer)
+        make_cache(cfg, tokenizer)
+        data, held_out = open_batches(cfg, tokenizer, batch_sharding(rules, mesh))
+        say_left_out(cfg, tokenizer)
+        first = first_state(cfg, shardings)
+        write_run(run, cfg, tokenizer)
         with Store(run, cfg.keep, cfg.keep_every, cfg.keep_best, writes=True) as store:
-            begin = start(cfg, rules, shardings, store, data, unsaved)
+            begin = start(cfg, rules, shardings, store, data, first)
             with _reporter(run, cfg, begin.step, begin.history) as report:
                 if begin.changed:
                     report.event(begin.step, "data changed", changed=begin.changed)
-                put = functools.partial(_put, place, rows, cfg.batch_size)
-                state, last = _steps(
-                    cfg, rules, mesh, shardings, begin, data, held_out, put, store, report
-                )
-        if last < cfg.steps:
-            return (
-                {"run_dir": str(run), "steps": cfg.steps, "stopped_at": last} if is_first() else {}
-            )
-        return _finish(cfg, run, tokenizer, state)
-
-
-def _check_folders(cfg: TrainConfig) -> pathlib.Path:
-    """The run directory, after checks of all folders but those of the text; makes none.
-
-    Raises:
-      ValueError: a folder that cannot be made, or a run or first weights of another model.
-    """
-    run = folder_to_fill(cfg.run_dir, "run_dir")
-    if cfg.data.cache:
-        folder_to_fill(cfg.data.cache, "cache")
-    check_config(run, cfg.model)
-    if cfg.init_from and not (run / "config.json").exists():
-        check_source(cfg)
-    return run
-
-
-def _cache(cfg: TrainConfig, tokenizer) -> None:
-    """The token cache, made by one process before the others look for it (one on another disk makes its own)."""
-    if cfg.data.cache:
-        if is_first():
-            prepare_cache(cfg.data, tokenizer)
-        wait_for_all("the token cache is there")
-
-
-def _data(cfg: TrainConfig, tokenizer, rows: list[int] | None):
-    return train_batches(
-        cfg.data, tokenizer, cfg.seq_len, cfg.batch_size, vocab_size=cfg.model.vocab_size, rows=rows
-    )
-
-
-def _held_out(cfg: TrainConfig, tokenizer, rows: list[int] | None) -> dict:
-    if cfg.eval_batches == 0:
-        return {}
-    return held_out_sets(
-        cfg.data,
-        tokenizer,
-        cfg.seq_len,
-        cfg.batch_size,
-        vocab_size=cfg.model.vocab_size,
-        rows=rows,
-        max_batches=cfg.eval_batches,
-    )
-
-
-def _say_left_out(cfg: TrainConfig, tokenizer) -> None:
-    """A line on stderr for each source of conversations: how many are left out, and why."""
-    if is_first():
-        seq_lens = [stage_at(cfg, done).seq_len for done in starts(cfg)]
-        for line in left_out_lines(cfg.data, tokenizer, seq_lens, cfg.seq_len):
-            print(f"v4jax: {line}", file=sys.stderr)
-
-
-def _prepare(run: pathlib.Path, cfg: TrainConfig, tokenizer) -> None:
-    """The run directory, written by one process after all have found that it may be."""
-    source = "" if (run / "config.json").exists() else cfg.init_from
-    wait_for_all("the run directory is checked")
-    if is_first():
-        write_config(run, cfg.model, source)
-        for path in carried_files(source) if source else ():
-            shutil.copyfile(path, run / path.name)
-        tokenizer.save(run)
-    wait_for_all("the run directory is there")
+                job = _Job(cfg, rules, mesh, shardings, data, held_out, store, report)
+                state, last = _steps(job, begin)
+        if last == cfg.steps:
+            return _finish(cfg, run, tokenizer, state)
+    return {"run_dir": str(run), "steps": cfg.steps, "stopped_at": last} if is_first() else {}
 
 
 def _reporter(
@@ -188,118 +93,184 @@ def _reporter(
     return Reporter(run, cfg, first, history) if is_first() else Silent()
 
 
-def _steps(cfg, rules, mesh, shardings, begin, data, held_out, put, store: Store, report):
-    """(state, step it stands at): trains from `begin` (see resume.start) to the last step, or until the job is asked to end."""
+# ---- steps -------------------------------------------------------------------------------------
+
+
+class _Job(NamedTuple):
+    """What is the same from the first step to the last."""
+
+    cfg: TrainConfig
+    rules: AxisRules
+    mesh: Mesh
+    shardings: TrainState
+    data: Batches
+    held_out: dict[str, list]
+    store: Store
+    report: Reporter | Silent
+
+
+class _Stage(NamedTuple):
+    """What is the same from the first step of a stage to its last."""
+
+    number: int
+    take_step: Steps
+    queue: RoutedBatchQueue
+    evaluate: Callable
+
+
+class _Due(NamedTuple):
+    """What is done after a step. read: its metrics are waited for; the others need that."""
+
+    read: bool
+    log: bool
+    evaluate: bool
+    save: bool
+    last: bool
+
+
+def _steps(job: _Job, begin: Begin) -> tuple[TrainState, int]:
+    """(state, steps done): trains from `begin` to the last step, or until the job is asked to end."""
+    cfg = job.cfg
     state, step, history, ahead, _ = begin
-    first, stop, stage, place = step, False, None, batch_sharding(rules, mesh)
+    stage, stop = None, False
     with stop_requests() as asked_to_stop:
-        for turn in itertools.count(
-            first + 1
-        ):  # goes on where a rollback sets `step` back: processes agree on a turn to end at
+        # Turns go on where a rollback sets `step` back: processes agree on a turn to end at.
+        for turn in itertools.count(begin.step + 1):
             if step == cfg.steps:
                 return state, step
-            if stage != number_at(cfg, step):
-                stage, view = number_at(cfg, step), stage_at(cfg, step)
-                take_step = Steps(functools.partial(compile_step, view, rules, shardings, mesh))
-                choose = compile_choice(view, rules, shardings, mesh)
-                queue, ahead = (
-                    RoutedBatchQueue(
-                        data, _putter(place, view), choose, cfg.stability.anticipate_lag, ahead
-                    ),
-                    None,
-                )
-                evaluate, history = _evaluator(view, rules, put), at_stage(cfg, history, step)
-                report.stage(step, view)
-            data.at(step)
+            if stage is None or stage.number != number_at(cfg, step):
+                stage, ahead = _begin_stage(job, step, ahead), None
+                history = at_stage(cfg, history, step)
             step += 1
-            batch, chosen = queue.next(
-                state.public, step <= history.anticipate_until, steps_left(cfg, step - 1)
-            )
-            state, metrics = take_step(
-                state, batch, chosen, watch=cfg.watch_every > 0 and step % cfg.watch_every == 0
-            )
+            state, metrics, anticipated = _take_step(job, stage, state, step, history)
+            # Several processes are asked at one turn, which may be that of a spike.
+            stop = asked_to_stop(turn) or stop
+            due = _due(job, step, stop, first=turn == begin.step + 1)
             inside = metrics.pop("watch", None)
-            stop = (
-                asked_to_stop(turn) or stop
-            )  # several processes are asked at one turn, which may be that of a spike
-            last = stop or step == cfg.steps
-            log = step % cfg.log_every == 0 or turn == first + 1 or last
-            save = step % cfg.checkpoint_every == 0 or last
-            evaluates = bool(held_out) and (step % cfg.eval_every == 0 or step == cfg.steps)
-            if log or save or evaluates or cfg.stability.rollbacks:
+            if due.read:
                 metrics = {name: float(value) for name, value in metrics.items()}
-                seen = metrics["loss"], metrics["grad_norm"]
-                why = spike(cfg.stability, history, *seen)
-                if why is None and (save or evaluates):
-                    why = not_finite(state)  # as the update has left it, and as it would be kept
-                if why is not None:
-                    at, before, drawn = step, history, history.batch(step) + len(queue)
-                    queue.drop()
-                    state, step, history, *_ = go_back(
-                        cfg, shardings, store, state, before, at, drawn, why
-                    )
-                    report.rollback(step, history, at, why, trace=(*before.losses, seen[0]))
-                    continue
-                history = remember(cfg.stability, history, *seen)
-            if log:
-                now = (
-                    {"anticipating": float(chosen is not None)} if cfg.stability.anticipate else {}
-                )
-                report.step(step, metrics | now | ({"stage": stage} if cfg.stages else {}))
+            why = _fault(job, due, state, history, metrics)
+            if why is not None:
+                state, step, history = _go_back(job, stage, state, step, history, metrics, why)
+                continue
+            if due.read:
+                history = remember(cfg.stability, history, metrics["loss"], metrics["grad_norm"])
+            if due.log:
+                job.report.step(step, metrics | _told(cfg, stage, anticipated))
             if inside is not None:
-                report.inside(step, plain(jax.device_get(inside)))
-            held_out_nll = None
-            if evaluates:
-                nll = {
-                    f"{name}_nll": evaluate(state.public, batches)
-                    for name, batches in held_out.items()
-                }
-                if math.isfinite(nll["held_out_nll"]):  # NaN has no place in the order of the best
-                    held_out_nll = nll["held_out_nll"]
-                report.evaluation(step, nll)
-            if save:
-                jax.block_until_ready(state)
-                store.save(
-                    step, items_of(state, history) | queue.items() | {"data": data}, held_out_nll
-                )
-            if last:
+                job.report.inside(step, plain(jax.device_get(inside)))
+            _evaluate_and_save(job, stage, due, step, state, history)
+            if due.last:
                 return state, step
 
 
-def _putter(place, view: TrainConfig):
-    """What puts the batches of a stage on the mesh."""
-    return functools.partial(
-        _put, place, local_rows(place, (view.batch_size, view.seq_len)), view.batch_size
+def _begin_stage(job: _Job, step: int, ahead: Mapping[str, Any] | None) -> _Stage:
+    """What the steps after `step` run with. ahead: batches drawn before (resume.Begin)."""
+    cfg, view = job.cfg, stage_at(job.cfg, step)
+    place = batch_sharding(job.rules, job.mesh)
+    compiled = functools.partial(compile_step, view, job.rules, job.shardings, job.mesh)
+    choose = compile_choice(view, job.rules, job.shardings, job.mesh)
+    queue = RoutedBatchQueue(
+        job.data, _putter(place, view), choose, cfg.stability.anticipate_lag, ahead
     )
+    job.report.stage(step, view)
+    # Evaluation keeps the rows of the first stage.
+    evaluate = evaluator(view, job.rules, _putter(place, cfg))
+    return _Stage(number_at(cfg, step), Steps(compiled), queue, evaluate)
 
 
-def _put(place, rows: list[int], count: int, batch):
-    """This process's rows of a batch -> the global batch on its devices."""
-    return {name: from_rows(place, value, rows, count) for name, value in batch.items()}
+def _take_step(
+    job: _Job, stage: _Stage, state: TrainState, step: int, history: LossHistory
+) -> tuple[TrainState, dict[str, Any], bool]:
+    """(state, metrics, whether its experts were chosen ahead) of step number `step`."""
+    cfg = job.cfg
+    job.data.at(step - 1)
+    left = steps_left(cfg, step - 1)
+    batch, chosen = stage.queue.next(state.public, step <= history.anticipate_until, left)
+    watch = cfg.watch_every > 0 and step % cfg.watch_every == 0
+    state, metrics = stage.take_step(state, batch, chosen, watch=watch)
+    return state, metrics, chosen is not None
 
 
-def _evaluator(cfg: TrainConfig, rules: AxisRules, put):
-    @jax.jit
-    def nll(params, batch):
-        _, (metrics, _) = loss_and_routing(
-            cfg.model,
-            params,
-            batch,
-            rules=rules,
-            dtype=jnp.dtype(cfg.dtype),
-            quant=cfg.quant,
-            sparse=SparseMode(cfg.attention != "sparse"),
-        )
-        return metrics["nll"], targets(batch, 1)[1].sum()
+def _due(job: _Job, step: int, stop: bool, first: bool) -> _Due:
+    """first, stop: whether it is the first step since the start, or the job is asked to end."""
+    cfg = job.cfg
+    end = step == cfg.steps
+    last = stop or end
+    log = step % cfg.log_every == 0 or first or last
+    evaluate = bool(job.held_out) and (step % cfg.eval_every == 0 or end)
+    save = step % cfg.checkpoint_every == 0 or last
+    read = log or evaluate or save or cfg.stability.rollbacks > 0
+    return _Due(read, log, evaluate, save, last)
 
-    def evaluate(params, batches: Iterable) -> float:
-        """Mean nats per token over all batches."""
-        # One at a time: on CPU two independent programs of several processes must not overlap (sharding/processes.py).
-        pairs = [jax.block_until_ready(nll(params, put(batch))) for batch in batches]
-        counts = np.array([float(count) for _, count in pairs])
-        return float(np.dot(counts, [float(value) for value, _ in pairs]) / counts.sum())
 
-    return evaluate
+def _fault(
+    job: _Job, due: _Due, state: TrainState, history: LossHistory, metrics: Mapping[str, float]
+) -> str | None:
+    """Why the run cannot go on from a step, in words; None: it can, or its metrics are not read."""
+    if not due.read:
+        return None
+    why = spike(job.cfg.stability, history, metrics["loss"], metrics["grad_norm"])
+    if why is None and (due.save or due.evaluate):
+        why = not_finite(state)  # as the update has left it, and as it would be kept
+    return why
+
+
+def _go_back(
+    job: _Job,
+    stage: _Stage,
+    state: TrainState,
+    step: int,
+    history: LossHistory,
+    metrics: Mapping[str, float],
+    why: str,
+) -> tuple[TrainState, int, LossHistory]:
+    """State, step and history to go on from, after a fault of step number `step`."""
+    drawn = history.batch(step) + len(stage.queue)
+    stage.queue.drop()
+    good = go_back(job.cfg, job.shardings, job.store, state, history, step, drawn, why)
+    trace = (*history.losses, metrics["loss"])
+    job.report.rollback(good.step, good.history, step, why, trace=trace)
+    return good.state, good.step, good.history
+
+
+def _told(cfg: TrainConfig, stage: _Stage, anticipated: bool) -> dict[str, float]:
+    """What a line of metrics says of the run's mode, where there is more than one."""
+    told = {"anticipating": float(anticipated)} if cfg.stability.anticipate else {}
+    return told | ({"stage": stage.number} if cfg.stages else {})
+
+
+def _evaluate_and_save(
+    job: _Job, stage: _Stage, due: _Due, step: int, state: TrainState, history: LossHistory
+) -> None:
+    held_out_nll = None
+    if due.evaluate:
+        nll = {
+            f"{name}_nll": stage.evaluate(state.public, batches)
+            for name, batches in job.held_out.items()
+        }
+        if math.isfinite(nll["held_out_nll"]):  # NaN has no place in the order of the best
+            held_out_nll = nll["held_out_nll"]
+        job.report.evaluation(step, nll)
+    if due.save:
+        jax.block_until_ready(state)
+        items = items_of(state, history) | stage.queue.items() | {"data": job.data}
+        job.store.save(step, items, held_out_nll)
+
+
+def _putter(place: NamedSharding, view: TrainConfig) -> Callable:
+    """What makes the global batch of a stage out of this process's rows of it."""
+    rows = local_rows(place, (view.batch_size, view.seq_len))
+
+    def put(batch):
+        return {
+            name: from_rows(place, value, rows, view.batch_size) for name, value in batch.items()
+        }
+
+    return put
+
+
+# ---- end ---------------------------------------------------------------------------------------
 
 
 def _finish(cfg: TrainConfig, run: pathlib.Path, tokenizer, state) -> dict[str, Any]:
@@ -315,8 +286,8 @@ def _finish(cfg: TrainConfig, run: pathlib.Path, tokenizer, state) -> dict[str, 
         return {}
     if cfg.export != "none":
         tokenizer.save(target)
-    if held_out := _held_out(cfg, tokenizer, None):
-        train_rows = itertools.islice(_data(cfg, tokenizer, None), UNIGRAM_BATCHES)
+    if held_out := evaluation_sets(cfg, tokenizer, None):
+        train_rows = itertools.islice(stage_batches(cfg, tokenizer, None), UNIGRAM_BATCHES)
         summary["unigram_nll"] = unigram_loss(
             train_rows, held_out["held_out"], cfg.model.vocab_size
         )

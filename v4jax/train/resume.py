@@ -1,35 +1,35 @@
-"""Where a run begins: at its newest checkpoint, at weights it is given, or fresh; and where it begins again after a spike.
+"""Where a run begins: at its newest checkpoint or its first state; and again after a loss spike.
 
 Next file to read: v4jax/train/loop.py.
 """
 
 import dataclasses
 import functools
+import json
 import logging
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from sharding.processes import anywhere
+from sharding.processes import agreed, anywhere, gather_text
 from sharding.rules import AxisRules
-from v4jax.api import load_onto
 from v4jax.checkpoint.json_item import JsonItem
-from v4jax.checkpoint.store import ABANDONED, CHECKPOINTS, DAMAGED, Store, check_same_arrays
-from v4jax.config import ModelConfig
-from v4jax.data.config import tokenizer_of
+from v4jax.checkpoint.store import ABANDONED, DAMAGED, Store, check_same_arrays
 from v4jax.data.files import say_once
 from v4jax.data.identity import differences, evaluation_differences, saved_settings, settings_of
-from v4jax.storage import local_path
-from v4jax.tokenizer import Tokenizer, token_table
+from v4jax.tokenizer import Tokenizer
 from v4jax.train.anticipate import ahead_placed
 from v4jax.train.config import TrainConfig
 from v4jax.train.finite import not_finite
+from v4jax.train.initial import fresh
 from v4jax.train.stability import LossHistory, TrainingFailed, gone_back
 from v4jax.train.stages import stream_view
-from v4jax.train.step import TrainState, init_state, state_from
+from v4jax.train.step import TrainState, init_state
 
 
 class Begin(NamedTuple):
@@ -44,18 +44,30 @@ class Begin(NamedTuple):
 
 
 def check_data(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Refuses to go on with other data than the newest checkpoint's, before long work or writing.
+    """Refuses to go on with other data than the checkpoint's, before long work or writing.
+
+    It looks at the newest checkpoint's data position alone. Only where that is refused does it look
+    for the checkpoint that `start` will take, which means reading all of the newest one.
 
     Raises:
-      ValueError: names the first setting or file that differs.
+      ValueError: names the first setting or file that differs; the same in every process.
     """
-    folder = local_path(cfg.run_dir, "run_dir") / CHECKPOINTS
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
-    newest = max(steps, default=0)
-    saved = saved_settings(folder / str(newest) / "data")
-    if saved is not None:
-        view = stream_view(cfg, newest - 1)
-        _changes(cfg, saved, settings_of(view.data, tokenizer, view.seq_len, view.batch_size))
+    with Store(cfg.run_dir) as store:
+        newest = store.latest
+        try:
+            _check_position(cfg, tokenizer, store.path(newest), newest)
+        except ValueError:
+            intact = store.latest_intact(strict=cfg.strict)
+            if intact == newest:
+                raise
+            _check_position(cfg, tokenizer, store.path(intact), intact)
+
+
+def _check_position(cfg: TrainConfig, tokenizer: Tokenizer, path: pathlib.Path, step: int) -> None:
+    with agreed():
+        view = stream_view(cfg, step - 1)
+        ours = settings_of(view.data, tokenizer, view.seq_len, view.batch_size)
+        _changes(cfg, saved_settings(path / "data"), ours)
 
 
 def start(
@@ -64,36 +76,65 @@ def start(
     shardings: TrainState,
     store: Store,
     data,
-    unsaved: TrainState | None = None,
+    first: Callable[[], TrainState],
 ) -> Begin:
     """The newest intact checkpoint with the data iterator set to its place, or a fresh state.
 
     Args:
-      unsaved: a fresh state that is there already, for a run without a checkpoint.
+      first: makes the state of a run without a checkpoint.
 
     Raises:
       ValueError: the checkpoint does not fit the run, or holds a number that is not finite.
     """
     step = store.latest_intact(strict=cfg.strict)
     if step is None:
-        return Begin(fresh(cfg, shardings) if unsaved is None else unsaved, 0, LossHistory(), {})
+        return Begin(first(), 0, LossHistory(), {})
     store.put_aside_after(step, DAMAGED)
     if step > cfg.steps:
         raise ValueError(f"steps: got {cfg.steps}; {cfg.run_dir} has already done {step}")
-    saved = saved_settings(store.path(step) / "data") or {}
-    moved, changed = _changes(cfg, saved, data.at(step - 1).settings)
-    moved = anywhere(moved)
-    _say_on_resume(store.path(step), saved, moved, changed)
-    if moved:
-        return _load(cfg, shardings, store, step, {})._replace(changed=changed)
-    ahead, path = {}, store.path(step) / "ahead"
-    if anywhere(path.is_dir()):
-        ahead = {
-            "ahead": ahead_placed(
-                ocp.metadata(store.path(step), "ahead").metadata, rules, shardings.step.mesh
-            )
-        }
-    return _load(cfg, shardings, store, step, {"data": data} | ahead)._replace(changed=changed)
+    path = store.path(step)
+    moved, changed = _place_in_data(cfg, path, data, step)
+    more = {} if moved else {"data": data} | _ahead(path, rules, shardings.step.mesh)
+    begin = _load(cfg, shardings, store, step, more)
+    if wrong := not_finite(begin.state):
+        raise ValueError(
+            f"{path}: {wrong}; remove this folder to resume from the checkpoint before it"
+        )
+    return begin._replace(changed=changed)
+
+
+def _place_in_data(
+    cfg: TrainConfig, path: pathlib.Path, data, step: int
+) -> tuple[bool, tuple[str, ...]]:
+    """(whether the position in the data has lost its meaning, what differs in words) in any process.
+
+    Turns `data` to the stream of the checkpoint, and says on stderr what changed.
+
+    Raises:
+      ValueError: see _changes; the same in every process.
+    """
+    with agreed():
+        saved = saved_settings(path / "data")
+        moved, changed = _changes(cfg, saved, data.at(step - 1).settings)
+    moved, changed = anywhere(moved), _found_anywhere(changed)
+    _say_on_resume(path, saved, moved, changed)
+    return moved, changed
+
+
+def _found_anywhere(changed: tuple[str, ...]) -> tuple[str, ...]:
+    """What any process found; what the first one did not find has a number before it."""
+    every = [json.loads(text) for text in gather_text(json.dumps(changed))]
+    found = list(every[0])
+    for index, theirs in enumerate(every):
+        found += [f"process {index}: {one}" for one in theirs if one not in every[0]]
+    return tuple(found)
+
+
+def _ahead(path: pathlib.Path, rules: AxisRules, mesh: Mesh) -> dict[str, Any]:
+    """The item of batches drawn ahead, as Store.load takes it; {} for a checkpoint without it."""
+    if not anywhere((path / "ahead").is_dir()):
+        return {}
+    return {"ahead": ahead_placed(ocp.metadata(path, "ahead").metadata, rules, mesh)}
 
 
 def _changes(
@@ -168,28 +209,50 @@ def go_back(
     Raises:
       TrainingFailed: no rollback is left, or no checkpoint from long enough before the spike.
     """
+    head = f"step {step}: {why}"
     if history.rollbacks >= cfg.stability.rollbacks:
         spent = f" after {history.rollbacks} rollback(s)" if history.rollbacks else ""
-        raise TrainingFailed(f"step {step}: {why}{spent}; last checkpoint: {store.latest}")
+        raise TrainingFailed(f"{head}{spent}; last checkpoint: {store.latest}")
     store.wait()  # a save may still read the state
-    jax.tree.map(lambda leaf: leaf.delete(), state)
+    _free(state)
     newest = max(step - 1 - cfg.stability.proven, history.base)
-    good_step = store.latest_intact(newest=newest)
-    if good_step is None and newest >= cfg.checkpoint_every:
+    try:
+        good = _newest_good(cfg, shardings, store, newest)
+    except ValueError as error:
+        raise TrainingFailed(f"{head}; there is nothing to go back to: {error}") from error
+    if good is None and newest >= cfg.checkpoint_every:
         raise TrainingFailed(
-            f"step {step}: {why}; no checkpoint of step {newest} or before it to go back to; last: {store.latest}"
+            f"{head}; no checkpoint of step {newest} or before it to go back to; last: {store.latest}"
         )
-    logging.getLogger("v4jax").warning(
-        "step %d: %s; going back to step %d", step, why, good_step or 0
-    )
-    store.put_aside_after(good_step or 0, ABANDONED)
-    if good_step is None:
+    if good is None:
         good = Begin(fresh(cfg, shardings), 0, LossHistory(), {})
-    else:
-        good = _load(cfg, shardings, store, good_step, {})
-    return good._replace(
-        history=gone_back(cfg.stability, history, step, good.history, good.step, drawn)
-    )
+    logging.getLogger("v4jax").warning("%s; going back to step %d", head, good.step)
+    store.put_aside_after(good.step, ABANDONED)
+    back = gone_back(cfg.stability, history, step, good.history, good.step, drawn)
+    return good._replace(history=back)
+
+
+def _newest_good(cfg: TrainConfig, shardings, store: Store, newest: int) -> Begin | None:
+    """The newest checkpoint of step `newest` or before it that is intact and finite; None for none.
+
+    Versions before there was a look at it (train/finite.py) saved states that are not.
+
+    Raises:
+      ValueError: all are damaged, or one is of another model.
+    """
+    while (step := store.latest_intact(newest=newest)) is not None:
+        good = _load(cfg, shardings, store, step, {})
+        wrong = not_finite(good.state)
+        if wrong is None:
+            return good
+        logging.getLogger("v4jax").warning("%s: %s; it is passed over", store.path(step), wrong)
+        _free(good.state)
+        newest = step - 1
+    return None
+
+
+def _free(state: TrainState) -> None:
+    jax.tree.map(lambda leaf: leaf.delete(), state)
 
 
 def _load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, Any]) -> Begin:
@@ -211,53 +274,4 @@ def _load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, 
     state = dataclasses.replace(
         abstract, params=items["params"], router=router, optimizer=items["optimizer"], step=count
     )
-    if wrong := not_finite(state):
-        raise ValueError(
-            f"{store.path(step)}: {wrong}; without it the run goes on from an older checkpoint"
-        )
     return Begin(state, step, LossHistory.from_json(item.value), items.get("ahead", {}))
-
-
-def fresh(cfg: TrainConfig, shardings) -> TrainState:
-    """The state a run begins with: random weights, or those it is given.
-
-    Raises:
-      ValueError: weights that cannot be read, are those of another model, or are not finite.
-    """
-    return _from_weights(cfg, shardings) if cfg.init_from else init_state(cfg, shardings)
-
-
-def check_source(cfg: TrainConfig) -> None:
-    """Refuses to start from weights of another model or of other tokens; names what differs."""
-    found = ModelConfig.from_json(cfg.init_from)
-    if name := cfg.model.difference(found):
-        theirs, ours = found.to_dict().get(name), cfg.model.to_dict().get(name)
-        head = f"init_from: {cfg.init_from} is another model"
-        raise ValueError(f"{head}: {name} is {theirs} there, {ours} here")
-    path = local_path(cfg.init_from, "init_from") / "tokenizer.json"
-    if not path.is_file() or cfg.data.allow_change:
-        return
-    theirs = token_table(path.read_text(encoding="utf-8"))
-    mine = token_table(tokenizer_of(cfg.data).json_text)
-    for token in sorted(theirs.keys() & mine.keys()):
-        if theirs[token] != mine[token]:
-            raise ValueError(
-                f"init_from: {cfg.init_from} has another tokenizer: id {token} is "
-                f"{theirs[token]!r} there, {mine[token]!r} here "
-                "(--data.allow-change goes on all the same)"
-            )
-
-
-def _from_weights(cfg: TrainConfig, shardings) -> TrainState:
-    """A state whose weights and router tables are those of `cfg.init_from`; everything else is fresh.
-
-    Raises:
-      ValueError: no checkpoint, one of another model, or a weight that is not finite.
-    """
-    check_source(cfg)
-    params = load_onto(cfg.init_from, cfg.model, "float32", shardings.public)
-    around = functools.partial(state_from, cfg)
-    state = jax.jit(around, out_shardings=shardings, donate_argnums=0)(params)
-    if wrong := not_finite(state):
-        raise ValueError(f"init_from: {cfg.init_from}: {wrong}")
-    return state

@@ -1,0 +1,66 @@
+"""The loss on sets that are not trained on: one mean over all tokens that are predicted.
+
+Next file to read: v4jax/train/loop.py.
+"""
+
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sharding.rules import AxisRules
+from v4jax.data.rows import Batch
+from v4jax.model.weights import SparseMode
+from v4jax.train.config import TrainConfig
+from v4jax.train.data import held_out_sets
+from v4jax.train.loss import loss_and_routing, targets
+
+
+def evaluation_sets(cfg: TrainConfig, tokenizer, rows: list[int] | None) -> dict[str, list[Batch]]:
+    """The batches to evaluate on by name; {} for a run without evaluation.
+
+    Args:
+      rows: those of each batch that this process holds; None: all.
+    """
+    if cfg.eval_batches == 0:
+        return {}
+    return held_out_sets(
+        cfg.data,
+        tokenizer,
+        cfg.seq_len,
+        cfg.batch_size,
+        vocab_size=cfg.model.vocab_size,
+        rows=rows,
+        max_batches=cfg.eval_batches,
+    )
+
+
+def evaluator(cfg: TrainConfig, rules: AxisRules, put: Callable) -> Callable:
+    """The function (public params, batches) -> mean nats per token.
+
+    Args:
+      put: places a batch on the mesh.
+    """
+
+    @jax.jit
+    def nll(params, batch):
+        _, (metrics, _) = loss_and_routing(
+            cfg.model,
+            params,
+            batch,
+            rules=rules,
+            dtype=jnp.dtype(cfg.dtype),
+            quant=cfg.quant,
+            sparse=SparseMode(cfg.attention != "sparse"),
+        )
+        return metrics["nll"], targets(batch, 1)[1].sum()
+
+    def evaluate(params, batches: Iterable[Batch]) -> float:
+        # One at a time: on CPU two independent programs of several processes must not overlap
+        # (sharding/processes.py).
+        pairs = [jax.block_until_ready(nll(params, put(batch))) for batch in batches]
+        counts = np.array([float(count) for _, count in pairs])
+        return float(np.dot(counts, [float(value) for value, _ in pairs]) / counts.sum())
+
+    return evaluate

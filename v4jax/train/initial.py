@@ -1,0 +1,85 @@
+"""The state a run begins with: random weights, or those of a checkpoint that it is given.
+
+Next file to read: v4jax/train/resume.py.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+
+from sharding.processes import agreed
+from v4jax.api import load_onto
+from v4jax.checkpoint.store import is_run
+from v4jax.config import ModelConfig
+from v4jax.storage import local_path
+from v4jax.tokenizer import Tokenizer, token_table, tokens_in
+from v4jax.train.config import TrainConfig
+from v4jax.train.finite import not_finite
+from v4jax.train.step import TrainState, init_state, state_from
+
+
+def check_source_model(cfg: TrainConfig) -> None:
+    """Refuses to start from weights of another model; names the first field that differs."""
+    found = ModelConfig.from_json(cfg.init_from)
+    if name := cfg.model.difference(found):
+        theirs, ours = found.to_dict().get(name), cfg.model.to_dict().get(name)
+        head = f"init_from: {cfg.init_from} is another model"
+        raise ValueError(f"{head}: {name} is {theirs} there, {ours} here")
+
+
+def check_source_tokens(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Refuses to start from weights that go with other tokens, unless the data may change.
+
+    Raises:
+      ValueError: names the first id that differs, or a tokenizer.json that cannot be read.
+    """
+    if cfg.data.allow_change:
+        return
+    theirs = tokens_in(local_path(cfg.init_from, "init_from"))
+    ours = token_table(tokenizer.json_text) if theirs else {}
+    for token in sorted(theirs.keys() & ours.keys()):
+        if theirs[token] != ours[token]:
+            raise ValueError(
+                f"init_from: {cfg.init_from} has another tokenizer: id {token} is "
+                f"{theirs[token]!r} there, {ours[token]!r} here "
+                "(--data.allow-change goes on all the same)"
+            )
+
+
+def first_state(cfg: TrainConfig, shardings: TrainState) -> Callable[[], TrainState]:
+    """What makes the state of step 0, once. Weights that are given are read and checked now, so
+    that those which are refused leave no run behind.
+
+    Raises:
+      ValueError: see fresh.
+    """
+    if not cfg.init_from:
+        return functools.partial(init_state, cfg, shardings)
+    state = fresh(cfg, shardings)
+    return lambda: state
+
+
+def fresh(cfg: TrainConfig, shardings: TrainState) -> TrainState:
+    """The state a run begins with: random weights, or those it is given; everything else is fresh.
+
+    Raises:
+      ValueError: weights that cannot be read, are those of another model, or are not finite; the
+        same in every process.
+    """
+    if not cfg.init_from:
+        return init_state(cfg, shardings)
+    around = functools.partial(state_from, cfg)
+    state = jax.jit(around, out_shardings=shardings, donate_argnums=0)(_given(cfg, shardings))
+    if wrong := not_finite(state):
+        raise ValueError(f"init_from: {cfg.init_from}: {wrong}")
+    return state
+
+
+def _given(cfg: TrainConfig, shardings: TrainState):
+    """The parameters of `cfg.init_from`, each array straight to its place."""
+    read = functools.partial(load_onto, cfg.init_from, cfg.model, "float32", shardings.public)
+    if is_run(cfg.init_from):  # which processes read together (checkpoint/store.py)
+        return read()
+    with agreed():
+        return read()

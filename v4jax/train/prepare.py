@@ -1,0 +1,183 @@
+"""Before the first step: folders, mesh and data are checked, then cache and run directory are made.
+
+What one process finds wrong, all refuse (sharding.processes.agreed): none of them waits in vain.
+
+Next file to read: v4jax/train/loop.py.
+"""
+
+import dataclasses
+import logging
+import math
+import pathlib
+import shutil
+import sys
+from typing import NamedTuple
+
+from jax.sharding import Mesh, NamedSharding
+
+from sharding.mesh import make_mesh, parse_mesh
+from sharding.processes import agreed, check_whole, is_first, local_rows
+from sharding.rules import AxisRules, check_has_mesh, layout_for
+from v4jax.checkpoint.export import carried_files, kinds_for
+from v4jax.checkpoint.store import check_config, newest_step, write_config
+from v4jax.data.config import tokenizer_of
+from v4jax.data.files import tell_left_out
+from v4jax.data.rows import Batch
+from v4jax.data.store import prepare_cache
+from v4jax.generation_config import disagreement
+from v4jax.storage import folder_to_fill
+from v4jax.tokenizer import Tokenizer
+from v4jax.train.config import TrainConfig
+from v4jax.train.data import left_out_lines, train_batches
+from v4jax.train.evaluation import evaluation_sets
+from v4jax.train.initial import check_source_model, check_source_tokens
+from v4jax.train.report import require_plots
+from v4jax.train.resume import check_data
+from v4jax.train.stages import Batches, stage_at, starts
+from v4jax.train.step import check_batch
+
+
+def as_read(cfg: TrainConfig) -> TrainConfig:
+    """The run without sets to evaluate on where it never evaluates: nothing of them is read."""
+    if cfg.eval_batches or not cfg.data.evaluate_on:
+        return cfg
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, evaluate_on=()))
+
+
+def check_folders(cfg: TrainConfig) -> pathlib.Path:
+    """The run directory, after checks of all folders but those of the text; makes none.
+
+    Raises:
+      ValueError: a folder that cannot be made, or a run of another model.
+    """
+    run = folder_to_fill(cfg.run_dir, "run_dir")
+    check_config(run, cfg.model)
+    begun = (run / "config.json").exists()
+    if cfg.data.cache:
+        cache = folder_to_fill(cfg.data.cache, "cache")
+        if not begun and run.resolve() in (cache.resolve(), *cache.resolve().parents):
+            raise ValueError(
+                f"cache: got {cache}, inside run_dir {run}; a run begins in an empty folder, "
+                "so the cache must lie outside of it"
+            )
+    return run
+
+
+class Layout(NamedTuple):
+    """Where the arrays of a run lie."""
+
+    rules: AxisRules
+    mesh: Mesh
+
+
+def check_layout(cfg: TrainConfig) -> Layout:
+    """The mesh and its rules, after checks that every stage's batch, the plots and the export fit.
+
+    Raises:
+      ValueError: names what does not fit.
+    """
+    check_has_mesh(cfg.layout, cfg.mesh)
+    sizes = parse_mesh(cfg.mesh)
+    rules = layout_for(cfg.layout, sizes) if math.prod(sizes.values()) > 1 else AxisRules()
+    mesh = make_mesh(sizes)
+    check_whole(mesh)
+    require_plots()
+    for done in starts(cfg):
+        check_batch(stage_at(cfg, done), rules, sizes)
+    if cfg.export != "none":
+        kinds_for(cfg.model, cfg.export)
+    return Layout(rules, mesh)
+
+
+def check_text(cfg: TrainConfig) -> Tokenizer:
+    """The tokenizer, after checks of tokens and data against those of the run or its first weights.
+
+    Says what of the sources is not read, and where tokenizer and model disagree.
+
+    Raises:
+      ValueError: names what differs, or first weights of another model; the same in every process.
+    """
+    newest = newest_step(cfg.run_dir)
+    begins = newest is None and cfg.init_from != ""
+    with agreed():
+        if begins:
+            check_source_model(cfg)
+        tokenizer = tokenizer_of(cfg.data)
+        if begins:
+            check_source_tokens(cfg, tokenizer)
+    said = disagreement(cfg.model, tokenizer)
+    if said and is_first():
+        logging.getLogger("v4jax").warning("%s", said)
+    if newest is not None:
+        check_data(cfg, tokenizer)
+    with agreed():
+        tell_left_out(cfg.data)
+    return tokenizer
+
+
+def make_cache(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
+    """The token cache, made by one process before the others look for it (one on another disk makes its own)."""
+    if cfg.data.cache:
+        with agreed():
+            if is_first():
+                prepare_cache(cfg.data, tokenizer)
+
+
+def open_batches(
+    cfg: TrainConfig, tokenizer: Tokenizer, place: NamedSharding
+) -> tuple[Batches, dict[str, list[Batch]]]:
+    """(the batches of every stage, those to evaluate on); of each the rows that `place` puts here.
+
+    What a later stage cannot read is said now, not in the middle of the run.
+
+    Raises:
+      ValueError: anything wrong with the data; the same in every process.
+    """
+
+    def read(view: TrainConfig):
+        rows = local_rows(place, (view.batch_size, view.seq_len))
+        return stage_batches(view, tokenizer, rows)
+
+    with agreed():
+        data = Batches(cfg, read)
+        held_out = evaluation_sets(cfg, tokenizer, local_rows(place, (cfg.batch_size, cfg.seq_len)))
+        for done in starts(cfg)[1:]:
+            read(stage_at(cfg, done))
+    return data, held_out
+
+
+def stage_batches(view: TrainConfig, tokenizer: Tokenizer, rows: list[int] | None):
+    """Endless batches of one stage; the given rows of them (None: all)."""
+    return train_batches(
+        view.data,
+        tokenizer,
+        view.seq_len,
+        view.batch_size,
+        vocab_size=view.model.vocab_size,
+        rows=rows,
+    )
+
+
+def say_left_out(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
+    """A line on stderr for each source of conversations: how many are left out, and why.
+
+    Raises:
+      ValueError: a conversation is too long where that is an error; the same in every process.
+    """
+    seq_lens = [stage_at(cfg, done).seq_len for done in starts(cfg)]
+    with agreed():
+        lines = left_out_lines(cfg.data, tokenizer, seq_lens, cfg.seq_len)
+    for line in lines if is_first() else ():
+        print(f"v4jax: {line}", file=sys.stderr)
+
+
+def write_run(run: pathlib.Path, cfg: TrainConfig, tokenizer: Tokenizer) -> None:
+    """The run directory, written by one process after all have found that it may be (check_folders)."""
+    with agreed():
+        if not is_first():
+            return
+        source = "" if (run / "config.json").exists() else cfg.init_from
+        write_config(run, cfg.model, source)
+        for path in carried_files(source) if source else ():
+            shutil.copyfile(path, run / path.name)
+        tokenizer.save(run)

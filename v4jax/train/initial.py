@@ -47,15 +47,22 @@ def check_source_tokens(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
             )
 
 
-def first_state(cfg: TrainConfig, shardings: TrainState) -> Callable[[], TrainState]:
-    """What makes the state of step 0, once. Weights that are given are read and checked now, so
-    that those which are refused leave no run behind.
+def first_state(
+    cfg: TrainConfig, shardings: TrainState, newest: int | None
+) -> Callable[[], TrainState]:
+    """What makes the state of step 0, once.
+
+    A run without a checkpoint reads and checks its given weights now, so that those which are
+    refused leave no run behind.
+
+    Args:
+      newest: step of the newest checkpoint; None for none.
 
     Raises:
       ValueError: see fresh.
     """
-    if not cfg.init_from:
-        return functools.partial(init_state, cfg, shardings)
+    if newest is not None or not cfg.init_from:
+        return functools.partial(fresh, cfg, shardings)
     state = fresh(cfg, shardings)
     return lambda: state
 

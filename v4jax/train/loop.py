@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from sharding.processes import agreed, from_rows, is_first, local_rows, stop_requests
 from sharding.rules import AxisRules
 from v4jax.checkpoint.export import save_safetensors
-from v4jax.checkpoint.store import Store
+from v4jax.checkpoint.store import Store, newest_step
 from v4jax.train.anticipate import RoutedBatchQueue, compile_choice
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import unigram_loss
@@ -67,13 +67,14 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     with agreed():
         rules, mesh = check_layout(cfg)
         run = check_folders(cfg)
-    tokenizer = check_text(cfg)
+    newest = newest_step(run)
+    tokenizer = check_text(cfg, newest)
     with jax.set_mesh(mesh):
         shardings = state_shardings(cfg, rules, mesh)
         make_cache(cfg, tokenizer)
         data, held_out = open_batches(cfg, tokenizer, batch_sharding(rules, mesh))
         say_left_out(cfg, tokenizer)
-        first = first_state(cfg, shardings)
+        first = first_state(cfg, shardings, newest)
         write_run(run, cfg, tokenizer)
         with Store(run, cfg.keep, cfg.keep_every, cfg.keep_best, writes=True) as store:
             begin = start(cfg, rules, shardings, store, data, first)

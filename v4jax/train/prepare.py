@@ -19,7 +19,7 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.processes import agreed, check_whole, is_first, local_rows
 from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax.checkpoint.export import carried_files, kinds_for
-from v4jax.checkpoint.store import check_config, newest_step, write_config
+from v4jax.checkpoint.store import check_config, write_config
 from v4jax.data.config import tokenizer_of
 from v4jax.data.files import tell_left_out
 from v4jax.data.rows import Batch
@@ -89,15 +89,17 @@ def check_layout(cfg: TrainConfig) -> Layout:
     return Layout(rules, mesh)
 
 
-def check_text(cfg: TrainConfig) -> Tokenizer:
+def check_text(cfg: TrainConfig, newest: int | None) -> Tokenizer:
     """The tokenizer, after checks of tokens and data against those of the run or its first weights.
 
     Says what of the sources is not read, and where tokenizer and model disagree.
 
+    Args:
+      newest: step of the run's newest checkpoint; None for none.
+
     Raises:
       ValueError: names what differs, or first weights of another model; the same in every process.
     """
-    newest = newest_step(cfg.run_dir)
     begins = newest is None and cfg.init_from != ""
     with agreed():
         if begins:

@@ -78,7 +78,8 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         write_run(run, cfg, tokenizer)
         with Store(run, cfg.keep, cfg.keep_every, cfg.keep_best, writes=True) as store:
             begin = start(cfg, rules, shardings, store, data, first)
-            with _reporter(run, cfg, begin.step, begin.history) as report:
+            reporter = functools.partial(Reporter, run, cfg, begin.step, begin.history)
+            with reporter() if is_first() else Silent() as report:
                 if begin.changed:
                     report.event(begin.step, "data changed", changed=begin.changed)
                 job = _Job(cfg, rules, mesh, shardings, data, held_out, store, report)
@@ -86,12 +87,6 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         if last == cfg.steps:
             return _finish(cfg, run, tokenizer, state)
     return {"run_dir": str(run), "steps": cfg.steps, "stopped_at": last} if is_first() else {}
-
-
-def _reporter(
-    run: pathlib.Path, cfg: TrainConfig, first: int, history: LossHistory
-) -> Reporter | Silent:
-    return Reporter(run, cfg, first, history) if is_first() else Silent()
 
 
 # ---- steps -------------------------------------------------------------------------------------

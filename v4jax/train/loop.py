@@ -10,11 +10,9 @@ Next file to read: v4jax/train/report.py.
 
 import functools
 import itertools
-import logging
 import math
 import pathlib
 import shutil
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,14 +34,16 @@ from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax.checkpoint.export import carried_files, kinds_for, save_safetensors
 from v4jax.checkpoint.store import Store, check_config, is_run, write_config
 from v4jax.data.config import tokenizer_of
-from v4jax.data.files import tell_left_out
+from v4jax.data.listing import Listings
 from v4jax.data.store import prepare_cache
-from v4jax.generation_config import disagreement
+from v4jax.data.summary import unread_lines, unused_lines
 from v4jax.model.weights import SparseMode
+from v4jax.stderr import say
 from v4jax.storage import folder_to_fill
+from v4jax.tokenizer import disagreement
 from v4jax.train.anticipate import RoutedBatchQueue, compile_choice
 from v4jax.train.config import TrainConfig
-from v4jax.train.data import held_out_sets, left_out_lines, train_batches, unigram_loss
+from v4jax.train.data import held_out_sets, train_batches, unigram_loss
 from v4jax.train.finite import not_finite
 from v4jax.train.loss import loss_and_routing, targets
 from v4jax.train.report import Reporter, Silent, plot_losses, require_plots
@@ -81,25 +81,27 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     if cfg.export != "none":
         kinds_for(cfg.model, cfg.export)
     tokenizer = tokenizer_of(cfg.data)
-    if is_first() and (said := disagreement(cfg.model, tokenizer)):
-        logging.getLogger("v4jax").warning("%s", said)
-    check_data(cfg, tokenizer)
-    tell_left_out(cfg.data)
+    say(disagreement(cfg.model, tokenizer))
+    listings = Listings()
+    check_data(cfg, tokenizer, listings)
+    say(*unread_lines(cfg.data, listings))
     with jax.set_mesh(mesh):
         shardings = state_shardings(cfg, rules, mesh)
         place = batch_sharding(rules, mesh)
         rows = local_rows(place, (cfg.batch_size, cfg.seq_len))
-        _cache(cfg, tokenizer)
+        _cache(cfg, tokenizer, listings)
         data = Batches(
             cfg,
-            lambda view: _data(view, tokenizer, local_rows(place, (view.batch_size, view.seq_len))),
+            lambda view: _data(
+                view, tokenizer, listings, local_rows(place, (view.batch_size, view.seq_len))
+            ),
         )
-        held_out = _held_out(cfg, tokenizer, rows)
+        held_out = _held_out(cfg, tokenizer, listings, rows)
         # What a later stage cannot read is said now, not in the middle of the run.
         for done in starts(cfg)[1:]:
             view = stage_at(cfg, done)
-            _data(view, tokenizer, local_rows(place, (view.batch_size, view.seq_len)))
-        _say_left_out(cfg, tokenizer)
+            _data(view, tokenizer, listings, local_rows(place, (view.batch_size, view.seq_len)))
+        _say_unused(cfg, tokenizer, listings)
         # Before anything is written: weights that are refused leave no run behind.
         unsaved = None if anywhere(is_run(run)) else fresh(cfg, shardings)
         _prepare(run, cfg, tokenizer)
@@ -116,7 +118,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
             return (
                 {"run_dir": str(run), "steps": cfg.steps, "stopped_at": last} if is_first() else {}
             )
-        return _finish(cfg, run, tokenizer, state)
+        return _finish(cfg, run, tokenizer, listings, state)
 
 
 def _check_folders(cfg: TrainConfig) -> pathlib.Path:
@@ -134,21 +136,27 @@ def _check_folders(cfg: TrainConfig) -> pathlib.Path:
     return run
 
 
-def _cache(cfg: TrainConfig, tokenizer) -> None:
+def _cache(cfg: TrainConfig, tokenizer, listings: Listings) -> None:
     """The token cache, made by one process before the others look for it (one on another disk makes its own)."""
     if cfg.data.cache:
         if is_first():
-            prepare_cache(cfg.data, tokenizer)
+            prepare_cache(cfg.data, tokenizer, listings)
         wait_for_all("the token cache is there")
 
 
-def _data(cfg: TrainConfig, tokenizer, rows: list[int] | None):
+def _data(cfg: TrainConfig, tokenizer, listings: Listings, rows: list[int] | None):
     return train_batches(
-        cfg.data, tokenizer, cfg.seq_len, cfg.batch_size, vocab_size=cfg.model.vocab_size, rows=rows
+        cfg.data,
+        tokenizer,
+        cfg.seq_len,
+        cfg.batch_size,
+        vocab_size=cfg.model.vocab_size,
+        rows=rows,
+        listings=listings,
     )
 
 
-def _held_out(cfg: TrainConfig, tokenizer, rows: list[int] | None) -> dict:
+def _held_out(cfg: TrainConfig, tokenizer, listings: Listings, rows: list[int] | None) -> dict:
     if cfg.eval_batches == 0:
         return {}
     return held_out_sets(
@@ -159,15 +167,15 @@ def _held_out(cfg: TrainConfig, tokenizer, rows: list[int] | None) -> dict:
         vocab_size=cfg.model.vocab_size,
         rows=rows,
         max_batches=cfg.eval_batches,
+        listings=listings,
     )
 
 
-def _say_left_out(cfg: TrainConfig, tokenizer) -> None:
-    """A line on stderr for each source of conversations: how many are left out, and why."""
-    if is_first():
-        seq_lens = [stage_at(cfg, done).seq_len for done in starts(cfg)]
-        for line in left_out_lines(cfg.data, tokenizer, seq_lens, cfg.seq_len):
-            print(f"v4jax: {line}", file=sys.stderr)
+def _say_unused(cfg: TrainConfig, tokenizer, listings: Listings) -> None:
+    """A line on stderr for each source with records that are not used: how many, and why."""
+    seq_lens = [stage_at(cfg, done).seq_len for done in starts(cfg)]
+    held_seq_len = cfg.seq_len if cfg.eval_batches else None
+    say(*unused_lines(cfg.data, tokenizer, seq_lens, held_seq_len, listings))
 
 
 def _prepare(run: pathlib.Path, cfg: TrainConfig, tokenizer) -> None:
@@ -302,7 +310,9 @@ def _evaluator(cfg: TrainConfig, rules: AxisRules, put):
     return evaluate
 
 
-def _finish(cfg: TrainConfig, run: pathlib.Path, tokenizer, state) -> dict[str, Any]:
+def _finish(
+    cfg: TrainConfig, run: pathlib.Path, tokenizer, listings: Listings, state
+) -> dict[str, Any]:
     """Export and picture; both can be made again from the checkpoint."""
     summary: dict[str, Any] = {"run_dir": str(run), "steps": cfg.steps}
     if cfg.export != "none":
@@ -315,8 +325,8 @@ def _finish(cfg: TrainConfig, run: pathlib.Path, tokenizer, state) -> dict[str, 
         return {}
     if cfg.export != "none":
         tokenizer.save(target)
-    if held_out := _held_out(cfg, tokenizer, None):
-        train_rows = itertools.islice(_data(cfg, tokenizer, None), UNIGRAM_BATCHES)
+    if held_out := _held_out(cfg, tokenizer, listings, None):
+        train_rows = itertools.islice(_data(cfg, tokenizer, listings, None), UNIGRAM_BATCHES)
         summary["unigram_nll"] = unigram_loss(
             train_rows, held_out["held_out"], cfg.model.vocab_size
         )

@@ -20,8 +20,9 @@ from v4jax.checkpoint.json_item import JsonItem
 from v4jax.checkpoint.store import ABANDONED, CHECKPOINTS, DAMAGED, Store, check_same_arrays
 from v4jax.config import ModelConfig
 from v4jax.data.config import tokenizer_of
-from v4jax.data.files import say_once
 from v4jax.data.identity import differences, evaluation_differences, saved_settings, settings_of
+from v4jax.data.listing import Listings
+from v4jax.stderr import say
 from v4jax.storage import local_path
 from v4jax.tokenizer import Tokenizer, token_table
 from v4jax.train.anticipate import ahead_placed
@@ -43,7 +44,7 @@ class Begin(NamedTuple):
     changed: tuple[str, ...] = ()
 
 
-def check_data(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
+def check_data(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings | None = None) -> None:
     """Refuses to go on with other data than the newest checkpoint's, before long work or writing.
 
     Raises:
@@ -55,7 +56,8 @@ def check_data(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
     saved = saved_settings(folder / str(newest) / "data")
     if saved is not None:
         view = stream_view(cfg, newest - 1)
-        _changes(cfg, saved, settings_of(view.data, tokenizer, view.seq_len, view.batch_size))
+        sizes = view.seq_len, view.batch_size
+        _changes(cfg, saved, settings_of(view.data, tokenizer, *sizes, listings))
 
 
 def start(
@@ -124,7 +126,7 @@ def _say_on_resume(
 ) -> None:
     """Says on stderr that data changed, or what of an older checkpoint shows whether they did."""
     if "files" not in saved:
-        say_once(
+        say(
             f"{path} is of an older v4jax: whether data and tokenizer are the same is checked by "
             f"{', '.join(saved) or 'nothing'} alone"
         )
@@ -137,7 +139,7 @@ def _say_on_resume(
             "now, and the other way round"
         )
     more = f" (and {len(changed) - 1} other difference(s))" if len(changed) > 1 else ""
-    say_once(f"data changed: {path} {changed[0]}{more}; allow_change: going on {where}")
+    say(f"data changed: {path} {changed[0]}{more}; allow_change: going on {where}")
 
 
 def items_of(state: TrainState, history: LossHistory) -> dict[str, Any]:

@@ -467,18 +467,16 @@ def run_of(data, tmp_path, **more):
     )
 
 
-def test_a_run_says_once_what_it_leaves_out(tmp_path, capsys):
+def test_a_run_says_in_one_line_a_source_what_it_leaves_out(tmp_path, capsys):
     cfg = cut(
         tmp_path / "chat.jsonl", [*(asked_for(f"{i}") for i in range(8)), asked_for("u" * 99)]
     )
     stages = (Stage(after=1, batch_size=2), Stage(after=2, seq_len=48))
-    loop._say_left_out(run_of(cfg, tmp_path, stages=stages), CHAT)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all(
-        line.startswith(f"v4jax: source {cfg.source}: 1 of 9 conversations are left out")
-        for line in lines
-    )
-    assert "seq_len=48" in lines[0] and "seq_len=96" in lines[1]
+    loop._say_unused(run_of(cfg, tmp_path, stages=stages), CHAT, Listings())
+    (line,) = capsys.readouterr().err.splitlines()
+    short, long = line.removeprefix(f"v4jax: {cfg.sources[0].title}: ").split("; ")
+    assert short.startswith("at seq_len=48, 1 of 9 conversations are left out")
+    assert long.startswith("at seq_len=96, 1 of 9 conversations are left out")
 
 
 @pytest.mark.parametrize("stages", [(), (Stage(after=2, seq_len=16),)])
@@ -489,7 +487,9 @@ def test_a_run_without_a_token_to_learn_in_any_stage_leaves_nothing_behind(tmp_p
         tmp_path,
         stages=stages,
     )
-    with pytest.raises(ValueError, match="is left to train on: . cut to seq_len="):
+    with pytest.raises(
+        ValueError, match="is left to train on: . without a token to learn once cut to"
+    ):
         train(cfg)
     assert not (tmp_path / "run").exists()
 

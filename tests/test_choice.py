@@ -152,7 +152,7 @@ LONG = MODEL.replace(max_position_embeddings=2**20)
 def test_a_limit_made_for_a_server_sizes_no_cache(tmp_path, flags, prompt, new):
     (tmp_path / "generation_config.json").write_text('{"max_new_tokens": 393216}')
     given = flags_of(tmp_path, *flags)
-    assert choice_of(given).most(prompt, cache_tokens(given, LONG, prompt)) == new
+    assert choice_of(given).new_tokens(prompt, cache_tokens(given, LONG, prompt)) == new
     short = MODEL.replace(max_position_embeddings=256)
     assert cache_tokens(flags_of(tmp_path), short, prompt) == 256
 

@@ -116,8 +116,13 @@ def test_a_layout_that_cannot_be_is_refused_in_one_line(axes, words):
 
 
 def _named_in_calls():
-    """(file, logical axes) of each call of constrain or spec in the model."""
-    for path in (ROOT / "v4jax/model").glob("*.py"):
+    """(file, logical axes) of each call of constrain or spec that names some."""
+    paths = [
+        path
+        for room in ("model", "cache", "kernels")
+        for path in (ROOT / "v4jax" / room).glob("*.py")
+    ]
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue

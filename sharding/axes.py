@@ -76,7 +76,7 @@ ARRAYS = tuple(
     act_batch act_seq act_vocab
     """.strip().splitlines()
 )
-"""Logical axes that stand together in an array of the model: weights, then activations."""
+"""Logical axes of each array of the model: weights, then activations."""
 
 Where = Mapping[str, tuple[str, ...]]
 """Logical axis -> the mesh axes that split it."""
@@ -86,7 +86,7 @@ def axes_of(name: str, value: str | Sequence[str] | None) -> tuple[str, ...]:
     """Mesh axes that split the logical axis `name`, from "data expert", ("data", "expert") or None.
 
     Raises:
-      ValueError: an unknown logical or mesh axis, or a mesh axis that stands twice.
+      ValueError: an unknown logical or mesh axis, or a mesh axis that is given twice.
     """
     if name not in LOGICAL_AXES:
         known = ", ".join(LOGICAL_AXES)

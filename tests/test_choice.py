@@ -16,11 +16,11 @@ from v4jax.arguments import parser
 from v4jax.chat.tokens import CHAT_TOKENS, EOS
 from v4jax.convert import convert
 from v4jax.generate import chat, command
-from v4jax.generate.choice import choice_of
+from v4jax.generate.choice import cache_tokens, choice_of
 from v4jax.generate.decode import Completion
 from v4jax.generate.sampling import Sampling
-from v4jax.generation_config import disagreement, with_end_tokens
-from v4jax.tokenizer import ByteTokenizer
+from v4jax.generation_config import with_end_tokens
+from v4jax.tokenizer import ByteTokenizer, disagreement
 from v4jax.train import loop, prepare
 from v4jax.train.config import TrainConfig
 
@@ -136,6 +136,27 @@ def test_a_limit_of_the_file_gives_way_and_one_of_a_flag_does_not(tmp_path):
     assert [flagged.new_tokens(10, capacity) for capacity in (100, 60)] == [60, 60]
 
 
+LONG = MODEL.replace(max_position_embeddings=2**20)
+
+
+@pytest.mark.parametrize(
+    ("flags", "prompt", "new"),
+    [
+        ((), 10, 4086),  # as a chat's cache
+        ((), 5000, 64),  # the command's own default
+        (("--cache-tokens", "50000"), 10, 49990),
+        (("--max-new-tokens", "20000"), 10, 20000),
+        (("--cache-tokens", "500000"), 10, 393216),
+    ],
+)
+def test_a_limit_made_for_a_server_sizes_no_cache(tmp_path, flags, prompt, new):
+    (tmp_path / "generation_config.json").write_text('{"max_new_tokens": 393216}')
+    given = flags_of(tmp_path, *flags)
+    assert choice_of(given).new_tokens(prompt, cache_tokens(given, LONG, prompt)) == new
+    short = MODEL.replace(max_position_embeddings=256)
+    assert cache_tokens(flags_of(tmp_path), short, prompt) == 256
+
+
 BAD = [
     ({"temperature": -1}, "temperature: got -1; must be 0"),
     ({"temperature": float("nan")}, "temperature: got nan"),
@@ -242,6 +263,21 @@ def test_an_export_ends_where_its_source_and_its_config_end(tmp_path):
             assert (
                 json.loads((source / f"out{n}" / "config.json").read_text())["eos_token_id"] == ends
             )
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id"])
+def test_a_special_token_that_only_one_of_both_has_makes_no_other_model(name, tmp_path):
+    """The source's own keys stay, and the token is there."""
+    source = write(tmp_path / "in", raw=CFG.to_dict() | {name: None, "pad_token_id": 2})
+    v4jax.save_safetensors(CFG, PARAMS, tmp_path / "with", source=source)
+    raw = json.loads((tmp_path / "with" / "config.json").read_text())
+    own = getattr(CFG, name)
+    assert raw["pad_token_id"] == 2 and raw[name] in (own, [own])
+    assert v4jax.ModelConfig.from_dict(raw) == CFG
+    other = write(tmp_path / "other", raw=CFG.to_dict() | {"pad_token_id": 2})
+    v4jax.save_safetensors(CFG.replace(**{name: None}), PARAMS, tmp_path / "without", source=other)
+    raw = json.loads((tmp_path / "without" / "config.json").read_text())
+    assert raw["pad_token_id"] == 2 and v4jax.ModelConfig.from_dict(raw) == CFG
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +419,7 @@ def test_special_tokens_that_disagree_are_named():
     assert "but rows end at nothing" in disagreement(MODEL.replace(eos_token_id=None), Odd())
 
 
-def test_generate_and_train_say_so_in_one_line(checkpoint, tmp_path, monkeypatch, capsys, caplog):
+def test_generate_and_train_say_so_in_one_line(checkpoint, tmp_path, monkeypatch, capsys):
     def enough(*_):
         raise ValueError("enough")
 
@@ -405,4 +441,4 @@ def test_generate_and_train_say_so_in_one_line(checkpoint, tmp_path, monkeypatch
     monkeypatch.setattr(loop, "state_shardings", enough)
     with pytest.raises(ValueError, match="enough"):
         loop.train(cfg)
-    assert [record.getMessage() for record in caplog.records] == [said]
+    assert capsys.readouterr().err == f"v4jax: {said}\n"

@@ -1,5 +1,6 @@
 """Claims about which files of a source are read, what is said of others, and places in errors."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -10,9 +11,11 @@ import pytest
 from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.documents import read_documents, split_documents
-from v4jax.data.files import find_files, left_out_line, tell_left_out
+from v4jax.data.files import find_files, unread_files
+from v4jax.data.listing import Listings
 from v4jax.data.records import read_texts
 from v4jax.data.store import open_store
+from v4jax.data.summary import unread_lines, unused_lines
 from v4jax.tokenizer import ByteTokenizer
 from v4jax.train.data import held_out_sets, train_batches
 
@@ -30,6 +33,10 @@ def lines(*texts) -> bytes:
 
 def names(source: Source) -> list[str]:
     return [name for name, _ in find_files(source).files]
+
+
+def unread(source: Source) -> str:
+    return unread_files(source, find_files(source))
 
 
 def texts(source: Source) -> list[str]:
@@ -55,7 +62,7 @@ def test_links_to_folders_are_followed_and_each_real_folder_is_read_once(tmp_pat
     (root / "real" / "cycle").symlink_to(root)
     (elsewhere / "up").symlink_to(tmp_path)
     assert names(source(root, "text")) == ["again/deep/2.txt", "real/1.txt"]
-    assert "again/up/ (a link to a folder around the source)" in left_out_line(source(root, "text"))
+    assert "again/up/ (a link to a folder around the source)" in unread(source(root, "text"))
 
 
 def test_a_folder_is_read_under_the_name_that_glob_wants(tmp_path):
@@ -99,34 +106,55 @@ def test_what_is_left_out_is_named_and_counted(tmp_path):
         ("nothing.jsonl.gz", "empty"),
         (".git/", "dot name"),
     ]
-    assert left_out_line(source(tmp_path, name="s")) == (
-        f"source s ({tmp_path}): 1 file(s) are read; 7 left out: gone.jsonl (a link to nothing), "
+    assert unread(source(tmp_path)) == (
+        "1 file(s) are read; 7 left out: gone.jsonl (a link to nothing), "
         "itself.jsonl (a link to nothing), no-suffix (no suffix) and 4 more"
     )
-    assert left_out_line(source(tmp_path, name="s", glob="1*")).endswith(
+    assert unread(source(tmp_path, glob="1*")).endswith(
         "1 left out: .git/ (dot name); 6 excluded by glob='1*'"
     )
 
 
-def test_it_is_said_once_a_source_on_stderr(tmp_path, capsys):
+def test_each_source_has_a_line_of_its_own(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.jsonl").write_bytes(lines("x", "y"))
         (tmp_path / name / "2.md").write_text("x")
     cfg = DataConfig(mixture=(source(tmp_path / "a"),), evaluate_on=(source(tmp_path / "b"),))
-    tell_left_out(cfg)
-    tell_left_out(cfg)
-    said = capsys.readouterr().err.splitlines()
-    assert [line.split(" (")[0] for line in said] == ["v4jax: source a", "v4jax: source b"]
+    said = unread_lines(cfg, Listings())
+    assert [line.split(":")[0] for line in said] == [
+        f"source {name} ({tmp_path / name})" for name in "ab"
+    ]
     assert all("2.md (suffix '.md')" in line for line in said)
     (tmp_path / "a" / "2.md").unlink()
-    assert left_out_line(cfg.sources[0]) is None
+    assert len(unread_lines(cfg, Listings())) == 1
 
 
-def test_records_without_text_are_counted(tmp_path, capsys):
+@pytest.mark.parametrize("cached", [False, True])
+def test_records_without_text_are_counted_in_every_run(tmp_path, cached):
+    """Also in one that finds the tokens made, in this process or in a cache."""
     (tmp_path / "x.jsonl").write_bytes(lines("a", "", "b", ""))
-    assert texts(source(tmp_path / "x.jsonl")) == ["a", "b"]
-    assert "2 record(s) with an empty text are left out" in capsys.readouterr().err
+    one = source(tmp_path / "x.jsonl")
+    cfg = DataConfig(mixture=(one,), cache=str(tmp_path / "cache") if cached else "")
+    for _ in range(2):
+        listings = Listings()
+        assert len(open_store(cfg, one, CHAT, listings).ends) == 2
+        assert unused_lines(cfg, CHAT, [32], None, listings) == [
+            f"source x ({one.path}): 2 record(s) have an empty text"
+        ]
+
+
+def test_one_compressed_file_among_texts_is_said_to_move_all_into_memory(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    cfg = DataConfig(source=str(tmp_path))
+    assert unread_lines(cfg, Listings()) == []
+    (tmp_path / "3.txt.gz").write_bytes(gzip.compress(b"text 3"))
+    assert unread_lines(cfg, Listings()) == [
+        f"{cfg.sources[0].title}: 1 of 4 file(s) are compressed: the tokens of all are kept in "
+        "memory (--data.cache keeps them on disk)"
+    ]
+    assert unread_lines(dataclasses.replace(cfg, cache=str(tmp_path / "c")), Listings()) == []
 
 
 def test_json_is_read_if_it_is_json_lines_and_else_left_out_with_a_reason(tmp_path):
@@ -232,12 +260,16 @@ def test_a_file_beside_its_compressed_copy_is_refused(tmp_path):
 
 def test_without_its_package_zst_is_one_line_before_anything_is_read(tmp_path, monkeypatch):
     (tmp_path / "1.jsonl").write_bytes(b"no JSON, but that is not what comes first")
-    (tmp_path / "2.jsonl.zst").write_bytes(b"x")
+    (tmp_path / "2.jsonl.zst").write_bytes(b"x" * 5000)
     monkeypatch.setitem(sys.modules, "compression", None)
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    for path in (tmp_path, tmp_path / "2.jsonl.zst"):
+    for path, form in (
+        (tmp_path, "jsonl"),
+        (tmp_path, "text"),
+        (tmp_path / "2.jsonl.zst", "jsonl"),
+    ):
         with pytest.raises(
             ValueError,
             match=r"2.jsonl.zst: .* needs the package zstandard; pip install 'v4jax\[zstd\]'",
         ):
-            texts(source(path))
+            find_files(source(path, form))

@@ -10,12 +10,14 @@ import pathlib
 import pytest
 
 from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS
-from v4jax.data import identity
+from v4jax.data import listing, store
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.identity import differences, evaluation_differences, settings_of
-from v4jax.data.store import open_store
+from v4jax.data.listing import Listings
+from v4jax.data.store import open_store, prepare_cache
+from v4jax.data.summary import unread_lines, unused_lines
 from v4jax.tokenizer import EOS_TOKEN, ByteTokenizer, HuggingFaceTokenizer
-from v4jax.train.data import train_batches
+from v4jax.train.data import held_out_sets, train_batches
 
 BYTES, CHAT = ByteTokenizer(), ByteTokenizer(CHAT_TOKENS + FIM_TOKENS)
 SIZES = dict(seq_len=32, batch_size=2, vocab_size=400)
@@ -117,7 +119,7 @@ def test_another_tokenizer_of_the_same_size_is_a_difference(folder):
     other = ByteTokenizer([name + "x" for name in CHAT_TOKENS + FIM_TOKENS])
     cfg = DataConfig(source=str(folder))
     (found,) = differences(settings(cfg, CHAT), settings(cfg, other))
-    assert found == ("tokenizer content", CHAT.fingerprint, other.fingerprint)
+    assert found[:3] == ("tokenizer content", CHAT.fingerprint, other.fingerprint)
 
 
 def test_a_tokenizer_with_another_end_of_text_is_another(tmp_path):
@@ -204,7 +206,7 @@ def test_a_corpus_may_move_and_a_file_of_it_may_not(folder, records, tmp_path):
 
 
 def test_many_files_are_noted_as_one(folder, monkeypatch):
-    monkeypatch.setattr(identity, "_LISTED", 3)
+    monkeypatch.setattr(listing, "_LISTED", 3)
     cfg = DataConfig(source=str(folder))
     before = settings(cfg)
     assert before["files"][0]["listed"] == {}
@@ -220,10 +222,9 @@ def test_a_cache_of_files_edited_at_equal_size_and_time_is_made_again(records, t
     again = open_store(cfg, cfg.sources[0], BYTES)
     assert b"dog" in BYTES.decode(again.tokens).encode() and again.fingerprint != first.fingerprint
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "is out of date (files of" in said and "made again" in said
-    (folder,) = [
-        path for path in (tmp_path / "cache").iterdir() if not path.name.endswith(".damaged")
-    ]
+    assert said.count("\n") == 1 and "is outdated (files of" in said and "made again" in said
+    folder, aside = sorted((tmp_path / "cache").iterdir())
+    assert aside.name == f"{folder.name}.outdated"
     (folder / "sources.json").unlink()  # as in caches from before there was this file
     sums = json.loads((folder / "checksums.json").read_text())
     (folder / "checksums.json").write_text(
@@ -233,6 +234,72 @@ def test_a_cache_of_files_edited_at_equal_size_and_time_is_made_again(records, t
         open_store(cfg, cfg.sources[0], BYTES).fingerprint == again.fingerprint
         and capsys.readouterr().err == ""
     )
+
+
+def test_two_jobs_that_find_a_cache_outdated_keep_the_new_one(
+    records, tmp_path, capsys, monkeypatch
+):
+    """The slower one puts nothing aside, whether the new cache is there already or not yet."""
+    cfg = DataConfig(source=str(records), format="jsonl", cache=str(tmp_path / "cache"))
+    open_store(cfg, cfg.sources[0], BYTES)
+    edit(records / "a.jsonl", b"cat", b"dog")
+    (folder,) = (tmp_path / "cache").iterdir()
+    real, faster = store._put_aside, []
+
+    def late(*args):
+        if not faster:
+            faster.append(True)
+            faster.append(open_store(cfg, cfg.sources[0], BYTES))
+        real(*args)
+
+    monkeypatch.setattr(store, "_put_aside", late)
+    ours = open_store(cfg, cfg.sources[0], BYTES)
+    assert ours.fingerprint == faster[1].fingerprint
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [
+        folder.name,
+        f"{folder.name}.outdated",
+    ]
+    assert capsys.readouterr().err.count("made again") == 1
+    fault = store._fault(folder, Listings()[cfg.sources[0]])
+    assert fault is None
+    real(tmp_path / "cache" / "gone", store._Fault("damaged", "x"), Listings()[cfg.sources[0]])
+
+
+# ---- one look for a run --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["text", "jsonl", "cache"])
+def test_a_run_looks_up_samples_and_reads_its_files_once(records, tmp_path, monkeypatch, form):
+    """Whatever opens them: settings, the cache, each stage's batches, evaluation, the lines said."""
+    calls = []
+    for module, name in (
+        (listing, "find_files"),
+        (listing, "_mark"),
+        (listing, "read_documents"),
+        (store, "damage"),
+        (store, "_tokenised"),
+    ):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, real=real, name=name: [calls.append(name), real(*args)][1]
+        )
+    source = Source(path=str(records), format="text" if form == "text" else "jsonl", name="x")
+    cached = str(tmp_path / "cache") if form == "cache" else ""
+    cfg = DataConfig(mixture=(source,), cache=cached, held_out=0.3)
+    if form == "cache":
+        prepare_cache(cfg, BYTES)
+        calls.clear()
+    listings = Listings()
+    settings_of(cfg, BYTES, 32, 2, listings)
+    unread_lines(cfg, listings)
+    prepare_cache(cfg, BYTES, listings) if form == "cache" else None
+    for seq_len in (32, 64):
+        sizes = SIZES | {"seq_len": seq_len}
+        next(train_batches(cfg, BYTES, **sizes, listings=listings))
+        held_out_sets(cfg, BYTES, **sizes, listings=listings)
+    unused_lines(cfg, BYTES, [32, 64], 32, listings)
+    reads = {"text": ["read_documents"], "jsonl": ["_tokenised"], "cache": ["damage"]}[form]
+    assert sorted(calls) == sorted(["find_files", "_mark", "_mark", *reads])
 
 
 # ---- older checkpoints and evaluation ------------------------------------------------------------
@@ -250,6 +317,29 @@ def test_an_older_checkpoint_is_compared_by_what_it_has(folder):
     ):
         with pytest.raises(ValueError, match=f"was saved with {words}"):
             train_batches(dataclasses.replace(cfg, **change), BYTES, **SIZES).set_state(state)
+
+
+def test_an_older_checkpoint_of_conversations_says_that_their_choice_has_changed(tmp_path):
+    """What is learned of none of them is left out since; nobody changed the data."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    record = json.dumps({"messages": messages})
+    (tmp_path / "x.jsonl").write_text(f"{record}\n{record}\n")
+    cfg = DataConfig(source=str(tmp_path), format="chat", column="messages", packing="best_fit")
+    ours = settings(cfg) | {"documents": "new"}
+    older = {name: value for name, value in ours.items() if name != "files"}
+    (found,) = differences(older | {"documents": "old"}, ours)
+    assert str(found) == (
+        "was saved with documents old, this run has new (that version of v4jax also trained on "
+        "conversations of which nothing is learned, and on last tokens that nothing predicts; "
+        "this one leaves both out, so the files may be the same)"
+    )
+    for saved, now in (
+        (ours | {"documents": "old"}, ours),
+        (older | {"documents": "old"}, ours | {"masked": False}),
+        (older | {"seed": 5}, ours),
+    ):
+        for found in differences(saved, now):
+            assert "this one leaves" not in str(found)
 
 
 def test_a_set_to_evaluate_on_keeps_its_name_only_with_its_content(folder, records):

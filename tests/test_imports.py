@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # without circles.
 ORDER = [
     "sharding",
+    "v4jax.stderr",
     "v4jax.storage",
     "v4jax.untrusted",
     "v4jax.python_files",

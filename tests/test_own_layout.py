@@ -1,8 +1,8 @@
 """A layout of the user's own: made and checked like the named ones, and taken wherever a name is."""
 
+import ast
 import dataclasses
 import json
-import re
 
 import jax
 import jax.numpy as jnp
@@ -115,16 +115,30 @@ def test_a_layout_that_cannot_be_is_refused_in_one_line(axes, words):
     assert str(error.value).startswith("layout: ") and "\n" not in str(error.value)
 
 
+def _named_in_calls():
+    """(file, logical axes) of each call of constrain or spec that names some."""
+    paths = [
+        path
+        for room in ("model", "cache", "kernels")
+        for path in (ROOT / "v4jax" / room).glob("*.py")
+    ]
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            if getattr(node.func, "attr", getattr(node.func, "id", "")) in ("constrain", "spec"):
+                texts = {one.value for one in ast.walk(node) if isinstance(one, ast.Constant)}
+                yield path, {one for one in texts if isinstance(one, str)} - {"cache_slots"}
+
+
 def test_the_checks_know_every_array_of_the_model():
     known = [set(names) for names in ARRAYS]
     for names in jax.tree.leaves(param_axes(MODEL), is_leaf=lambda x: isinstance(x, tuple)):
         assert any(set(names) - {None} <= one for one in known), names
     called = set()
-    for path in (ROOT / "v4jax/model").glob("*.py"):
-        for line in re.findall(r"(?:constrain|spec)\(.*", path.read_text()):
-            names = set(re.findall(r'"(\w+)"', line)) - {"cache_slots"}
-            assert any(names <= one for one in known), (path, line)
-            called |= names
+    for path, names in _named_in_calls():
+        assert any(names <= one for one in known), (path, names)
+        called |= names
     assert (
         {"act_heads", "act_hidden", "act_vocab", "act_streams", "index_heads"}
         <= called
@@ -204,6 +218,18 @@ def test_a_layout_of_a_file_is_called_as_it_was_asked_for(file):
     assert api.place_on("expert=2", f"{file}:mine")[1] == read_layout(f"{file}:mine")
 
 
+PLANS = [
+    "train {demo} --dry-run --layout {text}",
+    "layout {demo} --paper --layout {text}",
+    "layout {demo} --compare {text}:data=8 dp:data=8",
+]
+USES = [
+    "score x --tokens y --out z.npz --mesh data=2 --layout {text}",
+    "generate {tmp} --tokens 1 --mesh data=2 --layout {text}",
+    "chat {tmp} --mesh data=2 --layout {text}",
+]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -219,29 +245,25 @@ def test_a_layout_of_a_file_is_called_as_it_was_asked_for(file):
         ("{tmp}:mine", "is a folder"),
         ("{tmp}/bad.py:x", "bad.py:2: ValueError: layout: experts: got mesh axis 'expart'"),
         ("my:mine", "my: no such"),
-        ("ful", "did you mean 'full'"),
     ],
 )
-@pytest.mark.parametrize(
-    "command",
-    [
-        "train {demo} --dry-run --layout {text}",
-        "layout {demo} --paper --layout {text}",
-        "layout {demo} --compare {text}:data=8 dp:data=8",
-        "score x --tokens y --out z.npz --mesh data=2 --layout {text}",
-        "generate {tmp} --tokens 1 --mesh data=2 --layout {text}",
-        "chat {tmp} --mesh data=2 --layout {text}",
-    ],
-)
+@pytest.mark.parametrize("command", [*PLANS, *USES])
 def test_a_bad_layout_of_a_file_is_one_line_of_every_command(file, capsys, command, text, words):
-    if text == "ful" and command.startswith(("score", "generate", "chat")):
-        return  # a name is looked up with the checkpoint's mesh
     text = text.format(tmp=file.parent)
     demo = ROOT / "configs/demo.py"
     assert cli.main(command.format(demo=demo, text=text, tmp=file.parent).split()) == 2
     said = capsys.readouterr()
     assert words in said.err and said.err.count("\n") == 1, said.err
     assert not said.out
+
+
+@pytest.mark.parametrize("command", PLANS)
+def test_an_unknown_name_of_a_layout_is_one_line_before_anything_is_planned(capsys, command):
+    """The other commands look a name up with the checkpoint's mesh."""
+    demo = ROOT / "configs/demo.py"
+    assert cli.main(command.format(demo=demo, text="ful").split()) == 2
+    said = capsys.readouterr()
+    assert "did you mean 'full'" in said.err and said.err.count("\n") == 1 and not said.out
 
 
 def test_the_command_line_of_train_takes_names_and_files(capsys):

@@ -1,15 +1,18 @@
 """Claims about errors of records: each has its file and place, in every format."""
 
+import errno
 import gzip
 import itertools
 import json
+import os
+import re
 
 import pytest
 
 from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS
 from v4jax.data.compressed import open_data
 from v4jax.data.config import DataConfig, Source
-from v4jax.data.documents import read_documents
+from v4jax.data.documents import Document, read_documents
 from v4jax.data.files import find_files
 from v4jax.data.records import read_texts
 from v4jax.tokenizer import ByteTokenizer
@@ -126,18 +129,20 @@ class Fails(ByteTokenizer):
         return super().encode(text)
 
 
-def test_whatever_a_tokenizer_raises_has_its_place(tmp_path):
+def test_a_fault_of_the_program_stays_what_it_is_and_its_traceback_has_the_place(tmp_path):
     path, place = write(tmp_path, "jsonl", [{"text": "bad"}])
-    with pytest.raises(ValueError, match=rf"^{path}:{place}: TypeError: boom"):
+    with pytest.raises(TypeError, match="^boom") as caught:
         train_batches(DataConfig(source=str(path), format="jsonl"), Fails(), **SIZES)
+    assert caught.value.__notes__ == [f"v4jax: the data at {path}:{place} led to this"]
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text("bad")
     for cfg in (
         DataConfig(source=str(tmp_path), glob="*.txt"),
         DataConfig(source=str(tmp_path), glob="*.txt", packing="best_fit"),
     ):
-        with pytest.raises(ValueError, match=rf"{tmp_path}/\d.txt: TypeError: boom"):
+        with pytest.raises(TypeError, match="^boom") as caught:
             list(itertools.islice(train_batches(cfg, Fails(), **SIZES), 3))
+        assert re.search(rf"{tmp_path}/\d.txt led to this", caught.value.__notes__[0])
 
 
 def test_records_that_are_evaluated_on_have_their_place_too(tmp_path):
@@ -170,14 +175,35 @@ def test_a_conversation_that_is_too_long_has_its_place(tmp_path):
         train_batches(cfg, CHAT, **SIZES)
 
 
-def test_a_document_that_changes_size_while_it_is_read_is_named(tmp_path):
+def test_a_document_that_is_lost_or_changed_while_a_run_reads_it_is_a_failure_of_the_run(tmp_path):
+    """Exit code 1, not 2: it was good when the run began."""
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text("some text")
     batches = train_batches(DataConfig(source=str(tmp_path)), CHAT, **SIZES)
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text("less")
-    with pytest.raises(ValueError, match=r"\d.txt: changed while it was read: had 9 bytes, has 4"):
+    with pytest.raises(OSError, match=r"\d.txt: changed while it was read: had 9 bytes, has 4"):
         next(batches)
+    for i in range(3):
+        (tmp_path / f"{i}.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: .*\d.txt"):
+        next(batches)
+
+
+def test_a_disk_that_fails_is_no_bad_input_and_the_file_is_named(tmp_path):
+    (tmp_path / "x.txt").write_text("x")
+    with pytest.raises(OSError, match="x.txt") as caught, open_data(tmp_path / "x.txt"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    assert caught.value.errno == errno.EIO
+    with pytest.raises(ValueError, match="y.txt: cannot be read: No such file"):
+        open_data(tmp_path / "y.txt").__enter__()
+
+
+def test_a_file_that_cannot_be_opened_is_named_once(tmp_path):
+    for name in ("gone.txt", "gone.txt.gz"):
+        with pytest.raises(ValueError, match="cannot be read: No such file") as caught:
+            Document(name, tmp_path / name, 9).text()
+        assert str(caught.value).count(str(tmp_path)) == 1
 
 
 def test_an_archive_is_no_text(tmp_path):

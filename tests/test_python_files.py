@@ -59,6 +59,49 @@ def test_a_config_finds_its_neighbours_and_nobody_else_does(tmp_path):
     assert call(second / "cfg.py", "get_config") == (2, 2)
 
 
+@pytest.mark.parametrize("above", [False, True])
+@pytest.mark.parametrize("regular", [False, True])
+def test_packages_near_a_config_are_forgotten_with_all_that_is_in_them(tmp_path, above, regular):
+    uses = "from common import deep\nimport common.more.far\n"
+    uses += "def get_config(): import common.late; return deep.N, common.more.far.N, common.late.N"
+    before = set(sys.modules)
+    for n, name in enumerate("ab"):
+        folder = write(tmp_path / name / "runs", cfg=uses)
+        common = (folder.parent if above else folder) / "common"
+        write(common, deep=f"N = {n}", late=f"N = {n}")
+        write(common / "more", far=f"N = {n}")
+        if regular:
+            write(common, __init__="")
+            write(common / "more", __init__="")
+        assert call(folder / "cfg.py", "get_config") == (n, n, n)
+    assert not [one for one in set(sys.modules) - before if one.partition(".")[0] == "common"]
+
+
+def test_packages_that_a_config_finds_by_a_path_of_its_own_are_forgotten_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    uses = "import pathlib, sys\nsys.path.insert(0, str(pathlib.Path(__file__).parent / 'lib'))\n"
+    uses += "import own_path\ndef get_config(): return own_path.N"
+    for n, name in enumerate("ab"):
+        folder = write(tmp_path / name, cfg=uses)
+        write(folder / "lib", own_path=f"N = {n}")
+        assert call(folder / "cfg.py", "get_config") == n
+
+
+def test_what_is_installed_near_a_config_stays_the_same_module(tmp_path, monkeypatch):
+    """As in a checkout with its environment in it: a second import would make other classes."""
+    site = write(tmp_path / "env" / "site", installed_one="class Kind: pass")
+    write(site / "installed_package", inner="class Kind: pass")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(site)])
+    uses = "import installed_one\nfrom installed_package import inner\n"
+    uses += "def get_config(): return installed_one.Kind, inner.Kind"
+    folder = write(tmp_path / "runs", cfg=uses)
+    first = call(folder / "cfg.py", "get_config")
+    assert first == call(folder / "cfg.py", "get_config")
+    assert sys.modules["installed_package.inner"].Kind is first[1]
+    for name in ("installed_one", "installed_package", "installed_package.inner"):
+        del sys.modules[name]
+
+
 def test_a_config_finds_what_the_folder_above_holds(tmp_path):
     folder = write(
         tmp_path / "runs", cfg="from far_above import sizes\ndef get_config(): return sizes.N"

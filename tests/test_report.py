@@ -85,6 +85,7 @@ def test_every_line_of_a_run_is_json(cfg, tmp_path):
         reporter.step(1, dict(step))
         reporter.evaluation(1, {"held_out_nll": math.nan})
         reporter.inside(2, {**inside, "layers": {"bias_min": [None]}})
+        reporter.event(2, "data changed", was=[math.nan], now="x")
     lines = [strict(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     assert lines[0]["losses_given_up"] == [None]
     assert (
@@ -93,6 +94,7 @@ def test_every_line_of_a_run_is_json(cfg, tmp_path):
     assert lines[2] == {"step": 1, "held_out_nll": None} and lines[3]["inside"]["grad_rms"] == {
         "head": None
     }
+    assert lines[4] == {"step": 2, "event": "data changed", "was": [None], "now": "x"}
     assert Reporter.last(tmp_path)["held_out_nll"] is None
     assert plot_losses(tmp_path).is_file()
 

@@ -16,13 +16,15 @@ from v4jax.chat.encoding import encode_messages
 from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS
 from v4jax.data.config import ChatFormat, DataConfig, Source
 from v4jax.data.conversations import conversation_tokens
+from v4jax.data.listing import Listings
 from v4jax.data.selection import used_conversations
 from v4jax.data.store import TokenStore, open_store
+from v4jax.data.summary import unused_lines
 from v4jax.tokenizer import ByteTokenizer
 from v4jax.train.config import TrainConfig
-from v4jax.train.data import held_out_batches, left_out_lines, train_batches, unigram_loss
+from v4jax.train.data import held_out_batches, train_batches, unigram_loss
 from v4jax.train.loop import train
-from v4jax.train.prepare import say_left_out
+from v4jax.train.prepare import say_unused
 from v4jax.train.stages import Stage
 
 CHAT = ByteTokenizer(CHAT_TOKENS + FIM_TOKENS)
@@ -270,6 +272,10 @@ def is_predicted(row):
     return ((segments[1:] == segments[:-1]) & (segments[1:] > 0) & (mask[1:] > 0)).any()
 
 
+def unused(cfg, seq_lens, held_seq_len=96):
+    return unused_lines(cfg, CHAT, seq_lens, held_seq_len, Listings())
+
+
 def cut(path, records):
     cfg = write(path, records)
     return dataclasses.replace(cfg, chat=ChatFormat(too_long="cut"))
@@ -282,7 +288,7 @@ def test_a_source_of_which_nothing_is_learned_is_refused_before_training(tmp_pat
     for batches, purpose in ((train_batches, "to train on"), (held_out_batches, "to evaluate on")):
         with pytest.raises(
             ValueError,
-            match=rf"no conversation of .*chat.jsonl is left {purpose}: \d+ (cut|longer)",
+            match=rf"no conversation of .*chat.jsonl is left {purpose}: \d+ (without|longer)",
         ) as caught:
             batches(cfg, CHAT, **SIZES)
         assert "\n" not in str(caught.value)
@@ -305,9 +311,37 @@ def test_a_held_out_part_of_which_nothing_is_learned_is_refused():
         assert used_conversations(cfg, cfg.sources[0], store, 4, part).tolist() == wanted
     with pytest.raises(
         ValueError,
-        match="of x is left to evaluate on: 1 cut to seq_len=4, nothing of them is learned; raise",
+        match="of x is left to evaluate on: 1 without a token to learn once cut to seq_len=4; "
+        "raise seq_len or held_out$",
     ):
         used_conversations(cfg, cfg.sources[0], store, 4, "held_out")
+
+
+def test_advice_for_a_part_without_conversations_helps_that_part():
+    """A larger held_out leaves less to train on; it changes nothing where all is evaluated on."""
+    cfg = DataConfig(
+        source="x", format="chat", packing="best_fit", held_out=0.1, chat=ChatFormat(too_long="cut")
+    )
+    tokens, ends = np.zeros(10, np.int32), np.array([5, 10])
+    late = TokenStore(tokens, np.array([0, 0, 0, 0, 1] * 2, np.uint8), ends, np.array([0, 1.0]), "")
+    none = late._replace(learned=np.zeros(10, np.uint8))
+    for store, part, advice in (
+        (late, "train", "raise seq_len, or lower held_out"),
+        (late, "held_out", "raise seq_len or held_out"),
+        (late, "all", "raise seq_len"),
+        (none, "train", "see weight of messages and train_on"),
+        (none, "all", "see weight of messages and train_on"),
+    ):
+        with pytest.raises(ValueError, match=f"; {advice}$"):
+            used_conversations(cfg, cfg.sources[0], store, 4, part)
+
+
+def test_a_single_conversation_to_learn_is_refused_with_its_source():
+    cfg = DataConfig(source="some.jsonl", format="chat", packing="best_fit")
+    ends = np.array([2, 4])
+    store = TokenStore(np.zeros(4, np.int32), np.array([0, 1, 0, 0], np.uint8), ends, ends / 9, "")
+    with pytest.raises(ValueError, match=r"^some.jsonl: source: has 1 document\(s\); at least 2"):
+        used_conversations(cfg, cfg.sources[0], store, 4, "train")
 
 
 def test_every_reason_is_counted_in_one_line(tmp_path):
@@ -318,36 +352,48 @@ def test_every_reason_is_counted_in_one_line(tmp_path):
         {"messages": [says("user", f"{i}"), says("assistant", "so " * 50)]} for i in range(2)
     ]
     cfg = cut(tmp_path / "chat.jsonl", records)
-    (line,) = left_out_lines(cfg, CHAT, [96, 96], 96)
+    (line,) = unused(cfg, [96, 96])
     assert line == (
-        f"source {cfg.source}: 8 of 18 conversations are left out (3 by weight or train_on, nothing of them is learned, "
-        "5 cut to seq_len=96, nothing of them is learned), 2 of 18 conversations are cut to seq_len=96"
+        f"source chat ({cfg.source}): 8 of 18 conversations are left out "
+        "(3 without a token to learn (weight, train_on), "
+        "5 without a token to learn once cut to seq_len=96), "
+        "2 of 18 conversations are cut to seq_len=96"
     )
     dropping = dataclasses.replace(cfg, chat=ChatFormat(too_long="drop"))
-    (line,) = left_out_lines(dropping, CHAT, [96], 96)
+    (line,) = unused(dropping, [96])
     assert "10 of 18" in line and "7 longer than seq_len=96" in line and "cut" not in line
-    short, long = left_out_lines(dataclasses.replace(cfg, held_out=0.5), CHAT, [96, 4096], 96)
-    assert "8 of 18" in short and "3 of 18" in long
-    assert left_out_lines(write(tmp_path / "chat.jsonl", records[:8]), CHAT, [96], 96) == []
+    (line,) = unused(dataclasses.replace(cfg, held_out=0.5), [96, 4096])
+    short, long = line.split("; ")
+    assert "at seq_len=96, 8 of 18" in short and "at seq_len=4096, 3 of 18" in long
+    assert unused(write(tmp_path / "chat.jsonl", records[:8]), [96]) == []
 
 
 def test_train_on_last_leaves_out_what_has_no_last_answer(tmp_path):
     unanswered = {"messages": [*asked_for("a")["messages"], says("user", "b")]}
     cfg = write(tmp_path / "chat.jsonl", [unanswered, *(asked_for(f"{i}") for i in range(5))])
-    assert left_out_lines(cfg, CHAT, [96], 96) == []
+    assert unused(cfg, [96]) == []
     cfg = dataclasses.replace(cfg, chat=ChatFormat(train_on="last"))
-    assert (
-        "1 of 6 conversations are left out (1 by weight or train_on"
-        in left_out_lines(cfg, CHAT, [96], 96)[0]
-    )
+    assert "1 of 6 conversations are left out (1 without a token" in unused(cfg, [96])[0]
 
 
 def test_evaluation_sources_are_counted_too(tmp_path):
     cfg = write(tmp_path / "chat.jsonl", [asked_for(f"{i}") for i in range(8)])
     write(tmp_path / "other.jsonl", [asked_for("a", weight=0), asked_for("b")])
     other = Source(path=str(tmp_path / "other.jsonl"), format="chat", column="messages")
-    (line,) = left_out_lines(dataclasses.replace(cfg, evaluate_on=(other,)), CHAT, [96], 96)
-    assert line.startswith(f"source {other.path}: 1 of 2 conversations are left out")
+    cfg = dataclasses.replace(cfg, evaluate_on=(other,))
+    (line,) = unused(cfg, [96])
+    assert line.startswith(f"{other.title}: 1 of 2 conversations are left out")
+    assert unused(cfg, [96], None) == []
+
+
+def test_a_run_that_evaluates_nothing_reads_no_source_to_evaluate_on(tmp_path):
+    cfg = write(tmp_path / "chat.jsonl", [asked_for(f"{i}") for i in range(8)])
+    write(tmp_path / "other.jsonl", [asked_for("long " * 99)])
+    other = Source(path=str(tmp_path / "other.jsonl"), format="chat", column="messages")
+    cfg = dataclasses.replace(cfg, evaluate_on=(other,))
+    with pytest.raises(ValueError, match="other.jsonl:1: conversation 0 .* a row 96"):
+        unused(cfg, [96])
+    assert unused(cfg, [96], None) == []
 
 
 def test_the_split_does_not_depend_on_the_length_of_rows(tmp_path):
@@ -421,18 +467,16 @@ def run_of(data, tmp_path, **more):
     )
 
 
-def test_a_run_says_once_what_it_leaves_out(tmp_path, capsys):
+def test_a_run_says_in_one_line_a_source_what_it_leaves_out(tmp_path, capsys):
     cfg = cut(
         tmp_path / "chat.jsonl", [*(asked_for(f"{i}") for i in range(8)), asked_for("u" * 99)]
     )
     stages = (Stage(after=1, batch_size=2), Stage(after=2, seq_len=48))
-    say_left_out(run_of(cfg, tmp_path, stages=stages), CHAT)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all(
-        line.startswith(f"v4jax: source {cfg.source}: 1 of 9 conversations are left out")
-        for line in lines
-    )
-    assert "seq_len=48" in lines[0] and "seq_len=96" in lines[1]
+    say_unused(run_of(cfg, tmp_path, stages=stages), CHAT, Listings())
+    (line,) = capsys.readouterr().err.splitlines()
+    short, long = line.removeprefix(f"v4jax: {cfg.sources[0].title}: ").split("; ")
+    assert short.startswith("at seq_len=48, 1 of 9 conversations are left out")
+    assert long.startswith("at seq_len=96, 1 of 9 conversations are left out")
 
 
 @pytest.mark.parametrize("stages", [(), (Stage(after=2, seq_len=16),)])
@@ -443,7 +487,9 @@ def test_a_run_without_a_token_to_learn_in_any_stage_leaves_nothing_behind(tmp_p
         tmp_path,
         stages=stages,
     )
-    with pytest.raises(ValueError, match="is left to train on: . cut to seq_len="):
+    with pytest.raises(
+        ValueError, match="is left to train on: . without a token to learn once cut to"
+    ):
         train(cfg)
     assert not (tmp_path / "run").exists()
 

@@ -110,7 +110,8 @@ def _continues(sub, tokens):
     sub.add_argument(
         "--cache-tokens",
         type=int,
-        help="tokens that the cache has room for (default: what is needed; chat: 4096)",
+        help="tokens that the cache has room for (default: what --max-new-tokens needs; chat, or "
+        "with the file's limit: 4096)",
     )
     _on_mesh(sub)
 

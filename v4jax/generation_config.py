@@ -58,18 +58,3 @@ def with_end_tokens(cfg: ModelConfig, directory) -> ModelConfig:
       ValueError: see end_tokens.
     """
     return cfg.ending_at(end_tokens(directory, cfg.vocab_size))
-
-
-def disagreement(cfg: ModelConfig, tokenizer) -> str:
-    """How a tokenizer's special tokens differ from those of the config, in words; "" if not."""
-    said = []
-    if tokenizer.eos_token_id not in cfg.eos_token_ids:
-        ends = ", ".join(map(str, cfg.eos_token_ids)) or "nothing"
-        said.append(
-            f"the tokenizer's end token is {tokenizer.eos_token_id}, but rows end at {ends}"
-        )
-    begin = tokenizer.bos_token_id
-    if cfg.bos_token_id is not None and begin != cfg.bos_token_id:
-        own = cfg.bos_token_id
-        said.append(f"the tokenizer's begin token is {begin}, but config.json has {own}")
-    return "; ".join(said)

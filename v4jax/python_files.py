@@ -106,14 +106,15 @@ def _new_module(name: str, file: pathlib.Path) -> types.ModuleType:
 def _importable(folder: pathlib.Path, module: types.ModuleType) -> Iterator[None]:
     """Lets `module`, a file of `folder`, import its neighbours in the block.
 
-    They are forgotten after it, so that another file does not get them instead of its own.
+    They are forgotten after it, with all else that lies below `folder` and the folder above it and
+    is not installed, so that another file does not get them instead of its own.
     """
     paths = [str(one) for one in (folder, folder.parent) if str(one) not in sys.path]
     ours = {module.__name__: module}  # dataclasses look for it
     if (package := _package(folder)) is not None:
         ours[package.__name__] = package
     hidden = {name: one for name, one in sys.modules.items() if name.partition(".")[0] in ours}
-    before = set(sys.modules) - set(hidden)
+    before, path_before = set(sys.modules) - set(hidden), list(sys.path)
     for name in hidden:
         del sys.modules[name]
     sys.modules.update(ours)
@@ -124,15 +125,46 @@ def _importable(folder: pathlib.Path, module: types.ModuleType) -> Iterator[None
         for path in paths:
             with contextlib.suppress(ValueError):  # the file has removed it itself
                 sys.path.remove(path)
-        for name in set(sys.modules) - before:
-            if name in ours or _lies_in(sys.modules[name], folder):
-                del sys.modules[name]
+        _forget(set(sys.modules) - before, set(ours), folder.parent, path_before)
         sys.modules.update(hidden)
 
 
-def _lies_in(module: types.ModuleType, folder: pathlib.Path) -> bool:
+def _forget(new: set[str], ours: set[str], above: pathlib.Path, path: list[str]) -> None:
+    """Takes modules out of sys.modules, with packages whole.
+
+    Args:
+      new: modules to look at. ours: those without a dot that go in any case; another goes if it
+        lies below the folder `above`, unless it is also found on the search path `path`.
+    """
+    gone = set(ours)
+    for name in new - gone:
+        if "." not in name and any(one.is_relative_to(above) for one in _places(name)):
+            gone |= set() if _is_found(name, path) else {name}
+    for name in new:
+        if name.partition(".")[0] in gone:
+            del sys.modules[name]
+
+
+def _places(name: str) -> list[pathlib.Path]:
+    """The file of a module; the folders of a package without one."""
+    module = sys.modules[name]
     file = getattr(module, "__file__", None)
-    return file is not None and pathlib.Path(file).parent == folder
+    return [pathlib.Path(one) for one in ([file] if file else getattr(module, "__path__", ()))]
+
+
+def _is_found(name: str, path: list[str]) -> bool:
+    """Whether a module without a dot, as it is now, can be imported with the search path `path`."""
+    places, module = _places(name), sys.modules.pop(name)
+    now, sys.path[:] = list(sys.path), path
+    try:
+        spec = importlib.util.find_spec(name)
+    finally:
+        sys.path[:] = now
+        sys.modules[name] = module
+    if spec is None:
+        return False
+    there = [spec.origin] if spec.origin else spec.submodule_search_locations
+    return set(places) <= set(map(pathlib.Path, there))
 
 
 def _package(folder: pathlib.Path) -> types.ModuleType | None:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from v4jax.config import ModelConfig
 from v4jax.storage import local_path
 from v4jax.untrusted import file_in
 
@@ -270,6 +271,21 @@ def tokens_in(directory: pathlib.Path) -> dict[int, str]:
         return {}
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def disagreement(cfg: ModelConfig, tokenizer: Tokenizer) -> str:
+    """How a tokenizer's special tokens differ from those of the config, in words; "" if not."""
+    said = []
+    if tokenizer.eos_token_id not in cfg.eos_token_ids:
+        ends = ", ".join(map(str, cfg.eos_token_ids)) or "nothing"
+        said.append(
+            f"the tokenizer's end token is {tokenizer.eos_token_id}, but rows end at {ends}"
+        )
+    begin = tokenizer.bos_token_id
+    if cfg.bos_token_id is not None and begin != cfg.bos_token_id:
+        own = cfg.bos_token_id
+        said.append(f"the tokenizer's begin token is {begin}, but config.json has {own}")
+    return "; ".join(said)
 
 
 def require_tokens(tokenizer: Tokenizer, names: Iterable[str], purpose: str) -> None:

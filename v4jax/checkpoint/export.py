@@ -174,14 +174,17 @@ def config_json(
     theirs = None
     if raw is not None and raw.get("model_type") == "deepseek_v4":
         theirs = ModelConfig.from_dict(dict(raw))
-    same = theirs is not None and cfg in (theirs, theirs.ending_at(elsewhere))
-    ends = theirs.ending_at(cfg.eos_token_ids) if same else cfg
+    # Not ==: a special token that only one of the two has makes no other model, and is kept.
+    same = theirs is not None and cfg.difference(theirs) is None
+    both = _with_both_tokens(cfg, theirs) if same else cfg
     if same and "compress_ratios" in raw and "layer_types" not in raw:
         found = dict(raw)
-        if set(ends.eos_token_ids) - set(theirs.eos_token_ids) - set(elsewhere):
-            found["eos_token_id"] = list(ends.eos_token_ids)
+        if set(both.eos_token_ids) - set(theirs.eos_token_ids) - set(elsewhere):
+            found["eos_token_id"] = list(both.eos_token_ids)
+        if both.bos_token_id != theirs.bos_token_id:
+            found["bos_token_id"] = both.bos_token_id
     else:
-        found = ends.to_dict()
+        found = both.to_dict()
     low = quantization_config(format)
     for name in ("quantization_config", "expert_dtype"):
         if name not in low:
@@ -192,6 +195,12 @@ def config_json(
         if format == "float32"
         else "bfloat16"
     }
+
+
+def _with_both_tokens(cfg: ModelConfig, theirs: ModelConfig) -> ModelConfig:
+    """The source's config with the special tokens of `cfg` beside its own."""
+    begin = cfg.bos_token_id if theirs.bos_token_id is None else theirs.bos_token_id
+    return theirs.replace(bos_token_id=begin).ending_at(cfg.eos_token_ids)
 
 
 def carried_files(directory) -> list[pathlib.Path]:

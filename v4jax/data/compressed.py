@@ -30,15 +30,31 @@ def open_data(path: pathlib.Path) -> Iterator[BinaryIO]:
     """Opens a file for reading its bytes, decompressed where its name ends in .gz or .zst.
 
     Raises:
-      ValueError: it cannot be read, or is damaged or cut short (also while it is read); names it.
+      ValueError: it cannot be opened, or is damaged or cut short (found while it is read); names it.
+      OSError: the disk fails while it is read; names it.
     """
-    opened = {".gz": gzip.open, ".zst": _open_zst}.get(path.suffix.lower(), pathlib.Path.open)
+    opener = {".gz": gzip.open, ".zst": _open_zst}.get(path.suffix.lower(), pathlib.Path.open)
     try:
-        with opened(path, "rb") as file:
+        opened = opener(path, "rb")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        with opened as file, failures_named(path):
             yield file
-    except (OSError, EOFError, zlib.error) as error:
-        said = getattr(error, "strerror", None) or " ".join(str(error).split())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        said = " ".join(str(error).split())
         raise ValueError(f"{path}: cannot be read: {said}") from error
+
+
+@contextlib.contextmanager
+def failures_named(path: pathlib.Path) -> Iterator[None]:
+    """Puts the path into errors of the system that do not name it, as those of reading."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def require_zstd(path: pathlib.Path) -> None:

@@ -59,6 +59,11 @@ class Source:
     def label(self) -> str:
         return self.name or pathlib.PurePath(self.path).stem
 
+    @property
+    def title(self) -> str:
+        """How messages name it."""
+        return f"source {self.label} ({self.path})"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatFormat:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from v4jax.data.compressed import COMPRESSED, open_data, plain_name
+from v4jax.data.compressed import open_data, plain_name
 from v4jax.data.config import DataConfig, Source
-from v4jax.data.files import at, find_files, nothing_found
+from v4jax.data.files import Found, at, find_files, nothing_found
 
 
 class Document(NamedTuple):
@@ -29,26 +29,30 @@ class Document(NamedTuple):
     size: int
     crc: int = 0
 
-    @property
-    def compressed(self) -> bool:
-        return self.path.suffix.lower() in COMPRESSED
-
     def text(self) -> str:
         """All of it."""
-        with at(str(self.path)), open_data(self.path) as file:
-            return file.read().decode("utf-8")
+        with open_data(self.path) as file:
+            data = file.read()
+        with at(str(self.path)):
+            return data.decode("utf-8")
 
 
-def read_documents(source: Source) -> list[Document]:
-    """All documents of a source of text files, sorted by name; each is read once here, to check that it is UTF-8.
+def read_documents(source: Source, found: Found | None = None) -> list[Document]:
+    """All documents of a source of text files, sorted by name; each is read once here, to check
+    that it is UTF-8.
 
     Of the standard library, files that are not UTF-8 are left out; in a folder they are an error.
 
+    Args:
+      found: the source's files; None: they are looked up.
+
     Raises:
-      ValueError: no such folder, no document in it, or a file of it that is not UTF-8 text; names it.
+      ValueError: no such folder, no document in it, or a file of it that is not UTF-8 text; names
+        it.
     """
+    found = find_files(source) if found is None else found
     documents = []
-    for name, path in find_files(source).files:
+    for name, path in found.files:
         size, crc, fault = _read_through(path)
         if fault and source.path != "stdlib":
             raise ValueError(
@@ -57,7 +61,7 @@ def read_documents(source: Source) -> list[Document]:
         if size and not fault:
             documents.append(Document(name, path, size, crc))
     if not documents:
-        raise nothing_found(source)
+        raise nothing_found(source, found)
     return sorted(documents)
 
 

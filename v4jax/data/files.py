@@ -5,21 +5,18 @@ Next file to read: v4jax/data/compressed.py.
 
 import contextlib
 import fnmatch
-import functools
 import heapq
 import json
 import os
 import pathlib
 import re
 import stat
-import sys
 import sysconfig
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from sharding.processes import is_first
 from v4jax.data.compressed import COMPRESSED, open_data, plain_name, require_zstd
-from v4jax.data.config import DataConfig, Source
+from v4jax.data.config import Source
 from v4jax.storage import local_path
 
 _LINES = (".jsonl", ".ndjson", ".json")
@@ -54,30 +51,20 @@ class Found(NamedTuple):
 
 @contextlib.contextmanager
 def at(place: str) -> Iterator[None]:
-    """Puts a place before any error in the block, which becomes a ValueError of one line."""
+    """Puts a place before what the block finds wrong with the data there, on one line.
+
+    Bad data raise ValueError, or RecursionError where they are nested too deep. Every other error
+    is a fault of the program or the machine; it keeps its type, and its traceback notes the place.
+    """
     try:
         yield
-    except MemoryError:
-        raise
-    except Exception as error:  # a bad record may break any package in any way
+    except (ValueError, RecursionError) as error:
         said = " ".join(str(error).split())
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{place}: {kind}{said}") from error
-
-
-@functools.cache
-def say_once(line: str) -> None:
-    """A line on stderr, of the first process, however often it is said."""
-    if is_first():
-        print(f"v4jax: {line}", file=sys.stderr)
-
-
-def tell_left_out(cfg: DataConfig) -> None:
-    """Says, a line a source, what lies in its folder and is not read."""
-    for source in (*cfg.sources, *cfg.evaluate_on):
-        line = left_out_line(source)
-        if line:
-            say_once(line)
+    except Exception as error:
+        error.add_note(f"v4jax: the data at {place} led to this")
+        raise
 
 
 def find_files(source: Source) -> Found:
@@ -116,9 +103,8 @@ def find_files(source: Source) -> Found:
     return Found(files, left_out, excluded)
 
 
-def left_out_line(source: Source) -> str | None:
-    """One line about what a source's folder holds and is not read; None: nothing."""
-    found = find_files(source)
+def unread_files(source: Source, found: Found) -> str:
+    """What a source's folder holds that is not read, in words; "" for nothing."""
     parts = []
     if found.left_out:
         shown = ", ".join(f"{name} ({why})" for name, why in found.left_out[:_SHOWN])
@@ -128,15 +114,14 @@ def left_out_line(source: Source) -> str | None:
     if found.excluded:
         parts.append(f"{found.excluded} excluded by glob={source.glob!r}")
     if not parts:
-        return None
-    read = f"{len(found.files)} file(s) are read"
-    return f"source {source.label} ({source.path}): {'; '.join([read, *parts])}"
+        return ""
+    return "; ".join([f"{len(found.files)} file(s) are read", *parts])
 
 
-def nothing_found(source: Source) -> ValueError:
+def nothing_found(source: Source, found: Found) -> ValueError:
     """The error for a folder without a file to read; says what is there instead."""
-    left_out = left_out_line(source)
-    said = f" ({left_out})" if left_out else ""
+    unread = unread_files(source, found)
+    said = f" ({unread})" if unread else ""
     root = local_path(source.path, "source")
     if source.format == "text":
         return ValueError(
@@ -248,6 +233,8 @@ def _fault(path: pathlib.Path, source: Source) -> str:
         return f"suffix {path.suffix!r}" if path.suffix else "no suffix"
     if source.format == "text" and suffix in (".tar", ".tgz"):
         return "an archive: unpack it"
+    if compressed and path.suffix.lower() == ".zst":
+        require_zstd(path)
     if state.st_size == 0 or (compressed and state.st_size < _HEAD_BYTES and _is_empty(path)):
         return _EMPTY
     if source.format != "text" and suffix == ".json":

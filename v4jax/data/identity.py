@@ -6,43 +6,50 @@ Their names count relative to the source, so a corpus may lie elsewhere when a r
 Next file to read: v4jax/data/pieces.py.
 """
 
-import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import pathlib
 from typing import Any, NamedTuple
 
-from v4jax.data.config import DataConfig, Source
-from v4jax.data.files import at, find_files
+from v4jax.data.config import DataConfig
+from v4jax.data.listing import Listing, Listings
 from v4jax.tokenizer import Tokenizer
-
-_SAMPLE_BYTES = 64 * 2**10
-_READERS = 16
-_LISTED = 1000
-"""Up to so many files of a source are noted one by one, so that a difference can be named."""
 
 _BEFORE = {"packing": "split"}
 """What older checkpoints leave out where it was so."""
 
 _NONE = "no such file"
+_LEFT_OUT_NOW = (
+    "that version of v4jax also trained on conversations of which nothing is learned, and on last "
+    "tokens that nothing predicts; this one leaves both out, so the files may be the same"
+)
 
 
 class Difference(NamedTuple):
-    """A setting or file that is not as it was."""
+    """A setting or file that is not as it was; why: how that may have come about, or ""."""
 
     name: str
     was: Any
     now: Any
+    why: str = ""
 
     def __str__(self) -> str:
-        return f"was saved with {self.name} {self.was}, this run has {self.now}"
+        why = f" ({self.why})" if self.why else ""
+        return f"was saved with {self.name} {self.was}, this run has {self.now}{why}"
 
 
 def settings_of(
-    cfg: DataConfig, tokenizer: Tokenizer, seq_len: int, batch_size: int
+    cfg: DataConfig,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    batch_size: int,
+    listings: Listings | None = None,
 ) -> dict[str, Any]:
-    """What batches depend on, in configuration and files: JSON values in the order to name them."""
+    """What batches depend on, in configuration and files: JSON values in the order to name them.
+
+    listings: the run's; None: files are looked up now.
+    """
+    listings = Listings() if listings is None else listings
     talks = any(source.format == "chat" for source in cfg.sources)
     chat = dataclasses.asdict(cfg.chat) if talks else {}
     return {
@@ -59,24 +66,16 @@ def settings_of(
         "fim_rate": cfg.fim_rate,
         "masked": cfg.masked,
         **{f"chat.{name}": value for name, value in chat.items()},
-        "files": [file_marks(source) for source in cfg.sources],
-        "evaluate_on": {source.label: _evaluated(source) for source in cfg.evaluate_on},
+        "files": [listings[source].marks for source in cfg.sources],
+        "evaluate_on": {source.label: _evaluated(listings[source]) for source in cfg.evaluate_on},
     }
 
 
-def file_marks(source: Source) -> dict[str, Any]:
-    """A source's files: how many, a digest of names, sizes and samples, and each one if few."""
-    files = sorted(find_files(source).files)
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        marks = pool.map(_mark, [path for _, path in files])
-        listed = {name: mark for (name, _), mark in zip(files, marks, strict=True)}
-    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
-    listed = listed if len(files) <= _LISTED else {}
-    return {"label": source.label, "count": len(files), "digest": digest, "listed": listed}
-
-
 def differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[Difference]:
-    """What training data differ in, by two results of `settings_of`; the first may be older."""
+    """The settings and files of training data that differ between two results of `settings_of`.
+
+    saved: may be of an older v4jax; what it does not have is not compared.
+    """
     saved = _BEFORE | saved
     found = []
     for name, now in ours.items():
@@ -86,14 +85,15 @@ def differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[Difference]
             pairs = zip(saved[name], now, strict=False)
             found += [one for was, is_now in pairs for one in _file_differences(was, is_now)]
         elif saved[name] != now:
-            found.append(Difference(name, saved[name], now))
+            older = name == "documents" and "files" not in saved and ours["masked"]
+            found.append(Difference(name, saved[name], now, _LEFT_OUT_NOW if older else ""))
     return found
 
 
 def evaluation_differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[Difference]:
-    """Sets to evaluate on that took the name of another one: their losses cannot be compared.
+    """Differences of sets to evaluate on that kept their name; losses cannot be compared over them.
 
-    One that is added or left out is no difference.
+    A set that is added or removed is no difference.
     """
     found = []
     for label, now in ours["evaluate_on"].items():
@@ -123,8 +123,9 @@ def saved_settings(directory: pathlib.Path) -> dict[str, Any]:
     return {}
 
 
-def _evaluated(source: Source) -> dict[str, Any]:
-    return {"format": source.format, "column": source.column, "files": file_marks(source)}
+def _evaluated(listing: Listing) -> dict[str, Any]:
+    source = listing.source
+    return {"format": source.format, "column": source.column, "files": listing.marks}
 
 
 def _file_differences(was: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
@@ -143,14 +144,3 @@ def _file_differences(was: dict[str, Any], now: dict[str, Any]) -> list[Differen
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     ]
-
-
-def _mark(path: pathlib.Path) -> str:
-    """Size and SHA-256 of the first, the middle and the last 64 KiB."""
-    digest = hashlib.sha256()
-    with at(str(path)), path.open("rb") as file:
-        size = file.seek(0, 2)
-        for begin in sorted({0, max(0, (size - _SAMPLE_BYTES) // 2), max(0, size - _SAMPLE_BYTES)}):
-            file.seek(begin)
-            digest.update(file.read(_SAMPLE_BYTES))
-    return f"{size} bytes {digest.hexdigest()[:12]}"

@@ -2,7 +2,7 @@
 
 Axes: T tokens of one piece.
 
-Next file to read: v4jax/data/mixture.py.
+Next file to read: v4jax/data/summary.py.
 """
 
 import os
@@ -11,16 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from v4jax.data.compressed import failures_named
 from v4jax.data.config import DataConfig, Source
-from v4jax.data.documents import (
-    Document,
-    content,
-    fingerprint,
-    held_out_of,
-    read_documents,
-    split_documents,
-)
+from v4jax.data.documents import Document, content, fingerprint, held_out_of, split_documents
 from v4jax.data.files import at
+from v4jax.data.listing import Listings
 from v4jax.data.selection import used_conversations
 from v4jax.data.store import TokenStore, open_store
 from v4jax.tokenizer import Tokenizer, document_ids
@@ -36,18 +31,27 @@ class Mark(NamedTuple):
     content: str
 
 
-def open_pieces(cfg: DataConfig, source: Source, tokenizer: Tokenizer, seq_len: int, part: str):
+def open_pieces(
+    cfg: DataConfig,
+    source: Source,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    part: str,
+    listings: Listings | None = None,
+):
     """(pieces, Mark) of a source's documents to "train" on, those "held_out", or "all".
+
+    Args:
+      listings: the run's; None: files are looked up and read now.
 
     Raises:
       ValueError: anything wrong with the source; names it.
     """
-    if source.format == "text" and not cfg.cache and cfg.packing == "split" and cfg.fim_rate == 0:
-        documents = read_documents(source)
-        # A compressed file cannot be read from the middle.
-        if not any(document.compressed for document in documents):
-            return _read_in_place(cfg, source, tokenizer, seq_len, part, documents)
-    store = open_store(cfg, source, tokenizer)
+    listings = Listings() if listings is None else listings
+    if allows_reading_in_place(cfg, source) and not listings[source].compressed:
+        documents = listings[source].documents
+        return _read_in_place(cfg, source, tokenizer, seq_len, part, documents)
+    store = open_store(cfg, source, tokenizer, listings)
     if source.format == "chat":
         chosen_D = used_conversations(cfg, source, store, seq_len, part)
     elif part == "all":
@@ -62,6 +66,15 @@ def open_pieces(cfg: DataConfig, source: Source, tokenizer: Tokenizer, seq_len: 
     mark = f"{store.fingerprint}-{zlib.crc32(chosen_D.tobytes()):08x}"
     mark = f"{mark}-{pieces.lone}" if pieces.lone else mark
     return pieces, Mark(mark, mark)
+
+
+def allows_reading_in_place(cfg: DataConfig, source: Source) -> bool:
+    """Whether files of the source are read where they lie, unless one of them is compressed.
+
+    A compressed file cannot be read from the middle.
+    """
+    as_it_lies = cfg.packing == "split" and cfg.fim_rate == 0
+    return source.format == "text" and not cfg.cache and as_it_lies
 
 
 def _read_in_place(
@@ -146,8 +159,8 @@ class Pieces:
         begin = (index - (int(self._ends[which - 1]) if which else 0)) * self._step
         end = min(begin + self._step, document.size)
         ends = end == document.size
+        text = _read_between(document, begin, end)
         with at(str(document.path)):
-            text = _read_between(document, begin, end)
             ids = document_ids(self._tokenizer, text, begins=begin == 0, ends=ends)
         return {"tokens": np.array(ids, np.int32)}
 
@@ -162,11 +175,17 @@ class Pieces:
 
 
 def _read_between(document: Document, begin: int, end: int) -> str:
-    """The characters of a document whose first byte is in [begin, end)."""
-    with document.path.open("rb") as file:
+    """The characters of a document whose first byte is in [begin, end).
+
+    Raises:
+      OSError: the file cannot be read any more, or has changed: a failure of the run, as it was
+        found good before.
+    """
+    changed = f"{document.path}: changed while it was read"
+    with failures_named(document.path), document.path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size != document.size:
-            raise ValueError(f"changed while it was read: had {document.size} bytes, has {size}")
+            raise OSError(f"{changed}: had {document.size} bytes, has {size}")
         file.seek(begin)
         data = file.read(end - begin + 3)  # a character has at most 3 bytes after its first
     first, last = 0, end - begin
@@ -177,4 +196,4 @@ def _read_between(document: Document, begin: int, end: int) -> str:
     try:
         return data[first:last].decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"changed while it was read: {error}") from None
+        raise OSError(f"{changed}: {error}") from None

@@ -13,22 +13,27 @@ import grain
 
 from v4jax.data.compressed import open_data
 from v4jax.data.config import Source
-from v4jax.data.files import at, find_files, nothing_found, say_once
+from v4jax.data.files import Found, at, find_files, nothing_found
 
 
-def record_files(source: Source) -> list[pathlib.Path]:
+def record_files(source: Source, found: Found | None = None) -> list[pathlib.Path]:
     """The file that the source names, or those of its folder with the format's suffix, sorted.
+
+    Args:
+      found: the source's files; None: they are looked up.
 
     Raises:
       ValueError: there is none.
     """
-    files = [path for _, path in find_files(source).files]
-    if not files:
-        raise nothing_found(source)
-    return files
+    found = find_files(source) if found is None else found
+    if not found.files:
+        raise nothing_found(source, found)
+    return [path for _, path in found.files]
 
 
-def read_records(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(
+    source: Source, found: Found | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and place, record as a dict) of every record, in order; each holds source.column.
 
     What a caller does with a record belongs into `with at(place):` (v4jax/data/files.py).
@@ -37,7 +42,7 @@ def read_records(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
       ValueError: a file that is not of the format, or a record without the column; names both.
     """
     readers = {"jsonl": _lines, "chat": _lines, "parquet": _rows, "arrayrecord": _array_records}
-    for path in record_files(source):
+    for path in record_files(source, found):
         for place, data in readers[source.format](path, source.column):
             with at(f"{path}:{place}"):
                 record = _object(data, place, path) if isinstance(data, bytes) else data
@@ -48,26 +53,18 @@ def read_records(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{path}:{place}", record
 
 
-def read_texts(source: Source) -> Iterator[tuple[str, str]]:
-    """(file and place, text) of every record that holds text.
+def read_texts(source: Source, found: Found | None = None) -> Iterator[tuple[str, str]]:
+    """(file and place, text) of every record; a text may be empty.
 
     Raises:
       ValueError: as read_records does, or a column that is not text.
     """
-    empty = 0
-    for place, record in read_records(source):
+    for place, record in read_records(source, found):
         text = record[source.column]
         if not isinstance(text, str):
             got = "null" if text is None else type(text).__name__
             raise ValueError(f"{place}: column {source.column!r} is {got}; must be text")
-        empty += not text
-        if text:
-            yield place, text
-    if empty:
-        say_once(
-            f"source {source.label} ({source.path}): {empty} record(s) with an empty text "
-            "are left out"
-        )
+        yield place, text
 
 
 def place_of(source: Source, number: int) -> str:
@@ -139,16 +136,21 @@ def _rows(path: pathlib.Path, column: str) -> Iterator[tuple[int, dict]]:
 
 
 def _array_records(path: pathlib.Path, column: str) -> Iterator[tuple[int, Any]]:
+    # The reader raises bare Exception subclasses of its own for every fault.
     try:
         records = grain.sources.ArrayRecordDataSource([str(path)])
         count = len(records)
-    except (
-        Exception
-    ) as error:  # the reader raises bare Exception subclasses of its own for every fault
+    except Exception as error:
         raise ValueError(
             f"{path}: not an ArrayRecord file: {' '.join(str(error).split())}"
         ) from None
     for index in range(count):
+        try:
+            data = records[index]
+        except Exception as error:
+            raise ValueError(
+                f"{path}:{index}: cannot be read: {' '.join(str(error).split())}"
+            ) from None
         with at(f"{path}:{index}"):
-            data = records[index] if column else {"": _utf8(records[index])}
-        yield index, data
+            record = data if column else {"": _utf8(data)}
+        yield index, record

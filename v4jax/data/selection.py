@@ -13,8 +13,16 @@ import numpy as np
 
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.documents import held_out_of
+from v4jax.data.files import at
 from v4jax.data.records import place_of
 from v4jax.data.store import TokenStore
+
+_ADVICE = {
+    "train": "raise seq_len, or lower held_out",
+    "held_out": "raise seq_len or held_out",
+    "all": "raise seq_len",
+}
+"""What makes more conversations of a part usable."""
 
 
 def used_conversations(
@@ -29,21 +37,26 @@ def used_conversations(
     left_out = _left_out(cfg, source, store, learnable_D, seq_len)
     chosen_D = learnable_D.copy()
     if part != "all" and learnable_D.any():
-        held_D = held_out_of(np.asarray(store.hashes)[learnable_D], cfg.held_out)
+        with at(source.path):
+            held_D = held_out_of(np.asarray(store.hashes)[learnable_D], cfg.held_out)
         chosen_D[learnable_D] = held_D == (part == "held_out")
     used_D = chosen_D & ~np.any(list(left_out.values()), axis=0)
     if not used_D.any():
         purpose = "to train on" if part == "train" else "to evaluate on"
         why = _counted(left_out, chosen_D | ~learnable_D)
+        advice = _ADVICE[part] if learnable_D.any() else "see weight of messages and train_on"
         raise ValueError(
-            f"source: no conversation of {source.path} is left {purpose}: {why}; "
-            "raise seq_len or held_out"
+            f"source: no conversation of {source.path} is left {purpose}: {why}; {advice}"
         )
     return used_D
 
 
-def left_out_line(cfg: DataConfig, source: Source, store: TokenStore, seq_len: int) -> str:
-    """How many conversations rows of seq_len tokens leave out or cut, and why; "" for none."""
+def unused_conversations(cfg: DataConfig, source: Source, store: TokenStore, seq_len: int) -> str:
+    """How many conversations rows of seq_len tokens leave out or cut, and why; "" for none.
+
+    Raises:
+      ValueError: one is too long where that is an error.
+    """
     sizes_D = _sizes(store)
     left_out = _left_out(cfg, source, store, _learned_within(store, sizes_D), seq_len)
     gone_D = np.any(list(left_out.values()), axis=0)
@@ -54,7 +67,7 @@ def left_out_line(cfg: DataConfig, source: Source, store: TokenStore, seq_len: i
         said.append(f"{gone_D.sum()} of {len(gone_D)} conversations are left out ({why})")
     if cut:
         said.append(f"{cut} of {len(gone_D)} conversations are cut to seq_len={seq_len}")
-    return f"source {source.path}: {', '.join(said)}" if said else ""
+    return ", ".join(said)
 
 
 def _left_out(
@@ -66,23 +79,20 @@ def _left_out(
     if cfg.chat.too_long == "error" and long_D.any():
         longest = int(np.argmax(np.where(long_D, sizes_D, 0)))
         raise ValueError(
-            f"{place_of(source, longest)}: conversation {longest} of {source.path} (counted from 0) has "
-            f"{sizes_D[longest]} tokens, a row {seq_len}; "
+            f"{place_of(source, longest)}: conversation {longest} of {source.path} "
+            f"(counted from 0) has {sizes_D[longest]} tokens, a row {seq_len}; "
             "raise seq_len, or set too_long to drop or cut"
         )
-    reasons = {"by weight or train_on, nothing of them is learned": ~learnable_D}
+    reasons = {"without a token to learn (weight, train_on)": ~learnable_D}
     if cfg.chat.too_long == "drop":
         return reasons | {f"longer than seq_len={seq_len}": long_D}
     beyond_D = learnable_D & ~_learned_within(store, np.minimum(sizes_D, seq_len))
-    return reasons | {f"cut to seq_len={seq_len}, nothing of them is learned": beyond_D}
+    return reasons | {f"without a token to learn once cut to seq_len={seq_len}": beyond_D}
 
 
 def _counted(left_out: dict[str, np.ndarray], among_D: np.ndarray) -> str:
     counts = {reason: int((which_D & among_D).sum()) for reason, which_D in left_out.items()}
-    return (
-        ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
-        or "none is there"
-    )
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
 
 
 def _sizes(store: TokenStore) -> np.ndarray:

@@ -14,9 +14,8 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,16 +23,17 @@ from v4jax.chat.tokens import CHAT_TOKENS, FIM_BEGIN, FIM_END, FIM_HOLE, FIM_TOK
 from v4jax.checkpoint.checksums import SUMS_FILE, damage, write_sums
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.conversations import conversation_tokens
-from v4jax.data.documents import Document, name_hash, read_documents, unit_hash
-from v4jax.data.files import at, find_files
-from v4jax.data.identity import file_marks
+from v4jax.data.documents import Document, name_hash, unit_hash
+from v4jax.data.files import at
+from v4jax.data.listing import Listing, Listings
 from v4jax.data.records import read_records, read_texts
+from v4jax.stderr import say
 from v4jax.storage import local_path
 from v4jax.tokenizer import Tokenizer, document_ids, require_tokens, without_marks
 
 _VERSION = 2
 _SOURCES = "sources.json"
-"""In a cache: the files that it was made of (v4jax/data/identity.py). Older caches have none."""
+"""In a cache: the files that it was made of (Listing.marks). Older caches have none."""
 
 _FILES = {"tokens": "<i4", "learned": "u1", "ends": "<i8", "hashes": "<f8"}
 
@@ -41,8 +41,9 @@ _FILES = {"tokens": "<i4", "learned": "u1", "ends": "<i8", "hashes": "<f8"}
 class TokenStore(NamedTuple):
     """Tokens of documents, one after another.
 
-    tokens int32 [N]; learned uint8 [N]; ends int64 [D], where each document ends; hashes float64 [D], in [0, 1), of its name
-    or content, for the split. fingerprint: equal for equal content.
+    tokens int32 [N]; learned uint8 [N]; ends int64 [D], where each document ends; hashes float64
+    [D], in [0, 1), of its name or content, for the split. fingerprint: equal for equal content.
+    empty: how many records had an empty text and are not here; 0 if an older cache did not count.
     """
 
     tokens: np.ndarray
@@ -50,46 +51,47 @@ class TokenStore(NamedTuple):
     ends: np.ndarray
     hashes: np.ndarray
     fingerprint: str
+    empty: int = 0
 
 
-def open_store(cfg: DataConfig, source: Source, tokenizer: Tokenizer) -> TokenStore:
+def open_store(
+    cfg: DataConfig, source: Source, tokenizer: Tokenizer, listings: Listings | None = None
+) -> TokenStore:
     """The source's tokens, from cfg.cache if they are there and intact, else made now (and put there).
 
     A cache goes by everything its tokens depend on: names, sizes and times of the files, tokenizer,
-    settings. One that is damaged, or whose files hold something else at the same size and time, is
-    put aside with a line on stderr and made again; a cache is complete or is not there.
+    settings. One that is damaged, or outdated (its files hold something else at the same size and
+    time), is put aside with a line on stderr and made again; a cache is complete or is not there.
+
+    Args:
+      listings: the run's, which opens each store once; None: files are looked up now.
 
     Raises:
-      ValueError: anything wrong with the source, or a tokenizer without the special tokens that are needed.
+      ValueError: anything wrong with the source, or a tokenizer without the special tokens that
+        are needed.
     """
+    listing = (Listings() if listings is None else listings)[source]
     if source.format == "chat":
         require_tokens(tokenizer, CHAT_TOKENS, "a conversation")
     if cfg.fim_rate > 0 and source.format != "chat":
         require_tokens(tokenizer, FIM_TOKENS, "fim_rate")
-    key = _key(cfg, source, tokenizer)
-    if not cfg.cache:
-        return _in_memory(dataclasses.replace(cfg, cache=""), source, tokenizer, key)
-    folder = local_path(cfg.cache, "cache") / f"{source.label}-{key}"
-    if folder.is_dir():
-        fault = _fault(folder, source)
-        if fault is None:
-            return _mapped(folder)
-        _put_aside(folder, fault)
-    _write(folder, cfg, source, tokenizer)
-    return _mapped(folder)
+    key = _key(cfg, listing, tokenizer)
+    if key not in listing.stores:
+        listing.stores[key] = _opened(cfg, listing, tokenizer, key)
+    return listing.stores[key]
 
 
-def prepare_cache(cfg: DataConfig, tokenizer: Tokenizer) -> None:
+def prepare_cache(cfg: DataConfig, tokenizer: Tokenizer, listings: Listings | None = None) -> None:
     """Makes the caches of all sources that have none."""
     for source in (*cfg.sources, *cfg.evaluate_on):
-        open_store(cfg, source, tokenizer)
+        open_store(cfg, source, tokenizer, listings)
 
 
-def _key(cfg: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
+def _key(cfg: DataConfig, listing: Listing, tokenizer: Tokenizer) -> str:
     """Changes with everything that the tokens depend on."""
-    found = find_files(source).files
+    source, found = listing.source, listing.found.files
     files = [path for _, path in (sorted(found) if source.format == "text" else found)]
-    states = [(path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    states = [listing.states[path] for path in files]
     about = [
         _VERSION,
         source.format,
@@ -104,42 +106,59 @@ def _key(cfg: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(about).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-# ---- making ----------------------------------------------------------------------------------------------------------
+def _opened(cfg: DataConfig, listing: Listing, tokenizer: Tokenizer, key: str) -> TokenStore:
+    if not cfg.cache:
+        return _in_memory(cfg, listing, tokenizer, key)
+    folder = local_path(cfg.cache, "cache") / f"{listing.source.label}-{key}"
+    if folder.is_dir():
+        fault = _fault(folder, listing)
+        if fault is None:
+            return _mapped(folder)
+        _put_aside(folder, fault, listing)
+    if not folder.is_dir():
+        _write(folder, cfg, listing, tokenizer)
+    return _mapped(folder)
+
+
+# ---- making --------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=8)
-def _in_memory(cfg: DataConfig, source: Source, tokenizer: Tokenizer, key: str) -> TokenStore:
+def _in_memory(cfg: DataConfig, listing: Listing, tokenizer: Tokenizer, key: str) -> TokenStore:
     files = {name: io.BytesIO() for name in _FILES}
-    fingerprint = _fill(files, cfg, source, tokenizer)
+    fingerprint, empty = _fill(files, cfg, listing, tokenizer)
     arrays = {name: np.frombuffer(file.getvalue(), _FILES[name]) for name, file in files.items()}
-    return TokenStore(**arrays, fingerprint=fingerprint)
+    return TokenStore(**arrays, fingerprint=fingerprint, empty=empty)
 
 
-def _write(folder: pathlib.Path, cfg: DataConfig, source: Source, tokenizer: Tokenizer) -> None:
-    """Makes the cache beside its place, then moves it there. Of processes that do so at once, one is first; the rest are equal."""
-    marks = file_marks(source)
+def _write(folder: pathlib.Path, cfg: DataConfig, listing: Listing, tokenizer: Tokenizer) -> None:
+    """Makes the cache beside its place, then moves it there.
+
+    Of processes that do so at once, one is first; the caches of the others are equal.
+    """
+    marks = listing.marks
     work = folder.with_name(f".{folder.name}.{os.getpid()}")
     work.mkdir(parents=True, exist_ok=True)
     try:
         with contextlib.ExitStack() as stack:
             files = {name: stack.enter_context((work / name).open("wb")) for name in _FILES}
-            fingerprint = _fill(files, cfg, source, tokenizer)
+            fingerprint, empty = _fill(files, cfg, listing, tokenizer)
         (work / "fingerprint").write_text(fingerprint)
-        (work / _SOURCES).write_text(json.dumps(marks))
+        (work / _SOURCES).write_text(json.dumps(marks | {"empty": empty}))
         write_sums(work)
-        try:
-            work.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
+        _move(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _fill(files: dict, cfg: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
-    """Writes every document; the fingerprint of what was written."""
-    digest, end = hashlib.sha256(), 0
-    for tokens_T, learned_T, place in _tokenised(cfg, source, tokenizer):
+def _fill(files: dict, cfg: DataConfig, listing: Listing, tokenizer: Tokenizer) -> tuple[str, int]:
+    """Writes every document; (fingerprint of what was written, how many records were empty)."""
+    digest, end, empty = hashlib.sha256(), 0, 0
+    for made in _tokenised(cfg, listing, tokenizer):
+        if made is None:
+            empty += 1
+            continue
+        tokens_T, learned_T, place = made
         end += len(tokens_T)
         parts = {
             "tokens": tokens_T,
@@ -152,38 +171,48 @@ def _fill(files: dict, cfg: DataConfig, source: Source, tokenizer: Tokenizer) ->
             files[name].write(data)
             digest.update(data)
     if not end:
-        raise ValueError(f"source: {source.path} has no document that is not empty")
-    return digest.hexdigest()[:16]
+        path = listing.source.path
+        raise ValueError(f"source: {path} has no document that is not empty")
+    return digest.hexdigest()[:16], empty
 
 
 def _tokenised(
-    cfg: DataConfig, source: Source, tokenizer: Tokenizer
-) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
-    """(tokens, learned, hash) of each document. A file's hash is its name's, a record's its content's, so that
-    equal records fall on one side of the split."""
+    cfg: DataConfig, listing: Listing, tokenizer: Tokenizer
+) -> Iterator[tuple[np.ndarray, np.ndarray, float] | None]:
+    """(tokens, learned, hash) of each document; None for a record with an empty text.
+
+    A file's hash is its name's, a record's its content's, so that equal records fall on one side of
+    the split.
+    """
+    source = listing.source
     if source.format == "chat":
-        for place, record in read_records(source):
+        for place, record in read_records(source, listing.found):
             with at(place):
                 tokens = conversation_tokens(record, source.column, cfg.chat, tokenizer)
                 made = *tokens, unit_hash(json.dumps(record))
             yield made
         return
-    for index, (place, text, document) in enumerate(_texts(source)):
+    index = 0
+    for place, text, document in _texts(listing):
+        if not text:
+            yield None
+            continue
         with at(place):
             # Before the text is cut for fill-in-middle, which would move a bos into the middle.
             cut = _maybe_fim(cfg, index, without_marks(tokenizer, text))
             ids = np.array(document_ids(tokenizer, cut), np.int32)
             place_in_split = unit_hash(text) if document is None else name_hash(document)
+        index += 1
         yield ids, np.ones(len(ids), np.uint8), place_in_split
 
 
-def _texts(source: Source) -> Iterator[tuple[str, str, Document | None]]:
+def _texts(listing: Listing) -> Iterator[tuple[str, str, Document | None]]:
     """(place, text, file if it is one whole file) of each document."""
-    if source.format == "text":
-        for document in read_documents(source):
+    if listing.source.format == "text":
+        for document in listing.documents:
             yield str(document.path), document.text(), document
     else:
-        for place, text in read_texts(source):
+        for place, text in read_texts(listing.source, listing.found):
             yield place, text, None
 
 
@@ -199,32 +228,70 @@ def _maybe_fim(cfg: DataConfig, index: int, text: str) -> str:
     return FIM_BEGIN + text[:first] + FIM_HOLE + text[second:] + FIM_END + text[first:second]
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def _mapped(folder: pathlib.Path) -> TokenStore:
     arrays = {name: np.memmap(folder / name, kind, mode="r") for name, kind in _FILES.items()}
-    return TokenStore(**arrays, fingerprint=(folder / "fingerprint").read_text())
+    fingerprint = (folder / "fingerprint").read_text()
+    return TokenStore(**arrays, fingerprint=fingerprint, empty=_made_of(folder).get("empty", 0))
 
 
-def _fault(folder: pathlib.Path, source: Source) -> str | None:
-    """Why a cache is not used, in words."""
+def _made_of(folder: pathlib.Path) -> dict[str, Any]:
+    path = folder / _SOURCES
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+class _Fault(NamedTuple):
+    """Why a cache is not used: one word, and more of them."""
+
+    word: str
+    why: str
+
+
+def _fault(folder: pathlib.Path, listing: Listing) -> _Fault | None:
     if not (folder / SUMS_FILE).is_file():
-        return f"damaged ({SUMS_FILE} is missing)"
-    wrong = damage(folder)
+        return _Fault("damaged", f"{SUMS_FILE} is missing")
+    try:
+        wrong = damage(folder)
+        digest = None if wrong else _made_of(folder).get("digest")
+    except FileNotFoundError as error:  # another process puts it aside just now
+        return _Fault("damaged", f"{error.filename} is missing")
     if wrong is not None:
-        return f"damaged ({wrong})"
-    made_of = folder / _SOURCES
-    if not made_of.is_file():
+        return _Fault("damaged", wrong)
+    if digest in (None, listing.marks["digest"]):
         return None
-    if json.loads(made_of.read_text())["digest"] == file_marks(source)["digest"]:
-        return None
-    return f"out of date (files of {source.path} hold something else at the same size and time)"
+    path = listing.source.path
+    return _Fault("outdated", f"files of {path} hold something else at the same size and time")
 
 
-def _put_aside(folder: pathlib.Path, fault: str) -> None:
-    aside = folder.with_name(folder.name + ".damaged")
+def _put_aside(folder: pathlib.Path, fault: _Fault, listing: Listing) -> None:
+    """Moves a cache away from its place, unless another process has done so.
+
+    What is moved may be the good cache that the other one has made meanwhile: it is moved back.
+    """
+    taken = folder.with_name(f".{folder.name}.{os.getpid()}.aside")
+    shutil.rmtree(taken, ignore_errors=True)
+    try:
+        folder.rename(taken)
+    except FileNotFoundError:
+        return
+    if _fault(taken, listing) is None:
+        _move(taken, folder)
+        return
+    aside = folder.with_name(f"{folder.name}.{fault.word}")
     shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
-    said = f"token cache {folder} is {fault}; put aside as {aside.name}, made again"
-    print(f"v4jax: {said}", file=sys.stderr)
+    _move(taken, aside)
+    say(
+        f"token cache {folder} is {fault.word} ({fault.why}); put aside as {aside.name}, made again"
+    )
+
+
+def _move(folder: pathlib.Path, to: pathlib.Path) -> None:
+    """Renames a folder; removes it where another process has put one in that place first."""
+    try:
+        folder.rename(to)
+    except OSError:
+        if not to.is_dir():
+            raise
+        shutil.rmtree(folder, ignore_errors=True)

@@ -15,15 +15,13 @@ from v4jax.api import load, place_on
 from v4jax.chat.encoding import Message, encode_messages
 from v4jax.chat.parse import parse_message
 from v4jax.chat.tokens import BOS, CHAT_TOKENS, END_THINK, EOS
-from v4jax.generate.choice import Choice, model_and_choice, say
+from v4jax.generate.choice import Choice, cache_tokens, model_and_choice
 from v4jax.generate.decode import DecodeConfig, check_request
 from v4jax.generate.row import Row
 from v4jax.generate.text import TextStop
-from v4jax.generation_config import disagreement
-from v4jax.tokenizer import Tokenizer, load_tokenizer, prompt_ids, require_tokens
+from v4jax.stderr import say
+from v4jax.tokenizer import Tokenizer, disagreement, load_tokenizer, prompt_ids, require_tokens
 
-CACHE_TOKENS = 4096
-"""Capacity of the cache where none is asked for and the model reaches so far."""
 REASONING, ANSWER = "[reasoning]\n", "\n[answer]\n"
 """What stands before them on the terminal, in thinking mode."""
 
@@ -47,11 +45,7 @@ def run(flags) -> dict | None:
     decoding = DecodeConfig(
         dtype=flags.dtype, quant=flags.quant, storage=flags.cache, sampling=choice.sampling
     )
-    capacity = (
-        min(CACHE_TOKENS, cfg.max_position_embeddings)
-        if flags.cache_tokens is None
-        else flags.cache_tokens
-    )
+    capacity = cache_tokens(flags, cfg)
     shortest = _ids(flags, tokenizer, [*history, {"role": "user", "content": ""}])
     check_request(
         cfg,
@@ -104,7 +98,7 @@ def _turn(chat: _Chat, history: list[Message], line: str) -> None:
         max_new_tokens = chat.choice.new_tokens(len(prompt), chat.capacity)
         completion = chat.row.answer(prompt, max_new_tokens, flags.seed, stop)
     except ValueError as error:
-        print(f"v4jax: this turn is left out: {error}", file=sys.stderr)
+        say(f"this turn is left out: {error}")
         return
     stop.close(completion.tokens)
     write("\n")
@@ -147,7 +141,7 @@ def _read(text: str, mode: str) -> Message:
     try:
         return parse_message(text, mode)
     except ValueError as error:
-        print(f"v4jax: kept as plain text: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"kept as plain text: {' '.join(str(error).split())}")
         return {"role": "assistant", "content": text.removesuffix(EOS)}
 
 

@@ -7,15 +7,16 @@ where tokens are sampled.
 Next file to read: v4jax/generate/command.py.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sharding.processes import is_first
 from v4jax.checkpoint.load import read_config
 from v4jax.config import ModelConfig
 from v4jax.generate.sampling import Sampling
 from v4jax.generation_config import GENERATION_FILE, read_generation_config, with_end_tokens
+
+CACHE_TOKENS = 4096
+"""Tokens that fit in the cache where no flag and no prompt asks for more."""
 
 _FILTERS = ("top_k", "top_p", "min_p")
 _FLAGS = ("temperature", *_FILTERS, "max_new_tokens")
@@ -33,7 +34,8 @@ class Choice(NamedTuple):
     """How tokens are chosen, and how many.
 
     Attributes:
-      max_new_tokens: at most. from_file: the limit is the file's, and shrinks to the room there is.
+      max_new_tokens: at most. from_file: the limit is the file's, and shrinks to what fits in the
+        cache (see cache_tokens): files of released models name lengths that no machine has room for.
       line: what the file decides, in words; "" for nothing.
     """
 
@@ -90,10 +92,16 @@ def choice_of(flags, ends: Sequence[int] = ()) -> Choice:
     return Choice(Sampling(**chosen), max_new_tokens, "max_new_tokens" in counts, line)
 
 
-def say(*lines: str) -> None:
-    """Prints each line that is not empty to stderr, in the first process: stdout is the text's."""
-    for line in filter(None, lines if is_first() else ()):
-        print(f"v4jax: {line}", file=sys.stderr, flush=True)
+def cache_tokens(flags, cfg: ModelConfig, prompt: int = 0) -> int:
+    """Tokens, those of the prompt included, that the cache holds where no flag says how many follow.
+
+    They are --cache-tokens; without it CACHE_TOKENS, or `prompt` tokens and the command's own
+    default of new ones where those are more, up to the model's max_position_embeddings.
+    """
+    if flags.cache_tokens is not None:
+        return flags.cache_tokens
+    wanted = max(CACHE_TOKENS, prompt + flags.default_new_tokens)
+    return min(wanted, cfg.max_position_embeddings)
 
 
 def _check(raw: dict[str, Any]) -> None:

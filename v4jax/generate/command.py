@@ -4,18 +4,17 @@ Next file to read: v4jax/generate/decode.py.
 """
 
 import functools
-import sys
 
 import jax
 
 from sharding.processes import is_first
 from v4jax.api import load, place_on
-from v4jax.generate.choice import model_and_choice, say
+from v4jax.generate.choice import cache_tokens, model_and_choice
 from v4jax.generate.decode import Completion, DecodeConfig, check_request, generate
 from v4jax.generate.prefix import PrefixStore, check_store
 from v4jax.generate.text import TextStop
-from v4jax.generation_config import disagreement
-from v4jax.tokenizer import check_tokens, load_tokenizer, prompt_ids
+from v4jax.stderr import say
+from v4jax.tokenizer import check_tokens, disagreement, load_tokenizer, prompt_ids
 
 
 def run(flags) -> dict | None:
@@ -38,7 +37,7 @@ def run(flags) -> dict | None:
         speculative=flags.speculative,
     )
     prompts, seeds = [prompt] * flags.samples, list(range(flags.seed, flags.seed + flags.samples))
-    capacity = model.max_position_embeddings if flags.cache_tokens is None else flags.cache_tokens
+    capacity = cache_tokens(flags, model, len(prompt))
     max_new_tokens = choice.new_tokens(len(prompt), capacity)
     check_request(model, prompts, seeds, max_new_tokens, flags.cache_tokens, decoding)
     if given is not None:
@@ -69,19 +68,13 @@ def run(flags) -> dict | None:
             decoding=decoding._replace(rules=rules),
             prefixes=prefixes or None,
         )
-    if prefixes and is_first():
-        print(
-            f"v4jax: prefix cache: {prefixes.reused} tokens read, {prefixes.kept} written",
-            file=sys.stderr,
-        )
+    if prefixes:
+        say(f"prefix cache: {prefixes.reused} tokens read, {prefixes.kept} written")
     if stream:
         stop.close(completions[0].tokens)
         print()
         if flags.speculative:
-            print(
-                f"v4jax: {completions[0].accepted} of {completions[0].drafted} drafts accepted",
-                file=sys.stderr,
-            )
+            say(f"{completions[0].accepted} of {completions[0].drafted} drafts accepted")
     if stream or not is_first():
         return None
     results = [_result(completion, stop, tokenizer is not None) for completion in completions]

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import pathlib
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 
@@ -28,6 +27,7 @@ import numpy as np
 from v4jax.cache.layer import LayerCache
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import Cache
+from v4jax.stderr import say
 from v4jax.storage import folder_to_fill, local_path
 
 STRETCH = 512
@@ -111,7 +111,7 @@ class PrefixStore:
             os.replace(new, path)
             self._shrink()
         except OSError as error:  # a full disk, for example: the answer does not depend on it
-            print(f"v4jax: prefix cache: {path}: {error}", file=sys.stderr)
+            say(f"prefix cache: {path}: {error}")
             if new is not None:
                 new.unlink(missing_ok=True)
             return
@@ -134,14 +134,10 @@ class PrefixStore:
             try:
                 content = path.read_bytes()
             except OSError as error:
-                print(
-                    f"v4jax: prefix cache: {path}: {error}; it is computed again", file=sys.stderr
-                )
+                say(f"prefix cache: {path}: {error}; it is computed again")
                 break
             if hashlib.sha256(content[_SUM:]).digest() != content[:_SUM]:
-                print(
-                    f"v4jax: prefix cache: {path} is damaged; it is computed again", file=sys.stderr
-                )
+                say(f"prefix cache: {path} is damaged; it is computed again")
                 path.unlink()
                 break
             chain.append(content[_SUM:])

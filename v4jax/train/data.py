@@ -21,11 +21,10 @@ import numpy as np
 
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.identity import settings_of
+from v4jax.data.listing import Listings
 from v4jax.data.mixture import Joined, shuffled
 from v4jax.data.pieces import open_pieces
 from v4jax.data.rows import Batch, StackedRows, packed, stack
-from v4jax.data.selection import left_out_line
-from v4jax.data.store import open_store
 from v4jax.tokenizer import Tokenizer
 
 
@@ -37,6 +36,7 @@ def train_batches(
     *,
     vocab_size: int,
     rows: Sequence[int] | None = None,
+    listings: Listings | None = None,
 ) -> grain.DatasetIterator:
     """Endless training batches; the given rows of them (None: all), [len(rows), seq_len].
 
@@ -44,12 +44,18 @@ def train_batches(
     positions of its rows, and reads those of any process, so another number of processes can go on. Restoring onto
     other documents or sizes raises ValueError rather than go on elsewhere.
 
+    listings: the run's, so that files are looked up and read once; None: they are now.
+
     Raises:
       ValueError: sizes that do not fit one another, a tokenizer wider than the model, or as read_documents does.
     """
     rows = _check_sizes(tokenizer, seq_len, batch_size, vocab_size, rows)
+    listings = Listings() if listings is None else listings
     parts, marks = zip(
-        *(open_pieces(cfg, source, tokenizer, seq_len, "train") for source in cfg.sources),
+        *(
+            open_pieces(cfg, source, tokenizer, seq_len, "train", listings)
+            for source in cfg.sources
+        ),
         strict=True,
     )
     weights, names = (
@@ -57,7 +63,7 @@ def train_batches(
         [source.label for source in cfg.sources],
     )
     pieces = shuffled(parts, weights, names, cfg.seed)
-    settings = settings_of(cfg, tokenizer, seq_len, batch_size)
+    settings = settings_of(cfg, tokenizer, seq_len, batch_size, listings)
     settings["documents"] = " ".join(mark.documents for mark in marks)
     settings["content"] = " ".join(mark.content for mark in marks)
     streams = [packed(pieces[row::batch_size], seq_len, cfg.packing, cfg.masked) for row in rows]
@@ -74,11 +80,13 @@ def held_out_batches(
     rows: Sequence[int] | None = None,
     max_batches: int | None = None,
     of: Sequence[tuple[Source, str]] | None = None,
+    listings: Listings | None = None,
 ) -> list[Batch]:
     """The held-out documents of all sources once, in a fixed mixed order; the last batch is filled up with rows of segment 0.
 
     `rows` of each batch (None: all); the number of batches does not depend on them. max_batches bounds the list (None:
-    all of it). of: instead, sources and the part of each, "held_out" or "all".
+    all of it). of: instead, sources and the part of each, "held_out" or "all". listings: as for
+    train_batches.
 
     Raises:
       ValueError: as train_batches does.
@@ -87,7 +95,7 @@ def held_out_batches(
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches: got {max_batches}; must be at least 1, or None")
     parts = [
-        open_pieces(cfg, source, tokenizer, seq_len, part)[0]
+        open_pieces(cfg, source, tokenizer, seq_len, part, listings)[0]
         for source, part in of or [(s, "held_out") for s in cfg.sources]
     ]
     pieces = grain.MapDataset.source(Joined(parts)).seed(0).shuffle()
@@ -105,30 +113,19 @@ def held_out_batches(
     ]
 
 
-def held_out_sets(cfg: DataConfig, *args, **kwargs) -> dict[str, list[Batch]]:
+def held_out_sets(
+    cfg: DataConfig, *args, listings: Listings | None = None, **kwargs
+) -> dict[str, list[Batch]]:
     """`held_out_batches` by name: "held_out", of all sources; of several, each source's by its label; and cfg.evaluate_on."""
     named = {"held_out": None}
     if len(cfg.sources) > 1:
         named |= {source.label: [(source, "held_out")] for source in cfg.sources}
     named |= {source.label: [(source, "all")] for source in cfg.evaluate_on}
-    return {name: held_out_batches(cfg, *args, of=of, **kwargs) for name, of in named.items()}
-
-
-def left_out_lines(
-    cfg: DataConfig, tokenizer: Tokenizer, seq_lens: Iterable[int], held_seq_len: int
-) -> list[str]:
-    """A line for each source of which conversations are left out or cut: how many, and why.
-
-    seq_lens: of the rows to train on; held_seq_len: of those to evaluate on.
-    """
-    asked = [(source, seq_len) for source in cfg.sources for seq_len in sorted(set(seq_lens))]
-    asked += [(source, held_seq_len) for source in cfg.evaluate_on]
-    lines = [
-        left_out_line(cfg, source, open_store(cfg, source, tokenizer), seq_len)
-        for source, seq_len in asked
-        if source.format == "chat"
-    ]
-    return [line for line in lines if line]
+    listings = Listings() if listings is None else listings
+    return {
+        name: held_out_batches(cfg, *args, of=of, listings=listings, **kwargs)
+        for name, of in named.items()
+    }
 
 
 def unigram_loss(train: Iterable[Batch], held_out: Iterable[Batch], vocab_size: int) -> float:

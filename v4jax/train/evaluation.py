@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.rules import AxisRules
+from v4jax.data.listing import Listings
 from v4jax.data.rows import Batch
 from v4jax.model.weights import SparseMode
 from v4jax.train.config import TrainConfig
@@ -17,7 +18,9 @@ from v4jax.train.data import held_out_sets
 from v4jax.train.loss import loss_and_routing, targets
 
 
-def evaluation_sets(cfg: TrainConfig, tokenizer, rows: list[int] | None) -> dict[str, list[Batch]]:
+def evaluation_sets(
+    cfg: TrainConfig, tokenizer, rows: list[int] | None, listings: Listings | None = None
+) -> dict[str, list[Batch]]:
     """The batches to evaluate on by name; {} for a run without evaluation.
 
     Args:
@@ -33,6 +36,7 @@ def evaluation_sets(cfg: TrainConfig, tokenizer, rows: list[int] | None) -> dict
         vocab_size=cfg.model.vocab_size,
         rows=rows,
         max_batches=cfg.eval_batches,
+        listings=listings,
     )
 
 

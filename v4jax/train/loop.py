@@ -22,6 +22,7 @@ from sharding.processes import agreed, from_rows, is_first, local_rows, stop_req
 from sharding.rules import AxisRules
 from v4jax.checkpoint.export import save_safetensors
 from v4jax.checkpoint.store import Store, newest_step
+from v4jax.data.listing import Listings
 from v4jax.train.anticipate import RoutedBatchQueue, compile_choice
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import unigram_loss
@@ -35,7 +36,7 @@ from v4jax.train.prepare import (
     check_text,
     make_cache,
     open_batches,
-    say_left_out,
+    say_unused,
     stage_batches,
     write_run,
 )
@@ -68,12 +69,13 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         rules, mesh = check_layout(cfg)
         run = check_folders(cfg)
     newest = newest_step(run)
-    tokenizer = check_text(cfg, newest)
+    listings = Listings()
+    tokenizer = check_text(cfg, newest, listings)
     with jax.set_mesh(mesh):
         shardings = state_shardings(cfg, rules, mesh)
-        make_cache(cfg, tokenizer)
-        data, held_out = open_batches(cfg, tokenizer, batch_sharding(rules, mesh))
-        say_left_out(cfg, tokenizer)
+        make_cache(cfg, tokenizer, listings)
+        data, held_out = open_batches(cfg, tokenizer, batch_sharding(rules, mesh), listings)
+        say_unused(cfg, tokenizer, listings)
         first = first_state(cfg, shardings, newest)
         write_run(run, cfg, tokenizer)
         with Store(run, cfg.keep, cfg.keep_every, cfg.keep_best, writes=True) as store:
@@ -85,7 +87,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
                 job = _Job(cfg, rules, mesh, shardings, data, held_out, store, report)
                 state, last = _steps(job, begin)
         if last == cfg.steps:
-            return _finish(cfg, run, tokenizer, state)
+            return _finish(cfg, run, tokenizer, listings, state)
     return {"run_dir": str(run), "steps": cfg.steps, "stopped_at": last} if is_first() else {}
 
 
@@ -269,7 +271,9 @@ def _putter(place: NamedSharding, view: TrainConfig) -> Callable:
 # ---- end ---------------------------------------------------------------------------------------
 
 
-def _finish(cfg: TrainConfig, run: pathlib.Path, tokenizer, state) -> dict[str, Any]:
+def _finish(
+    cfg: TrainConfig, run: pathlib.Path, tokenizer, listings: Listings, state
+) -> dict[str, Any]:
     """Export and picture; both can be made again from the checkpoint."""
     summary: dict[str, Any] = {"run_dir": str(run), "steps": cfg.steps}
     if cfg.export != "none":
@@ -282,8 +286,9 @@ def _finish(cfg: TrainConfig, run: pathlib.Path, tokenizer, state) -> dict[str, 
         return {}
     if cfg.export != "none":
         tokenizer.save(target)
-    if held_out := evaluation_sets(cfg, tokenizer, None):
-        train_rows = itertools.islice(stage_batches(cfg, tokenizer, None), UNIGRAM_BATCHES)
+    if held_out := evaluation_sets(cfg, tokenizer, None, listings):
+        rows = stage_batches(cfg, tokenizer, None, listings)
+        train_rows = itertools.islice(rows, UNIGRAM_BATCHES)
         summary["unigram_nll"] = unigram_loss(
             train_rows, held_out["held_out"], cfg.model.vocab_size
         )

@@ -6,11 +6,9 @@ Next file to read: v4jax/train/loop.py.
 """
 
 import dataclasses
-import logging
 import math
 import pathlib
 import shutil
-import sys
 from typing import NamedTuple
 
 from jax.sharding import Mesh, NamedSharding
@@ -21,14 +19,15 @@ from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax.checkpoint.export import carried_files, kinds_for
 from v4jax.checkpoint.store import check_config, write_config
 from v4jax.data.config import tokenizer_of
-from v4jax.data.files import tell_left_out
+from v4jax.data.listing import Listings
 from v4jax.data.rows import Batch
 from v4jax.data.store import prepare_cache
-from v4jax.generation_config import disagreement
+from v4jax.data.summary import unread_lines, unused_lines
+from v4jax.stderr import say
 from v4jax.storage import folder_to_fill
-from v4jax.tokenizer import Tokenizer
+from v4jax.tokenizer import Tokenizer, disagreement
 from v4jax.train.config import TrainConfig
-from v4jax.train.data import left_out_lines, train_batches
+from v4jax.train.data import train_batches
 from v4jax.train.evaluation import evaluation_sets
 from v4jax.train.initial import check_source_model, check_source_tokens
 from v4jax.train.report import require_plots
@@ -89,7 +88,7 @@ def check_layout(cfg: TrainConfig) -> Layout:
     return Layout(rules, mesh)
 
 
-def check_text(cfg: TrainConfig, newest: int | None) -> Tokenizer:
+def check_text(cfg: TrainConfig, newest: int | None, listings: Listings) -> Tokenizer:
     """The tokenizer, after checks of tokens and data against those of the run or its first weights.
 
     Says what of the sources is not read, and where tokenizer and model disagree.
@@ -107,26 +106,25 @@ def check_text(cfg: TrainConfig, newest: int | None) -> Tokenizer:
         tokenizer = tokenizer_of(cfg.data)
         if begins:
             check_source_tokens(cfg, tokenizer)
-    said = disagreement(cfg.model, tokenizer)
-    if said and is_first():
-        logging.getLogger("v4jax").warning("%s", said)
+    say(disagreement(cfg.model, tokenizer))
     if newest is not None:
-        check_data(cfg, tokenizer)
+        check_data(cfg, tokenizer, listings)
     with agreed():
-        tell_left_out(cfg.data)
+        lines = unread_lines(cfg.data, listings)
+    say(*lines)
     return tokenizer
 
 
-def make_cache(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
-    """The token cache, made by one process before the others look for it (one on another disk makes its own)."""
+def make_cache(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings) -> None:
+    """Makes the token cache in one process; then the others find it, or make one on their disk."""
     if cfg.data.cache:
         with agreed():
             if is_first():
-                prepare_cache(cfg.data, tokenizer)
+                prepare_cache(cfg.data, tokenizer, listings)
 
 
 def open_batches(
-    cfg: TrainConfig, tokenizer: Tokenizer, place: NamedSharding
+    cfg: TrainConfig, tokenizer: Tokenizer, place: NamedSharding, listings: Listings
 ) -> tuple[Batches, dict[str, list[Batch]]]:
     """(the batches of every stage, those to evaluate on); of each the rows that `place` puts here.
 
@@ -138,17 +136,23 @@ def open_batches(
 
     def read(view: TrainConfig):
         rows = local_rows(place, (view.batch_size, view.seq_len))
-        return stage_batches(view, tokenizer, rows)
+        return stage_batches(view, tokenizer, rows, listings)
 
     with agreed():
         data = Batches(cfg, read)
-        held_out = evaluation_sets(cfg, tokenizer, local_rows(place, (cfg.batch_size, cfg.seq_len)))
+        rows = local_rows(place, (cfg.batch_size, cfg.seq_len))
+        held_out = evaluation_sets(cfg, tokenizer, rows, listings)
         for done in starts(cfg)[1:]:
             read(stage_at(cfg, done))
     return data, held_out
 
 
-def stage_batches(view: TrainConfig, tokenizer: Tokenizer, rows: list[int] | None):
+def stage_batches(
+    view: TrainConfig,
+    tokenizer: Tokenizer,
+    rows: list[int] | None,
+    listings: Listings | None = None,
+):
     """Endless batches of one stage; the given rows of them (None: all)."""
     return train_batches(
         view.data,
@@ -157,20 +161,20 @@ def stage_batches(view: TrainConfig, tokenizer: Tokenizer, rows: list[int] | Non
         view.batch_size,
         vocab_size=view.model.vocab_size,
         rows=rows,
+        listings=listings,
     )
 
 
-def say_left_out(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
-    """A line on stderr for each source of conversations: how many are left out, and why.
+def say_unused(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings) -> None:
+    """Says on stderr how many records of each source are empty, left out or cut, and why.
 
     Raises:
       ValueError: a conversation is too long where that is an error; the same in every process.
     """
     seq_lens = [stage_at(cfg, done).seq_len for done in starts(cfg)]
     with agreed():
-        lines = left_out_lines(cfg.data, tokenizer, seq_lens, cfg.seq_len)
-    for line in lines if is_first() else ():
-        print(f"v4jax: {line}", file=sys.stderr)
+        lines = unused_lines(cfg.data, tokenizer, seq_lens, cfg.seq_len, listings)
+    say(*lines)
 
 
 def write_run(run: pathlib.Path, cfg: TrainConfig, tokenizer: Tokenizer) -> None:

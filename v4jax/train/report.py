@@ -170,7 +170,7 @@ class Reporter:
 
     def event(self, step: int, name: str, **said: Any) -> None:
         """Something that happened to the run before the step after `step`."""
-        self._file.write(json.dumps({"step": step, "event": name} | said) + "\n")
+        self._file.write(json_text({"step": step, "event": name} | said) + "\n")
         self._file.flush()
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:

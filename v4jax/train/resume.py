@@ -20,8 +20,9 @@ from sharding.processes import agreed, anywhere, gather_text
 from sharding.rules import AxisRules
 from v4jax.checkpoint.json_item import JsonItem
 from v4jax.checkpoint.store import ABANDONED, DAMAGED, Store, check_same_arrays
-from v4jax.data.files import say_once
 from v4jax.data.identity import differences, evaluation_differences, saved_settings, settings_of
+from v4jax.data.listing import Listings
+from v4jax.stderr import say
 from v4jax.tokenizer import Tokenizer
 from v4jax.train.anticipate import ahead_placed
 from v4jax.train.config import TrainConfig
@@ -43,7 +44,7 @@ class Begin(NamedTuple):
     changed: tuple[str, ...] = ()
 
 
-def check_data(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
+def check_data(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings | None = None) -> None:
     """Refuses to go on with other data than the checkpoint's, before long work or writing.
 
     It looks at the newest checkpoint's data position alone. Only where that is refused does it look
@@ -55,18 +56,20 @@ def check_data(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
     with Store(cfg.run_dir) as store:
         newest = store.latest
         try:
-            _check_position(cfg, tokenizer, store.path(newest), newest)
+            _check_position(cfg, tokenizer, store.path(newest), newest, listings)
         except ValueError:
             intact = store.latest_intact(strict=cfg.strict)
             if intact == newest:
                 raise
-            _check_position(cfg, tokenizer, store.path(intact), intact)
+            _check_position(cfg, tokenizer, store.path(intact), intact, listings)
 
 
-def _check_position(cfg: TrainConfig, tokenizer: Tokenizer, path: pathlib.Path, step: int) -> None:
+def _check_position(
+    cfg: TrainConfig, tokenizer: Tokenizer, path: pathlib.Path, step: int, listings: Listings | None
+) -> None:
     with agreed():
         view = stream_view(cfg, step - 1)
-        ours = settings_of(view.data, tokenizer, view.seq_len, view.batch_size)
+        ours = settings_of(view.data, tokenizer, view.seq_len, view.batch_size, listings)
         _changes(cfg, saved_settings(path / "data"), ours)
 
 
@@ -165,7 +168,7 @@ def _say_on_resume(
 ) -> None:
     """Says on stderr that data changed, or what of an older checkpoint shows whether they did."""
     if "files" not in saved:
-        say_once(
+        say(
             f"{path} is of an older v4jax: whether data and tokenizer are the same is checked by "
             f"{', '.join(saved) or 'nothing'} alone"
         )
@@ -178,7 +181,7 @@ def _say_on_resume(
             "now, and the other way round"
         )
     more = f" (and {len(changed) - 1} other difference(s))" if len(changed) > 1 else ""
-    say_once(f"data changed: {path} {changed[0]}{more}; allow_change: going on {where}")
+    say(f"data changed: {path} {changed[0]}{more}; allow_change: going on {where}")
 
 
 def items_of(state: TrainState, history: LossHistory) -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""The files of a source as one run finds them: looked up, sampled and read once, whoever asks.
+
+Next file to read: v4jax/data/identity.py.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from v4jax.data.compressed import COMPRESSED
+from v4jax.data.config import Source
+from v4jax.data.documents import Document, read_documents
+from v4jax.data.files import Found, find_files
+
+_SAMPLE_BYTES = 64 * 2**10
+_READERS = 16
+_LISTED = 1000
+"""Up to so many files of a source are noted one by one, so that a difference can be named."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """A source and its files. Listings of one source are equal.
+
+    stores: what v4jax/data/store.py has opened of it, by what the tokens depend on.
+    """
+
+    source: Source
+    found: Found = dataclasses.field(compare=False)
+    stores: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+
+    @functools.cached_property
+    def states(self) -> dict[pathlib.Path, tuple[int, int]]:
+        """Path -> (size in bytes, time of the last change in ns) of each file."""
+        states = ((path, path.stat()) for _, path in self.found.files)
+        return {path: (state.st_size, state.st_mtime_ns) for path, state in states}
+
+    @functools.cached_property
+    def marks(self) -> dict[str, Any]:
+        """How many files, a digest of names, sizes and samples, and each one if there are few."""
+        files = sorted(self.found.files)
+        with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+            marks = pool.map(_mark, [path for _, path in files])
+            listed = {name: mark for (name, _), mark in zip(files, marks, strict=True)}
+        digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+        listed = listed if len(files) <= _LISTED else {}
+        return {"label": self.source.label, "count": len(files), "digest": digest, "listed": listed}
+
+    @property
+    def compressed(self) -> int:
+        """How many files are."""
+        return sum(path.suffix.lower() in COMPRESSED for _, path in self.found.files)
+
+    @functools.cached_property
+    def documents(self) -> list[Document]:
+        """The files of a source of text, each read through."""
+        return read_documents(self.source, self.found)
+
+
+class Listings(dict[Source, Listing]):
+    """Source -> its Listing, made when it is first asked for. One run uses one."""
+
+    def __missing__(self, source: Source) -> Listing:
+        self[source] = Listing(source, find_files(source))
+        return self[source]
+
+
+def _mark(path: pathlib.Path) -> str:
+    """Size and SHA-256 of the first, the middle and the last 64 KiB."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            middle, last = max(0, (size - _SAMPLE_BYTES) // 2), max(0, size - _SAMPLE_BYTES)
+            for begin in sorted({0, middle, last}):
+                file.seek(begin)
+                digest.update(file.read(_SAMPLE_BYTES))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    return f"{size} bytes {digest.hexdigest()[:12]}"

@@ -1,0 +1,64 @@
+"""What a run says of its sources: before they are read, and once they are tokens.
+
+Next file to read: v4jax/data/mixture.py.
+"""
+
+from collections.abc import Iterable
+
+from v4jax.data.config import DataConfig, Source
+from v4jax.data.files import unread_files
+from v4jax.data.listing import Listings
+from v4jax.data.pieces import allows_reading_in_place
+from v4jax.data.selection import unused_conversations
+from v4jax.data.store import open_store
+from v4jax.tokenizer import Tokenizer
+
+
+def unread_lines(cfg: DataConfig, listings: Listings) -> list[str]:
+    """A line for each source with files that are not read, or not where they lie."""
+    said = {}
+    for source in (*cfg.sources, *cfg.evaluate_on):
+        listing = listings[source]
+        said[source] = [unread_files(source, listing.found)]
+        if listing.compressed and allows_reading_in_place(cfg, source):
+            said[source].append(
+                f"{listing.compressed} of {len(listing.found.files)} file(s) are compressed: "
+                "the tokens of all are kept in memory (--data.cache keeps them on disk)"
+            )
+    return _lines(said)
+
+
+def unused_lines(
+    cfg: DataConfig,
+    tokenizer: Tokenizer,
+    seq_lens: Iterable[int],
+    held_seq_len: int | None,
+    listings: Listings,
+) -> list[str]:
+    """A line for each source with records that are empty, left out or cut: how many, and why.
+
+    seq_lens: of the rows to train on; held_seq_len: of those to evaluate on, or None for a run
+    that does not.
+
+    Raises:
+      ValueError: a conversation is too long where that is an error.
+    """
+    lengths = dict.fromkeys(cfg.sources, sorted(set(seq_lens)))
+    if held_seq_len is not None:
+        lengths |= dict.fromkeys(cfg.evaluate_on, [held_seq_len])
+    said = {}
+    for source, wanted in lengths.items():
+        if source.format == "text":
+            continue
+        store = open_store(cfg, source, tokenizer, listings)
+        said[source] = [f"{store.empty} record(s) have an empty text"] if store.empty else []
+        for seq_len in wanted if source.format == "chat" else ():
+            unused = unused_conversations(cfg, source, store, seq_len)
+            head = f"at seq_len={seq_len}, " if len(wanted) > 1 and unused else ""
+            said[source].append(head + unused)
+    return _lines(said)
+
+
+def _lines(said: dict[Source, list[str]]) -> list[str]:
+    words = {source.title: "; ".join(filter(None, parts)) for source, parts in said.items()}
+    return [f"{title}: {text}" for title, text in words.items() if text]

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import runpy
+import textwrap
 
 import jax
 import matplotlib
@@ -66,4 +67,4 @@ def test_a_loop_of_your_own_learns_and_keeps_its_layout():
 
 def test_the_docs_show_the_loop_as_it_is():
     shown = (ROOT / "docs/examples.md").read_text().split("```python\n")[1].split("```")[0]
-    assert shown.strip() in LOOP.read_text()
+    assert textwrap.indent(shown, "    ") in LOOP.read_text()

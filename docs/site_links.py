@@ -45,18 +45,16 @@ def rewrite(markdown: str, source: str, page: str, repo_url: str | None) -> str:
 
     def there(match: re.Match) -> str:
         mark, text, link = match.groups()
-        path, hash, anchor = link.partition("#")
+        path, sign, anchor = link.partition("#")
         if not path or "://" in link:
             return match[0]
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
         inside = PAGES.get(target, target.removeprefix("docs/"))
         if inside != target:
             near = posixpath.relpath(inside, posixpath.dirname(page) or ".")
-            return f"{mark}[{text}]({near}{hash}{anchor})"
-        return (
-            f"[{text}]({repo_url.rstrip('/')}/blob/main/{target}{hash}{anchor})"
-            if repo_url
-            else text
-        )
+            return f"{mark}[{text}]({near}{sign}{anchor})"
+        if repo_url is None:
+            return text
+        return f"[{text}]({repo_url.rstrip('/')}/blob/main/{target}{sign}{anchor})"
 
     return _LINK.sub(there, markdown)

@@ -39,8 +39,8 @@ def on_page_markdown(markdown, page, config, **_):
 def rewrite(markdown: str, source: str, page: str, repo_url: str | None) -> str:
     """The text of the file `source` of the repository, as the page `page`.
 
-    Example: in docs/x.md, without a repo_url, "[a](../v4jax/a.py)" becomes "a", and
-    "[b](../benchmarks/README.md#c)" becomes "[b](performance.md#c)".
+    Example: in docs/data.md, without a repo_url, "[a](../v4jax/api.py)" becomes "a", and
+    "[b](../benchmarks/README.md)" becomes "[b](performance.md)".
     """
 
     def there(match: re.Match) -> str:

@@ -40,7 +40,7 @@ def rewrite(markdown: str, source: str, page: str, repo_url: str | None) -> str:
     """The text of the file `source` of the repository, as the page `page`.
 
     Example: in docs/data.md, without a repo_url, "[a](../v4jax/api.py)" becomes "a", and
-    "[b](../benchmarks/README.md)" becomes "[b](performance.md)".
+    "[b](../CONTRIBUTING.md)" a link to the page that PAGES has for it.
     """
 
     def there(match: re.Match) -> str:

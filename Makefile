@@ -1,9 +1,11 @@
-# make demo: train a small V4 on 8 simulated devices.   make test: the test suite.   Both make their own environment first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: help demo test lint types docs clean
+
+help:  ## this list; every target makes the environment that it needs in $(VENV)
+	@sed -n 's/^\([a-z]*\):.*  ## /\1	/p' $(MAKEFILE_LIST)
 
 $(VENV)/demo.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "v4jax needs Python 3.11 or newer; try make PYTHON=python3.12")'
@@ -12,15 +14,25 @@ $(VENV)/demo.done: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plots]'
 	touch $@
 
-$(VENV)/test.done: $(VENV)/demo.done
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tests]'
+$(VENV)/%.done: $(VENV)/demo.done  # the extra of that name
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
-demo: $(VENV)/demo.done
+demo: $(VENV)/demo.done  ## train a small V4 on 8 simulated devices
 	JAX_PLATFORMS=cpu $(BIN)/v4jax train configs/demo.py
 
-test: $(VENV)/test.done
+test: $(VENV)/tests.done  ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile  # mostly compiling, one core a process
 
-clean:
-	rm -rf $(VENV) runs
+lint: $(VENV)/lint.done  ## ruff: formatting and rules
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: $(VENV)/lint.done  ## pyright; not clean yet, so CI leaves it out
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/docs.done  ## the documentation as a site in site/; a broken link is an error
+	$(BIN)/mkdocs build --strict
+
+clean:  ## remove the environment, the site and all runs
+	rm -rf $(VENV) runs site

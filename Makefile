@@ -9,11 +9,11 @@ $(VENV)/demo.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "v4jax needs Python 3.11 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plots]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[plots]'
 	touch $@
 
 $(VENV)/test.done: $(VENV)/demo.done
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tests]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[tests]'
 	touch $@
 
 demo: $(VENV)/demo.done

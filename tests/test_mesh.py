@@ -135,7 +135,7 @@ def check_step(model: ModelConfig, mesh: str, layout: str | AxisRules):
     expected_state, expected_grads, expected_metrics, _ = on_one_device(model)
     for name, value in expected_metrics.items():
         assert metrics[name] == pytest.approx(value, rel=1e-5), name
-    assert len(grads) > 100
+    assert len(grads) > 80
     for path, expected in expected_grads.items():
         same(path, grads[path], expected, 1e-5, 1e-8)
     weights, expected_weights = (flatten_dict(s.params) for s in (state, expected_state))

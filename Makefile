@@ -11,11 +11,11 @@ $(VENV)/demo.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "v4jax needs Python 3.11 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plots]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[plots]'
 	touch $@
 
 $(VENV)/%.done: $(VENV)/demo.done  # the extra of that name
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
 demo: $(VENV)/demo.done  ## train a small V4 on 8 simulated devices

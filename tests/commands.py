@@ -6,6 +6,8 @@ import subprocess
 import sys
 import textwrap
 
+import jax
+
 ROOT = pathlib.Path(__file__).parent.parent
 MINUTE = 60
 
@@ -13,6 +15,14 @@ MINUTE = 60
 def environment() -> dict[str, str]:
     """That of a fresh process in which this checkout is importable."""
     return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+
+def programs_compiled_here() -> dict[str, str]:
+    """For a process that compiles what this one has: it reads the programs, and writes none of its own, which it might leave half written."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9",
+    }
 
 
 def python(code: str) -> list[str]:

@@ -19,6 +19,10 @@ from v4jax.generate.cache import draft, empty_cache, extend, logits_of, split_la
 from v4jax.model import indexer
 
 PATTERNS = {
+    # every kind of layer (MTP's is window only), and two in a stack
+    "few": dict(
+        compress_ratios=(4, 4, 128, 0), num_hidden_layers=3, num_hash_layers=0, index_topk=8
+    ),
     "flash": dict(
         compress_ratios=(0, 0, 4, 128, 4, 0), num_hidden_layers=5, num_hash_layers=3, index_topk=8
     ),
@@ -96,8 +100,13 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 @pytest.mark.parametrize(
     ("pattern", "chunk"),
-    [slow("flash", 1), slow("flash", 3), ("flash", 64), slow("flash", 129), slow("flash", LENGTH)]
-    + [
+    [
+        ("few", 64),
+        slow("flash", 1),
+        slow("flash", 3),
+        slow("flash", 64),
+        slow("flash", 129),
+        slow("flash", LENGTH),
         slow("pairs", 1),
         slow("pairs", 3),
         slow("pairs", 64),
@@ -122,7 +131,7 @@ def test_any_chunks_then_decoding_give_the_full_forward(models, pattern, chunk):
     assert step._cache_size() <= programs + 1
 
 
-@pytest.mark.parametrize("pattern", ["flash", slow("pairs")])
+@pytest.mark.parametrize("pattern", ["few", slow("flash"), slow("pairs")])
 def test_rows_of_different_lengths_are_rows_alone(models, pattern):
     """Prefilled together in chunks that leave some rows idle, then decoded together."""
     cfg, params, tokens, logits, mtp = models(pattern)
@@ -203,7 +212,7 @@ def test_a_few_rows_are_kept_as_many_are(rows):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_step_copies_no_cache(models, batch):
     """A token writes a row of each array of the cache: the compiled program copies none of them."""
-    cfg, params, *_ = models("flash")
+    cfg, params, *_ = models("few")
     params, cache = split_layers(cfg, params), empty_cache(cfg, batch, 2**14)
     one = functools.partial(jax.jit, donate_argnums=1)(
         lambda params, cache, token_B1, count_B: extend(cfg, params, cache, token_B1, count_B)

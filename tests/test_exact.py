@@ -93,17 +93,23 @@ def test_packed_documents_equal_documents_alone():
     lengths = [3, 137, 30, 6]
     row = tokens_of(cfg, (1, 180), 2)
     segments = np.repeat([1, 2, 3, 4, 0], [*lengths, 180 - sum(lengths)])[None].astype(np.int32)
-    packed = {"tokens": jnp.asarray(row), "segment_ids": jnp.asarray(segments)}
     starts = np.cumsum([0, *lengths])[:-1]
     # One row per document, padded on the right, is a document alone: nothing that follows can reach it.
     alone = np.zeros((4, 180), np.int64)
     alone_segments = np.zeros((4, 180), np.int32)
     for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         alone[i, :length], alone_segments[i, :length] = row[0, start : start + length], 1
-    separate = {"tokens": jnp.asarray(alone), "segment_ids": jnp.asarray(alone_segments)}
+    # Rows of padding make the packed batch as large, and so both are one program.
+    packed, separate = (
+        {"tokens": jnp.asarray(tokens), "segment_ids": jnp.asarray(ids)}
+        for tokens, ids in (
+            (np.pad(row, ((0, 3), (0, 0))), np.pad(segments, ((0, 3), (0, 0)))),
+            (alone, alone_segments),
+        )
+    )
 
     expected = transformer.forward(cfg, weights, row, segments)
-    got = v4jax.forward(cfg, params, packed["tokens"], packed["segment_ids"])
+    got = v4jax.forward(cfg, params, jnp.asarray(row), jnp.asarray(segments))
     real = segments[0] > 0
     np.testing.assert_allclose(np.asarray(got.logits)[0, real], expected.logits[0, real], atol=5e-5)
     inner = real & np.append(
@@ -129,38 +135,44 @@ def test_packed_documents_equal_documents_alone():
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 1e-7, jax.tree_util.keystr(path)
 
 
-def test_chunks_and_gathered_entries_change_nothing(monkeypatch):
-    """Queries in small chunks, CSA by gathering instead of masking, index scores of only the slots a chunk sees: same loss, same
-    gradients, on two CSA layers."""
+FORMS = {
+    "whole": (2**26, 10**9, 4096),
+    "chunked": (2**12, 10**9, 4096),
+    "gathered": (2**12, 1, 4096),
+    "in blocks": (2**12, 1, 8),
+}
+"""CHUNK_BYTES, GATHER_FROM, SCORE_BLOCK"""
+
+
+@functools.cache
+def loss_in_form(name):
+    """(loss, gradients) of two CSA layers and MTP."""
     cfg = small_config(compress_ratios=(4, 4, 0), num_hidden_layers=2, num_hash_layers=0)
     params = jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 2)))
     batch = {"tokens": jnp.asarray(tokens_of(cfg, (2, 140), 3))}
-    runs = {}
-    forms = {
-        "whole": (2**26, 10**9, 4096),
-        "chunked": (2**12, 10**9, 4096),
-        "gathered": (2**12, 1, 4096),
-        "in blocks": (2**12, 1, 8),
-    }
-    for name, (chunk_bytes, gather_from, score_block) in forms.items():
-        monkeypatch.setattr(attention, "CHUNK_BYTES", chunk_bytes)
-        monkeypatch.setattr(attention, "GATHER_FROM", gather_from)
-        monkeypatch.setattr(indexer, "SCORE_BLOCK", score_block)
-        run = jax.jit(jax.value_and_grad(lambda p: loss_and_routing(cfg, p, batch)[0]))
-        runs[name] = run(params)
-    value, grads = runs["whole"]
-    for name in list(forms)[1:]:
-        assert float(runs[name][0]) == pytest.approx(float(value), rel=1e-6)
-        for (path, a), b in zip(
-            jax.tree_util.tree_leaves_with_path(runs[name][1]), jax.tree.leaves(grads), strict=True
-        ):
-            assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-7, (
-                name,
-                jax.tree_util.keystr(path),
-            )
+    chunk_bytes, gather_from, score_block = FORMS[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(attention, "GATHER_FROM", gather_from)
+        patch.setattr(indexer, "SCORE_BLOCK", score_block)
+        return jax.jit(jax.value_and_grad(lambda p: loss_and_routing(cfg, p, batch)[0]))(params)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(
+    "form", ["chunked", pytest.param("gathered", marks=pytest.mark.slow), "in blocks"]
+)
+def test_chunks_and_gathered_entries_change_nothing(form):
+    """Queries in small chunks, CSA by gathering instead of masking, index scores of only the slots a chunk sees: same loss, same
+    gradients."""
+    (value, grads), (other_value, other_grads) = map(loss_in_form, ("whole", form))
+    assert float(other_value) == pytest.approx(float(value), rel=1e-6)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(other_grads), jax.tree.leaves(grads), strict=True
+    ):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-7, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradients_of_mtp_are_whole_before_the_layers_go_on(monkeypatch, remat):
     """A barrier that holds all of them and what flows back into the layers; nothing else differs from the module's own gradient."""
     cfg = small_config(compress_ratios=(4, 4, 0), num_hidden_layers=2, num_hash_layers=0)

@@ -23,7 +23,11 @@ SPEC.loader.exec_module(make)
 def test_logits_and_every_gradient(name):
     cfg = small_config(**make.PATTERNS[name])
     golden = np.load(FOLDER / f"{name}.npz")
-    params = jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 0)))
+    weights = random_weights(cfg, 0)
+    # transformers has no MTP, and what is not there takes no time.
+    cfg = cfg.replace(num_nextn_predict_layers=0, compress_ratios=cfg.compress_ratios[:-1])
+    weights = {key: value for key, value in weights.items() if not key.startswith("mtp.")}
+    params = jax.tree.map(jnp.asarray, from_official(cfg, weights))
     tokens, weight = make.inputs(cfg)
 
     def weighted(params):
@@ -34,11 +38,7 @@ def test_logits_and_every_gradient(name):
     np.testing.assert_allclose(logits, golden["logits"], atol=2e-4)  # issue 2's bar; measured 1e-5
     ours = to_official(cfg, grads)
     names = [key.removeprefix("grad:") for key in golden.files if key.startswith("grad:")]
-    assert set(names) == {
-        key
-        for key in ours
-        if not key.startswith("mtp.") and not key.endswith((".tid2eid", "gate.bias"))
-    }
+    assert set(names) == {key for key in ours if not key.endswith((".tid2eid", "gate.bias"))}
     for key in names:
         norm, product = golden[f"grad:{key}"]
         got = make.summary(key, ours[key])

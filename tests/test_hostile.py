@@ -26,7 +26,7 @@ CFG = small_config(
     num_hash_layers=1,
     n_routed_experts=3,
 )
-MUTATIONS, PARTS = 2100, 5
+MUTATIONS, PARTS = 2100, 10
 SECONDS = 20
 """After which a mutation counts as a hang; the usual one takes 10 ms."""
 

@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from commands import programs_compiled_here
 from trees import random_params, small_config
 
 import v4jax
@@ -25,8 +26,9 @@ from v4jax.train.loop import train
 MODEL = small_config(
     vocab_size=260,
     num_hidden_layers=2,
-    compress_ratios=(0, 4, 0),
+    compress_ratios=(0, 4),
     num_hash_layers=1,
+    num_nextn_predict_layers=0,
     hidden_size=32,
     moe_intermediate_size=32,
 )
@@ -251,6 +253,7 @@ def test_a_full_disk_is_an_error_and_the_checkpoints_before_it_stay(whole, text_
     script.write_text(FULL_DISK.format(text=str(text_folder), run=cfg.run_dir))
     here = pathlib.Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{here.parent}:{here}", "JAX_NUM_CPU_DEVICES": "8"}
+    environment |= programs_compiled_here()
     done = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300
     )

@@ -14,6 +14,7 @@ from test_mesh import CFG
 
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import layout_for
+from v4jax import cli
 from v4jax.generate.cache import cache_shardings, decoding_rules, empty_cache
 from v4jax.planner import report_layout
 from v4jax.planner.estimate import estimate
@@ -179,8 +180,9 @@ def test_a_cache_lies_where_the_report_says():
         ),
     ],
 )
-def test_bad_input_is_one_line(arguments, line):
-    error = run("configs/demo.py", *arguments, code=2)
+def test_bad_input_is_one_line(arguments, line, capsys):
+    assert cli.main(["layout", "configs/demo.py", *arguments]) == 2
+    error = capsys.readouterr().err
     assert line in error and error.count("\n") == 1, error
 
 

@@ -22,9 +22,7 @@ SETTING = DecodeConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    cfg = small_config(
-        **SMALL | dict(compress_ratios=(4, 128, 0), num_hidden_layers=2, num_hash_layers=0)
-    )
+    cfg = small_config(**SMALL | dict(num_hash_layers=0))
     return cfg, jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 0)))
 
 

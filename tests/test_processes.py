@@ -69,9 +69,9 @@ def global_batch() -> dict[str, np.ndarray]:
 
 def losses_and_tensors() -> dict[str, np.ndarray]:
     """What the job and this process both compute: on each mesh the loss, and the batch as the devices hold it."""
-    found = {}
+    found, model = {}, MODEL.replace(num_nextn_predict_layers=0, compress_ratios=(4,))
     params = jax.tree.map(
-        lambda a: a if a.ndim < 2 or a.shape[-1] == 2 else a * 0.1, random_params(MODEL)
+        lambda a: a if a.ndim < 2 or a.shape[-1] == 2 else a * 0.1, random_params(model)
     )
     for spec in MESHES:
         sizes = parse_mesh(spec)
@@ -88,7 +88,7 @@ def losses_and_tensors() -> dict[str, np.ndarray]:
             found[f"{spec} batch"] = processes.gather(batch["tokens"])
             if spec in ("tensor=8", "context=8"):  # compiling a loss takes long
                 continue
-            loss = jax.jit(lambda p, b, rules=rules: loss_and_routing(MODEL, p, b, rules=rules)[0])
+            loss = jax.jit(lambda p, b, rules=rules: loss_and_routing(model, p, b, rules=rules)[0])
             found[f"{spec} loss"] = np.asarray(loss(params, batch), np.float64)
     odd = np.arange(48, dtype=np.float32).reshape(2, 8, 3)
     odd[0, 0], odd[1, 5] = -0.0, np.nan

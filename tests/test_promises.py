@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference.weights import random_weights
-from test_mesh import MODEL
+from test_mesh import SMALL as MODEL
 
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import layout_for

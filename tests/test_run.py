@@ -24,9 +24,9 @@ from v4jax.train.stability import TrainingFailed
 
 MODEL = small_config(
     vocab_size=260,
-    num_hidden_layers=2,
-    compress_ratios=(0, 4, 0),
-    num_hash_layers=1,
+    num_hidden_layers=1,
+    compress_ratios=(4, 0),
+    num_hash_layers=0,
     hidden_size=32,
     moe_intermediate_size=16,
 )
@@ -172,8 +172,8 @@ def checkpoint(tmp_path_factory):
         moe_intermediate_size=40,
         head_dim=24,
         index_n_heads=8,
-        num_hidden_layers=4,
-        compress_ratios=(0, 4, 128, 4, 0),
+        num_hidden_layers=3,
+        compress_ratios=(128, 4, 4, 0),
         num_hash_layers=1,
     )
     params = jax.tree.map(

@@ -31,9 +31,10 @@ from v4jax.train.stages import Stage
 
 MODEL = small_config(
     vocab_size=260,
-    num_hidden_layers=2,
-    compress_ratios=(0, 4, 0),
-    num_hash_layers=1,
+    num_hidden_layers=1,
+    compress_ratios=(4,),
+    num_hash_layers=0,
+    num_nextn_predict_layers=0,
     hidden_size=32,
     moe_intermediate_size=32,
     num_attention_heads=4,

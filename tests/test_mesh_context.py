@@ -1,0 +1,34 @@
+"""As test_mesh.py, where devices cut the sequence, and in a layout that no name has: two files, so that two workers share them."""
+
+import pytest
+from test_mesh import MODEL, check_step
+
+from sharding.rules import layout
+
+OWN = layout(  # pairs that no named layout has, and axes out of order
+    act_batch="expert fsdp",
+    act_seq="context",
+    experts="fsdp expert",
+    expert_embed="context",
+    embed="context fsdp",
+    heads="expert",
+    groups="expert",
+    group_in="context",
+    vocab=None,
+    streams_embed=("fsdp", "expert"),
+    norm="context",
+)
+CASES = [
+    ("context=8", "cp_ep"),
+    ("context=4,expert=2", "cp_ep"),
+    ("fsdp=2,context=2,tensor=2", "full"),
+    ("slice=2,fsdp=2,context=2", "full"),
+    ("expert=8", "pod"),
+    ("fsdp=2,context=2,expert=2", OWN),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "layout"), CASES)
+def test_a_step_of_more_layers_on_eight_devices_is_the_step_on_one(mesh, layout):
+    check_step(MODEL, mesh, layout)

@@ -1,15 +1,24 @@
-"""Attention: one key/value head, a sliding window of raw tokens, and compressed entries, under one softmax with a sink.
+"""Attention: one softmax over the last W tokens, compressed entries and a sink.
 
-Cost: the window is banded, blocks of W queries against 2W keys, never S x S. Queries run in chunks, so that scores of all
-queries against all entries never exist at once. CSA either masks the entries that were not chosen or gathers the chosen
-ones, whichever is cheaper at that length; both give the same result.
+Keys are values, and all query heads share one key/value head (docs/equations.md#attention). Every
+layer attends to the window of the last W raw tokens. HCA layers also attend to every visible entry,
+CSA layers to the entries that the indexer chooses.
 
-On a mesh every device attends for its own rows and heads: a part of the sequence needs the W rows before it from its
-neighbour and the compressed entries of all; what indexer heads on other devices score is added before entries are chosen.
-A cache that is cut along the sequence stays where it is: every device attends to its own entries, and the parts are added.
+Cost: blocks of W queries attend to 2W window keys, so no S x S array exists. Queries run in chunks,
+so the scores of all queries against all entries never exist at once. CSA either masks the entries
+that were not chosen or gathers those that were, whichever is cheaper at that length; the results
+are equal.
 
-Shapes: B batch, S positions, T query positions of a chunk, N heads, H head dim, Q query rank, G output groups, O output
-rank, D hidden, W window, U blocks of W queries, C compressed entries, K chosen entries, R rope dims.
+On a mesh each device attends for its own positions and heads. Where the sequence is cut, a device
+receives the W positions before its shard from its neighbour and the entries of all devices. Where
+the indexer's heads are cut, their scores are added before entries are chosen. Where the cache is
+cut along the sequence, each device attends to its own slots, and the partial sums are added.
+
+Shapes: B batch, S positions, T query positions of a chunk, U blocks of a chunk, W window (the
+queries of a block; the keys that a block sees, window_BUWH and its positions and documents, are
+2W), V window keys, N heads, H head dim, Q query rank, G output groups, O output rank, D hidden, C
+compressed entries, K chosen entries, I index heads (in `_narrow`: width of a group of heads), J
+index dim.
 Next file to read: v4jax/model/compressor.py.
 """
 
@@ -55,18 +64,29 @@ from v4jax.model.weights import SparseMode, Weights
 from v4jax.quant.fake import fp8_keys
 
 CHUNK_BYTES = 2**24
-"""Float32 scores one chunk of queries may hold on one device: what a CPU's cache holds (four times as much: up to 1.5 times as long)."""
+"""Limit in bytes on the float32 scores of a chunk on one device, so that they fit a CPU's cache."""
 
 GATHER_FROM = 8
-"""Gather chosen entries once there are this many times index_topk of them (measured crossover 6-10: benchmarks/length.py)."""
+"""CSA gathers its chosen entries where there are at least this many times index_topk entries.
+
+Below that a mask is faster (v4jax/kernels/README.md).
+"""
 
 
 class Queries(NamedTuple):
-    """A chunk of queries with the raw rows they may see: blocks of W queries over 2W rows (their own W and the W before).
+    """A chunk of queries, in blocks, and the window keys that each block sees.
 
-    position, window_position [B or 1,...]: of the queries, of the window's keys; segments are None for
-    rows of one document; real: does not only fill up a chunk; index is None unless asked for.
-    A few queries that continue a row are one block over all rows that are given.
+    A block of W queries sees 2W keys: its own positions and the W before them. A few queries that
+    continue a row are one block, which sees all keys that are given.
+
+    Attributes:
+      q_BTNH: queries, normalised and rotated.
+      window_BUWH: keys/values of each block.
+      position_BT: int32 [B or 1,T], index of each query in its row.
+      window_position_BUW: int32 [B or 1,U,2W], the same for keys; negative where there is none.
+      segment_BT, segment_BUW: documents of queries and keys; None where each row is one document.
+      real_T: False for queries that only fill up the last chunk.
+      index_q, index_w: the indexer's queries [B,T,I,J] and head weights [B,T,I]; None without it.
     """
 
     q_BTNH: jax.Array
@@ -81,9 +101,16 @@ class Queries(NamedTuple):
 
 
 class WindowKV(NamedTuple):
-    """Of a row that is continued: the W rows before it and its own, V = W + S, their positions, and its first position.
+    """Window keys/values of rows that are continued: those before the chunk, and the chunk's own.
 
-    Rows before a few (SPARE_ROWS) may be in any order and among others, with positions before the window."""
+    A chunk of at most SPARE_ROWS tokens gets the whole ring, whose keys may be in any order and may
+    be older than the window; their positions tell.
+
+    Attributes:
+      rows_BVH: keys/values, V = W + S or the length of the ring.
+      position_BV: int32, position of each; negative where there is none.
+      start_B: int32, position of the chunk's first token.
+    """
 
     rows_BVH: jax.Array
     position_BV: jax.Array
@@ -91,7 +118,13 @@ class WindowKV(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """The compressed entries: key/value rows, the last row each stands for, its document (None: rows of one document)."""
+    """Compressed entries that queries may attend to.
+
+    Attributes:
+      entry_BCH: keys/values.
+      last_BC: int32, index in the row of the last token of each entry's window.
+      segment_BC: document of each entry; None where each row is one document.
+    """
 
     entry_BCH: jax.Array | CompressedKV
     last_BC: jax.Array
@@ -99,7 +132,15 @@ class Entries(NamedTuple):
 
 
 class ShardAxes(NamedTuple):
-    """Mesh axes that cut the sequence (None: whole), the indexer's heads, the heads, the queries (batch and sequence), and cached entries."""
+    """Mesh axes that cut the arrays of attention; None or () where an array is whole.
+
+    Attributes:
+      seq: cuts the sequence.
+      index_heads: cut the indexer's heads.
+      heads: cut the attention heads.
+      queries: cut the queries (batch and sequence).
+      slots: cuts the slots of the cache.
+    """
 
     seq: str | None = None
     index_heads: tuple[str, ...] = ()
@@ -121,15 +162,22 @@ def attend(
     past: WindowKV | None = None,
     sparse: SparseMode = SparseMode(),
 ) -> tuple[jax.Array, IndexLoss | None]:
-    """softmax over (window keys, visible or chosen entries, sink) of q.k * H^-0.5, times the same keys; [B,S,N,H].
+    """Attends to window keys and entries: (output [B,S,N,H], the indexer's loss or None).
 
-    And the loss of the indexer, if sparse.train_indexer.
+    The output is the softmax over (window keys, visible or chosen entries, sink) of q . k * H^-0.5,
+    times the same keys (docs/equations.md#attention). The loss is returned if sparse.train_indexer
+    (docs/equations.md#indexer-loss).
 
     Args:
-      q_BSNH, kv_BSH, entry_BCH: normalised and rotated. sink_N: float32 logit per head, in the denominator only.
-      windows: those that entry_BCH was made of, or None in layers of ratio 0 and in rows shorter than a window.
-      index: given when only index_topk of the entries may be attended to, or the indexer is trained.
-      past: given when rows continue others, and then in the place of kv_BSH; entry_BCH is then all that is kept, and may be CompressedKV.
+      q_BSNH, kv_BSH: queries and window keys/values, normalised and rotated.
+      sink_N: float32, one logit per head, in the denominator only.
+      windows: the windows of `entry_BCH`; None in layers of ratio 0, and in rows shorter than a
+        window.
+      entry_BCH: entries, normalised and rotated; all entries of the cache, as CompressedKV, where
+        `past` is given.
+      index: inputs of the indexer, if it chooses entries or is trained; None: all visible entries.
+      past: window keys/values of rows that continue others; they replace kv_BSH.
+      sparse: how CSA layers attend.
     """
     entries = None if windows is None else Entries(entry_BCH, windows.last_BC, windows.segment_BC)
     arguments = (q_BSNH, kv_BSH, sink_N, segments.segment_BS, entries, index, past)
@@ -146,7 +194,7 @@ def attend(
     )
 
     def spec(x, *names):
-        """None for what is absent; rows of one document have a batch of 1, which is not cut."""
+        """Partition spec of x, None if x is None. A batch of 1 (rows of one document) is whole."""
         return (
             None if x is None else rules.spec((None if x.shape[0] == 1 else names[0], *names[1:]))
         )
@@ -182,7 +230,7 @@ def attend(
 
 
 def _rows_spec(rules: AxisRules, rows: jax.Array | CompressedKV):
-    """Where entries or index keys of all devices are: cut with the batch, and kept ones as they are kept."""
+    """Partition spec of all entries or index keys; those of a cache stay cut as they are there."""
     if not isinstance(rows, CompressedKV):
         return rules.spec(("act_batch", None, None))
     return CompressedKV(slots_spec(rules, rows.stack), rules.spec(()), rules.spec(()))
@@ -200,10 +248,11 @@ def _attend(
     index,
     past,
 ):
-    """`attend` for one device's rows and heads, in chunks of queries."""
+    """`attend` on one device's positions and heads, in chunks of queries."""
     batch, seq, heads, _ = q_BSNH.shape
     window = cfg.sliding_window
-    # Numbers that gradients flow to, not positions: what is seen must be known to be the same on devices with other heads.
+    # Only arrays that gradients flow to are marked as varying. Positions are not: masks must be
+    # known to be equal on devices that have other heads.
     entry_BCH = None if entries is None else entries.entry_BCH
     sink_N, kv_BSH, entry_BCH = jax.tree.map(
         lambda x: vary_like(x, q_BSNH), (sink_N, kv_BSH, entry_BCH)
@@ -244,7 +293,10 @@ def _attend(
 
 
 def _gathers(cfg: ModelConfig, sparse: SparseMode, slots: int, rows: int) -> bool:
-    """Whether CSA gathers what it chose; for few queries (decoding) as soon as there is a choice."""
+    """Whether CSA gathers the entries that it chose, instead of masking the others.
+
+    A few queries (decoding) gather whenever there are at least index_topk slots.
+    """
     return (
         not sparse.dense and slots >= (GATHER_FROM if rows >= FEW_QUERIES else 1) * cfg.index_topk
     )
@@ -259,11 +311,11 @@ def _chunks(
     entries: Entries | None,
     index: IndexInputs | None,
 ) -> tuple[int, int]:
-    """(blocks of queries in a chunk, chunks), so that a chunk's scores stay within CHUNK_BYTES."""
+    """(blocks in a chunk, chunks), such that a chunk's scores stay within CHUNK_BYTES."""
     batch, seq, heads, dim = q_shape
     slots = columns = 0 if entries is None else entries.last_BC.shape[1]
     if index is not None and (split.slots or _gathers(cfg, sparse, slots, seq)):
-        # Gathered rows are H wide and belong to one query: they weigh more than their scores.
+        # Gathered entries are H wide and copied for each query: they outweigh their scores.
         columns = cfg.index_topk * (1 + dim // heads)
     per_query = heads * (2 * cfg.sliding_window + columns)
     if index is not None:
@@ -285,16 +337,23 @@ def _cut(
     blocks: int,
     chunks: int,
 ) -> Queries:
-    """Pads rows to whole chunks and stacks the chunks on a new first axis; V = W + S, keys behind the W rows before them."""
+    """Pads queries to whole chunks, and stacks the chunks on a new first axis.
+
+    Keys (kv_BVH, position_BV, segment_BV) are those of the W positions before the queries, then
+    those of the queries: V = W + S. A single block takes all V keys, whatever V is.
+
+    Example, W = 2, S = 4: the keys of positions -2 to 3 become two blocks of 2W keys,
+    [-2 -1 0 1] and [0 1 2 3].
+    """
     total = chunks * blocks * block
 
     def chunked(x):
-        """[B,S,...] -> [chunks, B, T, ...]"""
+        """[B,S,...] -> [chunks,B,T,...]."""
         x = jnp.pad(x, [(0, 0), (0, total - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, blocks * block, *x.shape[2:]), 1, 0)
 
     def banded(x, fill=0):
-        """[B,V,...] -> [chunks, B, U, 2W, ...]: each block of W rows behind the block before it."""
+        """[B,V,...] -> [chunks,B,U,2W,...]: each block of W keys follows the one before it."""
         if block == q_BSNH.shape[1]:
             return x[None, :, None]
         before = x.shape[1] - q_BSNH.shape[1]
@@ -336,7 +395,7 @@ def _attend_chunk(
     entries: Entries | None,
     index_key,
 ):
-    """(attention of one chunk of queries [B,T,N,H], loss of its indexer or None)."""
+    """(attention of one chunk of queries [B,T,N,H], the indexer's loss or None)."""
     batch, rows, heads, dim = chunk.q_BTNH.shape
     q_BUWNH = (chunk.q_BTNH * dim**-0.5).reshape(batch, chunk.window_BUWH.shape[1], -1, heads, dim)
     near = _einsum("BUWNH,BUVH->BUWNV", q_BUWNH, chunk.window_BUWH)
@@ -378,8 +437,11 @@ def _choose(
     entries: Entries,
     index_key,
 ):
-    """(which entries each query attends to [B or 1,T,C], their rows [B,C,H], their index scores [B,T,C] or None): all that it
-    sees, or the chosen ones of these. Where these are gathered: [B,T,K], [B,T,K,H], [B,T,K]."""
+    """(mask of entries to attend to [B or 1,T,C], entries [B,C,H], index scores [B,T,C] or None).
+
+    The mask has all visible entries, or the chosen ones among them. Where chosen entries are
+    gathered, the shapes are [B,T,K], [B,T,K,H] and [B,T,K].
+    """
     visible_BTC, dtype, topk = _visible(chunk, entries), chunk.q_BTNH.dtype, cfg.index_topk
     if index_key is None:
         return visible_BTC, all_rows(entries.entry_BCH, dtype), None
@@ -389,9 +451,9 @@ def _choose(
             index, chunk.position_BT - CSA * first_row(split.slots, index_key.count), topk
         )
     else:
-        if not sparse.train_indexer and not isinstance(
-            index_key, CompressedKV
-        ):  # scores that gradients flow through are not left out
+        # Blocks of slots that no query sees are skipped. The loop that does so has no gradient, so
+        # scores are computed for all slots where the indexer is trained.
+        if not sparse.train_indexer and not isinstance(index_key, CompressedKV):
             index = index._replace(
                 key_BCJ=CompressedKV(index_key[None], jnp.int32(0), _seen_slots(chunk, entries))
             )
@@ -416,10 +478,10 @@ def _choose(
 
 
 def _among_all(score_BTK: jax.Array, topk: int, axis: str) -> jax.Array:
-    """Which of the best scores of this device are among the `topk` best of all.
+    """Which of this device's best scores are among the `topk` best of all devices.
 
-    Every device holds a contiguous part of the entries, and the parts follow each other, so of equal
-    scores the smaller index wins here too. K numbers a query travel.
+    Each device holds a contiguous part of the entries, in the order of the devices, so the smaller
+    index wins ties here too. K scores per query travel.
     """
     best = top_k_mask(jax.lax.all_gather(score_BTK, axis, axis=2, tiled=True), topk)
     count = score_BTK.shape[-1]
@@ -431,7 +493,7 @@ def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _window_mask(chunk: Queries, window: int) -> jax.Array:
-    """Which keys of its block each query sees: itself and the W-1 rows before it, in its own document; [B or 1,U,W,2W]."""
+    """Mask [B or 1,U,W,2W]: a query sees itself and the W-1 tokens before it, in its document."""
     blocks = chunk.window_position_BUW.shape[1]
     position_BUW1 = chunk.position_BT.reshape(chunk.position_BT.shape[0], blocks, -1, 1)
     key_BU1W = chunk.window_position_BUW[:, :, None]
@@ -446,7 +508,10 @@ def _window_mask(chunk: Queries, window: int) -> jax.Array:
 
 
 def _visible(chunk: Queries, entries: Entries) -> jax.Array:
-    """Entry c is visible to query t iff its last row is at most t, in the same document: c < (t+1)//M; [B or 1,T,C]."""
+    """Mask [B or 1,T,C]: a query sees the entries of its document whose last token it has reached.
+
+    In rows of one document these are the entries c < (t+1) // M (docs/equations.md#compressor).
+    """
     seen = entries.last_BC[:, None] <= chunk.position_BT[..., None]
     return (
         seen
@@ -456,7 +521,7 @@ def _visible(chunk: Queries, entries: Entries) -> jax.Array:
 
 
 def _seen_slots(chunk: Queries, entries: Entries) -> jax.Array:
-    """How many slots, from the first on, some query of the chunk may see."""
+    """How many slots, from the first on, include all that the queries of the chunk see."""
     return jnp.max(
         jnp.where(
             entries.last_BC <= jnp.max(chunk.position_BT),
@@ -467,14 +532,17 @@ def _seen_slots(chunk: Queries, entries: Entries) -> jax.Array:
 
 
 class Attention(Weights):
-    """Queries through a low-rank bottleneck, one shared key/value head, grouped output projection (report 2.3)."""
+    """Low-rank queries, one shared key/value head, grouped output projection.
+
+    docs/equations.md#attention, report 2.3.
+    """
 
     cfg: ModelConfig
     ratio: int
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array, segments: Segments, view: CacheView | None = None):
-        """Hidden rows -> (hidden rows, what is kept, with these rows in it, the indexer's IndexLoss where it is taught)."""
+        """(output [B,S,D], cache view with this chunk or None, the indexer's loss or None)."""
         cfg, dim, hidden = self.cfg, self.cfg.head_dim, x_BSD.shape[-1]
         heads, groups, rank = cfg.num_attention_heads, cfg.o_groups, cfg.o_lora_rank
         init = nn.initializers.normal(cfg.initializer_range)
@@ -531,13 +599,14 @@ class Attention(Weights):
             past,
             self.sparse,
         )
-        # Keys are values too, so each value came rotated; turning back by the query's angle leaves relative angles.
+        # Keys are values, so each value is rotated by its own position. Rotating the sum back by
+        # the query's position leaves relative angles.
         out_BSNH = rotate(out_BSNH, rope.heads(), inverse=True)
         return dense(self.act_quant(_narrow(out_BSNH, wo_a, groups)), wo_b), view, loss
 
 
 def _continue(cfg: ModelConfig, kv_BSH: jax.Array, view: CacheView) -> tuple[WindowKV, jax.Array]:
-    """(this chunk's rows and those before it, the ring of window rows with this chunk in it)."""
+    """(window keys of this chunk and those before it, the ring with this chunk in it)."""
     ring, rows_BVH, position_BV = window_rows(
         view.cache.window, view.layer, kv_BSH, view.span, cfg.sliding_window
     )
@@ -545,7 +614,7 @@ def _continue(cfg: ModelConfig, kv_BSH: jax.Array, view: CacheView) -> tuple[Win
 
 
 def _narrow(o_BSNH: jax.Array, wo_a: jax.Array, groups: int) -> jax.Array:
-    """Each group of heads through its own block of wo_a [(N/G)*H, G*O]; [B,S,G*O]."""
+    """[B,S,G*O]: each group of heads through its own block of wo_a [(N/G)*H, G*O]."""
     o_BSGI = o_BSNH.reshape(*o_BSNH.shape[:2], groups, -1)
     low_BSGO = jnp.einsum(
         "BSGI,IGO->BSGO",

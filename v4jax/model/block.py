@@ -1,4 +1,6 @@
-"""One layer: attention, then experts, each between a collapse and a mix of the residual streams (report 2, figure 2).
+"""One layer: attention, then experts, each between a collapse of the streams and their expansion.
+
+docs/equations.md#block, report 2, figure 2.
 
 Shapes: B batch, S positions, X streams, D hidden.
 Next file to read: v4jax/model/attention.py.
@@ -21,7 +23,10 @@ from v4jax.model.weights import SparseMode, Weights
 
 
 class Block(Weights):
-    """streams -> streams, what the router did, what is kept of rows that go on, and the indexer's loss where it is taught."""
+    """One layer: takes streams, gives (streams, routing, cache view, the indexer's loss).
+
+    The view is None without a cache, the loss is None unless an indexer is trained.
+    """
 
     cfg: ModelConfig
     kind: LayerKind
@@ -61,16 +66,16 @@ class Block(Weights):
 
 
 class Pattern(Weights):
-    """A few layers of different kinds, in order: the unit that `nn.scan` repeats."""
+    """A few layers in order, possibly of different kinds: the unit that `nn.scan` repeats."""
 
     cfg: ModelConfig
     kinds: tuple[LayerKind, ...]
 
     @nn.compact
     def __call__(self, carry, tokens_BS, segments: Segments):
-        """(carry, (block name -> Routing, block name -> IndexLoss where an indexer is taught)).
+        """(carry, (block name -> Routing, block name -> IndexLoss where an indexer is trained)).
 
-        carry: the streams, and CacheView with a dict block name -> LayerCache (None where nothing is kept).
+        carry: (streams, CacheView or None). The view's cache is a dict block name -> LayerCache.
         """
         (x_BSXD, view), routing, cache, index = carry, {}, {}, {}
         for i, kind in enumerate(self.kinds):
@@ -96,10 +101,12 @@ def stack(
     remat: bool,
     name: str,
 ) -> nn.Module:
-    """`repeats` Patterns in a row as one scanned module; weights gain a first axis "layers"."""
-    # Two layers in a loop cost more in slicing than they save in compiling; models that need remat are large, there it is the other way.
+    """`repeats` Patterns in sequence as one scanned module; weights gain a first axis "layers"."""
+    # A loop over two repeats costs more in slicing than it saves in compiling. Models that need
+    # remat are large: for them it saves more.
     loop = repeats > (1 if remat else 2)
-    # Without a loop between the two, XLA would find the second computation equal to the first and keep everything instead.
+    # Without a loop, XLA would merge the recomputation with the first computation and keep every
+    # intermediate value.
     body = nn.remat(Pattern, prevent_cse=not loop) if remat else Pattern
     scanned = nn.scan(
         body,

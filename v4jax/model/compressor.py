@@ -1,10 +1,13 @@
-"""Compression: a window of raw tokens becomes one key/value entry, by a softmax over its rows for each channel.
+"""Compression: the tokens of a compression window become one key/value entry.
 
-HCA pools its own 128 rows. CSA pools 8: the four rows of the window before (their first half of
-channels, "a") and its own four (second half, "b"). Projections, softmax and pooling are float32
-(docs/equations.md#compressor, report 2.3.1 and 2.3.2).
+A softmax for each channel weights the tokens. HCA pools the 128 tokens of a window. CSA pools 8:
+the 4 of the window before (the first half of their channels, called a) and its own 4 (the second
+half, b). Projections, softmax and pooling are float32 (docs/equations.md#compressor, report 2.3.1
+and 2.3.2).
 
-Shapes: B batch, S positions, D hidden, H entry dim, C compressed entries, M compress ratio.
+Shapes: B batch, S positions, D hidden, H width of projections and of entries (CSA's projections are
+twice as wide as its entries), C compressed entries, M compress ratio; lower case = this device's
+share.
 Next file to read: v4jax/model/indexer.py.
 """
 
@@ -35,13 +38,23 @@ def pool(
     ratio: int,
     continued: bool = False,
 ) -> jax.Array:
-    """Entry = sum over rows of softmax(z + ape) * c, per channel; float32 [B,C,H] (H halves for CSA).
+    """Pools windows: entry = sum over tokens of softmax(z + ape) * c, per channel.
 
-    continued: rows begin anywhere (see read_span). A sequence cut over devices: each pools the entries that end in its
-    shard, with the rows before it from its neighbour.
+    Where the sequence is cut, each device pools the entries that end in its shard, and receives the
+    positions before the shard from its neighbour.
+
+    Args:
+      c_BSH, z_BSH: float32, projections and gate logits of the tokens.
+      ape_MH: float32, bias of a token's place in its window.
+      windows: where each window begins and whether it overlaps one before it.
+      continued: windows may begin anywhere in the rows (see segments.read_span).
+
+    Returns:
+      float32 [B,C,H]; for CSA, H is half of the projections' width.
     """
     batch, seq = "act_batch", "act_seq"
-    # Windows stand back to back in every shard if rows are one document and shards are whole windows.
+    # Windows follow each other without gaps in every shard if each row is one document and each
+    # shard is whole windows.
     shards = rules.shards(seq)
     aligned = (
         not continued
@@ -65,7 +78,7 @@ def pool(
 
 
 def _pool(c_BSH, z_BSH, ape_MH, first_BC, overlaps_BC, ratio: int, axis: str | None) -> jax.Array:
-    """`pool` of one device's shard of the sequence; first_BC None: windows follow each other from its first row."""
+    """`pool` on one device's shard; first_BC None: windows follow each other from its start."""
     slots, ape_MH = overlaps_BC.shape[1], ape_MH[None, None]
     windows = functools.partial(_windows, first_BC=first_BC, slots=slots, ratio=ratio, axis=axis)
     c, z = windows(c_BSH), windows(z_BSH) + ape_MH
@@ -84,24 +97,30 @@ def _pool(c_BSH, z_BSH, ape_MH, first_BC, overlaps_BC, ratio: int, axis: str | N
 def _windows(
     x_BSH: jax.Array, first_BC, slots: int, ratio: int, axis: str | None, back: int = 0
 ) -> jax.Array:
-    """Rows of each window [B,C,M,H], or of the window `back` windows before it (wrong where there is none: mask it)."""
+    """Values [B,C,M,H] of the tokens of each window, or of the window `back` windows before it.
+
+    Where there is no such window the values are wrong and must be masked.
+    """
     batch, rows, width = x_BSH.shape
     if first_BC is None:
         x_BSH = with_rows_before(x_BSH, back * ratio, axis)
         return x_BSH[:, : slots * ratio].reshape(batch, slots, ratio, width)
-    reach = back * ratio + ratio - 1  # a window that ends here may begin so far before this shard
+    # A window that ends in this shard may begin this many positions before it.
+    reach = back * ratio + ratio - 1
     x_BSH = with_rows_before(x_BSH, reach, axis)
     start_BC = jnp.maximum(first_BC - first_row(axis, rows) + reach - back * ratio, 0)
     row_BCM = start_BC[..., None] + jnp.arange(ratio)[None, None]
-    if row_BCM.shape[0] == 1:  # rows of one document: the same windows in each
+    # Rows of one document all have the same windows.
+    if row_BCM.shape[0] == 1:
         return x_BSH[:, row_BCM[0]]
     return jax.vmap(lambda x_SH, row_CM: x_SH[row_CM])(x_BSH, row_BCM)
 
 
 class Compressor(Weights):
-    """Hidden rows -> rotated, normalised entries [B,C,H] of size `head_dim`, in the compute dtype.
+    """Hidden states -> normalised, rotated entries [B,C,H], H = `head_dim`, in the compute dtype.
 
-    Under quant="official" they are rounded as the served model stores them: keys/values, or the indexer's keys (`index`).
+    Under quant="official" entries are rounded as the served model stores them: as keys/values, or
+    as the indexer's keys (`index`).
     """
 
     cfg: ModelConfig
@@ -113,7 +132,10 @@ class Compressor(Weights):
     def __call__(
         self, x_BSD: jax.Array, windows: CompressionWindows | None, view: CacheView | None = None
     ):
-        """(entries, None); of rows that continue others, (CompressedKV of all entries so far, what is kept). None: no entries."""
+        """(entries, None); with a view, (all entries so far, the view with this chunk).
+
+        All entries so far are CompressedKV. Entries are None where `windows` is None.
+        """
         width = self.head_dim * (2 if self.ratio == CSA else 1)
         init = nn.initializers.normal(self.cfg.initializer_range)
         ape = self.weight(
@@ -122,7 +144,8 @@ class Compressor(Weights):
         wkv = self.weight("wkv", (x_BSD.shape[-1], width), ("embed", "entry"), init, True)
         wgate = self.weight("wgate", (x_BSD.shape[-1], width), ("embed", "entry"), init, True)
         norm = RMSNorm(*self.context, self.cfg.rms_norm_eps, name="norm")
-        if windows is None:  # a row shorter than one window; the norm must exist all the same
+        # A row shorter than a window has no entries, but the norm's weight must be declared.
+        if windows is None:
             norm(jnp.zeros((1, self.head_dim), self.dtype))
             return None, view
         x32 = x_BSD.astype(jnp.float32)
@@ -148,7 +171,7 @@ def _continue(
     windows: CompressionWindows,
     ratio: int,
 ):
-    """(entries of windows that close in this chunk, before their norm; the rings with these rows in them)."""
+    """(entries of windows that close in this chunk, before the norm; the view with new rings)."""
     ring, (start_B, count_B) = view.cache, view.span
     c, longer_c = keep_rows(ring.c, view.layer, c_BSH, view.span)
     z, longer_z = keep_rows(ring.z, view.layer, z_BSH, view.span)
@@ -166,12 +189,14 @@ def _continue(
 
     if rules or c_BSH.shape[1] >= ratio:
         entry_BCH = pooled()
-    else:  # decoding closes a window in one of `ratio` steps; where none closes, no query sees what is written (cache/layer.py)
+    else:
+        # In decoding, one step in `ratio` closes a window. In the other steps no query sees what
+        # is written (v4jax/cache/layer.py), so zeros will do.
         closes = jnp.any((start_B + count_B) // ratio > start_B // ratio)
         nothing = functools.partial(
             jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pooled)
         )
-        # A GPU would wait for its host to learn which way to go.
+        # Only a CPU skips the pooling: a GPU would wait for its host to choose the branch.
         entry_BCH = jax.lax.platform_dependent(
             cpu=lambda: jax.lax.cond(closes, pooled, nothing), default=pooled
         )
@@ -181,6 +206,7 @@ def _continue(
 def _fill(
     rules: AxisRules, view: CacheView, entry_BCH: jax.Array, ratio: int
 ) -> tuple[CompressedKV, CacheView]:
+    """(CompressedKV with the chunk's entries in its slots, the view with the same slots)."""
     start_B, count_B = view.span
     slots = fill_slots(rules, view.cache.slots, view.layer, entry_BCH, start_B // ratio)
     return CompressedKV(slots, view.layer, jnp.max((start_B + count_B) // ratio)), view.with_arrays(

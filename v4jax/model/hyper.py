@@ -1,8 +1,11 @@
-"""Manifold-constrained hyper-connections: the residual is several parallel streams, mixed by doubly stochastic matrices.
+"""Manifold-constrained hyper-connections (mHC): parallel residual streams that a matrix mixes.
 
-Everything is float32 (report 2.2, official `hc_pre` / `hc_post` / `hc_split_sinkhorn`).
+A site collapses the streams to a sublayer's input and expands its output to all streams, which a
+doubly stochastic matrix mixes. Everything is float32 (docs/equations.md#mhc, report 2.2, official
+`hc_pre`, `hc_post`, `hc_split_sinkhorn`).
 
-Shapes: B batch, S positions, X streams (j source, k target), D hidden, M = (2+X)*X mixing weights.
+Shapes: B batch, S positions, T tokens, X streams (J source, K target), D hidden, P = X*X logits of
+a matrix, M = (2+X)*X mixing weights; lower case = this device's share.
 Next file to read: sharding/rules.py.
 """
 
@@ -21,11 +24,16 @@ from v4jax.kernels.matmul import dense, precision_of
 from v4jax.model.weights import Weights, constant
 
 DYNAMIC_SCALE = 0.01
-"""Initial gate of the input-dependent part, so that a fresh model starts near its static mix (report 2.2)."""
+"""Initial scale of input-dependent logits: a new model starts near its static mix (report 2.2)."""
 
 
 class Mix(NamedTuple):
-    """post [B,S,X] spreads a sublayer's output over streams; comb [B,S,X,X] mixes the old streams (source, target)."""
+    """The weights by which a sublayer's output and the old streams make the new streams.
+
+    Attributes:
+      post: float32 [B,S,X], the output's weight in each stream.
+      comb: float32 [B,S,X,X], mixes the old streams (source, target).
+    """
 
     post: jax.Array
     comb: jax.Array
@@ -38,9 +46,10 @@ def mixing_logits(x_BSXD: jax.Array, fn: jax.Array, eps: float) -> jax.Array:
 
 
 def sinkhorn(logits_JKT: jax.Array, iterations: int, eps: float) -> jax.Array:
-    """Nearly doubly stochastic matrices from logits [source, target, tokens] (tokens last, so that vectors are long).
+    """Nearly doubly stochastic matrices [J,K,T] from logits of the same shape, with tokens last.
 
-    softmax over targets + eps, divide by column sums, then iterations-1 times by row sums and by column sums.
+    softmax over targets, plus eps; division by column sums; then iterations-1 times by row sums and
+    by column sums. Every sum has eps added. Tokens are the last axis so that vectors are long.
     """
     start_JKT = jax.nn.softmax(logits_JKT, axis=1) + eps
     row_JT, column_KT = _factors(start_JKT, iterations, eps)
@@ -49,10 +58,10 @@ def sinkhorn(logits_JKT: jax.Array, iterations: int, eps: float) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _factors(start_JKT: jax.Array, iterations: int, eps: float) -> tuple[jax.Array, jax.Array]:
-    """(r [J,T], c [K,T]) such that r[j] start[j,k] c[k] is what the divisions of `sinkhorn` make of start.
+    """(r [J,T], c [K,T]) such that r[j] start[j,k] c[k] is the result of `sinkhorn`'s divisions.
 
-    To divide rows by their sums + eps is r[j] /= r[j] sum_k start[j,k] c[k] + eps. So an iteration writes 2 X numbers a token instead of
-    2 X X, and the gradient keeps no more.
+    Dividing rows by their sums + eps is r[j] = r[j] / (r[j] sum_k start[j,k] c[k] + eps). So an
+    iteration writes 2 X numbers per token instead of 2 X X, and the gradient keeps no more.
     """
     return _factors_fwd(start_JKT, iterations, eps)[0]
 
@@ -73,7 +82,7 @@ def _factors_fwd(start_JKT, iterations, eps):
 
 
 def _factors_bwd(iterations, eps, saved, ct):
-    """Of y = x / (x s + eps): dy/ds = -y^2, dy/dx = eps (y/x)^2."""
+    """Gradient of `_factors`: y = x / (x s + eps) has dy/ds = -y^2 and dy/dx = eps (y/x)^2."""
     start_JKT, last, before = saved
 
     def undo(carry, before):
@@ -102,17 +111,21 @@ _factors.defvjp(_factors_fwd, _factors_bwd)
 
 
 def _row_sums(start_JKT: jax.Array, column_KT: jax.Array) -> jax.Array:
-    """sum_k start[j,k] c[k], as multiply-adds."""
+    """sum_k start[j,k] c[k], [J,T], as multiply-adds."""
     return sum(start_JKT[:, k] * column_KT[k, None] for k in range(column_KT.shape[0]))
 
 
 def _column_sums(start_JKT: jax.Array, row_JT: jax.Array) -> jax.Array:
+    """sum_j start[j,k] r[j], [K,T], as multiply-adds."""
     return sum(start_JKT[j] * row_JT[j, None] for j in range(row_JT.shape[0]))
 
 
 @jax.custom_vjp
 def collapse(pre_BSX: jax.Array, x_BSXD: jax.Array) -> jax.Array:
-    """sum_j pre[j] x[j]: the streams read as one, in the dtype of x. Its gradient is written out for the reason of `expand`."""
+    """sum_j pre[j] x[j], [B,S,D] in the dtype of x: all streams as one.
+
+    The gradient is written out for the reason given in `expand`.
+    """
     return sum(
         pre_BSX[..., j, None] * x_BSXD[:, :, j].astype(jnp.float32) for j in range(x_BSXD.shape[2])
     ).astype(x_BSXD.dtype)
@@ -134,10 +147,10 @@ collapse.defvjp(_collapse_fwd, _collapse_bwd)
 
 @jax.custom_vjp
 def expand(y_BSD: jax.Array, x_BSXD: jax.Array, mix: Mix) -> jax.Array:
-    """new[k] = post[k] * y + sum_j comb[j,k] * x[j].
+    """New streams: new[k] = post[k] * y + sum_j comb[j,k] * x[j], [B,S,X,D] in the dtype of x.
 
-    comb is consumed transposed (docs/equations.md#trap-1).
-    The gradient is written out: what autodiff makes of it takes 2 to 4 times as long on CPU (sums over D one by one).
+    comb is consumed transposed (docs/equations.md#trap-1). The gradient is written out because
+    XLA:CPU is slow at what autodiff makes of it: sums over D, one number at a time.
     """
     return _combine(
         mix.comb, x_BSXD, mix.post[..., None] * y_BSD[:, :, None].astype(jnp.float32)
@@ -145,7 +158,10 @@ def expand(y_BSD: jax.Array, x_BSXD: jax.Array, mix: Mix) -> jax.Array:
 
 
 def _combine(weight_BSJK: jax.Array, x_BSJD: jax.Array, start=0.0) -> jax.Array:
-    """start + sum_j weight[j,k] * x[j], float32 [B,S,K,D], as multiply-adds (a matmul of 4 x 4 per token is slower)."""
+    """start + sum_j weight[j,k] * x[j], float32 [B,S,K,D].
+
+    Written as multiply-adds, since an X x X matmul per token is slower.
+    """
     for j in range(x_BSJD.shape[2]):
         start = start + weight_BSJK[:, :, j, :, None] * x_BSJD[:, :, j, None].astype(jnp.float32)
     return start
@@ -158,7 +174,7 @@ def _expand_fwd(y_BSD, x_BSXD, mix):
 def _expand_bwd(saved, ct_BSKD):
     y_BSD, x_BSXD, mix = saved
     ct = ct_BSKD.astype(jnp.float32)
-    # Not as a sum over an axis: XLA:CPU would keep post, repeated D times, from the forward pass for it.
+    # For a sum over an axis XLA:CPU would keep post, repeated D times, from the forward pass.
     ct_y = sum(mix.post[..., k, None] * ct[:, :, k] for k in range(ct.shape[2])).astype(y_BSD.dtype)
     ct_x = _combine(jnp.swapaxes(mix.comb, 2, 3), ct).astype(x_BSXD.dtype)
     ct_post = jnp.einsum("BSD,BSKD->BSK", y_BSD.astype(jnp.float32), ct, precision=precision_of(ct))
@@ -172,7 +188,7 @@ expand.defvjp(_expand_fwd, _expand_bwd)
 
 
 def balanced(rules: AxisRules, iterations: int, eps: float, logits_BSP: jax.Array) -> jax.Array:
-    """`sinkhorn` of every token's matrix, [B,S,X,X] of P = X*X logits each."""
+    """comb of every token [B,S,X,X]: `sinkhorn` of its P = X*X logits."""
 
     def local(logits_bsP):
         n, tokens = math.isqrt(logits_bsP.shape[-1]), logits_bsP.shape[:2]
@@ -181,7 +197,8 @@ def balanced(rules: AxisRules, iterations: int, eps: float, logits_BSP: jax.Arra
 
     if not rules:
         return local(logits_BSP)
-    # Each device its own tokens: where rows and sequence are cut, XLA would gather them to merge B and S, and do all on every device.
+    # Each device balances its own tokens. Where batch and sequence are cut, XLA would gather all
+    # tokens on every device to merge B and S.
     spec = rules.spec(("act_batch", "act_seq"))
     return jax.shard_map(local, in_specs=spec, out_specs=spec)(logits_BSP)
 
@@ -189,7 +206,7 @@ def balanced(rules: AxisRules, iterations: int, eps: float, logits_BSP: jax.Arra
 def _stream_weights(
     rules: AxisRules, cfg: ModelConfig, x_BSXD, fn, base, scale
 ) -> tuple[jax.Array, Mix]:
-    """pre [B,S,X] and Mix from the streams (report 2.2)."""
+    """(pre [B,S,X], Mix) of the streams (docs/equations.md#mhc)."""
     n, base = cfg.hc_mult, base[None, None]
     mix = mixing_logits(x_BSXD, fn, cfg.rms_norm_eps)
     pre = jax.nn.sigmoid(mix[..., :n] * scale[0] + base[..., :n]) + cfg.hc_eps
@@ -199,13 +216,13 @@ def _stream_weights(
 
 
 class HyperConnection(Weights):
-    """One site of mHC: gives the sublayer's input and what is needed to merge its output (`expand`)."""
+    """One site of mHC: makes a sublayer's input, and the weights that merge its output."""
 
     cfg: ModelConfig
 
     @nn.compact
     def __call__(self, x_BSXD: jax.Array) -> tuple[jax.Array, jax.Array, Mix]:
-        """(what the streams collapse to [B,S,D], by which weights [B,S,X], Mix)."""
+        """(collapsed streams [B,S,D], their weights pre [B,S,X], Mix)."""
         n, size = self.cfg.hc_mult, x_BSXD.shape[2] * x_BSXD.shape[3]
         # Static start: read the mean of the streams, write to each, keep them mostly apart.
         static = jnp.concatenate(
@@ -220,7 +237,7 @@ class HyperConnection(Weights):
 
 
 class HyperHead(Weights):
-    """The last collapse: sigmoid weights only, no mixing."""
+    """The last collapse of the streams: sigmoid weights, no mixing."""
 
     cfg: ModelConfig
 

@@ -1,12 +1,17 @@
-"""The lightning indexer of CSA layers: cheap scores that choose the entries a query attends to (report 2.3.1).
+"""The lightning indexer of CSA layers: cheap scores that choose the entries a query attends to.
 
-    I[t,c] = sum_h w[t,h] * relu(q[t,h] . K[c]),  w = (x @ weights_proj) * J^-0.5 * I^-0.5          (float32)
+    score[t,c] = sum_i w[t,i] * relu(q[t,i] . K[c]),  w = (x @ weights_proj) * J^-0.5 * I^-0.5
 
-No gradient passes the choice: the indexer learns from a loss of its own, how far softmax(I) is from where the attention's
-mass lies. The sink and the window take part in that mass, so a head that looks at its window votes less. The indexer's inputs and
-its teacher are constants: it never moves the main model.
+Scores are float32 (docs/equations.md#indexer, report 2.3.1).
 
-Shapes: B batch, T query positions of a chunk, C compressed entries, I index heads, J index dim, K chosen entries.
+No gradient passes the choice. The indexer learns from a loss of its own: how far softmax(score) is
+from the attention's mass on the entries (docs/equations.md#indexer-loss). The sink and the window
+take part in the softmax that gives this mass, so a head that attends to its window adds less. The
+indexer's inputs and its target are constants: it never moves the main model.
+
+Shapes: B batch, S positions, T query positions of a chunk, D hidden, Q query rank, C compressed
+entries or their slots, I index heads, J index dim, K chosen entries, P groups of neighbouring slots
+(in `_places`: words), G slots of a group.
 Next file to read: v4jax/model/moe.py.
 """
 
@@ -30,17 +35,29 @@ from v4jax.model.weights import Weights
 from v4jax.quant.fake import mxfp4_rotated
 
 SCORE_BLOCK = 4096
-"""Slots of a cache or a long row that are scored at once (for few queries 4 times as many); blocks that nobody may see are left out."""
+"""Slots of a cache or a long row that are scored at once; four times as many for few queries.
+
+Blocks that no query sees are skipped.
+"""
 
 FEW_QUERIES = 8
 """Fewer queries than this are decoding."""
 
 GROUP = 32
-"""Neighbouring slots of which a search looks at the highest score first; divides SCORE_BLOCK and every cache."""
+"""Neighbouring slots of which a search reads the highest score first.
+
+It divides SCORE_BLOCK and the number of slots of every cache that is searched.
+"""
 
 
 class IndexLoss(NamedTuple):
-    """Sums over the queries that see an entry, float32 scalars: KL of the indexer, KL of the uniform distribution, queries."""
+    """Sums over the queries that see an entry, float32 scalars.
+
+    Attributes:
+      kl: KL( P || softmax(score) ), P the attention's mass (docs/equations.md#indexer-loss).
+      uniform: the same for equal scores.
+      count: number of these queries.
+    """
 
     kl: jax.Array
     uniform: jax.Array
@@ -48,7 +65,7 @@ class IndexLoss(NamedTuple):
 
 
 class IndexInputs(NamedTuple):
-    """q_BTIJ and w_BTI of some queries, key_BCJ of all entries."""
+    """What scores are made of: queries and head weights of some positions, keys of all entries."""
 
     q_BTIJ: jax.Array
     w_BTI: jax.Array
@@ -56,7 +73,10 @@ class IndexInputs(NamedTuple):
 
 
 def index_scores(index: IndexInputs) -> jax.Array:
-    """I[t,c], float32 [B,T,C], before any mask; 0 in blocks past the slots in use. The only array with heads and entries lives in here."""
+    """Index scores before any mask, float32 [B,T,C]; 0 in blocks after the last slot in use.
+
+    No array with both heads and entries leaves this function.
+    """
     q_BTIJ, w_BTI, keys = index
     if not isinstance(keys, CompressedKV) or keys.count <= SCORE_BLOCK:
         return _scores(q_BTIJ, w_BTI, all_rows(keys, q_BTIJ.dtype))
@@ -68,7 +88,10 @@ def index_scores(index: IndexInputs) -> jax.Array:
 
 
 def _by_blocks(index: IndexInputs, use, totals):
-    """use(first, scores [B,T,block] of the slots from `first` on, totals) -> totals, for every block of slots in use."""
+    """Folds use(first, scores [B,T,block], totals) -> totals over all blocks with slots in use.
+
+    `first` is the first slot of a block. The last block may overlap the one before it.
+    """
     q_BTIJ, w_BTI, keys = index
     block = min(keys.count, SCORE_BLOCK * (4 if q_BTIJ.shape[1] < FEW_QUERIES else 1))
 
@@ -90,16 +113,20 @@ def _by_blocks(index: IndexInputs, use, totals):
 
 
 def may_search(keys: jax.Array | CompressedKV, k: int) -> bool:
-    """Whether `best_slots` is worth it: lax.top_k of a whole row takes as long as scoring it."""
+    """Whether `best_slots` pays: in a long cache, lax.top_k takes as long as the scores do."""
     return isinstance(keys, CompressedKV) and keys.count >= max(SCORE_BLOCK, 4 * k * GROUP)
 
 
 def best_slots(index: IndexInputs, position_BT: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """(scores, slots) of the k best of those that queries see, float32 and int32 [B,T,K]; -inf where there are fewer.
+    """(scores, slots) of the k best slots that each query sees, float32 and int32 [B,T,K].
 
-    position_BT: of the queries, counted from the first token of slot 0. The result is that of lax.top_k over all scores, ties
-    included and in any order, without another pass over these: the highest of every GROUP neighbours is noted as they are scored, and the k
-    groups with the highest ones hold the k best slots.
+    The slots are those of lax.top_k over all scores, ties included, in any order; scores are -inf
+    where a query sees fewer than k. No second pass over the scores is needed: the peak of every
+    GROUP neighbours is noted as they are scored, and the k groups of highest peak contain the k
+    best slots.
+
+    Args:
+      position_BT: position of each query, counted from the first token of slot 0.
     """
     (batch, rows), slots = index.q_BTIJ.shape[:2], index.key_BCJ.count
 
@@ -126,6 +153,7 @@ def best_slots(index: IndexInputs, position_BT: jax.Array, k: int) -> tuple[jax.
 
 
 def _scores(q_BTIJ: jax.Array, w_BTI: jax.Array, key_BCJ: jax.Array) -> jax.Array:
+    """Index scores of the given keys, float32 [B,T,C]."""
     dots_BTIC = _dots(q_BTIJ, key_BCJ)
     return jnp.einsum(
         "BTIC,BTI->BTC", jax.nn.relu(dots_BTIC), w_BTI, precision=precision_of(dots_BTIC)
@@ -133,8 +161,7 @@ def _scores(q_BTIJ: jax.Array, w_BTI: jax.Array, key_BCJ: jax.Array) -> jax.Arra
 
 
 def _scores_by_head(q_BTIJ: jax.Array, w_BTI: jax.Array, key_BCJ: jax.Array) -> jax.Array:
-    """`_scores` without an array of heads, which is more than a cache of a CPU holds: for 256 queries of 4 heads of 32 and 4,096 slots
-    2.1 ms instead of 3.4, for 64 queries of 64 heads of 128 23 instead of 28."""
+    """`_scores`, one head after another: an array of all heads would not fit a CPU's cache."""
 
     def add(score_BTC, head):
         q_BTJ, w_BT = head
@@ -146,13 +173,12 @@ def _scores_by_head(q_BTIJ: jax.Array, w_BTI: jax.Array, key_BCJ: jax.Array) -> 
 
 
 def _dots(q: jax.Array, key_BCJ: jax.Array) -> jax.Array:
-    """q . K[c] of each sequence, [B,...,C] of q [B,...,J]."""
+    """q . K[c] in each sequence, float32 [B,...,C] for q [B,...,J]."""
     dot = functools.partial(
         jnp.einsum, precision=precision_of(q), preferred_element_type=jnp.float32
     )
-    if (
-        len(q) == 1
-    ):  # XLA:CPU takes 5 times as long for one query and many keys where the product has a batch axis
+    # For one query and many keys, XLA:CPU is slow at a product with a batch axis.
+    if len(q) == 1:
         return dot("...J,CJ->...C", q[0], key_BCJ[0])[None]
     return dot("B...J,BCJ->B...C", q, key_BCJ)
 
@@ -160,13 +186,16 @@ def _dots(q: jax.Array, key_BCJ: jax.Array) -> jax.Array:
 def index_loss(
     mass_BTC: jax.Array, score_BTC: jax.Array, seen_BTC: jax.Array, real_T: jax.Array
 ) -> IndexLoss:
-    """Sum over queries of KL( P || softmax(I) ) over the entries they see; P is the mass over its sum.
+    """Sums over queries of KL( P || softmax(score) ), over the entries that each query sees.
 
-    The equation: docs/equations.md#indexer-loss.
+    P is a query's mass on an entry over its mass on all (docs/equations.md#indexer-loss).
 
     Args:
-      mass_BTC: what all heads together give to each entry, sum_h exp(c_h) / Z_h; 0 where it is not seen.
-      score_BTC: I. seen_BTC: entries that take part. real_T: queries that are there (chunks are filled up).
+      mass_BTC: mass that all heads give to each entry, sum_h exp(c_h) / Z_h; 0 where it is not
+        seen.
+      score_BTC: index scores.
+      seen_BTC: which entries take part.
+      real_T: False for queries that only fill up a chunk.
     """
     tiny = jnp.finfo(jnp.float32).tiny
     mass_BTC = jax.lax.stop_gradient(mass_BTC)
@@ -189,9 +218,9 @@ def index_loss(
 
 
 def top_k_mask(score_BTC: jax.Array, k: int) -> jax.Array:
-    """True at the k largest scores of each query; of equal scores the smaller index wins, as in lax.top_k.
+    """Mask of the k largest scores of each query; of equal scores the smaller index wins.
 
-    Example: scores [3, 1, 3, 3], k 2 -> [True, False, True, False].
+    Example: scores [3, 1, 3, 3], k 2 -> [True, False, True, False], as lax.top_k chooses.
     """
     key_BTC = _sortable(score_BTC)
     kth = _kth_largest(key_BTC, k)
@@ -201,16 +230,16 @@ def top_k_mask(score_BTC: jax.Array, k: int) -> jax.Array:
     def some_of_level(_):
         return above | (level & (running_sum(level[..., None])[..., 0] <= room))
 
-    fits = jnp.all(
-        jnp.sum(level, axis=-1, keepdims=True) == room
-    )  # as a rule, and then nothing has to be counted
+    # Usually all scores equal to the k-th fit, and nothing has to be counted.
+    fits = jnp.all(jnp.sum(level, axis=-1, keepdims=True) == room)
     return jax.lax.cond(fits, lambda _: above | level, some_of_level, None)
 
 
 def best_of(score_BTC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """(scores, slots) of the k best of each query, float32 and int32 [B,T,K]: those of lax.top_k, ties included, in any order.
+    """(scores, slots) of the k best of each query, float32 and int32 [B,T,K], in any order.
 
-    On CPU lax.top_k takes one core 66 us a query for the best 128 of 16,384, groups take two cores 18. For few it has less to start.
+    The slots are those of lax.top_k, ties included. On CPU, where lax.top_k uses one core, all but
+    a few queries search groups of neighbours instead.
     """
 
     def whole_rows(score_BTC):
@@ -224,9 +253,10 @@ def best_of(score_BTC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _best_of_groups(score_BTC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`best_of` in the order of slots: the k groups of neighbours with the highest peaks hold the k best slots."""
+    """`best_of`, in the order of slots: the k groups of highest peak contain the k best slots."""
     batch, rows, slots = score_BTC.shape
-    size = 1 << round(math.log2(slots / k) / 2)  # as many peaks as there are slots in k groups
+    # About as many groups as there are slots in k groups.
+    size = 1 << round(math.log2(slots / k) / 2)
     group_BTPG = jnp.pad(
         score_BTC, ((0, 0), (0, 0), (0, -slots % size)), constant_values=-jnp.inf
     ).reshape(batch, rows, -1, size)
@@ -238,8 +268,11 @@ def _best_of_groups(score_BTC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]
 
 
 def _places(mask_BTC: jax.Array, k: int) -> jax.Array:
-    """int32 [B,T,K]: where the k True of each row are. The mask is packed into words; the word of the n-th True is counted out, then
-    its bit, half a word at a time."""
+    """Where the k True of each query's mask are, int32 [B,T,K], ascending.
+
+    The mask is packed into words. Counting finds the word of the n-th True, then its bit, halving
+    the word at each step.
+    """
     bits = jnp.pad(mask_BTC, ((0, 0), (0, 0), (0, -mask_BTC.shape[-1] % 32))).reshape(
         *mask_BTC.shape[:2], -1, 32
     )
@@ -263,15 +296,19 @@ def _places(mask_BTC: jax.Array, k: int) -> jax.Array:
 
 
 def _sortable(x: jax.Array) -> jax.Array:
-    """uint32 in the order of the float32 numbers x; 0 and -0 are the same."""
+    """uint32 keys in the order of the float32 numbers x; 0 and -0 have the same key."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits < sign, bits | sign, ~bits)
 
 
 def _kth_largest(key_BTC: jax.Array, k: int) -> jax.Array:
-    """uint32 [B,T,1], bit after bit from the highest: a bit stands if k keys are still as large. A sort takes XLA:CPU 10 times as long,
-    counting in int32 instead of float32 (exact up to 2^24 keys) 1.6 times."""
+    """The k-th largest key of each query, uint32 [B,T,1].
+
+    Bits are settled from the highest down: a bit is 1 if at least k keys are still as large. On
+    XLA:CPU this is faster than a sort, and counting in float32 (exact up to 2^24 keys) is faster
+    than in int32.
+    """
 
     def settle(n, kth):
         trial = kth | (jnp.uint32(1 << 31) >> n.astype(jnp.uint32))
@@ -283,7 +320,7 @@ def _kth_largest(key_BTC: jax.Array, k: int) -> jax.Array:
 
 
 class Indexer(Weights):
-    """Declares the indexer and gives its queries, head weights and keys; None where nothing asks for its scores."""
+    """Declares the indexer's weights, and makes its queries, head weights and keys."""
 
     cfg: ModelConfig
 
@@ -296,6 +333,11 @@ class Indexer(Weights):
         windows: CompressionWindows | None,
         view: CacheView | None = None,
     ) -> tuple[IndexInputs | None, CacheView | None]:
+        """(inputs of the scores or None, cache view or None).
+
+        The inputs are None where no scores are needed. They are needed where there are more entries
+        than may be chosen, and where the indexer is trained.
+        """
         cfg, heads, dim = self.cfg, self.cfg.index_n_heads, self.cfg.index_head_dim
         init = nn.initializers.normal(cfg.initializer_range)
         wq_b = self.weight(

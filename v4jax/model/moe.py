@@ -1,9 +1,10 @@
-"""Mixture of experts: hash or score routing, clamped SwiGLU experts, one shared expert, balance statistics.
+"""Mixture of experts: hash or score routing, clamped SwiGLU experts, one shared expert.
 
-Router scores, gate weights and activation are float32 (docs/equations.md#moe, official `Gate` and
+Router scores, gate weights and activations are float32 (docs/equations.md#moe, official `Gate` and
 `Expert`).
 
-Shapes: B batch, S positions, D hidden, E experts, K active experts, F expert hidden, P rows sorted by expert, V vocabulary.
+Shapes: B batch, S positions, D hidden, E experts, K active experts, P rows sorted by expert (one
+per assignment), V vocabulary, R rounds; lower case = this device's share.
 Next file to read: v4jax/model/hyper.py.
 """
 
@@ -35,14 +36,15 @@ from v4jax.quant.fake import mxfp4_weight
 
 
 class Routing(NamedTuple):
-    """What the router did in one layer.
+    """Results of one layer's router.
 
     Attributes:
-      load_E: float32, how many tokens of the whole batch chose each expert; sums to K * tokens that count.
-      balance: float32 scalar, sequence-wise balance loss (docs/equations.md#losses); 0 where a table
-        routes, since nothing the gate learns would move a token there.
-      index_BSK: the experts the scores chose, int32, where Collect.index asks for them and no table routes.
-      diagnostics: how the whole layer is doing, where Collect.watch asks for it (model/watch.py).
+      load_E: float32, tokens of the whole batch that chose each expert; the sum is K per token that
+        counts.
+      balance: float32 scalar, balance loss (docs/equations.md#losses); 0 in hash layers, where
+        nothing that the gate learns would move a token.
+      index_BSK: int32, experts that the scores chose; None if hash-routed or without Collect.index.
+      diagnostics: those of the whole layer (v4jax/model/watch.py); None without Collect.watch.
     """
 
     load_E: jax.Array
@@ -54,15 +56,16 @@ class Routing(NamedTuple):
 def router_scores(x_BSD: jax.Array, gate_DE: jax.Array) -> jax.Array:
     """sqrt(softplus(x @ gate)), float32 [B,S,E]."""
     logit = dense(x_BSD.astype(jnp.float32), gate_DE)
-    # Below -20 softplus is exp to float32 precision; the split keeps the gradient of the root
-    # finite at any logit. No score is 0: if all of a token's experts had 0, it had no weights.
+    # Below -20, softplus(z) is exp(z) to float32 precision, and its root is exp(z / 2). The split
+    # keeps the gradient of the root finite at any logit. The clip at -160 keeps every score above
+    # 0, or a token whose experts all score 0 would have no weights.
     low = logit < -20
     small = jnp.exp(jnp.clip(logit, -160, -20) / 2)
     return jnp.where(low, small, jnp.sqrt(jax.nn.softplus(jnp.where(low, 0, logit))))
 
 
 def gate_weights(score_BSE: jax.Array, index_BSK: jax.Array, scale: float) -> jax.Array:
-    """score[index] / sum(score[index]) * scale, [B,S,K].
+    """Weights of the chosen experts: score[index] / sum(score[index]) * scale, [B,S,K].
 
     Scores are unbiased: the bias selects only (docs/equations.md#trap-27).
     """
@@ -72,19 +75,22 @@ def gate_weights(score_BSE: jax.Array, index_BSK: jax.Array, scale: float) -> ja
 
 
 def _shares(score: jax.Array) -> jax.Array:
-    """score / sum(score) over the last axis, of scores above 0.
+    """score / sum(score) over the last axis, for scores above 0.
 
-    The gradient of a quotient divides by the square of its denominator, which float32 rounds to 0
-    for a sum below 1e-19; so scores are taken relative to the largest first. Scaling all scores
-    changes no share, so no gradient is lost.
+    Scores are first divided by the largest: the gradient of a quotient divides by the square of its
+    denominator, which float32 rounds to 0 for a sum below 1e-19. A common factor changes no share,
+    so it needs no gradient.
     """
     relative = score / jax.lax.stop_gradient(score.max(-1, keepdims=True))
     return relative / relative.sum(-1, keepdims=True)
 
 
 def choose(rules: AxisRules, score_BSE: jax.Array, active: int) -> jax.Array:
-    """int32 [B,S,K], the `active` experts of highest score. On a mesh each device looks at its own tokens: XLA would gather
-    the scores of the whole batch on every device for its top-k."""
+    """The `active` experts of highest score, int32 [B,S,K].
+
+    On a mesh each device chooses for its own tokens: XLA would gather the scores of the whole batch
+    on every device for its top-k.
+    """
 
     def top(score_bse):
         return jax.lax.top_k(score_bse, active)[1]
@@ -98,10 +104,12 @@ def choose(rules: AxisRules, score_BSE: jax.Array, active: int) -> jax.Array:
 def expert_share(
     rules: AxisRules, index_BSK: jax.Array, segments: Segments, experts: int
 ) -> jax.Array:
-    """f_i = E/(k T) * tokens choosing i, of each token's document with T tokens that count.
+    """f_i = E / (K T) * number of tokens that choose expert i, in the document of each token.
+
+    T is the number of the document's tokens that count (docs/equations.md#losses).
 
     Returns:
-      float32 [B,S,E]; [B,1,E] where every row is one document.
+      float32 [B,S,E]; [B,1,E] where each row is one document.
     """
     scale = experts / index_BSK.shape[-1]
     if segments.extent_2BS is None:
@@ -116,7 +124,9 @@ def expert_share(
     seq = rules.mesh_axes("act_seq")
 
     def local(index_BsK, counts_Bs, extent_2Bs):
-        if seq:  # documents cross devices; indices are few bytes a token, running sums of all experts are not
+        # Documents cross devices. Indices are gathered, being a few bytes per token; running sums
+        # of all experts are far larger.
+        if seq:
             gather = functools.partial(jax.lax.all_gather, axis_name=seq, axis=1, tiled=True)
             index_BsK, counts_Bs = gather(index_BsK), gather(counts_Bs)
         one_BS1 = counts_Bs[..., None].astype(jnp.float32)
@@ -142,9 +152,10 @@ def expert_share(
 
 
 def balance_loss(score_BSE: jax.Array, share_BSE: jax.Array, segments: Segments) -> jax.Array:
-    """sum_i f_i P_i of each document, averaged over documents weighted by their tokens; float32 scalar.
+    """Mean over documents, weighted by their tokens, of sum_i f_i P_i; float32 scalar.
 
-    P_i = mean_t s_i / sum_j s_j over the document's tokens that count; share_BSE is f (see expert_share).
+    P_i is the mean of s_i / sum_j s_j over the document's tokens that count; share_BSE is f (see
+    expert_share). Equation: docs/equations.md#losses.
     """
     each_BS = jnp.sum(share_BSE * _shares(score_BSE), axis=-1)
     if segments.counts_BS is None:
@@ -153,19 +164,21 @@ def balance_loss(score_BSE: jax.Array, share_BSE: jax.Array, segments: Segments)
 
 
 def _chosen(index_BSK: jax.Array, experts: int) -> jax.Array:
-    """float32 [B,S,E], how often each token chose each expert."""
+    """How often each token chose each expert, float32 [B,S,E]."""
     return jnp.sum(jax.nn.one_hot(index_BSK, experts), axis=2)
 
 
 def _at(x_BSE: jax.Array, row_BS: jax.Array) -> jax.Array:
+    """x[b, row[b,s]], [B,S,E]."""
     return jax.vmap(lambda x_SE, row_S: x_SE[row_S])(x_BSE, row_BS)
 
 
 def balanced_table(key: jax.Array, vocab: int, experts: int, active: int) -> jax.Array:
-    """A hash table for training from scratch: `active` different experts per token id, float32 [V,K] of integers.
+    """A hash table for training from scratch: K different experts per token id, as float32 [V,K].
 
-    Ids are shuffled and dealt in rounds of E; within a round, slot j maps ids one to one onto experts, so every expert serves
-    the same number of ids (up to one round). The released tables' recipe is unpublished.
+    Ids are shuffled and dealt in rounds of E. Within a round, column k maps ids one-to-one to
+    experts, so every expert serves equally many ids (up to one round). The recipe of the released
+    tables is unpublished.
     """
     rounds = -(-vocab // experts)
     shuffle_key, offset_key, order_key = jax.random.split(key, 3)
@@ -178,9 +191,10 @@ def balanced_table(key: jax.Array, vocab: int, experts: int, active: int) -> jax
 
 
 class MoE(Weights):
-    """Routed experts plus the shared expert; gives (y [B,S,D], Routing).
+    """Routed experts plus the shared expert: (output [B,S,D], Routing).
 
-    A variable "index" [B,S,K] in the collection "chosen" stands in for the experts that scores would choose (train/anticipate.py).
+    A variable "index" [B,S,K] in the collection "chosen" replaces the experts that scores would
+    choose (v4jax/train/anticipate.py).
     """
 
     cfg: ModelConfig
@@ -228,9 +242,9 @@ class MoE(Weights):
 
 
 class Experts(Weights):
-    """The routed experts' matrices. They stay sharded and float32 until the device that runs them casts its own.
+    """The routed experts; each device casts its own float32 matrices to the compute dtype.
 
-    Given without w3, w1 holds both (v4jax/generate/cache.py, split_layers).
+    Without w3, w1 is both matrices side by side (`split_layers` in v4jax/generate/cache.py).
     """
 
     cfg: ModelConfig
@@ -283,7 +297,10 @@ class Experts(Weights):
 
 
 class SharedExpert(Weights):
-    """The expert every token passes through; clamped like the others. Its input is as `act_quant` left it."""
+    """The expert that every token passes through, clamped like the others.
+
+    Its input has already passed `act_quant`.
+    """
 
     cfg: ModelConfig
 

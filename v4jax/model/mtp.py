@@ -1,4 +1,4 @@
-"""Multi-token prediction: one more block that, from the main model's streams at t and token t+1, predicts token t+2.
+"""Multi-token prediction: one more block predicts token t+2 from the streams at t and token t+1.
 
 Shapes: B batch, S positions, X streams, D hidden.
 Next file to read: v4jax/model/block.py.
@@ -19,7 +19,12 @@ from v4jax.model.weights import Weights
 
 
 class MTP(Weights):
-    """x = e_proj(enorm(embed(next))) copied to every stream + h_proj(hnorm(streams)); block; own collapse and norm."""
+    """Streams at t and the embedding of token t+1 -> final state that predicts token t+2.
+
+        x = block(e_proj(enorm(next)) copied to every stream + h_proj(hnorm(streams)))
+
+    A collapse and a norm of MTP's own follow (docs/equations.md#mtp).
+    """
 
     cfg: ModelConfig
 
@@ -32,7 +37,12 @@ class MTP(Weights):
         segments: Segments,
         view: CacheView | None = None,
     ) -> tuple[jax.Array, Routing, CacheView | None]:
-        """Streams of the main model (before its last collapse), embeddings and ids of the tokens that follow."""
+        """(final state [B,S,D], Routing, cache view or None).
+
+        Args:
+          x_BSXD: streams of the main model before its last collapse.
+          next_BSD, next_BS: embeddings and ids of the tokens that follow.
+        """
         cfg, context, hidden = self.cfg, self.context, x_BSXD.shape[-1]
         init = nn.initializers.normal(cfg.initializer_range)
         e_proj = self.weight("e_proj", (hidden, hidden), ("embed", "embed_out"), init, fp8=True)
@@ -51,10 +61,11 @@ class MTP(Weights):
 
 
 def run_mtp(mtp: MTP, x_BSXD: jax.Array, *others):
-    """mtp(x, *others) whose backward pass is through with the weights before it goes on to the layers below.
+    """mtp(x, *others), whose weight gradients are ready before the layers below begin theirs.
 
-    XLA puts off what only the optimizer waits for: the gradients of MTP's experts would lie whole, not yet scattered, beside everything
-    that the layers' backward pass holds. Gradients are of all collections, not of weights alone: the others are traced as well.
+    XLA delays work that only the optimizer waits for: whole gradients of MTP's experts, not yet
+    scattered over devices, would lie in memory all through the backward pass of the layers.
+    Gradients include every collection, not only weights, because all collections are traced.
     """
 
     def run(mtp, *inputs):

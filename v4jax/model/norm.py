@@ -11,7 +11,7 @@ from v4jax.model.weights import Weights
 
 
 def rms_norm(x: jax.Array, eps: float, weight: jax.Array | None = None) -> jax.Array:
-    """x * rsqrt(mean(x^2) + eps) [* weight] over the last axis; float32 inside, the dtype of x outside."""
+    """x * rsqrt(mean(x^2) + eps) [* weight] over the last axis; float32 inside, then x's dtype."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (x32 if weight is None else x32 * weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(
@@ -20,7 +20,7 @@ def rms_norm(x: jax.Array, eps: float, weight: jax.Array | None = None) -> jax.A
 
 
 class RMSNorm(Weights):
-    """RMS norm with a learned weight (kept float32, as in the official code)."""
+    """RMS norm with a learned weight, which stays float32 as in the official code."""
 
     eps: float = 1e-6
 

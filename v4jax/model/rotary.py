@@ -1,10 +1,10 @@
-"""Rotary positions: interleaved pairs on the last dims of a head, plain or with YaRN, in float32.
+"""Rotary positions: interleaved pairs in the last dims of a head, plain or with YaRN, in float32.
 
-Two tables exist (docs/equations.md#rotary): layers of compress ratio 0 and MTP use rope_theta without
-YaRN; CSA and HCA layers use compress_rope_theta with YaRN for queries, window keys, compressed
-entries and indexer. cos and sin are never scaled (the attention factor is 1).
+There are two tables (docs/equations.md#rotary). Layers of compress ratio 0 and MTP use rope_theta
+without YaRN. CSA and HCA layers use compress_rope_theta with YaRN, for queries, window keys,
+entries and indexer. cos and sin are never scaled: the attention factor is 1.
 
-Shapes: R rope dims; `...` any leading axes.
+Shapes: R rope dims, H head dim; `...` any leading axes.
 Next file to read: v4jax/model/compressor.py.
 """
 
@@ -26,7 +26,7 @@ class Rotation(NamedTuple):
     sin: jax.Array
 
     def heads(self) -> "Rotation":
-        """The same, with an axis for heads before the last."""
+        """The same rotation with an axis for heads before the last."""
         return Rotation(self.cos[..., None, :], self.sin[..., None, :])
 
 
@@ -42,7 +42,7 @@ def frequencies(cfg: ModelConfig, compressed: bool) -> np.ndarray:
 
 
 def _ramp(yarn: RopeScaling, theta: float, dims: int) -> np.ndarray:
-    """0 for pairs that turn fast (kept), 1 for pairs that turn slowly (divided by the factor), linear between."""
+    """Share of YaRN's lower frequency: 0 for fast pairs, 1 for slow ones, linear between; [R/2]."""
 
     def pair_with(rotations: float) -> float:
         return (
@@ -53,24 +53,27 @@ def _ramp(yarn: RopeScaling, theta: float, dims: int) -> np.ndarray:
 
     low = max(math.floor(pair_with(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_with(yarn.beta_slow)), dims - 1)
-    width = (high - low) or 0.001  # official code avoids the division by zero the same way
+    # The official code avoids division by zero the same way.
+    width = (high - low) or 0.001
     return np.clip((np.arange(dims // 2) - low) / width, 0, 1)
 
 
 def rotation(cfg: ModelConfig, compressed: bool, positions: jax.Array) -> Rotation:
-    """The rotation at integer `positions` [...] -> [..., R/2]."""
+    """Rotation at integer `positions` [...]: cos and sin are [..., R/2]."""
     angles = jnp.multiply.outer(positions.astype(jnp.float32), frequencies(cfg, compressed))
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rotate(x: jax.Array, rope: Rotation, inverse: bool = False) -> jax.Array:
-    """Turns pairs (2i, 2i+1) of the last R dims of x by +-angle, in float32; the other dims pass through.
+    """x with pairs (2i, 2i+1) of its last R dims rotated, in float32; other dims are unchanged.
 
-    Its gradient turns back (autodiff pads and adds every slice instead); none goes to the angles.
+    The gradient is the inverse rotation (autodiff would pad and add every slice); angles get none.
 
     Args:
-      x: [..., H] with H >= R. rope: broadcastable to [..., R/2]. inverse: turn back (the attention output).
+      x: [..., H] with H >= R.
+      rope: broadcastable to [..., R/2].
+      inverse: rotate by the negative angle, as for the attention output.
     """
     width = 2 * rope.cos.shape[-1]
     passed, turned = x[..., :-width], x[..., -width:].astype(jnp.float32)

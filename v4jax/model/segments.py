@@ -1,15 +1,18 @@
-"""Where documents begin and end in packed rows, and which compression windows they make.
+"""Documents of packed rows: where they begin and end, and which compression windows they make.
 
-Nothing crosses a document: positions restart, windows are aligned to the document's first token, and its incomplete last
-window makes no entry. A row without segment ids is one document.
+Nothing crosses a document: positions restart, compression windows are aligned to the document's
+first token, and its incomplete last window makes no entry (docs/equations.md#packing). A row
+without segment ids is one document.
 
-Example, ratio 4, segments [1 1 1 1 1 2 2 2 2 3]: positions [0 1 2 3 4 0 1 2 3 0]; tokens 3 and 8 close a window, so
-entries start at rows 0 and 5.
+Example, ratio 4, segments [1 1 1 1 1 2 2 2 2 3]: positions are [0 1 2 3 4 0 1 2 3 0]; tokens 3 and
+8 of the row close a window, so entries begin at tokens 0 and 5.
 
-Where the sequence is cut over devices, an entry belongs to the device that holds its last token, and every device has as
-many slots as could end in its shard: sharding changes where empty slots stand, never the order of entries.
+Where the sequence is cut over devices, an entry belongs to the device that holds its last token.
+Every device has as many slots as windows can end in its shard. So sharding changes which slots are
+empty, never the order of entries.
 
-Shapes: B batch, S positions, C slots for compressed entries (S // ratio in an uncut sequence: never more can be complete).
+Shapes: B batch, S positions of a row or of a shard, C slots for entries (S // ratio in an uncut
+sequence, the most that can be complete), X shards of the sequence.
 Next file to read: v4jax/model/rotary.py.
 """
 
@@ -25,13 +28,19 @@ from v4jax.model.rotary import Rotation, rotation
 
 
 class CompressionWindows(NamedTuple):
-    """The compression windows of one ratio. Slots without a window have last_BC = S, which no query can see.
+    """Compression windows of one ratio, one per slot.
+
+    An empty slot has last_BC = S, which no query can see. The batch is 1 where each row is one
+    document.
 
     Attributes:
-      first_BC: row of the window's first token. last_BC: row of its last one. Batch is 1 for rows of one document.
-      segment_BC: its document, or None for rows of one document.
-      overlaps_BC: whether its document has a window before it (CSA pools that one's rows too).
-      rope: rotation at the position of the window's first token [B,C,R/2].
+      first_BC: int32, index in the row of the window's first token (see read_span for continued
+        rows).
+      last_BC: int32, index in the row of its last token.
+      segment_BC: its document; None where each row is one document.
+      overlaps_BC: whether its document has a window before it, which CSA pools too.
+      rope: rotation at the position of its first token, [B,C,R/2] for R rope dims; None where
+        unused.
     """
 
     first_BC: jax.Array
@@ -44,23 +53,31 @@ class CompressionWindows(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Collect:
-    """What layers are to give besides what they compute (see moe.Routing): the indices of chosen experts; how they are doing."""
+    """What layers return beside their output.
+
+    Attributes:
+      index: indices of the chosen experts (Routing.index_BSK in v4jax/model/moe.py).
+      watch: diagnostics of every layer (v4jax/model/watch.py).
+    """
 
     index: bool = False
     watch: bool = False
 
 
 class Segments(NamedTuple):
-    """What layers must know about rows.
+    """What layers need to know of a batch's documents.
 
     Attributes:
-      segment_BS: document id of each token, 0 for padding; None where each row is one document.
-      extent_2BS: rows of the first and last token of each token's document; None where each row is one document.
-      counts_BS: tokens that count in router statistics: not padding and, in MTP, not a document's last. None: all.
-      rope: rotation of tokens in layers of ratio 0 [B,S,R/2] (batch 1 for rows of one document).
+      segment_BS: document of each token, 0 for padding; None where each row is one document.
+      extent_2BS: indices of the first and last token of each token's document; None likewise.
+      counts_BS: which tokens count in router statistics: no padding and, in MTP, no document's last
+        token; None: all.
+      rope: rotation of tokens in layers of ratio 0, [B,S,R/2] for R rope dims; the batch is 1 where
+        each row is one document.
       compressed_rope: the same for CSA and HCA layers.
-      windows: compress ratio -> CompressionWindows, for the ratios that give any entry at this length.
-      collect: static.
+      windows: compress ratio -> CompressionWindows, for ratios that can make an entry at this
+        length.
+      collect: what layers return beside their output; static.
     """
 
     segment_BS: jax.Array | None
@@ -75,7 +92,7 @@ class Segments(NamedTuple):
 def read_segments(
     cfg: ModelConfig, seq: int, segment_BS: jax.Array | None, shards: int = 1
 ) -> Segments:
-    """Positions, rotations and windows of rows of `seq` tokens, which are cut into `shards` equal parts."""
+    """Segments of rows of `seq` tokens that are cut into `shards` equal parts."""
     extent_2BS = None if segment_BS is None else _extent(segment_BS)
     row_1S = jnp.arange(seq, dtype=jnp.int32)[None]
     position_BS = row_1S if extent_2BS is None else row_1S - extent_2BS[0]
@@ -95,10 +112,11 @@ def read_segments(
 
 
 def read_span(cfg: ModelConfig, seq: int, span: ChunkSpan) -> Segments:
-    """The same for chunks of `seq` tokens that continue rows at positions of their own.
+    """Segments of chunks of `seq` tokens that continue rows, each at a position of its own.
 
-    Windows are those that may close in the chunk; first_BC counts from the first of `tail_rows` rows before it (so window
-    2 of ratio 4 has first_BC 6 where the chunk starts at position 10), last_BC is a position.
+    Windows are those that may close in the chunk. last_BC is a position; first_BC counts from the
+    first of the `tail_rows` tokens before the chunk. Example: ratio 4, a chunk from position 10 on:
+    window 2 begins at position 8 and has first_BC 6, because the tail begins at position 2.
     """
     start_B1 = span.start_B[:, None]
     position_BS = start_B1 + jnp.arange(seq, dtype=jnp.int32)[None]
@@ -115,13 +133,13 @@ def read_span(cfg: ModelConfig, seq: int, span: ChunkSpan) -> Segments:
 
 
 def whole_windows(ratio: int, slots: int) -> CompressionWindows:
-    """Slots that stand back to back from position 0, of which only the last rows matter."""
+    """Windows of a cache: slot c holds the window of tokens c * ratio to c * ratio + ratio - 1."""
     first_1C = jnp.arange(slots, dtype=jnp.int32)[None] * ratio
     return CompressionWindows(first_1C, first_1C + ratio - 1, None, first_1C > 0, None)
 
 
 def without_last_tokens(segments: Segments, tokens_BS: jax.Array) -> Segments:
-    """The same, but the last token of each document does not count: in MTP it has no next token."""
+    """The same segments, but a document's last token does not count: MTP has none after it."""
     follows_BS = jnp.broadcast_to(
         jnp.arange(tokens_BS.shape[1]) < tokens_BS.shape[1] - 1, tokens_BS.shape
     )
@@ -132,7 +150,10 @@ def without_last_tokens(segments: Segments, tokens_BS: jax.Array) -> Segments:
 
 
 def _extent(segment_BS: jax.Array) -> jax.Array:
-    """Rows of the first and last token of each token's document, int32 [2,B,S]. A document is a run of one segment id."""
+    """Indices of the first and the last token of each token's document, int32 [2,B,S].
+
+    A document is a run of one segment id. Example: [1 1 2] gives [0 0 2] and [1 1 2].
+    """
     seq = segment_BS.shape[1]
     row_1S = jnp.arange(seq, dtype=jnp.int32)[None]
     change_BS = segment_BS[:, 1:] != segment_BS[:, :-1]
@@ -147,6 +168,7 @@ def _extent(segment_BS: jax.Array) -> jax.Array:
 def _windows(
     cfg: ModelConfig, ratio: int, position_BS: jax.Array, segment_BS: jax.Array | None, shards: int
 ) -> CompressionWindows:
+    """Windows of one ratio; each shard's windows fill its slots from the left."""
     seq = position_BS.shape[1]
     rows = seq // shards
     slots = rows // ratio if shards == 1 or rows % ratio == 0 else rows // ratio + 1

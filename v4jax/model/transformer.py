@@ -1,10 +1,10 @@
-"""The whole model: embedding -> residual streams -> layers (scanned in groups) -> collapse -> norm -> head, plus MTP.
+"""The whole model: embedding, residual streams, scanned layers, collapse, norm, head, and MTP.
 
-The public entrance is `forward`: plain dict of arrays in, logits out. Parameters are one nested dict: trained weights, and
-under "router" what is not trained by gradient (selection bias, hash tables; tables are float32 holding exact integers, so that
-jax.grad works on the whole dict).
+`forward` is the public entry point: it takes a plain dict of arrays and returns logits. Parameters
+are one nested dict. Its "router" holds what no gradient moves, selection bias and hash tables;
+tables are float32 arrays of integers, so that jax.grad takes the whole dict.
 
-Shapes: B batch, S positions, X streams, D hidden, V vocabulary.
+Shapes: B batch, S positions, X streams, D hidden, V vocabulary, L layers, K active experts.
 Next file to read: v4jax/model/block.py.
 """
 
@@ -31,14 +31,17 @@ from v4jax.quant.fake import check_quant
 
 
 class Hidden(NamedTuple):
-    """What the network computes before the head.
+    """Results of the network before the head.
 
     Attributes:
       x_BSD: normalised final state; x @ head gives the logits of the next token.
-      mtp_x_BSD: the same for the token after the next, or None without MTP; the last position of a document means nothing.
-      head_DV: the head's matrix in the compute dtype, so that a loss can apply it piece by piece.
-      routing: group name -> block name -> Routing with a first axis for layers; "mtp" -> "block" -> Routing.
-      index: group name -> block name -> IndexLoss with a first axis for layers, of CSA layers whose indexer is taught.
+      mtp_x_BSD: the same for the token after the next; None without MTP. It is meaningless at a
+        document's last position.
+      head_DV: the head in the compute dtype, so that a loss can apply it piece by piece.
+      routing: group name -> block name -> Routing with a first axis for layers; "mtp" -> "block" ->
+        Routing.
+      index: group name -> block name -> IndexLoss with a first axis for layers, where the indexer
+        is trained.
     """
 
     x_BSD: jax.Array
@@ -49,7 +52,13 @@ class Hidden(NamedTuple):
 
 
 class Output(NamedTuple):
-    """logits and mtp_logits float32 [B,S,V] (position t predicts t+1 and t+2); aux: what the routers did (see Hidden)."""
+    """Logits of every position, and what the routers did.
+
+    Attributes:
+      logits: float32 [B,S,V]; position t predicts token t+1.
+      mtp_logits: float32 [B,S,V]; position t predicts token t+2. None without MTP.
+      aux: routing (see Hidden).
+    """
 
     logits: jax.Array
     mtp_logits: jax.Array | None
@@ -57,7 +66,10 @@ class Output(NamedTuple):
 
 
 class Transformer(Weights):
-    """Declares every weight of the model. `remat`: recompute each pattern of layers in the backward pass."""
+    """The model up to the head; declares every weight.
+
+    remat: recompute each pattern of layers in the backward pass.
+    """
 
     cfg: ModelConfig
     remat: bool = False
@@ -109,7 +121,7 @@ class Transformer(Weights):
 
 
 class Embedding(Weights):
-    """The token table; it stays as the layout cut it, since `embed_lookup` needs no whole table."""
+    """The token table, cut as the layout says, because `embed_lookup` needs no whole table."""
 
     cfg: ModelConfig
 
@@ -122,7 +134,7 @@ class Embedding(Weights):
 
 
 class Head(Weights):
-    """The untied output matrix."""
+    """The output matrix, which is not tied to the embedding."""
 
     cfg: ModelConfig
 
@@ -135,7 +147,7 @@ class Head(Weights):
 
 
 def project_logits(rules: AxisRules, x_BSD: jax.Array, head_DV: jax.Array) -> jax.Array:
-    """x @ head in float32 [B,S,V]."""
+    """Logits x @ head, float32 [B,S,V]."""
     logits = dense(x_BSD, head_DV, jnp.float32)
     return rules.constrain(logits, "act_batch", "act_seq", "act_vocab")
 
@@ -157,17 +169,20 @@ def apply(
     """Runs the network up to the head; `params` is the public dict, "router" included.
 
     Args:
-      collect: what routing holds besides loads. chosen: group -> block -> indices of experts [L,B,S,K], as routing gives them when asked;
+      collect: what routing holds beside loads and balance loss.
+      chosen: group -> block -> indices of experts [L,B,S,K], as `Collect(index=True)` returns them;
         None: the scores choose.
 
     Raises:
-      ValueError: rows that do not divide over the devices that cut the sequence, or sizes that `quant` cannot hold.
+      ValueError: rows that do not divide over the devices that cut the sequence, or sizes that
+        `quant` cannot represent.
     """
     check_quant(cfg, quant, rules.shards("expert_hidden"))
     shards = rules.shards("act_seq")
     if tokens_BS.shape[1] % shards:
         raise ValueError(
-            f"tokens: got rows of {tokens_BS.shape[1]}; must divide by {shards}, the mesh axes that cut the sequence"
+            f"tokens: got rows of {tokens_BS.shape[1]}; must divide by {shards}, "
+            "the mesh axes that cut the sequence"
         )
     weights = {name: value for name, value in params.items() if name != "router"}
     model = Transformer(rules, jnp.dtype(dtype), quant, sparse, cfg, remat)
@@ -191,17 +206,24 @@ def forward(
     dtype: jnp.dtype | None = None,
     remat: bool = False,
 ) -> Output:
-    """Logits of every position; differentiable in params, and jit-able with cfg, quant, rules, dtype and remat static.
+    """Logits of every position, differentiable in params.
+
+    Under jit, cfg, quant, rules, dtype and remat must be static.
 
     Args:
       params: the nested dict of `v4jax.load` or `init_params`.
-      tokens_BS: int [B,S], ids in [0, vocab_size) (unchecked under jit: an id outside reads a clamped row).
-      segment_ids_BS: int [B,S], documents of packed rows, 0 for padding; None where each row is one document.
-      quant: "none", or "official": the low-precision numbers of the served model (v4jax/quant/fake.py).
-      rules: layout, with an ambient mesh (jax.set_mesh). dtype: compute dtype; default: that of the embedding.
+      tokens_BS: int [B,S], ids in [0, vocab_size). Other ids are not detected; their logits are
+        meaningless.
+      segment_ids_BS: int [B,S], documents of packed rows, 0 for padding; None where each row is one
+        document.
+      quant: "none", or "official" for the low-precision numbers of the served model
+        (v4jax/quant/fake.py).
+      rules: layout, for the ambient mesh (jax.set_mesh).
+      dtype: compute dtype; by default that of the embedding.
 
     Raises:
-      ValueError: shapes that do not fit, or a quant that does not exist or does not fit the model's sizes.
+      ValueError: shapes that do not fit, or a quant that does not exist or does not fit the model's
+        sizes.
     """
     if (
         tokens_BS.ndim != 2
@@ -232,7 +254,11 @@ def _forward(cfg, params, tokens_BS, segment_BS, rules, dtype, remat, quant) -> 
 
 
 def init_params(cfg: ModelConfig, key: jax.Array):
-    """Fresh parameters: normal with std initializer_range, norms 1, sinks, ape and biases 0, balanced hash tables."""
+    """Fresh parameters: matrices are normal with standard deviation initializer_range.
+
+    Norms are 1; sinks, ape and biases are 0; hash tables are balanced; hyper-connections start near
+    a static mix (docs/equations.md#mhc).
+    """
     return jax.jit(lambda key: nn.unbox(_boxed(cfg, key)))(key)
 
 
@@ -242,7 +268,7 @@ def abstract_params(cfg: ModelConfig):
 
 
 def param_axes(cfg: ModelConfig):
-    """Logical axis names of the parameters: the same tree with a tuple of names (or None) per leaf."""
+    """Logical axes of the parameters: the same tree, a tuple of names (or None) for each array."""
 
     def is_box(leaf):
         return isinstance(leaf, nn.LogicallyPartitioned)
@@ -252,7 +278,7 @@ def param_axes(cfg: ModelConfig):
 
 @functools.cache
 def _abstract_boxed(cfg: ModelConfig):
-    """Shapes, dtypes and axes; tracing them takes seconds for a full model, and several callers ask."""
+    """Shapes, dtypes and axes; cached, because several callers trace the model and that is slow."""
     return jax.eval_shape(lambda: _boxed(cfg, jax.random.key(0)))
 
 

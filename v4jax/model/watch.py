@@ -1,6 +1,6 @@
-"""How a layer is doing, in a few numbers: gates and mixing matrices of its hyper-connections, largest activations.
+"""Diagnostics of a layer: gates and mixing matrices of its hyper-connections, largest activations.
 
-Shapes: B batch, S positions, X streams (j source, k target), D hidden.
+Shapes: B batch, S positions, X streams (J source, K target), D hidden.
 Next file to read: v4jax/model/block.py.
 """
 
@@ -12,18 +12,25 @@ import jax.numpy as jnp
 from v4jax.model.hyper import Mix
 
 ITERATIONS = 8
-"""Of the power method: Sinkhorn leaves comb so near to doubly stochastic that the ones it starts from are almost the answer."""
+"""Steps of the power method.
+
+A few suffice: comb is nearly doubly stochastic, so the constant vector that they start from is
+almost the answer.
+"""
 
 
 class Diagnostics(NamedTuple):
-    """Float32 scalars of one sublayer, over all tokens of the batch; `merge` joins the two of a layer.
+    """Measurements of one sublayer, float32 scalars over all tokens; `merge` joins a layer's two.
 
     Attributes:
-      pre, post: mean gates into and out of the sublayer. gate_range: largest minus smallest of all of them.
-      comb_norm: largest spectral norm of a mixing matrix (1: mixing cannot make the streams grow).
+      pre, post: mean gates into and out of the sublayer.
+      gate_range: the largest of all these gates minus the smallest.
+      comb_norm: largest spectral norm of a mixing matrix (at 1, mixing cannot make the streams
+        grow).
       comb_off: mean share of a stream that comes from the others.
-      out_max, stream_max: largest absolute value of the sublayer's output and of the streams behind it.
-      stream_rms: root mean square of the streams.
+      out_max, stream_max: largest absolute value of the sublayer's output, and of the streams after
+        it.
+      stream_rms: root mean square of the streams after it.
     """
 
     pre: jax.Array
@@ -37,7 +44,7 @@ class Diagnostics(NamedTuple):
 
 
 def measure(pre_BSX: jax.Array, mix: Mix, y_BSD: jax.Array, x_BSXD: jax.Array) -> Diagnostics:
-    """The numbers of one sublayer: its gates, its output y, the streams x behind it."""
+    """Measures one sublayer: its gates, its output y, and the streams x after it."""
     pre_BSX, mix, y_BSD, x_BSXD = jax.lax.stop_gradient((pre_BSX, mix, y_BSD, x_BSXD))
     x = x_BSXD.astype(jnp.float32)
     gates = jnp.concatenate((pre_BSX, mix.post), axis=-1)
@@ -55,7 +62,7 @@ def measure(pre_BSX: jax.Array, mix: Mix, y_BSD: jax.Array, x_BSXD: jax.Array) -
 
 
 def merge(first: Diagnostics, second: Diagnostics) -> Diagnostics:
-    """A layer's: the mean of gates, the larger of norms and maxima, streams as the layer leaves them."""
+    """Joins a layer's two sublayers: means of means, larger of maxima, stream_rms of the second."""
     larger = {
         name: jnp.maximum(getattr(first, name), getattr(second, name))
         for name in ("gate_range", "comb_norm", "out_max", "stream_max")
@@ -68,7 +75,10 @@ def merge(first: Diagnostics, second: Diagnostics) -> Diagnostics:
 
 
 def spectral_norm(comb_BSJK: jax.Array) -> jax.Array:
-    """Largest singular value of each matrix of positive entries [...,X,X], by the power method (it has no sign to get wrong)."""
+    """Largest singular value of each matrix of positive numbers [...,X,X], by the power method.
+
+    The leading vectors of a positive matrix are positive, so a constant start cannot miss them.
+    """
 
     def multiply(v_BSK, _):
         u_BSJ = jnp.sum(comb_BSJK * v_BSK[..., None, :], axis=-1)

@@ -1,6 +1,6 @@
-"""How Linen modules declare a weight: shape, logical axes and initializer on one line, read back ready for use.
+"""The base of modules that own weights: each is declared on one line and returned ready for use.
 
-Linen is a thin shell here: arithmetic lives in pure functions, modules only declare weights and call them.
+Linen is a thin shell here: modules declare weights and hand them to pure functions.
 
 Next file to read: v4jax/model/hyper.py.
 """
@@ -16,7 +16,12 @@ from v4jax.quant.fake import fp8_input, fp8_weight
 
 
 class SparseMode(NamedTuple):
-    """How CSA layers attend. dense: to every visible entry, not to the chosen ones. train_indexer: compute the indexer's loss too."""
+    """How CSA layers attend.
+
+    Attributes:
+      dense: to every visible entry instead of the chosen ones.
+      train_indexer: compute the indexer's loss too.
+    """
 
     dense: bool = False
     train_indexer: bool = False
@@ -25,8 +30,12 @@ class SparseMode(NamedTuple):
 class Weights(nn.Module):
     """Base of modules that own weights.
 
-    `dtype` is the compute dtype; weights themselves are float32 by default. `quant`: "none", or "official" to compute with the
-    low-precision numbers of the served model (v4jax/quant/fake.py). `sparse`: how CSA layers attend.
+    Attributes:
+      rules: layout.
+      dtype: compute dtype; weights are declared float32.
+      quant: "none", or "official" for the low-precision numbers of the served model
+        (v4jax/quant/fake.py).
+      sparse: how CSA layers attend.
     """
 
     rules: AxisRules
@@ -36,15 +45,18 @@ class Weights(nn.Module):
 
     @property
     def context(self) -> tuple[AxisRules, jnp.dtype, str, SparseMode]:
-        """What every module hands to those inside it."""
+        """What every module hands to the modules inside it."""
         return self.rules, self.dtype, self.quant, self.sparse
 
     def weight(
         self, name: str, shape, axes, init, keep_float32: bool = False, fp8: bool = False
     ) -> jax.Array:
-        """Declares a weight, then gives it in the compute dtype (or float32), gathered over FSDP axes.
+        """Declares a weight and returns it in the compute dtype, gathered over FSDP axes.
 
-        `fp8`: released files store it as fp8, so under quant="official" it is rounded to that.
+        Args:
+          axes: logical axis names, one per axis of `shape`.
+          keep_float32: return float32 instead.
+          fp8: released files store it as fp8, so quant="official" rounds it to that.
         """
         w = self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
         if fp8 and self.quant == "official":
@@ -52,10 +64,10 @@ class Weights(nn.Module):
         return self.rules.gather(w.astype(jnp.float32 if keep_float32 else self.dtype), axes)
 
     def act_quant(self, x: jax.Array) -> jax.Array:
-        """`x` as a low-precision matrix takes it in: fp8 under quant="official" (official `act_quant`)."""
+        """`x` as input of a low-precision matrix: rounded to fp8 under quant="official"."""
         return fp8_input(x) if self.quant == "official" else x
 
 
 def constant(value):
-    """Initializer that broadcasts `value` over the shape."""
+    """An initializer that broadcasts `value` to the shape."""
     return lambda key, shape, dtype: jnp.broadcast_to(jnp.asarray(value, dtype), shape)

@@ -1,16 +1,21 @@
-"""What a layer keeps of the tokens it has seen, so that a row can be continued: explicit arrays, stacked over scanned layers.
+"""The cache of a layer: what decoding keeps of the tokens seen, as arrays stacked over layers.
 
-Slots may be cut over the devices that cut sequences (logical axis "cache_slots"), each holding a contiguous part of them; rings are not.
+Everything is addressed by absolute position, so taking tokens back only makes the length smaller:
+- Rings hold the newest tokens (keys/values of the window; what a coming entry will pool). Position
+  p lies at p mod R.
+- Slots hold one entry or one index key each. Window w lies at w. A query sees a slot only from the
+  last token of its window on, and the chunk that brings that token writes the slot, so older
+  contents are never read.
 
-Everything is addressed by absolute position, so that taking tokens back is nothing but a smaller length:
-- rings hold the newest rows (the window; what a coming entry will pool): position p lies at p mod R;
-- slots hold one compressed entry, or its index key, each: window w lies at w. A slot is seen only by queries at or behind the
-  last token of its window, and the chunk that brings that token writes it: whatever stood there before is never read.
+Example, CSA (ratio 4), 10 tokens: slots 0 and 1 are in use; the ring holds the tokens of window 1
+(the overlap) and tokens 8 and 9. Two tokens later window 2 is pooled from both and written to slot
+2.
 
-Example, CSA (ratio 4), 10 tokens kept: slots 0 and 1 are in use; the ring holds the rows of window 1 (the overlap) and rows 8, 9.
-Two tokens later window 2 is pooled from both and written to slot 2.
+On a mesh, slots may be cut over the devices that cut sequences (logical axis "cache_slots"), a
+contiguous part on each; rings are not cut.
 
-Shapes: L layers, B batch, S positions of a chunk, R rows of a ring, C slots, H width, K chosen entries.
+Shapes: L layers, B batch, S positions of a chunk, R places of a ring, V window keys, C slots, H
+width, T query positions, K chosen entries.
 Next file to read: v4jax/generate/decode.py.
 """
 
@@ -27,18 +32,26 @@ from v4jax.cache.quantized import Rows, empty_index_keys, empty_keys, pack, unpa
 from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 
 SPARE_ROWS = 8
-"""How many tokens may be taken back, or come at once without covering what the first of them sees: rings are longer by so many rows."""
+"""Places that a ring has beyond what queries see.
+
+This many tokens can be taken back, or come at once without overwriting what the first of them sees.
+"""
 
 
 class ChunkSpan(NamedTuple):
-    """Which rows of a chunk [B,S] are real: `count_B` of them, from the left; the first one continues at position `start_B`."""
+    """Which tokens of a chunk [B,S] are real: the first `count_B`, from position `start_B` on."""
 
     start_B: jax.Array
     count_B: jax.Array
 
 
 class Compressed(NamedTuple):
-    """What a compressor keeps: rings of its projections and gate logits, float32 [L,B,R,H], and its entries [L,B,C,H]."""
+    """What a compressor keeps.
+
+    Attributes:
+      c, z: rings of its projections and gate logits, float32 [L,B,R,H].
+      slots: its entries or index keys, [L,B,C,H].
+    """
 
     c: jax.Array
     z: jax.Array
@@ -46,7 +59,13 @@ class Compressed(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """One kind of layer, all its repeats: the ring of window rows [L,B,R,H], entries and index keys where the kind has them."""
+    """The cache of one kind of layer, with all its repeats.
+
+    Attributes:
+      window: ring of the window's keys/values, [L,B,R,H].
+      entry, index: what the compressors of entries and of index keys keep; None in kinds without
+        them.
+    """
 
     window: Rows
     entry: Compressed | None = None
@@ -54,19 +73,31 @@ class LayerCache(NamedTuple):
 
 
 class CacheView(NamedTuple):
-    """The cache as a layer sees it: (a part of) the arrays, which of the stacked layers this is, and what the chunk brings."""
+    """The cache as one layer sees it.
+
+    Attributes:
+      cache: a LayerCache, or a part of one.
+      layer: int32 scalar, number of the layer in the stack.
+      span: which tokens of the chunk are real.
+    """
 
     cache: Any
     layer: jax.Array
     span: ChunkSpan
 
     def with_arrays(self, cache) -> "CacheView":
-        """The same layer and chunk, other arrays."""
+        """The same layer and chunk with other arrays."""
         return self._replace(cache=cache)
 
 
 class CompressedKV(NamedTuple):
-    """Entries or index keys of one layer: stack [L,B,C,H], and how many are in use in the longest row."""
+    """Entries or index keys of one layer of the cache.
+
+    Attributes:
+      stack: those of all layers, [L,B,C,H].
+      layer: int32 scalar, number of the layer in the stack.
+      used: int32 scalar, number of slots in use in the longest row.
+    """
 
     stack: Rows
     layer: jax.Array
@@ -74,17 +105,17 @@ class CompressedKV(NamedTuple):
 
     @property
     def count(self) -> int:
-        """C."""
+        """C, the number of slots."""
         return slot_count(self.stack)
 
 
 def slot_count(slots: Rows) -> int:
-    """C of [L,B,C,H]."""
+    """C of slots [L,B,C,H]."""
     return jax.tree.leaves(slots)[0].shape[2]
 
 
 def tail_rows(ratio: int) -> int:
-    """How many rows before a token its window may pool: the window itself and, for CSA, the one before."""
+    """How many tokens before a chunk its entries may pool: one window, in CSA two."""
     return 2 * ratio if ratio == CSA else ratio
 
 
@@ -98,7 +129,10 @@ def empty_layer(
     dtype: jnp.dtype,
     storage: str,
 ) -> LayerCache:
-    """Nothing kept yet, room for `capacity` tokens (a multiple of the ratio); storage: see v4jax/cache/quantized.py."""
+    """An empty cache with a capacity of `capacity` tokens, which is a multiple of the ratio.
+
+    storage: see v4jax/cache/quantized.py.
+    """
 
     def placed(rows, slots: str | None = None):
         return jax.tree.map(lambda x: rules.constrain(x, None, "act_batch", slots, None), rows)
@@ -125,7 +159,10 @@ def empty_layer(
 def _rows_before(
     ring: Rows, layer: jax.Array, start_B: jax.Array, rows: int, dtype: jnp.dtype
 ) -> jax.Array:
-    """[B,rows,H], the rows before position `start_B`, oldest first; anything where positions are negative."""
+    """[B,rows,H]: what a ring holds of the `rows` positions before `start_B`, oldest first.
+
+    At negative positions the values mean nothing.
+    """
 
     def take(ring_LBRH):
         ring_BRH = jax.lax.dynamic_index_in_dim(ring_LBRH, layer, keepdims=False)
@@ -138,14 +175,16 @@ def _rows_before(
 def keep_rows(
     ring: Rows, layer: jax.Array, x_BSH: jax.Array, span: ChunkSpan
 ) -> tuple[Rows, Callable[[int], jax.Array]]:
-    """(the ring with the real rows of a chunk in it, a function: n -> [B,n+S,H], the n rows before the chunk and its own).
+    """Writes a chunk's real tokens to a ring: (the new ring, a function n -> [B,n+S,H]).
 
-    Every place of the ring takes the newest row that belongs there. A few rows fall on the spare ones, so that the rows before stay
-    where they are: all are read from the new ring, which costs neither a copy of the old one nor one to put them together.
+    The function returns the values of the n positions before the chunk, then the chunk's own. Each
+    place of the ring takes the newest token that belongs there. A few tokens (at most SPARE_ROWS)
+    fall on spare places, so the tokens before the chunk stay. All values can then be read from the
+    new ring, without copying the old one and without joining two arrays.
     """
 
     def put(ring_LBRH, x_BSH):
-        """A few rows, in place: what is written is a few rows and not the ring."""
+        """Writes a few tokens in place, not the whole ring."""
         size = ring_LBRH.shape[2]
         row_1S = jnp.arange(x_BSH.shape[1], dtype=jnp.int32)[None]
         place_BS = jnp.where(
@@ -175,7 +214,10 @@ def keep_rows(
 
 
 def _positions(span: ChunkSpan, size: int) -> jax.Array:
-    """int32 [B,R], which position each place of a ring holds once it has the rows of a chunk; negative: none yet."""
+    """Position of the token at each place of a ring after a chunk, int32 [B,R]; negative: none.
+
+    Example, R = 4, 6 tokens: [4 5 2 3].
+    """
     last_B1 = (span.start_B + span.count_B - 1)[:, None]
     return last_B1 - (last_B1 - jnp.arange(size, dtype=jnp.int32)[None]) % size
 
@@ -183,10 +225,11 @@ def _positions(span: ChunkSpan, size: int) -> jax.Array:
 def window_rows(
     ring: Rows, layer: jax.Array, x_BSH: jax.Array, span: ChunkSpan, window: int
 ) -> tuple[Rows, jax.Array, jax.Array]:
-    """(the ring with the real rows of a chunk in it, the `window` rows before the chunk and its own [B,V,H], their positions [B,V]).
+    """(the ring with a chunk's real tokens, window keys/values [B,V,H], their positions [B,V]).
 
-    A few rows are given with the whole ring, as it lies: to put it in order takes longer than to attend to it. Places that hold no row of
-    the window have positions before it.
+    These are the keys/values of the `window` positions before the chunk, then the chunk's own. For
+    a few tokens (at most SPARE_ROWS) they are the whole ring in its own order: sorting it takes
+    longer than attending to it. Places without a token of the window have positions before it.
     """
     new, longer = keep_rows(ring, layer, x_BSH, span)
     if x_BSH.shape[1] > SPARE_ROWS:
@@ -199,11 +242,12 @@ def window_rows(
 def _write(
     stack_LBRH: jax.Array, layer: jax.Array, place_BS: jax.Array, x_BSH: jax.Array
 ) -> jax.Array:
-    """stack[layer, b, place[b, s]] = x[b, s], in place; places past the end are dropped. No two of a row are the same.
+    """stack[layer, b, place[b,s]] = x[b,s], in place; places past the end are dropped.
 
-    Sequences are a batch of the scatter, so XLA sees that a device that holds some needs nothing of the others. vmap would say so too,
-    but turn the whole stack around to put them first, and back. A single row goes with one that is dropped: XLA:CPU would repeat the
-    writing of one alone wherever the stack is read, each time on a copy of all of it.
+    The places of a sequence must differ. Sequences are a batch axis of the scatter, so XLA sees
+    that a device needs nothing of other devices' sequences. vmap would show that too, but it would
+    transpose the whole stack and back. A single token is written together with a dropped one:
+    XLA:CPU would otherwise repeat the write wherever the stack is read, each time on a copy of it.
     """
     if place_BS.size == 1:
         place_BS, x_BSH = (
@@ -226,14 +270,13 @@ def _write(
 def fill_slots(
     rules: AxisRules, slots: Rows, layer: jax.Array, x_BSH: jax.Array, first_B: jax.Array
 ) -> Rows:
-    """Slots from `first_B` on hold x; rows that would fall off an end are dropped."""
+    """Writes x to the slots from `first_B` on; what falls off either end is dropped."""
 
     def fill(slots, layer, x, first_B, axis=None):
         count = slot_count(slots)
         place_BS = (first_B - first_row(axis, count))[:, None] + jnp.arange(x_BSH.shape[1])[None]
-        place_BS = jnp.where(
-            place_BS >= 0, place_BS, place_BS + 2**30
-        )  # past the end, not counted from it
+        # A negative place would count from the end; moved past the end, it is dropped.
+        place_BS = jnp.where(place_BS >= 0, place_BS, place_BS + 2**30)
         return jax.tree.map(
             lambda slots_LBCH, x_BSH: _write(slots_LBCH, layer, place_BS, x_BSH), slots, x
         )
@@ -251,16 +294,17 @@ def fill_slots(
 
 
 def slots_spec(rules: AxisRules, slots: Rows):
-    """Where slots are: cut with the batch and, over devices that cut sequences, into contiguous parts."""
+    """Partition spec of slots: cut with the batch and, contiguously, along "cache_slots"."""
     return jax.tree.map(lambda _: rules.spec((None, "act_batch", "cache_slots", None)), slots)
 
 
 def all_rows(rows: jax.Array | CompressedKV, dtype: jnp.dtype) -> jax.Array:
-    """[B,C,H] of a layer; an array passes."""
+    """All entries or keys of a layer, [B,C,H]; a plain array is returned as is."""
     return _layer_rows(rows.stack, rows.layer, dtype) if isinstance(rows, CompressedKV) else rows
 
 
 def _layer_rows(stack: Rows, layer: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """One layer of a stack, unpacked."""
     return unpack(
         jax.tree.map(
             lambda stack_LBRH: jax.lax.dynamic_index_in_dim(stack_LBRH, layer, keepdims=False),
@@ -271,7 +315,7 @@ def _layer_rows(stack: Rows, layer: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def some_rows(rows: CompressedKV, first: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:
-    """[B,size,H], the slots from `first` on."""
+    """`size` slots from `first` on, [B,size,H]."""
 
     def take(stack_LBCH):
         _, batch, _, width = stack_LBCH.shape
@@ -285,7 +329,7 @@ def some_rows(rows: CompressedKV, first: jax.Array, size: int, dtype: jnp.dtype)
 def chosen_rows(
     rows: jax.Array | CompressedKV, index_BTK: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
-    """[B,T,K,H], rows[index]; of a stack nothing else is read."""
+    """rows[index], [B,T,K,H]; of a stack nothing else is read."""
     if not isinstance(rows, CompressedKV):
         return jax.vmap(lambda rows_CH, index_TK: rows_CH[index_TK])(rows, index_BTK)
     one = jax.vmap(lambda rows_LCH, index_TK: rows_LCH[rows.layer, index_TK], in_axes=(1, 0))

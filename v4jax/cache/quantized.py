@@ -1,9 +1,11 @@
-"""Rows as the served model keeps them: keys/values in fp8 with rotary dims in bf16, indexer keys in MXFP4, scales as exponents.
+"""How the cache stores numbers as the served model does: fp8 keys/values and MXFP4 index keys.
 
-Only rows that quant="official" has rounded already (v4jax/quant/fake.py) are packed, so packing loses nothing but what bf16 does to
-rotary dims. A kept array is a plain one or one of the two NamedTuples here, all of whose arrays have the same leading axes.
+The rotary dims of keys/values are bf16; scales are stored as exponents. Only numbers that
+quant="official" has rounded (v4jax/quant/fake.py) are packed, so packing loses only what bf16 loses
+of the rotary dims. Stored numbers are a plain array, or one of the NamedTuples here, whose arrays
+all have the same leading axes.
 
-Bytes of a row, V4: 448 + 7 + 2*64 = 583 a key/value, 64 + 4 an indexer key.
+Bytes in V4: 448 + 7 + 2*64 = 583 per key/value, 64 + 4 per index key.
 
 Shapes: H key/value dims, R rope dims, J index dims; `...` any leading axes.
 Next file to read: v4jax/cache/layer.py.
@@ -20,11 +22,17 @@ from v4jax.quant import fp8, mxfp4
 from v4jax.quant.fake import KEY_BLOCK, power_of_two
 
 STORAGES = ("dtype", "official")
-"""Arrays in the compute dtype, or packed."""
+"""Arrays in the compute dtype, or packed as in the served model."""
 
 
 class KeyRows(NamedTuple):
-    """e4m3 [..., H-R], scale bytes [..., (H-R)/64], bf16 [..., R]."""
+    """Packed keys/values.
+
+    Attributes:
+      code: e4m3 [..., H-R].
+      scale: uint8 [..., (H-R)/64], exponents of the scales.
+      rope: bf16 [..., R].
+    """
 
     code: jax.Array
     scale: jax.Array
@@ -32,7 +40,12 @@ class KeyRows(NamedTuple):
 
 
 class IndexRows(NamedTuple):
-    """Two e2m1 to a byte, the even dim low [..., J/2], scale bytes [..., J/32]."""
+    """Packed index keys.
+
+    Attributes:
+      code: uint8 [..., J/2], two e2m1 per byte, the even dim in the low bits.
+      scale: uint8 [..., J/32], exponents of the scales.
+    """
 
     code: jax.Array
     scale: jax.Array
@@ -56,7 +69,7 @@ def empty_keys(cfg: ModelConfig, lead: tuple[int, ...], dtype: jnp.dtype, storag
 def empty_index_keys(
     cfg: ModelConfig, lead: tuple[int, ...], dtype: jnp.dtype, storage: str
 ) -> Rows:
-    """Zeros for indexer keys [*lead, J]."""
+    """Zeros for index keys [*lead, J]."""
     dim = cfg.index_head_dim
     if storage != "official":
         return jnp.zeros((*lead, dim), dtype)
@@ -66,7 +79,7 @@ def empty_index_keys(
 
 
 def pack(like: Rows, x: jax.Array) -> Rows:
-    """`x` in the form of `like`."""
+    """`x` as `like` stores it."""
     if isinstance(like, KeyRows):
         rope = like.rope.shape[-1]
         y, scale = _scaled(x[..., :-rope], KEY_BLOCK, fp8.LARGEST, fp8.LEAST_AMAX)
@@ -83,7 +96,7 @@ def pack(like: Rows, x: jax.Array) -> Rows:
 
 
 def unpack(rows: Rows, dtype: jnp.dtype) -> jax.Array:
-    """The numbers, in `dtype` (a plain array stays what it is)."""
+    """The numbers, in `dtype`; a plain array is returned as is."""
     if isinstance(rows, KeyRows):
         plain = _unscaled(rows.code.astype(jnp.float32), rows.scale, KEY_BLOCK)
         return jnp.concatenate((plain.astype(dtype), rows.rope.astype(dtype)), axis=-1)
@@ -98,7 +111,7 @@ def unpack(rows: Rows, dtype: jnp.dtype) -> jax.Array:
 
 
 def as_kept(like: Rows, x: jax.Array) -> jax.Array:
-    """`x` as it will be read back, so that a token meets its own chunk as later ones will."""
+    """`x` as it will be read back, so that a chunk sees its own tokens as later chunks do."""
     if not isinstance(like, KeyRows):
         return x
     rope = like.rope.shape[-1]
@@ -108,7 +121,7 @@ def as_kept(like: Rows, x: jax.Array) -> jax.Array:
 
 
 def _scaled(x: jax.Array, block: int, largest: float, least: float) -> tuple[jax.Array, jax.Array]:
-    """(x / scale, the scales' exponents uint8); the last block may be partial."""
+    """(x / scale, exponents of the scales uint8), one scale per block; the last may be partial."""
     x = x.astype(jnp.float32)
     blocks = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)]).reshape(
         *x.shape[:-1], -1, block
@@ -119,5 +132,6 @@ def _scaled(x: jax.Array, block: int, largest: float, least: float) -> tuple[jax
 
 
 def _unscaled(y: jax.Array, exponent: jax.Array, block: int) -> jax.Array:
+    """y times the scale of its block, float32."""
     scale = jax.lax.bitcast_convert_type(exponent.astype(jnp.int32) << 23, jnp.float32)
     return y * jnp.repeat(scale, block, axis=-1)[..., : y.shape[-1]]

@@ -1,12 +1,15 @@
-"""The experts' feed-forward over rows sorted by expert: grouped matrix products, with a backend per platform.
+"""The experts' feed-forward on rows sorted by expert, with the grouped products of each platform.
 
 TPU: lax.ragged_dot (a grouped GEMM) on all rows at once, with a kernel for its weight gradient
-(kernels/expert_ffn_grad_tpu.py). NVIDIA GPUs: kernels for both (kernels/expert_ffn_gpu.py). CPU, other
-GPUs, and widths that those kernels cannot cut: one loop over blocks of rows that belong to one expert, a
-few at a time, as long as there are blocks in use; there XLA's ragged_dot does E times the work (30-50
-times slower on CPU), and a block's intermediate values stay in cache. All run the same two formulas below, which take the products as arguments.
+(v4jax/kernels/expert_ffn_grad_tpu.py). NVIDIA GPUs: kernels for both products
+(v4jax/kernels/expert_ffn_gpu.py). CPU, other GPUs, and widths that those kernels cannot cut: a loop
+over the blocks in use, a few at a time, each with the rows of one expert. There XLA's ragged_dot
+does E times the work, and a block's intermediate values stay in cache. All run the same two
+formulas, `_ffn` and `_ffn_backward`, which take the products as arguments. v4jax/kernels/README.md
+lists the implementations and their tests.
 
-Shapes: P rows (of all blocks, or of some), D width, F expert hidden, E experts, N blocks at a time, b rows of a block.
+Shapes: P rows (of all blocks, or of some), A and Z widths of a product's factors, D width, F expert
+hidden, E experts, N blocks at a time, b rows of a block, T tokens, K active experts.
 Next file to read: sharding/experts.py.
 """
 
@@ -25,16 +28,23 @@ from v4jax.kernels.matmul import precision_of
 from v4jax.quant.fake import fp8_input
 
 FEW_ROWS = 32
-"""Rows up to which all experts on all of them take less time than the loop over blocks, which copies the matrices of each block's expert
-(measured, 2 cores: with 4 of 16 experts 22.5 of 26.5 ms at 32 rows and as long at 64, with 6 of 64 as long at 32 and 106 of 70 ms at 64)."""
+"""Number of rows up to which all experts on all rows take less time than the loop over blocks.
+
+The loop copies the matrices of each block's expert (figures: v4jax/kernels/README.md).
+"""
 
 JOINED_SHARE = 2
-"""Blocks that hold up to twice an average expert's rows, in the loop on CPU without gradients: it copies an expert's matrices for every
-block (measured, 512 rows: with 6 of 64 experts 228 ms instead of 335, with 4 of 16 no difference)."""
+"""Blocks have up to this many times an average expert's rows in the CPU's loop without gradients.
+
+The loop copies an expert's matrices for every block, so large blocks are cheaper.
+"""
 
 
 class ExpertWeights(NamedTuple):
-    """w1, w3 [E,D,F] and w2 [E,F,D]; of one expert without E. Joined (w3 None, forward only): w1 is both, [E,D,2F]."""
+    """The experts' matrices w1, w3 [E,D,F] and w2 [E,F,D]; those of one expert have no axis E.
+
+    Joined (w3 None, forward only), w1 is both side by side, [E,D,2F].
+    """
 
     w1: jax.Array
     w3: jax.Array | None
@@ -42,7 +52,12 @@ class ExpertWeights(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """swiglu_limit, and whether the hidden activation is rounded to fp8 before w2 (quant="official")."""
+    """How the hidden activation is made.
+
+    Attributes:
+      limit: swiglu_limit.
+      quant: "official" rounds it to fp8 before w2.
+    """
 
     limit: float
     quant: str = "none"
@@ -63,11 +78,15 @@ def expert_ffn(
 ) -> jax.Array:
     """y = w2(gate * clamped_swiglu(w1 x, w3 x)) with each row's own expert, in the dtype of x.
 
-    The routed weight multiplies the hidden activation before w2 (official). Rows of gate 0 give 0.
+    The routed weight multiplies the hidden activation before w2 (docs/equations.md#trap-30). Rows
+    of gate 0 give 0.
 
     Args:
-      form: see Activation. w: matrices, cast to the dtype of x when used. x_PD: rows in whole blocks of one expert.
-      gate_P: float32 routed weight of each row. groups: see sharding/experts.py.
+      form: see Activation.
+      w: matrices, cast to the dtype of x when used.
+      x_PD: rows, in whole blocks of one expert.
+      gate_P: float32, routed weight of each row.
+      groups: which rows belong to which expert (sharding/experts.py).
     """
     return _forward(form, w, x_PD, gate_P, groups)[0]
 
@@ -90,7 +109,7 @@ expert_ffn.defvjp(_fwd, _bwd)
 
 
 def _forward(form, w, x_PD, gate_P, groups):
-    """(y, h1, h3): what the backward pass needs is returned too."""
+    """(y, h1, h3); the backward pass needs h1 and h3."""
     return _by_platform(form, w, groups, x_PD, _blocked_forward, _whole_forward)(
         w, x_PD, gate_P, groups
     )
@@ -99,7 +118,7 @@ def _forward(form, w, x_PD, gate_P, groups):
 def _by_platform(
     form: Activation, w: ExpertWeights, groups: Groups, x_PD: jax.Array, blocked, whole
 ):
-    """The function for the platform that it is compiled for: `blocked`, or `whole` with the platform's products."""
+    """`blocked`, or `whole` with the platform's products, chosen when it is compiled."""
     blocked, ragged = (
         functools.partial(blocked, form),
         functools.partial(whole, form, _ragged_dot, grouped_outer),
@@ -116,23 +135,27 @@ def _by_platform(
     )
 
 
-# ---- a few rows, all experts ---------------------------------------------------------------------------------------------
+# ---- A few rows, all experts ----
 
 
 def pays_every_expert(w: ExpertWeights, rows: int, active: int) -> bool:
-    """Whether `every_expert` is the way for so many rows: few, but they choose as many experts as there are, so that few experts would be
-    left out. Weights must be those of one device, joined."""
+    """Whether `every_expert` beats the loop over blocks.
+
+    It does for a few rows that choose at least as many experts as there are, so that the loop could
+    leave few out. Weights must be joined, and all on one device.
+    """
     return w.w3 is None and rows * active >= w.w1.shape[0] and rows <= FEW_ROWS
 
 
 def every_expert(
     form: Activation, w: ExpertWeights, x_TD: jax.Array, index_TK: jax.Array, gate_TK: jax.Array
 ) -> jax.Array:
-    """y[t] = sum_k expert_{index[t,k]}(x[t], gate[t,k]): all experts on all rows, with gate 0 where not chosen; [T,D]. Forward only.
+    """y[t] = sum_k expert_{index[t,k]}(x[t], gate[t,k]) by all experts on all tokens, [T,D].
 
-    The loop over blocks would copy almost every expert's matrices before it multiplies. Experts are a batch of the first product; the
-    second takes two at a time where it can, which XLA:CPU of jax 0.10 reads 1.4 times as fast as one by one (31 GB/s; one wide product
-    for all: 25).
+    The gate is 0 where an expert was not chosen. Forward only. The loop over blocks would copy
+    almost every expert's matrices before it multiplies. Experts are a batch of the first product.
+    The second takes two experts at a time if their number is even: XLA:CPU then reads the matrices
+    faster.
     """
     experts, hidden, width = w.w2.shape
     pair, rows = 2 - experts % 2, x_TD.shape[0]
@@ -145,7 +168,7 @@ def every_expert(
     return _matmul(paired, w.w2.reshape(-1, pair * hidden, width).astype(x_TD.dtype)).sum(0)
 
 
-# ---- the formulas; `dot(x, w)` is a product of rows with their experts' matrices, `outer(x, ct)` its gradient for w ----------
+# ---- The formulas. dot(x, w): rows times experts' matrices; outer(x, ct): its gradient for w ----
 
 
 def _matmul(x, w):
@@ -153,9 +176,10 @@ def _matmul(x, w):
 
 
 def _gated(form: Activation, h1, h3, gate, axis: int = -1):
-    """The hidden activation; `axis` is that of the hidden width, which `gate` lacks."""
+    """The hidden activation; `axis` is the axis of its width, which `gate` lacks."""
     gate = jnp.expand_dims(gate, axis)
-    # Rows that no token asked for have weight 0 and may hold anything on TPU: replaced, not multiplied.
+    # Rows that fill up a block have gate 0 and may hold anything on TPU: they are replaced, not
+    # multiplied by 0.
     h = jnp.where(gate == 0, 0, clamped_swiglu(h1, h3, form.limit) * gate).astype(h1.dtype)
     return (
         jnp.moveaxis(fp8_input(jnp.moveaxis(h, axis, -1)), -1, axis)
@@ -165,6 +189,7 @@ def _gated(form: Activation, h1, h3, gate, axis: int = -1):
 
 
 def _ffn(form, dot, w: ExpertWeights, x, gate_P):
+    """(y, h1, h3): the formula of the forward pass."""
     if w.w3 is None:
         h1, h3 = jnp.split(dot(x, w.w1), 2, axis=-1)
         return dot(_gated(form, h1, h3, gate_P), w.w2), h1, h3
@@ -173,6 +198,7 @@ def _ffn(form, dot, w: ExpertWeights, x, gate_P):
 
 
 def _ffn_backward(form, dot, outer, w: ExpertWeights, x, gate_P, h1, h3, ct):
+    """(gradients of w, of x, of the gate): the formula of the backward pass."""
     hidden, pull = jax.vjp(functools.partial(_gated, form), h1, h3, gate_P)
     ct_h1, ct_h3, ct_gate = pull(dot(ct, jnp.swapaxes(w.w2, -1, -2)))
     ct_x = dot(ct_h1, jnp.swapaxes(w.w1, -1, -2)) + dot(ct_h3, jnp.swapaxes(w.w3, -1, -2))
@@ -180,7 +206,7 @@ def _ffn_backward(form, dot, outer, w: ExpertWeights, x, gate_P, h1, h3, ct):
     return ct_w, ct_x, ct_gate
 
 
-# ---- TPU and NVIDIA: all rows at once ----------------------------------------------------------------------------------
+# ---- TPU and NVIDIA: all rows at once ----
 
 
 def _ragged_dot(x_PA, w_EAZ, groups: Groups):
@@ -188,12 +214,14 @@ def _ragged_dot(x_PA, w_EAZ, groups: Groups):
 
 
 def _whole_forward(form, dot, outer, w, x_PD, gate_P, groups):
-    """`dot(x, w, groups)` and `outer(x, ct, groups)` are the platform's."""
+    """`_ffn` on all rows; dot(x, w, groups) and outer(x, ct, groups) are the platform's."""
     del outer
     return _ffn(form, _grouped(dot, groups), w, x_PD, gate_P)
 
 
 def _whole_backward(form, dot, outer, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
+    """`_ffn_backward` on all rows; dot and outer as in `_whole_forward`."""
+
     def sums(x_PA, ct_PZ):
         return outer(x_PA, ct_PZ, groups).astype(w.w1.dtype)
 
@@ -204,7 +232,7 @@ def _grouped(dot, groups: Groups):
     return lambda x_PA, w_EAZ: dot(x_PA, w_EAZ.astype(x_PA.dtype), groups)
 
 
-# ---- CPU, other GPUs: some blocks at a time ----------------------------------------------------------------------------
+# ---- CPU and other GPUs: some blocks at a time ----
 
 
 def _rows(x, n, size):
@@ -223,7 +251,7 @@ def _joined_one(w: ExpertWeights, expert, dtype) -> ExpertWeights:
 
 
 def _several(w: ExpertWeights, expert_N, dtype) -> ExpertWeights:
-    """The matrices of N blocks' experts, one behind the other."""
+    """The matrices of N blocks' experts, stacked."""
 
     def take(m, n):
         return lax.dynamic_index_in_dim(m, expert_N[n], keepdims=False)
@@ -241,7 +269,10 @@ def _batched(x_PA, w_NAZ):
 
 
 def _blocked_forward(form, w, x_PD, gate_P, groups):
-    """A few rows (w joined, decoding) run block by block: few blocks are in use."""
+    """`_ffn` in a loop over the blocks in use, AT_ONCE at a time.
+
+    Joined weights (decoding) go block by block, because few rows use few blocks.
+    """
     count = 1 if w.w3 is None else AT_ONCE
     size = x_PD.shape[0] // groups.block_expert.shape[0] * count
 
@@ -263,6 +294,7 @@ def _blocked_forward(form, w, x_PD, gate_P, groups):
 
 
 def _blocked_backward(form, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
+    """`_ffn_backward` in a loop over the blocks in use, AT_ONCE at a time."""
     size = x_PD.shape[0] // groups.block_expert.shape[0] * AT_ONCE
 
     def some_blocks(n, totals):
@@ -286,7 +318,7 @@ def _blocked_backward(form, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
 
 
 def _add_each(total, part_NAZ, expert_N):
-    """Adds each part to its expert; one after the other, since several may be of one expert."""
+    """Adds each part to its expert's total, one by one, as several may belong to one expert."""
     for n in range(AT_ONCE):
         now = lax.dynamic_index_in_dim(total, expert_N[n], keepdims=False) + part_NAZ[n].astype(
             total.dtype

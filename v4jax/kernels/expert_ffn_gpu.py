@@ -1,9 +1,10 @@
-"""Grouped products on NVIDIA GPUs, as two kernels (Pallas, Triton): rows with their experts' matrices, and the gradient of these.
+"""Grouped products on NVIDIA GPUs, as two kernels (Pallas, Triton), and when they can be used.
 
-Rows lie in whole blocks of one expert each (sharding/experts.py), so that each block is an ordinary matrix product. XLA:GPU makes
-lax.ragged_dot by masking all rows for every expert, and starts some kernels, and asks the GPU whether to go on, at every turn of a
-loop over blocks: on an H100 these reach 22 and 40 TFLOP/s in bfloat16, these kernels 430 and 221, one batched product 634. Forward
-and backward of 32 experts of [2048,1024] for 65,536 rows take 9.9 ms with the kernels and 78 ms with the loop (benchmarks/gpu.py).
+`grouped_dot` multiplies rows by their experts' matrices, `grouped_outer` is the gradient for these.
+Rows lie in whole blocks of one expert each (sharding/experts.py), so each block is an ordinary
+matrix product. XLA:GPU makes lax.ragged_dot by masking all rows for every expert. In a loop over
+blocks it starts several kernels at each turn and asks the GPU whether to go on. Both are many times
+slower (v4jax/kernels/README.md).
 
 Shapes: P rows in blocks, E experts, A and Z widths of the two factors.
 Next file to read: v4jax/kernels/expert_ffn.py.
@@ -19,26 +20,26 @@ from sharding.experts import Groups
 from v4jax.kernels.matmul import precision_of
 
 DEPTH = 64
-"""A program makes one tile of a result, adding up products so deep."""
+"""A program makes one tile of the result, and multiplies at most this deep in one step."""
 
 WIDE, SQUARE = 256, 128
-"""Widest tiles of `grouped_dot` and `grouped_outer`: the fastest of those that fit an H100's shared memory."""
+"""Widest tiles of `grouped_dot` and `grouped_outer`, the fastest that fit a GPU's shared memory."""
 
 LEAST = 16
-"""Tensor cores take no tiles narrower than this."""
+"""Tensor cores take no narrower tiles."""
 
 
 def suits(*widths: int) -> bool:
-    """Whether the kernels can cut these widths (of rows too) into whole tiles."""
+    """Whether whole tiles can cover these widths (and rows of a block)."""
     return all(width % LEAST == 0 for width in widths)
 
 
 def grouped_dot(
     x_PA: jax.Array, w_EAZ: jax.Array, groups: Groups, interpret: bool = False
 ) -> jax.Array:
-    """out[p] = x[p] w[expert of p], [P,Z] in the dtype of x, summed in float32; 0 for rows of blocks not in use.
+    """out[p] = x[p] w[expert of p], [P,Z] in the dtype of x; 0 for rows of blocks not in use.
 
-    interpret: run the kernel step by step on any platform (tests).
+    Sums are float32. interpret: run the kernel step by step on any platform (tests).
     """
     blocks, (_, deep, wide) = groups.block_expert.shape[0], w_EAZ.shape
     size, tile, depth = x_PA.shape[0] // blocks, _tile(wide, WIDE), _tile(deep, DEPTH)
@@ -73,7 +74,7 @@ def grouped_dot(
 def grouped_outer(
     x_PA: jax.Array, ct_PZ: jax.Array, groups: Groups, interpret: bool = False
 ) -> jax.Array:
-    """out[e] = sum over the rows p of expert e of x[p]^T ct[p], float32 [E,A,Z]; 0 for an expert without rows."""
+    """out[e] = sum over rows p of expert e of x[p]^T ct[p], float32 [E,A,Z]; 0 without rows."""
     widths = x_PA.shape[1], ct_PZ.shape[1]
     size, tiles = (
         x_PA.shape[0] // groups.block_expert.shape[0],
@@ -122,7 +123,7 @@ def _tile(width: int, limit: int) -> int:
 
 
 def _anywhere(count: int) -> list[pl.BlockSpec]:
-    """Arrays that a program reads where it likes."""
+    """Specs of arrays that a program indexes itself."""
     return [pl.BlockSpec(memory_space=pl.ANY)] * count
 
 
@@ -131,5 +132,6 @@ def _like(x: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
 
 
 def _options(x: jax.Array) -> plgpu.CompilerParams:
-    wide = x.dtype == jnp.float32  # its tiles fill twice the memory
+    # Tiles of float32 fill twice the memory.
+    wide = x.dtype == jnp.float32
     return plgpu.CompilerParams(num_warps=8, num_stages=2 if wide else 3)

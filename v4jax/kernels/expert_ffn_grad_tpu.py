@@ -1,8 +1,9 @@
-"""The weight gradient of a grouped product on TPU, as a kernel: the sum of x^T ct over each expert's rows.
+"""The weight gradient of a grouped product on TPU, as a kernel: sums of x^T ct over experts' rows.
 
-XLA:TPU of jax 0.10 makes this gradient of lax.ragged_dot by masking all rows for every expert: E times the FLOPs, and arrays of E x
-rows x width, the largest of a training step. Rows lie in whole blocks of one expert each (sharding/experts.py), so that the kernel
-only has to add up blocks: the grid walks a tile of the result through all blocks, which come in the order of their experts.
+XLA:TPU makes this gradient of lax.ragged_dot by masking all rows for every expert: E times the
+FLOPs, and arrays of E x rows x width, the largest of a training step. Rows lie in whole blocks of
+one expert each (sharding/experts.py), so the kernel only adds up blocks. For each tile of the
+result, the grid walks through all blocks, which come in the order of their experts.
 
 Shapes: P rows in blocks, E experts, A and Z widths of the two factors.
 Next file to read: v4jax/kernels/expert_ffn.py.
@@ -19,24 +20,23 @@ from sharding.manual import vary_like
 from v4jax.kernels.matmul import precision_of
 
 LANES = 128
-"""A TPU's vectors are this wide: tiles are cut in multiples of it."""
+"""Width of a TPU's vectors; tiles are multiples of it."""
 
 TILE = 1024
-"""Widest tile: 1024 x 1024 numbers in float32 are 4 MB, twice, of a TPU core's fast memory (16 MB are a kernel's by default)."""
+"""Widest tile. In float32 it is 4 MB, and two fit the 16 MB that a kernel has by default."""
 
 
 def grouped_outer(
     x_PA: jax.Array, ct_PZ: jax.Array, groups: Groups, interpret: bool = False
 ) -> jax.Array:
-    """out[e] = sum over the rows p of expert e of x[p]^T ct[p], float32 [E,A,Z]; 0 for an expert without rows.
+    """out[e] = sum over rows p of expert e of x[p]^T ct[p], float32 [E,A,Z]; 0 without rows.
 
     interpret: run the kernel step by step on any platform (tests).
     """
     blocks, widths = groups.block_expert.shape[0], (x_PA.shape[1], ct_PZ.shape[1])
     size, tiles = x_PA.shape[0] // blocks, tuple(_tile(width) for width in widths)
-    zeros = vary_like(
-        jnp.zeros((groups.group_sizes.shape[0], *widths), jnp.float32), x_PA
-    )  # for experts that no block is of
+    # Experts without a block keep these zeros.
+    zeros = vary_like(jnp.zeros((groups.group_sizes.shape[0], *widths), jnp.float32), x_PA)
 
     def rows(place):
         return lambda a, z, block, *_: (block, (a, z)[place])
@@ -66,8 +66,9 @@ def grouped_outer(
 
 
 def _add_block(expert, in_use, x, ct, zeros, out):
-    """One block's share of one tile. A tile stays in fast memory as long as its expert does."""
-    del zeros  # already there
+    """Adds one block's product to a tile, which stays in fast memory as long as its expert does."""
+    # The output is written over them (input_output_aliases).
+    del zeros
     block = pl.program_id(2)
 
     @pl.when((block == 0) | (expert[block] != expert[jnp.maximum(block - 1, 0)]))

@@ -1,7 +1,7 @@
-"""fp8 e4m3 with one scale for each 128 x 128 block: the format of most matrices in released files.
+"""fp8 e4m3 with one scale per 128 x 128 block: the format of most matrices in released files.
 
-Legend: O output features, I input features, P, Q blocks along O and I (the last ones may be partial).
-
+Shapes: O output features, I input features, P and Q blocks along O and I (the last ones may be
+partial).
 Next file to read: v4jax/quant/mxfp4.py.
 """
 
@@ -14,14 +14,14 @@ E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 BLOCK = 128
 LARGEST = 448.0
 LEAST_AMAX = 1e-4
-"""Official act_quant and DeepGEMM's block cast treat a block as having at least this magnitude."""
+"""The least magnitude that a block is taken to have (official act_quant, DeepGEMM's block cast)."""
 
 _VALUE = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
 _IS_NAN = np.isnan(_VALUE)
 
 
 def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    """[P, Q] of a matrix [O, I]; (130, 256) -> (2, 2)."""
+    """Shape [P, Q] of the scales of a matrix [O, I]. Example: (130, 256) -> (2, 2)."""
     return tuple(-(-size // BLOCK) for size in shape)
 
 
@@ -42,15 +42,14 @@ def quantise(x_OI: np.ndarray, scale_PQ: np.ndarray | None = None) -> tuple[np.n
       scale_PQ: positive float32; None: `block_scale`.
 
     Raises:
-      ValueError: x that is not finite.
+      ValueError: x is not finite.
     """
     check_finite(x_OI)
     scale_PQ = block_scale(x_OI) if scale_PQ is None else scale_PQ
     code_OI = np.empty(x_OI.shape, np.uint8)
     with np.errstate(over="ignore"):
-        for row, scale_Q in zip(
-            range(0, len(x_OI), BLOCK), scale_PQ, strict=True
-        ):  # a band at a time stays in the cache
+        # One band of blocks at a time stays in the cache.
+        for row, scale_Q in zip(range(0, len(x_OI), BLOCK), scale_PQ, strict=True):
             code_OI[row : row + BLOCK] = codes(
                 x_OI[row : row + BLOCK] / np.repeat(scale_Q, BLOCK)[: x_OI.shape[1]][None]
             )
@@ -58,10 +57,11 @@ def quantise(x_OI: np.ndarray, scale_PQ: np.ndarray | None = None) -> tuple[np.n
 
 
 def codes(y: np.ndarray) -> np.ndarray:
-    """Bytes of e4m3, float32 rounded to nearest even and saturated at 448. A cast by ml_dtypes gives the same, one number at a time.
+    """e4m3 bytes of float32 numbers, rounded to nearest even and saturated at 448.
 
-    A normal number keeps 3 bits of its mantissa: half of the last one (less one, where it is even) is added and the rest cut off. Below
-    2^-6, e4m3 counts in steps of 2^-9: so does float32 from 2^14 on.
+    A cast by ml_dtypes gives the same, but works on one number at a time. A normal number keeps 3
+    bits of its mantissa: half of the last one (less one, where it is even) is added and the rest
+    cut off. Below 2^-6, e4m3 counts in steps of 2^-9, as float32 does from 2^14 on.
     """
     magnitude = np.minimum(np.abs(y), np.float32(LARGEST))
     bits = magnitude.view(np.uint32)
@@ -72,7 +72,11 @@ def codes(y: np.ndarray) -> np.ndarray:
 
 
 def check_codes(code_OI: np.ndarray) -> None:
-    """Raises ValueError for a NaN code (byte 127 or 255)."""
+    """Checks that no code is NaN (byte 127 or 255).
+
+    Raises:
+      ValueError: a code is NaN.
+    """
     for row in range(0, len(code_OI), BLOCK):
         if _IS_NAN[code_OI[row : row + BLOCK].view(np.uint8)].any():
             raise ValueError("got an e4m3 NaN; must be a number")
@@ -87,9 +91,8 @@ def dequantise(code_OI: np.ndarray, scale_PQ: np.ndarray) -> np.ndarray:
     check_codes(code_OI)
     x_OI = np.empty(code_OI.shape, np.float32)
     with np.errstate(over="ignore"):
-        for row, scale_Q in zip(
-            range(0, len(x_OI), BLOCK), scale_PQ, strict=True
-        ):  # a band at a time stays in the cache
+        # One band of blocks at a time stays in the cache.
+        for row, scale_Q in zip(range(0, len(x_OI), BLOCK), scale_PQ, strict=True):
             band_OI = _VALUE[code_OI[row : row + BLOCK].view(np.uint8)]
             np.multiply(
                 band_OI,
@@ -102,7 +105,7 @@ def dequantise(code_OI: np.ndarray, scale_PQ: np.ndarray) -> np.ndarray:
 
 
 def spread(scale_PQ: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Every element's scale, float32 [O, I]; a row of blocks is repeated as a view where that is possible."""
+    """Scale of every element, float32 [O, I]; a single row of blocks is repeated as a view."""
     rows, columns = shape
     scale_PI = np.repeat(scale_PQ, BLOCK, axis=1)[:, :columns]
     return (

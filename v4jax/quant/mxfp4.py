@@ -1,7 +1,6 @@
-"""MXFP4: e2m1 numbers, two to a byte, with one power-of-two scale for 32 of a row: routed experts of released files.
+"""MXFP4: e2m1 numbers, two per byte, one power-of-two scale per 32: routed experts of releases.
 
-Legend: O output features, I input features, H = I / 2 bytes, Q = I / 32 blocks.
-
+Shapes: O output features, I input features, H = I / 2 bytes, Q = I / 32 blocks.
 Next file to read: v4jax/checkpoint/names.py.
 """
 
@@ -15,13 +14,16 @@ BLOCK = 32
 LARGEST = 6.0
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _BAND = 2**18
-"""Numbers worked on at a time: few enough for the cache, and enough that two threads do not wait for each other's next step."""
+"""Numbers worked on at a time: few enough for the cache, enough that threads seldom wait."""
 LEAST_AMAX = 6 * 2.0**-126
-"""Official fp4_act_quant: a block has at least this magnitude, so its scale is a normal number."""
+"""The least magnitude that a block is taken to have (official fp4_act_quant).
+
+Its scale is then a normal number.
+"""
 
 
 def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    """[O, Q] of a matrix [O, I].
+    """Shape [O, Q] of the scales of a matrix [O, I].
 
     Raises:
       ValueError: I is not a multiple of 32.
@@ -32,7 +34,10 @@ def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def pack(code_OI: np.ndarray) -> np.ndarray:
-    """Codes 0 to 15, uint8 [O, I] -> int8 [O, H]; the low nibble is the even column (official convert.py)."""
+    """Codes 0 to 15, uint8 [O, I] -> int8 [O, H]; the even column is in the low nibble.
+
+    This is the order of the official convert.py.
+    """
     return (code_OI[:, 0::2] | (code_OI[:, 1::2] << np.uint8(4))).view(np.int8)
 
 
@@ -45,20 +50,20 @@ def unpack(packed_OH: np.ndarray) -> np.ndarray:
 
 
 def block_scale(x_OI: np.ndarray) -> np.ndarray:
-    """2^ceil(log2(max |x| / 6)) of each 32 of a row, float32 [O, Q]."""
+    """2^ceil(log2(max |x| / 6)) of each 32 along the input, float32 [O, Q]."""
     amax_OQ = np.abs(x_OI).reshape(scale_shape(x_OI.shape) + (BLOCK,)).max(axis=-1)
     return power_of_two(np.maximum(amax_OQ, np.float32(LEAST_AMAX)), LARGEST)
 
 
 def quantise(x_OI: np.ndarray, scale_OQ: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(int8 [O, H], scale float32 [O, Q]): x / scale, saturated at 6, rounded to nearest even, packed.
+    """(int8 [O, H], scale float32 [O, Q]): x / scale, saturated at 6, rounded to nearest even.
 
     Args:
       x_OI: float32 or bfloat16.
       scale_OQ: positive float32; None: `block_scale`.
 
     Raises:
-      ValueError: x that is not finite; I that is not a multiple of 32.
+      ValueError: x is not finite, or I is not a multiple of 32.
     """
     rows, blocks = scale_shape(x_OI.shape)
     packed_OH, found_OQ = (
@@ -76,21 +81,22 @@ def quantise(x_OI: np.ndarray, scale_OQ: np.ndarray | None = None) -> tuple[np.n
 
 
 def _quantise_numbers(x: np.ndarray, scale: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """`quantise` of float32 numbers."""
     check_finite(x)
     scale = block_scale(x) if scale is None else scale
     return pack(codes((x.reshape(*scale.shape, BLOCK) / scale[..., None]).reshape(x.shape))), scale
 
 
 def codes(y: np.ndarray) -> np.ndarray:
-    """Codes 0 to 15 of float32 numbers, rounded to nearest even and saturated: how many of the seven midpoints lie below, and the sign.
-    A cast to ml_dtypes' float4 gives the same, number by number; comparisons run over many at once."""
+    """Codes 0 to 15 of float32 numbers, rounded to nearest even and saturated.
+
+    A code counts the midpoints between numbers, seven in all, that lie below the magnitude; 8 is
+    the sign. A cast to ml_dtypes' float4 gives the same, but works on one number at a time.
+    """
     magnitude = np.abs(y)
     code = (y.view(np.uint32) >> np.uint32(28)).astype(np.uint8) & np.uint8(8)
-    for low, high in (
-        (0.25, 0.75),
-        (1.25, 1.75),
-        (2.5, 3.5),
-    ):  # a tie goes to the even code: down at the first, up at the second
+    # A tie goes to the even code: down at `low`, up at `high`.
+    for low, high in ((0.25, 0.75), (1.25, 1.75), (2.5, 3.5)):
         code += (magnitude > np.float32(low)).view(np.uint8)
         code += (magnitude >= np.float32(high)).view(np.uint8)
     return code + (magnitude > np.float32(5)).view(np.uint8)
@@ -99,19 +105,22 @@ def codes(y: np.ndarray) -> np.ndarray:
 def _quantise_bits(
     x_OI: np.ndarray, scale_OQ: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """`quantise` of bfloat16 without leaving its 16 bits, five times as fast; None where some number needs the longer way: one that is
-    not finite, beyond 6 scales, or in a block so small that a bfloat16 of its size has fewer bits.
+    """`quantise` of bfloat16 on its 16 bits, the fast way; None if a number needs the long way.
 
-    A bfloat16 is sign, exponent and 7 bits of mantissa, so x / 2^e is a subtraction from the exponent, and the code a look-up.
+    Such a number is not finite, or beyond 6 scales, or in a block so small that a bfloat16 of its
+    size has fewer bits. A bfloat16 is sign, exponent and 7 bits of mantissa, so x / 2^e subtracts
+    from the exponent, and the code is looked up.
     """
     bits_OI = x_OI.view(np.uint16)
     amax = bits_OI.reshape(-1) & np.uint16(0x7FFF)
-    for _ in range(5):  # of 32 numbers, neighbours first: each step runs over the whole band
+    # The largest of each 32 numbers. Neighbours are compared first, so that each step runs over the
+    # whole band.
+    for _ in range(5):
         amax = np.maximum(amax[0::2], amax[1::2])
     amax_OQ = amax.reshape(scale_shape(x_OI.shape)).astype(np.int32)
-    if (
-        scale_OQ is None
-    ):  # the next power of two above amax / 6: 6 is 1.5 x 2^2, and 1.5 a mantissa of 64
+    # The least power of two that is at least amax / 6: 6 is 1.5 * 2^2, and 1.5 has a mantissa of
+    # 64.
+    if scale_OQ is None:
         exponent_OQ = np.maximum((amax_OQ + 63 >> 7) - 2, 1)
     else:
         exponent_OQ = (scale_OQ.view(np.uint32) >> np.uint32(23)).astype(np.int32)
@@ -124,9 +133,9 @@ def _quantise_bits(
     )
     if unusual.any():
         return None
-    taken_OQ = (
-        np.maximum(exponent_OQ, 3) << 7
-    )  # less, taken from the bits of 0, would be the bits of 0.5
+    # A block of zeros may have exponent 1. Subtracted from the bits of 0, that would give the bits
+    # of 0.5.
+    taken_OQ = np.maximum(exponent_OQ, 3) << 7
     relative = bits_OI.reshape(-1, BLOCK) - taken_OQ.astype(np.uint16).reshape(-1, 1)
     pair = np.take(_CODE, relative, mode="wrap").view(np.uint16)
     packed = (pair | pair >> np.uint16(4)).astype(np.uint8).reshape(len(x_OI), -1)
@@ -134,11 +143,14 @@ def _quantise_bits(
 
 
 _SIX = 2 << 7 | 64
-"""Bits of 6 with the exponent of 1 taken as 0."""
+"""Bits of 6 where exponent bits of 0 mean 2^0."""
 
 
 def _code_table() -> np.ndarray:
-    """Code of every bfloat16 whose exponent is relative to its scale's. Up to 6 scales, both signs of such bits have a half of the 2^16 each."""
+    """Code of every bfloat16 whose exponent is relative to that of its scale, uint8 [2^16].
+
+    Up to 6 scales, numbers of different sign never share an index.
+    """
     index = np.arange(2**16)
     positive = (index <= _SIX) | (index >= 2**15 + 2**9)
     bits = np.where(positive, (index + 2**15) % 2**16 - 2**15, index - 2**15)
@@ -173,12 +185,12 @@ def dequantise(packed_OH: np.ndarray, scale_OQ: np.ndarray) -> np.ndarray:
 
 
 def _pair_table() -> np.ndarray:
-    """The two bfloat16 of scale byte x 256 + packed byte, low nibble first, as one number of 4 bytes."""
-    value = (
-        np.arange(16, dtype=np.uint8).view(E2M1).astype(np.float64)
-    )  # 0 .5 1 1.5 2 3 4 6, then their negatives
+    """The two bfloat16 at index scale byte * 256 + packed byte, as one uint32; low nibble first."""
+    # 0, 0.5, 1, 1.5, 2, 3, 4, 6, then their negatives.
+    value = np.arange(16, dtype=np.uint8).view(E2M1).astype(np.float64)
     pair = np.stack([np.tile(value, 16), np.repeat(value, 16)], axis=1)
-    with np.errstate(over="ignore"):  # found by `dequantise`
+    # `dequantise` checks for overflow.
+    with np.errstate(over="ignore"):
         return (
             (np.ldexp(1.0, np.arange(256) - 127)[:, None, None] * pair)
             .astype(BFLOAT16)

@@ -26,12 +26,12 @@ _LISTED = 1000
 class Listing:
     """A source and its files. Listings of one source are equal.
 
-    stores: what v4jax/data/store.py has opened of it, by what the tokens depend on.
+    stores: what v4jax/data/store.py has opened of it, by cache and what the tokens depend on.
     """
 
     source: Source
     found: Found = dataclasses.field(compare=False)
-    stores: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    stores: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict, compare=False)
 
     @functools.cached_property
     def states(self) -> dict[pathlib.Path, tuple[int, int]]:

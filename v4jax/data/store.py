@@ -76,9 +76,10 @@ def open_store(
     if cfg.fim_rate > 0 and source.format != "chat":
         require_tokens(tokenizer, FIM_TOKENS, "fim_rate")
     key = _key(cfg, listing, tokenizer)
-    if key not in listing.stores:
-        listing.stores[key] = _opened(cfg, listing, tokenizer, key)
-    return listing.stores[key]
+    known = cfg.cache, key
+    if known not in listing.stores:
+        listing.stores[known] = _opened(cfg, listing, tokenizer, key)
+    return listing.stores[known]
 
 
 def prepare_cache(cfg: DataConfig, tokenizer: Tokenizer, listings: Listings | None = None) -> None:

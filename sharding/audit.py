@@ -1,8 +1,13 @@
-"""What a compiled program sends between devices: every collective of its HLO text, by kind and mesh axes, with bytes per step.
+"""What a compiled program sends between devices: the collectives of its HLO text, with their bytes.
 
-Bytes are what one device sends in one call, times the calls of one run (bodies of loops are counted as often as they run):
-all-gather, all-to-all and reduce-scatter (n-1)/n of the whole, all-reduce twice that, permute all of it, for n devices a group;
-a ragged all-to-all (n-1)/n of the rows that an even load makes.
+`Collective.bytes` is what one device sends in one call, for n devices a group:
+
+    all-gather, all-to-all, reduce-scatter    (n-1)/n of the whole
+    all-reduce                                twice that
+    collective-permute                        all of it
+    ragged-all-to-all                         (n-1)/n of the rows of an even load
+
+The body of a loop counts as often as it runs.
 
 Next file to read: v4jax/planner/notes.py.
 """
@@ -45,16 +50,19 @@ _BYTES = {
 
 
 _Array = tuple[str, tuple[int, ...]]
-"""dtype as XLA calls it, and shape."""
+"""A dtype as XLA names it, and a shape."""
 
 
 class Collective(NamedTuple):
     """One collective of the program.
 
     Attributes:
-      kind: one of KINDS. axes: mesh axes it runs over, outermost first; ("?",) where its groups are no product of axes.
-      shape: of its (largest) result on one device. calls: how often one run of the program executes it.
-      bytes: that one device sends in one call. source: the JAX operation it stems from.
+      kind: one of KINDS.
+      axes: mesh axes it runs over, outermost first; ("?",) where its groups are no product of axes.
+      shape: the shape of its (largest) result on one device.
+      calls: how often one run of the program executes it.
+      bytes: bytes that one device sends in one call.
+      source: the JAX operation that it stems from.
     """
 
     kind: str
@@ -68,15 +76,17 @@ class Collective(NamedTuple):
 def collectives(text: str, mesh: Mesh) -> list[Collective]:
     """The collectives of `compiled.as_text()` of a program compiled for all devices of `mesh`.
 
-    Those of a further round of the experts' exchange (sharding/exchange.py) count as not called: an even load needs none.
+    Further rounds of the experts' exchange (sharding/exchange.py) count as not called, since an
+    even load needs none.
 
     Raises:
-      ValueError: another loop around a collective whose trip count the text does not give.
+      ValueError: a collective is in another loop, and the text does not say how often that runs.
     """
     bodies = _computations(text)
     found = []
     for name, calls in _calls(bodies).items():
-        # XLA:TPU spreads a collective over the fusions that run beside it, and writes it in each of them: where it starts it counts.
+        # XLA:TPU spreads a collective over the fusions that run beside it and writes it in each of
+        # them. It counts where it starts.
         goes_on = not any(
             'custom_call_target="AsyncCollectiveStart"' in line for line in bodies[name]
         )
@@ -91,9 +101,8 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
             groups = _groups(line, mesh.size)
             if groups.shape[1] > 1:
                 moved = _moved(match[1], line)
-                if (
-                    match[2] == "ragged-all-to-all"
-                ):  # operand or result has headroom; the other holds the rows of an even load
+                # Operand or result has headroom; the other has the rows of an even load.
+                if match[2] == "ragged-all-to-all":
                     moved = [
                         min(moved[0], _arrays(_shape_of(match[3], bodies[name]))[0], key=_size)
                     ]
@@ -102,7 +111,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
 
 
 def _shape_of(name: str, lines: list[str]) -> str:
-    """The type that the instruction called `name` gives."""
+    """The type of the result of the instruction called `name`."""
     (found,) = (
         match[1]
         for line in lines
@@ -112,7 +121,7 @@ def _shape_of(name: str, lines: list[str]) -> str:
 
 
 def totals(found: list[Collective]) -> dict[tuple[str, str], tuple[int, int]]:
-    """(axes joined by "+", kind) -> (calls per step, bytes one device sends per step), largest first."""
+    """(axes joined by "+", kind) -> (calls, bytes one device sends) per step, most bytes first."""
     table: dict[tuple[str, str], tuple[int, int]] = {}
     for one in found:
         key = ("+".join(one.axes), one.kind)
@@ -122,17 +131,22 @@ def totals(found: list[Collective]) -> dict[tuple[str, str], tuple[int, int]]:
 
 
 def _moved(type_: str, line: str) -> list[_Array]:
-    """The results of a collective. A tuple lists the parts of one exchange; where it starts asynchronously (but for an
-    all-reduce), operands and then results: (a, b) or ((a, c), (b, d)), and more that holds no data."""
+    """The results of a collective.
+
+    A tuple lists the parts of one exchange. A collective that starts asynchronously, except an
+    all-reduce, lists operands and then results, as (a, b) or ((a, c), (b, d)), and then items
+    without data.
+    """
     if "-start(" not in line or "all-reduce-start(" in line or not type_.startswith("("):
         return _arrays(type_)
     return _arrays(_parts(type_)[1])
 
 
 def _parts(tuple_: str) -> list[str]:
-    """The types in a tuple type: "((a, b), c)" -> ["(a, b)", "c"]."""
+    """The types in a tuple type; for example "((a, b), c)" gives ["(a, b)", "c"]."""
     parts, depth = [""], 0
-    for letter in re.sub(r"/\*.*?\*/|\{[^}]*\}", "", tuple_)[1:-1]:  # without comments and layouts
+    # Without comments and layouts.
+    for letter in re.sub(r"/\*.*?\*/|\{[^}]*\}", "", tuple_)[1:-1]:
         depth += (letter in "([") - (letter in ")]")
         if letter == "," and depth == 0:
             parts.append("")
@@ -150,7 +164,7 @@ def _arrays(type_: str) -> list[_Array]:
 
 
 def _size(array: _Array) -> int:
-    """Bytes."""
+    """Bytes of an array."""
     return math.prod(array[1]) * _BYTES[array[0]]
 
 
@@ -183,10 +197,15 @@ def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
 
 
 def _groups(line: str, devices: int) -> np.ndarray:
-    """Device places [groups, members] of one collective; pairs of source and target for a permute.
+    """The devices of each group of one collective, [groups, members], numbered along the mesh.
 
-    XLA writes groups in four ways: listed, {{0,1},{2,3}}; none, {}, for all devices; as rows of a transposed iota,
-    [2,4]<=[4,2]T(1,0); along axes of a mesh over such an iota, mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(2)2}.
+    A permute gives pairs of source and target. XLA writes groups in four ways:
+
+        {{0,1},{2,3}}                     a list
+        {}                                one group of all devices
+        [2,4]<=[4,2]T(1,0)                rows of a transposed iota
+        mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(2)2}
+                                          along axes of a mesh over such an iota
     """
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
     if pairs:
@@ -209,7 +228,10 @@ def _groups(line: str, devices: int) -> np.ndarray:
 
 
 def _along(mesh: str, places: np.ndarray, members: str) -> np.ndarray:
-    """Groups along some axes of a mesh; 'b':(2)2 is the part of axis b that is 2 long and has 2 places before it."""
+    """Groups along some axes of a mesh.
+
+    'b':(2)2 is a part of axis b: the part of size 2 that follows a part of size 2.
+    """
     names = re.findall(r"'(\w+)'=(\d+)", mesh)
     parts = [
         (name, int(before or 1), int(size or dict(names)[name]))
@@ -230,7 +252,7 @@ def _along(mesh: str, places: np.ndarray, members: str) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-    """Places 0, 1, ... as "[4,2]T(1,0)" orders them: shaped, then transposed."""
+    """The numbers 0, 1, ... as "[4,2]T(1,0)" orders them: shaped, then transposed."""
     dims, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
     places = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
     return places.transpose(_numbers(order)) if order else places
@@ -254,7 +276,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _calls(bodies: dict[str, list[str]]) -> dict[str, int | None]:
-    """How often each computation runs in one run of the program; None: within a loop of unknown length."""
+    """How often one run of the program runs each computation; None in a loop of unknown length."""
     calls: dict[str, int | None] = {}
 
     def visit(name: str, times: int | None):
@@ -278,12 +300,13 @@ def _calls(bodies: dict[str, list[str]]) -> dict[str, int | None]:
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
-    """How often the body of a while instruction runs; None if the text does not tell."""
+    """How often the body of a while instruction runs; None if the text does not say."""
     if FURTHER_ROUND in line:
         return 0
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
         return int(known[1])
-    # XLA:TPU does not annotate loops of its own making (a product overlapped with its exchange): they count up from 0.
+    # XLA:TPU does not annotate loops that it makes itself, as for a product overlapped with its
+    # exchange. They count up from 0.
     condition = "\n".join(bodies[re.search(r"condition=%?([\w.\-]+)", line)[1]])
     limit = re.search(r"ROOT .* compare\(%([\w.\-]+), %([\w.\-]+)\), direction=LT", condition)
     found = limit and re.search(rf"%{re.escape(limit[2])} = \S+ constant\((\d+)\)", condition)
@@ -303,7 +326,10 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
 
 
 def _step(body: list[str], place: int) -> int:
-    """By how much one run of a loop's body raises the counter at `place` of its state; 1 if the text does not tell."""
+    """How much one run of a loop's body adds to the counter at `place` of its state.
+
+    1 if the text does not say.
+    """
     (result,) = (line for line in body if "ROOT " in line)
     name = re.findall(r"%([\w.\-]+)", result.split(" tuple(")[-1])[place]
     added = next(

@@ -1,4 +1,4 @@
-"""The words of a layout: axes of a mesh, logical axes of arrays, and what may be split how.
+"""The words of a layout: mesh axes, logical axes, and the checks of what may split what.
 
 Next file to read: sharding/rules.py.
 """
@@ -7,10 +7,10 @@ import difflib
 from collections.abc import Mapping, Sequence
 
 MESH_AXES = ("slice", "data", "fsdp", "context", "expert", "tensor")
-"""Axes of every mesh, outermost (slowest links) first; one that is not asked for has size 1."""
+"""The axes of every mesh, outermost (slowest links) first; one that is not named has size 1."""
 
-# Weight axes, then activation axes. Names of the two kinds differ, or an FSDP table would shard
-# activations by mistake.
+# Weight axes, then activation axes. Their names differ; otherwise a table for FSDP would shard
+# activations too.
 LOGICAL_AXES = tuple(
     [
         "layers",
@@ -76,17 +76,17 @@ ARRAYS = tuple(
     act_batch act_seq act_vocab
     """.strip().splitlines()
 )
-"""Logical axes of each array of the model: weights, then activations."""
+"""The logical axes of every array of the model: weights, then activations."""
 
 Where = Mapping[str, tuple[str, ...]]
 """Logical axis -> the mesh axes that split it."""
 
 
 def axes_of(name: str, value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Mesh axes that split the logical axis `name`, from "data expert", ("data", "expert") or None.
+    """The mesh axes that split `name`, from "data expert", ("data", "expert") or None.
 
     Raises:
-      ValueError: an unknown logical or mesh axis, or a mesh axis that is given twice.
+      ValueError: an unknown logical or mesh axis, or a mesh axis given twice.
     """
     if name not in LOGICAL_AXES:
         known = ", ".join(LOGICAL_AXES)
@@ -112,13 +112,13 @@ def axes_of(name: str, value: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def close(word: str, words: Sequence[str]) -> str:
-    """A hint at the words that `word` may be meant to be, or ""."""
+    """A hint at the known words that resemble `word`, or ""."""
     found = difflib.get_close_matches(str(word), words, n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
 
 
 def check_table(where: Where, exchange: bool) -> None:
-    """Raises ValueError for a layout that no array can have, or no model can compute with."""
+    """Raises ValueError for a layout that an array cannot have or the model cannot compute with."""
     for names in ARRAYS:
         _check_array(names, where)
     tokens = where["act_batch"] + where["act_seq"]
@@ -129,14 +129,14 @@ def check_table(where: Where, exchange: bool) -> None:
         raise ValueError(
             "layout: cache_slots: leave it out; decoding splits the cache over the axis of act_seq"
         )
-    # Sent or gathered among devices that hold different tokens.
+    # These are sent or gathered among devices that hold different tokens.
     for name in ("experts", "expert_embed", "embed"):
         if rest := [axis for axis in where[name] if axis not in tokens]:
             raise ValueError(
                 f"layout: {name}: got mesh axis {rest[0]!r}, which must split tokens too; "
                 f"add it to act_batch or act_seq, which are over {_shown(tokens)}"
             )
-    # Partial results are summed over devices that hold the same tokens.
+    # Partial results of these are summed over devices that hold the same tokens.
     for name in ("vocab", "expert_hidden"):
         if both := [axis for axis in where[name] if axis in tokens]:
             raise ValueError(

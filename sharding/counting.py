@@ -1,8 +1,9 @@
-"""Running sums of counts as matrix products: exact, and cheap to compile and run on every platform.
+"""Running sums of counts as matrix products: exact, and fast to compile and run on every platform.
 
-XLA:TPU takes 7 to 12 seconds to compile one sort of 10^4 to 10^5 elements and 2 to 4 for a long cumsum; products with a triangle
-of ones take 0.3, and one model has dozens of them.
+XLA:TPU takes seconds to compile one sort or one long cumsum, and a model has dozens of them. A
+product with a triangle of ones compiles in a fraction of that (benchmarks/README.md).
 
+Letters: N elements, E kinds.
 Next file to read: sharding/exchange.py.
 """
 
@@ -13,7 +14,10 @@ _BLOCK = 128
 
 
 def running_sum(x_NE: jax.Array) -> jax.Array:
-    """y[..., n, e] = sum of x[..., m, e] for m <= n, float32 [..., N, E]; exact for integers of sums below 2^24."""
+    """y[..., n, e] = sum of x[..., m, e] over m <= n, in float32.
+
+    Exact for integers whose sums stay below 2^24.
+    """
     *lead, n, width = x_NE.shape
     blocks = -(-n // _BLOCK)
     x_NE = jnp.pad(
@@ -30,9 +34,15 @@ def _product(ones, x):
 
 
 def ranks(index_N: jax.Array, kinds: int) -> tuple[jax.Array, jax.Array]:
-    """(rank [N], count [kinds]), int32: how many earlier elements equal each one, and how often each of [0, kinds) stands.
+    """How many earlier elements equal each element, and how many elements there are of each kind.
 
-    Elements outside [0, kinds) are not counted and have rank 0. With the counts' running sum this is a stable sort.
+    Elements outside [0, kinds) are not counted and have rank 0. With a running sum of the counts
+    this is a stable sort.
+
+    Example: index [1, 0, 1] and 2 kinds give rank [0, 0, 1] and count [1, 2].
+
+    Returns:
+      (rank int32 [N], count int32 [kinds]).
     """
     hot_NE = jax.nn.one_hot(index_N, kinds)
     total_NE = running_sum(hot_NE)

@@ -1,7 +1,10 @@
-"""Rows of an embedding table that is cut over vocabulary and width, without ever gathering the table.
+"""Lookup in an embedding table that is cut over vocabulary and width, without gathering the table.
 
-XLA's own partitioning of this gather rematerialises the table on every device, so it is written out with collectives.
-Shapes: B batch, S positions, V vocabulary, D width; lower case = this device's share.
+XLA's own partitioning of this gather makes the whole table on every device, so the collectives are
+written out here.
+
+Letters: B sequences of the batch, S positions, V vocabulary, D hidden; lower case = this device's
+share.
 """
 
 import jax
@@ -12,12 +15,17 @@ from sharding.rules import AxisRules
 
 
 def embed_lookup(rules: AxisRules, table_VD: jax.Array, tokens_BS: jax.Array) -> jax.Array:
-    """table[tokens] [B,S,D], for a table with axes (vocab, embed) and tokens with axes (act_batch, act_seq)."""
+    """table[tokens], [B,S,D]: the table has axes (vocab, embed), tokens have (act_batch, act_seq).
+
+    Raises:
+      ValueError: a mesh axis splits embed but not the tokens.
+    """
     if not rules:
         return table_VD[tokens_BS]
     vocab, width = rules.mesh_axes("vocab"), rules.mesh_axes("embed")
     tokens = rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq")
-    # Devices along `shared` hold other tokens AND other columns: they look up each other's rows, then swap.
+    # Devices along `shared` differ in tokens and in columns. Each looks up the tokens of all of
+    # them in its own columns; then they swap.
     shared = tuple(axis for axis in width if axis in tokens)
 
     def local(table_vd, tokens_bs):
@@ -35,7 +43,8 @@ def embed_lookup(rules: AxisRules, table_VD: jax.Array, tokens_BS: jax.Array) ->
     rest = tuple(axis for axis in width if axis not in tokens)
     if rest:
         raise ValueError(
-            f"embed is split over {rest}, which do not split the tokens; embed_lookup does not support that"
+            f"embed is split over {rest}, which do not split the tokens; "
+            "embed_lookup does not support that"
         )
     return jax.shard_map(
         local,

@@ -1,14 +1,17 @@
-"""Assignments travel to the devices that hold their experts, and their results back: a ragged all-to-all in bounded rounds.
+"""Sends assignments to the devices of their experts, and results back, in rounds of bounded size.
 
-Each device sorts its assignments by expert, so that what goes to one device is one stretch. A device's queue is what all
-devices send it, sender after sender; round r moves places [r*C, (r+1)*C) of every queue. C has headroom over an even load, so
-that one round nearly always does; a queue that is longer takes more rounds. So nothing is dropped, and no buffer grows with
-the worst case, in which every token of the group wants the same device.
+Each device sorts its assignments by expert, so that the rows for one device are contiguous. A
+device's queue is everything that all devices send it, sender after sender. Round r moves places
+[r*C, (r+1)*C) of every queue, with C the rows of a round. C exceeds an even load, so one round
+nearly always suffices; a longer queue takes more rounds. So nothing is dropped, and no buffer is
+sized for the worst case, in which every token of the group wants the same device.
 
-Example, 2 devices, C = 4, rows sent [[3, 1], [2, 2]] (sender, receiver): the first device's queue holds rows 0-2 of sender 0, then
-two of sender 1; round 0 moves three and one, round 1 the last row.
+Example, 2 devices, C = 4, rows sent [[3, 1], [2, 2]] ([sender][receiver]): the queue of device 0
+holds rows 0-2 of sender 0, then two rows of sender 1. Round 0 moves three rows of sender 0 and one
+of sender 1; round 1 moves the last row.
 
-Shapes: T tokens of this device, K active experts, N = T*K assignments, Q rows of one round, D width, E experts, S senders, Z receivers.
+Letters: T tokens of this device, K active experts, N = T*K assignments, Q rows of one round, D
+hidden, E experts, e experts of this device, S senders, Z receivers.
 Next file to read: sharding/params.py.
 """
 
@@ -24,19 +27,21 @@ from sharding.counting import ranks
 from sharding.manual import vary_like
 
 HEADROOM = 1.5
-"""Rows of one round over the rows that an even load brings."""
+"""Rows of one round, as a multiple of the rows that an even load brings."""
 
 
 FURTHER_ROUND = "further_round"
-"""Scope of the rounds after the first, by which sharding/audit.py knows them."""
+"""Scope of the rounds after the first; sharding/audit.py recognises them by it."""
 
 
 class Route(NamedTuple):
-    """Who sends what to whom; of one group of devices that hold all experts together.
+    """Who sends what to whom, in one group of devices that together hold all experts.
 
     Attributes:
-      assignment_N, token_N: of each row, rows in the order of their experts. slot_TK: the row of each assignment.
-      count_SE: rows that each device of the group sends to each expert.
+      assignment_N: int32, the assignment in each row; rows are sorted by expert.
+      token_N: int32, the token in each row.
+      slot_TK: int32, the row of each assignment.
+      count_SE: int32, rows that each device of the group sends to each expert.
     """
 
     assignment_N: jax.Array
@@ -46,7 +51,10 @@ class Route(NamedTuple):
 
 
 class Window(NamedTuple):
-    """One round's moves between all devices of the group, int32 [S,Z]: rows `size` from `source` on land at `target`."""
+    """The moves of one round between all devices of the group, int32 [S,Z].
+
+    A sender's `size` rows from `source` on land at `target` of the receiver.
+    """
 
     source: jax.Array
     size: jax.Array
@@ -58,7 +66,10 @@ class Window(NamedTuple):
 
 
 def route(index_TK: jax.Array, experts: int, holders: tuple[str, ...]) -> Route:
-    """The route of assignments to experts in [0, experts), of which each device along `holders` has an equal stretch."""
+    """The route of assignments to experts in [0, experts).
+
+    The devices along `holders` hold equal, contiguous shares of the experts.
+    """
     tokens, active = index_TK.shape
     index_N = index_TK.reshape(-1)
     iota_N = vary_like(jnp.arange(tokens * active, dtype=jnp.int32), index_N)
@@ -71,26 +82,28 @@ def route(index_TK: jax.Array, experts: int, holders: tuple[str, ...]) -> Route:
 
 
 def round_rows(assignments: int) -> int:
-    """Rows of one round for this many assignments per device, a multiple of 8."""
+    """Rows of one round for `assignments` assignments per device, a multiple of 8."""
     return -(-int(HEADROOM * assignments) // 8) * 8
 
 
 def rounds_needed(path: Route, rows: int) -> jax.Array:
-    """How many rounds of `rows` rows the longest queue of the group takes; the same on all its devices."""
+    """How many rounds of `rows` rows the group's longest queue takes; equal on all its devices."""
     return -(-jnp.max(_sent(path).sum(0)) // rows)
 
 
 def _sent(path: Route) -> jax.Array:
+    """Rows that each device sends to each, [S,Z]."""
     senders, experts = path.count_SE.shape
     return path.count_SE.reshape(senders, senders, experts // senders).sum(-1)
 
 
 def _before(count: jax.Array, axis: int) -> jax.Array:
+    """For each element the sum of those before it."""
     return jnp.cumsum(count, axis) - count
 
 
 def window(path: Route, turn: jax.Array | int, rows: int) -> Window:
-    """What moves in round `turn`."""
+    """The moves of round `turn`."""
     sent_SZ = _sent(path)
     place_SZ = _before(sent_SZ, 0)  # of each sender's first row in the receiver's queue
     first = jnp.clip(place_SZ, turn * rows, (turn + 1) * rows)
@@ -101,9 +114,9 @@ def window(path: Route, turn: jax.Array | int, rows: int) -> Window:
 def expert_of_rows(
     path: Route, turn: jax.Array | int, rows: int, holders: tuple[str, ...]
 ) -> jax.Array:
-    """int32 [Q]: which of this device's experts each row of round `turn` is for; -1 where no row lands.
+    """Which of this device's experts each row of round `turn` is for: int32 [Q], -1 for none.
 
-    It needs no exchange of its own: every sender's rows come in the order of their experts, and all counts are known.
+    This needs no exchange: every sender's rows are sorted by expert, and all counts are known.
     """
     senders, experts = path.count_SE.shape
     here = experts // senders
@@ -115,9 +128,10 @@ def expert_of_rows(
 
 
 def exchange(x_ND: jax.Array, rows: int, moves: Window, holders: tuple[str, ...]) -> jax.Array:
-    """[rows,D]: what lands on this device by `moves`; zeros where nothing does.
+    """The rows that land on this device by `moves`, [rows,D]; zeros where none lands.
 
-    XLA:CPU cannot run a ragged all-to-all; there every device gathers all rows and takes its own, with the same result.
+    XLA:CPU cannot run a ragged all-to-all. There every device gathers all rows and takes its own,
+    with the same result.
     """
     moves = Window(*(vary_like(a, x_ND) for a in moves))
     return lax.platform_dependent(
@@ -144,7 +158,8 @@ def _exchange_ragged(x_ND, moves: Window, rows, holders):
 
 def _exchange_by_gather(x_ND, moves: Window, rows, holders):
     me = lax.axis_index(holders)
-    # Rows are the same in every round: XLA would gather those of further rounds before their loop, whether or not it runs.
+    # Rows are the same in every round. Without a barrier XLA would gather those of further rounds
+    # before their loop, whether or not it runs.
     x_ND, moves = lax.optimization_barrier((x_ND, moves))
     x_SND = lax.all_gather(x_ND, holders)
     offset_SQ = (
@@ -158,15 +173,16 @@ def _exchange_by_gather(x_ND, moves: Window, rows, holders):
 
 
 Round = Callable[[jax.Array | int, Any, Any], jax.Array]
-"""(turn, what is not differentiated, what is) -> its share of the result."""
+"""(turn, what is not differentiated, what is) -> the turn's part of the result."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sum_rounds(one: Round, count: jax.Array, fixed: Any, inputs: Any) -> jax.Array:
-    """Sum of one(turn, fixed, inputs) over turns 0 to `count`, at least the first.
+    """Sum of one(turn, fixed, inputs) over turns 0 to count - 1; turn 0 always runs.
 
-    The first turn keeps what its gradient needs; later ones, which are rare, compute it anew, so that memory does not grow
-    with their number. `count` may differ between devices that exchange nothing in `one`.
+    Turn 0 keeps what its gradient needs. Later turns, which are rare, compute it anew, so that
+    memory does not grow with their number. `count` may differ between devices that exchange nothing
+    in `one`.
     """
     return _sum_rounds_fwd(one, count, fixed, inputs)[0]
 

@@ -1,17 +1,26 @@
-"""Dropless expert dispatch: tokens -> rows sorted by expert -> expert function (an argument) -> tokens.
+"""Dropless expert dispatch: tokens go to their experts, and the sums of the outputs come back.
 
-Rows are laid out in blocks of `block` rows that belong to one expert each; an expert's last block is filled up with rows
-of weight 0. So a grouped matmul works on whole blocks, no token is ever dropped, and nothing depends on the imbalance.
+The rows that experts read are sorted by expert and lie in blocks of `block` rows. All rows of a
+block belong to one expert; an expert's last block is filled up with rows of weight 0. So a grouped
+matmul works on whole blocks, no token is dropped, and no shape depends on the imbalance.
 
-Example, 2 experts, block 2, five assignments e = [1, 0, 1, 1, 0]: rows are [#1, #4 | #0, #2 | #3, filler],
-group_sizes [2, 4], block_expert [0, 1, 1, 1, 1, 1, 1, 1], of which 3 blocks are in use.
+Example, 2 experts, block 2, five assignments with experts [1, 0, 1, 1, 0]: the rows are
+[#1, #4 | #0, #2 | #3, filler], group_sizes is [2, 4], block_expert is [0, 1, 1, 1, 1, 1, 1, 1],
+and blocks_in_use is 3.
 
-On a mesh there are two ways from tokens to experts, and the layout says which (`rules.exchange`). Gather: tokens are gathered
-over the mesh axes that hold experts, every device runs its own experts on all of them, and the sums are scattered back; it
-sends (n-1) rows a token, n devices a group. Exchange: each assignment goes to its expert's device and back (sharding/exchange.py);
-it sends K rows a token, whatever n. Experts' hidden width may be cut too; the partial sums are then added.
+On a mesh there are two ways from tokens to experts, and the layout chooses (`AxisRules.exchange`).
+With n devices in a group that holds all experts:
 
-Shapes: T tokens, K active experts, N = T*K assignments, P rows, D width, E experts; lower case = this device's share.
+- Gather: tokens are gathered over the mesh axes that hold experts, every device runs its own
+  experts on all of them, and the sums are scattered back. This sends n-1 rows a token each way.
+- Exchange: each assignment travels to its expert's device and back (sharding/exchange.py). This
+  sends K (n-1)/n rows a token each way.
+
+The experts' hidden width may be cut too; the partial sums are then added.
+
+Letters: B sequences of the batch, S positions, T = B*S tokens, K active experts, N = T*K
+assignments, P rows in blocks, Q rows of one round of the exchange, D hidden, E experts (in what
+runs on one device, those of that device); lower case = this device's share.
 Next file to read: sharding/counting.py.
 """
 
@@ -38,16 +47,19 @@ from sharding.manual import vary, vary_like
 from sharding.rules import AxisRules
 
 AT_ONCE = 4
-"""Blocks that XLA:CPU multiplies at once, and of which there is a whole multiple: one product of 128 rows x 256 x 256 takes two cores
-60 us, half of it to start and to wait; four together take 160."""
+"""Blocks in one batched product on XLA:CPU; the number of blocks is a multiple of it.
+
+One block alone is too small a product to keep two cores busy (benchmarks/README.md)."""
 
 
 class Groups(NamedTuple):
     """Which rows belong to which expert.
 
     Attributes:
-      group_sizes: int32 [E], rows of each expert, a multiple of the block size; they follow each other from row 0.
-      block_expert: int32 [P / block], a multiple of AT_ONCE, the expert of each block (the last expert for blocks that are not in use).
+      group_sizes: int32 [E], rows of each expert, filler included, so multiples of the block size.
+        The rows of one expert follow those of the one before, from row 0 on.
+      block_expert: int32 [P / block], the expert of each block; the last expert for blocks that are
+        not in use. Its length is a multiple of AT_ONCE.
       blocks_in_use: int32 [], how many blocks hold rows.
     """
 
@@ -57,7 +69,7 @@ class Groups(NamedTuple):
 
 
 ExpertFunction = Callable[[Any, jax.Array, jax.Array, Groups], jax.Array]
-"""(weights, x [P,D], gate [P], groups) -> y [P,D]; rows of gate 0 must give 0."""
+"""(weights, x [P,D], gate [P], groups) -> y [P,D]; a row whose gate is 0 must give 0."""
 
 
 def apply_experts(
@@ -70,17 +82,23 @@ def apply_experts(
     gate_BSK: jax.Array,
     share: float = 0.5,
 ) -> jax.Array:
-    """y[b,s] = sum_k expert_{index[b,s,k]}(x[b,s], gate[b,s,k]), over all experts of the mesh.
+    """y[b,s] = sum_k expert_i(x[b,s], gate[b,s,k]), i = index[b,s,k], over all experts of the mesh.
+
+    The equation is docs/equations.md#moe.
 
     Args:
-      expert: the expert function, called once per device with that device's experts.
-      weights: dict of arrays with the expert axis first.
-      axes: dict of their logical axis names, for example ("experts", "expert_embed", "expert_hidden").
-      x_BSD: tokens. index_BSK: int32 in [0, E). gate_BSK: weight of each assignment.
-      share: of an average expert's rows that a block may hold. Each expert's last block is filled up, by half of it on average.
+      rules: the layout; the empty one means one device.
+      expert: runs once on each device, with that device's experts.
+      weights: dict of arrays whose first axis is the experts.
+      axes: dict of their logical axis names, such as ("experts", "expert_embed", "expert_hidden").
+      x_BSD: tokens.
+      index_BSK: int32 in [0, E), the experts of each token.
+      gate_BSK: the weight of each assignment.
+      share: the largest block, as a fraction of an average expert's rows. On average half a block
+        per expert is filler.
 
     Returns:
-      y_BSD in the dtype of x.
+      y_BSD in the dtype of x_BSD.
     """
     num_experts, run = jax.tree.leaves(weights)[0].shape[0], functools.partial(_run, expert, share)
     if not rules:
@@ -119,7 +137,11 @@ def apply_experts(
 def _whole(
     rules: AxisRules, tokens: tuple[str, ...], w: jax.Array, names: tuple[str, ...], dtype
 ) -> jax.Array:
-    """This device's experts with their full width: gathered over FSDP axes as numbers of `dtype`, marked as used by every token shard."""
+    """This device's experts with their full width.
+
+    The weight is gathered over FSDP axes as numbers of `dtype`, and marked as used by every shard
+    of tokens.
+    """
     for dim, name in enumerate(names):
         gathered = tuple(
             axis for axis in rules.mesh_axes(name) if axis in tokens and name != "experts"
@@ -131,7 +153,7 @@ def _whole(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _gathered(over: tuple[str, ...], dim: int, dtype, w: jax.Array) -> jax.Array:
-    """w gathered as numbers of `dtype`, in its own dtype again, so that its gradient is summed in that."""
+    """`w` gathered as numbers of `dtype` and cast back, so that its gradient is summed uncast."""
     return lax.all_gather(w.astype(dtype), over, axis=dim, tiled=True).astype(w.dtype)
 
 
@@ -147,16 +169,16 @@ _gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
 def _run(expert, share, weights, num_experts, x_BSD, index_BSK, gate_BSK) -> jax.Array:
-    """Dispatches to the experts in `weights`; assignments outside [0, E) are other devices' and give 0.
+    """Dispatches tokens to the experts in `weights`.
 
-    num_experts: how many experts share the assignments, of this device and of others.
+    An assignment outside [0, E) belongs to another device and gives 0. `num_experts` counts all
+    experts that share the assignments, on this device and on others.
     """
     batch, seq, width = x_BSD.shape
     here, active = jax.tree.leaves(weights)[0].shape[0], index_BSK.shape[-1]
     assignments = batch * seq * active
-    block = min(
-        _block_size(assignments, num_experts, share), 1 << (batch * seq - 1).bit_length()
-    )  # an expert gets a token once at most
+    # A token chooses an expert at most once, so no expert has more rows than there are tokens.
+    block = min(_block_size(assignments, num_experts, share), 1 << (batch * seq - 1).bit_length())
     plan = _plan(index_BSK.reshape(-1), here, block)
     x_PD = _spread(
         x_BSD.reshape(-1, width), plan.row // active, plan.used, plan.slot.reshape(-1, active)
@@ -168,7 +190,7 @@ def _run(expert, share, weights, num_experts, x_BSD, index_BSK, gate_BSK) -> jax
 
 
 def _run_exchanged(run, weights, num_experts, holders, x_bsd, index_bsk, gate_bsk) -> jax.Array:
-    """Sends every assignment to its expert's device; the results come back and are added up here."""
+    """Sends every assignment to its expert's device, and adds up the results that come back."""
     batch, seq, width = x_bsd.shape
     active = index_bsk.shape[-1]
     index_TK = index_bsk.reshape(-1, active)
@@ -180,6 +202,7 @@ def _run_exchanged(run, weights, num_experts, holders, x_bsd, index_bsk, gate_bs
 
 
 def _one_round(run, holders, rows, turn, path: Route, inputs) -> jax.Array:
+    """One round of the exchange: rows travel, experts run, results return and are summed."""
     weights, x_TD, gate_N1 = inputs
     moves, every = window(path, turn, rows), jnp.ones_like(path.token_N, bool)
     x_ND = _spread(x_TD, path.token_N, every, path.slot_TK)
@@ -191,14 +214,14 @@ def _one_round(run, holders, rows, turn, path: Route, inputs) -> jax.Array:
         holders,
     )
     index_Q = expert_of_rows(path, turn, rows, holders)
-    here = jax.tree.leaves(weights)[0].shape[0]  # all rows that came are for these
+    here = jax.tree.leaves(weights)[0].shape[0]  # every row that arrived is for one of these
     y_QD = run(weights, here, x_QD[None], index_Q[None, :, None], gate_Q1[None])[0]
     y_ND = exchange(y_QD, x_ND.shape[0], moves.back(), holders)
     return _collect(y_ND, path.token_N, every, path.slot_TK)
 
 
 def _block_size(assignments: int, num_experts: int, share: float) -> int:
-    """Rows per block, at most so large a share of an average expert's; 8 to 128."""
+    """Rows per block: 128, halved while above 8 and above `share` of an average expert's rows."""
     block = 128
     while block > 8 and block * num_experts > share * assignments:
         block //= 2
@@ -206,7 +229,14 @@ def _block_size(assignments: int, num_experts: int, share: float) -> int:
 
 
 class _Plan(NamedTuple):
-    """row [P]: assignment in each row; used [P]: whether the row is real; slot [N]: row of each assignment, P or more if elsewhere."""
+    """Where each assignment lies.
+
+    Attributes:
+      row: int32 [P], the assignment in each row, 0 in filler.
+      used: bool [P], whether the row holds an assignment.
+      slot: int32 [N], the row of each assignment; P or more for those of other devices.
+      groups: which rows belong to which expert.
+    """
 
     row: jax.Array
     used: jax.Array
@@ -215,7 +245,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(index_N: jax.Array, num_experts: int, block: int) -> _Plan:
-    """Orders assignments by expert (stable) and lays each expert's out in whole blocks."""
+    """Sorts assignments by expert, stably, and lays out each expert's in whole blocks."""
     n = index_N.shape[0]
     blocks = -(-(-(-n // block) + num_experts) // AT_ONCE) * AT_ONCE
     rank_N, count_E = ranks(index_N, num_experts)
@@ -229,9 +259,8 @@ def _plan(index_N: jax.Array, num_experts: int, block: int) -> _Plan:
     iota_N = vary_like(jnp.arange(n, dtype=jnp.int32), index_N)
     inside_N = (index_N >= 0) & (index_N < num_experts)
     row_N = (ends_E - sizes_E)[jnp.clip(index_N, 0, num_experts - 1)] + rank_N
-    slot_N = jnp.where(
-        inside_N, row_N, blocks * block + iota_N
-    )  # each different: rows of others fall off the end
+    # Assignments of other devices get distinct rows past the end, where the scatter drops them.
+    slot_N = jnp.where(inside_N, row_N, blocks * block + iota_N)
     assignment_P = vary_like(jnp.full(blocks * block, n, jnp.int32), index_N)
     assignment_P = assignment_P.at[slot_N].set(iota_N, mode="drop", unique_indices=True)
     used_P = assignment_P < n
@@ -245,7 +274,10 @@ def _plan(index_N: jax.Array, num_experts: int, block: int) -> _Plan:
 
 @jax.custom_vjp
 def _spread(x_TD, token_P, used_P, slot_TK):
-    """Rows x[token] (0 where not used). Its transpose is `_collect`: both only gather, which CPUs and TPUs do well."""
+    """x[token] in each row, 0 where the row is not used.
+
+    Its transpose is `_collect`. Both are gathers, which are fast on CPUs and TPUs, and no scatter.
+    """
     return jnp.where(used_P[:, None], x_TD[token_P], 0)
 
 
@@ -260,7 +292,7 @@ def _spread_bwd(saved, ct_PD):
 
 @jax.custom_vjp
 def _collect(y_PD, token_P, used_P, slot_TK):
-    """For each token the sum of its rows, in float32, in the order of its assignments."""
+    """The sum of each token's rows, in float32, in the order of its assignments."""
     rows = y_PD.shape[0]
     total = jnp.zeros((), jnp.float32)
     for k in range(slot_TK.shape[1]):

@@ -1,8 +1,9 @@
-"""Small tools for code inside jax.shard_map: types of values that differ between devices, and rows of the neighbour.
+"""Code inside jax.shard_map: values that differ between devices, and positions of the neighbour.
 
-A sequence may be cut over one mesh axis ("context") into contiguous shards of equal length; `axis` None means that it is whole.
+One mesh axis ("context") may cut a sequence into contiguous shards of equal length; `axis` None
+means that the sequence is whole (docs/equations.md#context-parallelism).
 
-Shapes: b this device's share of the batch, s of the sequence.
+Letters: b this device's share of the batch, s of the sequence.
 Next file to read: sharding/experts.py.
 """
 
@@ -12,25 +13,28 @@ from jax import lax
 
 
 def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Marks `x` as differing along `axes` of the mesh, so that its gradient is summed over them (once, here)."""
+    """Marks `x` as differing along `axes` of the mesh, so that its gradient is summed over them."""
     missing = tuple(axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying)
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def vary_like(x: jax.Array, reference: jax.Array) -> jax.Array:
-    """Marks `x` as differing along every mesh axis that `reference` differs along (loop carries need that)."""
+    """Marks `x` as differing along all mesh axes that `reference` does; loop carries need that."""
     return vary(x, tuple(jax.typeof(reference).manual_axis_type.varying))
 
 
 def first_row(axis: str | None, rows: int) -> jax.Array | int:
-    """Row of the whole sequence at which this device's shard of `rows` rows begins."""
+    """The position in the whole sequence where this device's shard of `rows` positions begins."""
     return lax.axis_index(axis) * rows if axis else 0
 
 
 def with_rows_before(x_bs: jax.Array, rows: int, axis: str | None) -> jax.Array:
-    """[b, rows + s, ...]: the shard behind the `rows` rows that precede it in the sequence; zeros before its beginning.
+    """This device's shard with the `rows` positions before it: [b, rows + s, ...].
 
-    Every device sends its last rows to the next one; where a shard is shorter than `rows`, to the ones after that too.
+    What lies before the sequence is zeros. Every device sends its last positions to the next one
+    and, where a shard is shorter than `rows`, to those after that.
+
+    Example: shards of 2 positions and 3 rows. Device 2 has positions 4 and 5 and gets 1 to 5.
     """
     shard, parts, missing, hop = x_bs.shape[1], [x_bs], rows, 0
     count = lax.axis_size(axis) if axis else 1

@@ -1,10 +1,17 @@
-"""Work on whole matrices of a tensor that is cut over a mesh, spread over the devices instead of repeated on each.
+"""Work on the whole matrices of tensors that a mesh cuts, spread over devices and not repeated.
 
-A tensor [..., A, Z] is a stack of matrices; stacks of one shape that lie alike are joined. Where the devices along a mesh axis hold
-pieces of them, an all-to-all gives each device some matrices whole and takes them back afterwards: every byte moves once there and
-once back, and where there are fewer matrices than devices, some get none. Where the devices hold copies, each works on its share
-and the results are gathered. A single matrix is gathered along an axis that cuts it. What devices then still hold alike is joined and shared
-out as copies are, and only what is too little for that is repeated.
+A tensor [..., A, Z] is a stack of matrices; stacks of one shape that lie alike are joined.
+
+- Where the devices along a mesh axis hold pieces of matrices, an all-to-all gives each device some
+  of them whole, and another takes the results back. So every byte moves once each way. Where there
+  are fewer matrices than devices, some devices get none.
+- Where the devices hold copies, each works on its share, and the results are gathered.
+- A single matrix is gathered along an axis that cuts it.
+
+Whole matrices that devices then still have in common are joined and shared out as copies are. Only
+where they are fewer than the devices does every device work on all of them.
+
+Letters: N matrices of a stack, A rows, Z columns.
 
 Next file to read: v4jax/train/muon.py.
 """
@@ -21,8 +28,11 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 TOGETHER = 2**29
-"""Bytes of stacks of one shape that are worked on as one: each call of f is a program of its own, which takes a compiler seconds,
-but stacks that are joined are held twice."""
+"""Bytes of stacks of one shape that are joined.
+
+Each call of f is a program of its own, which takes seconds to compile; joined stacks are held
+twice.
+"""
 
 
 def on_whole_matrices(
@@ -30,14 +40,17 @@ def on_whole_matrices(
     arrays: Sequence[jax.Array],
     specs: Sequence[PartitionSpec] | None,
 ) -> list[jax.Array]:
-    """f(x) of each array [..., A, Z], for a function of stacks [N, A, Z] that treats every matrix by itself; arrays lie as `specs` say.
+    """f(x) for each array [..., A, Z], where f treats every matrix by itself. Not differentiable.
 
-    `specs` None: all are whole, nothing moves. Otherwise needs an ambient mesh. Not differentiable.
+    Args:
+      f: stack [N, A, Z] -> stack of the same shape.
+      arrays: stacks, of any shape with two or more axes.
+      specs: how each array lies on the ambient mesh. None: all are whole, and nothing moves.
     """
     if specs is None:
         outs = _together(f, [x.reshape(-1, *x.shape[-2:]) for x in arrays])
         return [out.reshape(x.shape) for out, x in zip(outs, arrays, strict=True)]
-    # Results of copies are gathered to equal values, which the type system of shard_map cannot see.
+    # Gathered results are equal on all devices, which the type system of shard_map cannot see.
     local = functools.partial(_local, f, specs)
     return jax.shard_map(local, in_specs=(list(specs),), out_specs=list(specs), check_vma=False)(
         list(arrays)
@@ -45,7 +58,12 @@ def on_whole_matrices(
 
 
 class _Way(NamedTuple):
-    """How the matrices of a tensor lie: mesh axes that cut their rows and their columns, and along which devices hold copies."""
+    """How the matrices of a tensor lie.
+
+    Attributes:
+      rows, columns: mesh axes that cut rows, and those that cut columns.
+      copies: mesh axes along which devices hold copies.
+    """
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
@@ -79,7 +97,7 @@ def _together(f, stacks: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _groups(stacks: Sequence[jax.Array], alike: Sequence[tuple]) -> list[list[int]]:
-    """Which stacks to join: those of one shape that are `alike`, up to TOGETHER bytes."""
+    """The stacks to join, by number: of one shape, with equal `alike`, up to TOGETHER bytes."""
     groups: dict[tuple, list[list[int]]] = {}
     for i, stack in enumerate(stacks):
         parts = groups.setdefault((stack.shape[1:], alike[i]), [[]])
@@ -96,7 +114,7 @@ def _join(stacks: Sequence[jax.Array], group: list[int]) -> jax.Array:
 def _part(
     joined: Sequence[jax.Array], stacks: Sequence[jax.Array], groups: list[list[int]]
 ) -> list[jax.Array]:
-    """The results for each stack out of those for each group."""
+    """Takes the results of joined groups apart, one for each stack."""
     outs = {}
     for out, group in zip(joined, groups, strict=True):
         start = 0
@@ -107,6 +125,7 @@ def _part(
 
 
 def _way(x: jax.Array, spec: PartitionSpec) -> _Way:
+    """How `x` lies, from its `spec` and the ambient mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
     parts = [part if isinstance(part, tuple) else (part,) for part in spec] + [()] * (
         x.ndim - len(spec)
@@ -119,7 +138,11 @@ def _way(x: jax.Array, spec: PartitionSpec) -> _Way:
 
 
 def _whole(stack: jax.Array, way: _Way):
-    """This device's share of the matrices, whole; how to give the results back; and the axes along which devices hold the same."""
+    """This device's share of the matrices, whole.
+
+    Returns:
+      (stack, the function that gives results back, axes along which devices hold the same stack).
+    """
     undo, alike = [], []
     for axis in way.copies:
         if len(stack) >= lax.axis_size(axis):
@@ -141,7 +164,13 @@ def _whole(stack: jax.Array, way: _Way):
 
 
 def _share_out(stack: jax.Array, alike: tuple[str, ...]):
-    """This device's share of matrices that devices along the axes `alike` hold alike, as far as there are enough, and how to gather."""
+    """This device's share of matrices that devices along the axes `alike` have in common.
+
+    An axis longer than the stack is skipped: its devices repeat the work.
+
+    Returns:
+      (stack, the function that gathers the results).
+    """
     undo = []
     for axis in alike:
         size = lax.axis_size(axis)
@@ -152,7 +181,7 @@ def _share_out(stack: jax.Array, alike: tuple[str, ...]):
 
 
 def _share(stack, axis: str, size: int):
-    """This device's share of matrices that all devices along `axis` hold, and how to gather the results."""
+    """This device's share of matrices that all devices along `axis` hold; how to gather results."""
     count = len(stack)
     stack = _fill_up(stack, size)
     each = len(stack) // size
@@ -161,7 +190,7 @@ def _share(stack, axis: str, size: int):
 
 
 def _collect(stack, axis: str, size: int, dim: int):
-    """Matrices whole along `dim`, of which devices along `axis` hold pieces, and how to give the pieces back."""
+    """Matrices whole along `dim`, from pieces along `axis`; how to give the pieces back."""
     count, width = len(stack), stack.shape[dim]
     if count == 1:
         whole = lax.all_gather(stack, axis, axis=dim, tiled=True)
@@ -175,6 +204,6 @@ def _collect(stack, axis: str, size: int, dim: int):
 
 
 def _fill_up(stack, multiple: int):
-    """`stack` with matrices of zeros behind it, up to a multiple."""
+    """`stack` with matrices of zeros added, up to a multiple of `multiple`."""
     missing = math.ceil(len(stack) / multiple) * multiple - len(stack)
     return jnp.pad(stack, ((0, missing), (0, 0), (0, 0)))

@@ -1,4 +1,4 @@
-"""A device mesh from a string such as "data=2,expert=4", on real devices or on simulated CPU devices.
+"""A device mesh from a text such as "data=2,expert=4", on real devices or simulated CPU devices.
 
 Next file to read: sharding/targets.py.
 """
@@ -17,7 +17,9 @@ from sharding.rules import MESH_AXES
 
 
 def parse_mesh(spec: str | None) -> dict[str, int]:
-    """Axis sizes in mesh order, for example "expert=4,data=2" -> {"data": 2, "fsdp": 1, "expert": 4, "tensor": 1}.
+    """The size of every mesh axis, in mesh order; 1 where `spec` does not name the axis.
+
+    Example: "expert=4,data=2" gives slice 1, data 2, fsdp 1, context 1, expert 4, tensor 1.
 
     Raises:
       ValueError: an unknown or repeated axis, or a size that is not a positive integer.
@@ -42,39 +44,40 @@ def parse_mesh(spec: str | None) -> dict[str, int]:
 
 
 def simulate_devices(count: int) -> None:
-    """Asks for `count` simulated CPU devices; without effect once JAX has started, and on TPU and GPU.
+    """Asks JAX for `count` simulated CPU devices.
 
-    A count the user has fixed (JAX_NUM_CPU_DEVICES or XLA_FLAGS) is left alone.
+    It has no effect once JAX has started, nor on TPUs and GPUs. A count that the user has fixed
+    (JAX_NUM_CPU_DEVICES or XLA_FLAGS) is left alone.
     """
     if not any(importlib.util.find_spec(name) for name in ("libtpu", "jax_plugins")):
         keep_freed_memory()
-        # On one device: its temporary memory then comes from the thread that calls it, whose heap is the one that may be of any size.
+        # A program on one device runs in the thread that calls it, and takes its temporary memory
+        # from that thread's heap, the only one that may hold blocks of any size.
         jax.config.update("jax_cpu_enable_async_dispatch", count > 1)
     fixed = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get(
         "XLA_FLAGS", ""
     )
     if count > 1 and not fixed:
-        with contextlib.suppress(
-            RuntimeError
-        ):  # JAX has started already: make_mesh will say whether there are enough
+        # Once JAX has started this fails, and make_mesh says whether there are enough devices.
+        with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)
 
 
 def keep_freed_memory(one_heap: bool = False) -> None:
-    """Tells glibc to keep what is freed. XLA:CPU asks for its temporary memory anew at every step, and having the kernel clear 1 GB
-    of new pages each time took a quarter of a step of benchmarks/train_step.py. Conversions allocate as much.
+    """Tells glibc to keep memory that is freed, and not to return it to the kernel.
 
-    one_heap: for all threads, which would else take heaps of their own, of up to 64 MB a block. Not for XLA, which asks for thousands of
-    blocks a step: they would be looked for among all that compiling has left in pieces (a fifth of a step). Before threads start.
+    XLA:CPU allocates its temporary memory anew at every step, and the kernel must clear each new
+    page (benchmarks/README.md). Conversions allocate as much.
+
+    Args:
+      one_heap: whether all threads share one heap; otherwise each has its own, for blocks of up to
+        64 MB. Call it before threads start. It does not suit XLA, whose thousands of blocks a step
+        would be searched for in a heap that compiling has fragmented.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        arena_max, mmap_max, trim_threshold, top_pad = (
-            -8,
-            -4,
-            -1,
-            -2,
-        )  # names of mallopt(3), numbers of malloc.h
+        # Names of mallopt(3), with their numbers in malloc.h.
+        arena_max, mmap_max, trim_threshold, top_pad = (-8, -4, -1, -2)
         for option, value in (
             (arena_max, 1),
             (mmap_max, 0),

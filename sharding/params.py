@@ -1,4 +1,4 @@
-"""Where each weight lives: abstract variables and their logical axes -> NamedSharding, checked before anything is built.
+"""Places every weight on a mesh: logical axes become a NamedSharding, checked before it is used.
 
 Next file to read: v4jax/train/step.py.
 """
@@ -12,10 +12,14 @@ from sharding.rules import AxisRules
 
 
 def named_shardings(mesh: Mesh, rules: AxisRules, abstract, axes):
-    """Tree of NamedSharding for the tree `abstract`; `axes` has a tuple of logical axis names at each leaf.
+    """A NamedSharding for every leaf of `abstract`.
+
+    Args:
+      abstract: a tree of arrays, or of their shapes.
+      axes: the same tree with a tuple of logical axis names at each leaf, one per dimension.
 
     Raises:
-      ValueError: a dimension that does not divide by its mesh axes, naming the tensor, the axis and the sizes.
+      ValueError: a dimension does not divide by its mesh axes; names the tensor, axis and sizes.
     """
 
     def place(path, leaf, names):
@@ -26,7 +30,8 @@ def named_shardings(mesh: Mesh, rules: AxisRules, abstract, axes):
             if size % parts:
                 where = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in rules.mesh_axes(name))
                 raise ValueError(
-                    f"{tensor} {leaf.shape}: axis {name!r} of size {size} does not divide by {where}"
+                    f"{tensor} {leaf.shape}: axis {name!r} of size {size} "
+                    f"does not divide by {where}"
                 )
         return NamedSharding(mesh, spec)
 
@@ -34,7 +39,7 @@ def named_shardings(mesh: Mesh, rules: AxisRules, abstract, axes):
 
 
 def bytes_per_device(abstract, shardings) -> int:
-    """Bytes one device holds of a tree of arrays placed by a tree of NamedSharding."""
+    """Bytes that one device holds of the tree `abstract`, placed by the tree `shardings`."""
     leaves = zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True)
     return sum(
         math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves

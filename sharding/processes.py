@@ -1,16 +1,17 @@
-"""One JAX job of several processes: joining it, leaving it when something fails, rows in, whole arrays out.
+"""One JAX job of several processes: joining it, leaving it on failure, rows in, whole arrays out.
 
-`start` is called before JAX is used. What it does is said by the environment, never guessed:
+Call `start` before JAX is used. The environment says what it does; nothing is guessed:
 
-    V4JAX_COORDINATOR=host:port, V4JAX_PROCESSES=P, V4JAX_PROCESS=i    this is process i of P; host is that of process 0
-    V4JAX_CLUSTER=slurm | tpu                                          ask SLURM, or the TPU pod, for these three
-    none of them                                                       one process; nothing is done
+    V4JAX_COORDINATOR=host:port  V4JAX_PROCESSES=P  V4JAX_PROCESS=i
+                                   this is process i of P; host is the machine of process 0
+    V4JAX_CLUSTER=slurm | tpu      SLURM, or the TPU pod, knows these three
+    none of them                   there is one process, and nothing is done
 
-A collective below ("every process calls it") waits until all have called it.
+"Every process calls it" marks a collective: it waits until all processes have called it.
 
-On CPU, gloo has one connection per group of devices, and two programs under way at once mix their messages: the job hangs
-or dies. So a program that does not depend on the one before is started only when that one has ended
-(jax.block_until_ready); steps that hand their state on need nothing.
+On CPU, gloo has one connection per group of devices, and two programs that run at once mix their
+messages: the job hangs or dies. So a program that does not depend on the one before it starts only
+once that one has ended (jax.block_until_ready). Steps that hand on their state need no care.
 
 Next file to read: sharding/params.py.
 """
@@ -37,20 +38,23 @@ COORDINATOR, PROCESSES, PROCESS, CLUSTER = (
 )
 
 HEARTBEAT_SECONDS = 30
-"""A process that has been silent for so long is dead, and all others end with an error. JAX's own default is 100."""
+"""A process that is silent for this long counts as dead, and all others end with an error."""
 
 
-# ---- joining and leaving ---------------------------------------------------------------------------------------------
+# ---- joining and leaving -------------------------------------------------------------------------
 
 
 def start(preemptible: bool = False) -> None:
-    """Joins the job that the environment describes; without effect if it describes none, or the job is joined already.
+    """Joins the job that the environment describes.
+
+    It does nothing if the environment describes none, or if this process has joined already.
 
     Args:
-      preemptible: SIGTERM asks for an end (see stop_requests) instead of being one; JAX's preemption service swallows it.
+      preemptible: SIGTERM then asks for an end (see stop_requests) and does not kill the process;
+        JAX's preemption service catches it.
 
     Raises:
-      ValueError: variables that are incomplete, contradict one another or do not fit this machine; names them.
+      ValueError: variables are incomplete, contradict one another or do not fit this machine.
       RuntimeError: the other processes did not come within JAX's 5 minutes.
     """
     settings = _settings(os.environ)
@@ -59,11 +63,8 @@ def start(preemptible: bool = False) -> None:
     jax.config.update("jax_enable_preemption_service", preemptible)
     try:
         jax.distributed.initialize(**settings, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:  # what JAX raises where the cluster's variables are not there
+    # What JAX raises where the cluster's variables are missing.
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{CLUSTER}={os.environ.get(CLUSTER)}: this machine is not part of one ({error})"
         ) from None
@@ -73,7 +74,7 @@ def start(preemptible: bool = False) -> None:
 
 
 def _settings(environ: Mapping[str, str]) -> dict | None:
-    """Arguments of jax.distributed.initialize, or None for one process."""
+    """The arguments of jax.distributed.initialize; None for one process."""
     given = [name for name in (COORDINATOR, PROCESSES, PROCESS) if environ.get(name)]
     cluster = environ.get(CLUSTER)
     if cluster:
@@ -94,7 +95,8 @@ def _settings(environ: Mapping[str, str]) -> dict | None:
     if len(given) < 3:
         missing = [name for name in (COORDINATOR, PROCESSES, PROCESS) if name not in given]
         raise ValueError(
-            f"{given[0]} is set, but {missing[0]} is not; a job of several processes needs all three"
+            f"{given[0]} is set, but {missing[0]} is not; "
+            "a job of several processes needs all three"
         )
     address, count, index = (environ[name] for name in (COORDINATOR, PROCESSES, PROCESS))
     host, _, port = address.rpartition(":")
@@ -105,13 +107,16 @@ def _settings(environ: Mapping[str, str]) -> dict | None:
     if not index.isdecimal() or int(index) >= int(count):
         raise ValueError(f"{PROCESS}: got {index!r}; must be in [0, {PROCESSES}={count})")
     settings = dict(coordinator_address=address, num_processes=int(count), process_id=int(index))
-    if host in ("localhost", "127.0.0.1"):  # nobody else is to connect
+    if host in ("localhost", "127.0.0.1"):  # let nobody else connect
         settings["coordinator_bind_address"] = address
     return settings | {"cluster_detection_method": "deactivate"}
 
 
 def _keep_stdout_clean() -> None:
-    """gloo announces each of its connections on descriptor 1, where results go: drop that, and only that."""
+    """Keeps gloo's announcements of its connections off stdout, where results go.
+
+    gloo writes to descriptor 1, which leads nowhere from here on; sys.stdout gets a copy of it.
+    """
     sys.stdout.flush()
     own, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -120,14 +125,14 @@ def _keep_stdout_clean() -> None:
 
 
 def leave(code: int) -> None:
-    """Ends this process at once: an ordinary exit would wait, for up to five minutes, for all others to end too."""
+    """Ends this process at once; an ordinary exit would wait minutes for the others to end."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def is_joined() -> bool:
-    """Whether `start` has made this process one of a job."""
+    """Whether `start` has made this process part of a job."""
     return jax.distributed.is_initialized()
 
 
@@ -137,7 +142,11 @@ def is_first() -> bool:
 
 
 def wait_for_all(what: str) -> None:
-    """Returns when every process has called it with the same text."""
+    """Returns once every process has called it with the same text.
+
+    Raises:
+      RuntimeError: another process waits for something else.
+    """
     if jax.process_count() > 1:
         said = np.uint32(zlib.crc32(what.encode()))
         total = _sum_of_bits(np.array([said]))[0]
@@ -148,7 +157,7 @@ def wait_for_all(what: str) -> None:
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether it is true of any process. Every process calls it."""
+    """Whether `flag` is true on any process. Every process calls it."""
     if jax.process_count() == 1:
         return flag
     return bool(
@@ -204,10 +213,12 @@ def agreed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Gives a function to call after each step with its number: whether the job was told to end, by SIGTERM to any process.
+    """Gives a function that says after each step whether SIGTERM has told any process to end.
 
-    All processes get the same answer at the same step. Within the context SIGTERM has no other effect, so that what is under
-    way can be saved. A job of several processes must have been joined with start(preemptible=True).
+    It takes the number of the step; all processes get the same answer at the same step. Within the
+    context SIGTERM has no other effect, so that the state can be saved. A job of several processes
+    must have joined with start(preemptible=True); otherwise the answer is always False, as it is
+    off the main thread of a single process.
     """
     if jax.process_count() > 1:
         if not jax.config.jax_enable_preemption_service:
@@ -215,7 +226,8 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
             return
         yield multihost_utils.reached_preemption_sync_point
         return
-    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+    # Python allows signal handlers on the main thread only.
+    if threading.current_thread() is not threading.main_thread():
         yield lambda step: False
         return
     asked = threading.Event()
@@ -227,33 +239,34 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
 
 
 def check_whole(mesh: Mesh) -> None:
-    """Raises ValueError where a job of several processes has devices that `mesh` leaves out."""
+    """Raises ValueError if a job of several processes has devices that `mesh` leaves out."""
     if jax.process_count() > 1 and mesh.size != jax.device_count():
         shown = (
             ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
             or "of one device"
         )
         raise ValueError(
-            f"mesh {shown} uses {mesh.size} device(s); a job of {jax.process_count()} processes must use all its "
-            f"{jax.device_count()}"
+            f"mesh {shown} uses {mesh.size} device(s); a job of {jax.process_count()} processes "
+            f"must use all its {jax.device_count()}"
         )
 
 
-# ---- rows in, whole arrays out ---------------------------------------------------------------------------------------
+# ---- rows in, whole arrays out -------------------------------------------------------------------
 
 
 def local_rows(sharding: Sharding, shape: tuple[int, ...]) -> list[int]:
-    """Rows of a global array that this process's devices hold, in order.
+    """The rows of a global array that this process's devices hold, in order.
 
-    Example: 8 rows over data=2, expert=2, tensor=2 on 2 processes of 4 devices. Process 0 has data=0, so rows 0 to 3;
-    each twice, as the devices along tensor hold the same rows. With tensor=8 alone both processes hold all 8 rows.
+    Example: data=2, expert=2 and tensor=2 on 2 processes of 4 devices; data and expert split 8
+    rows. Process 0 has data=0, so it holds rows 0 to 3, each twice, because devices along tensor
+    hold the same rows. With tensor=8 alone both processes hold all 8 rows.
     """
     places = sharding.addressable_devices_indices_map(shape).values()
     return sorted({row for index in places for row in range(shape[0])[index[0]]})
 
 
 def from_rows(sharding: Sharding, local: np.ndarray, rows: Sequence[int], count: int) -> jax.Array:
-    """The global array [count, ...] of which this process has `local`, the rows that `local_rows` named."""
+    """The global array [count, ...] of which `local` has this process's `rows` (see local_rows)."""
     where = {row: i for i, row in enumerate(rows)}
 
     def part(index):
@@ -264,13 +277,14 @@ def from_rows(sharding: Sharding, local: np.ndarray, rows: Sequence[int], count:
 
 
 def gather(x, index: tuple[int, ...] = ()) -> np.ndarray:
-    """x[index] as a NumPy array, bit for bit, wherever its parts lie. Every process calls it and gets all of it.
+    """x[index] as a NumPy array, bit for bit, wherever its parts lie. Every process calls it.
 
-    Only what is asked for is moved: shards on this process are copied, and bits of other processes are added to zeros.
+    Every process gets all of it. Only what is asked for moves: shards of this process are copied,
+    and the bits of other processes are added to zeros.
     """
     if not isinstance(x, jax.Array):
         return np.asarray(x[index] if index else x)
-    jax.block_until_ready(x)  # also the parts that are not read here: see above
+    jax.block_until_ready(x)  # also parts that are not read here, as the head of this file says
     shape = x.shape[len(index) :]
     whole = np.zeros(shape, x.dtype)
     for shard in x.addressable_shards:
@@ -288,7 +302,10 @@ def gather(x, index: tuple[int, ...] = ()) -> np.ndarray:
 
 
 def _sum_of_bits(part: np.ndarray) -> np.ndarray:
-    """Sum over processes of arrays that are zero where another process has something; exact for -0.0 and NaN too."""
+    """Sum over processes of arrays that are zero wherever another process has something.
+
+    It adds bits as integers, so it is exact for -0.0 and NaN too.
+    """
     bits = np.atleast_1d(part).view(f"u{part.dtype.itemsize}")
     first_devices = {device.process_index: device for device in reversed(jax.devices())}
     mesh = Mesh(np.array([first_devices[i] for i in range(jax.process_count())]), ("process",))

@@ -1,7 +1,8 @@
-"""Logical axis names of arrays -> axes of a device mesh: one frozen, strict table, and the named layouts.
+"""Layouts: frozen, strict tables from the logical axes of arrays to the axes of a device mesh.
 
-The model only ever says what an axis *is* ("heads", "act_batch"); a layout says where it goes. Flax's own translation
-maps an unknown name, or a mesh axis used twice in one array, to "unsharded" without a word; here both raise.
+The model says only what an axis is ("heads", "act_batch"); a layout says where it goes. Flax's own
+translation silently leaves an axis unsharded whose name is unknown or whose mesh axis another axis
+of the array uses; here both raise.
 
 Next file to read: sharding/manual.py.
 """
@@ -20,14 +21,16 @@ _NO_AXIS: tuple[str, ...] = ()
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class AxisRules:
-    """A frozen table logical axis -> mesh axes, made by `layout`.
+    """A frozen table from logical axes to mesh axes, made by `layout`.
 
-    The empty table means one device: every call is the identity.
+    The empty table means one device: arrays pass through its methods unchanged.
 
     Attributes:
-      exchange: send each token to the devices of its experts (worth it where more devices hold experts than a token uses),
-        instead of gathering all tokens on every device that holds experts.
-      name: what reports call it. Layouts that differ in nothing else are equal.
+      table: every logical axis with the mesh axes that split it, outermost first.
+      exchange: whether each token is sent to the devices of its experts. Otherwise every device
+        that holds experts gathers all tokens. Sending is better where more devices hold experts
+        than a token has experts.
+      name: what reports call the layout. Layouts that differ only in name are equal.
     """
 
     table: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -48,7 +51,7 @@ class AxisRules:
         return f"layout({', '.join(said)})"
 
     def mesh_axes(self, name: str | None) -> tuple[str, ...]:
-        """Mesh axes that `name` is split over; () for None or a replicated axis.
+        """The mesh axes that split `name`; () for None and for a replicated axis.
 
         Raises:
           ValueError: `name` is not in the table.
@@ -59,14 +62,15 @@ class AxisRules:
             if known == name:
                 return axes
         raise ValueError(
-            f"logical axis {name!r} is not in the layout; known: {', '.join(n for n, _ in self.table)}"
+            f"logical axis {name!r} is not in the layout; "
+            f"known: {', '.join(n for n, _ in self.table)}"
         )
 
     def spec(self, names: tuple[str | None, ...], without: tuple[str, ...] = ()) -> PartitionSpec:
-        """PartitionSpec of an array whose axes are called `names`; mesh axes in `without` are left out.
+        """The PartitionSpec of an array with the axes `names`, without the mesh axes `without`.
 
         Raises:
-          ValueError: an unknown name, or one mesh axis used by two axes of the array.
+          ValueError: an unknown name, or a mesh axis that two axes of the array use.
         """
         parts = [
             tuple(axis for axis in self.mesh_axes(name) if axis not in without) for name in names
@@ -80,15 +84,19 @@ class AxisRules:
         return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
-        """`x`, placed as the table says; needs an ambient mesh (jax.set_mesh) unless the table is empty."""
+        """`x`, placed as the table says. It needs an ambient mesh unless the table is empty."""
         return jax.lax.with_sharding_constraint(x, self.spec(names)) if self.table else x
 
     def gather(self, w: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-        """Weight `w`, gathered over the mesh axes that also split the tokens (FSDP), still split over the others.
+        """Weight `w`, gathered over the mesh axes that also split tokens (FSDP).
 
-        One axis after the other, the innermost first: a gather over a whole slice at once is an all-reduce of zeros and shards
-        to XLA:TPU, twice the bytes. Barriers stand between them, or XLA for TPU7x joins them into one. First of all it is held where it lies:
-        XLA may otherwise gather it before it was cast. The gradient is placed like the weight itself, so that XLA need not keep its sum whole.
+        Axes that do not split tokens still cut it.
+
+        The first step places the weight where it already lies, since XLA may otherwise gather it
+        before it is cast. Then one axis after another is gathered, the innermost first: XLA:TPU
+        turns a gather over a whole slice at once into an all-reduce of zeros and shards, which
+        sends twice the bytes. Barriers keep XLA from joining these steps. The gradient is placed
+        like the weight, so that XLA need not keep its whole sum.
         """
         if not self.table:
             return w
@@ -103,7 +111,7 @@ class AxisRules:
         return _gathered(w, tuple(dict.fromkeys(steps)))
 
     def shards(self, name: str) -> int:
-        """How many parts `name` is cut into on the ambient mesh; 1 for the empty table."""
+        """How many parts the ambient mesh cuts `name` into; 1 for the empty table."""
         sizes = dict(jax.sharding.get_abstract_mesh().shape) if self.table else {}
         parts = 1
         for axis in self.mesh_axes(name):
@@ -139,8 +147,8 @@ def layout(
       where: logical_axis="mesh axes, separated by blanks", outermost first; a tuple; or None.
 
     Raises:
-      ValueError: an unknown axis, a mesh axis used twice by one array, or a layout that the model
-        cannot compute with.
+      ValueError: an unknown axis, a mesh axis that two axes of one array use, or a layout that the
+        model cannot compute with.
     """
     if not isinstance(exchange, bool) or not isinstance(name, str):
         raise ValueError(
@@ -159,7 +167,7 @@ def _layout(name: str, exchange: bool = False, **where) -> AxisRules:
 
 
 def _cut_weights(axes: str) -> dict[str, str]:
-    """FSDP: the embedding side of every matrix is cut over `axes` and gathered layer by layer."""
+    """FSDP: `axes` cut the embedding side of every matrix, which is gathered layer by layer."""
     return dict.fromkeys(("embed", "expert_embed", "streams_embed", "q_lora_in", "group_in"), axes)
 
 
@@ -177,7 +185,8 @@ _TENSOR = dict(
 )
 
 LAYOUTS: dict[str, AxisRules] = {
-    # every axis at once: batch over slice, data, fsdp and expert; sequence over context; experts over expert; weights cut
+    # All axes at once: slice, data, fsdp and expert split the batch, context the sequence, expert
+    # the experts; fsdp and context cut all weights.
     "full": _layout(
         "full",
         act_batch="slice data fsdp expert",
@@ -186,19 +195,20 @@ LAYOUTS: dict[str, AxisRules] = {
         **_cut_weights("fsdp context"),
         **_TENSOR,
     ),
-    # every device holds all weights
+    # Every device holds all weights.
     "dp": _layout("dp", act_batch="slice data"),
-    # weights cut over fsdp, gathered layer by layer
+    # fsdp cuts weights, which are gathered layer by layer.
     "fsdp": _layout("fsdp", act_batch="slice data fsdp", **_cut_weights("fsdp")),
-    # experts on their devices, everything else replicated
+    # Experts stay on their devices; everything else is replicated.
     "ep": _layout("ep", act_batch="slice data expert", experts="expert"),
     "ep_fsdp": _layout(
         "ep_fsdp", act_batch="slice data fsdp expert", experts="expert", **_cut_weights("fsdp")
     ),
     "ep_tp": _layout("ep_tp", act_batch="slice data expert", experts="expert", **_TENSOR),
-    # long sequences: each device holds a stretch of every row; experts on their devices
+    # Long sequences: each device holds a shard of every sequence; experts stay on their devices.
     "cp_ep": _layout("cp_ep", act_batch="slice data expert", act_seq="context", experts="expert"),
-    # a pod: experts over expert, all other weights over everything that splits tokens, so that nothing large is held twice
+    # A pod: expert cuts the experts, and all axes that split tokens cut the other weights, so that
+    # no device holds a copy of anything large.
     "pod": _layout(
         "pod",
         exchange=True,
@@ -213,14 +223,14 @@ LAYOUTS: dict[str, AxisRules] = {
         **_TENSOR,
     ),
 }
-"""Named layouts. `full` is the default: with an axis of size 1 it becomes any of the others but `pod`."""
+"""The named layouts. `full` is the default; with axes of size 1 it becomes any other but `pod`."""
 
 
 def rules_of(layout: AxisRules | str | None) -> AxisRules:
-    """The layout that `layout` is or names; None: "full".
+    """The layout that `layout` is or names; None means "full".
 
     Raises:
-      ValueError: no such name, or an AxisRules that `layout` above would not have made.
+      ValueError: an unknown name, or an AxisRules that `layout` above would not have made.
     """
     if isinstance(layout, AxisRules):
         _check(layout)
@@ -249,7 +259,7 @@ def layout_for(layout: AxisRules | str | None, mesh_sizes: dict[str, int]) -> Ax
     """The layout that `layout` is or names (None: "full"), checked against the mesh it will run on.
 
     Raises:
-      ValueError: no such layout, or the mesh has an axis larger than 1 that the layout does not use.
+      ValueError: an unknown name, or a mesh axis larger than 1 that the layout does not use.
     """
     rules = rules_of(layout)
     used = {axis for _, axes in rules.table for axis in axes}
@@ -263,7 +273,7 @@ def layout_for(layout: AxisRules | str | None, mesh_sizes: dict[str, int]) -> Ax
 
 
 def check_has_mesh(layout: AxisRules | str | None, mesh: str | None) -> None:
-    """Raises ValueError for a layout, other than the default, without a mesh: it would be ignored."""
+    """Raises ValueError for a layout without a mesh, which would ignore it; "full" is allowed."""
     if not mesh and rules_of(layout) != LAYOUTS["full"]:
         raise ValueError(
             f"layout {str(layout)!r} needs a mesh; give one, for example --mesh data=2, "

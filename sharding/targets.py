@@ -1,4 +1,4 @@
-"""Meshes of accelerators that are not there: TPU slices and H100 clusters to compile for, on any machine.
+"""Meshes of accelerators that this machine lacks: TPU slices and H100 clusters to compile for.
 
 Next file to read: sharding/params.py.
 """
@@ -13,9 +13,10 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 NODE = 8
-"""GPUs of a host, as in a DGX or HGX H100: the devices that NVLink joins."""
+"""GPUs of one host, which NVLink joins, as in a DGX or HGX H100."""
 
-_H100 = {  # what an H100 SXM tells CUDA about itself (openxla/xla, specs/h100_sxm.txtpb)
+# What an H100 SXM tells CUDA about itself (openxla/xla, specs/h100_sxm.txtpb).
+_H100 = {
     "threads_per_block_limit": 1024,
     "threads_per_warp": 32,
     "shared_memory_per_block": 49152,
@@ -38,15 +39,21 @@ _H100_TEXT = (
     "gpu_device_info { cuda_compute_capability { major: 9 } "
     + " ".join(f"{name}: {value}" for name, value in _H100.items())
     + " }"
-    ' platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "NVIDIA H100 80GB HBM3"'
+    ' platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }'
+    ' device_description_str: "NVIDIA H100 80GB HBM3"'
 )
 
 
 def topology_mesh(target: str, sizes: dict[str, int]) -> Mesh:
-    """A mesh of devices to compile for: TPU chips ("v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x8") or GPUs ("h100:64").
+    """A mesh of devices to compile for.
+
+    Args:
+      target: TPU chips, as "v5p:4x4x8", "v6e:16x16" or "tpu7x:4x4x8", or GPUs, as "h100:64".
+      sizes: mesh axis -> size.
 
     Raises:
-      ValueError: the target's extra (`tpu` or `gpu`) is not installed, an unknown target, or a mesh of another size.
+      ValueError: an unknown target, one whose extra (`tpu` or `gpu`) is not installed, or a mesh
+        with another number of devices.
     """
     devices = _gpus(target) if target.startswith("h100:") else _tpus(target)
     if math.prod(sizes.values()) != len(devices):
@@ -65,7 +72,7 @@ def topology_mesh(target: str, sizes: dict[str, int]) -> Mesh:
 def _tpus(target: str) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(f"target {target!r} needs the extra `tpu`: pip install 'v4jax[tpu]'")
-    # libtpu asks a metadata server unless told who it is, and locks itself to one process.
+    # libtpu asks a metadata server unless it is told who it is, and locks itself to one process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -81,7 +88,8 @@ def _gpus(target: str) -> list[jax.Device]:
     count = target.removeprefix("h100:")
     if not count.isdecimal() or int(count) < 1 or (int(count) > NODE and int(count) % NODE):
         raise ValueError(
-            f"target: got {target!r}; must be h100:N with N up to {NODE}, or a multiple of {NODE} (GPUs of a host)"
+            f"target: got {target!r}; must be h100:N with N up to {NODE}, or a multiple of {NODE} "
+            "(GPUs of a host)"
         )
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise ValueError(f"target {target!r} needs the extra `gpu`: pip install 'v4jax[gpu]'")

@@ -1,4 +1,4 @@
-"""The layout lab: what a layout does with a model, compiled for devices that need not exist, or estimated.
+"""The layout lab: what a layout costs a model, compiled for any devices or estimated.
 
 Next file to read: v4jax/planner/hardware.py.
 """

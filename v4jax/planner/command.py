@@ -1,4 +1,4 @@
-"""What `v4jax layout` does: an estimate, a compiled report, a comparison of two layouts, or a search, as one printable result.
+"""`v4jax layout`: an estimate, compiled report, comparison or search, as one printable result.
 
 Next file to read: v4jax/planner/page.py.
 """
@@ -23,9 +23,18 @@ from v4jax.train.step import check_batch
 
 
 class Request(NamedTuple):
-    """What is asked of a layout. target: as target_of reads it. what: "train" or "decode". paper: compile nothing. lower_only:
-    stop before compiling. effort: of the compiler for TPUs (planner/compiled.py). fp8: products at the fp8 rate. released: decode
-    from the released formats, which no program here computes with: estimated only."""
+    """What is asked of a layout.
+
+    Attributes:
+      target: chips, as target_of reads them.
+      what: "train" or "decode".
+      paper: compile nothing.
+      lower_only: stop before compiling.
+      effort: of the compiler for TPUs (planner/compiled.py).
+      fp8: products run at the fp8 rate.
+      released: decode from the released formats; estimated only, as no program here computes with
+        them.
+    """
 
     target: str = "cpu"
     what: str = "train"
@@ -99,7 +108,7 @@ class Comparison:
 
 
 def config_of(config: TrainConfig | str, options) -> TrainConfig:
-    """The training config that the command line's mesh, layout, seq and batch make of a TrainConfig or of a config.json."""
+    """`config`, or one for a config.json, with the command line's mesh, layout, seq and batch."""
     if isinstance(config, str):
         model = ModelConfig.from_json(config)
         config = TrainConfig(
@@ -123,10 +132,11 @@ def config_of(config: TrainConfig | str, options) -> TrainConfig:
 
 
 def examine(cfg: TrainConfig, request: Request) -> Result:
-    """The estimate of `cfg`, and what compiling says where JAX can compile for the target.
+    """The estimate of `cfg`, and a compiled report where JAX can compile for the target.
 
     Raises:
-      ValueError: mesh, batch, target or layout that do not fit together, with the nearest choice that does.
+      ValueError: mesh, batch, target or layout do not fit together; names the nearest choice that
+        does.
     """
     target = checked(cfg, request)
     found = estimate(cfg, target.hardware, request.what, request.fp8, request.released)
@@ -136,12 +146,14 @@ def examine(cfg: TrainConfig, request: Request) -> Result:
     )
     if request.effort and (request.lower_only or not compiles):
         raise ValueError(
-            f"--effort: got {request.effort!r}, but nothing is compiled; it is for a TPU topology such as v5p:4x4x8"
+            f"--effort: got {request.effort!r}, but nothing is compiled; "
+            "it is for a TPU topology such as v5p:4x4x8"
         )
     if compiles:
         if target.topology and not found.fits and not request.lower_only:
             raise ValueError(
-                f"it does not fit: {gigabytes(found.memory_bytes)} of {gigabytes(found.hbm)} on each device; {nearest_fit(cfg, request)}"
+                f"it does not fit: {gigabytes(found.memory_bytes)} of {gigabytes(found.hbm)} "
+                f"on each device; {nearest_fit(cfg, request)}"
             )
         compiled = report_layout(
             cfg, request.target, request.lower_only, request.what, request.effort
@@ -155,7 +167,7 @@ def examine(cfg: TrainConfig, request: Request) -> Result:
 
 
 def compare(cfg: TrainConfig, request: Request, texts: list[str]) -> Comparison:
-    """Estimates of two layouts, each given as LAYOUT:MESH or FILE.py:NAME:MESH."""
+    """The estimates of two layouts, each given as LAYOUT:MESH or FILE.py:NAME:MESH."""
     pair = []
     for text in texts:
         layout, mesh = _layout_and_mesh(text)
@@ -172,14 +184,15 @@ def _layout_and_mesh(text: str) -> tuple[str, str]:
     layout, colon, mesh = text.rpartition(":")
     if not colon or (mesh and "=" not in mesh):
         raise ValueError(
-            f"--compare: got {text!r}; must be LAYOUT:MESH, as pod:fsdp=8,expert=16 or FILE.py:NAME:fsdp=8"
+            f"--compare: got {text!r}; must be LAYOUT:MESH, as pod:fsdp=8,expert=16 "
+            "or FILE.py:NAME:fsdp=8"
         )
     return layout, mesh
 
 
 @dataclasses.dataclass(frozen=True)
 class Searched:
-    """A search, and its best few compiled."""
+    """A search, and compiled reports of its first few layouts."""
 
     found: Found
     confirmed: tuple[LayoutReport, ...]
@@ -210,11 +223,19 @@ class Searched:
 
 
 def look_for(cfg: TrainConfig, request: Request, chips: int | None, confirm: int = 0) -> Searched:
-    """The search on `chips` chips of the target (default: as many as it names)."""
+    """Searches the layouts on `chips` chips of the target (default: as many as it names).
+
+    Args:
+      confirm: how many of the best layouts to compile.
+
+    Raises:
+      ValueError: nothing fits, or a flag that this target or search cannot use.
+    """
     target = target_of(request.target)
     if confirm and not (target.topology or target.hardware.shared):
         raise ValueError(
-            f"--confirm: JAX cannot compile for {request.target!r} here; give a TPU topology such as v5p:4x4x8, or leave it out"
+            f"--confirm: JAX cannot compile for {request.target!r} here; "
+            "give a TPU topology such as v5p:4x4x8, or leave it out"
         )
     if request.effort and not confirm:
         raise ValueError(
@@ -240,7 +261,7 @@ def look_for(cfg: TrainConfig, request: Request, chips: int | None, confirm: int
 
 
 def devices_of(target: str, chips: int | None) -> int:
-    """JAX devices of a search."""
+    """How many JAX devices a search has."""
     found = target_of(target)
     if chips is None and ":" not in target:
         raise ValueError(
@@ -256,14 +277,19 @@ def devices_of(target: str, chips: int | None) -> int:
 
 
 def checked(cfg: TrainConfig, request: Request) -> Target:
-    """The target, once mesh, layout and batch were found to fit it."""
+    """The target, checked against mesh, layout and batch.
+
+    Raises:
+      ValueError: they do not fit together; names the nearest mesh, batch or length that does.
+    """
     check_has_mesh(cfg.layout, cfg.mesh)
     sizes = parse_mesh(cfg.mesh)
     devices = math.prod(sizes.values())
     target = target_of(request.target, devices)
     if target.devices != devices:
         raise ValueError(
-            f"mesh has {devices} devices; target {request.target} has {target.devices}; nearest mesh: {nearest_mesh(cfg, sizes, target.devices)}"
+            f"mesh has {devices} devices; target {request.target} has {target.devices}; "
+            f"nearest mesh: {nearest_mesh(cfg, sizes, target.devices)}"
         )
     rules = layout_for(cfg.layout, sizes)
     try:
@@ -274,7 +300,10 @@ def checked(cfg: TrainConfig, request: Request) -> Target:
 
 
 def nearest_mesh(cfg: TrainConfig, sizes: dict[str, int], devices: int) -> str:
-    """The mesh of `devices` devices over the same axes whose sizes differ least (as ratios), of those the model can be cut over."""
+    """The mesh of `devices` devices over the same axes that is nearest and can cut the model.
+
+    Nearest means the smallest sum of |log(size ratio)| over the axes.
+    """
     axes = [axis for axis in MESH_AXES if sizes[axis] > 1] or ["fsdp"]
 
     def away(guess):
@@ -305,7 +334,7 @@ def _cuts(cfg: TrainConfig, sizes: dict[str, int]) -> bool:
 
 
 def nearest_fit(cfg: TrainConfig, request: Request) -> str:
-    """The fastest layout on the same devices that fits, or how many it takes."""
+    """The fastest layout on the same devices that fits, or how many devices it takes."""
     target = target_of(request.target, math.prod(parse_mesh(cfg.mesh).values()))
     try:
         best = search(

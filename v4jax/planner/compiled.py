@@ -1,6 +1,8 @@
-"""What a layout does with the training step, or with a step of decoding, found by compiling it for devices that need not exist.
+"""What a layout costs a step of training or decoding, found by compiling it for any devices.
 
-Weights are never made: the step is lowered from shapes and shardings alone.
+The devices need not exist. Weights are never made: the step is lowered from shapes and shardings.
+
+Letters: B sequences of the batch.
 
 Next file to read: sharding/audit.py.
 """
@@ -29,25 +31,38 @@ from v4jax.train.config import TrainConfig
 from v4jax.train.step import batch_sharding, check_batch, compile_step, state_from, state_shardings
 
 EFFORTS = {"quick": {"optimization_level": 19}, "full": {}}
-"""Compiler options by name. 19 is XLA's EFFORT_O1: on TPUs a full model compiles in less than half the time. "full" is what a run compiles
-with; it may hold more where the chip has room, to hide exchanges behind products. Only XLA:TPU was tried with it."""
+"""Compiler options by name.
+
+19 is XLA's EFFORT_O1, with which a full model compiles for TPUs in less than half the time. "full"
+is what a run compiles with; it may hold more where the chip has room, to hide exchanges behind
+products. Only XLA:TPU was tried with it.
+"""
 
 _KINDS = {"TPU7x": {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": False}}
-"""Kind of chip -> options it needs: without this one libtpu 0.0.42 ends the process with "Check failed: std::abs(inc) < core_count()" when it
-compiles a sum for a sparse core."""
+"""Kind of chip -> options it needs.
+
+Without this one libtpu 0.0.42 ends the process with "Check failed: std::abs(inc) < core_count()"
+when it compiles a sum for a sparse core.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class LayoutReport:
-    """Bytes are per device; seconds are of this machine.
+    """What compiling a layout found. Bytes are per device; seconds are this machine's.
 
     Attributes:
-      what: "train" or "decode". state_bytes: weights, router tables and optimizer state or caches. largest: the parameters with most bytes, with their cut.
-      temporary_bytes: what one step holds at its peak beyond the state (None if it was only lowered; on XLA:CPU no guide to a TPU's).
-      code_bytes: the program, which lies in a TPU's memory too. effort: of the compiler, a name of EFFORTS; "" where it has one.
-      collectives: (mesh axes, kind, calls per step, bytes that a device sends per step), largest first.
-      expert_bytes: what a device sends per step to bring tokens to experts and back, and the least that this way of
-        dispatch can do; None if the step was only lowered or no axis holds experts.
+      what: "train" or "decode".
+      state_bytes: weights, router tables, and optimizer state or caches.
+      temporary_bytes: what one step holds at its peak beyond the state. None if the step was only
+        lowered. On XLA:CPU it says little about a TPU.
+      code_bytes: the program, which lies in a TPU's memory too.
+      effort: of the compiler, a name of EFFORTS; "" for a compiler without a choice.
+      largest: the parameters with most bytes, as (name, cut, bytes).
+      collectives: (mesh axes, kind, calls per step, bytes that a device sends per step), most bytes
+        first.
+      expert_bytes: what a device sends per step to bring tokens to experts and back, and the least
+        that this way of dispatch can send. None if the step was only lowered or no axis holds
+        experts.
     """
 
     what: str
@@ -113,15 +128,18 @@ def report_layout(
     what: str = "train",
     effort: str | None = None,
 ) -> LayoutReport:
-    """Lowers, and unless `lower_only` compiles, a step of `cfg` (its mesh, layout, lengths) for `target`.
+    """Lowers a step of `cfg` (its mesh, layout and lengths) for `target`, and compiles it.
 
     Args:
-      target: "cpu" (simulated devices), a TPU topology such as "v5p:4x4x8", or GPUs such as "h100:64".
-      what: "train", or "decode": one new token for each of batch_size rows, in a cache of seq_len tokens each.
+      target: "cpu" (simulated devices), a TPU topology such as "v5p:4x4x8", or GPUs such as
+        "h100:64".
+      lower_only: do not compile.
+      what: "train", or "decode": one new token for each of batch_size rows, in a cache of seq_len
+        tokens each.
       effort: for TPUs, a name of EFFORTS; default "quick".
 
     Raises:
-      ValueError: mesh, layout, batch, target or effort that do not fit.
+      ValueError: mesh, layout, batch, target or effort do not fit together.
     """
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes)
@@ -172,8 +190,11 @@ def _options(effort: str, mesh: Mesh) -> dict[str, Any] | None:
 
 
 def _temporary(compiled, mesh: Mesh) -> int:
-    """XLA:TPU's temp_size is more than it reserves (a step with 6.8 GB of state and 10.7 GB of it compiles for the 16.9 GB of a v5e); its peak
-    is within 2% of all that its buffer assignment takes. XLA:CPU's peak leaves temporaries out."""
+    """Bytes that the program holds at its peak beyond its arguments.
+
+    XLA:TPU's temp_size is more than it reserves; its peak is close to what its buffer assignment
+    takes. XLA:CPU's peak leaves temporaries out.
+    """
     found = compiled.memory_analysis()
     return (
         found.peak_memory_in_bytes - found.argument_size_in_bytes
@@ -183,7 +204,7 @@ def _temporary(compiled, mesh: Mesh) -> int:
 
 
 def _lower_train(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
-    """(abstract parameters, abstract state, the lowered step)."""
+    """(abstract parameters, abstract state, the lowered training step)."""
     places = state_shardings(cfg, rules, mesh)
     abstract = jax.eval_shape(functools.partial(state_from, cfg), abstract_params(cfg.model))
     state = jax.tree.map(_placed, abstract, places)
@@ -201,7 +222,10 @@ def _lower_train(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
 
 
 def _lower_decode(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
-    """(abstract parameters, the same and the cache, the lowered step), as v4jax/generate/decode.py runs it on loaded weights."""
+    """(abstract parameters, these and the cache, the lowered decoding step).
+
+    The step is that of v4jax/generate/decode.py on loaded weights.
+    """
     model = cfg.model
     dtypes = {
         slot.path: leaf_dtype(name, plain_dtype(cfg.dtype))
@@ -239,7 +263,7 @@ def _placed(leaf, place: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def _layer(stack: jax.ShapeDtypeStruct, n: int) -> jax.ShapeDtypeStruct:
-    """One layer of stacked ones; layers are not cut."""
+    """One layer of a stack; the axis of layers is not cut."""
     del n
     spec = PartitionSpec(*stack.sharding.spec[1:])
     return jax.ShapeDtypeStruct(
@@ -250,10 +274,12 @@ def _layer(stack: jax.ShapeDtypeStruct, n: int) -> jax.ShapeDtypeStruct:
 def least_expert_bytes(
     cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], what: str = "train"
 ) -> int:
-    """Bytes a device must send per step so that tokens reach experts and come back, under an even load; 0 without such an axis.
+    """Bytes that a device must send per step so that tokens reach experts and come back.
 
-    Rows go there and back, in the forward pass; in training again where layers are rematerialised, and once each way as gradients. A row
-    crosses (n-1) devices where tokens are gathered; K (n-1)/n where they are exchanged (K experts a token, n devices a group).
+    The load counts as even; 0 if no axis holds experts. Rows travel there and back in the forward
+    pass; in training, again where layers are rematerialised, and once each way as gradients. With K
+    experts a token and n devices a group, a row crosses n-1 devices where tokens are gathered, and
+    K (n-1)/n where they are exchanged.
     """
     holders = math.prod(sizes[axis] for axis in rules.mesh_axes("experts"))
     if holders == 1:
@@ -280,9 +306,12 @@ def least_expert_bytes(
 
 
 def sent_to_experts(found: list[Collective], rules: AxisRules) -> int:
-    """Bytes of the collectives among expert devices that the experts' dispatch makes: every kind but all-reduce, by which
-    XLA sums gradients, many at once, under the joined names of all their sources. Nothing else makes a ragged all-to-all, whose
-    source XLA:GPU does not say."""
+    """Bytes of the collectives that the experts' dispatch makes among devices that hold experts.
+
+    All-reduces are left out: XLA sums many gradients in one, under the joined names of all their
+    sources. Every ragged all-to-all counts: nothing else makes one, and XLA:GPU does not name its
+    source.
+    """
     holders = set(rules.mesh_axes("experts"))
     among = [one for one in found if one.kind != "all-reduce" and set(one.axes) <= holders]
     return sum(
@@ -301,7 +330,7 @@ def _largest(params, count: int = 8) -> tuple[tuple[str, str, int], ...]:
 
 
 def _bytes_of(tree) -> int:
-    """Bytes of abstract arrays with their shardings on one device."""
+    """Bytes that one device holds of abstract arrays with shardings."""
     return bytes_per_device(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
 
 

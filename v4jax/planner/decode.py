@@ -1,8 +1,8 @@
-"""One decoding step, estimated: weights and caches held and read, products of one new token a row, what is sent.
+"""Estimates a decoding step: what is held, read, computed and sent for one new token a row.
 
-Caches are those of v4jax/generate/cache.py, in the compute dtype or as the released model keeps them (entries in fp8 and bf16, index
-keys in fp4), cut with the rows and, where a layout cuts sequences, along them. Weights are held in the compute dtype, or in the
-released formats.
+Caches are those of v4jax/generate/cache.py, in the compute dtype or as the released model keeps
+them (entries in fp8 and bf16, index keys in fp4). They are cut with the rows and, where a layout
+cuts sequences, along them. Weights are held in the compute dtype or in the released formats.
 
 Next file to read: v4jax/planner/estimate.py.
 """
@@ -27,8 +27,10 @@ from v4jax.planner.work import layers_by_ratio, part_of
 from v4jax.train.config import TrainConfig
 
 RELEASED = {"experts": 0.53, "matrices": 1.0, "rest": 2.0}
-"""Bytes a number in the released formats: MXFP4 with a scale byte per 32, fp8 with 128 x 128 blocks,
-bf16 (docs/equations.md#low-precision)."""
+"""Bytes of a number in the released formats (docs/equations.md#low-precision).
+
+Experts are MXFP4 with a scale byte per 32 numbers, matrices fp8 with blocks of 128 x 128, the rest
+bf16."""
 
 
 def decode_terms(
@@ -38,7 +40,10 @@ def decode_terms(
     platform: str,
     released: bool = False,
 ) -> list[Term]:
-    """Terms of one step of batch_size rows with seq_len tokens of context each. Rows stand in for tokens: a step makes one each."""
+    """The terms of one step of batch_size rows with a context of seq_len tokens each.
+
+    Rows stand in for tokens, since a step makes one token a row.
+    """
     model = cfg.model
     tokens = [
         axis
@@ -77,7 +82,7 @@ def decode_terms(
 
 
 def bytes_held(model: ModelConfig, weight: Weight, dtype: str) -> float:
-    """Bytes per number: "float32", "bfloat16", or "released" formats."""
+    """Bytes of a number of `weight`; dtype is "float32", "bfloat16" or "released"."""
     if dtype != "released":
         return _loaded(model, dtype)[weight.name]
     matrix = weight.uses and not weight.float32 and not weight.name.startswith("head/")
@@ -86,7 +91,7 @@ def bytes_held(model: ModelConfig, weight: Weight, dtype: str) -> float:
 
 @functools.lru_cache(8)
 def _loaded(model: ModelConfig, dtype: str) -> dict[str, int]:
-    """Parameter -> bytes per number, as checkpoints are loaded."""
+    """Parameter -> bytes of one of its numbers, as checkpoints are loaded."""
     return {
         "/".join(slot.path): leaf_dtype(name, plain_dtype(dtype)).itemsize
         for name, slot in official_names(model).items()
@@ -94,8 +99,13 @@ def _loaded(model: ModelConfig, dtype: str) -> dict[str, int]:
 
 
 class CacheBytes(NamedTuple):
-    """Bytes of one row's cache. rings: of the newest tokens. slots: entries and index keys. unread: of these, entries of CSA that a step does
-    not choose."""
+    """Bytes of one row's cache.
+
+    Attributes:
+      rings: what is kept of the newest tokens.
+      slots: entries and index keys.
+      unread: the part of `slots` that a step does not read: CSA entries it does not choose.
+    """
 
     rings: int
     slots: int
@@ -104,7 +114,7 @@ class CacheBytes(NamedTuple):
 
 @functools.lru_cache(64)
 def cache_bytes(model: ModelConfig, seq: int, dtype: str, released: bool) -> CacheBytes:
-    """The cache of a row with room for `seq` tokens; released: in the released formats."""
+    """Bytes of the cache of a row with room for `seq` tokens; released: in the released formats."""
     shapes = jax.eval_shape(
         lambda: empty_cache(model, 1, seq, jnp.dtype(dtype), "official" if released else "dtype")
     )
@@ -122,7 +132,10 @@ def cache_bytes(model: ModelConfig, seq: int, dtype: str, released: bool) -> Cac
 
 
 def _caches(cfg: TrainConfig, rules: AxisRules, sizes, seq: int, released: bool) -> list[Term]:
-    """All entries are held; a step reads the newest tokens', HCA's, the chosen ones of CSA, and every index key."""
+    """The caches: all entries are held, and some are read.
+
+    A step reads the rings, HCA's entries, the chosen entries of CSA, and every index key.
+    """
     model = cfg.model
     found, own = cost(model, cfg.seq_len), cache_bytes(model, cfg.seq_len, cfg.dtype, released)
     heads = math.prod(sizes[axis] for axis in rules.mesh_axes("act_heads"))
@@ -137,7 +150,7 @@ def _caches(cfg: TrainConfig, rules: AxisRules, sizes, seq: int, released: bool)
 
 
 def _sums(cfg: TrainConfig, rules: AxisRules, sizes, platform: str) -> list[Term]:
-    """Partial sums of heads and experts, what devices with stretches of a cache tell each other, rows of the table."""
+    """What is sent: partial sums of heads and experts, results along a cut cache, table rows."""
     model, layers, item = cfg.model, layers_by_ratio(cfg.model), 4 if cfg.dtype == "float32" else 2
     count = sum(layers.values()) - model.num_nextn_predict_layers
     tensor, slots, words = (
@@ -147,7 +160,7 @@ def _sums(cfg: TrainConfig, rules: AxisRules, sizes, platform: str) -> list[Term
     n, s, v = (math.prod(sizes[axis] for axis in axes) for axes in (tensor, slots, words))
     ring, entries = 2 * (n - 1) / n, cfg.seq_len // CSA / s
     own = model.num_attention_heads / n
-    sums = 3 if platform == "cpu" or rules.exchange else 2  # see traffic.py
+    sums = 3 if platform == "cpu" or rules.exchange else 2  # planner/traffic.py says why
     terms = [
         Term(
             "sent",

@@ -1,7 +1,8 @@
-"""A layout, estimated: memory, FLOPs, traffic and time of one step, and which resource binds. Nothing is compiled.
+"""Estimates a layout: memory, FLOPs, traffic and time of one step, and which resource binds.
 
-Time is a roofline: each part of the model takes the longer of its FLOPs and its memory traffic; exchanges run beside them as far
-as the profile says (`overlap`), the rest adds to the step. What a chip reaches of its peaks is an assumption of the profile unless
+Nothing is compiled. Time is a roofline: each part of the model takes the longer of its FLOPs and
+its memory traffic. Exchanges run beside the parts as far as the profile says (`overlap`); the rest
+adds to the step. The share of its peaks that a chip reaches is an assumption of the profile unless
 it was measured, so ratios between layouts mean more than seconds.
 
 Next file to read: v4jax/planner/search.py.
@@ -26,18 +27,23 @@ from v4jax.planner.work import FP8, work
 from v4jax.train.config import TrainConfig
 
 USABLE = 0.97
-"""Share of a device's memory that a program may plan with (libtpu: 95.74 of v5p's 102 GB less its own reserve)."""
+"""Share of a device's memory that a program may use; libtpu keeps a reserve."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """One layout of one step on one kind of chip. Bytes and FLOPs are per device.
+    """One step in one layout on one kind of chip. Bytes and FLOPs are per device.
 
     Attributes:
-      what: "train" or "decode". memory: bytes by kind. working_set: what the temporaries belong to.
-      parts: part of the model -> (FLOPs, bytes of memory traffic, seconds). sent: (axes, collective) -> (bytes, least bytes, seconds).
-      step_seconds, bound: of one step, and what takes most of it: "FLOPs", "memory traffic" or "exchanges".
-      mfu: model FLOPs (not those recomputed or masked) over what the chips could do. cost: money per million tokens, 0 without a price.
+      what: "train" or "decode".
+      memory: bytes by kind.
+      working_set: the working set that the temporaries belong to.
+      parts: part of the model -> (FLOPs, bytes of memory traffic, seconds).
+      sent: (axes, collective) -> (bytes, least bytes, seconds).
+      step_seconds: of one step.
+      bound: what takes most of a step: "FLOPs", "memory traffic" or "exchanges".
+      mfu: the model's FLOPs (none recomputed or masked) over what the chips could do.
+      cost: money per million tokens, 0 without a price.
     """
 
     what: str
@@ -139,8 +145,9 @@ def estimate(
 
     Args:
       what: "train", or "decode": one new token for each of batch_size rows of seq_len tokens.
-      fp8: products of routed and shared experts and attention's with its weights run at the fp8 rate, scores do not; making their operands
-        (training) is counted. released: decode from the released formats.
+      fp8: whether products of experts, and of attention with its weights, run at the fp8 rate;
+        scores do not. In training, making their operands is counted.
+      released: whether decoding reads the released formats.
 
     Raises:
       ValueError: mesh, layout or batch that do not fit together.
@@ -269,10 +276,12 @@ def exchange_time(
     device: Hardware,
     sizes: Mapping[str, int],
 ) -> float:
-    """Seconds for a device to send `size` bytes along mesh axes, inside the fastest tier and beyond it.
+    """Seconds that a device takes to send `size` bytes along mesh axes.
 
-    Devices are numbered along the mesh, its last axis fastest, and a tier holds so many in a row. A gather or sum over g tiers of m
-    devices each sends (g-1)/(gm) of the whole between tiers and (m-1)/m inside; an exchange of all with all sends (n-m)/n between.
+    Devices are numbered along the mesh, its last axis fastest, and a tier holds consecutive ones.
+    The fastest tier carries what stays inside it, the last tier the rest. Over g tiers of m devices
+    each (n = g*m), a gather or sum sends (g-1)/(gm) of the whole between tiers and (m-1)/m inside;
+    an exchange of all with all sends (n-m)/n between.
     """
     tier, n = device.tiers[0], math.prod(sizes[axis] for axis in axes)
     near = 1
@@ -291,8 +300,11 @@ def exchange_time(
 
 
 def _rate(tier, members: int, devices: int, mixed: bool) -> float:
-    """Bytes per second one device sends to `members` of its tier. In a torus they span as many dimensions as they need; where all
-    send to all, data crosses a quarter of each ring."""
+    """Bytes per second that one device sends to `members` devices of its tier.
+
+    In a torus they span as many dimensions as they need. Where all send to all, data crosses a
+    quarter of each ring.
+    """
     if not tier.torus or members < 2:
         return tier.bandwidth
     side = max(2.0, devices ** (1 / tier.torus))

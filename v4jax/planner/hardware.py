@@ -1,10 +1,11 @@
-"""What a chip can do: peak rates, memory, links. One data file, hardware.json, with a source beside every figure.
+"""What a chip can do: peak rates, memory and links, from hardware.json, which cites its sources.
 
-A target is a profile and a number of chips, "v5p:4x4x8" or "h100:64", or the path of a JSON file of the same form as one entry
-of hardware.json, "my-chip.json:64". "cpu" is this machine, shared by all simulated devices; `v4jax layout --measure` writes it.
+A target is a profile and a number of chips, "v5p:4x4x8" or "h100:64". The profile may also be the
+path of a JSON file with the form of one entry of hardware.json, "my-chip.json:64". "cpu" is this
+machine, which all simulated devices share; `v4jax layout --measure` writes its profile.
 
-Links form tiers, the fastest first: so many devices reach each other at that rate, and beyond them the next tier counts. In a
-torus a device has its rate split evenly over the dimensions.
+Links form tiers, the fastest first: the devices of one tier reach each other at its rate, and the
+next tier joins those beyond. In a torus a device's rate is split evenly over the dimensions.
 
 Next file to read: v4jax/planner/weights.py.
 """
@@ -21,14 +22,20 @@ from v4jax.storage import local_path
 
 HERE = pathlib.Path(__file__).parent
 MEASURED = HERE / "cpu.json"
-"""The profile that `v4jax layout --measure` wrote on the machine the repository's figures come from."""
+"""The profile that `v4jax layout --measure` wrote on the machine of the repository's figures."""
 
 _FIGURES = ("bf16_flops", "fp8_flops", "hbm_bytes", "hbm_bandwidth", "tiers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tier:
-    """Links among `size` devices (0: any number), bytes per second one way per device; `torus`: its dimensions, 0: a switch."""
+    """Links among some devices.
+
+    Attributes:
+      bandwidth: bytes per second that one device sends.
+      size: how many devices it joins; 0: any number.
+      torus: dimensions of the torus; 0: a switch.
+    """
 
     bandwidth: float
     size: int = 0
@@ -37,13 +44,17 @@ class Tier:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One chip's figures, as published; bytes, FLOPs and seconds.
+    """The figures of one chip, in bytes, FLOPs and seconds; peaks are as published.
 
     Attributes:
-      tiers: links, fastest first. devices_per_chip: devices JAX shows for one chip; the figures are of the chip.
-      matmul, memory, network: share of the peak that large products, reads and exchanges reach; an assumption unless measured.
-      overlap: share of an exchange that other work hides. latency: seconds to start one collective.
-      shared: all devices share one chip's rates (simulated devices). price: of a chip and hour, 0 where none is given.
+      tiers: links, fastest first.
+      devices_per_chip: devices that JAX shows for one chip; the figures are of the chip.
+      matmul, memory, network: share of the peak that large products, reads and exchanges reach; an
+        assumption unless measured.
+      overlap: share of an exchange that other work hides.
+      latency: seconds to start one collective.
+      shared: whether all devices share one chip's rates, as simulated devices do.
+      price: money per chip and hour; 0 where none is given.
       sources: figure -> where it is from.
     """
 
@@ -64,7 +75,7 @@ class Hardware:
     sources: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
 
     def of_a_device(self, devices: int) -> "Hardware":
-        """The same per JAX device of a program on `devices` of them."""
+        """The figures of one JAX device, for a program on `devices` devices."""
         parts = devices if self.shared else self.devices_per_chip
         tiers = tuple(
             dataclasses.replace(tier, bandwidth=tier.bandwidth / parts) for tier in self.tiers
@@ -75,7 +86,11 @@ class Hardware:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A chip and how many devices of it; `topology` is what JAX is asked for, "" where JAX cannot compile for it."""
+    """A chip, and a number of its devices.
+
+    Attributes:
+      topology: what JAX is asked for; "" where JAX cannot compile for it.
+    """
 
     hardware: Hardware
     devices: int
@@ -83,17 +98,17 @@ class Target:
 
 
 def known() -> dict[str, dict[str, Any]]:
-    """Profile name -> its entry in the data file."""
+    """Profile name -> its entry of the data file."""
     return json.loads((HERE / "hardware.json").read_text()) | {
         "cpu": json.loads(MEASURED.read_text())
     }
 
 
 def hardware_of(name: str) -> Hardware:
-    """The profile called `name`, or of the JSON file at that path.
+    """The profile called `name`, or that of the JSON file at this path.
 
     Raises:
-      ValueError: an unknown name (with the nearest known one), or a file that lacks a figure.
+      ValueError: an unknown name, or a file that cannot be read or lacks a figure.
     """
     if name.endswith(".json"):
         try:
@@ -103,19 +118,20 @@ def hardware_of(name: str) -> Hardware:
     table = known()
     if name not in table:
         raise ValueError(
-            f"target: got {name!r}; known: {', '.join(table)}, or a JSON file (nearest: {nearest(name, table)})"
+            f"target: got {name!r}; known: {', '.join(table)}, or a JSON file "
+            f"(nearest: {nearest(name, table)})"
         )
     return _read(table[name], name)
 
 
 def target_of(text: str, devices: int | None = None) -> Target:
-    """ "v5p:4x4x8" -> 128 devices of v5p, "h100:64" -> 64, "cpu" -> `devices`.
+    """The chip and devices of a text: "v5p:4x4x8" has 128 v5p, "h100:64" has 64, "cpu" `devices`.
 
     Raises:
       ValueError: an unknown chip, a file that is not on this machine, or a size that is no
         product of positive numbers.
     """
-    local_path(text, "target")  # before the colon of gs:// is taken for that of a size
+    local_path(text, "target")  # first, as the colon of gs:// is not that of a size
     name, colon, size = text.rpartition(":") if ":" in text else (text, "", "")
     hardware = hardware_of(name)
     if not colon:
@@ -124,14 +140,13 @@ def target_of(text: str, devices: int | None = None) -> Target:
         raise ValueError(f"target: got size {size!r} in {text!r}; must be chips, as 64 or 4x4x8")
     chips = math.prod(map(int, size.split("x")))
     is_tpu = bool(hardware.tiers[0].torus) and not name.endswith(".json") and "x" in size
-    is_gpu = (
-        name == "h100" and importlib.util.find_spec("jax_cuda13_plugin") is not None
-    )  # sharding/targets.py has its description
+    # Only the H100 has a description to compile for, in sharding/targets.py.
+    is_gpu = name == "h100" and importlib.util.find_spec("jax_cuda13_plugin") is not None
     return Target(hardware, chips * hardware.devices_per_chip, text if is_tpu or is_gpu else "")
 
 
 def nearest(word: str, words) -> str:
-    """The known word most like `word`."""
+    """The known word that is most like `word`."""
     import difflib
 
     return difflib.get_close_matches(word, list(words), 1, 0.0)[0]

@@ -1,9 +1,11 @@
-"""This machine as a hardware profile: what products, copies and exchanges of simulated devices really reach here.
+"""Measures this machine as a hardware profile: its rates of products, copies and exchanges.
 
     v4jax layout --measure cpu.json
 
-All simulated devices share the cores, so the figures are of all of them together (`shared`); they are reached, not published,
-so nothing is taken off them.
+All simulated devices share the cores, so the figures are of all of them together (`shared`). They
+are rates that were reached, so no share is taken off them.
+
+Letters: A rows, B columns of a matrix.
 
 Next file to read: v4jax/planner/hardware.py.
 """
@@ -22,11 +24,11 @@ from jax.sharding import PartitionSpec
 from sharding.mesh import make_mesh, parse_mesh
 
 SIDE = 1024
-"""Of the matrices that are multiplied: larger than any cache line game, small enough for a second of measuring."""
+"""Side of the matrices that are multiplied: too large for caches, yet measured in a second."""
 
 
 def measure(devices: int = 8) -> dict[str, Any]:
-    """An entry like those of hardware.json, with `shared` set; takes some seconds."""
+    """An entry like those of hardware.json, with `shared` set. It takes seconds."""
     mesh = make_mesh(parse_mesh(f"data={devices}"))
     with jax.set_mesh(mesh):
         product = _seconds(_everywhere(mesh, lambda a_AB: a_AB @ a_AB), (devices * SIDE, SIDE))
@@ -37,7 +39,10 @@ def measure(devices: int = 8) -> dict[str, Any]:
     rate = 2 * SIDE**3 * devices / product
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     sent = whole * (devices - 1) / devices
-    text = f"measured by `v4jax layout --measure` on {os.cpu_count()} cores ({platform.processor() or platform.machine()}), jax {jax.__version__}"
+    text = (
+        f"measured by `v4jax layout --measure` on {os.cpu_count()} cores "
+        f"({platform.processor() or platform.machine()}), jax {jax.__version__}"
+    )
     return {
         "name": "this machine's CPU",
         "bf16_flops": rate,
@@ -68,7 +73,7 @@ def _exchange(a_AB):
 
 
 def _everywhere(mesh, f: Callable) -> Callable:
-    """f on every device's own rows, jitted."""
+    """`f` on every device's own rows, jitted."""
     return jax.jit(
         jax.shard_map(
             f,
@@ -81,7 +86,7 @@ def _everywhere(mesh, f: Callable) -> Callable:
 
 
 def _seconds(f: Callable, shape: tuple[int, int], times: int = 5) -> float:
-    """Of the fastest run after one to warm up."""
+    """Seconds of the fastest run, after one to warm up."""
     a_AB = jnp.ones(shape, jnp.float32)
     took = []
     for _ in range(times + 1):

@@ -1,12 +1,11 @@
-"""What one device holds during a training step: weights, optimizer, gradients, activations kept, and the largest working set.
+"""Estimates what one device holds in a training step, by kind of memory.
 
-Weights and optimizer are exact. The rest restates when arrays live: gradients grow during the backward pass; under
-rematerialisation each pattern of layers keeps its residual streams; and one of three working sets tops what is kept: the
-backward pass of one pattern of layers, for which all its layers are computed anew first, the head's, or Muon's. How many copies of
-what a backward pass holds is read off XLA:TPU's buffers at the peak of compiled programs; benchmarks/layout_accuracy.py compares.
+Weights and optimizer are exact. The rest restates when arrays live. Gradients grow during the
+backward pass. Under rematerialisation each pattern of layers keeps its residual streams. The
+largest of three working sets comes on top: the backward pass of one pattern, which first computes
+all its layers anew; the head's; or Muon's. How many copies a backward pass holds is read off
+XLA:TPU's buffers at the peak of compiled programs; benchmarks/layout_accuracy.py compares.
 
-Shapes: B rows, S tokens a row, D hidden, N heads, H head dim, X streams, E experts, F expert hidden, P rows in blocks; lower case =
-this device's share.
 Next file to read: v4jax/planner/estimate.py.
 """
 
@@ -24,16 +23,16 @@ from v4jax.train.loss import LOGIT_BYTES
 
 MEMORY = ("weights", "optimizer", "gradients", "activations", "caches")
 WORKING = ("layers", "head", "muon")
-"""Working sets: the largest counts."""
+"""Working sets; the largest counts."""
 
 _COPIES = {"muon": 1, "adamw": 2, "frozen": 0, "none": 0}
 _BLOCK = 128
 _SITES = 2
-"""Of mHC in a layer."""
+"""Sites of mHC in a layer."""
 
 
 def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list[Term]:
-    """Terms of the kinds MEMORY (held) and WORKING (the largest is)."""
+    """The terms of the kinds MEMORY, which add up, and WORKING, of which the largest counts."""
     item = 4 if cfg.dtype == "float32" else 2
     terms = []
     for weight in weights_of(cfg.model):
@@ -43,7 +42,7 @@ def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list
         terms.append(Term("optimizer", weight.name, held * _COPIES[weight.optimizer]))
         if weight.optimizer in ("muon", "adamw"):
             terms.append(Term("gradients", weight.name, held))
-    # Newton-Schulz holds 3 arrays m x n and 2 of m x m, m <= n.
+    # Newton-Schulz holds 3 arrays of m x n and 2 of m x m, m <= n.
     stacks = [
         stack.bytes * (3 + 2 * min(stack.shape) / max(stack.shape))
         for stack in muon(cfg.model, rules, sizes).stacks
@@ -58,7 +57,11 @@ def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list
 
 
 def _activations(cfg: TrainConfig, item: int) -> list[Term]:
-    """Residual streams that each pattern of layers keeps; without rematerialisation, everything a layer's gradient needs."""
+    """What the forward pass keeps.
+
+    Each pattern of layers keeps its residual streams; without rematerialisation each layer keeps
+    everything that its gradient needs.
+    """
     model = cfg.model
     streams = model.hc_mult * model.hidden_size * item
     patterns = (
@@ -77,11 +80,10 @@ def _activations(cfg: TrainConfig, item: int) -> list[Term]:
 
 
 def _layers(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
-    """The backward pass of one pattern: what each of its layers keeps, and what the one in hand makes."""
+    """The backward pass of one pattern: what its layers keep, and what the current layer makes."""
     model = cfg.model
-    layers = (
-        max(len(group.kinds) for group in model.layer_groups) if cfg.remat else 1
-    )  # else `_activations` has what they keep
+    # Without rematerialisation `_activations` counts what layers keep.
+    layers = max(len(group.kinds) for group in model.layer_groups) if cfg.remat else 1
     holders, cut = (
         math.prod(sizes[axis] for axis in rules.mesh_axes(name))
         for name in ("experts", "expert_hidden")
@@ -89,7 +91,7 @@ def _layers(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
     here, hidden = model.n_routed_experts / holders, model.moe_intermediate_size / cut
     travels = rules.exchange and holders > 1
     rows = model.num_experts_per_tok * (HEADROOM if travels else 1)
-    if holders > 1 and not travels:  # buffers for all tokens of the group
+    if holders > 1 and not travels:  # buffers hold all tokens of the group
         rows *= holders
     blocks, matrix = here * _BLOCK, here * hidden * model.hidden_size
     gathered = any(
@@ -98,15 +100,16 @@ def _layers(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
     own = model.num_attention_heads / math.prod(
         sizes[axis] for axis in rules.mesh_axes("act_heads")
     )
-    # Streams where mHC reads them, in float32 and as they came; queries and outputs of heads, once in float32 and in some layouts; eight of D.
+    # The streams that mHC reads, in float32 and in the compute dtype; queries and outputs of heads,
+    # once in float32 and in some layouts; eight arrays of the hidden width.
     kept = (
         _SITES * model.hc_mult * model.hidden_size * (4 + item)
         + own * model.head_dim * (4 + 3.5 * item)
         + 8 * model.hidden_size * 4
     )
     kept_rows = (model.hidden_size + 2 * hidden) * item
-    # Matrices in the compute dtype and gradients in float32; of experts that rows travel to also copies in the layouts of their products, and
-    # the gradients of earlier rounds.
+    # Matrices are in the compute dtype, gradients in float32. Experts that rows travel to also have
+    # copies in the layouts of their products, and gradients of earlier rounds.
     copies, gradients = (5 if gathered else 3, 7) if travels else (3, 3)
     matrices = matrix * (layers * copies * item + gradients * 4)
     made_rows = 2 * model.hidden_size * item
@@ -126,7 +129,7 @@ def _layers(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
 
 
 def _head(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
-    """The head's matrix gathered, its gradient, logits of some positions."""
+    """The head's gathered matrix, its gradient, and the logits of some positions."""
     model = cfg.model
     numbers = (
         model.hidden_size
@@ -142,7 +145,7 @@ def _head(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
 
 
 def held(terms: Iterable[Term], values: Mapping[str, float]) -> dict[str, float]:
-    """Bytes of each kind: those of MEMORY, and "temporaries", the largest working set."""
+    """Bytes of each kind of MEMORY, and of "temporaries", the largest working set."""
     found = dict.fromkeys((*MEMORY, *WORKING), 0.0)
     for term in terms:
         if term.kind in found:
@@ -153,7 +156,7 @@ def held(terms: Iterable[Term], values: Mapping[str, float]) -> dict[str, float]
 
 
 def largest_working_set(terms: Iterable[Term], values: Mapping[str, float]) -> str:
-    """The name of it."""
+    """The name of the largest working set."""
     found = dict.fromkeys(WORKING, 0.0)
     for term in terms:
         if term.kind in found:

@@ -1,6 +1,7 @@
-"""Muon, estimated: the stacks of whole matrices one device orthogonalises, and what it sends for them.
+"""Estimates Muon: the stacks of matrices that one device orthogonalises, and what it sends.
 
-Follows sharding/matrices.py step by step: stacks that lie alike are joined, pieces become whole matrices, and each device works on its share.
+It follows sharding/matrices.py step by step: stacks that lie alike are joined, pieces become whole
+matrices, and each device works on its share.
 
 Next file to read: v4jax/planner/work.py.
 """
@@ -17,8 +18,12 @@ from v4jax.planner.weights import Weight, cut_of, weights_of
 
 
 class Stack(NamedTuple):
-    """`count` float32 matrices of `shape` on one device; `alike`: what they must have in common with others to be joined, in the end the axes
-    along which all devices hold the same ones."""
+    """`count` float32 matrices of `shape` on one device.
+
+    Attributes:
+      alike: what stacks must have in common to be joined. At first it says how the pieces lie; for
+        whole matrices, along which axes all devices hold the same ones.
+    """
 
     shape: tuple[int, int]
     count: int
@@ -30,7 +35,12 @@ class Stack(NamedTuple):
 
 
 class Muon(NamedTuple):
-    """stacks: those of one device, each one call of Newton-Schulz. sent: (mesh axis, collective, bytes) of one device."""
+    """What Muon does on one device.
+
+    Attributes:
+      stacks: each is one call of Newton-Schulz.
+      sent: (mesh axis, collective, bytes).
+    """
 
     stacks: tuple[Stack, ...]
     sent: tuple[tuple[str, str, float], ...]
@@ -61,7 +71,11 @@ def _muon(model: ModelConfig, rules: AxisRules, items: tuple[tuple[str, int], ..
 
 
 def _pieces(weight: Weight, parts, sizes: Mapping[str, int]) -> Stack:
-    """What one device holds of a weight; alike: axes that cut rows and columns, and along which devices hold copies."""
+    """What one device holds of a weight.
+
+    `alike` has the axes that cut rows, those that cut columns, and those along which devices hold
+    copies.
+    """
     rows, columns = (math.prod(sizes[axis] for axis in part) for part in parts[-2:])
     count = math.prod(weight.shape[:-2]) // math.prod(
         sizes[axis] for part in parts[:-2] for axis in part
@@ -76,7 +90,7 @@ def _pieces(weight: Weight, parts, sizes: Mapping[str, int]) -> Stack:
 
 
 def _whole(piece: Stack, sizes: Mapping[str, int]) -> tuple[Stack, list[tuple[str, str, float]]]:
-    """This device's share of the matrices, whole; and what is sent for it, there and back."""
+    """This device's share of the matrices, whole, and what is sent for it, there and back."""
     (rows, columns, copies), (height, width), count, sent, alike = (
         piece.alike,
         piece.shape,
@@ -85,7 +99,7 @@ def _whole(piece: Stack, sizes: Mapping[str, int]) -> tuple[Stack, list[tuple[st
         [],
     )
     for axis in copies:
-        if count >= sizes[axis]:  # the results are gathered when they are pieces again
+        if count >= sizes[axis]:  # results are gathered once they are pieces again
             count = -(-count // sizes[axis])
             sent.append((axis, "all-gather", 4 * height * width * count * (sizes[axis] - 1)))
         else:
@@ -106,7 +120,10 @@ def _whole(piece: Stack, sizes: Mapping[str, int]) -> tuple[Stack, list[tuple[st
 def _share_out(
     stack: Stack, sizes: Mapping[str, int]
 ) -> tuple[Stack, list[tuple[str, str, float]]]:
-    """The share of one device of matrices that several hold alike, as far as there are enough; the results are gathered."""
+    """One device's share of matrices that several hold alike, and what it sends to gather results.
+
+    An axis with more devices than there are matrices is skipped.
+    """
     sent, count = [], stack.count
     for axis in stack.alike:
         if count >= sizes[axis]:
@@ -118,7 +135,7 @@ def _share_out(
 
 
 def _joined(stacks: Iterable[Stack]) -> list[Stack]:
-    """Stacks of one shape, alike along the same axes, as one, up to TOGETHER bytes."""
+    """Joins stacks of one shape that are alike, up to TOGETHER bytes."""
     groups: dict[tuple, list[Stack]] = {}
     for stack in stacks:
         group = groups.setdefault((stack.shape, stack.alike), [])

@@ -1,4 +1,4 @@
-"""Warnings in plain words about a layout: what is held too often, padded, gathered unexpectedly, or tips over under imbalance.
+"""Warnings about a layout: copies, padding, unexpected gathers, and what imbalance costs.
 
 Next file to read: v4jax/planner/command.py.
 """
@@ -14,22 +14,29 @@ from v4jax.planner.weights import cut_of, weights_of
 from v4jax.train.config import TrainConfig
 
 LARGE = 64e6
-"""Bytes from which a copy on every device is worth a word."""
+"""Bytes above which a copy on every device is worth a warning."""
 
 LANES = 128
-"""Numbers in one row of a TPU's registers: narrower or uneven shares are padded to it."""
+"""Numbers in one row of a TPU's registers; narrower or uneven shares are padded to it."""
 
 
 def notes(
     cfg: TrainConfig, found: Estimate, platform: str, sent: Iterable[tuple[str, str, int, int]] = ()
 ) -> list[str]:
-    """Warnings, the gravest first; `sent`: (axes, kind, calls, bytes) of a compiled program, if there is one."""
+    """Warnings about `cfg`, the gravest first.
+
+    Args:
+      found: its estimate.
+      platform: "tpu", "gpu" or "cpu".
+      sent: (axes, kind, calls, bytes) of a compiled program, if there is one.
+    """
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes)
     lines = []
     if not found.fits:
         lines.append(
-            f"It does not fit: {gigabytes(found.memory_bytes)} of {gigabytes(found.hbm)} on each device, most of it {largest(found)}."
+            f"It does not fit: {gigabytes(found.memory_bytes)} of {gigabytes(found.hbm)} "
+            f"on each device, most of it {largest(found)}."
         )
     lines += _copies(cfg, rules, sizes, found.devices)
     lines += _padded(cfg, rules, sizes, platform)
@@ -38,7 +45,8 @@ def notes(
     share = (found.memory["temporaries"] + found.memory["activations"]) / found.memory_bytes
     if found.what == "train" and share > 0.5:
         lines.append(
-            f"Activations and temporaries are {share:.0%} of the memory; the largest working set is that of {found.working_set}: "
+            f"Activations and temporaries are {share:.0%} of the memory; "
+            f"the largest working set is that of {found.working_set}: "
             f"fewer rows a device, or an axis that cuts it, would help more than cutting weights."
         )
     return lines
@@ -50,7 +58,7 @@ def largest(found: Estimate) -> str:
 
 
 def parameters(cfg: TrainConfig) -> list[tuple[str, str, str, str, int]]:
-    """(name, shape, logical axes, spec, bytes per device in float32) of every parameter, largest first."""
+    """(name, shape, logical axes, spec, float32 bytes per device) of each parameter, by bytes."""
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes)
     rows = []
@@ -84,7 +92,8 @@ def _copies(
     size, copies, name = found[0]
     more = f", and {len(found) - 1} more over {LARGE / 1e6:.0f} MB" if len(found) > 1 else ""
     return [
-        f"{name} is held {copies} times ({gigabytes(size)} on each device){more}: an axis that cuts it would free that."
+        f"{name} is held {copies} times ({gigabytes(size)} on each device){more}: "
+        "an axis that cuts it would free that."
     ]
 
 
@@ -120,8 +129,8 @@ def _padded(
     )
     if shards > 1 and uneven:
         lines.append(
-            f"A stretch of {cfg.seq_len // shards} tokens is no multiple of {uneven[0]}: every device keeps a slot for an entry that "
-            "may not be there."
+            f"A stretch of {cfg.seq_len // shards} tokens is no multiple of {uneven[0]}: "
+            "every device keeps a slot for an entry that may not be there."
         )
     return lines
 
@@ -136,7 +145,8 @@ def _unexpected(found: Estimate, sent: Iterable[tuple[str, str, int, int]]) -> l
         if kind == "all-gather" and axes not in known and size > 0.02 * whole
     ]
     return [
-        f"The compiled program gathers {gigabytes(size)} over {axes}, which nothing in the layout asks for."
+        f"The compiled program gathers {gigabytes(size)} over {axes}, "
+        "which nothing in the layout asks for."
         for axes, kind, size in odd
     ]
 
@@ -150,10 +160,11 @@ def _imbalance(
     seconds = found.parts["routed experts"][2]
     if rules.exchange:
         return [
-            f"A device whose experts get more than {HEADROOM} times their share makes its whole group exchange a second time; at twice the "
-            f"share a step takes about {seconds * 1e3:.0f} ms longer ({seconds / found.step_seconds:.0%})."
+            f"A device whose experts get more than {HEADROOM} times their share makes its whole "
+            f"group exchange a second time; at twice the share a step takes about "
+            f"{seconds * 1e3:.0f} ms longer ({seconds / found.step_seconds:.0%})."
         ]
     return [
-        f"All {holders} devices of an expert group wait for the busiest: at twice its share a step takes about {seconds * 1e3:.0f} ms "
-        f"longer ({seconds / found.step_seconds:.0%})."
+        f"All {holders} devices of an expert group wait for the busiest: at twice its share a step "
+        f"takes about {seconds * 1e3:.0f} ms longer ({seconds / found.step_seconds:.0%})."
     ]

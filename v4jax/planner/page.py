@@ -1,7 +1,8 @@
-"""A report as one self-contained page: the estimate's terms as data, and the few lines of JavaScript that evaluate them.
+"""A report as one self-contained page: the estimate's terms, and JavaScript that evaluates them.
 
-The page needs no network and no server. Its sliders change tokens a row and rows a step; it recomputes memory, time and traffic from
-the same terms as v4jax/planner/estimate.py (tests/test_page.py compares the two in a browser).
+The page needs no network and no server. Its sliders change tokens a row and rows a step; it
+recomputes memory, time and traffic from the same terms as v4jax/planner/estimate.py
+(tests/test_page.py compares the two in a browser).
 
 Next file to read: v4jax/planner/page.html.
 """
@@ -28,11 +29,11 @@ from v4jax.train.config import TrainConfig
 
 TEMPLATE = pathlib.Path(__file__).parent / "page.html"
 _STEPS = 7
-"""Doublings of rows that the slider offers each way."""
+"""How many numbers of rows the slider offers, each twice the one before."""
 
 
 def report(path: str, cfg: TrainConfig, request: Request, result: Result | Searched) -> None:
-    """Writes the page of a look at one layout, or of a search's winner, to `path`.
+    """Writes the page of one layout, or of the best layout of a search, to `path`.
 
     Raises:
       ValueError: a comparison, which has no page.
@@ -99,7 +100,7 @@ def page_data(
 
 
 def merged(terms: list[Term]) -> list[Term]:
-    """The same sums with fewer addends: memory by kind, the rest by part. Addends with a cap stay apart."""
+    """The same sums in fewer terms: memory by kind, the rest by part. Capped terms stay apart."""
     table: dict[Any, Term] = {}
     for term in terms:
         part = "" if term.kind in (*MEMORY, *WORKING) else term.part
@@ -120,7 +121,10 @@ def merged(terms: list[Term]) -> list[Term]:
 
 
 def _lengths(cfg: TrainConfig, rules, sizes) -> tuple[list[int], list[int]]:
-    """Tokens a row and rows a step that the sliders offer: doublings that divide over the mesh, the asked ones among them."""
+    """Tokens a row and rows a step that the sliders offer: doublings that divide over the mesh.
+
+    Those that were asked for are among them.
+    """
     cut, rows = (
         math.prod(sizes[axis] for axis in rules.mesh_axes(name))
         for name in ("act_seq", "act_batch")
@@ -143,4 +147,7 @@ def _compiled(result: Result) -> str:
     if report.temporary_bytes is None:
         return f"estimated, and lowered: {report.state_bytes / 1e9:.2f} GB of state"
     sent = sum(row[3] for row in report.collectives)
-    return f"estimated; compiled: {report.state_bytes / 1e9:.2f} GB of state, {report.temporary_bytes / 1e9:.2f} GB temporary, {sent / 1e9:.2f} GB sent"
+    return (
+        f"estimated; compiled: {report.state_bytes / 1e9:.2f} GB of state, "
+        f"{report.temporary_bytes / 1e9:.2f} GB temporary, {sent / 1e9:.2f} GB sent"
+    )

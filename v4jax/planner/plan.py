@@ -1,4 +1,4 @@
-"""What a training run will do, stage by stage, from its configuration alone: `v4jax train CONFIG.py --dry-run`.
+"""The plan of a training run, stage by stage, from its configuration: `v4jax train --dry-run`.
 
 Next file to read: v4jax/train/stages.py.
 """
@@ -18,8 +18,16 @@ from v4jax.train.step import check_batch, schedule_of, sparse_mode
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """One stage: its steps (from 1, both included), tokens in it and up to its end, learning rate of its first and last step,
-    what the batch and the attention are, weight of the MTP loss, bytes of a device (an estimate)."""
+    """One stage of a run.
+
+    Attributes:
+      first_step, last_step: counted from 1, both included.
+      tokens, tokens_by_then: in the stage, and up to its end.
+      learning_rate: of its first and of its last step.
+      attention: as the stage's configuration names it.
+      mtp: weight of the MTP loss.
+      memory_bytes: of one device, estimated.
+    """
 
     first_step: int
     last_step: int
@@ -34,7 +42,7 @@ class StagePlan:
     memory_bytes: float
 
     def row(self) -> tuple[str, ...]:
-        """As a line for people."""
+        """The stage as a line of a table for people."""
         first, last = self.learning_rate
         return (
             f"{self.first_step} to {self.last_step}",
@@ -61,10 +69,10 @@ HEAD = (
 
 
 def plan(cfg: TrainConfig) -> list[StagePlan]:
-    """Every stage of `cfg`, checked as train would.
+    """Every stage of `cfg`, checked as training would check it.
 
     Raises:
-      ValueError: a mesh, layout, batch or length that do not fit one another.
+      ValueError: mesh, layout, batch or length do not fit one another.
     """
     check_has_mesh(cfg.layout, cfg.mesh)
     sizes = parse_mesh(cfg.mesh)

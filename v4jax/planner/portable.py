@@ -1,8 +1,9 @@
-"""The training step as a portable StableHLO module with its shardings, for those who bring a compiler that JAX does not know.
+"""The training step as a portable StableHLO module with shardings, for compilers unknown to JAX.
 
-The file is what jax.export writes: jax.export.deserialize(bytes) gives it back, .mlir_module() its text, and on devices of the platform
-it was lowered for .call runs it: (leaves of the state, batch) -> (leaves, metrics). Experts run as a grouped product for TPUs and as
-a loop over blocks elsewhere.
+The file is what jax.export writes. jax.export.deserialize(bytes) gives it back, .mlir_module() its
+text, and on devices of the platform that it was lowered for .call runs it: (leaves of the state,
+batch) -> (leaves, metrics). Experts run as a grouped product on TPUs and as a loop over blocks
+elsewhere.
 
 Next file to read: docs/ascend.md.
 """
@@ -26,7 +27,9 @@ _LOWERED_AS = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}
 
 
 def write_stablehlo(path: str, cfg: TrainConfig, hardware: Hardware) -> dict[str, object]:
-    """Writes the step of `cfg`, lowered for the kind of chip `hardware` is; needs as many (simulated) devices as the mesh has.
+    """Writes the training step of `cfg`, lowered for the kind of chip that `hardware` is.
+
+    It needs as many (simulated) devices as the mesh has.
 
     Raises:
       ValueError: flatbuffers (extra `export`) is missing, or mesh and batch do not fit.
@@ -50,7 +53,8 @@ def write_stablehlo(path: str, cfg: TrainConfig, hardware: Hardware) -> dict[str
     platform = _LOWERED_AS[platform_of(hardware)]
     leaves, tree = jax.tree.flatten(state)
 
-    def step(leaves, batch):  # plain lists and dicts: what reads the file needs none of our classes
+    # Plain lists and dicts: whoever reads the file needs none of our classes.
+    def step(leaves, batch):
         state, metrics = train_step(cfg, rules, tree.unflatten(leaves), batch)
         return jax.tree.leaves(state), metrics
 

@@ -1,8 +1,9 @@
-"""Which layout and mesh for so many chips: every one that could be meant, estimated; what does not fit is rejected with its reason.
+"""Searches layouts and meshes for a number of chips: estimates all, and rejects with a reason.
 
-Meshes are all factorings of the device count over the axes a layout uses, within what a model can be cut into: `tensor` at most
-the output groups, `context` no shorter than a window, `slice` left out. The ranking is by estimated step time; the front holds every
-layout that no other beats in both memory and time.
+Meshes are all factorings of the device count over the axes that a layout uses, as far as the model
+can be cut: `tensor` at most the output groups, `context` no shorter than a window. `slice` is left
+out. Layouts are ranked by estimated step time. The front is every layout that no other beats in
+both memory and time.
 
 Next file to read: v4jax/planner/compiled.py.
 """
@@ -24,10 +25,12 @@ SHOWN = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a search found: estimates that fit, fastest first, the front of memory and time, and why the others fell.
+    """What a search found: the estimates that fit, fastest first, and why the others were rejected.
 
     Attributes:
-      rejected: reason -> how many. tried: how many were estimated.
+      front: those of `ranked` that no other beats in both memory and time.
+      rejected: reason -> how many.
+      tried: how many were estimated.
     """
 
     ranked: tuple[Estimate, ...]
@@ -63,11 +66,14 @@ class Found:
         ]
 
     def why(self) -> str:
-        """Why the first of the ranking is first, in a sentence."""
+        """A sentence that says why the first of the ranking is first."""
         if not self.ranked:
             return "nothing fits"
         best = self.ranked[0]
-        text = f"{best.layout} on {best.mesh} is bound by {best.bound} and spends {best.exchange_seconds:.3f} s in exchanges"
+        text = (
+            f"{best.layout} on {best.mesh} is bound by {best.bound} "
+            f"and spends {best.exchange_seconds:.3f} s in exchanges"
+        )
         other = next((e for e in self.ranked if e.layout != best.layout), None) or next(
             (e for e in self.ranked if e != best), None
         )
@@ -79,7 +85,8 @@ class Found:
         costs["exchanges"] = other.exchange_seconds - best.exchange_seconds
         worst = max(costs, key=costs.get)
         return text + (
-            f"; {other.layout} on {other.mesh} takes {other.step_seconds / best.step_seconds:.2f} times as long, most of all for "
+            f"; {other.layout} on {other.mesh} takes "
+            f"{other.step_seconds / best.step_seconds:.2f} times as long, most of all for "
             f"{worst} ({costs[worst] * 1e3:+.0f} ms)"
         )
 
@@ -95,7 +102,7 @@ def search(
     """Ranks every layout of `cfg`'s model, length and batch on `devices` devices.
 
     Raises:
-      ValueError: nothing fits; the line names what comes closest and how many devices would do.
+      ValueError: nothing fits; names what comes closest and how many devices would do.
     """
     rejected: collections.Counter[str] = collections.Counter()
     fits: list[Estimate] = []
@@ -123,7 +130,7 @@ def search(
 
 
 def as_estimated(cfg: TrainConfig, found: Estimate) -> TrainConfig:
-    """`cfg` on the mesh and in the layout of one of its search's estimates."""
+    """`cfg` with the mesh and layout of one of its search's estimates."""
     layout = cfg.layout if found.layout == str(cfg.layout) else found.layout
     return dataclasses.replace(cfg, mesh=found.mesh, layout=layout)
 
@@ -131,9 +138,9 @@ def as_estimated(cfg: TrainConfig, found: Estimate) -> TrainConfig:
 def candidates(
     cfg: TrainConfig, devices: int, rejected: collections.Counter
 ) -> Iterator[tuple[str | AxisRules, str]]:
-    """(layout, mesh) worth an estimate, of the named layouts and `cfg`'s own.
+    """The (layout, mesh) pairs worth an estimate, of the named layouts and `cfg`'s own.
 
-    What cannot be is counted in `rejected` by its reason.
+    Impossible ones are counted in `rejected` by their reason.
     """
     seen = set()
     is_own = isinstance(cfg.layout, AxisRules) and cfg.layout not in LAYOUTS.values()
@@ -151,7 +158,7 @@ def candidates(
                 rules.exchange,
                 tuple(sorted((a, s) for a, s in mesh.items() if s > 1)),
             )
-            if key in seen:  # `full` with an axis of size 1 is one of the others
+            if key in seen:  # `full` with an axis of size 1 equals another layout
                 continue
             if reason := impossible(cfg, mesh):
                 rejected[reason] += 1
@@ -166,7 +173,10 @@ def candidates(
 
 
 def factorings(number: int, places: int) -> Iterator[tuple[int, ...]]:
-    """Every way to write `number` as an ordered product of `places` positive factors: (2, 2) of 4 among (1, 4) and (4, 1)."""
+    """Every ordered product of `places` positive factors that is `number`.
+
+    Example: 4 in two places gives (1, 4), (2, 2) and (4, 1).
+    """
     if places == 1:
         yield (number,)
         return
@@ -176,7 +186,7 @@ def factorings(number: int, places: int) -> Iterator[tuple[int, ...]]:
 
 
 def impossible(cfg: TrainConfig, mesh: dict[str, int]) -> str:
-    """Why the model cannot be cut so, or ""."""
+    """Why the mesh cannot cut the model, or ""."""
     model = cfg.model
     if mesh.get("tensor", 1) > model.o_groups:
         return "tensor beyond the output groups"
@@ -192,7 +202,7 @@ def _reason(error: str) -> str:
 
 
 def front(found: list[Estimate]) -> tuple[Estimate, ...]:
-    """Those that no other beats in both time and memory; `found` is sorted by time."""
+    """The estimates that no other beats in both time and memory; `found` is sorted by time."""
     kept: list[Estimate] = []
     for one in found:
         if not kept or one.memory_bytes < kept[-1].memory_bytes:
@@ -210,13 +220,14 @@ def _nothing(
     if closest is None:
         nearest = max(devices, round(cfg.batch_size / devices) * devices)
         return (
-            f"batch: no mesh of {devices} devices divides {cfg.batch_size} rows of {cfg.seq_len} ({'; '.join(rejected)}); "
-            f"nearest that does: --batch {nearest}"
+            f"batch: no mesh of {devices} devices divides {cfg.batch_size} rows of {cfg.seq_len} "
+            f"({'; '.join(rejected)}); nearest that does: --batch {nearest}"
         )
     need, one = closest
     has = hardware.of_a_device(devices).hbm_bytes
     enough = 2 ** math.ceil(math.log2(devices * need / (USABLE * has)))
     return (
-        f"nothing fits on {devices} devices of {hardware.name}: {one.layout} on {one.mesh} comes closest and needs "
-        f"{gigabytes(need)} of {gigabytes(has)} each; try --chips {max(enough, 2 * devices) // hardware.devices_per_chip}"
+        f"nothing fits on {devices} devices of {hardware.name}: {one.layout} on {one.mesh} comes "
+        f"closest and needs {gigabytes(need)} of {gigabytes(has)} each; "
+        f"try --chips {max(enough, 2 * devices) // hardware.devices_per_chip}"
     )

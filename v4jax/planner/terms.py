@@ -1,12 +1,14 @@
-"""What the analytic model is made of: coefficients times a few functions of sequence length and batch.
+"""The terms of the analytic model: coefficients times a few functions of sequence length and batch.
 
-Every figure of a layout (FLOPs, bytes of memory traffic, of exchanges, of memory held) is a sum of terms
+Every figure of a layout (FLOPs, bytes of memory traffic, bytes sent, bytes held) is a sum of terms
 
     coefficient * basis(S, B)
 
-so that Python and the report page (page.html) work from one table, and the page's sliders need no model of their own.
+Python and the report page (page.html) work from one table of them, so the page's sliders need no
+model of their own.
 
-Shapes: B rows of the global batch, S tokens a row; lower case = this device's share.
+Letters: B rows of the global batch, S tokens a row.
+
 Next file to read: v4jax/planner/muon.py.
 """
 
@@ -23,11 +25,16 @@ class Term(NamedTuple):
     """One addend.
 
     Attributes:
-      kind: what it counts: "flops", "hbm" (bytes read and written), "sent", or a kind of memory held (see MEMORY).
-      part: of the model. coefficient: in FLOPs or bytes per device and step. basis: a key of `bases`.
-      cap: the most the addend may be (buffers of fixed size).
-      axes, collective: for "sent": mesh axes and kind of collective; calls: how often it runs a step; least: share of the bytes that
-        any program with this layout must send.
+      kind: what it counts: "flops", "hbm" (bytes read and written), "sent", or a kind of memory
+        held (MEMORY and WORKING of planner/memory.py).
+      part: the part of the model.
+      coefficient: FLOPs or bytes per device and step.
+      basis: a key of `bases`.
+      axes: mesh axes of a "sent" term.
+      collective: its kind.
+      calls: how often it runs in a step.
+      least: the share of its bytes that any program with this layout must send.
+      cap: the most that the addend may be, for buffers of fixed size.
     """
 
     kind: str
@@ -62,7 +69,7 @@ def constants_of(cfg: ModelConfig, rules: AxisRules, sizes: Mapping[str, int]) -
 
 
 def bases(k: Constants, seq: int, batch: int) -> dict[str, float]:
-    """The functions' values, of one device: page.html has the same lines in JavaScript."""
+    """The value of each basis on one device. page.html repeats these lines in JavaScript."""
     rows, tokens = batch / k.batch_shards, batch * seq / (k.batch_shards * k.seq_shards)
     csa, hca = seq // CSA, seq // HCA
     choice = csa > k.topk
@@ -71,8 +78,8 @@ def bases(k: Constants, seq: int, batch: int) -> dict[str, float]:
         "one": 1,
         "tokens": tokens,
         "rows": rows,
-        "csa_used": tokens
-        * used,  # entries that queries meet: all of them under a mask, or those gathered
+        # Entries that queries meet: all under a mask, or those gathered.
+        "csa_used": tokens * used,
         "csa_gathered": tokens * (used if used < csa else 0),
         "csa_scored": tokens * csa if choice else 0,
         "csa_choice": tokens if choice else 0,

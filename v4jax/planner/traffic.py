@@ -1,10 +1,10 @@
-"""What one device sends in a training step, from layout and mesh alone: bytes by mesh axis and kind of collective.
+"""Estimates what one device sends in a training step: bytes by mesh axes and collective.
 
-The rules restate what the program asks for (sharding/rules.py gathers weights, sharding/experts.py and exchange.py move tokens,
-sharding/matrices.py moves matrices) and what XLA makes of it, as seen in compiled programs: benchmarks/layout_accuracy.py compares.
-Bytes are counted as in sharding/audit.py.
+The rules restate what the program asks for: sharding/rules.py gathers weights, sharding/experts.py
+and exchange.py move tokens, sharding/matrices.py moves matrices. They also restate what XLA makes
+of it, as seen in compiled programs; benchmarks/layout_accuracy.py compares. Bytes are counted as in
+sharding/audit.py.
 
-Shapes: B rows, S tokens a row, D hidden, N heads, H head dim; lower case = this device's share.
 Next file to read: v4jax/planner/memory.py.
 """
 
@@ -21,7 +21,9 @@ from v4jax.planner.work import layers_by_ratio, part_of
 from v4jax.train.config import TrainConfig
 
 _CSA_ROWS = 2 * (CSA - 1) + (2 * CSA - 1)
-"""Rows of one head's width that a stretch of CSA layers needs from before: 3 for its own window, both halves, 7 for the one before."""
+"""Positions, each one head wide, that a shard of a CSA layer needs from before it.
+
+3 for its own window, in both halves, and 7 for the window before."""
 
 _LANES = 128
 """Numbers in one row of a TPU's registers."""
@@ -30,7 +32,11 @@ _LANES = 128
 def traffic(
     cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str
 ) -> list[Term]:
-    """Terms of kind "sent". platform: "tpu", "gpu" or "cpu" (simulated devices: an exchange is a gather there)."""
+    """The terms of kind "sent" of one training step.
+
+    Args:
+      platform: "tpu", "gpu" or "cpu" (simulated devices, where an exchange is a gather).
+    """
     axes = {
         name: [a for a in rules.mesh_axes(name) if sizes[a] > 1]
         for name in ("act_batch", "act_seq", "act_heads", "experts", "vocab")
@@ -72,12 +78,12 @@ def _weight(
     sizes,
     platform: str,
 ) -> list[Term]:
-    """One weight: gathered where it is used, its gradient summed."""
+    """What one weight sends: it is gathered where it is used, and its gradient is summed."""
     if weight.optimizer == "none":
         return []
     item = 4 if weight.float32 or cfg.dtype == "float32" else 2
     times = 1 if weight.name.startswith("head/") or not cfg.remat else 2
-    # Rows of the table are looked up where they lie.
+    # Rows of the embedding table are looked up where they lie.
     cut_tokens = (
         []
         if weight.name.startswith("embed/")
@@ -92,7 +98,10 @@ def _weight(
 def weight_gathered(
     weight: Weight, cut: Cut, axes: list[str], item: float, sizes, times: int = 1
 ) -> list[Term]:
-    """A weight gathered `times` over `axes`: the outermost moves the whole weight, each further one a part of it."""
+    """A weight, gathered `times` times over `axes`.
+
+    The outermost axis moves the whole weight, each further axis a part of it.
+    """
     whole, terms = weight.size / cut.others * item, []
     for step in [axes] if weight.is_expert and axes else [[axis] for axis in axes]:
         n = math.prod(sizes[axis] for axis in step)
@@ -119,7 +128,10 @@ def _gradient(
     sizes,
     platform: str,
 ) -> list[Term]:
-    """The gradient's sum over devices that saw other tokens: scattered where the weight is cut, else in full."""
+    """The sum of a weight's gradient over devices with other tokens.
+
+    It is scattered where the weight is cut, and summed in full elsewhere.
+    """
     part, numbers = part_of(weight.name), weight.size / cut.others
     table = weight.name.startswith("embed/")
     item = 4 if weight.float32 or weight.is_expert or table or cfg.dtype == "float32" else 2
@@ -127,7 +139,8 @@ def _gradient(
     rest = [axis for axis in tokens if axis not in scattered and axis not in held]
     n, r = (math.prod(sizes[axis] for axis in axes) for axes in (scattered, rest))
     if platform == "cpu" and not weight.is_expert and not table:
-        # XLA:CPU sums over all of them at once and cuts afterwards; whole matrices over the sequence first, then over rows.
+        # XLA:CPU sums over all axes at once and cuts afterwards. A weight that is not cut is summed
+        # over the sequence first and then over the batch.
         both = [axis for axis in tokens if axis in scattered + rest]
         layers_own = weight.uses and not scattered and not weight.name.startswith("head/")
         steps = (
@@ -142,8 +155,8 @@ def _gradient(
         ]
     terms = []
     if scattered:
-        # In full, of which a part is kept, at twice the bytes: the head's everywhere; by XLA:TPU also all but experts' over several axes, and
-        # experts' over all devices.
+        # Some sums are made in full, at twice the bytes, and a part is kept: the head's always; on
+        # XLA:TPU also those of experts over all devices, and of other weights over several axes.
         odd = (
             (n == math.prod(sizes.values()))
             if weight.is_expert
@@ -171,7 +184,11 @@ def _gradient(
 def experts_sent(
     cfg: TrainConfig, rules: AxisRules, sizes, platform: str, what: str = "train"
 ) -> list[Term]:
-    """Rows to experts and back: in training forward, again where layers are rematerialised, and once each way as gradients."""
+    """Tokens to experts and back.
+
+    In training they travel forward, again where layers are rematerialised, and once each way as
+    gradients.
+    """
     model = cfg.model
     holders = [axis for axis in rules.mesh_axes("experts") if sizes[axis] > 1]
     n = math.prod(sizes[axis] for axis in holders)
@@ -189,7 +206,8 @@ def experts_sent(
             _sent("routed experts", holders, kind, row * (n - 1), basis, times) for kind in kinds
         ]
     row *= model.num_experts_per_tok
-    if platform == "cpu":  # every device gathers all rows, with the headroom on the way back
+    # Every device gathers all rows; on the way back they have headroom.
+    if platform == "cpu":
         cuts = rules.mesh_axes("act_batch") + (() if decodes else rules.mesh_axes("act_seq"))
         assignments = (
             cfg.batch_size
@@ -207,9 +225,8 @@ def experts_sent(
                 2 * times,
             )
         ]
-    gates = (
-        times * model.num_experts_per_tok * 4 * (_LANES if platform == "tpu" else 1)
-    )  # a TPU moves whole lanes
+    # A TPU moves whole lanes.
+    gates = times * model.num_experts_per_tok * 4 * (_LANES if platform == "tpu" else 1)
     return [
         _sent(
             "routed experts", holders, "ragged-all-to-all", 2 * row * (n - 1) / n, basis, 2 * times
@@ -221,16 +238,17 @@ def experts_sent(
 def _tensor(
     cfg: TrainConfig, rules: AxisRules, tensor: list[str], sizes, platform: str
 ) -> list[Term]:
-    """Partial sums of heads, experts and words, added over the devices that share a token."""
+    """Partial sums of heads, experts and vocabulary, added over the devices that share a token."""
     n = math.prod(sizes[axis] for axis in tensor)
     if n == 1:
         return []
     model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
     layers = layers_by_ratio(model)
     count, inner = sum(layers.values()), _inner(cfg)
-    # Forward: attention, routed and shared experts; backward: inputs of the three, on CPUs w1 and w3 of the shared expert apart. Elsewhere
-    # XLA adds up what routed and shared experts make before it sums, and sums once (backward, twice in the last layer of a pattern),
-    # unless routed rows travel first.
+    # Forward: attention, routed and shared experts. Backward: the inputs of the three; on CPUs
+    # those of w1 and w3 of the shared expert apart. Elsewhere XLA adds the outputs of routed and
+    # shared experts before it sums, and so sums once (backward, twice in the last layer of a
+    # pattern), unless tokens travel to experts first.
     apart = (3, 1 + 2 * inner, 4 if platform == "cpu" else 3)
     forward, again, backward = (
         apart if platform == "cpu" or rules.exchange else (2, 1 + inner, 2 - inner)
@@ -259,16 +277,15 @@ def _tensor(
         for k, basis in entries
         if k
     ]
-    if [
-        axis for axis in rules.mesh_axes("index_heads") if sizes[axis] > 1
-    ]:  # scores, before entries are chosen
+    # Index scores are summed before entries are chosen.
+    if [axis for axis in rules.mesh_axes("index_heads") if sizes[axis] > 1]:
         times = (2 if cfg.remat else 1) * layers[CSA]
         terms.append(_sent("indexers", tensor, "all-reduce", ring * 4 * times, "csa_scored", times))
     return terms
 
 
 def _inner(cfg: TrainConfig) -> float:
-    """Share of layers whose expert sums the backward pass computes anew: all but the last of each pattern."""
+    """Share of layers whose expert sums the backward pass recomputes: all but a pattern's last."""
     groups = cfg.model.layer_groups
     layers = (
         sum(len(group.kinds) * group.repeats for group in groups)
@@ -280,14 +297,19 @@ def _inner(cfg: TrainConfig) -> float:
 
 
 def _sequence(cfg: TrainConfig, axes: list[str], sizes) -> list[Term]:
-    """Stretches of a row: rows before it from the neighbour, entries of all devices, sums of their gradients."""
+    """What devices send where a sequence is cut.
+
+    These are positions before a shard, from the neighbour; entries of all devices; sums of the
+    entries' gradients; and expert choices for the balance loss.
+    """
     n = math.prod(sizes[axis] for axis in axes)
     if n == 1:
         return []
     model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
     layers = layers_by_ratio(model)
     times = 2 if cfg.remat else 1
-    # The window of attention; float32 projections and gates of the windows that end here, CSA's of two windows in two halves.
+    # The window of attention, then the compressors' float32 projections and gates of windows that
+    # end in this shard. CSA pools two windows, in two halves.
     halo = model.sliding_window * model.head_dim * item * sum(layers.values()) * (times + 1)
     pooled = (
         2 * 4 * (times + 1) * model.head_dim * (layers[HCA] * (HCA - 1) + layers[CSA] * _CSA_ROWS)
@@ -316,7 +338,7 @@ def _sequence(cfg: TrainConfig, axes: list[str], sizes) -> list[Term]:
     terms.append(
         _sent("indexers", axes, "collective-permute", index, "rows", 4 * times * layers[CSA])
     )
-    # The balance loss of a row needs what all its tokens chose.
+    # The balance loss of a sequence needs the choices of all its tokens.
     chosen = 4 * times * model.num_experts_per_tok * sum(layers.values()) * (n - 1)
     terms.append(_sent("gates", axes, "all-gather", chosen, "tokens", times * sum(layers.values())))
     share = (n - 1) / n * item
@@ -346,7 +368,10 @@ def _sequence(cfg: TrainConfig, axes: list[str], sizes) -> list[Term]:
 
 
 def _embedding(cfg: TrainConfig, rules: AxisRules, axes: dict[str, list[str]], sizes) -> list[Term]:
-    """Rows of the table, for the tokens and for MTP's next ones: partial rows added, columns swapped."""
+    """Rows of the embedding table for the tokens, and for MTP's next tokens.
+
+    Partial rows are added over the vocabulary's axes, and columns are swapped over the width's.
+    """
     model = cfg.model
     width = [
         axis

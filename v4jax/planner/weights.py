@@ -1,6 +1,7 @@
-"""Every parameter with its cut: what one device holds of it, who uses it how often, which optimizer moves it.
+"""Every parameter: its shape, its products per token, its optimizer, and how a layout cuts it.
 
-Shapes and axis names come from the model itself (abstract, nothing is computed), so a new weight cannot be forgotten here.
+Shapes and axis names come from the model itself, as abstract arrays, so a new weight cannot be
+forgotten here.
 
 Next file to read: v4jax/planner/terms.py.
 """
@@ -24,9 +25,12 @@ class Weight(NamedTuple):
     """One parameter of the model, before any layout.
 
     Attributes:
-      name: its path. shape, axes: with their logical names. optimizer: "muon", "adamw", "frozen", or "none" for router tables.
-      float32: kept so in the products it enters.
-      uses: products with one row each, per token (routed experts: K of E).
+      name: its path in the tree.
+      shape: its size along each axis.
+      axes: the logical name of each axis.
+      optimizer: "muon", "adamw", "frozen", or "none" for router tables.
+      float32: whether its products keep it in float32.
+      uses: how many products of one row a token makes with it; K/E for routed experts.
     """
 
     name: str
@@ -50,7 +54,14 @@ class Weight(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How a layout cuts one weight: mesh axes per dimension (those of size 1 left out), and over how many devices."""
+    """How a layout cuts one weight. Mesh axes of size 1 are left out.
+
+    Attributes:
+      parts: the mesh axes that cut each dimension.
+      token_axes: those that split tokens too, over which the weight is gathered.
+      other_axes: the rest.
+      tokens, others: into how many parts token_axes and other_axes cut it.
+    """
 
     parts: tuple[tuple[str, ...], ...]
     token_axes: tuple[str, ...]
@@ -65,7 +76,7 @@ class Cut(NamedTuple):
 
 @functools.cache
 def weights_of(cfg: ModelConfig) -> tuple[Weight, ...]:
-    """The table of parameters."""
+    """The table of all parameters, router tables included."""
     axes = jax.tree_util.tree_leaves_with_path(
         param_axes(cfg), is_leaf=lambda leaf: isinstance(leaf, tuple)
     )
@@ -97,10 +108,10 @@ def _weight(cfg: ModelConfig, path: tuple[str, ...], shape, names) -> Weight:
 
 
 def cut_of(weight: Weight, rules: AxisRules, sizes: Mapping[str, int]) -> Cut:
-    """Where `weight` lies.
+    """How the layout cuts `weight`.
 
     Raises:
-      ValueError: a dimension that does not divide by its mesh axes.
+      ValueError: a dimension does not divide by its mesh axes.
     """
     return _cut_of(weight, rules, tuple(sizes.items()))
 
@@ -115,11 +126,13 @@ def _cut_of(weight: Weight, rules: AxisRules, items: tuple[tuple[str, int], ...]
         if size % (count := math.prod(sizes[axis] for axis in here)):
             where = " x ".join(f"{axis}={sizes[axis]}" for axis in here)
             raise ValueError(
-                f"{weight.name} {weight.shape}: axis {name!r} of size {size} does not divide by {where} = {count}"
+                f"{weight.name} {weight.shape}: axis {name!r} of size {size} "
+                f"does not divide by {where} = {count}"
             )
         parts.append(here)
     flat = [axis for part in parts for axis in part]
-    # Experts stay where they are although their axis splits tokens too; every other weight is gathered over such axes.
+    # Experts stay where they are although their axis splits tokens too. Every other weight is
+    # gathered over such axes.
     held = [
         axis
         for part, name in zip(parts, weight.axes, strict=True)

@@ -1,10 +1,10 @@
-"""What one device computes and moves through its memory in a training step: terms per part of the model.
+"""Estimates what one device computes and moves through memory in a training step, part by part.
 
-FLOPs are those the program executes, not those of the model (v4jax/cost.py): masked entries are computed, layers are
-recomputed in the backward pass, weights that no axis cuts are multiplied on every device. Memory traffic counts each large
-array once per product or fused loop that reads or writes it; it is the rougher of the two.
+FLOPs are those that the program executes, not those of the model (v4jax/cost.py): masked entries
+are computed, layers are recomputed in the backward pass, and weights that no axis cuts are
+multiplied on every device. Memory traffic counts each large array once per product or fused loop
+that reads or writes it; it is the rougher of the two.
 
-Shapes: as in v4jax/cost.py.
 Next file to read: v4jax/planner/traffic.py.
 """
 
@@ -20,11 +20,11 @@ from v4jax.train.config import TrainConfig
 from v4jax.train.muon import COEFFICIENTS
 
 FP8 = ("routed experts", "shared experts", "attention")
-"""Parts whose products fp8 recipes run on fp8 operands."""
+"""Parts whose products have fp8 operands in fp8 recipes."""
 
 
 def part_of(name: str) -> str:
-    """The part of the model a parameter belongs to, as v4jax/cost.py names them."""
+    """The part of the model that a parameter belongs to, by the names of v4jax/cost.py."""
     for mark, part in (
         ("indexer", "indexers"),
         ("compressor", "compressors"),
@@ -43,7 +43,7 @@ def part_of(name: str) -> str:
 
 
 def passes(cfg: TrainConfig, weight: Weight) -> int:
-    """How often a product runs: forward, twice as long backward, and forward again where layers are rematerialised."""
+    """Products per weight and step, in forward passes: a backward pass counts as two."""
     if weight.optimizer == "frozen":
         return 2 if cfg.remat else 1  # no gradient passes the indexer
     if weight.name.startswith("head/"):
@@ -54,19 +54,23 @@ def passes(cfg: TrainConfig, weight: Weight) -> int:
 def work(
     cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str, fp8: bool = False
 ) -> list[Term]:
-    """Terms of kind "flops" and "hbm" of one device and step. platform: "tpu", "gpu" or "cpu". fp8: with products of fp8 operands, which are
-    made from others first."""
+    """The terms of kind "flops" and "hbm" of one device and step.
+
+    Args:
+      platform: "tpu", "gpu" or "cpu".
+      fp8: whether products have fp8 operands, which are made from others first.
+    """
     model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
     terms = []
     for weight in weights_of(model):
         cut, part = cut_of(weight, rules, sizes), part_of(weight.name)
         held = weight.size / cut.devices * 4
         if weight.optimizer != "none":
-            # Gradient and parameter read and written, two moments or one.
+            # Gradient and parameter are read and written, as are the moments: two, or one for Muon.
             terms.append(Term("hbm", "optimizer", held * (7 if weight.optimizer == "adamw" else 5)))
         if weight.uses:
             n = passes(cfg, weight)
-            # Experts' axis leaves FLOPs as they are: fewer experts, as many more rows each.
+            # The experts' axis leaves FLOPs unchanged: fewer experts, with more rows each.
             here = weight.size / (
                 _parts(rules, sizes, "expert_hidden") if weight.is_expert else cut.others
             )
@@ -84,7 +88,7 @@ def work(
 
 
 def layers_by_ratio(model: ModelConfig) -> dict[int, int]:
-    """Compress ratio -> layers of that kind, MTP's included."""
+    """Compress ratio -> number of layers with it, MTP's included."""
     return {ratio: model.compress_ratios.count(ratio) for ratio in (0, CSA, HCA)}
 
 
@@ -93,8 +97,11 @@ def _parts(rules: AxisRules, sizes: Mapping[str, int], name: str) -> int:
 
 
 def _scores(cfg: TrainConfig, layers: dict[int, int], tensor: int, index_parts: int) -> list[Term]:
-    """Attention over window and entries (a part of its own: fp8 recipes leave it in bf16), and the indexer's scores. Chunks of queries
-    are recomputed on their own."""
+    """Attention over window and entries, and the indexer's scores.
+
+    Attention scores are a part of their own because fp8 recipes leave them in bf16. Chunks of
+    queries are recomputed on their own.
+    """
     model = cfg.model
     again = 5 if cfg.remat else 4
     heads, wide = (
@@ -104,7 +111,8 @@ def _scores(cfg: TrainConfig, layers: dict[int, int], tensor: int, index_parts: 
     index = (
         2 * model.index_n_heads * (model.index_head_dim + 1) / index_parts * (3 if cfg.remat else 2)
     )
-    # Score rows are float32 and pass memory about four times each way: product, mask and exponent, sum, product.
+    # Scores are float32 and pass memory about four times each way: product, mask and exponent, sum,
+    # product.
     moved = 4 * 4 * heads * again / 2
     window = 2 * model.sliding_window * sum(layers.values())
     return [
@@ -125,14 +133,16 @@ def _scores(cfg: TrainConfig, layers: dict[int, int], tensor: int, index_parts: 
 def _rows(
     cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], item: int, platform: str
 ) -> list[Term]:
-    """Memory traffic of activations outside of scores: residual streams, rows of attention and experts, logits. Kernels of a GPU take turns, so
-    that element-wise ones are parts of their own; XLA:TPU fuses them with products, and the slower of the two counts."""
+    """Memory traffic of activations but scores: streams, arrays of attention and experts, logits.
+
+    Kernels of a GPU run one after another, so element-wise ones are parts of their own. XLA:TPU
+    fuses them with products, and the slower of the two counts.
+    """
     model, n = cfg.model, 4 if cfg.remat else 3
     layers = sum(layers_by_ratio(model).values())
     tensor = _parts(rules, sizes, "act_heads")
-    streams = (
-        2 * 5 * model.hc_mult * model.hidden_size
-    )  # two sites: mixing logits, collapse, and expand reads and writes
+    # Two sites: mixing logits, collapse, and what expand reads and writes.
+    streams = 2 * 5 * model.hc_mult * model.hidden_size
     attention = 6 * model.num_attention_heads * model.head_dim / tensor + 12 * model.hidden_size
     hidden = _parts(rules, sizes, "expert_hidden")
     experts = model.num_experts_per_tok * (
@@ -158,9 +168,13 @@ def _rows(
 def _operands(
     cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], item: int
 ) -> list[Term]:
-    """fp8 operands of the products of attention with its weights and of experts. A block has one scale along the axis that a product
-    sums over, so the backward pass, which sums over others, needs each array a second time: an array is read once and
-    written once for a forward pass that keeps nothing, twice otherwise. A matrix of weights takes as much as an input."""
+    """Making the fp8 operands of experts' products, and of attention's with its weights.
+
+    A block has one scale along the axis that a product sums over. The backward pass sums over other
+    axes and so needs each array a second time. An array is read once and written once for a forward
+    pass that keeps nothing, and written twice otherwise. A matrix of weights costs as much as an
+    input.
+    """
     model, layers = cfg.model, sum(layers_by_ratio(cfg.model).values())
     tensor, cut = _parts(rules, sizes, "act_heads"), _parts(rules, sizes, "expert_hidden")
     hidden, latent, heads = (
@@ -183,7 +197,7 @@ def _operands(
 
 
 def _orthogonalise(stack: Stack) -> list[Term]:
-    """Newton-Schulz on one stack of whole matrices: per step 4 m^2 n + 2 m^3, m <= n."""
+    """Newton-Schulz on one stack of matrices: 4 m^2 n + 2 m^3 FLOPs a step, m <= n."""
     m, n = sorted(stack.shape)
     flops = len(COEFFICIENTS) * (4 * m * m * n + 2 * m**3) * stack.count
     moved = len(COEFFICIENTS) * 4 * (5 * m * n + 4 * m * m) * stack.count

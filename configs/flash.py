@@ -1,10 +1,11 @@
 """V4-Flash, pre-training at sequence length 4096 with the report's numbers.
 
-They are those of docs/equations.md#sizes and docs/equations.md#schedule.
+The numbers are those of docs/equations.md#sizes and docs/equations.md#schedule. The report grows
+the batch from a small one to the size below, and the sequence from 4K to 1M. How long those stages
+last is unpublished; add them as `stages` (v4jax/train/stages.py).
 
 Command: v4jax train configs/flash.py --mesh fsdp=...,expert=...; v4jax cost configs/flash.py
-Hardware: a TPU pod. Nobody has run it; `v4jax cost` and the tests read it. The report's batch grows to the size below from a
-small one and its sequence from 4K to 1M; how long those stages last is unpublished: add them as `stages` (v4jax/train/stages.py).
+Hardware: a TPU pod. Nobody has run it; `v4jax cost` and the tests read it.
 Next file to read: configs/models.py.
 """
 

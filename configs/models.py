@@ -1,7 +1,7 @@
-"""The two released DeepSeek-V4 architectures, every number from docs/equations.md#sizes.
+"""The two released DeepSeek-V4 architectures, with every number from docs/equations.md#sizes.
 
 Command: v4jax cost configs/flash.py
-Expected: 284B parameters, 13B active; Pro 1.6T and 49B.
+Expected result: Flash has 284B parameters and 13B active; Pro has 1.6T and 49B.
 Next file to read: v4jax/config.py.
 """
 

@@ -1,9 +1,10 @@
-"""Fine-tuning the demo's model on conversations: 160 short ones in configs/sft_demo.jsonl, which come with the repository.
+"""Fine-tunes the demo's model on conversations: the 160 short ones of configs/sft_demo.jsonl.
 
-Command: JAX_PLATFORMS=cpu v4jax train configs/sft_demo.py --init-from runs/demo      (after make demo; without --init-from
-from fresh weights, the sooner forgotten)
+Command: JAX_PLATFORMS=cpu v4jax train configs/sft_demo.py --init-from runs/demo
+    It comes after make demo. Without --init-from it starts from fresh weights.
 Hardware: 2 CPU cores; 8 simulated devices as data=2, expert=2, tensor=2.
-Expected result: the loss of what the assistant says falls from 4.5 to 0.1 within the 60 steps, held-out 0.29; the sample answers "odd" or "even", not always rightly.
+Expected result: the loss of what the assistant says falls from 4.5 to 0.1 within the 60 steps, and
+    is 0.29 held out. The sample answers "odd" or "even", not always correctly.
 Next file to read: v4jax/data/conversations.py.
 """
 
@@ -15,7 +16,7 @@ from v4jax.train.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    """60 steps of 8 rows of 256 bytes; the router's bias stays as it was."""
+    """60 steps of 8 rows of 256 bytes, in which the bias of the router does not move."""
     return TrainConfig(
         model=get_model(),
         data=DataConfig(

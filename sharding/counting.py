@@ -4,6 +4,7 @@ XLA:TPU takes seconds to compile one sort or one long cumsum, and a model has do
 product with a triangle of ones compiles in a fraction of that (benchmarks/README.md).
 
 Letters: N elements, E kinds.
+
 Next file to read: sharding/exchange.py.
 """
 

@@ -12,6 +12,7 @@ of sender 1; round 1 moves the last row.
 
 Letters: T tokens of this device, K active experts, N = T*K assignments, Q rows of one round, D
 hidden, E experts, e experts of this device, S senders, Z receivers.
+
 Next file to read: sharding/params.py.
 """
 

@@ -21,6 +21,7 @@ The experts' hidden width may be cut too; the partial sums are then added.
 Letters: B sequences of the batch, S positions, T = B*S tokens, K active experts, N = T*K
 assignments, P rows in blocks, Q rows of one round of the exchange, D hidden, E experts (in what
 runs on one device, those of that device); lower case = this device's share.
+
 Next file to read: sharding/counting.py.
 """
 

@@ -4,6 +4,7 @@ One mesh axis ("context") may cut a sequence into contiguous shards of equal len
 means that the sequence is whole (docs/equations.md#context-parallelism).
 
 Letters: b this device's share of the batch, s of the sequence.
+
 Next file to read: sharding/experts.py.
 """
 

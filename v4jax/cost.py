@@ -1,15 +1,17 @@
-"""What a model costs, from its configuration alone: parameters, FLOPs per token, bytes of KV cache, by part.
+"""What a model costs, from its configuration: parameters, FLOPs per token and KV bytes, by part.
 
-How the report counts was decided from its own numbers. 284B and 1.6T are the main model with embedding and head but
-without MTP (with MTP, Flash would be 291B). 13B and 49B count the head but not the embedding, which is looked up, not
-multiplied (with the embedding they would be 14B and 50B; without the head, Pro would be 48B).
+The report's own numbers show how it counts. 284B and 1.6T are the main model with embedding and
+head, without MTP (with MTP, Flash would be 291B). 13B and 49B count the head but not the embedding,
+which is a lookup and no product (with the embedding they would be 14B and 50B; without the head,
+Pro would be 48B).
 
-FLOPs: two per multiplication of a matrix product, attention and indexer scores over the entries a
-query really uses (docs/equations.md#trap-46), and the mixing of residual streams. Norms, rotary
-embedding, softmax, Sinkhorn and pooling are left out.
+FLOPs are two per multiplication of a matrix product: of weights, of attention and indexer scores
+over the entries that a query really uses (docs/equations.md#trap-46), and of the mixing of residual
+streams. Norms, rotary embedding, softmax, Sinkhorn and pooling are left out.
 
-Legend: D hidden, N heads, H head dim, R rope dims, Q query rank, G output groups, O output rank, X streams, E experts,
-K active experts, F expert hidden, I index heads, J index dim, V vocabulary, M compress ratio.
+Letters: D hidden, N heads, H head dim, G output groups, O output rank, I index heads, S tokens of
+the sequence.
+
 Next file to read: v4jax/checkpoint/names.py.
 """
 
@@ -38,7 +40,14 @@ _ORDER = (
 
 
 class Part(NamedTuple):
-    """One part's share: parameters, those one token uses, forward FLOPs of a token, KV cache bytes of a sequence."""
+    """The cost of one part of the model.
+
+    Attributes:
+      parameters: all of its parameters.
+      active: those that one token uses.
+      flops: forward FLOPs of one token.
+      cache: bytes that the KV cache of one sequence holds.
+    """
 
     name: str
     parameters: int = 0
@@ -53,11 +62,15 @@ class Cost:
 
     Attributes:
       context: tokens in the sequence, the newest included.
-      parts: the main model. `flops` are those of the newest token, `cache` is what the sequence keeps.
-      mtp: the MTP module, in no total; its flops contain the head applied once more, its cache one more window.
+      parts: those of the main model. `flops` are those of the newest token, `cache` is what the
+        sequence keeps.
+      mtp: the MTP module, in no total. Its flops include the shared head once more, its cache one
+        more window.
       buffers: numbers in selection biases and hash tables, which are not parameters.
-      train_flops: forward and backward FLOPs of a token, averaged over a training row of `context` tokens, with MTP.
-      v32: DeepSeek-V3.2 at the same context (flops and cache only). gqa8: grouped-query attention, 8 heads, bf16 (cache only).
+      train_flops: forward and backward FLOPs of a token, MTP's included, averaged over a training
+        row of `context` tokens.
+      v32: DeepSeek-V3.2 at the same context; flops and cache only.
+      gqa8: grouped-query attention with 8 heads in bf16; cache only.
     """
 
     context: int
@@ -74,7 +87,7 @@ class Cost:
         return _sum("total", self.parts)
 
     def rows(self) -> list[tuple[str, ...]]:
-        """A table for people: header, one row per part, the total, and what it is compared with."""
+        """A table for people: header, a row per part, the total, and models to compare with."""
         total, v32 = self.total, self.v32
         head = ("part", "parameters", "active", "FLOPs/token", "KV bytes")
         body = [_row(part) for part in (*self.parts, total, self.mtp)]
@@ -110,7 +123,7 @@ class Cost:
 
 
 def cost(cfg: ModelConfig, context: int | None = None) -> Cost:
-    """Parameters, FLOPs and KV bytes of `cfg` for a sequence of `context` tokens (default: the longest it allows).
+    """The cost of `cfg` for a sequence of `context` tokens (default: the longest that it allows).
 
     Raises:
       ValueError: a context outside [1, max_position_embeddings].
@@ -136,17 +149,19 @@ def cost(cfg: ModelConfig, context: int | None = None) -> Cost:
 
 
 def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
-    """FLOPs of a training step per token: 3 x forward (backward is two more), MTP included, averaged over a row.
+    """FLOPs of a training step per token: three times forward, since backward is twice forward.
 
-    A row counts as one document of `seq_len` tokens; packed shorter documents see less and cost a little less.
-    Rematerialised work is not counted.
+    MTP is included. A row counts as one document of `seq_len` tokens; shorter packed documents cost
+    a little less, because their tokens see fewer others. Rematerialised work is not counted.
     """
     lengths = np.arange(1, seq_len + 1)
     return 3 * (_sum("", _main_parts(cfg, lengths)).flops + _mtp(cfg, lengths).flops)
 
 
 def deepseek_v32(context: int) -> Part:
-    """DeepSeek-V3.2 for one token after `context` tokens, attention in its latent form; numbers of its config.json.
+    """DeepSeek-V3.2 for the token after `context` tokens, by the numbers of its config.json.
+
+    Attention is in its latent form.
 
     Cache (docs/equations.md#cost): 512 fp8 + 16 bytes of scales + 64 bf16, and an indexer key of
     128 fp8 + 4 bytes.
@@ -179,13 +194,13 @@ def deepseek_v32(context: int) -> Part:
 
 
 def gqa8(cfg: ModelConfig, context: int) -> Part:
-    """The cache the report compares with: as many layers of 8 key/value heads of 128 dims, bf16."""
+    """The cache that the report compares with: bf16, with 8 key/value heads of 128 dims a layer."""
     return Part("bf16 GQA-8", cache=cfg.num_hidden_layers * context * 2 * 8 * 128 * 2)
 
 
-# ---- parts -----------------------------------------------------------------------------------------------------------
-# `lengths` holds, per token counted, the number of tokens up to and including it; FLOPs are averaged over it, the cache
-# is that of the last.
+# ---- parts ---------------------------------------------------------------------------------------
+# `lengths` holds one number for each token counted: the tokens up to and including it. FLOPs are
+# averaged over it; the cache is that of the last.
 
 
 def _main_parts(cfg: ModelConfig, lengths: np.ndarray) -> tuple[Part, ...]:
@@ -206,7 +221,7 @@ def _main_parts(cfg: ModelConfig, lengths: np.ndarray) -> tuple[Part, ...]:
 
 
 def _mtp(cfg: ModelConfig, lengths: np.ndarray) -> Part:
-    """The MTP module: h_proj runs once per stream, and the shared head once more (no parameters of its own)."""
+    """The MTP module. h_proj runs once per stream, and the shared head runs once more."""
     if not cfg.num_nextn_predict_layers:
         return Part("MTP")
     hidden, streams = cfg.hidden_size, cfg.hc_mult
@@ -237,18 +252,18 @@ def _block(cfg: ModelConfig, ratio: int, lengths: np.ndarray) -> list[Part]:
 
 
 def _attention(cfg: ModelConfig, ratio: int, lengths: np.ndarray) -> Part:
-    """Projections, sinks, and scores and sums over window and visible (CSA: selected) entries, 4 N H each."""
+    """Projections, sinks, and 4 N H FLOPs for each window token and entry that a query uses."""
     wide = cfg.num_attention_heads * cfg.head_dim
     matrices = cfg.hidden_size * (cfg.q_lora_rank + cfg.head_dim) + cfg.q_lora_rank * wide
-    matrices += cfg.o_lora_rank * (
-        wide + cfg.o_groups * cfg.hidden_size
-    )  # wo_a is block diagonal: G times O x (N/G)H
+    # wo_a is block diagonal: G matrices of O x (N/G)H.
+    matrices += cfg.o_lora_rank * (wide + cfg.o_groups * cfg.hidden_size)
     window, entries = (
         np.minimum(lengths, cfg.sliding_window),
         lengths // ratio if ratio else 0 * lengths,
     )
     used = np.minimum(entries, cfg.index_topk) if ratio == CSA else entries
-    # An entry: fp8 with a scale byte per 64 dims, rope dims in bf16 (docs/equations.md#low-precision).
+    # An entry has fp8 numbers, a scale byte per 64 of them, and rope dims in bf16
+    # (docs/equations.md#low-precision).
     plain = cfg.head_dim - cfg.qk_rope_head_dim
     cache = int(window[-1] + entries[-1]) * (plain + -(-plain // 64) + 2 * cfg.qk_rope_head_dim)
     parameters = matrices + cfg.num_attention_heads
@@ -257,7 +272,7 @@ def _attention(cfg: ModelConfig, ratio: int, lengths: np.ndarray) -> Part:
 
 
 def _compressor(cfg: ModelConfig, name: str, ratio: int, dim: int) -> Part:
-    """wkv, wgate and ape; its cache is the float32 state (C and Z) of the tokens that a coming entry will pool."""
+    """wkv, wgate and ape. The cache is the float32 state (c and z) that the next entry pools."""
     overlap = 2 if ratio == CSA else 1
     matrices = 2 * cfg.hidden_size * overlap * dim
     parameters = matrices + ratio * overlap * dim
@@ -267,10 +282,13 @@ def _compressor(cfg: ModelConfig, name: str, ratio: int, dim: int) -> Part:
 
 
 def _indexer(cfg: ModelConfig, lengths: np.ndarray) -> Part:
-    """Query and weight projections, its own compressor, and I dot products and weights per entry: S/4 of them."""
+    """Projections of queries and weights, a compressor, and I weighted dot products per entry.
+
+    There are S/4 entries.
+    """
     heads, dim, entries = cfg.index_n_heads, cfg.index_head_dim, lengths // CSA
     queries = _weights("", heads * (cfg.q_lora_rank * dim + cfg.hidden_size))
-    # A key: fp4 with a scale byte per 32 dims (docs/equations.md#low-precision).
+    # A key has fp4 numbers and a scale byte per 32 of them (docs/equations.md#low-precision).
     key_bytes = -(-dim // 2) + -(-dim // 32)
     scores = Part(
         "",
@@ -281,7 +299,7 @@ def _indexer(cfg: ModelConfig, lengths: np.ndarray) -> Part:
 
 
 def _hyper(cfg: ModelConfig) -> Part:
-    """mHC at one site: the mixing coefficients, the collapse, and the mixed and expanded streams."""
+    """mHC at one site: mixing coefficients, collapse, and the mixed and expanded streams."""
     streams, hidden = cfg.hc_mult, cfg.hidden_size
     outputs = (2 + streams) * streams
     parameters = outputs * (streams * hidden + 1) + 3
@@ -296,7 +314,7 @@ def _hyper_head(cfg: ModelConfig) -> Part:
 
 
 def _weights(name: str, count: int, products: bool = True) -> Part:
-    """Weights that every token uses, multiplied once each, or not at all (norms)."""
+    """Weights that every token uses: multiplied once each, or in no product (norms)."""
     return Part(name, count, count, 2 * count if products else 0)
 
 

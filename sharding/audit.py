@@ -4,7 +4,7 @@
 
     all-gather, all-to-all, reduce-scatter    (n-1)/n of the whole
     all-reduce                                twice that
-    collective-permute                        all of it
+    collective-permute                        the whole
     ragged-all-to-all                         (n-1)/n of the rows of an even load
 
 The body of a loop counts as often as it runs.

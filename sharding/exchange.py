@@ -106,7 +106,7 @@ def _before(count: jax.Array, axis: int) -> jax.Array:
 def window(path: Route, turn: jax.Array | int, rows: int) -> Window:
     """The moves of round `turn`."""
     sent_SZ = _sent(path)
-    place_SZ = _before(sent_SZ, 0)  # of each sender's first row in the receiver's queue
+    place_SZ = _before(sent_SZ, 0)  # sender's first row in the receiver's queue
     first = jnp.clip(place_SZ, turn * rows, (turn + 1) * rows)
     last = jnp.clip(place_SZ + sent_SZ, turn * rows, (turn + 1) * rows)
     return Window(_before(sent_SZ, 1) + first - place_SZ, last - first, first - turn * rows)
@@ -181,7 +181,7 @@ Round = Callable[[jax.Array | int, Any, Any], jax.Array]
 def sum_rounds(one: Round, count: jax.Array, fixed: Any, inputs: Any) -> jax.Array:
     """Sum of one(turn, fixed, inputs) over turns 0 to count - 1; turn 0 always runs.
 
-    Turn 0 keeps what its gradient needs. Later turns, which are rare, compute it anew, so that
+    Turn 0 keeps what its gradient needs. Later turns, which are rare, recompute it, so that
     memory does not grow with their number. `count` may differ between devices that exchange nothing
     in `one`.
     """

@@ -154,7 +154,10 @@ def _whole(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _gathered(over: tuple[str, ...], dim: int, dtype, w: jax.Array) -> jax.Array:
-    """`w` gathered as numbers of `dtype` and cast back, so that its gradient is summed uncast."""
+    """`w`, gathered as numbers of `dtype` and cast back.
+
+    Its gradient is summed in its own dtype, not in `dtype`.
+    """
     return lax.all_gather(w.astype(dtype), over, axis=dim, tiled=True).astype(w.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Code inside jax.shard_map: values that differ between devices, and positions of the neighbour.
+"""Helpers inside jax.shard_map: values that differ between devices, and a neighbour's positions.
 
 One mesh axis ("context") may cut a sequence into contiguous shards of equal length; `axis` None
 means that the sequence is whole (docs/equations.md#context-parallelism).

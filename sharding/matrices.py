@@ -8,8 +8,8 @@ A tensor [..., A, Z] is a stack of matrices; stacks of one shape that lie alike 
 - Where the devices hold copies, each works on its share, and the results are gathered.
 - A single matrix is gathered along an axis that cuts it.
 
-Whole matrices that devices then still have in common are joined and shared out as copies are. Only
-where they are fewer than the devices does every device work on all of them.
+Whole matrices that several devices still have in common are joined once more and shared out as
+copies are. If they are fewer than the devices, every device works on all of them.
 
 Letters: N matrices of a stack, A rows, Z columns.
 

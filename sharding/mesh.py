@@ -66,7 +66,7 @@ def simulate_devices(count: int) -> None:
 def keep_freed_memory(one_heap: bool = False) -> None:
     """Tells glibc to keep memory that is freed, and not to return it to the kernel.
 
-    XLA:CPU allocates its temporary memory anew at every step, and the kernel must clear each new
+    XLA:CPU allocates its temporary memory again at every step, and the kernel must clear each new
     page (benchmarks/README.md). Conversions allocate as much.
 
     Args:

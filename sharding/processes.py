@@ -217,8 +217,8 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
 
     It takes the number of the step; all processes get the same answer at the same step. Within the
     context SIGTERM has no other effect, so that the state can be saved. A job of several processes
-    must have joined with start(preemptible=True); otherwise the answer is always False, as it is
-    off the main thread of a single process.
+    must have joined with start(preemptible=True). Without that, or off the main thread of a single
+    process, the answer is always False.
     """
     if jax.process_count() > 1:
         if not jax.config.jax_enable_preemption_service:

@@ -1,8 +1,8 @@
 """Layouts: frozen, strict tables from the logical axes of arrays to the axes of a device mesh.
 
 The model says only what an axis is ("heads", "act_batch"); a layout says where it goes. Flax's own
-translation silently leaves an axis unsharded whose name is unknown or whose mesh axis another axis
-of the array uses; here both raise.
+translation silently leaves an axis unsharded if its name is unknown, or if another axis of the
+array uses the same mesh axis; here both raise.
 
 Next file to read: sharding/manual.py.
 """
@@ -273,7 +273,7 @@ def layout_for(layout: AxisRules | str | None, mesh_sizes: dict[str, int]) -> Ax
 
 
 def check_has_mesh(layout: AxisRules | str | None, mesh: str | None) -> None:
-    """Raises ValueError for a layout without a mesh, which would ignore it; "full" is allowed."""
+    """Raises ValueError if a layout other than "full" has no mesh, as it would then be ignored."""
     if not mesh and rules_of(layout) != LAYOUTS["full"]:
         raise ValueError(
             f"layout {str(layout)!r} needs a mesh; give one, for example --mesh data=2, "

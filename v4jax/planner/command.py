@@ -261,7 +261,7 @@ def look_for(cfg: TrainConfig, request: Request, chips: int | None, confirm: int
 
 
 def devices_of(target: str, chips: int | None) -> int:
-    """How many JAX devices a search has."""
+    """The number of JAX devices to search on: `chips` chips, or as many as the target names."""
     found = target_of(target)
     if chips is None and ":" not in target:
         raise ValueError(
@@ -300,7 +300,7 @@ def checked(cfg: TrainConfig, request: Request) -> Target:
 
 
 def nearest_mesh(cfg: TrainConfig, sizes: dict[str, int], devices: int) -> str:
-    """The mesh of `devices` devices over the same axes that is nearest and can cut the model.
+    """The mesh of `devices` devices that is nearest to `sizes`, has its axes and can cut the model.
 
     Nearest means the smallest sum of |log(size ratio)| over the axes.
     """

@@ -276,10 +276,10 @@ def least_expert_bytes(
 ) -> int:
     """Bytes that a device must send per step so that tokens reach experts and come back.
 
-    The load counts as even; 0 if no axis holds experts. Rows travel there and back in the forward
-    pass; in training, again where layers are rematerialised, and once each way as gradients. With K
-    experts a token and n devices a group, a row crosses n-1 devices where tokens are gathered, and
-    K (n-1)/n where they are exchanged.
+    The load is taken as even; the result is 0 if no axis holds experts. Tokens travel there and
+    back in the forward pass; in training, again where layers are rematerialised, and once each way
+    as gradients. With K experts a token and n devices a group, a token is sent n-1 times where
+    tokens are gathered, and K (n-1)/n times where they are exchanged.
     """
     holders = math.prod(sizes[axis] for axis in rules.mesh_axes("experts"))
     if holders == 1:

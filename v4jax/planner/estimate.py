@@ -150,7 +150,7 @@ def estimate(
       released: whether decoding reads the released formats.
 
     Raises:
-      ValueError: mesh, layout or batch that do not fit together.
+      ValueError: mesh, layout or batch do not fit together.
     """
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes)
@@ -195,7 +195,7 @@ def estimate(
 def memory_of(
     cfg: TrainConfig, hardware: Hardware, what: str = "train", released: bool = False
 ) -> float:
-    """Bytes a device needs, without the rest of the estimate."""
+    """Bytes that one device needs; the rest of the estimate is not computed."""
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes)
     values = bases(constants_of(cfg.model, rules, sizes), cfg.seq_len, cfg.batch_size)
@@ -207,7 +207,7 @@ def memory_of(
 
 
 def platform_of(hardware: Hardware) -> str:
-    """How XLA treats it: "cpu", "tpu" or "gpu" (any chip with switched links)."""
+    """The platform whose rules apply: "cpu", "tpu" or "gpu" (any chip with switched links)."""
     return "cpu" if hardware.shared else "tpu" if hardware.tiers[0].torus else "gpu"
 
 
@@ -220,6 +220,7 @@ def terms_of(
     released: bool = False,
     fp8: bool = False,
 ) -> list[Term]:
+    """All terms of one step of training or decoding."""
     if what == "decode":
         return decode_terms(cfg, rules, sizes, platform, released)
     return (

@@ -125,13 +125,16 @@ def hardware_of(name: str) -> Hardware:
 
 
 def target_of(text: str, devices: int | None = None) -> Target:
-    """The chip and devices of a text: "v5p:4x4x8" has 128 v5p, "h100:64" has 64, "cpu" `devices`.
+    """The target that `text` names.
+
+    Example: "v5p:4x4x8" has 128 chips, "h100:64" has 64, and "cpu" has `devices` devices.
 
     Raises:
       ValueError: an unknown chip, a file that is not on this machine, or a size that is no
         product of positive numbers.
     """
-    local_path(text, "target")  # first, as the colon of gs:// is not that of a size
+    # First, since the colon of gs:// must not be taken for that of a size.
+    local_path(text, "target")
     name, colon, size = text.rpartition(":") if ":" in text else (text, "", "")
     hardware = hardware_of(name)
     if not colon:

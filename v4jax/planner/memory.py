@@ -2,9 +2,9 @@
 
 Weights and optimizer are exact. The rest restates when arrays live. Gradients grow during the
 backward pass. Under rematerialisation each pattern of layers keeps its residual streams. The
-largest of three working sets comes on top: the backward pass of one pattern, which first computes
-all its layers anew; the head's; or Muon's. How many copies a backward pass holds is read off
-XLA:TPU's buffers at the peak of compiled programs; benchmarks/layout_accuracy.py compares.
+largest of three working sets comes on top: that of the backward pass of one pattern, which first
+recomputes all its layers, of the head, or of Muon. How many copies a backward pass holds is read
+off XLA:TPU's buffers at the peak of compiled programs; benchmarks/layout_accuracy.py compares.
 
 Next file to read: v4jax/planner/estimate.py.
 """

@@ -31,9 +31,9 @@ class Term(NamedTuple):
       coefficient: FLOPs or bytes per device and step.
       basis: a key of `bases`.
       axes: mesh axes of a "sent" term.
-      collective: its kind.
-      calls: how often it runs in a step.
-      least: the share of its bytes that any program with this layout must send.
+      collective: kind of collective of a "sent" term.
+      calls: how often that runs in a step.
+      least: the share of those bytes that any program with this layout must send.
       cap: the most that the addend may be, for buffers of fixed size.
     """
 

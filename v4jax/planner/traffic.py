@@ -184,7 +184,7 @@ def _gradient(
 def experts_sent(
     cfg: TrainConfig, rules: AxisRules, sizes, platform: str, what: str = "train"
 ) -> list[Term]:
-    """Tokens to experts and back.
+    """What is sent to bring tokens to experts and back.
 
     In training they travel forward, again where layers are rematerialised, and once each way as
     gradients.
@@ -370,7 +370,7 @@ def _sequence(cfg: TrainConfig, axes: list[str], sizes) -> list[Term]:
 def _embedding(cfg: TrainConfig, rules: AxisRules, axes: dict[str, list[str]], sizes) -> list[Term]:
     """Rows of the embedding table for the tokens, and for MTP's next tokens.
 
-    Partial rows are added over the vocabulary's axes, and columns are swapped over the width's.
+    Devices along the vocabulary's axes add partial rows; those along the width's swap columns.
     """
     model = cfg.model
     width = [

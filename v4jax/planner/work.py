@@ -133,7 +133,7 @@ def _scores(cfg: TrainConfig, layers: dict[int, int], tensor: int, index_parts: 
 def _rows(
     cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], item: int, platform: str
 ) -> list[Term]:
-    """Memory traffic of activations but scores: streams, arrays of attention and experts, logits.
+    """Memory traffic of activations other than scores: streams, attention, experts and logits.
 
     Kernels of a GPU run one after another, so element-wise ones are parts of their own. XLA:TPU
     fuses them with products, and the slower of the two counts.

@@ -170,7 +170,7 @@ def anywhere(flag: bool) -> bool:
 
 
 def gather_text(text: str) -> list[str]:
-    """The texts of all processes, in their order. Every process calls it."""
+    """The texts of all processes, process 0 first. Every process calls it."""
     count, index = jax.process_count(), jax.process_index()
     if count == 1:
         return [text]
@@ -188,14 +188,15 @@ def gather_text(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-    """All processes leave the block alike: a ValueError of one of them is raised by every one.
+    """Raises in every process a ValueError that any process raises in the block.
 
-    Its text is that of process 0; where that one has none, that of the first which has, with its
-    number. Every process enters the block, which holds no other collective: a process that raises
-    takes no part in it. Any other error ends this process alone, as a crash does.
+    Its text is that of process 0, or else that of the first process that raised one, with the
+    number of that process. Every process enters the block. The block calls no other collective,
+    which a process that raises would never reach. Any other error ends this process alone, as a
+    crash does.
 
     Raises:
-      ValueError: the block has raised one in any process.
+      ValueError: a process raised one in the block.
     """
     if jax.process_count() == 1:
         yield

@@ -108,7 +108,10 @@ class Comparison:
 
 
 def config_of(config: TrainConfig | str, options) -> TrainConfig:
-    """`config`, or one for a config.json, with the command line's mesh, layout, seq and batch."""
+    """`config`, or one for a config.json, with the command line's mesh, layout, seq and batch.
+
+    Without a batch on the command line there is one row per device, whatever `config` says.
+    """
     if isinstance(config, str):
         model = ModelConfig.from_json(config)
         config = TrainConfig(

@@ -1,7 +1,5 @@
 """`python -m v4jax` is `v4jax`."""
 
-import sys
+from v4jax.cli import entry
 
-from v4jax.cli import main
-
-sys.exit(main())
+entry()

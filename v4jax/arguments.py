@@ -49,6 +49,12 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
+def command_help(name: str) -> str:
+    """What `v4jax NAME --help` prints."""
+    actions = [a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    return actions[0].choices[name].format_help()
+
+
 def _on_mesh(sub):
     sub.add_argument(
         "--mesh",
@@ -114,6 +120,13 @@ def _continues(sub, tokens):
         "with the file's limit: 4096)",
     )
     _on_mesh(sub)
+
+
+ABOUT_OVERRIDES = (
+    "Trains, or resumes, the run of CONFIG.py. Every field of its TrainConfig is a flag. "
+    "Besides: --dry-run prints the plan, stage by stage, and runs nothing; --json prints the "
+    "result as one JSON object."
+)
 
 
 def _train(sub):

@@ -4,6 +4,8 @@ Next file to read: README.md, which shows every command.
 """
 
 import contextlib
+import dataclasses
+import difflib
 import io
 import json
 import math
@@ -13,7 +15,17 @@ import re
 import sys
 import traceback
 
-from v4jax.arguments import BadInput, parser
+from v4jax.arguments import ABOUT_OVERRIDES, BadInput, command_help, parser
+
+
+def entry() -> None:
+    """The `v4jax` command: main, and the end of the process."""
+    code = main()
+    if code:  # after Ctrl-C the interpreter would wait for a compilation to end, for minutes
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,7 +90,10 @@ def _one_line(error: Exception) -> str:
 
 
 def _train(arguments, rest):
-    if arguments.config is None or arguments.config in ("-h", "--help"):
+    if arguments.config is None:
+        if {"-h", "--help"} & set(rest):
+            print(command_help("train"))
+            return None
         raise BadInput(
             "train needs a CONFIG.py; see v4jax train CONFIG.py --help for its overrides"
         )
@@ -308,14 +323,43 @@ def _override(cfg, rest: list[str], program: str):
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), _no_wrapping(rest):
-            return tyro.cli(type(cfg), default=cfg, args=rest, prog=program)
+            return tyro.cli(
+                type(cfg), default=cfg, args=rest, prog=program, description=ABOUT_OVERRIDES
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
-        words = re.sub(r"[─-╿]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()))
-        words = re.sub(r"^\s*Value error\s+Error parsing (TrainConfig:)?", "", words)
-        words = re.split("Argument helptext:|For full helptext", words)[0]
-        raise BadInput(words or "bad override") from None
+        raise BadInput(_complaint(said.getvalue(), type(cfg), program)) from None
+
+
+def _complaint(said: str, config: type, program: str) -> str:
+    """What tyro says of a bad override, without its boxes; of an unknown flag, the nearest one."""
+    words = re.sub(r"[─-╿]+|-{3,}", " ", re.sub(r"\x1b\[[0-9;]*m", "", said))
+    if unknown := re.search(r"Unrecognized options:\s+--([\w.-]+)", words):
+        flags = [name.replace("_", "-") for name in _fields(config)]
+        near = difflib.get_close_matches(unknown[1].replace("_", "-"), flags, n=1, cutoff=0.5)
+        hint = f" (did you mean --{near[0]}?)" if near else ""
+        return f"no option --{unknown[1]}{hint}; see {program} --help"
+    words = re.sub(r"^\s*Value error\s+Error parsing (\w+:)?", "", words)
+    words = re.split("Argument helptext:|For full helptext", words)[0]
+    number = re.search(r"(--[\w.-]+): invalid literal for (\w+)\(\).*?: ('.*?')", words)
+    if number:
+        return f"{number[1]}: got {number[3]}; must be an integer"
+    return words or "bad override"
+
+
+def _fields(config: type, head: str = "") -> list[str]:
+    """The fields of a config and of the configs in it, as in data.chat.too_long."""
+    found = []
+    for field in dataclasses.fields(config):
+        inner = field.default if dataclasses.is_dataclass(field.default) else field.type
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            found += _fields(inner, f"{head}{field.name}.")
+        elif dataclasses.is_dataclass(inner):
+            found += _fields(type(inner), f"{head}{field.name}.")
+        else:
+            found.append(f"{head}{field.name}")
+    return found
 
 
 @contextlib.contextmanager

@@ -82,6 +82,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
             begin = start(cfg, rules, shardings, store, data, first)
             reporter = functools.partial(Reporter, run, cfg, begin.step, begin.history)
             with reporter() if is_first() else Silent() as report:
+                report.begin(begin.step)
                 if begin.changed:
                     report.event(begin.step, "data changed", changed=begin.changed)
                 job = _Job(cfg, rules, mesh, shardings, data, held_out, store, report)

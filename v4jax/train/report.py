@@ -101,6 +101,13 @@ class Reporter:
         self._bar.stop()
         self._close()
 
+    def begin(self, step: int) -> None:
+        """Says where the run stands: the first step is compiled for minutes without a line."""
+        if step == self._cfg.steps:
+            self._show(step, "all steps are done; export, picture and sample are made again")
+        else:
+            self._show(step, "resumed; compiling" if step else "compiling")
+
     def stage(self, step: int, view: TrainConfig) -> None:
         """From the step after `step` on the run is as `view` says. Compiling that step does not count as training time."""
         self._tokens = view.batch_size * view.seq_len
@@ -201,6 +208,9 @@ class Silent:
         return self
 
     def __exit__(self, *error) -> None:
+        pass
+
+    def begin(self, step: int) -> None:
         pass
 
     def stage(self, step: int, view: TrainConfig) -> None:

@@ -10,10 +10,12 @@ import pytest
 from flax.traverse_util import flatten_dict
 from trees import small_config
 
+from configs.demo import get_config
 from v4jax.checkpoint.store import Store
 from v4jax.data.config import DataConfig
 from v4jax.model.transformer import abstract_params
 from v4jax.model.weights import SparseMode
+from v4jax.planner.plan import plan
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
 from v4jax.train.stages import Stage, number_at, stage_at, stream_at
@@ -206,3 +208,11 @@ def test_a_run_whose_past_was_changed_is_refused(finished):
     changed = dataclasses.replace(finished, stages=(), batch_size=6, attention="sparse")
     with pytest.raises(ValueError, match="data position: was saved with"):
         train(changed)
+
+
+def test_a_plan_names_the_peak_of_the_learning_rate():
+    """The first and the last step of one stage are far below it."""
+    (stage,) = plan(get_config())
+    first, peak, last = stage.learning_rate
+    assert peak == pytest.approx(get_config().learning_rate)
+    assert max(first, last) < peak / 5 and "peak 4.00e-03" in stage.row()[3]

@@ -23,7 +23,7 @@ class StagePlan:
     Attributes:
       first_step, last_step: counted from 1, both included.
       tokens, tokens_by_then: in the stage, and up to its end.
-      learning_rate: of its first and of its last step.
+      learning_rate: of its first step, the largest, and of its last step.
       attention: as the stage's configuration names it.
       mtp: weight of the MTP loss.
       memory_bytes: of one device, estimated.
@@ -33,7 +33,7 @@ class StagePlan:
     last_step: int
     tokens: int
     tokens_by_then: int
-    learning_rate: tuple[float, float]
+    learning_rate: tuple[float, float, float]
     batch_size: int
     seq_len: int
     attention: str
@@ -43,12 +43,13 @@ class StagePlan:
 
     def row(self) -> tuple[str, ...]:
         """The stage as a line of a table for people."""
-        first, last = self.learning_rate
+        first, peak, last = self.learning_rate
         return (
             f"{self.first_step} to {self.last_step}",
             f"{self.tokens:,}",
             f"{self.tokens_by_then:,}",
-            f"{first:.2e} to {last:.2e}",
+            f"{first:.2e} to {last:.2e}"
+            + (f", peak {peak:.2e}" if peak > max(first, last) else ""),
             f"{self.batch_size} x {self.seq_len}",
             self.attention + (", learning indexer" if self.trains_indexer else ""),
             f"{self.mtp:g}",
@@ -83,13 +84,15 @@ def plan(cfg: TrainConfig) -> list[StagePlan]:
         check_batch(view, rules, sizes)
         own = (stop - start) * view.batch_size * view.seq_len
         tokens += own
+        # The schedule rises to the end of the warm-up and never after it.
+        highest = min(max(start, cfg.warmup_steps), stop - 1)
         stages.append(
             StagePlan(
                 start + 1,
                 stop,
                 own,
                 tokens,
-                (float(rate(start)), float(rate(stop - 1))),
+                tuple(float(rate(step)) for step in (start, highest, stop - 1)),
                 view.batch_size,
                 view.seq_len,
                 view.attention,

@@ -1,12 +1,14 @@
-"""Anticipatory routing: which experts step t uses is decided by the weights of step t - lag, with what weight by those of step t.
+"""Anticipatory routing: the weights of step t - lag choose the experts that step t uses.
 
-Router and network then no longer chase each other, which settles a run after a loss spike
-(docs/equations.md#anticipatory-routing). Nothing of the older weights is kept: the batch of step t is
-read `lag` steps ahead and its experts are chosen then, by a forward pass of the weights as they are;
-only the indices wait. In the first `lag` steps, of every stage anew, the choice is that of the weights
-with which it began.
+The weights of step t still set how much each chosen expert counts. Router and network then no
+longer chase each other, which settles a run after a loss spike
+(docs/equations.md#anticipatory-routing). No older weights are kept. Instead the run reads each
+batch `lag` steps early and chooses its experts then, in a forward pass with the weights of that
+moment; only the indices are stored. For the first `lag` steps of each stage, the weights at the
+start of the stage choose.
 
-    step t:  draw batch t + lag, choose its experts with the weights of step t  ->  train on batch t with what was chosen for it
+    step t:  draw batch t + lag, choose its experts with the weights of step t
+             -> train on batch t with the experts chosen for it
 
 Shapes: L layers of a group, B batch, S positions, K active experts.
 Next file to read: v4jax/train/resume.py.
@@ -29,13 +31,19 @@ from v4jax.train.config import TrainConfig
 from v4jax.train.step import TrainState, batch_sharding, compiled_together
 
 Chosen = dict[str, dict[str, jax.Array]]
-"""Group -> block -> experts of each token, int32 [L,B,S,K] ("mtp": [B,S,K]), of score-routed layers."""
+"""Group -> block -> the experts of each token, int32 [L,B,S,K] ("mtp": [B,S,K]).
+
+Only score-routed layers appear.
+"""
 
 
 def choose_experts(
     cfg: TrainConfig, rules: AxisRules, params, batch: Mapping[str, jax.Array]
 ) -> Chosen:
-    """The experts that `params` (the public dict) choose for a batch. XLA leaves out what no index depends on."""
+    """The experts that `params` (the public dict) choose for a batch.
+
+    Under jit, XLA drops all work that no index depends on.
+    """
     hidden = apply(
         cfg.model,
         params,
@@ -62,7 +70,7 @@ def choose_experts(
 def compile_choice(
     cfg: TrainConfig, rules: AxisRules, shardings: TrainState, mesh: Mesh
 ) -> Callable:
-    """`choose_experts` of (public params, batch), compiled when it is first needed."""
+    """`choose_experts` as a function of (public params, batch), compiled at its first call."""
     function = functools.partial(choose_experts, cfg, rules)
     return compiled_together(
         jax.jit(function, in_shardings=(shardings.public, batch_sharding(rules, mesh)))
@@ -70,11 +78,14 @@ def compile_choice(
 
 
 class RoutedBatchQueue:
-    """The batches of a run, in order; while it is on, some are drawn ahead and their experts chosen.
+    """The batches of a run, in order; while on, it draws some ahead and chooses their experts.
 
     Args:
-      data: host batches. put: places one on the mesh. choose: (public params, batch) -> Chosen, compiled. lag: steps ahead.
-      ahead: what a checkpoint had (see `items`).
+      data: host batches.
+      put: places a batch on the mesh.
+      choose: (public params, batch) -> Chosen, compiled.
+      lag: steps ahead, 1 or more.
+      ahead: batches restored from a checkpoint (see `items`).
     """
 
     def __init__(
@@ -90,20 +101,24 @@ class RoutedBatchQueue:
         self._waiting = collections.deque((one["batch"], one["chosen"]) for _, one in waiting)
 
     def __len__(self) -> int:
-        """How many batches are drawn and not given out."""
+        """How many batches are drawn but not yet given out."""
         return len(self._waiting)
 
     def next(
         self, params, on: bool, left: float = math.inf
     ) -> tuple[dict[str, jax.Array], Chosen | None]:
-        """The next batch, and while `on` the experts chosen for it.
+        """The next batch, and while `on` the experts chosen for it (else None).
 
         Args:
-          params: the weights as they are now. left: batches that the data has of this kind, the next one included: no more are drawn.
+          params: the current weights.
+          on: whether to draw ahead and choose experts.
+          left: batches of this shape that the stage still needs, this one included. The queue never
+            draws more.
         """
         while on and len(self._waiting) < min(self._lag + 1, left):
             batch = self._put(next(self._data))
-            # Not two programs at a time on CPU (sharding/processes.py); elsewhere the step after it waits for it anyway.
+            # On CPU two programs must not run at once (sharding/processes.py). Elsewhere the next
+            # step would wait for this one anyway.
             self._waiting.append((batch, jax.block_until_ready(self._choose(params, batch))))
         batch, chosen = (
             self._waiting.popleft() if self._waiting else (self._put(next(self._data)), None)
@@ -111,11 +126,15 @@ class RoutedBatchQueue:
         return batch, chosen if on else None
 
     def drop(self) -> None:
-        """Forgets the batches drawn ahead; they count as drawn."""
+        """Forgets the batches drawn ahead; the data does not give them again."""
         self._waiting.clear()
 
     def items(self) -> dict[str, Any]:
-        """What a checkpoint needs besides the data's position, which is that of the last batch drawn."""
+        """The batches drawn ahead, as a checkpoint item; {} if there are none.
+
+        The data's saved position is that of the last batch drawn, so these batches must be saved
+        too.
+        """
         waiting = {
             str(i): {"batch": batch, "chosen": chosen}
             for i, (batch, chosen) in enumerate(self._waiting)
@@ -124,7 +143,10 @@ class RoutedBatchQueue:
 
 
 def ahead_placed(stored, rules: AxisRules, mesh: Mesh):
-    """Shapes, types and places of a checkpoint's `ahead` from its metadata: [B,S] of batches, [..., B,S,K] of indices."""
+    """Shapes, types and shardings for restoring a checkpoint's `ahead` item from its metadata.
+
+    Batches are [B,S]; expert indices are [...,B,S,K].
+    """
 
     def placed(path, leaf):
         names = ("act_batch", "act_seq") + (None,) * (path[1].key == "chosen")

@@ -1,5 +1,7 @@
-"""Balancing experts without a loss: after each step the selection bias of busy experts falls, that of idle ones rises.
+"""Balances experts without a loss: each step lowers the bias of busy experts and raises idle ones'.
 
+Equation: docs/equations.md#router-bias.
+Axes: E experts; layers of a group may come first.
 Next file to read: v4jax/train/muon.py.
 """
 
@@ -9,11 +11,14 @@ from v4jax.model.moe import Routing
 
 
 def update_bias(router, routing: dict[str, dict[str, Routing]], rate: float):
-    """bias_i += rate * sign(mean load - load_i), per score-routed layer; loads are those of the global batch.
+    """The router after bias_i += rate * sign(mean load - load_i) in each score-routed layer.
+
+    Loads are those of the global batch.
 
     Args:
       router: the "router" part of the parameters; hash tables pass through.
-      routing: what the step's forward pass returned, same groups and blocks.
+      routing: what the step's forward pass returned, with the same groups and blocks.
+      rate: how far a bias moves, 0 or more.
     """
 
     def block(name, group, blocks):
@@ -32,7 +37,7 @@ def update_bias(router, routing: dict[str, dict[str, Routing]], rate: float):
 
 
 def load_metrics(routing: dict[str, dict[str, Routing]]) -> dict[str, jnp.ndarray]:
-    """max/mean expert load: of the worst layer and averaged over layers (1 is perfect)."""
+    """Largest over mean expert load: the worst layer's, and the mean over layers (1 is perfect)."""
     ratios = [
         jnp.atleast_1d(route.load_E.max(-1) / jnp.maximum(route.load_E.mean(-1), 1e-9))
         for blocks in routing.values()

@@ -1,4 +1,6 @@
-"""Everything that defines a training run, in one frozen dataclass. A file in configs/ builds it in `get_config()`.
+"""Everything that defines a training run, in one frozen dataclass.
+
+A file in configs/ builds it in `get_config()`.
 
 Next file to read: v4jax/train/prepare.py.
 """
@@ -27,7 +29,7 @@ _LAYOUT_FLAG = PrimitiveConstructorSpec(
     is_instance=lambda value: isinstance(value, (AxisRules, str)),
     str_from_instance=lambda value: [str(value)],
 )
-"""How --layout is read and shown."""
+"""How the command line reads and shows --layout."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,10 +43,10 @@ class TrainConfig:
     loss: LossWeights = LossWeights()
     """Weights of the terms of the loss."""
     stability: StabilityConfig = StabilityConfig()
-    """What counts as a loss spike, and what is done about it."""
+    """What counts as a loss spike, and what the run does about it."""
     run_dir: str
-    """Folder that everything is written to. A run of the same model that is already there
-    resumes."""
+    """Folder that the run writes everything to. If it already holds a run of the same model, that
+    run resumes."""
     mesh: str = ""
     """Axis sizes such as "data=2,expert=4" (axes: slice, data, fsdp, context, expert, tensor);
     empty: one device."""
@@ -78,7 +80,7 @@ class TrainConfig:
     decay_steps: int = 0
     """Last steps of the run, over which a cosine lowers the rate; at most steps - warmup_steps."""
     final_lr_ratio: float = 0.1
-    """Learning rate at the end as a share of the peak, 0 to 1."""
+    """Learning rate at the end, as a share of the peak; 0 to 1."""
     weight_decay: float = 0.1
     """Decoupled weight decay a step, relative to the learning rate; 0 or more."""
     momentum: float = 0.95
@@ -95,15 +97,15 @@ class TrainConfig:
     eval_every: int = 100
     """Steps between evaluations on held-out text, 1 or more."""
     eval_batches: int = 8
-    """Most held-out batches of an evaluation; 0: no evaluation."""
+    """Held-out batches of an evaluation, at most; 0: no evaluation."""
     checkpoint_every: int = 100
     """Steps between checkpoints, 1 or more. The last step is always saved."""
     keep: int = 2
     """Newest checkpoints that are kept, 1 or more."""
     keep_every: int = 0
-    """Also keep the checkpoint of every so many steps; 0: none."""
+    """Also keep the checkpoint of every this many steps; 0: none."""
     keep_best: int = 0
-    """Also keep so many checkpoints with the lowest held-out loss; 0: none."""
+    """Also keep this many checkpoints with the lowest held-out loss; 0: none."""
     init_from: str = ""
     """Checkpoint of any kind to take the first weights from; empty: random weights. A run with
     checkpoints of its own resumes from those."""
@@ -120,7 +122,7 @@ class TrainConfig:
     """Seed of the initial weights, an integer."""
     stages: tuple[Stage, ...] = ()
     """Changes during the run, in order (v4jax/train/stages.py). Evaluation keeps the first
-    stage's rows."""
+    stage's batch size and length."""
 
     def __post_init__(self):
         for name in ("run_dir", "init_from"):
@@ -172,7 +174,7 @@ class TrainConfig:
             self.warmup_steps + self.decay_steps <= self.steps,
             f"at most steps - warmup_steps = {self.steps - self.warmup_steps}",
         )
-        if self.stability.rollbacks:  # the newest checkpoint may not be known to be good yet
+        if self.stability.rollbacks:  # the newest checkpoint may not be proven good yet
             _require(self, "keep", self.keep >= 2, "at least 2 with stability.rollbacks")
             _require(
                 self,
@@ -190,6 +192,7 @@ class TrainConfig:
 
     @property
     def router_bias_rate(self) -> float:
+        """`bias_rate`, or its default: 1e-3, and 0 when training on conversations."""
         return (0.0 if self.data.masked else 1e-3) if self.bias_rate is None else self.bias_rate
 
 

@@ -1,14 +1,18 @@
-"""Sources to packed batches of tokens: the same batches on every machine, resumable at any step.
+"""Turns sources into packed batches of tokens: the same on every machine, resumable at any step.
 
-Axes: B batch, S query positions, T tokens of one piece.
+Axes: B batch, S positions.
 
-    sources -> documents -> train | held out        by a hash of each file's path, or of each record
-    train documents -> pieces, shuffled anew each epoch, sources mixed; row r of the batch takes pieces r, r + B, r + 2B, ...
-    pieces of one row -> concatenated and cut every S tokens, or fitted whole into rows -> [B, S]
+    sources -> documents -> train | held out
+        by a hash of each file's path, or of each record
+    train documents -> pieces, shuffled anew each epoch, sources mixed
+        row r of the batch takes pieces r, r + B, r + 2B, ...
+    pieces of one row -> [B, S]
+        concatenated and cut every S tokens, or fitted whole into rows
 
-Every row being a stream of its own, a batch mixes B documents, and what row r holds does not depend on the number of
-processes. Long documents are read in pieces of a few rows, so that B rows at a time do not dwell on B long files.
-Another length or batch size is another call of `train_batches`.
+Each row is a stream of its own. So a batch mixes B documents, and the content of row r does not
+depend on the number of processes. A long document is read in pieces of a few rows each, so that the
+batch does not stay on the same B long files for long. Another length or batch size needs another
+call of `train_batches`.
 
 Next file to read: v4jax/train/loss.py.
 """
@@ -38,16 +42,20 @@ def train_batches(
     rows: Sequence[int] | None = None,
     listings: Listings | None = None,
 ) -> grain.DatasetIterator:
-    """Endless training batches; the given rows of them (None: all), [len(rows), seq_len].
+    """Endless training batches; only the given rows of each (None: all), [len(rows), seq_len].
 
-    The iterator has get_state and set_state, and Orbax saves and loads it as a checkpointable: each process writes the
-    positions of its rows, and reads those of any process, so another number of processes can go on. Restoring onto
-    other documents or sizes raises ValueError rather than go on elsewhere.
+    The iterator has get_state and set_state, and Orbax saves and loads it as a checkpointable. Each
+    process writes the positions of its own rows and can read those of any process, so a run may
+    resume on another number of processes. Restoring onto other documents or sizes raises
+    ValueError.
 
-    listings: the run's, so that files are looked up and read once; None: they are now.
+    Args:
+      vocab_size: the model's; the tokenizer's must not be larger.
+      listings: the run's, so that files are looked up and read once; None: look them up now.
 
     Raises:
-      ValueError: sizes that do not fit one another, a tokenizer wider than the model, or as read_documents does.
+      ValueError: sizes that do not fit one another, a tokenizer wider than the model, or what
+        open_pieces raises.
     """
     rows = _check_sizes(tokenizer, seq_len, batch_size, vocab_size, rows)
     listings = Listings() if listings is None else listings
@@ -82,14 +90,18 @@ def held_out_batches(
     of: Sequence[tuple[Source, str]] | None = None,
     listings: Listings | None = None,
 ) -> list[Batch]:
-    """The held-out documents of all sources once, in a fixed mixed order; the last batch is filled up with rows of segment 0.
+    """The held-out documents of all sources, once each, in a fixed mixed order.
 
-    `rows` of each batch (None: all); the number of batches does not depend on them. max_batches bounds the list (None:
-    all of it). of: instead, sources and the part of each, "held_out" or "all". listings: as for
-    train_batches.
+    Rows of segment 0 fill up the last batch. The number of batches does not depend on `rows`.
+
+    Args:
+      rows: which rows of each batch to return; None: all.
+      max_batches: length of the list at most; None: no limit.
+      of: sources to read instead, each with its part, "held_out" or "all".
+      listings: as for train_batches.
 
     Raises:
-      ValueError: as train_batches does.
+      ValueError: what train_batches raises, max_batches below 1, or no token to predict.
     """
     rows = _check_sizes(tokenizer, seq_len, batch_size, vocab_size, rows)
     if max_batches is not None and max_batches < 1:
@@ -116,7 +128,11 @@ def held_out_batches(
 def held_out_sets(
     cfg: DataConfig, *args, listings: Listings | None = None, **kwargs
 ) -> dict[str, list[Batch]]:
-    """`held_out_batches` by name: "held_out", of all sources; of several, each source's by its label; and cfg.evaluate_on."""
+    """`held_out_batches` of each evaluation set, by name.
+
+    "held_out" covers all sources. Where there are several, each has its own set under its label.
+    Each source of cfg.evaluate_on has one too.
+    """
     named = {"held_out": None}
     if len(cfg.sources) > 1:
         named |= {source.label: [(source, "held_out")] for source in cfg.sources}
@@ -129,13 +145,15 @@ def held_out_sets(
 
 
 def unigram_loss(train: Iterable[Batch], held_out: Iterable[Batch], vocab_size: int) -> float:
-    """Nats per predicted token of held_out under the token counts of train: what a model without context reaches.
+    """Nats per predicted token of held_out under the token counts of train.
+
+    A model without context reaches this loss:
 
         - mean over held-out targets of ln((count[target] + 1) / (sum(count) + vocab_size))
 
-    Both count the tokens a model is asked to predict: those that have a predecessor in their segment, and of conversations
-    those to be learned. Pass a bounded
-    train, such as itertools.islice(train_batches(...), 100).
+    Both sides count only the tokens that a model predicts: those with a predecessor in their
+    segment and, in conversations, those to be learned. Pass a bounded train, such as
+    itertools.islice(train_batches(...), 100).
 
     Raises:
       ValueError: held_out has no such token.
@@ -147,13 +165,14 @@ def unigram_loss(train: Iterable[Batch], held_out: Iterable[Batch], vocab_size: 
     targets = [predicted_tokens(batch) for batch in held_out]
     if not sum(map(len, targets)):
         raise ValueError(
-            "held_out: got no token that has a predecessor in its segment; there is nothing to predict"
+            "held_out: got no token that has a predecessor in its segment; "
+            "there is nothing to predict"
         )
     return float(-np.mean(log_p[np.concatenate(targets)]))
 
 
 def predicted_tokens(batch: Batch) -> np.ndarray:
-    """The tokens of a batch that a model is asked to predict, [number of them]."""
+    """The tokens of a batch that a model is asked to predict, a vector."""
     tokens_BS, segment_ids_BS = np.asarray(batch["tokens"]), np.asarray(batch["segment_ids"])
     follows = (segment_ids_BS[:, 1:] == segment_ids_BS[:, :-1]) & (segment_ids_BS[:, 1:] > 0)
     if "loss_mask" in batch:
@@ -161,13 +180,13 @@ def predicted_tokens(batch: Batch) -> np.ndarray:
     return tokens_BS[:, 1:][follows]
 
 
-# ---- checks ----------------------------------------------------------------------------------------------------------
+# ---- checks ----------------------------------------------------------------------------------
 
 
 def _check_sizes(
     tokenizer: Tokenizer, seq_len: int, batch_size: int, vocab_size: int, rows: Sequence[int] | None
 ) -> list[int]:
-    """The rows, all of them for None."""
+    """The row numbers, all rows for None, after checks of every size."""
     if seq_len < 2:
         raise ValueError(
             f"seq_len: got {seq_len}; must be at least 2, a token and the one it predicts"
@@ -177,11 +196,12 @@ def _check_sizes(
     rows = list(range(batch_size)) if rows is None else list(rows)
     if not rows or sorted(set(rows)) != rows or rows[0] < 0 or rows[-1] >= batch_size:
         raise ValueError(
-            f"rows: got {rows}; must be one or more rows of the batch, in [0, {batch_size}), ascending"
+            f"rows: got {rows}; must be one or more rows of the batch, in [0, {batch_size}), "
+            "ascending"
         )
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"vocab_size: got {vocab_size}; the tokenizer has ids up to {tokenizer.vocab_size - 1}, so it must be at "
-            f"least {tokenizer.vocab_size}"
+            f"vocab_size: got {vocab_size}; the tokenizer has ids up to "
+            f"{tokenizer.vocab_size - 1}, so it must be at least {tokenizer.vocab_size}"
         )
     return rows

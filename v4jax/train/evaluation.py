@@ -1,4 +1,4 @@
-"""The loss on sets that are not trained on: one mean over all tokens that are predicted.
+"""The loss on sets that are never trained on: one mean over all predicted tokens of a set.
 
 Next file to read: v4jax/train/loop.py.
 """
@@ -21,10 +21,10 @@ from v4jax.train.loss import loss_and_routing, targets
 def evaluation_sets(
     cfg: TrainConfig, tokenizer, rows: list[int] | None, listings: Listings | None = None
 ) -> dict[str, list[Batch]]:
-    """The batches to evaluate on by name; {} for a run without evaluation.
+    """The batches to evaluate on, by name; {} for a run without evaluation.
 
     Args:
-      rows: those of each batch that this process holds; None: all.
+      rows: the rows of each batch that this process holds; None: all.
     """
     if cfg.eval_batches == 0:
         return {}

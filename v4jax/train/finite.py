@@ -1,7 +1,7 @@
-"""Whether a state is fit to be kept: no NaN and no infinity in any weight, moment or router bias.
+"""Whether a state may be saved: no weight, moment or router bias is NaN or infinite.
 
-A step's loss and gradient norm are those of the weights before its update, so neither says what the
-update has made of them.
+The loss and gradient norm of a step belong to the weights before its update, so neither shows what
+the update did to them.
 
 Next file to read: v4jax/train/resume.py.
 """
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from v4jax.train.step import TrainState
 
 NAMED = 3
-"""Arrays that a message names; of more it gives the number."""
+"""How many arrays a message names; it only counts the rest."""
 
 
 def not_finite(state: TrainState) -> str | None:
-    """Which arrays hold a NaN or an infinity, in words; None if none does.
+    """Names the arrays that hold a NaN or an infinity; None if there are none.
 
-    It reads the state once. Every process calls it and gets the same answer.
+    Reads the state once. Every process must call it, and all get the same answer.
 
     Example: "params/embed/weight, params/head/weight, params/norm/weight and 4 more are not finite"
     """
@@ -32,16 +32,15 @@ def not_finite(state: TrainState) -> str | None:
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in found]
     if not names:
         return None
-    names.sort(
-        key=lambda name: not name.startswith("params")
-    )  # weights say more than their moments
+    # Weights first: they say more than their moments.
+    names.sort(key=lambda name: not name.startswith("params"))
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return f"{', '.join(names[:NAMED])}{more} {'is' if len(names) == 1 else 'are'} not finite"
 
 
 @functools.cache
 def _program(everywhere):
-    """`_bad`, compiled; `everywhere`: the sharding of a scalar that all devices have."""
+    """`_bad`, compiled. `everywhere`: the sharding of a scalar that all devices have."""
     return jax.jit(_bad, out_shardings=everywhere)
 
 

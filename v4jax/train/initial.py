@@ -1,4 +1,4 @@
-"""The state a run begins with: random weights, or those of a checkpoint that it is given.
+"""The first state of a run: random weights, or those of a given checkpoint.
 
 Next file to read: v4jax/train/resume.py.
 """
@@ -20,7 +20,11 @@ from v4jax.train.step import TrainState, init_state, state_from
 
 
 def check_source_model(cfg: TrainConfig) -> None:
-    """Refuses to start from weights of another model; names the first field that differs."""
+    """Refuses to start from weights of another model.
+
+    Raises:
+      ValueError: names the first field that differs.
+    """
     found = ModelConfig.from_json(cfg.init_from)
     if name := cfg.model.difference(found):
         theirs, ours = found.to_dict().get(name), cfg.model.to_dict().get(name)
@@ -29,7 +33,7 @@ def check_source_model(cfg: TrainConfig) -> None:
 
 
 def check_source_tokens(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Refuses to start from weights that go with other tokens, unless the data may change.
+    """Refuses to start from weights with another tokenizer, unless data.allow_change is set.
 
     Raises:
       ValueError: names the first id that differs, or a tokenizer.json that cannot be read.
@@ -50,10 +54,10 @@ def check_source_tokens(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
 def first_state(
     cfg: TrainConfig, shardings: TrainState, newest: int | None
 ) -> Callable[[], TrainState]:
-    """What makes the state of step 0, once.
+    """A function that makes the state of step 0; call it once.
 
-    A run without a checkpoint reads and checks its given weights now, so that those which are
-    refused leave no run behind.
+    A run without a checkpoint reads and checks its given weights now, so that refused weights leave
+    no run directory.
 
     Args:
       newest: step of the newest checkpoint; None for none.
@@ -68,10 +72,10 @@ def first_state(
 
 
 def fresh(cfg: TrainConfig, shardings: TrainState) -> TrainState:
-    """The state a run begins with: random weights, or those it is given; everything else is fresh.
+    """The state of step 0: random or given weights, and a fresh optimizer.
 
     Raises:
-      ValueError: weights that cannot be read, are those of another model, or are not finite; the
+      ValueError: the given weights cannot be read, belong to another model, or are not finite; the
         same in every process.
     """
     if not cfg.init_from:
@@ -84,9 +88,9 @@ def fresh(cfg: TrainConfig, shardings: TrainState) -> TrainState:
 
 
 def _given(cfg: TrainConfig, shardings: TrainState):
-    """The parameters of `cfg.init_from`, each array straight to its place."""
+    """The parameters of `cfg.init_from`; each array goes straight to its place on the mesh."""
     read = functools.partial(load_onto, cfg.init_from, cfg.model, "float32", shardings.public)
-    if is_run(cfg.init_from):  # which processes read together (checkpoint/store.py)
+    if is_run(cfg.init_from):  # all processes read it together (checkpoint/store.py)
         return read()
     with agreed():
         return read()

@@ -1,9 +1,11 @@
-"""The training run: check everything, start or resume, step, report, save; at the end plot and export.
+"""The training run: checks, starts or resumes, steps, reports, saves; at the end plots and exports.
 
-Order of start-up: abstract parameters -> shardings -> state created (or restored) in place -> one compiled step.
+Start-up goes: abstract parameters -> shardings -> state created or restored in place -> one
+compiled step.
 
-Of several processes each runs all of this and loads the rows its own devices hold; only the first writes and prints.
-What they do together they must do in one order: steps, evaluation, checkpoints, export.
+In a job of several processes, each runs all of this and loads the rows of its own devices; only the
+first writes and prints. All must do their joint work in the same order: steps, evaluation,
+checkpoints, export.
 
 Next file to read: v4jax/train/report.py.
 """
@@ -48,14 +50,15 @@ from v4jax.train.step import Steps, TrainState, batch_sharding, compile_step, st
 from v4jax.train.watch import plain
 
 UNIGRAM_BATCHES = 64
-"""Training batches that the unigram model is counted from."""
+"""Training batches whose tokens the unigram model counts."""
 
 
 def train(cfg: TrainConfig) -> dict[str, Any]:
-    """Runs or resumes `cfg` to its last step and returns a summary: paths, losses, speed ({} but on the first process).
+    """Runs or resumes `cfg` to its last step and returns a summary of paths and metrics.
 
-    SIGTERM, as before a machine is taken away, ends it after the step under way with a checkpoint; the summary then says
-    `stopped_at`, and the same call goes on from there.
+    Only the first process gets the summary; the others get {}. On SIGTERM, which comes before a
+    machine is taken away, the run finishes its step, saves a checkpoint and ends. The summary then
+    has `stopped_at`, and the same call resumes from there.
 
     Raises:
       ValueError: anything wrong with config, mesh, data or run directory, before training starts;
@@ -96,7 +99,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
 
 
 class _Job(NamedTuple):
-    """What is the same from the first step to the last."""
+    """What stays the same from the first step to the last."""
 
     cfg: TrainConfig
     rules: AxisRules
@@ -109,7 +112,7 @@ class _Job(NamedTuple):
 
 
 class _Stage(NamedTuple):
-    """What is the same from the first step of a stage to its last."""
+    """What stays the same from the first step of a stage to its last."""
 
     number: int
     take_step: Steps
@@ -118,7 +121,7 @@ class _Stage(NamedTuple):
 
 
 class _Due(NamedTuple):
-    """What is done after a step. read: its metrics are waited for; the others need that."""
+    """What to do after a step. `read`: wait for its metrics; all the others need that."""
 
     read: bool
     log: bool
@@ -128,12 +131,12 @@ class _Due(NamedTuple):
 
 
 def _steps(job: _Job, begin: Begin) -> tuple[TrainState, int]:
-    """(state, steps done): trains from `begin` to the last step, or until the job is asked to end."""
+    """(state, steps done) after training from `begin` to the last step, or to a request to stop."""
     cfg = job.cfg
     state, step, history, ahead, _ = begin
     stage, stop = None, False
     with stop_requests() as asked_to_stop:
-        # Turns go on where a rollback sets `step` back: processes agree on a turn to end at.
+        # A rollback sets `step` back but never the turn, so processes agree on a turn to end at.
         for turn in itertools.count(begin.step + 1):
             if step == cfg.steps:
                 return state, step
@@ -142,7 +145,7 @@ def _steps(job: _Job, begin: Begin) -> tuple[TrainState, int]:
                 history = at_stage(cfg, history, step)
             step += 1
             state, metrics, anticipated = _take_step(job, stage, state, step, history)
-            # Several processes are asked at one turn, which may be that of a spike.
+            # Several processes learn of a request at one turn only, and that turn may spike.
             stop = asked_to_stop(turn) or stop
             due = _due(job, step, stop, first=turn == begin.step + 1)
             inside = metrics.pop("watch", None)
@@ -164,7 +167,11 @@ def _steps(job: _Job, begin: Begin) -> tuple[TrainState, int]:
 
 
 def _begin_stage(job: _Job, step: int, ahead: Mapping[str, Any] | None) -> _Stage:
-    """What the steps after `step` run with. ahead: batches drawn before (resume.Begin)."""
+    """What the steps after `step` run with.
+
+    Args:
+      ahead: batches that a checkpoint had drawn ahead (resume.Begin).
+    """
     cfg, view = job.cfg, stage_at(job.cfg, step)
     place = batch_sharding(job.rules, job.mesh)
     compiled = functools.partial(compile_step, view, job.rules, job.shardings, job.mesh)
@@ -173,7 +180,7 @@ def _begin_stage(job: _Job, step: int, ahead: Mapping[str, Any] | None) -> _Stag
         job.data, _putter(place, view), choose, cfg.stability.anticipate_lag, ahead
     )
     job.report.stage(step, view)
-    # Evaluation keeps the rows of the first stage.
+    # Evaluation keeps the batch size and length of the first stage.
     evaluate = evaluator(view, job.rules, _putter(place, cfg))
     return _Stage(number_at(cfg, step), Steps(compiled), queue, evaluate)
 
@@ -192,7 +199,12 @@ def _take_step(
 
 
 def _due(job: _Job, step: int, stop: bool, first: bool) -> _Due:
-    """first, stop: whether it is the first step since the start, or the job is asked to end."""
+    """What to do after step number `step`.
+
+    Args:
+      stop: whether the job is asked to end.
+      first: whether this is the first step since the start.
+    """
     cfg = job.cfg
     end = step == cfg.steps
     last = stop or end
@@ -206,12 +218,12 @@ def _due(job: _Job, step: int, stop: bool, first: bool) -> _Due:
 def _fault(
     job: _Job, due: _Due, state: TrainState, history: LossHistory, metrics: Mapping[str, float]
 ) -> str | None:
-    """Why the run cannot go on from a step, in words; None: it can, or its metrics are not read."""
+    """Says why the run cannot go on after a step; None if it can, or its metrics are not read."""
     if not due.read:
         return None
     why = spike(job.cfg.stability, history, metrics["loss"], metrics["grad_norm"])
     if why is None and (due.save or due.evaluate):
-        why = not_finite(state)  # as the update has left it, and as it would be kept
+        why = not_finite(state)  # after the update: this is what would be saved
     return why
 
 
@@ -224,7 +236,7 @@ def _go_back(
     metrics: Mapping[str, float],
     why: str,
 ) -> tuple[TrainState, int, LossHistory]:
-    """State, step and history to go on from, after a fault of step number `step`."""
+    """State, step and history to go on from, after a fault in step number `step`."""
     drawn = history.batch(step) + len(stage.queue)
     stage.queue.drop()
     good = go_back(job.cfg, job.shardings, job.store, state, history, step, drawn, why)
@@ -234,7 +246,7 @@ def _go_back(
 
 
 def _told(cfg: TrainConfig, stage: _Stage, anticipated: bool) -> dict[str, float]:
-    """What a line of metrics says of the run's mode, where there is more than one."""
+    """What a line of metrics adds about the run's mode, for runs that have more than one."""
     told = {"anticipating": float(anticipated)} if cfg.stability.anticipate else {}
     return told | ({"stage": stage.number} if cfg.stages else {})
 
@@ -242,13 +254,14 @@ def _told(cfg: TrainConfig, stage: _Stage, anticipated: bool) -> dict[str, float
 def _evaluate_and_save(
     job: _Job, stage: _Stage, due: _Due, step: int, state: TrainState, history: LossHistory
 ) -> None:
+    """Evaluates and saves as `due` says."""
     held_out_nll = None
     if due.evaluate:
         nll = {
             f"{name}_nll": stage.evaluate(state.public, batches)
             for name, batches in job.held_out.items()
         }
-        if math.isfinite(nll["held_out_nll"]):  # NaN has no place in the order of the best
+        if math.isfinite(nll["held_out_nll"]):  # NaN cannot be ranked among the best
             held_out_nll = nll["held_out_nll"]
         job.report.evaluation(step, nll)
     if due.save:
@@ -258,7 +271,7 @@ def _evaluate_and_save(
 
 
 def _putter(place: NamedSharding, view: TrainConfig) -> Callable:
-    """What makes the global batch of a stage out of this process's rows of it."""
+    """A function that makes a stage's global batch from this process's rows of it."""
     rows = local_rows(place, (view.batch_size, view.seq_len))
 
     def put(batch):
@@ -275,7 +288,10 @@ def _putter(place: NamedSharding, view: TrainConfig) -> Callable:
 def _finish(
     cfg: TrainConfig, run: pathlib.Path, tokenizer, listings: Listings, state
 ) -> dict[str, Any]:
-    """Export and picture; both can be made again from the checkpoint."""
+    """Exports the weights, plots the losses and returns the summary.
+
+    A checkpoint is enough to do both again.
+    """
     summary: dict[str, Any] = {"run_dir": str(run), "steps": cfg.steps}
     if cfg.export != "none":
         target = run / "export"

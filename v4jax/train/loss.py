@@ -1,8 +1,9 @@
-"""The training objective: next token + MTP + balance, averaged over real tokens of the whole batch.
+"""The training objective: next token + MTP + balance, averaged over the batch's real tokens.
 
-The head is applied to a few positions at a time, so that logits of a whole batch never exist; under a layout that cuts the
-vocabulary they stay cut.
+The head sees a few positions at a time, so logits of a whole batch never exist. Under a layout that
+cuts the vocabulary the logits stay cut.
 
+Equations: docs/equations.md#losses.
 Shapes: B batch, S positions, D hidden, V vocabulary.
 Next file to read: v4jax/train/balance.py.
 """
@@ -24,14 +25,14 @@ from v4jax.model.transformer import apply
 from v4jax.model.weights import SparseMode
 
 LOGIT_BYTES = 2**27
-"""Float32 logits one device holds at a time."""
+"""Bytes of float32 logits that one device computes at a time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Weights of the parts of the loss (docs/equations.md#losses).
+    """Weights of the terms of the loss (docs/equations.md#losses).
 
-    That of the indexer's loss, a sum over CSA layers, is unpublished.
+    DeepSeek has not published the weight of the indexer's loss.
     """
 
     mtp: float = 0.3
@@ -50,7 +51,10 @@ class LossWeights:
 
 
 def targets(batch: Mapping[str, jax.Array], ahead: int) -> tuple[jax.Array, jax.Array]:
-    """The token `ahead` positions later and whether it counts (same document, not padding, to be learned), int32 and bool [B,S]."""
+    """The token `ahead` positions later, int32 [B,S], and whether it counts, bool [B,S].
+
+    It counts if it belongs to the same document, is no padding and is to be learned.
+    """
     tokens_BS, segment_BS = batch["tokens"], batch.get("segment_ids")
     seq = tokens_BS.shape[1]
 
@@ -60,7 +64,7 @@ def targets(batch: Mapping[str, jax.Array], ahead: int) -> tuple[jax.Array, jax.
     if segment_BS is None:
         counts_BS = jnp.broadcast_to(jnp.arange(seq) < seq - ahead, tokens_BS.shape)
     else:
-        # Segments do not interleave, so equal ids at both ends mean that everything between is the same document.
+        # Segments do not interleave: equal ids at both ends mean one document in between.
         counts_BS = (shift(segment_BS) == segment_BS) & (segment_BS > 0)
     return shift(tokens_BS), counts_BS & (
         shift(batch["loss_mask"]) > 0
@@ -70,9 +74,10 @@ def targets(batch: Mapping[str, jax.Array], ahead: int) -> tuple[jax.Array, jax.
 def token_nll(
     rules: AxisRules, x_BSD: jax.Array, head_DV: jax.Array, label_BS: jax.Array
 ) -> jax.Array:
-    """-log softmax(x @ head)[label], float32 [B,S], with logits of a few positions at a time.
+    """-log softmax(x @ head)[label], float32 [B,S], from the logits of a few positions at a time.
 
-    Where the vocabulary is cut, each device has logits of its own words; only their maximum, sum and the label's are exchanged.
+    Where the vocabulary is cut, each device computes the logits of its own tokens of the
+    vocabulary. The devices exchange only the maximum, the sum and the label's logit.
     """
     if not rules:
         return _token_nll((), x_BSD, head_DV, label_BS)
@@ -86,7 +91,12 @@ def token_nll(
 
 
 def _token_nll(words: tuple[str, ...], x_BSD, head_DV, label_BS) -> jax.Array:
-    """`token_nll` of one device's tokens; `words`: mesh axes that cut the vocabulary."""
+    """`token_nll` of one device's positions.
+
+    Args:
+      words: mesh axes that cut the vocabulary.
+      label_BS: ids in the whole vocabulary.
+    """
     batch, seq, _ = x_BSD.shape
     x_BSD, head_DV = vary(x_BSD, words), vary_like(head_DV, x_BSD)
     if words:
@@ -131,9 +141,13 @@ def loss_and_routing(
     chosen=None,
     sparse: SparseMode = SparseMode(),
 ):
-    """(loss, (metrics, routing)): nll + mtp weight * mtp_nll + balance weight * sum over layers of the balance loss.
+    """(loss, (metrics, routing)) of a batch.
 
-    With sparse.train_indexer also + index weight * sum over CSA layers of the indexer's loss, which has gradients for the indexer only.
+        loss = nll + mtp weight * mtp_nll + balance weight * sum of balance losses over layers
+
+    With sparse.train_indexer, index weight * the sum of indexer losses over CSA layers is added; it
+    has gradients for the indexer only. Arguments are those of `loss`; `collect` and `chosen` go to
+    the model.
     """
     tokens_BS, segment_BS = batch["tokens"], batch.get("segment_ids")
     hidden = apply(
@@ -170,8 +184,11 @@ def loss_and_routing(
 
 
 def index_metrics(index: Mapping[str, Mapping[str, IndexLoss]]) -> dict[str, jax.Array]:
-    """index_kl, the indexers' loss: its mean over queries, summed over layers; index_kl_uniform, that of choosing blindly;
-    index_captured = 1 - index_kl / index_kl_uniform."""
+    """index_kl, index_kl_uniform and index_captured, float32 scalars.
+
+    index_kl is the indexers' loss: the mean over queries, summed over CSA layers. index_kl_uniform
+    is the same for scores that are all equal. index_captured is 1 - index_kl / index_kl_uniform.
+    """
     layers = [loss for blocks in index.values() for loss in blocks.values()]
     kl, uniform = (
         sum(
@@ -202,9 +219,10 @@ def loss(
 
     Args:
       params: the nested dict of `v4jax.load` or `init_params`.
-      batch: "tokens" int [B,S]; optionally "segment_ids" int [B,S], 0 for padding, and "loss_mask" int [B,S], 1 on tokens to
-        be learned. Labels are the row's own next tokens.
-      quant: "official" computes with low-precision numbers (QAT); gradients pass their rounding.
+      batch: "tokens" int [B,S]; optionally "segment_ids" int [B,S], 0 for padding, and "loss_mask"
+        int [B,S], 1 on tokens to be learned. Labels are the row's own next tokens.
+      quant: "official" computes with low-precision numbers (QAT); gradients pass straight through
+        their rounding.
 
     Returns:
       (loss, metrics): float32 scalars; metrics has loss, nll, mtp_nll (with MTP) and balance.

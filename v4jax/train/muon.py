@@ -1,11 +1,13 @@
-"""Muon as the report writes it (Algorithm 1), for every matrix; AdamW for everything else.
+"""Muon for every matrix, after Algorithm 1 of the report, and AdamW for everything else.
 
     M = mu M + G;  O = HNS(mu M + G) * sqrt(max(rows, cols)) * 0.18;  W = W (1 - lr wd) - lr O
 
-optax.contrib.muon averages its momentum with bias correction instead (9% off at step 2), so the transform is our own; the
-rest is optax. A matrix is what the checkpoint stores as one: stacked layers and experts are separate matrices. On a mesh whole
-matrices are spread over the devices (report 3.5.1; sharding/matrices.py).
+optax.contrib.muon instead averages its momentum with bias correction, so this transform is our own;
+the rest is optax. A matrix is what the checkpoint stores as one: stacked layers and experts are
+separate matrices. On a mesh, whole matrices are spread over the devices (report 3.5.1;
+sharding/matrices.py).
 
+Equation: docs/equations.md#muon.
 Next file to read: v4jax/train/step.py.
 """
 
@@ -20,7 +22,7 @@ from jax.sharding import PartitionSpec
 from sharding.matrices import on_whole_matrices
 
 Specs = Mapping[tuple[str, ...], PartitionSpec]
-"""Path of a parameter -> how it is cut over the mesh; empty on one device."""
+"""Path of a parameter -> how the mesh cuts it; empty on one device."""
 
 FAST, SHARP = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
 COEFFICIENTS = (FAST,) * 8 + (SHARP,) * 2
@@ -34,14 +36,16 @@ _ADAMW_LEAVES = {"base", "scale", "attn_sink", "ape"}
 
 
 class MuonState(NamedTuple):
+    """The momentum of every matrix."""
+
     momentum: optax.Updates
 
 
 def newton_schulz(g: jax.Array) -> jax.Array:
     """The matrices [..., rows, cols] with their singular values moved to 1 (0 stays 0).
 
-    Their size does not matter, from the least normal float32 to the largest number: the momentum of
-    a matrix that gets no gradient decays through all of them.
+    Any scale works, from the least normal float32 to the largest number: the momentum of a matrix
+    that gets no gradient decays through all of them.
     """
     wide = g.shape[-2] <= g.shape[-1]
     x = _near_one(g if wide else jnp.swapaxes(g, -1, -2))
@@ -49,7 +53,8 @@ def newton_schulz(g: jax.Array) -> jax.Array:
     x = x / jnp.where(norm > 0, norm, 1)
 
     def iterate(x, abc):
-        # In the platform's own precision (bfloat16 on TPUs, TF32 on GPUs), unlike the model's products: Muon bears bfloat16 here.
+        # In the platform's own precision (bfloat16 on TPUs, TF32 on GPUs), unlike the model's
+        # products: Muon tolerates bfloat16 here.
         gram = x @ jnp.swapaxes(x, -1, -2)
         return abc[0] * x + (abc[1] * gram + abc[2] * gram @ gram) @ x, None
 
@@ -58,18 +63,23 @@ def newton_schulz(g: jax.Array) -> jax.Array:
 
 
 def _near_one(x: jax.Array) -> jax.Array:
-    """Each matrix times the power of two that brings its largest entry into [1, 4).
+    """Each matrix times the power of two that brings its largest element into [1, 4).
 
-    Then no square overflows, and not all of them underflow. A power of two rounds nothing.
+    Then no square overflows, and not all of them underflow. A power of two causes no rounding.
     """
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True).astype(jnp.float32)
     exponent = jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23
-    inverse = jnp.maximum(254 - exponent, 1)  # of 2^(exponent - 127), as a normal number
+    inverse = jnp.maximum(254 - exponent, 1)  # exponent of the inverse, kept normal
     return x * jax.lax.bitcast_convert_type(inverse << 23, jnp.float32).astype(x.dtype)
 
 
 def scale_by_muon(mu: float = 0.95, specs: Specs | None = None) -> optax.GradientTransformation:
-    """Gradient -> orthogonalised Nesterov momentum of RMS 0.18."""
+    """Gradient -> orthogonalised Nesterov momentum of RMS 0.18.
+
+    Args:
+      mu: momentum, in [0, 1).
+      specs: how the mesh cuts each parameter; None or empty: one device.
+    """
     specs = specs or {}
 
     def init(params):
@@ -93,10 +103,11 @@ def scale_by_muon(mu: float = 0.95, specs: Specs | None = None) -> optax.Gradien
 def scale_by_adam(
     b1: float = 0.9, b2: float = 0.95, eps: float = 1e-20
 ) -> optax.GradientTransformation:
-    """Adam's step m / (sqrt(v) + eps), bias-corrected, cut off where rounding makes it too long.
+    """Adam's bias-corrected step m / (sqrt(v) + eps), clipped where rounding makes it too long.
 
-    By Cauchy-Schwarz |m| <= sqrt(v) (1-b1) / sqrt((1-b2) (1-b1^2/b2)): with the report's numbers no
-    step is longer than 1.17. But v underflows for gradients below 5e-19, and m / eps is up to 50.
+    By Cauchy-Schwarz, |m| <= sqrt(v) (1-b1) / sqrt((1-b2) (1-b1^2/b2)): with the report's numbers
+    no step is longer than 1.17. But v underflows for gradients below 5e-19, and m / eps then
+    reaches 50.
     """
     adam = optax.scale_by_adam(b1, b2, eps)
     longest = (1 - b1) / ((1 - b2) * (1 - b1 * b1 / b2)) ** 0.5
@@ -114,9 +125,11 @@ def is_index(path: tuple[str, ...]) -> bool:
 
 
 def optimizer_of(path: tuple[str, ...], trains_index: bool = False) -> str:
-    """Which optimizer a parameter gets, by its path: "muon" or "adamw", for the indexer "index_muon" or "index_adamw".
+    """The optimizer of a parameter, by its path.
 
-    Where nothing trains the indexer it is "frozen": no gradient passes its top-k, and weight decay alone would only shrink it.
+    It is "muon" or "adamw", and "index_muon" or "index_adamw" for the indexer. If nothing trains
+    the indexer, it is "frozen": no gradient passes top-k, and weight decay alone would only shrink
+    it.
     """
     if is_index(path) and not trains_index:
         return "frozen"
@@ -134,9 +147,14 @@ def optimizer(
     specs: Specs | None = None,
     index_schedule: optax.Schedule | None = None,
 ) -> optax.GradientTransformation:
-    """Muon for matrices, AdamW (0.9, 0.95, eps 1e-20) for the rest, one learning-rate schedule and decay for both.
+    """Muon for matrices and AdamW (0.9, 0.95, eps 1e-20) for the rest, with one schedule and decay.
 
-    index_schedule: the indexer's learning rate; None: it stays as it is.
+    Args:
+      schedule: the learning rate of both.
+      weight_decay: decoupled, relative to the learning rate; 0 or more.
+      mu: Muon's momentum, in [0, 1).
+      specs: as for scale_by_muon.
+      index_schedule: the indexer's learning rate; None: the indexer does not change.
     """
 
     def pair(schedule):
@@ -154,15 +172,17 @@ def optimizer(
 
 
 def label_parameters(params, trains_index: bool = False):
-    """The tree of optimizer names."""
+    """The tree of optimizer names, one for each parameter (see `optimizer_of`)."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: optimizer_of(tuple(key.key for key in path), trains_index), params
     )
 
 
 def clip_apart(largest: float) -> optax.GradientTransformation:
-    """Clips the gradient of the main model and that of the indexers to norm `largest`, each by itself: teaching an indexer changes
-    no step of the main model."""
+    """Clips the gradients of the main model and of the indexers to norm `largest`, each by itself.
+
+    So training an indexer changes no step of the main model.
+    """
 
     def clip(grads):
         norm = global_norm(grads)
@@ -182,24 +202,27 @@ def clip_apart(largest: float) -> optax.GradientTransformation:
 
 
 def global_norm(tree) -> jax.Array:
-    """The root of the sum of all squares, float32 scalar; right up to the largest float32.
+    """The root of the sum of all squares, float32 scalar; correct up to the largest float32.
 
-    Squares overflow from 1e19 on; those of entries below 1e-19 count as 0.
+    Squares overflow from 1e19 on, so large trees are scaled first. Elements below 1e-19 count as 0.
     """
 
     def root(scale: float):
         scaled = [x.astype(jnp.float32) * scale for x in jax.tree.leaves(tree)]
         return jnp.sqrt(sum((jnp.sum(x * x) for x in scaled), start=jnp.zeros(())))
 
-    # Two sums at once: to look for the largest entry first would read everything twice.
+    # Two sums at once: finding the largest element first would read everything twice.
     norm, large = root(1), root(2.0**-96) * 2.0**96
     return jnp.where(jnp.isfinite(norm), norm, large)
 
 
 def freeze(new, old, is_frozen):
-    """The tree `new` with the arrays of parameters that are frozen as in `old`: their weights, momenta, moments. Counts go on.
+    """The tree `new`, but with the frozen parameters' weights, momenta and moments of `old`.
 
-    is_frozen: path of a parameter -> bool.
+    Scalars such as step counts are those of `new`.
+
+    Args:
+      is_frozen: path of a parameter -> bool.
     """
 
     def choose(path, new, old):

@@ -1,5 +1,9 @@
-"""One page about a run, from its metrics.jsonl alone: works while it runs, after a crash, and without a network.
+"""One page about a run, drawn from its metrics.jsonl alone.
 
+It works during the run, after a crash and without a network. A "look" is a line of metrics with
+measurements inside the model (v4jax/train/watch.py).
+
+Axes: L layers, T looks.
 Next file to read: v4jax/generate/cache.py.
 """
 
@@ -15,11 +19,16 @@ from v4jax.storage import local_path
 from v4jax.train.report import METRICS, read_metrics, require_plots
 
 PAGE = "summary.html"
-_STYLE = "body{font:14px sans-serif;margin:2em;max-width:1200px}td,th{padding:.15em .8em;text-align:left}img{max-width:100%}"
+_STYLE = (
+    "body{font:14px sans-serif;margin:2em;max-width:1200px}"
+    "td,th{padding:.15em .8em;text-align:left}img{max-width:100%}"
+)
 
 
 def write_summary(run) -> pathlib.Path:
-    """Writes RUN/summary.html: losses, learning rate, loads by layer over time, bias, gates, gradients, updates, and what happened.
+    """Writes RUN/summary.html: curves of the run, what happened to it, and its newest metrics.
+
+    Curves show losses, learning rate, loads by layer over time, bias, gates, gradients and updates.
 
     Raises:
       ValueError: `run` has no metrics yet, or matplotlib is missing.
@@ -41,7 +50,8 @@ def write_summary(run) -> pathlib.Path:
         }
     title = f"Run {html.escape(run.resolve().name)}, step {lines[-1]['step']}"
     parts = [
-        f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>",
+        f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
+        f"<h1>{title}</h1>",
         f'<img alt="curves of the run" src="data:image/png;base64,{picture}">',
         "<h2>What happened</h2>" + _table([line for line in lines if "event" in line]),
         "<h2>Newest values</h2><table>"
@@ -53,6 +63,7 @@ def write_summary(run) -> pathlib.Path:
 
 
 def _table(events: list[dict[str, Any]]) -> str:
+    """The events of a run as an HTML table."""
     if not events:
         return "<p>No rollback or other event.</p>"
     rows = []
@@ -97,6 +108,7 @@ def _draw(lines: list[dict[str, Any]]) -> bytes:
 
 
 def _series(lines, name: str) -> tuple[list, list]:
+    """(steps, values) of a metric, over the lines that have it."""
     points = [
         (line["step"], _number(line[name]))
         for line in lines
@@ -110,7 +122,7 @@ def _number(value) -> float:
 
 
 def _extremes(looks, name: str, pick) -> tuple[list, list]:
-    """The largest or smallest value over layers, at each look."""
+    """(steps, values): what `pick` makes of all layers' values, at each look."""
     found = [
         [value for value in look["inside"]["layers"][name] if value is not None] for look in looks
     ]
@@ -119,7 +131,7 @@ def _extremes(looks, name: str, pick) -> tuple[list, list]:
     ]
 
 
-# ---- panels: (axes, all lines, the lines of looks inside) ---------------------------------------------------------------
+# ---- panels: (axes, all lines, the lines that are looks) ---------------------------------------
 
 
 def _losses(axes, lines, looks) -> None:
@@ -158,7 +170,7 @@ def _loads(axes, lines, looks) -> None:
         [[_number(value) for value in look["inside"]["layers"]["load_max"]] for look in looks],
         float,
     ).T
-    # From a look to the next: cells end half way between looks.
+    # Each look has a column; columns meet halfway between looks.
     steps = np.array([look["step"] for look in looks], float)
     middle = (steps[1:] + steps[:-1]) / 2
     edges = np.concatenate(([steps[0] - 0.5], middle, [steps[-1] + 0.5]))

@@ -1,6 +1,6 @@
-"""Before the first step: folders, mesh and data are checked, then cache and run directory are made.
+"""Before the first step: checks folders, mesh and data, then makes the cache and the run directory.
 
-What one process finds wrong, all refuse (sharding.processes.agreed): none of them waits in vain.
+If one process finds a fault, all refuse (sharding.processes.agreed), so none waits in vain.
 
 Next file to read: v4jax/train/loop.py.
 """
@@ -37,17 +37,18 @@ from v4jax.train.step import check_batch
 
 
 def as_read(cfg: TrainConfig) -> TrainConfig:
-    """The run without sets to evaluate on where it never evaluates: nothing of them is read."""
+    """The configuration, without evaluation sets if the run never evaluates: nobody reads them."""
     if cfg.eval_batches or not cfg.data.evaluate_on:
         return cfg
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, evaluate_on=()))
 
 
 def check_folders(cfg: TrainConfig) -> pathlib.Path:
-    """The run directory, after checks of all folders but those of the text; makes none.
+    """The run directory, after checks of all folders except the text's; creates nothing.
 
     Raises:
-      ValueError: a folder that cannot be made, or a run of another model.
+      ValueError: a folder that cannot be made, a run of another model, or a cache inside the run
+        directory.
     """
     run = folder_to_fill(cfg.run_dir, "run_dir")
     check_config(run, cfg.model)
@@ -63,7 +64,7 @@ def check_folders(cfg: TrainConfig) -> pathlib.Path:
 
 
 class Layout(NamedTuple):
-    """Where the arrays of a run lie."""
+    """Where the arrays of a run live: logical axes -> mesh axes, and the mesh."""
 
     rules: AxisRules
     mesh: Mesh
@@ -89,9 +90,9 @@ def check_layout(cfg: TrainConfig) -> Layout:
 
 
 def check_text(cfg: TrainConfig, newest: int | None, listings: Listings) -> Tokenizer:
-    """The tokenizer, after checks of tokens and data against those of the run or its first weights.
+    """The tokenizer, after checks of tokens and data against the run's or its first weights'.
 
-    Says what of the sources is not read, and where tokenizer and model disagree.
+    Says on stderr which parts of the sources are not read, and where tokenizer and model disagree.
 
     Args:
       newest: step of the run's newest checkpoint; None for none.
@@ -116,7 +117,10 @@ def check_text(cfg: TrainConfig, newest: int | None, listings: Listings) -> Toke
 
 
 def make_cache(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings) -> None:
-    """Makes the token cache in one process; then the others find it, or make one on their disk."""
+    """Makes the token cache in the first process.
+
+    The others then find it, or make one on their own disk.
+    """
     if cfg.data.cache:
         with agreed():
             if is_first():
@@ -126,9 +130,10 @@ def make_cache(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings) -> No
 def open_batches(
     cfg: TrainConfig, tokenizer: Tokenizer, place: NamedSharding, listings: Listings
 ) -> tuple[Batches, dict[str, list[Batch]]]:
-    """(the batches of every stage, those to evaluate on); of each the rows that `place` puts here.
+    """(batches of every stage, evaluation sets); of each batch, the rows that `place` puts here.
 
-    What a later stage cannot read is said now, not in the middle of the run.
+    Opens the data of later stages too, so that a fault in it shows now and not in the middle of the
+    run.
 
     Raises:
       ValueError: anything wrong with the data; the same in every process.
@@ -169,7 +174,8 @@ def say_unused(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings) -> No
     """Says on stderr how many records of each source are empty, left out or cut, and why.
 
     Raises:
-      ValueError: a conversation is too long where that is an error; the same in every process.
+      ValueError: a conversation is too long and data.chat.too_long is "error"; the same in every
+        process.
     """
     seq_lens = [stage_at(cfg, done).seq_len for done in starts(cfg)]
     with agreed():
@@ -178,7 +184,7 @@ def say_unused(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings) -> No
 
 
 def write_run(run: pathlib.Path, cfg: TrainConfig, tokenizer: Tokenizer) -> None:
-    """The run directory, written by one process after all have found that it may be (check_folders)."""
+    """Writes the run directory in the first process, once check_folders has passed in all."""
     with agreed():
         if not is_first():
             return

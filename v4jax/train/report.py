@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar, metrics as JSON lines and TensorBoard, and the picture of its losses.
+"""What a run shows: a progress bar, metrics as JSON lines and in TensorBoard, a plot of its losses.
 
 Next file to read: v4jax/train/picture.py.
 """
@@ -26,7 +26,7 @@ METRICS = "metrics.jsonl"
 
 
 def require_plots() -> None:
-    """Raises ValueError unless the packages for pictures and TensorBoard are there."""
+    """Raises ValueError unless the packages for plots and TensorBoard are installed."""
     try:
         import matplotlib  # noqa: F401
         import tensorboardX  # noqa: F401
@@ -37,13 +37,12 @@ def require_plots() -> None:
 
 
 def matmul_rate(dtype: jnp.dtype, size: int = 2048, repeats: int = 3) -> float:
-    """FLOP/s of a square matmul on all devices, measured now: the yardstick of model FLOPs utilisation.
+    """FLOP/s of a square matmul on all devices, measured now: the peak for model FLOPs utilisation.
 
     Simulated CPU devices share the machine's cores, so there one matmul already uses all of them.
     """
-    with jax.set_mesh(
-        make_mesh(parse_mesh(None))
-    ):  # one device (the first process's), whatever mesh the caller runs on
+    # One device (the first process's), whatever mesh the caller runs on.
+    with jax.set_mesh(make_mesh(parse_mesh(None))):
         a = jnp.ones((size, size), dtype)
         multiply = jax.jit(lambda a: a @ a)
         jax.block_until_ready(multiply(a))
@@ -56,7 +55,10 @@ def matmul_rate(dtype: jnp.dtype, size: int = 2048, repeats: int = 3) -> float:
 
 
 class Reporter:
-    """Collects metrics of one run. A resumed run drops the lines after its checkpoint, so no step stands twice."""
+    """Writes and shows the metrics of one run.
+
+    A resumed run drops the lines after its checkpoint, so no step appears twice.
+    """
 
     def __init__(self, run: pathlib.Path, cfg: TrainConfig, first: int, history: LossHistory):
         self._cfg, self._run = cfg, run
@@ -77,7 +79,10 @@ class Reporter:
         self._task = self._bar.add_task("train", total=cfg.steps, completed=first, line="compiling")
 
     def _open(self, step: int, rollbacks: int) -> None:
-        """Files to go on writing to, less what came after `step` and after so many rollbacks."""
+        """Opens the files for appending, after dropping what a resumed run does not keep.
+
+        Lines after `step`, or after more than `rollbacks` rollbacks, go.
+        """
         from tensorboardX import SummaryWriter
 
         lines = [
@@ -109,13 +114,16 @@ class Reporter:
             self._show(step, "resumed; compiling" if step else "compiling")
 
     def stage(self, step: int, view: TrainConfig) -> None:
-        """From the step after `step` on the run is as `view` says. Compiling that step does not count as training time."""
+        """Tells that the steps after `step` run as `view` says.
+
+        Compiling the first of them does not count as training time.
+        """
         self._tokens = view.batch_size * view.seq_len
         self._flops = train_flops_per_token(view.model, view.seq_len) * self._tokens
         self._last = (step, None)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds speed and utilisation to a step's metrics and shows them."""
+        """Adds speed and utilisation to a step's metrics, writes them and shows them."""
         now = time.perf_counter()
         before, since = self._last
         self._last = (step, now)
@@ -125,19 +133,25 @@ class Reporter:
             metrics["model_flops_utilisation"] = self._flops / seconds / self._peak
         line = f"loss {metrics['loss']:.3f}"
         if since is not None:
-            line += f"  {metrics['tokens_per_second']:,.0f} tok/s  MFU {metrics['model_flops_utilisation']:.0%}"
+            line += (
+                f"  {metrics['tokens_per_second']:,.0f} tok/s"
+                f"  MFU {metrics['model_flops_utilisation']:.0%}"
+            )
         line += f"  load {metrics['expert_load_max']:.1f}x"
         self._write(step, metrics)
         self._show(step, line)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Held-out results."""
+        """Writes and shows held-out losses."""
         self._write(step, metrics)
         self._show(step, "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
         self._last = (step, time.perf_counter())  # do not count evaluation as training time
 
     def inside(self, step: int, found: dict[str, dict[str, Any]]) -> None:
-        """A look inside (train/watch.py): all of it as one line, extremes over layers to TensorBoard."""
+        """Writes measurements inside the model (v4jax/train/watch.py) as one line.
+
+        TensorBoard gets only the extremes over layers.
+        """
         self._file.write(json_text({"step": step, "inside": found}) + "\n")
         self._file.flush()
         for name, values in found["layers"].items():
@@ -153,7 +167,10 @@ class Reporter:
     def rollback(
         self, step: int, history: LossHistory, at: int, why: str, trace: Sequence[float]
     ) -> None:
-        """The run went back from step `at` to `step`. One line says so, and the losses in between, the last of `trace`."""
+        """Tells that the run went back from step `at` to `step`, and for what reason.
+
+        Writes one line with the losses of the steps given up, which are the last of `trace`.
+        """
         self._close()
         self._open(step, history.rollbacks)
         given_up = list(trace[-(at - step) :])
@@ -176,7 +193,7 @@ class Reporter:
         )
 
     def event(self, step: int, name: str, **said: Any) -> None:
-        """Something that happened to the run before the step after `step`."""
+        """Writes something that happened to the run before the step after `step`."""
         self._file.write(json_text({"step": step, "event": name} | said) + "\n")
         self._file.flush()
 
@@ -202,7 +219,7 @@ class Reporter:
 
 
 class Silent:
-    """What every process of a job but the first shows: nothing."""
+    """A reporter that shows nothing, for every process of a job but the first."""
 
     def __enter__(self) -> "Silent":
         return self
@@ -235,9 +252,9 @@ class Silent:
 
 
 def read_metrics(run) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, metrics of a step or an "event"; None: not a finite number.
+    """The lines of metrics.jsonl: metrics of a step, a look inside, or an "event".
 
-    A last line cut short by a crash is left out.
+    None as a value means a number that is not finite. A last line cut short by a crash is left out.
     """
     path = local_path(run, "run") / METRICS
     if not path.exists():
@@ -247,7 +264,11 @@ def read_metrics(run) -> list[dict[str, Any]]:
 
 
 def plot_losses(run: pathlib.Path, unigram_nll: float | None = None) -> pathlib.Path:
-    """Draws loss.png: training and held-out nats per token, MTP, expert load and learning rate."""
+    """Draws loss.png: training and held-out nats per token, MTP, expert load and learning rate.
+
+    Args:
+      unigram_nll: held-out nats per token of a unigram model, drawn as a line; None: no line.
+    """
     from matplotlib.figure import Figure
 
     lines = read_metrics(run)

@@ -1,4 +1,4 @@
-"""Where a run begins: at its newest checkpoint or its first state; and again after a loss spike.
+"""Where a run begins: at its newest checkpoint or its first state, and again after a loss spike.
 
 Next file to read: v4jax/train/loop.py.
 """
@@ -34,8 +34,14 @@ from v4jax.train.step import TrainState, init_state
 
 
 class Begin(NamedTuple):
-    """The state, how many steps it has done, what is remembered, batches that were drawn ahead
-    (anticipate.RoutedBatchQueue.items), and what of the data is not as it was, in words."""
+    """What a run goes on from.
+
+    Attributes:
+      step: steps that the state has done.
+      history: losses and rollbacks so far.
+      ahead: batches that were drawn ahead (anticipate.RoutedBatchQueue.items).
+      changed: how the data differs from before, in words.
+    """
 
     state: TrainState
     step: int
@@ -45,9 +51,9 @@ class Begin(NamedTuple):
 
 
 def check_data(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings | None = None) -> None:
-    """Refuses to go on with other data than the checkpoint's, before long work or writing.
+    """Refuses data other than the checkpoint's, before any long work or writing.
 
-    It looks at the newest checkpoint's data position alone. Only where that is refused does it look
+    It looks only at the data position of the newest checkpoint. If that one is refused, it looks
     for the checkpoint that `start` will take, which means reading all of the newest one.
 
     Raises:
@@ -67,6 +73,7 @@ def check_data(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings | None
 def _check_position(
     cfg: TrainConfig, tokenizer: Tokenizer, path: pathlib.Path, step: int, listings: Listings | None
 ) -> None:
+    """Refuses data other than that of the checkpoint at `path`, of step number `step`."""
     with agreed():
         view = stream_view(cfg, step - 1)
         ours = settings_of(view.data, tokenizer, view.seq_len, view.batch_size, listings)
@@ -81,9 +88,10 @@ def start(
     data,
     first: Callable[[], TrainState],
 ) -> Begin:
-    """The newest intact checkpoint with the data iterator set to its place, or a fresh state.
+    """The newest intact checkpoint, with the data iterator moved to its position, or a first state.
 
     Args:
+      data: the batches (stages.Batches); its position is set.
       first: makes the state of a run without a checkpoint.
 
     Raises:
@@ -109,7 +117,7 @@ def start(
 def _place_in_data(
     cfg: TrainConfig, path: pathlib.Path, data, step: int
 ) -> tuple[bool, tuple[str, ...]]:
-    """(whether the position in the data has lost its meaning, what differs in words) in any process.
+    """(whether the saved position is useless, what differs in words), over all processes.
 
     Turns `data` to the stream of the checkpoint, and says on stderr what changed.
 
@@ -125,7 +133,7 @@ def _place_in_data(
 
 
 def _found_anywhere(changed: tuple[str, ...]) -> tuple[str, ...]:
-    """What any process found; what the first one did not find has a number before it."""
+    """The differences that any process found; those unknown to the first name their process."""
     every = [json.loads(text) for text in gather_text(json.dumps(changed))]
     found = list(every[0])
     for index, theirs in enumerate(every):
@@ -143,10 +151,10 @@ def _ahead(path: pathlib.Path, rules: AxisRules, mesh: Mesh) -> dict[str, Any]:
 def _changes(
     cfg: TrainConfig, saved: dict[str, Any], ours: dict[str, Any]
 ) -> tuple[bool, tuple[str, ...]]:
-    """(whether the position in the data has lost its meaning, what differs in words).
+    """(whether the saved position is useless, what differs in words).
 
     Raises:
-      ValueError: something differs, and not cfg.data.allow_change.
+      ValueError: something differs, and cfg.data.allow_change is off.
     """
     trained = differences(saved, ours)
     evaluated = evaluation_differences(saved, ours)
@@ -166,7 +174,7 @@ def _changes(
 def _say_on_resume(
     path: pathlib.Path, saved: dict[str, Any], moved: bool, changed: tuple[str, ...]
 ) -> None:
-    """Says on stderr that data changed, or what of an older checkpoint shows whether they did."""
+    """Says on stderr that data changed, or how little an older checkpoint lets it check."""
     if "files" not in saved:
         say(
             f"{path} is of an older v4jax: whether data and tokenizer are the same is checked by "
@@ -185,7 +193,7 @@ def _say_on_resume(
 
 
 def items_of(state: TrainState, history: LossHistory) -> dict[str, Any]:
-    """What a checkpoint holds of a run, but for the data's position."""
+    """The items of a run's checkpoint, except its data position."""
     return {
         "params": state.public,
         "optimizer": state.optimizer,
@@ -203,10 +211,15 @@ def go_back(
     drawn: int,
     why: str,
 ) -> Begin:
-    """`start` after a spike at `step`, with the data left where it is; newer checkpoints are moved to abandoned/.
+    """Goes back to a good checkpoint after a spike at `step`.
+
+    The data stays at its current position, so the run does not repeat the batches since the
+    checkpoint. Newer checkpoints move to abandoned/.
 
     Args:
-      state: of the spike; its memory is freed. history: of the run up to there. drawn: the last batch taken from the data.
+      state: the state of the spike; its memory is freed.
+      history: of the run up to the spike.
+      drawn: number of the last batch taken from the data.
       why: the spike, in words.
 
     Raises:
@@ -225,7 +238,8 @@ def go_back(
         raise TrainingFailed(f"{head}; there is nothing to go back to: {error}") from error
     if good is None and newest >= cfg.checkpoint_every:
         raise TrainingFailed(
-            f"{head}; no checkpoint of step {newest} or before it to go back to; last: {store.latest}"
+            f"{head}; no checkpoint of step {newest} or before it to go back to; "
+            f"last: {store.latest}"
         )
     if good is None:
         good = Begin(fresh(cfg, shardings), 0, LossHistory(), {})
@@ -236,9 +250,9 @@ def go_back(
 
 
 def _newest_good(cfg: TrainConfig, shardings, store: Store, newest: int) -> Begin | None:
-    """The newest checkpoint of step `newest` or before it that is intact and finite; None for none.
+    """The newest checkpoint up to step `newest` that is intact and finite; None for none.
 
-    Versions before there was a look at it (train/finite.py) saved states that are not.
+    Older versions did not check (train/finite.py) and saved states that are not finite.
 
     Raises:
       ValueError: all are damaged, or one is of another model.
@@ -255,11 +269,16 @@ def _newest_good(cfg: TrainConfig, shardings, store: Store, newest: int) -> Begi
 
 
 def _free(state: TrainState) -> None:
+    """Frees the device memory of a state."""
     jax.tree.map(lambda leaf: leaf.delete(), state)
 
 
 def _load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, Any]) -> Begin:
-    """A checkpoint's state and loss history; `more`: its other items, as Store.load takes them."""
+    """A checkpoint's state and loss history.
+
+    Args:
+      more: the other items to load, as Store.load takes them.
+    """
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         jax.eval_shape(functools.partial(init_state, cfg, shardings)),
@@ -267,9 +286,8 @@ def _load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, 
     )
     check_same_arrays(store.path(step), abstract.public)
     item = JsonItem(LossHistory().to_json())
-    if not anywhere(
-        not (store.path(step) / "record").is_dir()
-    ):  # runs from before there were records go on too
+    # Checkpoints of older versions have no loss history; they resume with an empty one.
+    if not anywhere(not (store.path(step) / "record").is_dir()):
         more = more | {"record": item}
     items = store.load(step, {"params": abstract.public, "optimizer": abstract.optimizer} | more)
     router = items["params"].pop("router")

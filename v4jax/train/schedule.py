@@ -1,4 +1,4 @@
-"""Learning rate: linear warm-up, constant, cosine to a tenth (docs/equations.md#schedule).
+"""Learning rate: linear warm-up, constant, cosine decay (docs/equations.md#schedule).
 
 Next file to read: v4jax/train/muon.py.
 """
@@ -9,7 +9,11 @@ import optax
 def learning_rate(
     peak: float, steps: int, warmup_steps: int, decay_steps: int, final_ratio: float
 ) -> optax.Schedule:
-    """The rate of each step: peak after `warmup_steps`, falling to final_ratio * peak over the last `decay_steps`."""
+    """The rate of each step, counted from 0.
+
+    It rises to `peak` over `warmup_steps`, starting at peak / warmup_steps, and falls to
+    final_ratio * peak over the last `decay_steps`.
+    """
     warm = optax.linear_schedule(peak / max(warmup_steps, 1), peak, max(warmup_steps - 1, 1))
     decay = optax.cosine_decay_schedule(peak, max(decay_steps, 1), alpha=final_ratio)
     return optax.join_schedules(

@@ -1,16 +1,20 @@
-"""Loss spikes: when a step counts as one, and what a run remembers so that it can go back and pass by what caused it.
+"""Loss spikes: which steps count as one, and what a run remembers to go back and skip the cause.
 
-A step is a spike when its loss or gradient norm is not finite, or stands far above those of the steps before it:
+A step is a spike when its loss or gradient norm is not finite, or far above those of the `window`
+steps before it:
 
-    loss          > median + max(sigmas * spread, loss_rise)         over the last `window` steps;
-    log grad_norm > median + max(sigmas * spread, log(norm_rise))    spread = 1.05 * median |x_i - x_(i-1)|
+    loss          > median + max(sigmas * spread, loss_rise)
+    log grad_norm > median + max(sigmas * spread, log(norm_rise))
+    spread = 1.05 * median |x_i - x_(i-1)|
 
-The spread is a normal's standard deviation, taken from step to step so that a loss that falls does not look like one that scatters; while
-it falls steeply, in the first hundred steps, little is called a spike all the same.
+For normal noise the spread is the standard deviation. It is taken from step to step, so that a
+falling loss does not look like a scattered one. While the loss falls steeply, at the start, few
+steps count as spikes all the same.
 
-The loss of step t is that of the weights after step t-1. So a checkpoint of step c is taken for good only when `proven` steps after it
-were no spikes, and a run goes back to the newest such one. Batches are not gone back over: all that were drawn since the checkpoint are
-skipped, since the one that did the harm may lie before the one that showed it.
+The loss of step t belongs to the weights after step t-1. So a checkpoint of step c counts as good
+only when `proven` steps after it were no spikes, and a run goes back to the newest good one. It
+does not repeat batches: it skips all that were drawn since the checkpoint, since the harmful one
+may come before the one that showed the harm.
 
 Next file to read: v4jax/train/resume.py.
 """
@@ -22,24 +26,27 @@ import statistics
 
 
 class TrainingFailed(RuntimeError):
-    """The run cannot go on (a loss that is not finite, or spikes without end). The last checkpoint is intact."""
+    """The run cannot go on: its loss is not finite, or spikes again and again.
+
+    The last checkpoint is intact.
+    """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StabilityConfig:
-    """When to go back, and how often.
+    """When a run goes back to a checkpoint, and how often.
 
     Raises:
-      ValueError: naming the field, the value and the rule.
+      ValueError: names the field, the value and the rule.
     """
 
     rollbacks: int = 0
-    """Most rollbacks of a run. 0: none, and a loss that is not finite ends the run. Above 0 the
-    loss is read after every step."""
+    """Rollbacks of a run, at most. 0: none, and a loss that is not finite ends the run. Above 0
+    the loss is read after every step."""
     window: int = 64
-    """Earlier steps that a step is compared with, at least `least`."""
+    """How many earlier steps a step is compared with, at most; at least `least`."""
     least: int = 16
-    """Fewer earlier steps than this call nothing a spike yet; at least 2."""
+    """With fewer earlier steps than this nothing counts as a spike yet; at least 2."""
     sigmas: float = 8.0
     """Standard deviations above the median that are still ordinary, above 0."""
     loss_rise: float = 0.5
@@ -49,10 +56,10 @@ class StabilityConfig:
     proven: int = 1
     """Steps without a spike that prove the checkpoint before them good; 1 or more."""
     anticipate: int = 0
-    """After a rollback, choose experts ahead of time until so many steps past the spike; 0:
+    """After a rollback, choose experts ahead of time until this many steps past the spike; 0:
     never."""
     anticipate_lag: int = 1
-    """Steps ahead that experts are then chosen, 1 or more."""
+    """How many steps ahead to choose experts then, 1 or more."""
 
     def __post_init__(self):
         rules = {
@@ -72,12 +79,12 @@ class StabilityConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossHistory:
-    """What a run remembers beside its weights; it is in every checkpoint, as JSON.
+    """What a run remembers besides its state; every checkpoint has it, as JSON.
 
     Attributes:
-      rollbacks: how often it went back.
-      base: the step it last went back to, whose checkpoint was good then.
-      skipped: first and last of the batches it passed by, counted from 1 in the order of the data.
+      rollbacks: how often the run went back.
+      base: the step it last went back to, whose checkpoint was good.
+      skipped: first and last of each range of skipped batches, counted from 1 in data order.
       anticipate_until: the last step with experts chosen ahead.
       losses, grad_norms: of the last steps that were no spikes, oldest first.
     """
@@ -98,12 +105,18 @@ class LossHistory:
         return LossHistory(**value | tuples | {"skipped": tuple(map(tuple, value["skipped"]))})
 
     def batch(self, step: int) -> int:
-        """Which batch of the data this step trains on. Example: skipped (5, 9), step 5 -> batch 10."""
+        """The number of the batch that this step trains on, counted from 1 in data order.
+
+        Example: skipped (5, 9), step 5 -> batch 10.
+        """
         return step + sum(last - first + 1 for first, last in self.skipped)
 
 
 def spike(cfg: StabilityConfig, history: LossHistory, loss: float, grad_norm: float) -> str | None:
-    """Why a step is a spike, in words; None if it is none. Without rollbacks only what is not finite is one."""
+    """Says why a step is a spike; None if it is none.
+
+    Without rollbacks only a value that is not finite is a spike.
+    """
     for name, value in (("loss", loss), ("grad_norm", grad_norm)):
         if not math.isfinite(value):
             return f"{name} is {value}"
@@ -113,12 +126,13 @@ def spike(cfg: StabilityConfig, history: LossHistory, loss: float, grad_norm: fl
         return f"loss is {loss:.4g}, above {limit:.4g}"
     *logs, log = [math.log(max(norm, 1e-30)) for norm in (*history.grad_norms, grad_norm)]
     limit = _limit(logs, cfg.sigmas, math.log(cfg.norm_rise))
-    if log > limit:  # the limit of norms that scatter widely is too large for exp
+    if log > limit:  # compared as logs: exp(limit) may overflow where norms scatter widely
         return f"grad_norm is {grad_norm:.4g}, above {math.exp(limit):.4g}"
     return None
 
 
 def _limit(values, sigmas: float, rise: float) -> float:
+    """The largest value that is still ordinary after `values`."""
     middle = statistics.median(values)
     spread = 1.05 * statistics.median(abs(b - a) for a, b in itertools.pairwise(values))
     return middle + max(sigmas * spread, rise)
@@ -127,7 +141,7 @@ def _limit(values, sigmas: float, rise: float) -> float:
 def remember(
     cfg: StabilityConfig, history: LossHistory, loss: float, grad_norm: float
 ) -> LossHistory:
-    """The history after a step that was no spike; as it was, without rollbacks."""
+    """The history after a step that was no spike; unchanged without rollbacks."""
     if not cfg.rollbacks:
         return history
 
@@ -150,10 +164,13 @@ def gone_back(
     """The history of a run that goes on from a good checkpoint.
 
     Args:
-      history: of the run as it was, at the spike of `step`. good, good_step: of the checkpoint. drawn: the last batch taken from the data.
+      history: of the run at its spike in step number `step`.
+      good, good_step: history and step of the checkpoint.
+      drawn: number of the last batch taken from the data.
 
-    Example: checkpoint of step 10, spike at step 14 -> batches 11 to 14 are skipped and step 11 trains on batch 15. Another one at
-    step 12, with no checkpoint between: 11 to 16 are skipped.
+    Example: checkpoint of step 10, spike at step 14 -> batches 11 to 14 are skipped, and step 11
+    trains on batch 15. Another spike at step 12, with no checkpoint in between -> 11 to 16 are
+    skipped.
     """
     skipped = (*good.skipped, (good.batch(good_step) + 1, drawn))
     until = max(history.anticipate_until, step + cfg.anticipate) if cfg.anticipate else 0

@@ -1,11 +1,13 @@
-"""The stages of a run: what changes after how many steps, and the batches of whichever stage a step belongs to.
+"""The stages of a run: what changes after how many steps, and the batches of each stage.
 
-A stage changes fields of the configuration and nothing else: weights, optimizer state, router bias and step go on. Where the
-shape of a batch changes, reading goes on in another stream of the same documents, with a shuffle of its own: every step's
-batch follows from the configuration alone, but a document may be met again. All other changes go on in the same stream.
+A stage changes only fields of the configuration: weights, optimizer state, router bias and step go
+on. If the shape of a batch changes, reading moves to another stream of the same documents with its
+own shuffle. So every step's batch follows from the configuration alone, but a document may come
+again. Any other change stays in the same stream.
 
-Example: TrainConfig(batch_size=8, seq_len=4096, steps=900, stages=(Stage(after=100, batch_size=32), Stage(after=500, attention="sparse")))
-has three stages and two streams; step 101 is the first of the second one.
+Example: TrainConfig(batch_size=8, seq_len=4096, steps=900, stages=(
+    Stage(after=100, batch_size=32), Stage(after=500, attention="sparse")))
+has three stages and two streams; step 101 is the first of the second stream.
 
 Next file to read: v4jax/train/config.py.
 """
@@ -18,7 +20,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What changes when `after` steps are done; None: stays as it is."""
+    """What changes once `after` steps are done; None leaves a field unchanged."""
 
     after: int
     """Steps done when the stage begins: above the stage before, below the run's steps."""
@@ -33,12 +35,17 @@ class Stage:
 
 
 def check_stages(cfg) -> None:
-    """Raises ValueError for stages out of order or out of the run, or one whose own fields do not fit."""
+    """Checks that the stages are in order, within the run, and each a valid configuration.
+
+    Raises:
+      ValueError: names the stage, the value and the rule.
+    """
     before = 0
     for i, stage in enumerate(cfg.stages):
         if not before < stage.after < cfg.steps:
             raise ValueError(
-                f"stages[{i}].after: got {stage.after}; must be above {before} and below steps={cfg.steps}"
+                f"stages[{i}].after: got {stage.after}; must be above {before} "
+                f"and below steps={cfg.steps}"
             )
         before = stage.after
         try:
@@ -48,22 +55,28 @@ def check_stages(cfg) -> None:
 
 
 def starts(cfg) -> tuple[int, ...]:
-    """Steps done when a stage begins, ascending, 0 first."""
+    """Steps done at the beginning of each stage, ascending, 0 first."""
     return 0, *(stage.after for stage in cfg.stages)
 
 
 def number_at(cfg, done: int) -> int:
-    """Which stage, counted from 0, the step after `done` steps belongs to."""
+    """The number, from 0, of the stage to which the step after `done` steps belongs."""
     return sum(start <= done for start in starts(cfg)) - 1
 
 
 def steps_left(cfg, done: int) -> float:
-    """Steps of the stage that the step after `done` steps belongs to, from that step on; inf for the last stage, which a longer run goes on with."""
+    """How many steps the stage still has after `done` steps.
+
+    The last stage has inf, since a longer run goes on with it.
+    """
     return min((start for start in starts(cfg) if start > done), default=math.inf) - done
 
 
 def stage_at(cfg, done: int):
-    """The configuration without stages that holds for the step after `done` steps; itself for a run without stages."""
+    """The configuration, without stages, of the step after `done` steps.
+
+    A run without stages gets its own configuration.
+    """
     changes: dict[str, Any] = {}
     weights = cfg.loss
     for stage in cfg.stages[: number_at(cfg, done)]:
@@ -74,7 +87,10 @@ def stage_at(cfg, done: int):
 
 
 def stream_at(cfg, done: int) -> int:
-    """Which stream of batches the step after `done` steps reads: how often their shape has changed."""
+    """The number of the stream that the step after `done` steps reads.
+
+    It counts how often the shape of a batch has changed.
+    """
     shapes = [
         (view.batch_size, view.seq_len)
         for view in (stage_at(cfg, start) for start in starts(cfg) if start <= done)
@@ -83,7 +99,10 @@ def stream_at(cfg, done: int) -> int:
 
 
 def at_stage(cfg, history, done: int):
-    """The run's loss history where a later stage begins: losses and gradients of the stage before tell nothing of this one's."""
+    """The run's loss history; without its losses and gradient norms where a later stage begins.
+
+    Those of one stage say nothing about the next.
+    """
     return (
         dataclasses.replace(history, losses=(), grad_norms=())
         if done in starts(cfg)[1:]
@@ -99,19 +118,27 @@ def stream_view(cfg, done: int):
 
 
 class Batches:
-    """The batches of a run, stage by stage. Orbax saves and loads every stream read so far; `at` says which one is in use.
+    """The batches of a run, stage by stage; Orbax saves and loads every stream read so far.
 
-    A checkpoint's directory has the position of the stream in use, and below `stream-N/` those of the others: the run comes back
-    to an earlier one only after a spike, and must not meet again what it has drawn from the later one.
+    `at` says which stream is in use. A checkpoint's directory has the position of the stream in
+    use, and below `stream-N/` those of the others. A run returns to an earlier stream only after a
+    spike, and must then not repeat what it has drawn from the later one.
     """
 
     def __init__(self, cfg, read: Callable[[Any], Iterator]):
-        """`read`: configuration of a stage -> its endless batches, which can be saved and loaded."""
+        """Starts with the stream of the first stage.
+
+        Args:
+          read: configuration of a stage -> its endless batches, which can be saved and loaded.
+        """
         self._cfg, self._read, self._streams = cfg, read, {}
         self.at(0)
 
     def at(self, done: int) -> "Batches":
-        """Turns to the stream of the step after `done` steps; one that was read before goes on where it stopped."""
+        """Turns to the stream of the step after `done` steps.
+
+        A stream that was read before goes on where it stopped.
+        """
         self._now = stream_at(self._cfg, done)
         if self._now not in self._streams:
             self._streams[self._now] = self._read(stream_view(self._cfg, done))
@@ -126,7 +153,7 @@ class Batches:
         return next(self._streams[self._now])
 
     async def save(self, directory) -> Awaitable[None]:
-        """Writes the positions as they are now; in the background."""
+        """Writes the current positions, in the background."""
         writing = [
             await stream.save(directory if number == self._now else _Below(directory, number))
             for number, stream in self._streams.items()
@@ -156,14 +183,14 @@ class Batches:
 
 
 class _Below:
-    """A directory below one that Orbax is about to create, for one stream."""
+    """A directory for one stream, below one that Orbax is about to create."""
 
     def __init__(self, directory, number: int):
         self._directory, self._name = directory, _below(number)
 
     async def await_creation(self):
         path = await self._directory.await_creation() / self._name
-        path.mkdir(exist_ok=True)  # of several processes each comes here
+        path.mkdir(exist_ok=True)  # each process comes here
         return path
 
 

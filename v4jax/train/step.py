@@ -1,5 +1,6 @@
-"""One training step: loss and gradients, clipping, optimizer, router bias. Plus where its state lives on a mesh.
+"""One training step (loss, gradients, clipping, optimizer, router bias) and where its state lives.
 
+Axes: B batch, S positions.
 Next file to read: v4jax/checkpoint/names.py.
 """
 
@@ -35,7 +36,14 @@ from v4jax.train.watch import watched
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Trained weights, what is not trained by gradient (selection bias, hash tables), optimizer state, steps done."""
+    """The state of a run, without its place in the data.
+
+    Attributes:
+      params: the weights that gradients train.
+      router: selection bias and hash tables, which no gradient trains.
+      optimizer: optax state.
+      step: steps done, int32 scalar.
+    """
 
     params: Any
     router: Any
@@ -49,13 +57,17 @@ class TrainState:
 
 
 def schedule_of(cfg: TrainConfig) -> optax.Schedule:
+    """The learning rate of each step (docs/equations.md#schedule)."""
     return learning_rate(
         cfg.learning_rate, cfg.steps, cfg.warmup_steps, cfg.decay_steps, cfg.final_lr_ratio
     )
 
 
 def optimizer_of(cfg: TrainConfig, rules: AxisRules = AxisRules()) -> optax.GradientTransformation:
-    """Clipping by global norm, then Muon and AdamW. The layout changes where Muon works, not its state."""
+    """Clipping by global norm, then Muon and AdamW.
+
+    The layout decides where Muon works; it does not change the state.
+    """
     axes = (
         jax.tree_util.tree_leaves_with_path(
             param_axes(cfg.model), is_leaf=lambda x: isinstance(x, tuple)
@@ -76,7 +88,7 @@ def optimizer_of(cfg: TrainConfig, rules: AxisRules = AxisRules()) -> optax.Grad
 
 
 def sparse_mode(cfg: TrainConfig) -> SparseMode:
-    """How CSA layers attend, and whether their indexer is taught, in the stage that `cfg` describes."""
+    """How CSA layers attend in the stage that `cfg` describes, and whether their indexer trains."""
     alone = cfg.attention == "indexer"
     return SparseMode(
         dense=cfg.attention != "sparse",
@@ -101,11 +113,17 @@ def train_step(
     *,
     watch: bool = False,
 ):
-    """(state, batch) -> (state, metrics). Pure; jit it with cfg, rules and watch static and state donated.
+    """(state, batch) -> (state, metrics), one optimizer step.
 
-    Metrics are float32 scalars: loss, nll, mtp_nll, balance, grad_norm, learning_rate, expert_load_max, expert_load_mean; with `watch`
-    also "watch", a tree (train/watch.py). `chosen`: experts chosen beforehand (train/anticipate.py).
-    Where the indexer is taught also index_kl, index_kl_uniform, index_captured. With attention="indexer" everything else stays.
+    Pure; jit it with cfg, rules and watch static and state donated. Metrics are float32 scalars:
+    loss, nll, mtp_nll, balance, grad_norm, learning_rate, expert_load_max, expert_load_mean. If the
+    indexer trains, there are also index_kl, index_kl_uniform and index_captured. With
+    attention="indexer" all other weights stay unchanged.
+
+    Args:
+      batch: as for `loss` (train/loss.py).
+      chosen: experts chosen beforehand (train/anticipate.py); None: the step chooses them.
+      watch: also return metrics["watch"], a tree of measurements (train/watch.py).
     """
 
     sparse, alone = sparse_mode(cfg), cfg.attention == "indexer"
@@ -132,9 +150,8 @@ def train_step(
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer_of(cfg, rules).update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        if alone or (
-            cfg.index_learning_rate and not sparse.train_indexer
-        ):  # one of the two is not trained in this stage
+        # One of the two, indexer and main model, does not train in this stage.
+        if alone or (cfg.index_learning_rate and not sparse.train_indexer):
 
             def held(path):
                 return is_index(path) != alone
@@ -152,7 +169,7 @@ def train_step(
 
 
 def state_shardings(cfg: TrainConfig, rules: AxisRules, mesh: Mesh) -> TrainState:
-    """NamedSharding for every array of the state; optimizer state lies where its weight lies.
+    """NamedSharding of every array of the state; optimizer state is cut like its weight.
 
     Raises:
       ValueError: a weight that does not divide over the mesh (see named_shardings).
@@ -177,12 +194,12 @@ def state_shardings(cfg: TrainConfig, rules: AxisRules, mesh: Mesh) -> TrainStat
 
 
 def batch_sharding(rules: AxisRules, mesh: Mesh) -> NamedSharding:
-    """Where tokens and segment ids [B,S] lie."""
+    """The sharding of tokens and segment ids [B,S]."""
     return NamedSharding(mesh, rules.spec(("act_batch", "act_seq")))
 
 
 def check_batch(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> None:
-    """Raises ValueError if rows or their length do not divide over the mesh axes that cut them."""
+    """Raises ValueError if batch_size or seq_len does not divide over the mesh axes that cut it."""
     for field, name in (("batch_size", "act_batch"), ("seq_len", "act_seq")):
         axes = rules.mesh_axes(name)
         parts = math.prod(sizes[axis] for axis in axes)
@@ -194,7 +211,7 @@ def check_batch(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) ->
 
 
 def init_state(cfg: TrainConfig, shardings: TrainState) -> TrainState:
-    """A fresh state, created shard by shard where it will live."""
+    """A fresh state with random weights, created shard by shard where it will live."""
     init = jax.jit(
         lambda key: state_from(cfg, init_params(cfg.model, key)), out_shardings=shardings
     )
@@ -210,7 +227,11 @@ def compile_step(
     watch: bool = False,
     ahead: bool = False,
 ):
-    """The jitted step: state donated, outputs placed like inputs; metrics replicated. `ahead`: it takes chosen experts too."""
+    """The jitted step, with donated state, outputs placed like inputs, and replicated metrics.
+
+    Args:
+      ahead: whether it takes chosen experts too.
+    """
     everywhere = NamedSharding(mesh, PartitionSpec())
     place = batch_sharding(rules, mesh)
     return jax.jit(
@@ -222,10 +243,13 @@ def compile_step(
 
 
 class Steps:
-    """The steps of a run, each kind compiled when it is first needed: plain, watched, with experts chosen ahead."""
+    """The steps of a run: plain, watched, or with experts chosen ahead.
+
+    Each kind compiles when it is first needed.
+    """
 
     def __init__(self, compile_step: Callable):
-        """`compile_step`: the function above, but for watch and ahead."""
+        """Takes the function `compile_step`, with all arguments bound but watch and ahead."""
         self._kind = functools.cache(
             lambda watch, ahead: compiled_together(compile_step(watch=watch, ahead=ahead))
         )
@@ -238,9 +262,10 @@ class Steps:
 
 
 def compiled_together(jitted) -> Callable:
-    """The function, compiled at its first call for any shapes but the first argument's; no process runs it before all have.
+    """The function, compiled when it first sees a shape; all processes finish before any runs it.
 
-    gloo's reduce-scatter gives up when a process comes more than 30 s late.
+    Shapes of the first argument do not count: they never change. gloo's reduce-scatter fails when a
+    process comes more than 30 s late.
     """
     compiled = {}
 

@@ -1,6 +1,8 @@
-"""What a run shows of its inside: experts' loads, router bias, gates and mixing, activations, gradients and updates by group.
+"""Measurements inside the model during a run.
 
-Values of layers stand in the model's order, MTP last; a hash-routed layer has no bias (NaN, written as null).
+They cover expert loads, router bias, gates and mixing, activations, and gradients and updates by
+group. Values of layers come in the model's order, MTP last. A hash-routed layer has no bias (NaN,
+written as null).
 
 Shapes: L layers, E experts.
 Next file to read: v4jax/train/step.py.
@@ -21,9 +23,10 @@ _GROUPS = ("indexer", "compressor", "experts", "shared_experts", "gate")
 def watched(cfg: ModelConfig, routing, router, grads, updates) -> dict[str, dict[str, jax.Array]]:
     """{"layers": name -> float32 [L], "grad_rms": group -> scalar, "update_rms": group -> scalar}.
 
-    Names of layers: load_max (busiest expert over the mean; 1 is perfect), load_entropy (over that of an even load; 1 is perfect),
-    load_dead (experts no token of the batch chose), bias_min, bias_max, and those of model/watch.Diagnostics. An update is what is added
-    to the weights.
+    Names of layers' values: load_max (busiest expert over the mean; 1 is perfect), load_entropy (as
+    a share of an even load's; 1 is perfect), load_dead (experts that no token of the batch chose),
+    bias_min, bias_max, and the fields of model/watch.Diagnostics. An update is what the optimizer
+    adds to the weights.
     """
     load_LE = _by_layer(cfg, routing, lambda route: route.load_E)
     share_LE = load_LE / jnp.maximum(load_LE.sum(-1, keepdims=True), 1)
@@ -45,7 +48,11 @@ def watched(cfg: ModelConfig, routing, router, grads, updates) -> dict[str, dict
 
 
 def _by_layer(cfg: ModelConfig, tree, read) -> jax.Array:
-    """[L, ...] in the model's order from group -> block -> values stacked over repeats; NaN where there is none."""
+    """[L, ...] in the model's order; NaN for a layer that has no value.
+
+    `tree` maps group -> block -> values stacked over repeats, and `read` takes the value from a
+    block.
+    """
     rows = []
     for group in cfg.layer_groups:
         blocks = [read(tree[group.name][f"block_{i}"]) for i in range(len(group.kinds))]
@@ -61,9 +68,13 @@ def _by_layer(cfg: ModelConfig, tree, read) -> jax.Array:
 
 
 def group_of(path: tuple[str, ...]) -> str:
-    """The group of a parameter by its path: embed, head, attention, compressor, indexer, gate, experts, shared_experts, hyper, norm.
+    """The group of a parameter, by its path.
 
-    Example: ("layers_2", "block_0", "attn", "indexer", "compressor", "norm", "weight") -> "indexer".
+    Groups are embed, head, attention, compressor, indexer, gate, experts, shared_experts, hyper,
+    norm and mtp_projection.
+
+    Example: ("layers_2", "block_0", "attn", "indexer", "compressor", "norm", "weight") ->
+    "indexer".
     """
     if path[0] in ("embed", "head"):
         return path[0]
@@ -76,7 +87,7 @@ def group_of(path: tuple[str, ...]) -> str:
 
 
 def rms_by_group(tree) -> dict[str, jax.Array]:
-    """Root mean square over all entries of each group of parameters."""
+    """Root mean square over all elements of each group of parameters."""
     groups: dict[str, list[jax.Array]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         groups.setdefault(group_of(tuple(key.key for key in path)), []).append(leaf)
@@ -85,7 +96,7 @@ def rms_by_group(tree) -> dict[str, jax.Array]:
 
 
 def plain(tree) -> Any:
-    """Arrays as numbers and lists that JSON can hold: null for what is not finite."""
+    """Arrays as numbers and lists that JSON can hold; null for a number that is not finite."""
     if isinstance(tree, dict):
         return {name: plain(value) for name, value in tree.items()}
     if isinstance(tree, list):

@@ -1,4 +1,4 @@
-"""What values of a training record may hold: keys that are known, texts that begin no turn.
+"""Checks of values in training records: no unknown keys, no text that begins a turn.
 
 Next file to read: v4jax/data/tools.py.
 """
@@ -9,21 +9,25 @@ from typing import Any
 from v4jax.chat.tokens import ASSISTANT, BOS, EOS, LATEST_REMINDER, TASKS, USER
 
 _TURN_TOKENS = (BOS, EOS, USER, ASSISTANT, LATEST_REMINDER, *TASKS.values())
-"""Tokens that begin or end a turn, which no text of a message may spell out."""
+"""Tokens that begin or end a turn; no text of a message may contain one."""
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value is that of an absent key: tables fill what a record does not have."""
+    """Whether a value counts as absent: tables fill in keys that a record does not have."""
     return value is None or value in ("", [], {})
 
 
 def is_list_of_objects(value: Any) -> bool:
-    """Whether a value of JSON is a list of objects, perhaps an empty one."""
+    """Whether a JSON value is a list of objects; an empty list counts."""
     return isinstance(value, list) and all(isinstance(part, dict) for part in value)
 
 
 def check_keys(given: Mapping[str, Any], known: tuple[str, ...], what: str) -> None:
-    """Raises ValueError for a key with a value that is none of those that `what` may have."""
+    """Raises ValueError for a key, unless its value is empty, that is not among the `known` ones.
+
+    Args:
+      what: who may have these keys, for the message.
+    """
     for key, value in given.items():
         if key not in known and not is_empty(value):
             raise ValueError(
@@ -32,7 +36,7 @@ def check_keys(given: Mapping[str, Any], known: tuple[str, ...], what: str) -> N
 
 
 def check_tokens(value: Any) -> None:
-    """Raises ValueError for a text, at any depth, that spells out where a turn begins or ends."""
+    """Raises ValueError if a text at any depth contains a token that begins or ends a turn."""
     for text in _strings(value):
         for token in _TURN_TOKENS:
             if token in text:
@@ -43,6 +47,7 @@ def check_tokens(value: Any) -> None:
 
 
 def _strings(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Files that may be compressed, read as the bytes that they hold.
+"""Reads files, compressed or not, as the bytes that they contain.
 
 Next file to read: v4jax/data/documents.py.
 """
@@ -16,21 +16,21 @@ COMPRESSED = (".gz", ".zst")
 
 _CHUNK_BYTES = 2**20
 _WINDOW_BYTES = 2**31
-"""The widest that `zstd --long=31` writes."""
+"""The widest window that `zstd --long=31` writes."""
 
 
 def plain_name(name: str) -> str:
-    """A file's name without the suffix of its compression: "a.txt" of "a.txt.gz"."""
+    """A file's name without its compression suffix: "a.txt" for "a.txt.gz"."""
     path = pathlib.PurePosixPath(name)
     return name[: -len(path.suffix)] if path.suffix.lower() in COMPRESSED else name
 
 
 @contextlib.contextmanager
 def open_data(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """Opens a file for reading its bytes, decompressed where its name ends in .gz or .zst.
+    """Opens a file for reading its bytes, decompressed if its name ends in .gz or .zst.
 
     Raises:
-      ValueError: it cannot be opened, or is damaged or cut short (found while it is read); names it.
+      ValueError: it cannot be opened, or is damaged or cut short (found while reading); names it.
       OSError: the disk fails while it is read; names it.
     """
     opener = {".gz": gzip.open, ".zst": _open_zst}.get(path.suffix.lower(), pathlib.Path.open)
@@ -48,7 +48,7 @@ def open_data(path: pathlib.Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def failures_named(path: pathlib.Path) -> Iterator[None]:
-    """Puts the path into errors of the system that do not name it, as those of reading."""
+    """Adds the path to system errors that do not name a file, such as those of reading."""
     try:
         yield
     except OSError as error:
@@ -58,12 +58,12 @@ def failures_named(path: pathlib.Path) -> Iterator[None]:
 
 
 def require_zstd(path: pathlib.Path) -> None:
-    """Raises ValueError, which names `path`, unless something can read .zst files."""
+    """Raises ValueError, naming `path`, unless a package that reads .zst files is installed."""
     _zstd(path)
 
 
 def _zstd(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception]]:
-    """(makes a decompressor of one frame, what it raises)."""
+    """(a function that makes a decompressor of one frame, the error it raises)."""
     try:
         from compression import zstd  # Python >= 3.14
 
@@ -88,7 +88,7 @@ def _open_zst(path: pathlib.Path, mode: str) -> io.BufferedReader:
 class _ZstdFile(io.RawIOBase):
     """The bytes of a .zst file, frame by frame.
 
-    zstandard's own reader takes a frame that is cut short for a whole one.
+    zstandard's own reader takes a truncated frame for a whole one.
     """
 
     def __init__(self, path: pathlib.Path, mode: str):
@@ -113,7 +113,7 @@ class _ZstdFile(io.RawIOBase):
         return size
 
     def _decompress(self) -> bool:
-        """Some more of the file; False at its end."""
+        """Decompresses some more of the file; False at its end."""
         data = self._packed or self._file.read(_CHUNK_BYTES)
         if not data:
             if self._frame is not None:

@@ -1,4 +1,4 @@
-"""Which text to train on, and how it is cut: the settings, checked.
+"""The data settings, checked: which text to train on, and how to cut it.
 
 Next file to read: v4jax/data/files.py.
 """
@@ -23,15 +23,16 @@ class Source:
     """"stdlib" (the sources of the running Python's standard library, without its tests), a
     folder ("./stdlib" for one of that name), or, unless format is text, a file."""
     format: str = "text"
-    """text (each UTF-8 file is a document), or a document a record: jsonl, parquet (extra
+    """text (each UTF-8 file is a document), or one document per record: jsonl, parquet (extra
     v4jax[parquet]), arrayrecord (JSON objects), chat (JSON lines of conversations). Files of text,
     jsonl and chat may be compressed: .gz, or .zst (extra v4jax[zstd])."""
     column: str = "text"
-    """Key of a record that holds the document: its text, or a conversation's messages. Empty,
-    for arrayrecord: the record itself is the text."""
+    """Key in a record for the document's text, or for a conversation's messages. Empty, for
+    arrayrecord: the record itself is the text."""
     glob: str = "**/*"
-    """Which files of a folder are read, as a pattern relative to it. Links are followed; a run
-    names what else is left out: suffixes of other formats, empty files, names with a dot first."""
+    """Which files of a folder are read, as a pattern relative to it. Links are followed. The run
+    says what it leaves out besides: suffixes of other formats, empty files, names with a leading
+    dot."""
     weight: float = 1.0
     """Share of the training tokens, relative to the other sources'; above 0."""
     name: str = ""
@@ -57,34 +58,36 @@ class Source:
 
     @property
     def label(self) -> str:
+        """The source's name in metrics."""
         return self.name or pathlib.PurePath(self.path).stem
 
     @property
     def title(self) -> str:
-        """How messages name it."""
+        """The source's name in messages."""
         return f"source {self.label} ({self.path})"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatFormat:
-    """How conversations become text (v4jax/chat), and what of it is learned."""
+    """How conversations become text (v4jax/chat), and which parts are learned."""
 
     thinking_mode: str = "thinking"
-    """chat or thinking. A record's own thinking_mode goes first."""
+    """chat or thinking. A record's own thinking_mode takes precedence."""
     drop_thinking: bool = True
     """Leave out the reasoning of turns before the last user message, as the released encoder
     does."""
     reasoning_effort: str | None = None
     """Effort that the prompt asks for: None, high or max (release 0731: None, low, high or max).
-    A record's own reasoning_effort goes first."""
+    A record's own reasoning_effort takes precedence."""
     release: str = "v4"
-    """Whose words ask for effort: v4 or 0731."""
+    """Release whose wording asks for effort: v4 or 0731."""
     train_on: str = "all"
     """all: every assistant message is learned; last: those of the last turn. A message with
     "weight": 0 is never learned."""
     too_long: str = "error"
     """What happens to a conversation longer than a row: error, drop, or cut (its end is left
-    out). One of which nothing is left to learn is left out; the run says how many are."""
+    out). If nothing is left to learn, the whole conversation is left out, and the run says how many
+    are."""
 
     def __post_init__(self):
         allowed = {
@@ -104,21 +107,21 @@ class ChatFormat:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which text to train on, and how it is cut."""
+    """Which text to train on, and how to cut it."""
 
     source: str = "stdlib"
     """Where the text comes from: "stdlib", a folder, or a file of records; unused with mixture."""
     format: str = "text"
     """Format of source: text, jsonl, parquet, arrayrecord or chat."""
     column: str = "text"
-    """Key of a record of source that holds the document or the messages."""
+    """Key in source's records for the document's text or the conversation's messages."""
     glob: str = "**/*"
     """Which files of the folder source are read, as a pattern relative to it."""
     mixture: tuple[Source, ...] = ()
     """Several sources, mixed by weight, instead of source."""
     tokenizer: str = "byte"
     """byte, byte-chat (bytes and the special tokens of chat and fill-in-middle), a Hugging Face
-    tokenizer.json, or a folder that holds one."""
+    tokenizer.json, or a folder with one."""
     held_out: float = 0.02
     """Share of each source's documents kept for evaluation, between 0 and 1; at least one
     document is."""
@@ -133,13 +136,13 @@ class DataConfig:
     fim_rate: float = 0.0
     """Share of the text documents that are rewritten as prefix, suffix, middle; 0 to 1."""
     cache: str = ""
-    """Folder that keeps tokens for the next run; empty: none. Used again while source files,
+    """Folder that keeps tokens for the next run; empty: none. A run reuses them if source files,
     tokenizer and settings are unchanged."""
     chat: ChatFormat = ChatFormat()
-    """How conversations are encoded, and what of them is learned."""
+    """How conversations are encoded, and which parts are learned."""
     allow_change: bool = False
     """Go on although data, tokenizer or batch sizes are not those of the checkpoint: with its
-    weights and optimizer, from a fresh position in the data, so that text may be met again."""
+    weights and optimizer, from a fresh position in the data, so that text may come again."""
 
     def __post_init__(self):
         for name in ("source", "tokenizer"):
@@ -171,7 +174,8 @@ class DataConfig:
             {"held_out"} & set(labels)
         ):
             raise ValueError(
-                f"name: got {sorted(twice)[0]!r} more than once; give each source its own (held_out is all of them)"
+                f"name: got {sorted(twice)[0]!r} more than once; give each source its own "
+                "(held_out is all of them)"
             )
         if self.masked and self.packing != "best_fit":
             raise ValueError(
@@ -180,7 +184,7 @@ class DataConfig:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """What is trained on."""
+        """The sources to train on."""
         return self.mixture or (
             Source(path=self.source, format=self.format, column=self.column, glob=self.glob),
         )

@@ -1,8 +1,8 @@
-"""Conversations as tokens, with a mark on those that are learned: what an assistant wrote.
+"""Conversations as tokens, with a mark on those to be learned: what an assistant wrote.
 
-An answer's reasoning, </think>, content, tool calls and end token are learned. What opens the
-answer is not (<Assistant> and <think>, or </think> where the turn does not think): a server puts it
-into the prompt.
+An answer's reasoning, </think>, content, tool calls and end token are learned. Its opening is not
+(<Assistant> and <think>, or </think> if the turn does not think), because a server puts it into
+the prompt.
 
 Axes: T tokens of one conversation.
 
@@ -21,7 +21,7 @@ from v4jax.data.messages import training_messages
 from v4jax.tokenizer import Tokenizer
 
 _OPENINGS = (ASSISTANT + THINK, ASSISTANT + END_THINK, *TASKS.values())
-"""What opens an answer: text that ends with one of these."""
+"""Text that ends with one of these opens an answer."""
 
 
 def conversation_tokens(
@@ -29,11 +29,12 @@ def conversation_tokens(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens int32 [T], learned uint8 [T]) of one record.
 
-    The record has its messages in `column`, and perhaps "tools", "thinking_mode" and
+    The record has its messages in `column`, and optionally "tools", "thinking_mode" and
     "reasoning_effort" (null: absent). Weights of 0 and train_on may leave nothing to learn.
 
     Raises:
-      ValueError: messages that `training_messages` refuses, no answer, or one that nothing opens.
+      ValueError: messages that `training_messages` refuses, no answer, or an answer without an
+        opening.
     """
     messages = training_messages(record[column], record.get("tools"))
     if not any(message["role"] == "assistant" for message in messages):
@@ -48,7 +49,7 @@ def conversation_tokens(
     )
     _check_openings(spans, len(messages) - len(record[column]))
     ids, learned = [], []
-    # Spans meet at special tokens, so that tokens of a span alone are its tokens in the whole text.
+    # Spans meet at special tokens, so a span alone has the same tokens as in the whole text.
     for wanted, run in itertools.groupby(spans, key=lambda span: _is_learned(span, messages, chat)):
         part = tokenizer.encode("".join(span.text for span in run))
         ids += part
@@ -57,6 +58,7 @@ def conversation_tokens(
 
 
 def _is_learned(span: Span, messages: list[Message], chat: ChatFormat) -> bool:
+    """Whether a span is the assistant's and not left out by train_on or by weight 0."""
     return (
         span.written
         and (span.current or chat.train_on == "all")
@@ -65,12 +67,13 @@ def _is_learned(span: Span, messages: list[Message], chat: ChatFormat) -> bool:
 
 
 def _check_openings(spans: list[Span], added: int) -> None:
-    """Raises ValueError for an answer that nothing opens, or an opening that no answer follows.
+    """Raises ValueError for an answer without an opening, or an opening without an answer.
 
-    The released code gives some text for any order of messages. An answer after a system message
-    follows no <Assistant>, and no server will ever ask for one there.
+    The released code encodes messages in any order. But an answer after a system message follows no
+    <Assistant>, and no server will ever ask for one there.
 
-    added: how many messages were put before those of the record.
+    Args:
+      added: how many messages were put before those of the record.
     """
     for before, span in itertools.pairwise(spans):
         opened = not before.written and before.text.endswith(_OPENINGS)

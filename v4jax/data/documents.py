@@ -1,4 +1,6 @@
-"""Files of text as documents: found, checked, and split into those to train on and those held out.
+"""Files of text as documents: found, checked, and split into training and held-out ones.
+
+Axes: D documents.
 
 Next file to read: v4jax/data/records.py.
 """
@@ -20,8 +22,9 @@ from v4jax.data.files import Found, at, find_files, nothing_found
 class Document(NamedTuple):
     """One UTF-8 file.
 
-    name: its path relative to the source, with '/' on every system. size, crc: bytes and CRC-32 of
-    its text, which is decompressed.
+    Attributes:
+      name: its path relative to the source, with '/' on every system.
+      size, crc: bytes and CRC-32 of its text, after decompression.
     """
 
     name: str
@@ -30,7 +33,7 @@ class Document(NamedTuple):
     crc: int = 0
 
     def text(self) -> str:
-        """All of it."""
+        """The whole text."""
         with open_data(self.path) as file:
             data = file.read()
         with at(str(self.path)):
@@ -38,13 +41,13 @@ class Document(NamedTuple):
 
 
 def read_documents(source: Source, found: Found | None = None) -> list[Document]:
-    """All documents of a source of text files, sorted by name; each is read once here, to check
-    that it is UTF-8.
+    """All documents of a source of text files, sorted by name, each checked to be UTF-8.
 
-    Of the standard library, files that are not UTF-8 are left out; in a folder they are an error.
+    The check reads every file once. Files that are not UTF-8 are left out of the standard library;
+    in a folder they are an error.
 
     Args:
-      found: the source's files; None: they are looked up.
+      found: the source's files; None: look them up.
 
     Raises:
       ValueError: no such folder, no document in it, or a file of it that is not UTF-8 text; names
@@ -56,7 +59,8 @@ def read_documents(source: Source, found: Found | None = None) -> list[Document]
         size, crc, fault = _read_through(path)
         if fault and source.path != "stdlib":
             raise ValueError(
-                f"source: {path} is not UTF-8 text ({fault}); remove it or narrow glob={source.glob!r}"
+                f"source: {path} is not UTF-8 text ({fault}); "
+                f"remove it or narrow glob={source.glob!r}"
             )
         if size and not fault:
             documents.append(Document(name, path, size, crc))
@@ -68,7 +72,9 @@ def read_documents(source: Source, found: Found | None = None) -> list[Document]
 def split_documents(
     cfg: DataConfig, documents: list[Document]
 ) -> tuple[list[Document], list[Document]]:
-    """(train, held out), by the hash of each document's name: a file stays on its side whatever is added beside it.
+    """(train, held out), by the hash of each document's name.
+
+    So a file stays on its side even when others are added.
 
     Raises:
       ValueError: fewer than two documents.
@@ -82,9 +88,10 @@ def split_documents(
 
 
 def held_out_of(hashes: Sequence[float], share: float) -> np.ndarray:
-    """Which documents are held out, bool [documents]: those whose hash falls below share.
+    """Which documents are held out, bool [D]: those whose hash is below `share`.
 
-    Of few documents chance may leave a side empty: then the lowest hash is held out, or the highest is trained on.
+    With few documents, one side may be empty by chance. Then the lowest hash is held out, or the
+    highest is trained on.
 
     Raises:
       ValueError: fewer than two documents.
@@ -101,7 +108,7 @@ def held_out_of(hashes: Sequence[float], share: float) -> np.ndarray:
 
 
 def _read_through(path: pathlib.Path) -> tuple[int, int, str]:
-    """(size in bytes, CRC-32, "" or why it is not UTF-8) of a file's text."""
+    """(size in bytes, CRC-32, why it is not UTF-8 or "") of a file's text."""
     decoder, size, crc = codecs.getincrementaldecoder("utf-8")(), 0, 0
     with open_data(path) as file:
         while True:
@@ -118,12 +125,15 @@ def _read_through(path: pathlib.Path) -> tuple[int, int, str]:
 
 
 def name_hash(document: Document) -> float:
-    """`unit_hash` of its name: a file that is compressed stays on its side of the split."""
+    """`unit_hash` of its name without a compression suffix.
+
+    So a file keeps its side of the split when it is compressed.
+    """
     return unit_hash(plain_name(document.name))
 
 
 def unit_hash(name: str) -> float:
-    """A number in [0, 1) from the first 8 bytes of SHA-256 of a name or text."""
+    """A number in [0, 1) from the first 8 bytes of the SHA-256 of a name or text."""
     return (
         int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
         / 2**64
@@ -131,11 +141,14 @@ def unit_hash(name: str) -> float:
 
 
 def fingerprint(documents: list[Document]) -> str:
-    """Changes when a document is added, removed, renamed or resized; all that older runs go by."""
+    """A hash that changes when a document is added, removed, renamed or resized.
+
+    Checkpoints of older versions have no other mark of their data.
+    """
     listing = "\n".join(f"{document.size} {document.name}" for document in documents)
     return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def content(documents: list[Document]) -> str:
-    """Changes with every byte of every document."""
+    """A checksum that changes with every byte of every document."""
     return f"{zlib.crc32(' '.join(str(document.crc) for document in documents).encode()):08x}"

@@ -31,17 +31,19 @@ _DOT, _EMPTY = "dot name", "empty"
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _COMPRESSIBLE = ("text", "jsonl", "chat")
 _HEAD_BYTES = 4096
-"""More than a compressed file of nothing takes."""
+"""More than a compressed file of no bytes takes."""
 _SHOWN = 3
 _JSON_LINE_BYTES = 64 * 2**20
 
 
 class Found(NamedTuple):
-    """What a source's place holds.
+    """The files in a source's place.
 
-    files: (name relative to the source, with '/' on every system; path) of those that are read,
-    sorted. left_out: (name, why), those that matter most first. excluded: how many files glob
-    rules out.
+    Attributes:
+      files: (name, path) of those that are read, sorted. A name is relative to the source, with '/'
+        on every system.
+      left_out: (name, why) of the others; those that matter most come first.
+      excluded: how many files the glob excludes.
     """
 
     files: list[tuple[str, pathlib.Path]]
@@ -51,10 +53,11 @@ class Found(NamedTuple):
 
 @contextlib.contextmanager
 def at(place: str) -> Iterator[None]:
-    """Puts a place before what the block finds wrong with the data there, on one line.
+    """Puts a place in front of any error that the block finds in the data there, on one line.
 
-    Bad data raise ValueError, or RecursionError where they are nested too deep. Every other error
-    is a fault of the program or the machine; it keeps its type, and its traceback notes the place.
+    Bad data raise ValueError, or RecursionError if they are nested too deep. Every other error is a
+    fault of the program or the machine; it keeps its type, and a note on its traceback names the
+    place.
     """
     try:
         yield
@@ -70,8 +73,8 @@ def at(place: str) -> Iterator[None]:
 def find_files(source: Source) -> Found:
     """Every file of a source, read or left out.
 
-    Links are followed, each real folder once, under a name without links if it has one. Names that
-    start with a dot, empty files and files that the format does not read are left out.
+    Links are followed. Each real folder counts once, under a name without links if it has one.
+    Names with a leading dot, empty files and files that the format does not read are left out.
 
     Raises:
       ValueError: no such place, one that cannot be listed, a file beside its own compressed copy,
@@ -104,7 +107,7 @@ def find_files(source: Source) -> Found:
 
 
 def unread_files(source: Source, found: Found) -> str:
-    """What a source's folder holds that is not read, in words; "" for nothing."""
+    """Says which files of a source's folder are not read; "" if all are."""
     parts = []
     if found.left_out:
         shown = ", ".join(f"{name} ({why})" for name, why in found.left_out[:_SHOWN])
@@ -119,7 +122,7 @@ def unread_files(source: Source, found: Found) -> str:
 
 
 def nothing_found(source: Source, found: Found) -> ValueError:
-    """The error for a folder without a file to read; says what is there instead."""
+    """The error for a folder without a file to read; it says what is there instead."""
     unread = unread_files(source, found)
     said = f" ({unread})" if unread else ""
     root = local_path(source.path, "source")
@@ -135,10 +138,11 @@ def nothing_found(source: Source, found: Found) -> ValueError:
 
 
 def _walk(root: pathlib.Path, glob: tuple[str, ...]) -> Iterator[tuple[str, pathlib.Path, str]]:
-    """(name, path, "" or why it is left out whatever it holds) of all files, each real folder once.
+    """(name, path, fault) of all files; visits each real folder once.
 
-    Folders that glob reaches come before others, and folders without links before those with: a
-    folder that has two names is read under one that glob wants, and under its own if it wants both.
+    A fault says why a file is left out whatever it contains; "" for none. Folders that the glob
+    reaches come first, and among them those with fewer links. So a folder with two names is read
+    under one that the glob wants, and under its own if the glob wants both.
     """
     seen, around = set(), {_identity(folder) for folder in root.resolve().parents}
     queue = [(False, 0, "")]
@@ -172,7 +176,7 @@ def _entries(folder: pathlib.Path) -> list[os.DirEntry]:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # as of a link to itself
+    except OSError:  # for example, a link to itself
         return False
 
 
@@ -182,9 +186,10 @@ def _identity(folder: pathlib.Path) -> tuple[int, int]:
 
 
 def _matches(parts: tuple[str, ...], glob: tuple[str, ...], below: bool = False) -> bool:
-    """Whether a name matches a glob, part by part; ** is any number of parts.
+    """Whether a name matches a glob, part by part; ** matches any number of parts.
 
-    below: instead, whether a name below it, in that folder, can.
+    Args:
+      below: ask instead whether any name inside the folder of this name can match.
     """
     if not parts:
         return bool(glob) if below else all(part == "**" for part in glob)
@@ -212,6 +217,7 @@ def _stdlib_files() -> list[tuple[str, pathlib.Path]]:
 
 
 def _expected(source: Source) -> str:
+    """What the source should be, as the end of an error message."""
     if source.format == "text":
         return "folder; expected a folder of UTF-8 text files, or 'stdlib'"
     suffixes = " or ".join(_SUFFIXES[source.format])
@@ -222,7 +228,7 @@ def _fault(path: pathlib.Path, source: Source) -> str:
     """Why a file is left out; "" for one that is read."""
     try:
         state = path.stat()
-    except OSError:  # as of a link that leads nowhere, or to itself
+    except OSError:  # a link that leads nowhere, or to itself
         return "a link to nothing"
     if not stat.S_ISREG(state.st_mode):
         return "no regular file"
@@ -248,7 +254,7 @@ def _is_empty(path: pathlib.Path) -> bool:
 
 
 def _json_fault(path: pathlib.Path, column: str) -> str:
-    """Why a .json file is not read; "" if its first line shows that it holds JSON lines."""
+    """Why a .json file is not read; "" if its first line shows that it has JSON lines."""
     with open_data(path) as file:
         line = file.readline(_JSON_LINE_BYTES)
         while line and not line.strip():
@@ -265,6 +271,7 @@ def _json_fault(path: pathlib.Path, column: str) -> str:
 
 
 def _refuse_twins(root: pathlib.Path, files: list[tuple[str, pathlib.Path]]) -> None:
+    """Raises ValueError for a file that is there both plain and compressed."""
     by_plain: dict[str, str] = {}
     for name, _ in files:
         other = by_plain.setdefault(plain_name(name), name)

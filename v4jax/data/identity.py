@@ -1,7 +1,7 @@
-"""What a stream of batches depends on: a run must not go on with other data in silence.
+"""What a stream of batches depends on, so that no run goes on with other data unnoticed.
 
-Files go by size and a checksum of samples of their content: reading all of a corpus takes hours.
-Their names count relative to the source, so a corpus may lie elsewhere when a run goes on.
+A file is identified by its size and a checksum of samples: reading a whole corpus takes hours.
+Names are relative to the source, so a corpus may move between runs.
 
 Next file to read: v4jax/data/pieces.py.
 """
@@ -16,7 +16,7 @@ from v4jax.data.listing import Listing, Listings
 from v4jax.tokenizer import Tokenizer
 
 _BEFORE = {"packing": "split"}
-"""What older checkpoints leave out where it was so."""
+"""Values of settings that older checkpoints do not list."""
 
 _NONE = "no such file"
 _LEFT_OUT_NOW = (
@@ -26,7 +26,12 @@ _LEFT_OUT_NOW = (
 
 
 class Difference(NamedTuple):
-    """A setting or file that is not as it was; why: how that may have come about, or ""."""
+    """A setting or file that has changed.
+
+    Attributes:
+      was, now: its saved and its current value.
+      why: a possible innocent cause, or "".
+    """
 
     name: str
     was: Any
@@ -45,9 +50,10 @@ def settings_of(
     batch_size: int,
     listings: Listings | None = None,
 ) -> dict[str, Any]:
-    """What batches depend on, in configuration and files: JSON values in the order to name them.
+    """Everything that batches depend on, as JSON values, in the order in which messages name them.
 
-    listings: the run's; None: files are looked up now.
+    Args:
+      listings: the run's; None: look the files up now.
     """
     listings = Listings() if listings is None else listings
     talks = any(source.format == "chat" for source in cfg.sources)
@@ -74,7 +80,8 @@ def settings_of(
 def differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[Difference]:
     """The settings and files of training data that differ between two results of `settings_of`.
 
-    saved: may be of an older v4jax; what it does not have is not compared.
+    Args:
+      saved: may come from an older v4jax; settings that it lacks are not compared.
     """
     saved = _BEFORE | saved
     found = []
@@ -91,9 +98,9 @@ def differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[Difference]
 
 
 def evaluation_differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[Difference]:
-    """Differences of sets to evaluate on that kept their name; losses cannot be compared over them.
+    """Changes in evaluation sets that kept their name, which makes their losses incomparable.
 
-    A set that is added or removed is no difference.
+    An added or removed set is no difference.
     """
     found = []
     for label, now in ours["evaluate_on"].items():
@@ -107,7 +114,7 @@ def evaluation_differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[
 
 
 def saved_settings(directory: pathlib.Path) -> dict[str, Any]:
-    """The settings in a checkpoint's item of data positions; {} where an older v4jax wrote none.
+    """The settings in a checkpoint's data positions; {} if an older v4jax wrote none.
 
     Raises:
       ValueError: names the file that is there and cannot be read.
@@ -124,11 +131,13 @@ def saved_settings(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def _evaluated(listing: Listing) -> dict[str, Any]:
+    """What the loss on an evaluation set depends on."""
     source = listing.source
     return {"format": source.format, "column": source.column, "files": listing.marks}
 
 
 def _file_differences(was: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
+    """The differing files of one source, from two `Listing.marks`."""
     if was["digest"] == now["digest"]:
         return []
     before, after, label = was["listed"], now["listed"], now["label"]

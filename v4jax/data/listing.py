@@ -1,4 +1,4 @@
-"""The files of a source as one run finds them: looked up, sampled and read once, whoever asks.
+"""The files of a source as one run finds them: looked up, sampled and read only once.
 
 Next file to read: v4jax/data/identity.py.
 """
@@ -19,14 +19,16 @@ from v4jax.data.files import Found, find_files
 _SAMPLE_BYTES = 64 * 2**10
 _READERS = 16
 _LISTED = 1000
-"""Up to so many files of a source are noted one by one, so that a difference can be named."""
+"""A source with more files than this lists none by name, so no message can name a changed one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """A source and its files. Listings of one source are equal.
+    """A source and its files; listings of the same source are equal.
 
-    stores: what v4jax/data/store.py has opened of it, by cache and what the tokens depend on.
+    Attributes:
+      stores: token stores opened from it, by cache folder and by what their tokens depend on
+        (v4jax/data/store.py).
     """
 
     source: Source
@@ -41,7 +43,10 @@ class Listing:
 
     @functools.cached_property
     def marks(self) -> dict[str, Any]:
-        """How many files, a digest of names, sizes and samples, and each one if there are few."""
+        """The number of files, a digest of names, sizes and samples, and each file's mark.
+
+        A source of more than _LISTED files leaves out the single marks.
+        """
         files = sorted(self.found.files)
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
             marks = pool.map(_mark, [path for _, path in files])
@@ -52,17 +57,17 @@ class Listing:
 
     @property
     def compressed(self) -> int:
-        """How many files are."""
+        """How many files are compressed."""
         return sum(path.suffix.lower() in COMPRESSED for _, path in self.found.files)
 
     @functools.cached_property
     def documents(self) -> list[Document]:
-        """The files of a source of text, each read through."""
+        """The files of a source of text, each read through once."""
         return read_documents(self.source, self.found)
 
 
 class Listings(dict[Source, Listing]):
-    """Source -> its Listing, made when it is first asked for. One run uses one."""
+    """Source -> its Listing, made on first use; one run shares one."""
 
     def __missing__(self, source: Source) -> Listing:
         self[source] = Listing(source, find_files(source))
@@ -70,7 +75,7 @@ class Listings(dict[Source, Listing]):
 
 
 def _mark(path: pathlib.Path) -> str:
-    """Size and SHA-256 of the first, the middle and the last 64 KiB."""
+    """The size of a file and the SHA-256 of its first, middle and last 64 KiB."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

@@ -1,18 +1,18 @@
-"""Messages of data sets as messages of the format, checked: what is learned is what was meant.
+"""Turns a data set's messages into those of the format, and refuses any that would change meaning.
 
-`encode_messages` follows the released code: it leaves out keys that it does not know and gives some
-text for any order of messages. A training run would learn that text. So what would be lost, moved
-or misread is refused here, and common spellings become the one that the format has:
+`encode_messages` follows the released code: it ignores keys that it does not know and encodes
+messages in any order. A training run would learn the resulting text. So this module refuses
+anything that would be lost, moved or misread. It turns common spellings into the format's own:
 
     reasoning    "reasoning_content", "reasoning", a leading part of type "thinking" or "reasoning",
-                 or a leading <think>...</think> in the content; white space around it stays
+                 or a leading <think>...</think> in the content; its white space stays
     content      text, or a list of text parts, joined by an empty line
     tool calls   with or without {"type": "function", "function": ...}; arguments: an object or its
                  JSON text
     tools        likewise, or all of them as one JSON text
 
-Keys without a value (null, "", [], {}) count as absent. <think>, </think> and tags of tool calls
-may be in what the model is given, as in the released tool prompt, but not in what it writes.
+Keys without a value (null, "", [], {}) count as absent. What the model is given may contain
+<think>, </think> and tags of tool calls, as the released tool prompt does; what it writes may not.
 
 Next file to read: v4jax/data/conversations.py.
 """
@@ -31,18 +31,18 @@ _KEYS = {
     "assistant": ("reasoning_content", "reasoning", "tool_calls", "wo_eos"),
     "tool": ("tool_call_id",),
 }
-"""Keys that are read of each role's messages, beside those of all roles."""
+"""Keys that messages of each role may have, besides those of all roles."""
 _KEYS_OF_ALL = ("role", "content", "task", "weight", "name")
-"""A name is known and not shown: the format has no place for it."""
+"""Keys that all roles may have. The name is ignored: the format has no place for it."""
 _VALUES = {"weight": (0, 1), "wo_eos": (False, True), "task": tuple(TASKS)}
 _THOUGHTS = ("thinking", "reasoning")
 
 
 def training_messages(messages: Any, tools: Any = None) -> list[Message]:
-    """The messages of a record, and the tools beside them, as `encode_messages` takes them.
+    """A record's messages, and the tools beside them, in the form that `encode_messages` takes.
 
-    The first message declares the tools; if it is no system or developer message, an empty system
-    message is put before it.
+    The first message declares the tools. If it is not a system or developer message, an empty
+    system message goes before it.
 
     Raises:
       ValueError: anything that the text would lose or change; names the message by its place.
@@ -63,6 +63,11 @@ def training_messages(messages: Any, tools: Any = None) -> list[Message]:
 
 
 def _message(message: dict[str, Any]) -> Message:
+    """One message of a record in the format's form.
+
+    Raises:
+      ValueError: names the key or value, what was got and what is allowed.
+    """
     role = message.get("role")
     if role not in ROLES:
         raise ValueError(f"got role {role!r}; allowed: {', '.join(ROLES)}")
@@ -81,14 +86,14 @@ def _message(message: dict[str, Any]) -> Message:
     content = given.get("content", "")
     if role in ("developer", "latest_reminder") and not content:
         raise ValueError(f"got content {content!r}; that of role {role} must not be empty")
-    # Parts of a tool's result may be of any type: the format has a text for those it cannot show.
+    # Parts of a tool's result may have any type: the format has a text for those it cannot show.
     if role != "tool" or not is_list_of_objects(content):
         given["content"] = "\n\n".join(_texts(content))
     return given
 
 
 def _texts(content: Any) -> list[str]:
-    """The texts of a content that is text, or a list of text parts."""
+    """The texts of a content, which is text or a list of text parts."""
     if isinstance(content, str):
         return [content]
     if not is_list_of_objects(content):
@@ -103,7 +108,7 @@ def _texts(content: Any) -> list[str]:
 
 
 def _answer(given: dict[str, Any]) -> Message:
-    """An assistant's message, with its reasoning under the one name that the format has."""
+    """An assistant's message, with its reasoning under the format's one name."""
     thoughts = [given[key] for key in ("reasoning_content", "reasoning") if key in given]
     parts = given.get("content", "")
     if is_list_of_objects(parts) and parts[0].get("type") in _THOUGHTS:
@@ -134,7 +139,7 @@ def _answer(given: dict[str, Any]) -> Message:
 
 
 def _thought(part: dict[str, Any]) -> Any:
-    """The reasoning in a part such as {"type": "thinking", "thinking": ...}, not its signature."""
+    """The reasoning in a part such as {"type": "thinking", "thinking": ...}; ignores signatures."""
     texts = {
         key: value
         for key, value in part.items()
@@ -161,10 +166,10 @@ def _split(content: str) -> tuple[str, str]:
 
 
 def _check_read_back(answer: Message) -> None:
-    """Raises ValueError for an answer that would be read back as another one.
+    """Raises ValueError for an answer that would be read back as a different one.
 
-    The format escapes nothing, so a closing tag in an argument ends the argument, and reading the
-    answer back is the one check for all such texts.
+    The format escapes nothing: a closing tag in an argument ends the argument. Reading the answer
+    back is the one check that finds all such texts.
     """
     plain = {
         key: answer[key]

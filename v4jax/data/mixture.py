@@ -1,4 +1,4 @@
-"""Several sources as one: by weight without end, or one after another.
+"""Several sources as one: mixed by weight without end, or one after another.
 
 Next file to read: v4jax/data/rows.py.
 """
@@ -12,20 +12,26 @@ import grain
 import numpy as np
 
 SLOTS = 1021
-"""Pieces of one round of a mixture; each source has a whole number of them. A prime, so that no row of a batch, taking every
-B-th piece, sees the same slots in every round."""
+"""Pieces in one round of a mixture; each source has a whole number of them.
+
+It is prime, so that a row of a batch, which takes every B-th piece, sees other slots in each round.
+"""
 
 
 def shuffled(
     parts: Sequence, weights: Sequence[float], names: Sequence[str], seed: int
 ) -> grain.MapDataset:
-    """Pieces without end: each source's shuffled anew each epoch, mixed so that tokens come in the ratio of weights.
+    """Endless pieces: each source's are shuffled anew each epoch and mixed by weight.
+
+    Tokens of the sources come in the ratio of their weights.
 
     Args:
-      parts: of each source its pieces, with `mean_tokens`.
+      parts: the pieces of each source, with `mean_tokens`.
+      weights: each source's share of tokens, relative to the others'; above 0.
+      names: of the sources, for the message.
 
     Raises:
-      ValueError: a source so light, or of pieces so long, that it would have no piece in a round.
+      ValueError: a source so light, or with pieces so long, that a round would have none of them.
     """
     streams = [
         grain.MapDataset.source(part).seed(seed + index).shuffle().repeat()
@@ -42,13 +48,17 @@ def shuffled(
     if not counts.all():
         light = int(np.argmin(counts))
         raise ValueError(
-            f"weight: got {weights[light]} for {names[light]}; less than one in {SLOTS} of the pieces would be its, raise it"
+            f"weight: got {weights[light]} for {names[light]}; "
+            f"less than one in {SLOTS} of the pieces would be its, raise it"
         )
     return grain.MapDataset.source(_Rounds(streams, counts, seed))
 
 
 class _Rounds:
-    """Round after round of SLOTS pieces, in one random order of sources; each source goes on where the last round left it."""
+    """Round after round of SLOTS pieces, with the sources in one random order.
+
+    In each round a source goes on where the last round left it.
+    """
 
     def __init__(self, streams: Sequence[grain.MapDataset], counts: np.ndarray, seed: int):
         self._streams, self._counts = streams, counts

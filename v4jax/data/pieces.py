@@ -1,6 +1,6 @@
-"""Pieces of documents as tokens: read on demand from files, or out of a store.
+"""Pieces of documents as tokens, read on demand from files or from a store.
 
-Axes: T tokens of one piece.
+Axes: D documents, T tokens of one piece.
 
 Next file to read: v4jax/data/summary.py.
 """
@@ -21,11 +21,16 @@ from v4jax.data.store import TokenStore, open_store
 from v4jax.tokenizer import Tokenizer, document_ids
 
 READ_ROWS = 4
-"""Rows of tokens that one piece of a long document fills, about, where rows cut documents."""
+"""About how many rows one piece of a long document fills, if rows cut documents."""
 
 
 class Mark(NamedTuple):
-    """Tells pieces from others: by names and sizes of documents (or tokens), and by every byte."""
+    """Tells sets of pieces apart.
+
+    Attributes:
+      documents: changes with the names and sizes of documents (of a store: with its tokens).
+      content: changes with every byte.
+    """
 
     documents: str
     content: str
@@ -39,10 +44,11 @@ def open_pieces(
     part: str,
     listings: Listings | None = None,
 ):
-    """(pieces, Mark) of a source's documents to "train" on, those "held_out", or "all".
+    """(pieces, Mark) of the documents of a source that belong to `part`.
 
     Args:
-      listings: the run's; None: files are looked up and read now.
+      part: "train", "held_out" or "all".
+      listings: the run's; None: look up and read the files now.
 
     Raises:
       ValueError: anything wrong with the source; names it.
@@ -69,9 +75,9 @@ def open_pieces(
 
 
 def allows_reading_in_place(cfg: DataConfig, source: Source) -> bool:
-    """Whether files of the source are read where they lie, unless one of them is compressed.
+    """Whether the settings let files of the source be read in place, without a token store.
 
-    A compressed file cannot be read from the middle.
+    A compressed file rules that out all the same: it cannot be read from the middle.
     """
     as_it_lies = cfg.packing == "split" and cfg.fim_rate == 0
     return source.format == "text" and not cfg.cache and as_it_lies
@@ -85,7 +91,7 @@ def _read_in_place(
     part: str,
     documents: list[Document],
 ):
-    """As `open_pieces`, of documents that are read and tokenised when they are needed."""
+    """`open_pieces` of documents that are read and tokenised when they are needed."""
     if part != "all":
         with at(source.path):
             train, held_out = split_documents(cfg, documents)
@@ -94,11 +100,15 @@ def _read_in_place(
 
 
 class StoredPieces:
-    """Random access to documents of a store, cut every `step` tokens: piece i is tokens int32 [T], and with `masked` also
-    loss_mask int32 [T]. first_only: of each document only its first piece.
+    """Random access to documents of a store, cut every `step` tokens.
 
-    With `masked`, a document's last token is left out where it would be a piece of its own: nothing
-    predicts it, and best-fit packing could fill a whole batch with such pieces. `lone`: how many.
+    Piece i is tokens int32 [T], and with `masked` also loss_mask int32 [T]. With `masked`, a
+    document's last token is left out if it would be a piece by itself: nothing predicts it, and
+    best-fit packing could fill a whole batch with such pieces. `lone` counts them.
+
+    Args:
+      documents: indices of the documents in the store.
+      first_only: use only the first piece of each document.
     """
 
     def __init__(
@@ -133,14 +143,17 @@ class StoredPieces:
 
     @property
     def mean_tokens(self) -> float:
+        """Mean tokens per piece."""
         return float((self._stops - self._begins).sum()) / len(self)
 
 
 class Pieces:
-    """Random access to the pieces of documents, read and tokenised on demand: piece i is tokens int32 [T].
+    """Random access to the pieces of documents, read and tokenised on demand.
 
-    A document is cut every `step` bytes, then at the next start of a character. Its first piece begins with bos, its
-    last one ends with eos. Example: with step 4, "abcdé!" (7 bytes) is bos + "abcd", then "é!" + eos.
+    Piece i is tokens int32 [T]. A document is cut every `step` bytes, or at the next start of a
+    character. Its first piece begins with bos, its last one ends with eos.
+
+    Example: with step 4, "abcdé!" (7 bytes) is bos + "abcd", then "é!" + eos.
     """
 
     def __init__(self, documents: list[Document], tokenizer: Tokenizer, seq_len: int):
@@ -166,7 +179,7 @@ class Pieces:
 
     @property
     def mean_tokens(self) -> float:
-        """About; for the shares of a mixture."""
+        """Mean tokens per piece, roughly; for the shares of a mixture."""
         return (
             sum(document.size for document in self._documents)
             / self._tokenizer.bytes_per_token
@@ -178,8 +191,8 @@ def _read_between(document: Document, begin: int, end: int) -> str:
     """The characters of a document whose first byte is in [begin, end).
 
     Raises:
-      OSError: the file cannot be read any more, or has changed: a failure of the run, as it was
-        found good before.
+      OSError: the file can no longer be read, or has changed. It was good before, so this is a
+        failure of the run.
     """
     changed = f"{document.path}: changed while it was read"
     with failures_named(document.path), document.path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Records of files: lines of JSON, rows of Parquet, records of ArrayRecord; each with its place.
+"""Records of files, each with its place: lines of JSON, rows of Parquet, records of ArrayRecord.
 
 Next file to read: v4jax/data/checks.py.
 """
@@ -20,7 +20,7 @@ def record_files(source: Source, found: Found | None = None) -> list[pathlib.Pat
     """The file that the source names, or those of its folder with the format's suffix, sorted.
 
     Args:
-      found: the source's files; None: they are looked up.
+      found: the source's files; None: look them up.
 
     Raises:
       ValueError: there is none.
@@ -34,9 +34,9 @@ def record_files(source: Source, found: Found | None = None) -> list[pathlib.Pat
 def read_records(
     source: Source, found: Found | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and place, record as a dict) of every record, in order; each holds source.column.
+    """(file and place, record as a dict) of every record, in order; each has source.column.
 
-    What a caller does with a record belongs into `with at(place):` (v4jax/data/files.py).
+    Handle a record within `with at(place):` (v4jax/data/files.py), so that errors name its place.
 
     Raises:
       ValueError: a file that is not of the format, or a record without the column; names both.
@@ -57,7 +57,7 @@ def read_texts(source: Source, found: Found | None = None) -> Iterator[tuple[str
     """(file and place, text) of every record; a text may be empty.
 
     Raises:
-      ValueError: as read_records does, or a column that is not text.
+      ValueError: what read_records raises, or a column that is not text.
     """
     for place, record in read_records(source, found):
         text = record[source.column]
@@ -68,12 +68,13 @@ def read_texts(source: Source, found: Found | None = None) -> Iterator[tuple[str
 
 
 def place_of(source: Source, number: int) -> str:
-    """File and place of the record of a number, counted from 0 over all files."""
+    """File and place of a record by its number, counted from 0 over all files."""
     place, _ = next(itertools.islice(read_records(source), number, None))
     return place
 
 
 def _lines(path: pathlib.Path, _) -> Iterator[tuple[int, bytes]]:
+    """(line number, line) of every line that is not blank."""
     with open_data(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -81,6 +82,7 @@ def _lines(path: pathlib.Path, _) -> Iterator[tuple[int, bytes]]:
 
 
 def _object(data: bytes, place: int, path: pathlib.Path) -> dict:
+    """The JSON object in a line or record."""
     try:
         record = json.loads(_utf8(data))
     except json.JSONDecodeError as error:
@@ -93,7 +95,7 @@ def _object(data: bytes, place: int, path: pathlib.Path) -> dict:
 
 
 def _hint(data: bytes, place: int, path: pathlib.Path) -> str:
-    """How to make JSON lines of what seems to be one value over several lines, or one array."""
+    """Advice for a file that seems to be one JSON value over several lines, or one array."""
     if place != 1 or not data.lstrip().startswith((b"[", b"{\n", b"{\r")):
         return ""
     query = ".[]" if data.lstrip().startswith(b"[") else "."
@@ -108,6 +110,7 @@ def _utf8(data: bytes) -> str:
 
 
 def _rows(path: pathlib.Path, column: str) -> Iterator[tuple[int, dict]]:
+    """(row number, row as a dict) of a Parquet file."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -119,9 +122,8 @@ def _rows(path: pathlib.Path, column: str) -> Iterator[tuple[int, dict]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            wanted = (
-                [column] if column in names else names
-            )  # without the column, a row shows which there are
+            # If the column is missing, a row of all columns lets the message name them.
+            wanted = [column] if column in names else names
             for batch in file.iter_batches(columns=wanted):
                 for index in range(batch.num_rows):
                     place += 1
@@ -136,7 +138,8 @@ def _rows(path: pathlib.Path, column: str) -> Iterator[tuple[int, dict]]:
 
 
 def _array_records(path: pathlib.Path, column: str) -> Iterator[tuple[int, Any]]:
-    # The reader raises bare Exception subclasses of its own for every fault.
+    # The reader raises its own direct subclasses of Exception for every fault.
+    """(number, JSON bytes) of each record, or (number, {"": text}) if the record itself is text."""
     try:
         records = grain.sources.ArrayRecordDataSource([str(path)])
         count = len(records)

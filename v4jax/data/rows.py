@@ -1,6 +1,6 @@
-"""Pieces packed into rows, rows stacked into batches, and the position of each row, saved and restored.
+"""Packs pieces into rows and stacks rows into batches; each row's position is saved and restored.
 
-Axes: B batch, S query positions.
+Axes: B batch, S positions.
 
 Next file to read: v4jax/train/data.py.
 """
@@ -15,22 +15,30 @@ import numpy as np
 from v4jax.data.identity import differences
 
 Batch = dict[str, np.ndarray]
-"""tokens int32 [B,S], and segment_ids int32 [B,S]: 1, 2, ... per document of the row, 0 where a row is padded. Of
-conversations also loss_mask int32 [B,S]: 1 on the tokens to be learned."""
+"""tokens int32 [B,S]; segment_ids int32 [B,S]; for conversations also loss_mask int32 [B,S].
+
+segment_ids are 1, 2, ... for the documents of a row, and 0 on padding. loss_mask is 1 on tokens to
+be learned.
+"""
 
 _LISTS = ("files", "evaluate_on")
 """Settings that grow with the number of files."""
 
 _BINS = 16
-"""Rows that best-fit packing fills at a time, for each row of the batch."""
+"""How many rows best-fit packing fills at a time, for each row of the batch."""
 
 
 def packed(pieces: grain.MapDataset, seq_len: int, packing: str, masked: bool) -> grain.IterDataset:
-    """Rows of seq_len tokens; each row counts its segments from 1, also where it goes on with a piece cut before it.
+    """Rows of seq_len tokens, whose segments count from 1.
 
-    packing "split" cuts pieces where a row ends; "best_fit" puts each, whole, into the fullest row that has room.
+    A row that begins with the rest of a cut piece counts it as segment 1 too.
+
+    Args:
+      packing: "split" cuts pieces where a row ends; "best_fit" puts each piece whole into the
+        fullest row with enough space.
+      masked: whether pieces have a loss_mask.
     """
-    # No read-ahead threads: reading a piece takes microseconds, and every row would start 16 of them.
+    # No read-ahead threads: reading a piece is fast, and every row would start many threads.
     in_line = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     stream = pieces.to_iter_dataset(in_line)
     lengths = {"tokens": seq_len} | ({"loss_mask": seq_len} if masked else {})
@@ -42,7 +50,12 @@ def packed(pieces: grain.MapDataset, seq_len: int, packing: str, masked: bool) -
 
 
 class StackedRows(grain.IterDataset):
-    """Stacks one row of each parent into a batch; `numbers` are their places in the global batch."""
+    """Stacks one row of each parent into a batch.
+
+    Args:
+      numbers: the rows' places in the global batch.
+      settings: what the batches depend on (v4jax/data/identity.py).
+    """
 
     def __init__(self, rows: list[grain.IterDataset], numbers: list[int], settings: dict):
         super().__init__(rows)
@@ -55,6 +68,8 @@ class StackedRows(grain.IterDataset):
 
 
 class _StackedRowsIterator(grain.DatasetIterator):
+    """The batches of StackedRows. Orbax saves and loads their position."""
+
     def __init__(self, rows: list[grain.DatasetIterator], numbers: list[int], settings: dict):
         super().__init__(rows)
         self._numbers, self._settings = numbers, settings
@@ -63,7 +78,10 @@ class _StackedRowsIterator(grain.DatasetIterator):
         return stack([next(row) for row in self._parents])
 
     def get_state(self) -> dict:
-        """Small and free of arrays, so that JSON keeps it. Rows go by their number in the global batch."""
+        """The position, small and without arrays, so that JSON can hold it.
+
+        Rows go by their number in the global batch.
+        """
         rows = {
             str(number): row.get_state()
             for number, row in zip(self._numbers, self._parents, strict=True)
@@ -71,6 +89,11 @@ class _StackedRowsIterator(grain.DatasetIterator):
         return {"settings": self._settings, "rows": rows}
 
     def set_state(self, state: dict) -> None:
+        """Sets the position.
+
+        Raises:
+          ValueError: the state belongs to other data, or lacks a row.
+        """
         for difference in differences(state["settings"], self._settings):
             raise ValueError(f"data position: {difference}; only the same can go on")
         for number, row in zip(self._numbers, self._parents, strict=True):
@@ -80,8 +103,9 @@ class _StackedRowsIterator(grain.DatasetIterator):
                 )
             saved = state["rows"][str(number)]
             if "remainder_slices" in saved:
-                # Orbax keeps the state as JSON, which makes lists of tuples. grain 0.2.18 compares these slices with a
-                # tuple, takes an empty remainder for a real one, and silently drops a whole document.
+                # Orbax keeps the state as JSON, which turns tuples into lists. grain compares
+                # these slices with a tuple; given a list, it takes an empty remainder for a real
+                # one and silently drops a whole document.
                 saved = saved | {
                     "remainder_slices": {
                         name: tuple(ends) for name, ends in saved["remainder_slices"].items()
@@ -89,12 +113,13 @@ class _StackedRowsIterator(grain.DatasetIterator):
                 }
             row.set_state(saved)
 
-    # Orbax calls these two. grain's own would want one file per process again, from the same number of processes.
+    # Orbax calls these two. grain's own versions need one file per process, from the same number
+    # of processes.
 
     async def save(self, directory) -> Awaitable[None]:
-        """Writes this process's rows, as they are now, to a file of its own; in the background."""
+        """Writes the current position of this process's rows to its own file, in the background."""
         state = self.get_state()
-        if jax.process_index():  # the first process's file is the one that is compared
+        if jax.process_index():  # only the first process's file is compared
             settings = state["settings"].items()
             state["settings"] = {name: value for name, value in settings if name not in _LISTS}
         name, text = f"process_{jax.process_index()}.json", json.dumps(state)
@@ -111,7 +136,8 @@ class _StackedRowsIterator(grain.DatasetIterator):
             states = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
             if not states or isinstance(states[0]["rows"], list):
                 raise ValueError(
-                    f"data position: {directory} has none, or one of an older v4jax; use a new run directory"
+                    f"data position: {directory} has none, or one of an older v4jax; "
+                    "use a new run directory"
                 )
             rows = {number: row for state in states for number, row in state["rows"].items()}
             self.set_state({"settings": states[0]["settings"], "rows": rows})

@@ -1,7 +1,7 @@
 """Which conversations of a store are used, and why the others are left out.
 
-A conversation of which nothing would be learned is left out: a step on such rows only decays the
-weights. The split does not depend on the length of rows, so that no stage of a run trains on what
+A conversation without anything to learn is left out: a step on such rows would only decay the
+weights. The split does not depend on the length of rows, so no stage of a run trains on what
 another one holds out.
 
 Axes: D conversations.
@@ -22,16 +22,19 @@ _ADVICE = {
     "held_out": "raise seq_len or held_out",
     "all": "raise seq_len",
 }
-"""What makes more conversations of a part usable."""
+"""How to make more conversations of a part usable."""
 
 
 def used_conversations(
     cfg: DataConfig, source: Source, store: TokenStore, seq_len: int, part: str
 ) -> np.ndarray:
-    """Which conversations of a source a part uses ("train", "held_out" or "all"), bool [D].
+    """Which conversations of a source are used in `part`, bool [D].
+
+    Args:
+      part: "train", "held_out" or "all".
 
     Raises:
-      ValueError: one is too long where that is an error, or none is left.
+      ValueError: one is too long and chat.too_long is "error", or none is left.
     """
     learnable_D = _learned_within(store, _sizes(store))
     left_out = _left_out(cfg, source, store, learnable_D, seq_len)
@@ -52,10 +55,10 @@ def used_conversations(
 
 
 def unused_conversations(cfg: DataConfig, source: Source, store: TokenStore, seq_len: int) -> str:
-    """How many conversations rows of seq_len tokens leave out or cut, and why; "" for none.
+    """Says how many conversations rows of seq_len tokens leave out or cut, and why; "" for none.
 
     Raises:
-      ValueError: one is too long where that is an error.
+      ValueError: one is too long and chat.too_long is "error".
     """
     sizes_D = _sizes(store)
     left_out = _left_out(cfg, source, store, _learned_within(store, sizes_D), seq_len)
@@ -73,7 +76,7 @@ def unused_conversations(cfg: DataConfig, source: Source, store: TokenStore, seq
 def _left_out(
     cfg: DataConfig, source: Source, store: TokenStore, learnable_D: np.ndarray, seq_len: int
 ) -> dict[str, np.ndarray]:
-    """Reason -> which conversations are left out for it, bool [D]; each for one reason at most."""
+    """Reason -> which conversations it leaves out, bool [D]; each has at most one reason."""
     sizes_D = _sizes(store)
     long_D = learnable_D & (sizes_D > seq_len)
     if cfg.chat.too_long == "error" and long_D.any():
@@ -91,6 +94,7 @@ def _left_out(
 
 
 def _counted(left_out: dict[str, np.ndarray], among_D: np.ndarray) -> str:
+    """How many conversations among `among_D` each reason leaves out, in words."""
     counts = {reason: int((which_D & among_D).sum()) for reason, which_D in left_out.items()}
     return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
 
@@ -103,11 +107,11 @@ def _sizes(store: TokenStore) -> np.ndarray:
 def _learned_within(store: TokenStore, first_D: np.ndarray) -> np.ndarray:
     """Whether any of the first first_D tokens of each conversation is learned, bool [D].
 
-    Its very first token has no predecessor and is never learned.
+    The very first token has no predecessor and is never learned.
     """
     begins_D = np.concatenate([[0], store.ends[:-1]])
-    # The maximum from each bound to the next, of which every other one is wanted; the last one
-    # reaches to the end by itself.
+    # reduceat takes the maximum from each bound to the next; every other one is wanted. The last
+    # one reaches to the end by itself.
     bounds = np.stack([begins_D + 1, begins_D + first_D], axis=1).ravel()
     bounds = bounds[:-1] if bounds[-1] == len(store.learned) else bounds
     return np.maximum.reduceat(store.learned, bounds)[::2] > 0

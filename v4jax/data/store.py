@@ -1,6 +1,6 @@
-"""Documents as tokens, made once: in memory, or in a cache on disk that is read where it lies.
+"""Documents as tokens, made once and kept in memory or in a memory-mapped cache on disk.
 
-Axes: N tokens of all documents, D documents.
+Axes: N tokens of all documents, D documents, T tokens of one document.
 
 Next file to read: v4jax/data/identity.py.
 """
@@ -33,7 +33,7 @@ from v4jax.tokenizer import Tokenizer, document_ids, require_tokens, without_mar
 
 _VERSION = 2
 _SOURCES = "sources.json"
-"""In a cache: the files that it was made of (Listing.marks). Older caches have none."""
+"""File in a cache that lists its source files (Listing.marks); older caches have none."""
 
 _FILES = {"tokens": "<i4", "learned": "u1", "ends": "<i8", "hashes": "<f8"}
 
@@ -41,9 +41,13 @@ _FILES = {"tokens": "<i4", "learned": "u1", "ends": "<i8", "hashes": "<f8"}
 class TokenStore(NamedTuple):
     """Tokens of documents, one after another.
 
-    tokens int32 [N]; learned uint8 [N]; ends int64 [D], where each document ends; hashes float64
-    [D], in [0, 1), of its name or content, for the split. fingerprint: equal for equal content.
-    empty: how many records had an empty text and are not here; 0 if an older cache did not count.
+    Attributes:
+      tokens: int32 [N].
+      learned: uint8 [N], 1 on tokens to be learned.
+      ends: int64 [D], where each document ends.
+      hashes: float64 [D], in [0, 1), of each document's name or content; they decide the split.
+      fingerprint: equal for equal content.
+      empty: how many records were left out for their empty text; 0 if an older cache did not count.
     """
 
     tokens: np.ndarray
@@ -57,18 +61,19 @@ class TokenStore(NamedTuple):
 def open_store(
     cfg: DataConfig, source: Source, tokenizer: Tokenizer, listings: Listings | None = None
 ) -> TokenStore:
-    """The source's tokens, from cfg.cache if they are there and intact, else made now (and put there).
+    """The source's tokens, from an intact cache in cfg.cache, or else made now (and put there).
 
-    A cache goes by everything its tokens depend on: names, sizes and times of the files, tokenizer,
-    settings. One that is damaged, or outdated (its files hold something else at the same size and
-    time), is put aside with a line on stderr and made again; a cache is complete or is not there.
+    A cache is identified by everything its tokens depend on: names, sizes and times of the files,
+    tokenizer, settings. A damaged cache is put aside with a line on stderr and made again. So is an
+    outdated one, whose files have other content at the same size and time. A cache is always
+    complete.
 
     Args:
-      listings: the run's, which opens each store once; None: files are looked up now.
+      listings: the run's, which opens each store once; None: look the files up now.
 
     Raises:
-      ValueError: anything wrong with the source, or a tokenizer without the special tokens that
-        are needed.
+      ValueError: anything wrong with the source, or a tokenizer without the special tokens that the
+        source needs.
     """
     listing = (Listings() if listings is None else listings)[source]
     if source.format == "chat":
@@ -89,7 +94,7 @@ def prepare_cache(cfg: DataConfig, tokenizer: Tokenizer, listings: Listings | No
 
 
 def _key(cfg: DataConfig, listing: Listing, tokenizer: Tokenizer) -> str:
-    """Changes with everything that the tokens depend on."""
+    """A hash that changes with everything the tokens depend on."""
     source, found = listing.source, listing.found.files
     files = [path for _, path in (sorted(found) if source.format == "text" else found)]
     states = [listing.states[path] for path in files]
@@ -108,6 +113,7 @@ def _key(cfg: DataConfig, listing: Listing, tokenizer: Tokenizer) -> str:
 
 
 def _opened(cfg: DataConfig, listing: Listing, tokenizer: Tokenizer, key: str) -> TokenStore:
+    """The tokens of a source, from its cache or made now."""
     if not cfg.cache:
         return _in_memory(cfg, listing, tokenizer, key)
     folder = local_path(cfg.cache, "cache") / f"{listing.source.label}-{key}"
@@ -126,6 +132,7 @@ def _opened(cfg: DataConfig, listing: Listing, tokenizer: Tokenizer, key: str) -
 
 @functools.lru_cache(maxsize=8)
 def _in_memory(cfg: DataConfig, listing: Listing, tokenizer: Tokenizer, key: str) -> TokenStore:
+    """The tokens of a source, made now and kept in memory."""
     files = {name: io.BytesIO() for name in _FILES}
     fingerprint, empty = _fill(files, cfg, listing, tokenizer)
     arrays = {name: np.frombuffer(file.getvalue(), _FILES[name]) for name, file in files.items()}
@@ -133,9 +140,9 @@ def _in_memory(cfg: DataConfig, listing: Listing, tokenizer: Tokenizer, key: str
 
 
 def _write(folder: pathlib.Path, cfg: DataConfig, listing: Listing, tokenizer: Tokenizer) -> None:
-    """Makes the cache beside its place, then moves it there.
+    """Makes the cache in a temporary folder, then moves it to its place.
 
-    Of processes that do so at once, one is first; the caches of the others are equal.
+    If several processes do so at once, the first one wins; the caches of the others are equal.
     """
     marks = listing.marks
     work = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -153,7 +160,7 @@ def _write(folder: pathlib.Path, cfg: DataConfig, listing: Listing, tokenizer: T
 
 
 def _fill(files: dict, cfg: DataConfig, listing: Listing, tokenizer: Tokenizer) -> tuple[str, int]:
-    """Writes every document; (fingerprint of what was written, how many records were empty)."""
+    """Writes every document; returns (fingerprint of what was written, number of empty records)."""
     digest, end, empty = hashlib.sha256(), 0, 0
     for made in _tokenised(cfg, listing, tokenizer):
         if made is None:
@@ -182,8 +189,8 @@ def _tokenised(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, float] | None]:
     """(tokens, learned, hash) of each document; None for a record with an empty text.
 
-    A file's hash is its name's, a record's its content's, so that equal records fall on one side of
-    the split.
+    A file's hash is that of its name. A record's is that of its content, so that equal records are
+    on one side of the split.
     """
     source = listing.source
     if source.format == "chat":
@@ -199,7 +206,7 @@ def _tokenised(
             yield None
             continue
         with at(place):
-            # Before the text is cut for fill-in-middle, which would move a bos into the middle.
+            # bos and eos are removed first: fill-in-middle would move a bos into the middle.
             cut = _maybe_fim(cfg, index, without_marks(tokenizer, text))
             ids = np.array(document_ids(tokenizer, cut), np.int32)
             place_in_split = unit_hash(text) if document is None else name_hash(document)
@@ -208,7 +215,7 @@ def _tokenised(
 
 
 def _texts(listing: Listing) -> Iterator[tuple[str, str, Document | None]]:
-    """(place, text, file if it is one whole file) of each document."""
+    """(place, text, the file if the document is a whole file) of each document."""
     if listing.source.format == "text":
         for document in listing.documents:
             yield str(document.path), document.text(), document
@@ -218,9 +225,12 @@ def _texts(listing: Listing) -> Iterator[tuple[str, str, Document | None]]:
 
 
 def _maybe_fim(cfg: DataConfig, index: int, text: str) -> str:
-    """A share cfg.fim_rate of the texts as prefix, suffix, middle, cut at two random characters: the middle comes last.
+    """Rewrites a share cfg.fim_rate of the texts as prefix, suffix, middle.
 
-    Source: DeepSeek-V3 report 4.1 (PSM, rate 0.1). Example: "abcdef" cut at 2 and 3 is <begin>ab<hole>def<end>c.
+    The text is cut at two random characters, and the middle comes last. Source: DeepSeek-V3 report
+    4.1 (PSM, rate 0.1).
+
+    Example: "abcdef" cut at 2 and 3 is <begin>ab<hole>def<end>c.
     """
     rng = np.random.default_rng([cfg.seed, index])
     if rng.random() >= cfg.fim_rate:
@@ -233,30 +243,33 @@ def _maybe_fim(cfg: DataConfig, index: int, text: str) -> str:
 
 
 def _mapped(folder: pathlib.Path) -> TokenStore:
+    """The tokens in a cache, memory-mapped."""
     arrays = {name: np.memmap(folder / name, kind, mode="r") for name, kind in _FILES.items()}
     fingerprint = (folder / "fingerprint").read_text()
     return TokenStore(**arrays, fingerprint=fingerprint, empty=_made_of(folder).get("empty", 0))
 
 
 def _made_of(folder: pathlib.Path) -> dict[str, Any]:
+    """What a cache says about its source files; {} for an older cache."""
     path = folder / _SOURCES
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 class _Fault(NamedTuple):
-    """Why a cache is not used: one word, and more of them."""
+    """Why a cache is not used: in one word, and in full."""
 
     word: str
     why: str
 
 
 def _fault(folder: pathlib.Path, listing: Listing) -> _Fault | None:
+    """What is wrong with a cache; None for a good one."""
     if not (folder / SUMS_FILE).is_file():
         return _Fault("damaged", f"{SUMS_FILE} is missing")
     try:
         wrong = damage(folder)
         digest = None if wrong else _made_of(folder).get("digest")
-    except FileNotFoundError as error:  # another process puts it aside just now
+    except FileNotFoundError as error:  # another process is putting it aside
         return _Fault("damaged", f"{error.filename} is missing")
     if wrong is not None:
         return _Fault("damaged", wrong)
@@ -267,9 +280,10 @@ def _fault(folder: pathlib.Path, listing: Listing) -> _Fault | None:
 
 
 def _put_aside(folder: pathlib.Path, fault: _Fault, listing: Listing) -> None:
-    """Moves a cache away from its place, unless another process has done so.
+    """Moves a bad cache out of its place, unless another process has done so.
 
-    What is moved may be the good cache that the other one has made meanwhile: it is moved back.
+    That process may meanwhile have made a good cache there. If this one moves it by mistake, it
+    moves it back.
     """
     taken = folder.with_name(f".{folder.name}.{os.getpid()}.aside")
     shutil.rmtree(taken, ignore_errors=True)
@@ -289,7 +303,7 @@ def _put_aside(folder: pathlib.Path, fault: _Fault, listing: Listing) -> None:
 
 
 def _move(folder: pathlib.Path, to: pathlib.Path) -> None:
-    """Renames a folder; removes it where another process has put one in that place first."""
+    """Renames a folder, or deletes it if another process was first to fill that place."""
     try:
         folder.rename(to)
     except OSError:

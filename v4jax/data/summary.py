@@ -1,4 +1,4 @@
-"""What a run says of its sources: before they are read, and once they are tokens.
+"""What a run says about its sources, before it reads them and once they are tokens.
 
 Next file to read: v4jax/data/mixture.py.
 """
@@ -15,7 +15,7 @@ from v4jax.tokenizer import Tokenizer
 
 
 def unread_lines(cfg: DataConfig, listings: Listings) -> list[str]:
-    """A line for each source with files that are not read, or not where they lie."""
+    """A line for each source with files that are not read, or are compressed and fill memory."""
     said = {}
     for source in (*cfg.sources, *cfg.evaluate_on):
         listing = listings[source]
@@ -37,11 +37,12 @@ def unused_lines(
 ) -> list[str]:
     """A line for each source with records that are empty, left out or cut: how many, and why.
 
-    seq_lens: of the rows to train on; held_seq_len: of those to evaluate on, or None for a run
-    that does not.
+    Args:
+      seq_lens: row lengths to train on.
+      held_seq_len: row length to evaluate on; None for a run without evaluation.
 
     Raises:
-      ValueError: a conversation is too long where that is an error.
+      ValueError: a conversation is too long and chat.too_long is "error".
     """
     lengths = dict.fromkeys(cfg.sources, sorted(set(seq_lens)))
     if held_seq_len is not None:

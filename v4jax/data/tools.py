@@ -1,4 +1,4 @@
-"""Tools, calls and results of training records, in the one form that the format has.
+"""Tools, calls and results of training records, in the format's one form.
 
 Next file to read: v4jax/data/messages.py.
 """
@@ -10,11 +10,15 @@ from v4jax.chat.encoding import Message
 from v4jax.data.checks import check_keys, check_tokens, is_empty, is_list_of_objects
 
 _OUTER = ("id", "type", "index")
-"""What a tool or a call has beside "function"."""
+"""Keys that a tool or a call may have beside "function"."""
 
 
 def plain_tools(tools: Any) -> list[dict]:
-    """Tools as {"type": "function", "function": {...}}."""
+    """Tools as {"type": "function", "function": {...}}; [] for an empty value.
+
+    Raises:
+      ValueError: tools of another form, or with a token that begins or ends a turn.
+    """
     if isinstance(tools, str) and tools:
         try:
             tools = from_json(tools)
@@ -29,7 +33,11 @@ def plain_tools(tools: Any) -> list[dict]:
 
 
 def plain_calls(calls: Any) -> list[dict]:
-    """Tool calls as {"type": "function", "function": {"name": ..., "arguments": ...}}."""
+    """Tool calls as {"type": "function", "function": {"name": ..., "arguments": ...}}.
+
+    Raises:
+      ValueError: calls of another form, with other keys, or with arguments that are no object.
+    """
     if not is_list_of_objects(calls):
         raise ValueError(f"got tool_calls {calls!r}; must be a list of objects")
     calls = [_wrapped(call) for call in calls]
@@ -47,7 +55,7 @@ def plain_calls(calls: Any) -> list[dict]:
 
 
 def _wrapped(value: dict[str, Any]) -> dict[str, Any]:
-    """A tool or a call with what describes the function below "function"."""
+    """A tool or a call, with everything that describes the function under "function"."""
     if value.get("type", "function") not in ("function", None):
         raise ValueError(f"got a tool or call of type {value['type']!r}; allowed: function")
     outer = {key: part for key, part in value.items() if key in _OUTER and not is_empty(part)}
@@ -63,16 +71,17 @@ def _wrapped(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def meaning(call: dict[str, Any]) -> tuple[str, Any]:
-    """(name, arguments as a value) of a call, by which calls are compared."""
+    """(name, arguments as a value) of a call: equal for calls that mean the same."""
     return call["function"]["name"], _value(call["function"]["arguments"])
 
 
 def _value(arguments: Any) -> Any:
+    """Arguments as a value, whether they come as an object or as JSON text."""
     return arguments if isinstance(arguments, dict) else from_json(arguments)
 
 
 def check_results(messages: list[Message]) -> None:
-    """Raises ValueError for a tool's result that answers no call of the latest answer."""
+    """Raises ValueError for a tool's result that matches no call of the latest answer."""
     calls: list[dict] = []
     for place, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -93,7 +102,11 @@ def check_results(messages: list[Message]) -> None:
 
 
 def declared(messages: list[Message], tools: list[dict]) -> list[Message]:
-    """Messages whose first one declares the tools."""
+    """The messages, with the tools declared in the first one.
+
+    Raises:
+      ValueError: the first message declares other tools.
+    """
     if not tools:
         return messages
     if not messages or messages[0]["role"] not in ("system", "developer"):

@@ -74,7 +74,7 @@ class TrainConfig:
     """Peak learning rate, above 0."""
     index_learning_rate: float = 0.0
     """The indexer's peak learning rate, on the same schedule; 0: the indexer does not learn.
-    Attention dense leaves it as it is."""
+    With attention dense it never learns."""
     warmup_steps: int = 2000
     """Steps of linear warm-up from 0 to the peak; 0 or more."""
     decay_steps: int = 0

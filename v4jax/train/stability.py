@@ -44,9 +44,9 @@ class StabilityConfig:
     """Rollbacks of a run, at most. 0: none, and a loss that is not finite ends the run. Above 0
     the loss is read after every step."""
     window: int = 64
-    """How many earlier steps a step is compared with, at most; at least `least`."""
+    """How many of the latest steps a step is compared with; not below `least`."""
     least: int = 16
-    """With fewer earlier steps than this nothing counts as a spike yet; at least 2."""
+    """With fewer earlier steps than this, nothing counts as a spike yet; at least 2."""
     sigmas: float = 8.0
     """Standard deviations above the median that are still ordinary, above 0."""
     loss_rise: float = 0.5

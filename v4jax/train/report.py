@@ -107,7 +107,7 @@ class Reporter:
         self._close()
 
     def begin(self, step: int) -> None:
-        """Says where the run stands: the first step is compiled for minutes without a line."""
+        """Shows what the run does first: the first step compiles for minutes without output."""
         if step == self._cfg.steps:
             self._show(step, "all steps are done; export, picture and sample are made again")
         else:

@@ -1,4 +1,7 @@
-"""Checkpoints: official safetensors in and out. Next file to read: v4jax/checkpoint/names.py."""
+"""Official safetensors checkpoints, read and written.
+
+Next file to read: v4jax/checkpoint/names.py.
+"""
 
 from v4jax.checkpoint.export import save_safetensors
 from v4jax.checkpoint.load import load_safetensors

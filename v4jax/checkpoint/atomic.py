@@ -1,4 +1,4 @@
-"""Small files that are there whole or not at all, and JSON that every reader takes.
+"""Writes small files whole or not at all, and JSON that every reader accepts.
 
 Next file to read: v4jax/checkpoint/checksums.py.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all: to a temporary name, then renamed."""
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
     ) as file:
@@ -31,7 +31,7 @@ def _umask() -> int:
 
 
 def json_text(value: Any, **options) -> str:
-    """JSON with null for numbers that are not finite, which JSON does not have."""
+    """JSON text in which numbers that are not finite are null, since JSON has none."""
     return json.dumps(_finite(value), allow_nan=False, **options)
 
 

@@ -1,8 +1,10 @@
-"""Whether a checkpoint's files are still what was written: a checksum of each, kept beside them.
+"""Proves that a checkpoint's files are still what was written, by a checksum of each beside them.
 
-Orbax does not notice a flipped byte or a file cut short by a full disk. A checkpoint without checksums proves nothing: its process was
-killed between Orbax's last rename and the last checksum, somebody else wrote it, or they were lost. So it counts as damaged as
-long as an older one is proven (a run repeats those steps bit for bit), and is used, with a warning, only where there is no other.
+Orbax does not notice a flipped byte or a file cut short by a full disk. A checkpoint without
+checksums proves nothing: its process was killed between Orbax's last rename and the last checksum,
+somebody else wrote it, or the checksums were lost. It counts as damaged as long as an older
+checkpoint is proven, since a run repeats those steps bit for bit. It is used, with a warning, only
+where there is no other.
 
 Next file to read: v4jax/checkpoint/json_item.py.
 """
@@ -16,7 +18,7 @@ from v4jax.checkpoint.atomic import write_text
 from v4jax.checkpoint.disk import crc_of
 
 SUMS_FILE = "checksums.json"
-"""Of several processes each notes its share, in checksums-0-of-2.json and so on."""
+"""With several processes, each writes its share: checksums-0-of-2.json and so on."""
 NOT_NOTED = "it has no checksums, so nothing proves it whole"
 _READERS = 4
 
@@ -27,13 +29,16 @@ def write_sums(
     turns: int = 1,
     known: Mapping[pathlib.Path, tuple[int, int]] | None = None,
 ) -> None:
-    """Notes size and CRC-32 of every `turns`-th file below `directory`, which must be complete, from file number `turn` on.
+    """Writes size and CRC-32 of every `turns`-th file below `directory`, from number `turn` on.
 
-    known: size and CRC-32 of files that need not be read again.
+    Args:
+      directory: a complete checkpoint.
+      known: size and CRC-32 of files that need not be read again.
     """
     known = known or {}
-    # Another process may be writing its share just now (atomic.py: a .tmp, then renamed). It is not part of what was saved, and all
-    # processes must list the same files to agree whose turn each is.
+    # Another process may be writing its share at this moment (atomic.py: a .tmp, then renamed). It
+    # is no part of the checkpoint, and all processes must list the same files to agree on their
+    # shares.
     files = sorted(
         path
         for path in directory.rglob("*")
@@ -58,12 +63,15 @@ def damage(
     turns: int = 1,
     once: bool = False,
 ) -> str | None:
-    """What is wrong with a checkpoint, in words: NOT_NOTED, or the first file that is not as written; None if all are.
+    """Says in words what is wrong with a checkpoint; None if every file is as written.
+
+    NOT_NOTED if there are no checksums, otherwise the first damaged or missing file.
 
     Args:
-      items: subdirectories to look at ("params"); None: everything.
-      turn, turns: looks at every `turns`-th file only, from this one on: processes share the work.
-      once: nobody reads them soon (checkpoint/disk.py).
+      items: subdirectories to look at, such as "params"; None: all.
+      turn, turns: looks only at every `turns`-th file from number `turn` on, since processes share
+        the work.
+      once: the files will not be read again soon (checkpoint/disk.py).
     """
     try:
         sums = _noted(directory)
@@ -94,7 +102,7 @@ def damage(
 
 
 def _noted(directory: pathlib.Path) -> dict[str, tuple[int, int]] | None:
-    """File -> (size, CRC-32) of all processes; None where one's share is missing."""
+    """File -> (size, CRC-32), from the shares of all processes; None if a share is missing."""
     found = {
         path.name: json.loads(path.read_text())
         for path in sorted(directory.iterdir())

@@ -1,8 +1,8 @@
-"""Bytes that pass through once: put on the disk, read back, and out of the memory that the kernel keeps files in, as a conversion goes.
+"""Keeps bytes that are read or written once out of the kernel's page cache.
 
-A checkpoint is larger than memory, and what is read or written once pushes out everything else. Where memory that was free has to be
-asked back from a host, a new page also costs more than the disk: 0.3 GB/s into new pages, 1.7 into pages that are used again
-(measured on a virtual machine).
+A checkpoint is larger than memory, so what passes through once would push out everything else. A
+new page can also cost more than the disk does, where the host has to give the memory back first. So
+files are synced, read back and dropped from memory piece by piece.
 
 Next file to read: v4jax/checkpoint/files.py.
 """
@@ -14,18 +14,21 @@ import pathlib
 import zlib
 
 PIECE = 64 * 2**20
-"""Bytes between two waits for the disk."""
+"""Bytes written between two waits for the disk."""
 _READ = 2**20
 
 
 def forget(fd: int, start: int = 0, size: int = 0) -> None:
-    """Lets go of the pages of `size` bytes of a file (0: all from `start` on) that are on the disk."""
+    """Drops `size` bytes of a file from memory, if the disk has them; 0: all from `start` on."""
     if hasattr(os, "posix_fadvise"):  # not on macOS
         os.posix_fadvise(fd, start, size, os.POSIX_FADV_DONTNEED)
 
 
 def crc(file, once: bool = False, limit: float = math.inf) -> tuple[int, int]:
-    """(bytes, CRC-32) of what follows in a file opened unbuffered, or of its first `most` bytes. `once`: nobody reads it again soon."""
+    """(bytes, CRC-32) of the rest of a file opened unbuffered, or of its next `limit` bytes.
+
+    once: the bytes will not be read again soon, so they leave the page cache.
+    """
     size = found = 0
     buffer, start = memoryview(bytearray(_READ)), file.tell()
     while count := file.readinto(buffer[: min(_READ, limit - size)]):
@@ -37,13 +40,13 @@ def crc(file, once: bool = False, limit: float = math.inf) -> tuple[int, int]:
 
 
 def crc_of(path: pathlib.Path, once: bool = False) -> tuple[int, int]:
-    """(bytes, CRC-32) of a file."""
+    """(bytes, CRC-32) of a whole file."""
     with open(path, "rb", buffering=0) as file:
         return crc(file, once)
 
 
 def put(path: pathlib.Path) -> tuple[int, int]:
-    """(bytes, CRC-32) of a file just written, which is on the disk afterwards and out of memory."""
+    """Syncs a file just written and drops it from memory; returns its (bytes, CRC-32)."""
     with open(path, "rb", buffering=0) as file:
         found = crc(file)
         os.fsync(file.fileno())
@@ -52,9 +55,10 @@ def put(path: pathlib.Path) -> tuple[int, int]:
 
 
 class NewFile:
-    """A file written from its beginning to its end, and put on the disk piece by piece. Leaving it puts the rest there.
+    """A file that is written from start to end, and synced and read back piece by piece.
 
-    A thread waits for the disk and reads a piece back while the next one is written, never more than one behind.
+    A thread waits for the disk and checks a piece while the next one is written; it is never more
+    than one piece late. Leaving the context does the same for the rest.
 
     Raises:
       OSError: the disk is full, or a piece reads back other than it was written.
@@ -71,13 +75,13 @@ class NewFile:
         return self
 
     def __exit__(self, kind, *error) -> None:
-        with self._file, self._back, self._thread:  # which ends before they are closed
+        with self._file, self._back, self._thread:  # the thread ends before the files are closed
             if kind is None:
                 self._begin_put()
                 self._wait()
 
     def write(self, data) -> None:
-        """`data`: bytes, or anything like them."""
+        """Appends `data`: bytes, or anything with a buffer of bytes."""
         data = memoryview(data)
         for start in range(0, len(data), PIECE):
             piece = data[start : start + PIECE]

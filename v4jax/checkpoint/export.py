@@ -1,7 +1,7 @@
-"""Writes a Hugging Face style directory: official names, config.json, safetensors in pieces, in any of four formats.
+"""Writes a Hugging Face style directory: config.json and safetensors with official names.
 
-The directory appears whole or not at all: everything is written beside it and renamed at the end. Of several processes
-all take part, as each holds only its shards, and the first one writes.
+The directory appears whole or not at all: everything is written beside it and renamed at the end.
+All processes take part, since each holds only its own shards; the first one writes.
 
 Next file to read: v4jax/checkpoint/checksums.py.
 """
@@ -47,11 +47,12 @@ from v4jax.untrusted import file_in
 
 MAX_FILE_BYTES = 5 * 10**9
 BUDGET = 10**9
-"""Bytes that all workers of a conversion take for small tensors; a tensor that wants more is worked on alone."""
+"""Bytes that all workers of a conversion use for small tensors. A larger tensor runs alone."""
 _CARRIED = re.compile(
-    r"(tokenizer|generation_config|special_tokens_map|chat_template|vocab|merges|added_tokens)[\w.]*\.(json|txt|model|jinja)$"
+    r"(tokenizer|generation_config|special_tokens_map|chat_template|vocab|merges|added_tokens)"
+    r"[\w.]*\.(json|txt|model|jinja)$"
 )
-"""Files that travel with a checkpoint."""
+"""Files that an export copies from the source checkpoint."""
 Files = dict[str, dict[str, tuple[str, tuple[int, ...]]]]
 """File name -> its tensors, scales included -> (dtype, shape)."""
 
@@ -65,18 +66,25 @@ def save_safetensors(
     overwrite: bool = False,
     source: Any = None,
 ) -> None:
-    """Writes `params` (NumPy or JAX arrays) to `directory` in the official format, which transformers opens too.
+    """Writes `params` (NumPy or JAX arrays) to `directory` in the official format.
+
+    transformers opens the result too.
 
     Args:
-      dtype: "float32" or "bfloat16", of every *.weight; "official", matrices fp8 and experts MXFP4 as in instruct releases;
-        "fp8", experts fp8 too as in -Base releases. hc_*, attn_sink, ape and gate.bias stay float32, tid2eid int64.
-      max_file_bytes: tensor bytes per file (a larger tensor gets its own); one tensor is in memory at a time.
-      overwrite: replace an earlier export; other files beside it (a tokenizer) stay, a directory in it is refused.
-      source: the checkpoint that these weights come from, if any: its config.json, where it is of this model, is the start of
-        the new one, and its tokenizer, generation_config and the like go along.
+      dtype: precision of every *.weight. "float32" or "bfloat16"; "official": fp8 matrices and
+        MXFP4 experts, as in instruct releases; "fp8": experts in fp8 too, as in -Base releases.
+        hc_*, attn_sink, ape and gate.bias stay float32, tid2eid int64.
+      max_file_bytes: tensor bytes per file. A larger tensor gets its own file. One tensor is in
+        memory at a time.
+      overwrite: replace an earlier export. Other files in it, such as a tokenizer, stay; a
+        subdirectory is refused.
+      source: the checkpoint that the weights come from, if any. Its config.json, if it describes
+        this model, is the base of the new one; its tokenizer, generation_config and similar files
+        are copied.
 
     Raises:
-      ValueError: a directory that may not be replaced, another dtype, or a tree that is not one of `cfg`.
+      ValueError: a directory that may not be replaced, another dtype, or a tree that does not fit
+        `cfg`.
     """
     kinds = kinds_for(cfg, check_format(dtype))
     if (
@@ -104,7 +112,7 @@ def save_safetensors(
         )
 
     if not is_first():
-        for name in slots:  # hands over the shards that live here
+        for name in slots:  # every process takes part in gathering its shards
             stored(name)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -126,10 +134,11 @@ def save_safetensors(
 def store_slot(
     cfg: ModelConfig, name: str, kind: Kind, leaf: Any, slot, scale: np.ndarray | None = None
 ) -> Stored:
-    """One official tensor out of a leaf of the tree, as a file is to have it.
+    """Takes one official tensor out of a leaf of the tree, in the form that its file stores.
 
     Raises:
-      ValueError: naming the tensor: expert ids that no expert has, or numbers that low precision cannot hold.
+      ValueError: naming the tensor: ids of experts that do not exist, or numbers that low precision
+        cannot hold.
     """
     array = read_slot(name, leaf, slot)
     if name.endswith(".tid2eid"):
@@ -141,7 +150,7 @@ def store_slot(
 
 
 def kinds_for(cfg: ModelConfig, format: str) -> dict[str, Kind]:
-    """How each official tensor of a checkpoint in `format` is stored.
+    """Official name -> how a checkpoint in `format` stores the tensor.
 
     Raises:
       ValueError: a matrix that the format cannot hold.
@@ -162,19 +171,20 @@ def config_json(
     raw: Mapping[str, Any] | None = None,
     elsewhere: Collection[int] = (),
 ) -> dict[str, Any]:
-    """config.json of an export.
+    """The config.json of an export.
 
-    It is the source's, if that is of official style and describes this model, apart from what the
-    precision changes. Rows end where they end in the source, and where `cfg` says.
+    It is the source's, if that is of official style and describes this model, with only what the
+    precision changes replaced. Rows end where they end in the source, and where `cfg` says.
 
     Args:
-      raw: the source's config.json. elsewhere: end tokens of the export's generation_config.json,
-        which need not be repeated.
+      raw: the source's config.json.
+      elsewhere: end tokens that the export's generation_config.json has, so config.json need not
+        repeat them.
     """
     theirs = None
     if raw is not None and raw.get("model_type") == "deepseek_v4":
         theirs = ModelConfig.from_dict(dict(raw))
-    # Not ==: a special token that only one of the two has makes no other model, and is kept.
+    # Not ==: a special token that only one of them has does not make another model. It is kept.
     same = theirs is not None and cfg.difference(theirs) is None
     both = _with_both_tokens(cfg, theirs) if same else cfg
     if same and "compress_ratios" in raw and "layer_types" not in raw:
@@ -198,16 +208,16 @@ def config_json(
 
 
 def _with_both_tokens(cfg: ModelConfig, theirs: ModelConfig) -> ModelConfig:
-    """The source's config with the special tokens of `cfg` beside its own."""
+    """The source's config, with end tokens of `cfg` added, and its bos if the source has none."""
     begin = cfg.bos_token_id if theirs.bos_token_id is None else theirs.bos_token_id
     return theirs.replace(bos_token_id=begin).ending_at(cfg.eos_token_ids)
 
 
 def carried_files(directory) -> list[pathlib.Path]:
-    """The files that travel with a checkpoint: tokenizer, generation_config and the like.
+    """The files that an export copies: tokenizer, generation_config and similar ones.
 
     Raises:
-      ValueError: one is no regular file of the directory.
+      ValueError: one of them is not a regular file of the directory.
     """
     directory = local_path(directory, "directory")
     names = sorted(path.name for path in directory.iterdir() if _CARRIED.match(path.name))
@@ -217,13 +227,13 @@ def carried_files(directory) -> list[pathlib.Path]:
         raise ValueError(f"{directory}: {error}") from None
 
 
-# ---- tensors ---------------------------------------------------------------------------------------------------------
+# ---- tensors -------------------------------------------------------------------------------------
 
 
 def plan_files(
     cfg: ModelConfig, kinds: Mapping[str, Kind], max_file_bytes: int = MAX_FILE_BYTES
 ) -> Files:
-    """Which file holds which tensors: in order, cut into pieces of at most `max_file_bytes`."""
+    """File name -> its tensors: all in order, cut into files of at most `max_file_bytes`."""
     tensors: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for name, shape in official_shapes(cfg).items():
         data, scale = shapes_of(kinds[name], shape)
@@ -244,7 +254,11 @@ def plan_files(
 
 
 def working_bytes(shape: tuple[int, ...], before: Kind, after: Kind) -> int:
-    """Memory that one tensor takes while it is converted: before and after; with low precision as float32 too, and turned over."""
+    """Bytes of memory that the conversion of one tensor takes.
+
+    The tensor is held as it was and as it becomes; with low precision also as float32 and
+    transposed.
+    """
     low = before.scale is not None or after.scale is not None
     return math.prod(shape) * (
         12 if low else DTYPES[before.dtype].itemsize + DTYPES[after.dtype].itemsize
@@ -264,17 +278,20 @@ def write_tensors(
     workers: int = 1,
     memory_for: Callable[[str], int] = lambda name: 0,
 ) -> None:
-    """The files of a plan and, if there are several, their index; files that are there already are taken to be whole.
+    """Writes the files of a plan and, if there are several, their index.
+
+    A file that exists already is taken to be whole.
 
     Args:
-      stored: official name -> its tensor. wrote: called with the bytes of each piece written (or found).
-      workers: how many files are written at once. memory_for: official name -> memory it takes, which the workers share.
+      stored: official name -> its tensor.
+      wrote: called with the bytes of each piece written or found.
+      workers: files written at once.
+      memory_for: official name -> bytes of memory it takes, which the workers share.
     """
-
     budget = MemoryBudget(BUDGET)
 
     def held(name: str) -> tuple[Stored, Callable[[], None]]:
-        """A tensor, and what to call when it is not needed any more."""
+        """A tensor, and a function that gives its memory back."""
         with contextlib.ExitStack() as hold:
             hold.enter_context(budget.take(memory_for(name)))
             return stored(name), hold.pop_all().close
@@ -285,10 +302,8 @@ def write_tensors(
             return
         names = [name for name in tensors if not _is_scale(name, tensors)]
         made = (held(name) for name in names) if workers == 1 else _ahead(held, names)
-        with (
-            contextlib.closing(made),
-            contextlib.closing(_parts(names, made)) as parts,
-        ):  # a failure must not keep what others wait for
+        # Closing both gives memory back after a failure, for which others may wait.
+        with contextlib.closing(made), contextlib.closing(_parts(names, made)) as parts:
             write_file(directory / file, tensors, parts, wrote)
 
     if workers == 1:
@@ -312,7 +327,7 @@ def write_tensors(
 
 
 def _ahead(held: Callable, names: list[str]) -> Iterator[tuple[Stored, Callable[[], None]]]:
-    """map(held, names), the next one being made while one is in use."""
+    """map(held, names), with the next one made in a thread while one is in use."""
     coming = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         try:
@@ -335,7 +350,7 @@ def _parts(
             if tensor.scale is not None:
                 yield scale_name(name), tensor.scale
         finally:
-            del tensor  # before the next one is asked for
+            del tensor  # before the next one is read
             done()
 
 
@@ -353,7 +368,10 @@ def _size(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, cut into pieces of at most `limit` bytes; {"a": 3, "b": 3, "c": 9}, 6 -> [[a, b], [c]]."""
+    """Names in order, cut into pieces of at most `limit` bytes.
+
+    Example: {"a": 3, "b": 3, "c": 9} with limit 6 gives [[a, b], [c]].
+    """
     pieces: list[list[str]] = [[]]
     budget = limit
     for name, size in sizes.items():
@@ -365,16 +383,19 @@ def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return pieces
 
 
-# ---- directories -----------------------------------------------------------------------------------------------------
+# ---- directories ---------------------------------------------------------------------------------
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    """Indented, with a newline at the end."""
+    """Writes indented JSON that ends with a newline."""
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def _check_target(target: pathlib.Path, overwrite: bool) -> None:
-    """Refuses to replace what is not empty or, with `overwrite`, holds directories: no export looks so."""
+    """Refuses a target that is not empty or, with `overwrite`, one that is no earlier export.
+
+    An export has no subdirectories.
+    """
     if not target.exists():
         return
     if not target.is_dir():
@@ -382,12 +403,14 @@ def _check_target(target: pathlib.Path, overwrite: bool) -> None:
     found = sorted(target.iterdir())
     if found and not overwrite:
         raise ValueError(
-            f"{target}: not empty; give a new directory, or overwrite=True to replace an earlier export"
+            f"{target}: not empty; give a new directory, or overwrite=True to replace an earlier "
+            "export"
         )
     for path in found:
         if not path.is_file():
             raise ValueError(
-                f"{target}: holds the directory {path.name}; overwrite replaces an earlier export only"
+                f"{target}: holds the directory {path.name}; overwrite replaces an earlier export "
+                "only"
             )
 
 
@@ -396,7 +419,7 @@ def _is_ours(path: pathlib.Path) -> bool:
 
 
 def replace(partial: pathlib.Path, target: pathlib.Path) -> None:
-    """Renames `partial` to `target`; what stood there goes only once the new one is in place."""
+    """Renames `partial` to `target`, and removes the old target only after that."""
     old = partial.with_suffix(".old")
     if target.exists():
         target.rename(old)

@@ -1,7 +1,8 @@
-"""safetensors files: headers of a directory, one tensor read at its place, a file written tensor by tensor.
+"""Reads and writes safetensors files one tensor at a time.
 
-The safetensors library checks every header (and that the file is as long as it says). Reading and writing the bytes is done
-here: the library knows no 8-bit floats in NumPy, and writes a file only from tensors that are all in memory.
+The safetensors library checks every header, and that the file has the length its header implies.
+Bytes are read and written here: the library has no 8-bit floats in NumPy, and writes only tensors
+that are all in memory.
 
 Next file to read: v4jax/checkpoint/names.py.
 """
@@ -23,7 +24,10 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 class Header(NamedTuple):
-    """Where a tensor lies. `stored` is its name in the file, `start` its first byte, `dtype` as safetensors calls it."""
+    """Where a tensor is: `stored` is its name in the file, `start` its first byte.
+
+    `dtype` is the name that safetensors uses, such as "BF16".
+    """
 
     path: pathlib.Path
     stored: str
@@ -33,7 +37,7 @@ class Header(NamedTuple):
 
 
 def read_headers(directory: pathlib.Path) -> dict[str, Header]:
-    """Name in the file -> header, of one file or of all that the index names.
+    """Name in the file -> header, of the one file or of all files that the index names.
 
     Raises:
       ValueError: a file that cannot be read, or an index that does not fit the files.
@@ -45,7 +49,8 @@ def read_headers(directory: pathlib.Path) -> dict[str, Header]:
         )
         if len(files) != 1:
             raise ValueError(
-                f"got {len(files)} *.safetensors files and no {INDEX_FILE}; expected one, or an index"
+                f"got {len(files)} *.safetensors files and no {INDEX_FILE}; expected one, or an "
+                "index"
             )
     else:
         files = sorted(set(weight_map.values()))
@@ -54,7 +59,8 @@ def read_headers(directory: pathlib.Path) -> dict[str, Header]:
         for header in headers_of(_file(directory, name)):
             if weight_map is not None and weight_map.get(header.stored) != name:
                 raise ValueError(
-                    f"{name}: holds {header.stored}, which {INDEX_FILE} places in {weight_map.get(header.stored)}"
+                    f"{name}: holds {header.stored}, which {INDEX_FILE} places in "
+                    f"{weight_map.get(header.stored)}"
                 )
             tensors[header.stored] = header
     for stored, name in (weight_map or {}).items():
@@ -64,17 +70,17 @@ def read_headers(directory: pathlib.Path) -> dict[str, Header]:
 
 
 def headers_of(path: pathlib.Path) -> list[Header]:
-    """The tensors of one file.
+    """The headers of all tensors of one file.
 
     Raises:
-      ValueError: not a safetensors file, or not a whole one.
+      ValueError: not a safetensors file, or one cut short.
     """
     try:
         with safe_open(path, framework="numpy"):
             pass
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            raw = parse_json(file.read(size))  # the library takes a name that stands twice
+            raw = parse_json(file.read(size))  # the library accepts a name that occurs twice
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path.name}: not a readable safetensors file: {error}") from None
     raw.pop("__metadata__", None)
@@ -85,12 +91,12 @@ def headers_of(path: pathlib.Path) -> list[Header]:
 
 
 def read_tensor(header: Header, once: bool = False) -> np.ndarray:
-    """One tensor, as it is stored. `once`: nobody reads it again soon (checkpoint/disk.py)."""
+    """One tensor in its stored form. once: it will not be read again soon (checkpoint/disk.py)."""
     array = np.empty(header.shape, DTYPES[header.dtype])
     with open(header.path, "rb", buffering=0) as file:
         file.seek(header.start)
         left = memoryview(array.reshape(-1).view(np.uint8))
-        while left and (count := file.readinto(left)):  # at most 2 GB at a time
+        while left and (count := file.readinto(left)):  # one call reads at most 2 GB
             left = left[count:]
         if left:
             raise ValueError(f"{header.path.name}: ends within {header.stored}")
@@ -105,10 +111,12 @@ def write_file(
     arrays: Iterator[tuple[str, np.ndarray]],
     wrote: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """Writes a safetensors file, holding one tensor at a time; the file appears whole, and read back once, or not at all.
+    """Writes a safetensors file with one tensor in memory at a time.
+
+    The file appears whole and read back, or not at all.
 
     Args:
-      tensors: name -> (dtype, shape) of all, in the order in which `arrays` gives them.
+      tensors: name -> (dtype, shape), in the order of `arrays`.
       wrote: called with the bytes of each tensor written.
 
     Raises:
@@ -127,7 +135,8 @@ def write_file(
             for (name, planned), (got, array) in zip(tensors.items(), arrays, strict=True):
                 if (got, dtype_name(array.dtype), array.shape) != (name, *planned):
                     raise AssertionError(
-                        f"got {got} {dtype_name(array.dtype)} {array.shape}; planned was {name} {planned}"
+                        f"got {got} {dtype_name(array.dtype)} {array.shape}; planned was {name} "
+                        f"{planned}"
                     )
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
                 file.write(data)
@@ -143,12 +152,12 @@ def write_file(
 
 
 def dtype_name(dtype: np.dtype) -> str:
-    """What safetensors calls a dtype."""
+    """The name that safetensors gives a dtype."""
     return next(name for name, own in DTYPES.items() if own == dtype)
 
 
 def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
-    """Tensor -> file of model.safetensors.index.json, or None where there is none."""
+    """Tensor -> file, of model.safetensors.index.json; None without that file."""
     try:
         raw = read_json(file_in(directory, INDEX_FILE))
     except FileNotFoundError:
@@ -170,7 +179,8 @@ def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
         _file(directory, name)
     if "model.safetensors" not in files and (directory / "model.safetensors").exists():
         raise ValueError(
-            f"got model.safetensors, and {INDEX_FILE} that does not name it; remove the one not meant"
+            f"got model.safetensors, and {INDEX_FILE} that does not name it; remove the one not "
+            "meant"
         )
     return weight_map
 

@@ -1,8 +1,8 @@
-"""How each official tensor is stored: plain, fp8 with block scales, or MXFP4; and the numbers of each both ways.
+"""How each official tensor is stored: plain, fp8 with block scales, or MXFP4; both directions.
 
-Four formats of a whole checkpoint: "float32" and "bfloat16"; "official", that of instruct releases
-(fp8 matrices, MXFP4 experts, ue8m0 scales); "fp8", that of -Base releases (experts fp8 too, float32
-scales). See docs/equations.md#low-precision.
+A whole checkpoint has one of four formats: "float32"; "bfloat16"; "official", that of instruct
+releases (fp8 matrices, MXFP4 experts, ue8m0 scales); "fp8", that of -Base releases (experts in fp8
+too, float32 scales). See docs/equations.md#low-precision.
 
 Legend: O output features, I input features.
 
@@ -20,7 +20,9 @@ from v4jax.quant import fp8, mxfp4, scales
 
 FORMATS = ("float32", "bfloat16", "fp8", "official")
 _MATRIX = re.compile(
-    r"\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight$|\.shared_experts\.w[123]\.weight$|^mtp\.\d+\.(e_proj|h_proj)\.weight$"
+    r"\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight$"
+    r"|\.shared_experts\.w[123]\.weight$"
+    r"|^mtp\.\d+\.(e_proj|h_proj)\.weight$"
 )
 _EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight$")
 
@@ -34,11 +36,11 @@ DTYPES = {
     "I8": np.dtype("int8"),
     "U8": np.dtype("uint8"),
 }
-"""What safetensors calls a dtype -> NumPy's. MXFP4 lies in I8, two numbers a byte."""
+"""safetensors' name of a dtype -> NumPy's dtype. MXFP4 is stored as I8, two numbers per byte."""
 
 
 class Kind(NamedTuple):
-    """dtype of a tensor and, if it is of low precision, of its scales, as safetensors calls them."""
+    """safetensors' dtype of a tensor and, in low precision, of its scales."""
 
     dtype: str
     scale: str | None = None
@@ -54,7 +56,7 @@ FLOAT32, BFLOAT16, FP8_BASE, FP8, MXFP4 = (
 
 
 class Stored(NamedTuple):
-    """A tensor as a file has it; `scale` is the tensor called *.scale, None in plain precision."""
+    """A tensor as a file has it. `scale` is the tensor called *.scale; None in plain precision."""
 
     data: np.ndarray
     scale: np.ndarray | None = None
@@ -79,8 +81,8 @@ def check_format(dtype: Any) -> str:
 def kind_in(format: str, name: str) -> Kind:
     """How a checkpoint in `format` stores the tensor called `name`.
 
-    Only *.weight follows the format: hc_*, attn_sink, ape and gate.bias are float32, tid2eid int64. Embedding, head, norms,
-    gates, compressors and weights_proj are never of low precision.
+    Only *.weight follows the format: hc_*, attn_sink, ape and gate.bias are float32, tid2eid int64.
+    Embedding, head, norms, gates, compressors and weights_proj are never stored in low precision.
     """
     if name.endswith(".tid2eid"):
         return Kind("I64")
@@ -111,7 +113,7 @@ def allowed_kinds(name: str) -> tuple[Kind, ...]:
 
 
 def format_of(kinds: Mapping[str, Kind]) -> str:
-    """Which of FORMATS a checkpoint with these tensors is in, by its matrices."""
+    """The one of FORMATS that a checkpoint with these tensors has, judged by its matrices."""
     stored = {kind.dtype for name, kind in kinds.items() if may_be_low(name)}
     for dtype, format in (("I8", "official"), ("F8_E4M3", "fp8"), ("BF16", "bfloat16")):
         if dtype in stored:
@@ -120,7 +122,7 @@ def format_of(kinds: Mapping[str, Kind]) -> str:
 
 
 def shapes_of(kind: Kind, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Shapes of data and scale of a tensor of `shape`; (256, 64) in MXFP4 is (256, 32) and (256, 2).
+    """Shapes of data and scale of a tensor of `shape`: in MXFP4, (256, 64) has (256, 32), (256, 2).
 
     Raises:
       ValueError: a matrix that MXFP4 cannot hold.
@@ -133,27 +135,29 @@ def shapes_of(kind: Kind, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tupl
 
 
 def check_stored(kind: Kind, stored: Stored) -> None:
-    """Refuses a tensor of low precision that holds something else than finite numbers; reads it, and computes nothing.
+    """Refuses a tensor of low precision with numbers that are not finite.
 
     Raises:
-      ValueError: NaN codes, scales that are no positive finite numbers, products that float32 cannot hold.
+      ValueError: NaN codes, scales that are not positive and finite, or products that float32
+        cannot hold.
     """
     if kind.scale is None:
         return
     scale = scale_of(kind, stored)
     if kind.dtype == "F8_E4M3":
         fp8.check_codes(stored.data)
-    if scale.size and scale.max() > np.finfo(np.float32).max / (
-        2 * fp8.LARGEST
-    ):  # so far out that every product is looked at
+    # Only where some product may overflow are all of them computed.
+    if scale.size and scale.max() > np.finfo(np.float32).max / (2 * fp8.LARGEST):
         decode(kind, stored)
 
 
 def decode(kind: Kind, stored: Stored) -> np.ndarray:
-    """The numbers: float32 [O,I] of fp8, bfloat16 of MXFP4 (which it holds exactly), otherwise the tensor as it is.
+    """The numbers of a tensor: float32 [O,I] from fp8, bfloat16 from MXFP4, else as stored.
+
+    bfloat16 holds MXFP4 numbers exactly.
 
     Raises:
-      ValueError: NaN codes or scales that are no positive finite numbers.
+      ValueError: NaN codes, or scales that are not positive and finite.
     """
     if kind.scale is None:
         return stored.data
@@ -173,11 +177,12 @@ def scale_of(kind: Kind, stored: Stored) -> np.ndarray | None:
 
 
 def encode(kind: Kind, x: np.ndarray, scale: np.ndarray | None = None) -> Stored:
-    """Rounds `x` (float32 or bfloat16) to `kind`, as official kernels do.
+    """Rounds `x` (float32 or bfloat16) to `kind`, as the official kernels do.
 
     Args:
-      scale: of the file the numbers come from, float32. It is kept where it gives back `x` exactly: the largest number of a
-        block may have been rounded down, so its scale does not always follow from its numbers.
+      scale: float32 scales of the file that the numbers come from. They are kept if they reproduce
+        `x` exactly. A scale does not always follow from its numbers, since the largest number of a
+        block may have been rounded down.
 
     Raises:
       ValueError: numbers that are not finite.
@@ -187,7 +192,7 @@ def encode(kind: Kind, x: np.ndarray, scale: np.ndarray | None = None) -> Stored
     code = mxfp4 if kind.dtype == "I8" else fp8
     x = np.ascontiguousarray(x, None if code is mxfp4 and x.dtype == mxfp4.BFLOAT16 else np.float32)
     if scale is not None and kind.scale != "F32" and (np.frexp(scale)[0] != 0.5).any():
-        scale = None  # a float32 scale of a -Base release that ue8m0 cannot hold
+        scale = None  # a float32 scale of a -Base release, which ue8m0 cannot hold
     if scale is not None:
         data, _ = code.quantise(x, scale)
         again, bits = code.dequantise(data, scale).astype(x.dtype, copy=False), f"u{x.itemsize}"
@@ -201,7 +206,10 @@ def encode(kind: Kind, x: np.ndarray, scale: np.ndarray | None = None) -> Stored
 
 
 def quantization_config(format: str) -> dict[str, Any]:
-    """What config.json says of a low-precision checkpoint: by it transformers, vLLM and SGLang choose how to read; else {}."""
+    """The quantization_config of a low-precision config.json; {} in plain precision.
+
+    transformers, vLLM and SGLang choose by it how to read the files.
+    """
     if format not in ("fp8", "official"):
         return {}
     how = {

@@ -1,4 +1,4 @@
-"""A small JSON value as one item of a checkpoint.
+"""Lets Orbax save a small JSON value as one item of a checkpoint.
 
 Next file to read: v4jax/checkpoint/store.py.
 """
@@ -13,13 +13,16 @@ NOTE_FILE = "note.json"
 
 
 class JsonItem:
-    """Holds `value`, which Orbax saves, and replaces when it loads. The first process writes it, all read it."""
+    """Holds `value`, which Orbax saves and which loading replaces.
+
+    The first process writes it; all processes read it.
+    """
 
     def __init__(self, value: Any):
         self.value = value
 
     async def save(self, directory) -> Awaitable[None]:
-        """Writes the value, as it is now, in the background."""
+        """Writes the present value in the background."""
         text = json.dumps(self.value)
 
         async def write():

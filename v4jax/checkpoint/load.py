@@ -1,7 +1,8 @@
-"""Reads a Hugging Face style directory into the parameter tree, tensor by tensor, after checking every header.
+"""Reads a Hugging Face style directory into the parameter tree, one tensor at a time.
 
-Reads official names and what transformers 5 `save_pretrained` writes; float32, bfloat16 and what DeepSeek releases: fp8
-and MXFP4. All names, shapes and dtypes are compared with what config.json implies before the first tensor is read.
+Reads official names and those that transformers 5 `save_pretrained` writes; float32, bfloat16, and
+the fp8 and MXFP4 of DeepSeek's releases. All names, shapes and dtypes are compared with what
+config.json implies before the first tensor is read.
 
 Next file to read: v4jax/checkpoint/export.py.
 """
@@ -41,9 +42,12 @@ class Source(NamedTuple):
     """A safetensors checkpoint whose headers fit its config.json.
 
     Attributes:
-      cfg: the architecture. raw: config.json as it stands there. kinds: official name -> how it is stored.
-      headers, scales: official name -> place of the tensor, and of its scales where it has some.
-      once: nobody reads the files again soon (checkpoint/disk.py).
+      cfg: the architecture.
+      raw: the contents of config.json.
+      kinds: official name -> how the tensor is stored.
+      headers: official name -> place of the tensor.
+      scales: official name -> place of its scales, for tensors that have some.
+      once: the files will not be read again soon (checkpoint/disk.py).
     """
 
     directory: pathlib.Path
@@ -60,15 +64,15 @@ class Source(NamedTuple):
         return format_of(self.kinds)
 
     def stored(self, name: str) -> Stored:
-        """The tensor as its file has it, once it is known to mean something.
+        """The tensor as its file has it, after its values are checked.
 
         Raises:
-          ValueError: naming the tensor: NaN codes or scales, expert ids that no expert has.
+          ValueError: naming the tensor: NaN codes or scales, ids of experts that do not exist.
         """
         return self._read(name, lambda kind, found: (check_stored(kind, found), found)[1])
 
     def numbers(self, name: str) -> np.ndarray:
-        """The tensor's numbers: float32 of low precision, otherwise as stored.
+        """The tensor's numbers: float32 or bfloat16 from low precision, otherwise as stored.
 
         Raises:
           ValueError: see `stored`.
@@ -88,7 +92,7 @@ class Source(NamedTuple):
             raise ValueError(f"{self.directory}: {name}: {error}") from None
 
     def scale(self, name: str) -> np.ndarray | None:
-        """The tensor's scales, float32; None in plain precision."""
+        """The tensor's scales as float32; None in plain precision."""
         return (
             scale_of(self.kinds[name], Stored(None, read_tensor(self.scales[name])))
             if name in self.scales
@@ -97,7 +101,9 @@ class Source(NamedTuple):
 
 
 def open_safetensors(directory) -> Source:
-    """A directory with config.json and safetensors, one file or several with an index; reads headers only.
+    """Opens a directory with config.json and safetensors, and reads only the headers.
+
+    The tensors are in one file, or in several with an index.
 
     Raises:
       ValueError: naming the file or tensor, what was expected and what was found.
@@ -116,9 +122,11 @@ def load_safetensors(
     """(config, parameters) of a directory with config.json and safetensors of any precision.
 
     Args:
-      dtype: "float32" or "bfloat16", of every *.weight; hc_*, attn_sink, ape, bias and tid2eid are always float32.
-      put: called with (path, array) as each leaf is complete; its result takes the leaf's place in the tree. Without it
-        leaves are NumPy arrays. Never more is held than the tree, less what `put` took, and one tensor.
+      dtype: "float32" or "bfloat16", of every *.weight. hc_*, attn_sink, ape, bias and tid2eid are
+        always float32.
+      put: called with (path, array) when a leaf is complete; its result becomes the leaf. Without
+        it leaves are NumPy arrays. Memory holds the tree, less what `put` moved away, and one
+        tensor.
 
     Raises:
       ValueError: naming the file or tensor, what was expected and what was found.
@@ -129,7 +137,9 @@ def load_safetensors(
 
 
 def read_config(directory) -> ModelConfig:
-    """The architecture of a checkpoint directory; of what transformers wrote, with the MTP module that it drops.
+    """The architecture of a checkpoint directory.
+
+    Where transformers wrote the directory, it includes the MTP module that transformers drops.
 
     Raises:
       ValueError: no such directory, or no config.json of a model this code can build.
@@ -142,11 +152,11 @@ def read_config(directory) -> ModelConfig:
     return ModelConfig.from_json(directory)
 
 
-# ---- checks ----------------------------------------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------
 
 
 def _check_headers(directory: pathlib.Path, cfg: ModelConfig, found: dict[str, Header]) -> Source:
-    """The source, if these are the tensors of `cfg`, less MTP where transformers dropped it."""
+    """The source, if its tensors are those of `cfg`, less MTP where transformers dropped it."""
     from_transformers = any(name.startswith("model.") for name in found)
     headers: dict[str, Header] = {}
     for name, header in found.items():
@@ -161,11 +171,12 @@ def _check_headers(directory: pathlib.Path, cfg: ModelConfig, found: dict[str, H
     ]
     if mixed:
         raise ValueError(
-            f"got tensor {mixed[0]} beside names that begin with model.; must be all official, or all as transformers names them"
+            f"got tensor {mixed[0]} beside names that begin with model.; must be all official, or "
+            "all as transformers names them"
         )
     cfg = _check_mtp(cfg, headers, from_transformers)
     implied = cfg.num_hidden_layers * (21 + 3 * cfg.n_routed_experts)
-    if implied > max(4 * len(headers), 2000):  # a model of such size is not even to be named
+    if implied > max(4 * len(headers), 2000):  # too many even to list their names
         raise ValueError(f"got {len(headers)} tensors; config.json implies more than {implied}")
     shapes = official_shapes(cfg)
     scales = {
@@ -186,7 +197,7 @@ def _check_headers(directory: pathlib.Path, cfg: ModelConfig, found: dict[str, H
 
 
 def _check_kind(name: str, shape: tuple[int, ...], header: Header, scale: Header | None) -> Kind:
-    """How a tensor is stored, if it is so that v4jax can read it; `shape` is that of its numbers."""
+    """How a tensor of `shape` is stored, if v4jax can read that."""
     kind, allowed = Kind(header.dtype, scale.dtype if scale else None), allowed_kinds(name)
     if kind not in allowed:
         dtypes = list(dict.fromkeys(one.dtype for one in allowed))
@@ -195,7 +206,8 @@ def _check_kind(name: str, shape: tuple[int, ...], header: Header, scale: Header
         with_it = [str(one.scale) for one in allowed if one.dtype == header.dtype]
         what = f"{scale.dtype} scales" if scale else "no scales"
         raise ValueError(
-            f"tensor {name}: got {header.dtype} with {what} ({name.removesuffix('weight')}scale); allowed: {', '.join(with_it)}"
+            f"tensor {name}: got {header.dtype} with {what} ({name.removesuffix('weight')}scale); "
+            f"allowed: {', '.join(with_it)}"
         )
     try:
         data, scales = shapes_of(kind, shape)
@@ -215,7 +227,7 @@ def _check_kind(name: str, shape: tuple[int, ...], header: Header, scale: Header
 def _check_mtp(
     cfg: ModelConfig, tensors: dict[str, Header], from_transformers: bool
 ) -> ModelConfig:
-    """Refuses a DSpark drafter; accepts that transformers drops MTP, and says so.
+    """Refuses a DSpark drafter. Accepts a model whose MTP transformers dropped, and says so.
 
     See docs/equations.md#trap-33 and docs/equations.md#trap-31.
     """
@@ -223,7 +235,8 @@ def _check_mtp(
     later = [name for name in mtp if not name.startswith("mtp.0.")]
     if later or (mtp and "mtp.0.enorm.weight" not in tensors):
         raise ValueError(
-            f"tensor {(later or mtp)[0]}: this checkpoint's mtp.* is a DSpark drafter, which v4jax does not build; "
+            f"tensor {(later or mtp)[0]}: this checkpoint's mtp.* is a DSpark drafter, which v4jax "
+            "does not build; "
             "allowed: one MTP module with mtp.0.enorm.weight"
         )
     if from_transformers and not mtp and cfg.num_nextn_predict_layers:

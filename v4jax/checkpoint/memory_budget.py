@@ -1,4 +1,7 @@
-"""Memory for tensors at work: several small ones at a time, a large one alone. Next file to read: v4jax/checkpoint/export.py."""
+"""Shares memory among tensors at work: several small ones at a time, a large one alone.
+
+Next file to read: v4jax/checkpoint/export.py.
+"""
 
 import contextlib
 import threading
@@ -6,14 +9,18 @@ from collections.abc import Iterator
 
 
 class MemoryBudget:
-    """So many bytes, shared by threads. Who wants more than is free waits; who wants more than there are waits to be alone."""
+    """A number of bytes that threads share.
+
+    A thread that wants more than is free waits. One that wants more than the whole waits to be
+    alone.
+    """
 
     def __init__(self, size: int):
         self._size, self._taken, self._changed = size, 0, threading.Condition()
 
     @contextlib.contextmanager
     def take(self, wanted: int) -> Iterator[None]:
-        """Holds `wanted` bytes for as long as it is entered."""
+        """Context in which `wanted` bytes are taken."""
         with self._changed:
             self._changed.wait_for(lambda: self._taken == 0 or self._taken + wanted <= self._size)
             self._taken += wanted

@@ -1,10 +1,12 @@
-"""Official tensor names <-> places in the parameter tree: one literal table, and both directions built from it.
+"""Maps official tensor names to places in the parameter tree and back, by one literal table.
 
-An official tensor is one matrix or vector of one layer, [out, in]; a leaf of the tree may stack many of them, [in,
-out]. So a name maps to a leaf's path, an index into the leaf's leading axes, and whether to transpose.
+An official tensor is one matrix or vector of one layer, [out, in]. A leaf of the tree may stack
+many of them, [in, out]. So a name maps to a leaf's path, an index into the leaf's leading axes, and
+whether to transpose.
 
-Example: layers.4.ffn.experts.7.w1.weight of V4-Flash is tree["layers_3_42"]["block_1"]["ffn"]["experts"]["w1"][0, 7].T:
-layer 4 is the second block of the pattern that starts at layer 3, in its first repetition.
+Example: layers.4.ffn.experts.7.w1.weight of V4-Flash is
+tree["layers_3_42"]["block_1"]["ffn"]["experts"]["w1"][0, 7].T: layer 4 is the second block of the
+pattern that starts at layer 3, in its first repetition.
 
 Next file to read: v4jax/checkpoint/load.py.
 """
@@ -21,8 +23,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from v4jax.config import CSA, WINDOW_ONLY, LayerKind, ModelConfig
 from v4jax.model.transformer import abstract_params
 
-# (where it exists, official name, path in the tree, transposed). {layer} is layers.N or mtp.0, {block} its place in the
-# tree, {e} an expert.
+# (where it exists, official name, path in the tree, transposed). {layer} is layers.N or mtp.0,
+# {block} its place in the tree, {e} an expert.
 _TABLE = (
     ("model", "embed.weight", "embed/weight", False),
     ("model", "norm.weight", "norm/weight", False),
@@ -95,8 +97,8 @@ _TABLE = (
     ("mtp", "mtp.0.hc_head_scale", "mtp/hc_head/scale", False),
 )
 
-# What transformers 5 `save_pretrained` writes -> official. Its own renaming of `.norm.` catches
-# kv_norm (docs/equations.md#trap-37).
+# transformers 5's name -> official name. Its own pattern for `.norm.` also catches kv_norm
+# (docs/equations.md#trap-37).
 _FROM_TRANSFORMERS = (
     (r"^model\.", ""),
     (r"^embed_tokens\.weight$", "embed.weight"),
@@ -109,20 +111,21 @@ _ROWS, _COLUMNS = 16, 1024
 
 
 class Slot(NamedTuple):
-    """Where an official tensor lives: tree[path][index], transposed if `transpose`."""
+    """The place of an official tensor: tree[path][index], transposed if `transpose`."""
 
     path: Path
     index: tuple[int, ...]
     transpose: bool
 
 
-# ---- names -----------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 def official_names(cfg: ModelConfig) -> dict[str, Slot]:
     """Every tensor of a checkpoint of `cfg`, in file order.
 
-    A slot's index is (repetition,) in a scanned group, (repetition, expert) for its experts; () and (expert,) in MTP.
+    A slot's index is (repetition,) in a scanned group, and (repetition, expert) for its experts; in
+    MTP it is () and (expert,).
     """
     names = dict(_expand({"model"}, "", "", (), 1))
     experts = cfg.n_routed_experts
@@ -140,14 +143,14 @@ def official_names(cfg: ModelConfig) -> dict[str, Slot]:
 
 
 def transformers_to_official(name: str) -> str:
-    """The official name of a tensor that transformers' save_pretrained wrote; official names stay as they are."""
+    """The official name of a tensor that save_pretrained wrote; official names pass unchanged."""
     for pattern, replacement in _FROM_TRANSFORMERS:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def official_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Official name -> shape in official orientation, from the shapes the model declares."""
+    """Official name -> shape in official orientation, derived from the model's own shapes."""
     leaves = _declared(cfg)
     shapes = {}
     for name, slot in official_names(cfg).items():
@@ -157,7 +160,7 @@ def official_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def plain_dtype(dtype: Any) -> np.dtype:
-    """float32 or bfloat16 as a NumPy dtype.
+    """The NumPy dtype of "float32" or "bfloat16".
 
     Raises:
       ValueError: any other.
@@ -172,21 +175,24 @@ def plain_dtype(dtype: Any) -> np.dtype:
 
 
 def leaf_dtype(name: str, dtype: np.dtype) -> np.dtype:
-    """How a tensor is held in the tree: as official files have it, only *.weight follows `dtype`.
+    """The dtype of a tensor in the tree: as in official files, only *.weight follows `dtype`.
 
-    tid2eid is integers in float32, so that jax.grad works.
+    tid2eid is stored as integers in float32, so that jax.grad works.
     """
     return dtype if name.endswith(".weight") else np.dtype("float32")
 
 
-# ---- trees -----------------------------------------------------------------------------------------------------------
+# ---- trees ---------------------------------------------------------------------------------------
 
 
 def to_official(cfg: ModelConfig, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Official name -> contiguous array in official orientation; for parameters or any tree like them (gradients).
+    """Official name -> contiguous array in official orientation.
+
+    Works for parameters and for any tree like them, such as gradients.
 
     Raises:
-      ValueError: a leaf that is missing, extra or of another shape; a tid2eid that holds something else than integers.
+      ValueError: a leaf that is missing, extra or of another shape, or a tid2eid with values that
+        are not integers.
     """
     leaves = {path: np.asarray(leaf) for path, leaf in check_tree(cfg, tree).items()}
     return {
@@ -195,7 +201,10 @@ def to_official(cfg: ModelConfig, tree: Mapping[str, Any]) -> dict[str, np.ndarr
 
 
 def read_slot(name: str, leaf: Any, slot: Slot, dtype: np.dtype | None = None) -> np.ndarray:
-    """One official tensor out of a NumPy or JAX leaf, contiguous: safetensors ignores strides and writes raw memory."""
+    """Takes one official tensor out of a NumPy or JAX leaf, as a contiguous array.
+
+    safetensors ignores strides and writes raw memory.
+    """
     array = np.asarray(leaf[slot.index])
     if name.endswith(".tid2eid"):
         ids = np.rint(array)
@@ -210,8 +219,11 @@ def read_slot(name: str, leaf: Any, slot: Slot, dtype: np.dtype | None = None) -
 
 
 def turned(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The transposed matrix, contiguous: in bands of few rows, which write whole cache lines. Moved as integers, since NumPy copies its own
-    kinds of numbers faster than bfloat16."""
+    """The transposed matrix as a contiguous array.
+
+    It is moved in small tiles, so that whole cache lines are written, and as integers, since NumPy
+    copies its own dtypes faster than bfloat16.
+    """
     out = np.empty(array.shape[::-1], dtype)
     bits = np.dtype(f"u{out.itemsize}")
     moved = out.view(bits)
@@ -225,7 +237,9 @@ def turned(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def from_official(
     cfg: ModelConfig, tensors: Mapping[str, np.ndarray], dtype: Any = "float32"
 ) -> dict[str, Any]:
-    """The parameter tree of NumPy arrays from official tensors held in memory (`load_safetensors` is for files).
+    """Builds the parameter tree of NumPy arrays from official tensors in memory.
+
+    `load_safetensors` does it from files.
 
     Raises:
       ValueError: a tensor that is missing, extra or of another shape.
@@ -240,9 +254,10 @@ def fill_tree(
     dtype: np.dtype,
     put: Callable[[Path, np.ndarray], Any] | None = None,
 ) -> dict[str, Any]:
-    """Builds the tree leaf by leaf, filled in place by `read(name)`; `put(path, array)` may move a finished leaf away.
+    """Builds the tree leaf by leaf from the tensors that `read(name)` returns.
 
-    Hash tables come first: they are small, and the only tensors whose values can be wrong.
+    `put(path, array)` may move a finished leaf away; its result takes the leaf's place. Hash tables
+    come first: they are small, and the only tensors whose values can be wrong.
     """
     declared = _declared(cfg)
     tables_first = sorted(declared, key=lambda path: path[-1] != "tid2eid")
@@ -259,17 +274,20 @@ def fill_tree(
     return unflatten_dict(leaves)
 
 
-# ---- checks ----------------------------------------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------
 
 
 def check_shapes(cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses tensors that are not exactly those of `cfg`; `shapes` maps official names to official shapes."""
+    """Refuses tensors that are not exactly those of `cfg`.
+
+    shapes: official name -> shape in official orientation.
+    """
     same_names(official_shapes(cfg), shapes, "tensor")
     _same_shapes(official_shapes(cfg), shapes, "tensor")
 
 
 def check_tree(cfg: ModelConfig, tree: Mapping[str, Any]) -> dict[Path, Any]:
-    """The leaves by path, after refusing a tree that has not exactly the leaves of `cfg`."""
+    """The leaves by path; refuses a tree whose leaves are not exactly those of `cfg`."""
     leaves = flatten_dict(tree)
     expected = {"/".join(path): leaf.shape for path, leaf in _declared(cfg).items()}
     got = {"/".join(path): np.shape(leaf) for path, leaf in leaves.items()}
@@ -279,10 +297,10 @@ def check_tree(cfg: ModelConfig, tree: Mapping[str, Any]) -> dict[Path, Any]:
 
 
 def check_table(cfg: ModelConfig, name: str, ids_VK: np.ndarray) -> None:
-    """Refuses a hash table with an id that is no expert; says so when a token has one expert twice.
+    """Refuses a hash table with an id of no expert; warns if a token has one expert twice.
 
-    See docs/equations.md#trap-24.
-    A repeated expert is computed as often as it stands there, as transformers does, whose fresh models have all zeros.
+    See docs/equations.md#trap-24. A repeated expert is computed once per occurrence, as
+    transformers does, whose fresh models have tables of zeros.
     """
     experts = cfg.n_routed_experts
     outside = ids_VK[(ids_VK < 0) | (ids_VK >= experts)]
@@ -303,7 +321,7 @@ def check_table(cfg: ModelConfig, name: str, ids_VK: np.ndarray) -> None:
 
 
 def same_names(expected: Mapping[str, tuple], got: Mapping[str, tuple], what: str) -> None:
-    """Refuses arrays that are missing or too many; both map names to shapes."""
+    """Refuses missing or extra arrays. Both arguments map names to shapes."""
     missing = [name for name in expected if name not in got]
     extra = [name for name in got if name not in expected]
     if missing:
@@ -325,14 +343,17 @@ def _more(names: list[str]) -> str:
 
 
 def _parts_of(kind: LayerKind) -> set[str]:
-    """Which rows of the table a layer has."""
+    """The parts of the table that a layer of this kind has."""
     parts = {"block", "expert", "hash" if kind.hash_routed else "score"}
     parts |= {"compressed"} if kind.compress_ratio else set()
     return parts | ({"csa"} if kind.compress_ratio == CSA else set())
 
 
 def _expand(parts: set[str], layer: str, block: str, index: tuple[int, ...], experts: int):
-    """Yields (name, slot) of the table's rows of `parts`, for one layer whose leaves stand at `block` and `index`."""
+    """Yields (name, slot) of one layer's tensors: the table's lines of `parts`.
+
+    The layer's leaves are at `block` and `index` of the tree.
+    """
     rows = [row for row in _TABLE if row[0] in parts]
     for part, name, path, transpose in rows:
         if part != "expert":
@@ -351,5 +372,5 @@ def _path(pattern: str, block: str) -> Path:
 
 
 def _declared(cfg: ModelConfig) -> dict[Path, Any]:
-    """The model's own leaves (jax.ShapeDtypeStruct) by path."""
+    """Path -> leaf (jax.ShapeDtypeStruct) that the model declares."""
     return flatten_dict(abstract_params(cfg))

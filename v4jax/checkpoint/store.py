@@ -1,14 +1,16 @@
-"""A run's directory: config, tokenizer and Orbax checkpoints that a run resumes from, and their weights alone.
+"""A run's directory: config, tokenizer, and Orbax checkpoints to resume from or to load weights of.
 
     RUN/config.json            architecture, official style
     RUN/tokenizer.json         how text becomes tokens
-    RUN/checkpoints/STEP/      params (the public dict), optimizer, data position, record (train/stability.py), a checksum of every file
-    RUN/damaged/STEP/          checkpoints that a run found damaged when it was resumed
-    RUN/abandoned/STEP/        checkpoints that a run went back behind after a loss spike
+    RUN/checkpoints/STEP/      params (the public dict), optimizer, data position,
+                               record (train/stability.py), a checksum of every file
+    RUN/damaged/STEP/          checkpoints that were damaged when the run was resumed
+    RUN/abandoned/STEP/        checkpoints newer than the one a run went back to after a loss spike
     RUN/metrics.jsonl, ...     written by the training loop
 
-A checkpoint appears under its name only when it is complete (Orbax renames it), so a crash leaves nothing half-written. One
-that is not what was written (checkpoint/checksums.py) is passed over, loudly.
+A checkpoint appears under its name only when it is complete, since Orbax renames it, so a crash
+leaves nothing half-written. One whose files are not what was written (checkpoint/checksums.py) is
+skipped, with a warning.
 
 Next file to read: v4jax/train/stability.py.
 """
@@ -33,12 +35,13 @@ from v4jax.storage import local_path
 
 CHECKPOINTS, DAMAGED, ABANDONED = "checkpoints", "damaged", "abandoned"
 _CHUNK_BYTES = 64 * 2**20
-"""Of a stored array: Orbax would make each device's share one chunk, and reading one expert would decode them all."""
+"""Bytes of a chunk of a stored array. Orbax would make each device's share one chunk, and reading
+one expert would decode them all."""
 logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it touches at INFO
 
 
 class Store:
-    """The checkpoints of one directory. Use as a context manager: leaving it waits for saves under way."""
+    """The checkpoints of one directory. Leaving the context waits for saves under way."""
 
     def __init__(
         self,
@@ -48,8 +51,14 @@ class Store:
         keep_best: int = 0,
         writes: bool = False,
     ):
-        """`keep`: newest checkpoints kept. `keep_every`: those of every so many steps too. `keep_best`: so many of the least loss.
-        `writes`: this process trains here, so leftovers of killed saves are its own."""
+        """Opens or makes the directory.
+
+        Args:
+          keep: number of newest checkpoints to keep.
+          keep_every: also keep those of every `keep_every`-th step; 0: none.
+          keep_best: also keep this number of checkpoints, those of the least loss.
+          writes: this process trains here, so leftovers of killed saves are its own.
+        """
         self._directory = local_path(directory, "directory").absolute()
         policies = ocp.training.save_decision_policies, ocp.training.preservation_policies
         kept = [policies[1].LatestN(keep)]
@@ -71,7 +80,7 @@ class Store:
         self._checkpointer = ocp.training.Checkpointer(
             self._directory / CHECKPOINTS,
             context=_context(),
-            # The default policy skips a save, silently, while another one runs; the caller decides when to save.
+            # The default policy skips a save, silently, while another one runs. The caller decides.
             save_decision_policy=policies[0].FixedIntervalPolicy(1),
             preservation_policy=policies[1].AnyPreservationPolicy(kept),
             cleanup_tmp_directories=writes,  # a reader must not touch a save under way
@@ -101,16 +110,19 @@ class Store:
         newest: int | None = None,
         once: bool = False,
     ) -> int | None:
-        """Step of the newest checkpoint whose files are what was written; those passed over are named in the log.
+        """Step of the newest checkpoint whose files are what was written; None if there is none.
+
+        The log names the checkpoints that were skipped.
 
         Args:
-          items: parts that matter ("params"); None: all.
-          strict: refuse instead of passing over.
-          newest: look at checkpoints of this step and before it only.
-          once: nobody reads the files soon (checkpoint/disk.py).
+          items: parts that matter, such as "params"; None: all.
+          strict: refuse a damaged checkpoint instead of skipping it.
+          newest: look only at this step and those before it.
+          once: the files will not be read again soon (checkpoint/disk.py).
 
         Raises:
-          ValueError: all are damaged; or, with `strict`, the newest one is, or nothing proves it whole. Names the file.
+          ValueError: all are damaged; with `strict`, the newest is damaged or has no checksums.
+            Names the file.
         """
         steps = sorted(
             (
@@ -143,7 +155,7 @@ class Store:
         return unproven
 
     def put_aside_after(self, step: int, folder: str) -> None:
-        """Moves checkpoints newer than `step` to DAMAGED or ABANDONED, out of the way of those to come."""
+        """Moves checkpoints newer than `step` to `folder`, DAMAGED or ABANDONED."""
         newer = [one.step for one in self._checkpointer.checkpoints if one.step > step]
         for one in newer if is_first() else ():
             aside = self._directory / folder / f"{one}-{uuid.uuid4().hex[:8]}"
@@ -153,15 +165,19 @@ class Store:
         self._checkpointer.reload()
 
     def path(self, step: int) -> pathlib.Path:
-        """Directory of a step's checkpoint."""
+        """The directory of a step's checkpoint."""
         return pathlib.Path(self._checkpointer.directory) / str(step)
 
     def save(self, step: int, items: dict[str, Any], loss: float | None = None) -> None:
-        """Starts an asynchronous save of named trees and iterators. `loss`: by which the best are kept.
+        """Starts an asynchronous save of named trees and iterators.
+
+        Args:
+          loss: the value by which the best checkpoints are chosen.
 
         Raises:
           RuntimeError: Orbax declined to save.
-          OSError: the save before this one failed, for example for want of space; earlier checkpoints are as they were.
+          OSError: the previous save failed, for example on a full disk. Earlier checkpoints are
+            intact.
         """
         self._raise_failed()
         metrics = None if loss is None else {"loss": loss}
@@ -172,10 +188,10 @@ class Store:
         self._summed.append(self._summing.submit(self._sum, saving, step))
 
     def wait(self) -> None:
-        """Returns when no save is under way in any process; all call it.
+        """Returns when no process has a save under way. Every process must call it.
 
         Raises:
-          OSError: one failed.
+          OSError: a save failed.
         """
         with self._writing():
             self._checkpointer.wait()
@@ -190,12 +206,13 @@ class Store:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Gives what TensorStore and Orbax raise, of many types, one meaning."""
+        """Turns the many error types of TensorStore and Orbax into OSError."""
         try:
             yield
         except Exception as error:
             raise OSError(
-                f"a checkpoint could not be written to {self._checkpointer.directory} ({error}); those before it are intact"
+                f"a checkpoint could not be written to {self._checkpointer.directory} ({error}); "
+                "those before it are intact"
             ) from error
 
     def _sum(self, saving, step: int) -> None:
@@ -205,12 +222,18 @@ class Store:
             write_sums(self.path(step), jax.process_index(), jax.process_count())
 
     def load(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
-        """The named items of a checkpoint; trees of jax.ShapeDtypeStruct say shapes, dtypes and shardings."""
+        """The named items of a checkpoint.
+
+        Trees of jax.ShapeDtypeStruct give the shapes, dtypes and shardings of what is loaded.
+        """
         return self._checkpointer.load_checkpointables(step, items)
 
 
 def _context() -> ocp.Context:
-    """Orbax's settings: arrays cut into chunks, stacked axes (layers, experts) first, so that `stream` reads matrix by matrix."""
+    """Orbax's settings: small chunks, cut along stacked axes (layers, experts) first.
+
+    So `stream` can read one matrix at a time.
+    """
     context = ocp.Context()
     options = context.array.saving.StorageOptions
     context.array.saving.scoped_storage_options_creator = lambda path, leaf: options(
@@ -220,15 +243,16 @@ def _context() -> ocp.Context:
 
 
 def is_run(directory) -> bool:
-    """Whether `directory` is a v4jax run or store (as opposed to a directory of safetensors)."""
+    """Whether `directory` is a v4jax run or store, and not a directory of safetensors."""
     return (local_path(directory, "directory") / CHECKPOINTS).is_dir()
 
 
 def load_store_params(directory, abstract, strict: bool = False) -> Any:
-    """The public parameter dict of the newest intact checkpoint, placed and typed as `abstract` says.
+    """The public parameter dict of the newest intact checkpoint, placed and typed like `abstract`.
 
     Raises:
-      ValueError: no complete checkpoint, or one of another model (naming the first array that differs), or none intact.
+      ValueError: no complete checkpoint, none intact, or one of another model (names the first
+        array that differs).
     """
     with Store(directory) as store:
         step = store.latest_intact(("params",), strict)
@@ -239,7 +263,10 @@ def load_store_params(directory, abstract, strict: bool = False) -> Any:
 
 
 def check_same_arrays(path, abstract) -> None:
-    """Raises ValueError where the stored params differ from `abstract` in names, shapes or dtypes (Orbax would cast)."""
+    """Raises ValueError if stored params differ from `abstract` in names, shapes or dtypes.
+
+    Orbax would cast in silence.
+    """
     stored = ocp.metadata(path, "params").metadata
     have = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(stored)}
     want = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
@@ -250,7 +277,8 @@ def check_same_arrays(path, abstract) -> None:
             )
         if tuple(have[name].shape) != tuple(want[name].shape):
             raise ValueError(
-                f"{path}: array {name} has shape {tuple(have[name].shape)}; the model needs {want[name].shape}"
+                f"{path}: array {name} has shape {tuple(have[name].shape)}; the model needs "
+                f"{want[name].shape}"
             )
 
 
@@ -259,7 +287,7 @@ def _name(path) -> str:
 
 
 def newest_step(directory) -> int | None:
-    """Step of a run's newest complete checkpoint; None for no checkpoint, or no run. Every process calls it."""
+    """Step of a run's newest complete checkpoint, or None. Every process must call it."""
     if not anywhere(is_run(directory)):
         return None
     with Store(directory) as store:
@@ -267,10 +295,11 @@ def newest_step(directory) -> int | None:
 
 
 def check_config(directory, cfg: ModelConfig) -> None:
-    """Refuses a directory that is not empty and holds no run of this model; changes nothing.
+    """Refuses a directory that is neither empty nor a run of this model. Changes nothing.
 
     Raises:
-      ValueError: the directory belongs to another model (names the first field that differs), or to something else.
+      ValueError: the directory belongs to another model (names the first field that differs) or
+        holds something else.
     """
     directory = local_path(directory, "directory")
     if (directory / "config.json").exists():
@@ -282,12 +311,13 @@ def check_config(directory, cfg: ModelConfig) -> None:
 
 
 def write_config(directory, cfg: ModelConfig, source: str = "") -> None:
-    """Writes config.json, or finds that the one there describes the same model.
+    """Writes config.json, or checks that the one there describes the same model.
 
-    What else the directory holds is the caller's to look at first (check_config).
+    The caller checks first what else is in the directory (check_config).
 
     Args:
-      source: checkpoint of this model that the weights come from; its config.json says more than `cfg` does.
+      source: the checkpoint of this model that the weights come from. Its config.json says more
+        than `cfg` does, so it is the base of the new one.
 
     Raises:
       ValueError: the directory belongs to another model.

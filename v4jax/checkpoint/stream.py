@@ -1,7 +1,8 @@
-"""A store's weights, matrix by matrix: stacked arrays are read and written in slices, so that none is ever held whole.
+"""Reads and writes a store's weights one matrix at a time, so no stacked array is held whole.
 
-Orbax reads and writes whole arrays; its files are zarr arrays in an OCDBT database, which TensorStore (the library that Orbax
-itself uses) opens directly. A store written here is one that Orbax opens, with a checksum on every chunk.
+Orbax reads and writes whole arrays. Its files are zarr arrays in an OCDBT database, which
+TensorStore, the library inside Orbax, opens directly. Orbax opens a store written here, which has a
+checksum on every chunk.
 
 Next file to read: v4jax/convert.py.
 """
@@ -27,18 +28,22 @@ from v4jax.model.transformer import abstract_params
 
 _CHUNK_BYTES = 64 * 2**20
 _WAIT_BYTES = 128 * 2**20
-"""Written between two waits for the disk."""
+"""Bytes written between two waits for the disk."""
 _PUTTING = 4
-"""Files that wait for the disk at a time: a file system takes several in one commit of its journal."""
+"""Files that wait for the disk at once: a file system syncs several in one journal commit."""
 _READ = {"cache_pool": {"total_bytes_limit": 256 * 2**20}, "file_io_mode": {"mode": "direct"}}
-"""Experts of one layer may lie in one chunk, which is then decoded once and not for every expert. Files are read past the kernel's memory (see disk.py)."""
+"""Several experts of a layer may share a chunk; the cache lets it be decoded once for all of them.
+Files are read past the page cache (see disk.py)."""
 
 
 def open_leaves(directory, cfg: ModelConfig) -> dict[Path, Any]:
-    """Path of each parameter of a store's newest checkpoint -> its array on disk; leaf[index] reads only what it needs.
+    """Parameter path -> its array on disk, of a store's newest checkpoint.
+
+    leaf[index] reads only what it needs.
 
     Raises:
-      ValueError: no complete checkpoint, or one of another model (naming the first array that differs).
+      ValueError: no complete checkpoint, or one of another model (names the first array that
+        differs).
     """
     with Store(directory) as store:
         step = store.latest_intact(("params",), once=True)
@@ -57,22 +62,26 @@ def open_leaves(directory, cfg: ModelConfig) -> dict[Path, Any]:
 class StoreWriter:
     """A new store at `directory`, whose arrays start as zeros and are filled slice by slice.
 
-    A thread waits for the disk meanwhile. Use as a context manager: leaving it ends what is under way.
+    A thread waits for the disk meanwhile. Leaving the context waits for that thread.
     """
 
     def __init__(
         self, directory: pathlib.Path, cfg: ModelConfig, dtype: np.dtype, compress: bool = True
     ):
-        """`dtype`: of every *.weight. `compress`: worth it for numbers that came from low precision only. A directory where this began before is taken up again, with what it holds."""
+        """Makes the store, or opens an unfinished one with what it has.
+
+        Args:
+          dtype: of every *.weight.
+          compress: compress the chunks, which pays only for numbers that came from low precision.
+        """
         slots = official_names(cfg)
         dtypes = {slot.path: leaf_dtype(name, dtype) for name, slot in slots.items()}
         stacked = {slot.path: len(slot.index) for slot in slots.values()}
         shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(cfg)).items()}
         self._path = path = directory / CHECKPOINTS / "0"
         if not path.exists():
-            with Store(
-                directory, writes=True
-            ) as store:  # gives Orbax's own files; the arrays are replaced by full ones
+            # This writes Orbax's own files. Full arrays replace these arrays below.
+            with Store(directory, writes=True) as store:
                 store.save(
                     0,
                     {
@@ -87,14 +96,12 @@ class StoreWriter:
         self._slots, self._leaves = slots, {}
         self._waiting, self._sums, self._lock = 0, {}, threading.Lock()
         self._thread, self._putting = concurrent.futures.ThreadPoolExecutor(1), None
-        context = ts.Context(
-            {"file_io_sync": False}
-        )  # not after each matrix: `_put` does it for many
+        # No sync after each matrix: `_put` syncs many at once.
+        context = ts.Context({"file_io_sync": False})
         for where, shape in shapes.items():
             found = ts.open(_spec(path, where)).result()
-            begun = (
-                found.shape == shape and found.codec.to_json()["codecs"][-1]["name"] == "crc32c"
-            )  # Orbax's array of one number has none
+            # The placeholder that Orbax wrote has no crc32c codec.
+            begun = found.shape == shape and found.codec.to_json()["codecs"][-1]["name"] == "crc32c"
             fresh = {} if begun else create(shape, dtypes[where], stacked[where], compress)
             self._leaves[where] = ts.open(_spec(path, where) | fresh, context=context).result()
 
@@ -105,13 +112,15 @@ class StoreWriter:
         self._thread.shutdown()
 
     def write(self, tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, str]:
-        """Puts official tensors where they belong, in one commit if none is larger than a chunk, and reads them back.
+        """Writes official tensors to their places and reads them back.
+
+        It is one commit if no tensor is larger than a chunk.
 
         Returns:
-          Name -> checksum of each as the store holds it.
+          Name -> checksum of the tensor as the store has it.
 
         Raises:
-          OSError: the disk is full, or gives back something else.
+          OSError: the disk is full, or gives back other bytes.
         """
         sums, writing, size = {}, [], 0
         try:
@@ -120,7 +129,7 @@ class StoreWriter:
                 del array  # before the next one is read
                 sums[name], size = _sum(held), size + held.nbytes
         finally:
-            self._wait(writing)  # also behind a failure: nothing may be written after it
+            self._wait(writing)  # after a failure too: nothing may be written later
         for name, one in sums.items():
             if not self.holds(name, one):
                 raise OSError(f"{self._path}: {name} reads back other than it was written")
@@ -128,7 +137,7 @@ class StoreWriter:
         return sums
 
     def _start(self, name: str, array: np.ndarray, writing: list[Any]) -> np.ndarray:
-        """Begins to write a tensor, and adds to `writing` what is to be waited for; gives it as the store holds it."""
+        """Starts writing a tensor, adds to `writing` what to wait for, returns it as stored."""
         slot = self._slots[name]
         leaf = self._leaves[slot.path]
         dtype = leaf.dtype.numpy_dtype
@@ -140,7 +149,7 @@ class StoreWriter:
         for start in range(0, len(held), rows):
             band = slice(start, min(start + rows, len(held)))
             writing.append(place[band].write(held[band]))
-            if len(held) > rows:  # one after the other: each is copied and compressed in memory
+            if len(held) > rows:  # one at a time: each is copied and compressed in memory
                 self._wait(writing)
         return held
 
@@ -148,7 +157,7 @@ class StoreWriter:
         try:
             while writing:
                 writing.pop().result()
-        except ValueError as error:  # so TensorStore calls a full disk too
+        except ValueError as error:  # TensorStore's error for a full disk, too
             raise OSError(f"{self._path} could not be written: {error}") from error
 
     def _written(self, size: int) -> None:
@@ -159,18 +168,18 @@ class StoreWriter:
                 self._begin_put()
 
     def _begin_put(self) -> None:
-        if self._putting is not None:  # all workers wait: nobody may write faster than the disk
+        if self._putting is not None:  # all workers wait: none may write faster than the disk
             self._putting.result()
         self._putting = self._thread.submit(self._put)
 
     def _put(self) -> None:
-        """Waits until what was written so far is on the disk, and notes its checksums."""
+        """Syncs what was written so far, and keeps its checksums."""
         new = [path for path in _data_files(self._path) if path not in self._sums]
         with concurrent.futures.ThreadPoolExecutor(_PUTTING) as pool:
             self._sums.update(zip(new, pool.map(disk.put, new), strict=True))
 
     def finish(self) -> None:
-        """Call when all is written: puts the files on the disk and notes their checksums."""
+        """Syncs all files and writes their checksums. Call it when everything is written."""
         self._begin_put()
         self._putting.result()
         for path in self._path.rglob("*"):
@@ -180,11 +189,11 @@ class StoreWriter:
         write_sums(self._path, known=self._sums)
 
     def holds(self, name: str, checksum: str) -> bool:
-        """Whether an official tensor reads back as `write` gave its checksum."""
+        """Whether an official tensor reads back with the checksum that `write` returned."""
         slot = self._slots[name]
         try:
             return _sum(self._leaves[slot.path][slot.index].read().result()) == checksum
-        except ValueError:  # so TensorStore calls a damaged file
+        except ValueError:  # TensorStore's error for a damaged file
             return False
 
 
@@ -193,10 +202,11 @@ def _sum(array: np.ndarray) -> str:
 
 
 def _data_files(path: pathlib.Path) -> list[pathlib.Path]:
-    """The files of an OCDBT database that hold its values: each is written once, under a name of its own."""
-    return [
-        file for file in (path / "params" / "d").iterdir() if not file.name.endswith(".__lock")
-    ]  # those are being written
+    """The files of an OCDBT database that hold its values. Each is written once, under a new name.
+
+    A name that ends in .__lock is of a file that is still being written.
+    """
+    return [file for file in (path / "params" / "d").iterdir() if not file.name.endswith(".__lock")]
 
 
 def _spec(path: pathlib.Path, where: Path) -> dict[str, Any]:
@@ -208,12 +218,16 @@ def _spec(path: pathlib.Path, where: Path) -> dict[str, Any]:
 
 
 def create(shape: tuple[int, ...], dtype: np.dtype, stacked: int, compress: bool) -> dict[str, Any]:
-    """TensorStore's words for a new array: a chunk holds (part of) one matrix of the `stacked` axes."""
+    """TensorStore's metadata of a new array. A chunk is one matrix, or a part of one.
+
+    stacked: number of leading axes that stack matrices.
+    """
     matrix = list(shape[stacked:])
     if len(matrix) > 1:
         matrix[0] = min(matrix[0], max(1, _CHUNK_BYTES // (dtype.itemsize * matrix[1])))
     chunk = [1] * stacked + matrix
-    # Numbers from low precision have few bits that differ: sorted by bit, lz4 finds nearly what zstd finds, much faster.
+    # Numbers from low precision differ in few bits: sorted by bit, lz4 finds nearly what zstd
+    # finds, and much faster.
     blosc = {
         "name": "blosc",
         "configuration": {

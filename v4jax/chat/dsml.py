@@ -1,4 +1,4 @@
-"""Tools and tool calls as DSML text, and back.
+"""Writes tools and tool calls as DSML text, and parses calls back.
 
 A call is written, inside a block, as
 
@@ -9,7 +9,8 @@ A call is written, inside a block, as
     </｜DSML｜invoke>
     </｜DSML｜tool_calls>
 
-Strings stand as they are, everything else as JSON. Nothing is escaped: the format has no escape.
+Strings are written unchanged, everything else as JSON. Nothing is escaped: the format has no
+escape.
 
 Next file to read: v4jax/chat/encoding.py.
 """
@@ -51,14 +52,14 @@ Otherwise, output directly after {END_THINK} with tool calls or final response.
 @SCHEMAS@
 
 You MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.
-"""
+"""  # noqa: E501
 
 
 def to_json(value: Any) -> str:
-    """JSON with every character as it is, as the format has it.
+    """JSON with every character unescaped, as the format has it.
 
     Raises:
-      ValueError: a value that JSON does not have.
+      ValueError: a value that JSON cannot express.
     """
     try:
         return json.dumps(value, ensure_ascii=False)
@@ -67,10 +68,10 @@ def to_json(value: Any) -> str:
 
 
 def from_json(text: Any) -> Any:
-    """The value of a JSON text.
+    """Parses JSON text.
 
     Raises:
-      ValueError: no text, no JSON, or NaN and Infinity, which Python reads and JSON does not have.
+      ValueError: not text, not JSON, or NaN or Infinity, which Python accepts and JSON does not.
     """
     if not isinstance(text, str):
         raise ValueError(f"got {type(text).__name__}; must be JSON text")
@@ -82,7 +83,10 @@ def _refuse_constant(name: str) -> None:
 
 
 def render_tools(tools: list[dict]) -> str:
-    """The tool prompt for tools in OpenAI's form, {"type": "function", "function": {...}}: one schema a line.
+    """The tool prompt of tools in OpenAI's form, one schema per line.
+
+    Args:
+      tools: objects {"type": "function", "function": {...}}.
 
     Raises:
       ValueError: a tool without "function".
@@ -97,12 +101,14 @@ def render_tools(tools: list[dict]) -> str:
 
 
 def render_calls(calls: list[dict]) -> str:
-    """The block of tool calls in OpenAI's form, {"function": {"name": ..., "arguments": JSON text}}.
+    """The DSML block of tool calls in OpenAI's form.
 
-    Arguments may also be the object itself, which stands for its JSON text.
+    Args:
+      calls: objects {"function": {"name": ..., "arguments": JSON text}}. Arguments may also be the
+        object itself instead of its JSON text.
 
     Raises:
-      ValueError: a call without name or arguments, or arguments that are JSON but no object.
+      ValueError: a call without name or arguments, or arguments that are JSON but not an object.
     """
     invokes = [
         f'<{INVOKE} name="{name}">\n{_parameters(arguments)}\n</{INVOKE}>'
@@ -119,13 +125,14 @@ def _call(call: dict) -> tuple[str, Any]:
         or "arguments" not in function
     ):
         raise ValueError(
-            f'tool_calls: got {call!r}; must be {{"function": {{"name": ..., "arguments": JSON text}}}}'
+            f"tool_calls: got {call!r}; must be "
+            f'{{"function": {{"name": ..., "arguments": JSON text}}}}'
         )
     return function["name"], function["arguments"]
 
 
 def _parameters(arguments: Any) -> str:
-    """One line a parameter. What is no JSON text becomes one parameter called "arguments", as released."""
+    """One line per parameter. Text that is no JSON is one parameter "arguments", as released."""
     if isinstance(arguments, Mapping):
         arguments = to_json(dict(arguments))
     try:
@@ -144,10 +151,14 @@ def _parameters(arguments: Any) -> str:
 
 
 def parse_calls(text: str, begin: int) -> tuple[list[dict], int]:
-    """(tool calls in OpenAI's form, index after the block) of the block whose BLOCK_BEGIN ends at `begin`.
+    """Parses the block of tool calls whose BLOCK_BEGIN ends at `begin`.
+
+    Returns:
+      Tool calls in OpenAI's form, and the index after the block.
 
     Raises:
-      ValueError: anything that `render_calls` does not write; names what stands where something else must.
+      ValueError: anything that `render_calls` does not write; says what was found and what was
+        expected.
     """
     calls = []
     while True:
@@ -176,7 +187,7 @@ def parse_calls(text: str, begin: int) -> tuple[list[dict], int]:
 
 
 def _parameter(text: str, begin: int) -> tuple[str, str, int]:
-    """(name, value as JSON text, index after its closing tag's name)."""
+    """(name, value as JSON text, index after the name of its closing tag)."""
     body, _, begin = _until(text, begin, f"/{PARAMETER}")
     match = re.fullmatch(r' name="(.*?)" string="(true|false)">(.*?)<', body, re.DOTALL)
     if match is None:
@@ -196,7 +207,7 @@ def _parameter(text: str, begin: int) -> tuple[str, str, int]:
 
 
 def _until(text: str, begin: int, *stops: str) -> tuple[str, str, int]:
-    """(text before the first of stops, that stop, index after it)."""
+    """(text before the first of `stops`, that stop, index after it)."""
     found = [(at, stop) for stop in stops if (at := text.find(stop, begin)) >= 0]
     if not found:
         raise ValueError(

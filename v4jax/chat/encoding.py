@@ -1,12 +1,12 @@
-"""Chat messages to the text that DeepSeek-V4 reads, token for token what the released `encoding` module gives.
+"""Encodes chat messages exactly as the released `encoding` module does, token for token.
 
-    bos [effort] system | <User>text<Assistant><think>reasoning</think>answer eos | <User>text<Assistant> ...
+    bos [effort] system | <User>text<Assistant><think>reasoning</think>answer eos | <User>text ...
 
-- A turn that is not to think has </think> in the place of <think>: the block is closed before it began.
-- Tool results are part of a user turn, in the order of the calls they answer.
-- drop_thinking: of turns before the last user message, reasoning is left out (and developer messages are, whole),
-  unless any message declares tools.
-- After a message with a task there is no thinking.
+- In a turn without thinking </think> replaces <think>: the block is closed before it begins.
+- Tool results are part of a user turn, in the order of the calls that they answer.
+- drop_thinking leaves out the reasoning, and whole developer messages, of turns before the last
+  user message, unless any message declares tools.
+- There is no thinking after a message with a task.
 
 Next file to read: v4jax/chat/parse.py.
 """
@@ -26,23 +26,31 @@ _THOROUGH = """Reasoning Effort: Absolute maximum with no shortcuts permitted.
 You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause, rigorously stress-testing your logic against all potential paths, edge cases, and adversarial scenarios.
 Explicitly write out your entire deliberation process, documenting every intermediate step, considered alternative, and rejected hypothesis to ensure absolutely no assumption is left unchecked.
 
-"""
+"""  # noqa: E501
 _RELENTLESS = """Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.
 You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: exhaustively decompose the problem into its most fundamental components, trace every causal chain to its root, and resolve the underlying cause rather than any surface symptom.
 Do not stop reasoning until you have independently verified the solution from multiple angles and are certain that no assumption remains unchecked and no error remains undiscovered.
 
-"""
+"""  # noqa: E501
 EFFORTS = {
     "v4": {None: "", "high": "", "max": _THOROUGH},
     "0731": {None: "", "low": "", "high": _THOROUGH, "max": _RELENTLESS},
 }
-"""What reasoning_effort puts before the first message: V4-Flash and V4-Pro as first released, and V4-Flash-0731."""
+"""The text that reasoning_effort puts before the first message.
+
+v4: V4-Flash and V4-Pro as first released; 0731: V4-Flash-0731.
+"""
 _SCHEMA = "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 
 
 class Span(NamedTuple):
-    """Text of one author. written: by the model, its end token included; current: and after the last user message;
-    place: of the message it comes from, -1 for what opens a conversation."""
+    """Text of one author.
+
+    Attributes:
+      written: the model wrote it; its end token is included.
+      current: the model wrote it after the last user message.
+      place: index of the message it comes from; -1 for what opens a conversation.
+    """
 
     text: str
     written: bool
@@ -51,16 +59,19 @@ class Span(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Part of a user turn: its text, or a tool's result for the call of that id."""
+    """Part of a user turn: its text, or a tool's result with the id of its call."""
 
     text: str
     call: str | None
 
 
 def encode_messages(messages: Sequence[Message], thinking_mode: str = "chat", **settings) -> str:
-    """The text of a conversation, ready to be continued where it ends with a user's or developer's message or tool results.
+    """The text of a conversation.
 
-    Example: encode_messages([{"role": "user", "content": "Hi"}]) == "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜></think>".
+    It ends ready for an answer if the last message is a user's, a developer's or a tool result.
+
+    Example: encode_messages([{"role": "user", "content": "Hi"}]) is
+    "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜></think>".
 
     Args: see `encode_spans`.
     """
@@ -77,19 +88,21 @@ def encode_spans(
     reasoning_effort: str | None = None,
     release: str = "v4",
 ) -> list[Span]:
-    """The text of a conversation in spans of what the model wrote and what it was given.
+    """The text of a conversation, in spans that the model wrote and spans that it was given.
 
     Args:
-      messages: in OpenAI's form: "role" (one of ROLES) and "content". system and developer may have "tools" and
-        "response_format"; assistant "reasoning_content", "tool_calls" and "wo_eos" (true: to be continued); tool
-        "tool_call_id"; any "task" (a key of TASKS).
+      messages: in OpenAI's form: "role" (one of ROLES) and "content". system and developer may have
+        "tools" and "response_format"; assistant "reasoning_content", "tool_calls" and "wo_eos"
+        (true: to be continued); tool "tool_call_id"; any "task" (a key of TASKS).
       thinking_mode: "chat" or "thinking".
-      context: messages encoded before; only what follows them is given, without bos. Where dropping removes a developer
-        message from their middle, the first of `messages` is left out with it, as the released code does.
-      reasoning_effort: a key of EFFORTS[release]; of effect in thinking mode only.
+      context: messages encoded before. Only what follows them is returned, without bos. Where
+        dropping removes a developer message from their middle, the first of `messages` is left out
+        too, as the released code does.
+      reasoning_effort: a key of EFFORTS[release]; it matters in thinking mode only.
 
     Raises:
-      ValueError: a message or setting that the format does not have; names the message by its place.
+      ValueError: a message or setting that the format does not have; names the message by its
+        index.
     """
     if thinking_mode not in MODES:
         raise ValueError(f"thinking_mode: got {thinking_mode!r}; allowed: {', '.join(MODES)}")
@@ -120,11 +133,11 @@ def encode_spans(
     return [span for span in spans if span.text]
 
 
-# ---- turns -----------------------------------------------------------------------------------------------------------
+# ---- turns ---------------------------------------------------------------------------------------
 
 
 def _merged(messages: Sequence[Message]) -> list[dict]:
-    """Messages with tool results and user texts that follow one another in one user turn, "blocks".
+    """Merges consecutive tool results and user texts into one user turn, with "blocks".
 
     A text does not join a turn that has a task; a result does.
     """
@@ -161,7 +174,8 @@ def _texts(message: Message, place: int) -> list[_Block]:
         return [_Block(content, None)]
     if not isinstance(content, list) or not all(_is_text(part) for part in content):
         raise ValueError(
-            f"message {place}: got content {content!r}; a user's must be text, or a list of text parts"
+            f"message {place}: got content {content!r}; a user's must be text, or a list of text "
+            "parts"
         )
     return [_Block(part["text"], None) for part in content]
 
@@ -187,7 +201,7 @@ def _is_text(part: Any) -> bool:
 
 
 def _in_call_order(turns: list[dict]) -> list[dict]:
-    """Tool results of a turn in the order of the latest calls; a result of no known call counts as the first's."""
+    """Sorts the tool results of a turn by the latest calls; an unknown call counts as the first."""
     order: dict[str, int] = {}
     for turn in turns:
         if turn["role"] == "assistant" and turn.get("tool_calls"):
@@ -223,11 +237,11 @@ def _without_old_developers(turns: list[dict]) -> list[dict]:
     ]
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 
 def _body(turns: list[dict], index: int, keeps: bool) -> str:
-    """A turn without what opens the answer to it; `keeps`: its reasoning stays."""
+    """The text of a turn, without what opens the answer to it. keeps: with its reasoning."""
     turn = turns[index]
     if turn["role"] == "user":
         return USER + "\n\n".join(block.text for block in turn["blocks"])
@@ -239,7 +253,8 @@ def _body(turns: list[dict], index: int, keeps: bool) -> str:
         return reasoning + content + calls + ("" if turn.get("wo_eos") else EOS)
     if turn["role"] != "system" and not content:
         raise ValueError(
-            f"message {turn['place']}: got no content; a {turn['role']}'s must be text that is not empty"
+            f"message {turn['place']}: got no content; a {turn['role']}'s must be text that is not "
+            "empty"
         )
     if turn["role"] == "latest_reminder":
         return LATEST_REMINDER + content
@@ -251,7 +266,10 @@ def _body(turns: list[dict], index: int, keeps: bool) -> str:
 
 
 def _opening(turns: list[dict], index: int, thinking: bool, keeps: bool) -> str:
-    """What opens the answer to a turn: nothing, unless an answer (or a reminder) follows or is wanted."""
+    """The text that opens the answer to a turn.
+
+    It is "" unless an answer or a reminder follows, or the turn is the last.
+    """
     turn = turns[index]
     if index + 1 < len(turns) and turns[index + 1]["role"] not in ("assistant", "latest_reminder"):
         return ""

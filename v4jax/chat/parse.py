@@ -1,4 +1,4 @@
-"""What the model wrote, back to a message: the inverse of one assistant turn of `encode_messages`.
+"""Parses the model's text into a message: the inverse of encoding an assistant turn.
 
 Next file to read: v4jax/data/config.py.
 """
@@ -11,16 +11,19 @@ from v4jax.chat.tokens import BOS, DSML, END_THINK, EOS, THINK
 
 
 def parse_message(text: str, thinking_mode: str = "chat") -> dict[str, Any]:
-    """The assistant message whose text was generated after a prompt of `encode_messages` in the same mode.
+    """The assistant message of a text generated after a prompt of `encode_messages`.
+
+    Only after tool calls may the end token be missing.
 
     Example: parse_message("Easy.</think>4<｜end▁of▁sentence｜>", "thinking") ==
     {"role": "assistant", "content": "4", "reasoning_content": "Easy.", "tool_calls": []}.
 
-    The end token may be missing after tool calls only.
+    Args:
+      thinking_mode: the mode of the prompt, "chat" or "thinking".
 
     Raises:
-      ValueError: text that no message encodes to: an unfinished part, a tag out of place, a special token in the
-        content, anything after the end. Says what was found and what was expected.
+      ValueError: text that no message encodes to: an unfinished part, a tag out of place, a special
+        token in the content, anything after the end. Says what was found and what was expected.
     """
     if thinking_mode not in MODES:
         raise ValueError(f"thinking_mode: got {thinking_mode!r}; allowed: {', '.join(MODES)}")

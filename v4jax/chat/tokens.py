@@ -1,4 +1,4 @@
-"""Special tokens of DeepSeek-V4's chat format, as text; each is one token of the released tokenizer.
+"""Special tokens of DeepSeek-V4's chat format. Each is one token of the released tokenizer.
 
 Next file to read: v4jax/chat/dsml.py.
 """
@@ -7,14 +7,17 @@ BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT, LATEST_REMINDER = "<｜User｜>", "<｜Assistant｜>", "<｜latest_reminder｜>"
 THINK, END_THINK = "<think>", "</think>"
 DSML = "｜DSML｜"
-"""Marks the tags of tool calls, so that text of the same look is never taken for them."""
+"""Marks the tags of tool calls, so that other text that looks alike is never taken for them."""
 
 TASKS = {
     name: f"<｜{name}｜>"
     for name in ("action", "query", "authority", "domain", "title", "read_url")
 }
-"""Quick instructions: a message with such a "task" is followed by a short answer, without thinking. "action" is asked
-of the assistant; "title" follows its answer; the others follow the user's text."""
+"""Quick instructions. A message with such a "task" gets a short answer, without thinking.
+
+"action" comes after the assistant token, "title" after the assistant's answer, the others after the
+user's text.
+"""
 
 FIM_BEGIN, FIM_HOLE, FIM_END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
 """Fill-in-middle, prefix first: begin, prefix, hole, suffix, end, middle."""

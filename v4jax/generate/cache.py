@@ -1,15 +1,18 @@
-"""Rows that go on: one pure function continues them by a chunk of any length, so it prefills and decodes alike.
+"""Continues sequences: one pure function reads a chunk of any length, for prefill and decoding.
 
     cache = empty_cache(cfg, batch, capacity)
-    hidden, cache = extend(cfg, params, cache, prompt_BT, count_B)       # the prompt, whole or in chunks
-    hidden, cache = extend(cfg, params, cache, token_B1, ones_B)         # one token more
+    chunk, cache = extend(cfg, params, cache, prompt_BT, count_B)  # the prompt, whole or in chunks
+    chunk, cache = extend(cfg, params, cache, token_B1, ones_B)    # one token more
 
-Rows of a batch stand at positions of their own: those with fewer tokens in a chunk have them at its left, and `count_B` says how
-many are real. Nothing of the others is kept. The weights are declared by the modules of v4jax/model; here they are only applied.
+Each row of the batch has its own position. A row with fewer tokens than the chunk has them at the
+left, and `count_B` says how many are real; nothing of the others is kept. The modules of
+v4jax/model declare the weights; this file applies them.
 
-MTP runs one token behind: position t needs token t+1. So `draft` is a function of its own, given the streams that `extend` returns.
+MTP is one token late: position t needs token t+1. So `draft` is a function of its own, which takes
+the streams that `extend` returns.
 
-Shapes: B batch, T positions of a chunk, X streams, D hidden, V vocabulary.
+Shapes: B batch, T positions of a chunk, X streams, D hidden, V vocabulary, E experts, F expert
+hidden.
 Next file to read: v4jax/cache/layer.py.
 """
 
@@ -37,19 +40,21 @@ from v4jax.model.transformer import project_logits
 from v4jax.model.weights import SparseMode
 
 BLOCK = math.lcm(CSA, HCA)
-"""Capacity comes in whole windows of both ratios."""
+"""Capacity is a multiple of this, so that it is in whole windows of both ratios."""
 
 
 APART = 8
-"""A group that repeats its layers at most so often is run one by one."""
+"""A group with at most this many repetitions runs layer by layer, without a scan."""
 
 
 class Cache(NamedTuple):
-    """What is kept of a batch of rows.
+    """The cache of a batch of rows.
 
     Attributes:
-      length_B: int32, tokens kept of each row. A smaller number takes tokens back: at most SPARE_ROWS of them since they came.
-      layers: group name -> block name -> LayerCache, stacked over the group's repeats. mtp: its one layer, or None.
+      length_B: int32, tokens kept of each row. A smaller number takes tokens back: at most
+        SPARE_ROWS of those written last.
+      layers: group name -> block name -> LayerCache, stacked over the group's repetitions.
+      mtp: the cache of MTP's one layer, or None.
     """
 
     length_B: jax.Array
@@ -58,16 +63,22 @@ class Cache(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What a chunk gives: x_BTD, normalised, for the head; streams_BTXD for `draft`."""
+    """What `extend` returns of a chunk.
+
+    Attributes:
+      x_BTD: normalised hidden states, for the head.
+      streams_BTXD: residual streams, for `draft`.
+    """
 
     x_BTD: jax.Array
     streams_BTXD: jax.Array
 
 
 def decoding_rules(rules: AxisRules) -> AxisRules:
-    """The layout with devices that cut sequences cutting what is kept of them instead: a token cannot be cut.
+    """The layout for decoding: devices that cut sequences cut the cache instead.
 
-    Each device holds a contiguous part of the entries and index keys. All these devices compute every token, from whole weights. The mesh is ambient.
+    A single token cannot be cut. Each of these devices holds a contiguous part of the entries and
+    index keys, and computes every token from whole weights. The mesh is ambient.
     """
     cut = rules.mesh_axes("act_seq")
     slots = cut if rules.shards("act_seq") > 1 else ()
@@ -80,13 +91,15 @@ def decoding_rules(rules: AxisRules) -> AxisRules:
 def split_layers(
     cfg: ModelConfig, params, rules: AxisRules = AxisRules(), take: Callable = lambda x, n: x[n]
 ):
-    """The parameters as `extend` and `draft` are fastest with them: the layers of short groups as arrays of their own, a tuple for a group.
+    """Arranges the parameters as `extend` and `draft` run them fastest.
 
-    A loop over stacked layers takes each layer's weights off the stack, a copy of all its experts, where a token needs a few. On one
-    device w1 and w3 of experts become one array, [E,D,2F]: taking one expert of both, and the product with it, then use two cores, and
-    a few rows are run through all experts as two batches of products (v4jax/kernels/expert_ffn.py, `every_expert`).
+    Layers of short groups become arrays of their own, a tuple per group. A scan over stacked layers
+    would copy each layer's weights off the stack, with all experts, where a token needs a few. On
+    one device w1 and w3 of the experts become one array, [E,D,2F], so that one product computes
+    both (v4jax/kernels/expert_ffn.py, `every_expert`).
 
-    take: gives layer n of stacked layers.
+    Args:
+      take: returns layer n of stacked layers.
     """
     params = dict(params, router=dict(params["router"]))
     for group in cfg.layer_groups:
@@ -108,19 +121,20 @@ def _is_swiglu(tree) -> bool:
 
 
 def _join(leaf):
-    """Routed experts' w1 and w3 side by side; anything else passes."""
+    """Concatenates w1 and w3 of routed experts, [E,D,2F]; returns anything else unchanged."""
     if not _is_swiglu(leaf) or leaf["w1"].ndim == 2:
         return leaf
     return {"w1": jnp.concatenate((leaf["w1"], leaf["w3"]), axis=-1), "w2": leaf["w2"]}
 
 
 def check_storage(storage: str, quant: str) -> None:
-    """Raises ValueError for a storage that does not exist, or would round what the model does not."""
+    """Raises ValueError for an unknown storage, or one that rounds more than the model does."""
     if storage not in STORAGES:
         raise ValueError(f"cache: got {storage!r}; allowed: {', '.join(map(repr, STORAGES))}")
     if storage == "official" and quant != "official":
         raise ValueError(
-            f"cache: got 'official' with quant {quant!r}; it holds rows that quant 'official' has rounded"
+            f"cache: got 'official' with quant {quant!r}; it holds rows that quant 'official' has "
+            "rounded"
         )
 
 
@@ -132,9 +146,12 @@ def empty_cache(
     storage: str = "dtype",
     rules: AxisRules = AxisRules(),
 ) -> Cache:
-    """Room for `batch` rows of `capacity` tokens, rounded up to whole blocks of 128 on each of the devices that cut the cache.
+    """An empty cache for `batch` rows of `capacity` tokens.
 
-    storage: "dtype", or "official" (packed).
+    Capacity is rounded up to whole blocks of 128 tokens on each device that cuts the cache.
+
+    Args:
+      storage: "dtype", or "official" (packed).
     """
     block = BLOCK * rules.shards("cache_slots")
     layer = functools.partial(
@@ -161,7 +178,7 @@ def empty_cache(
 
 
 def cache_shardings(mesh: Mesh, rules: AxisRules, cache: Cache) -> Cache:
-    """NamedSharding for every array of `cache` (their shapes are enough), as `empty_cache` makes them."""
+    """NamedSharding of every array of `cache`, of which only the shapes are read."""
 
     def place(path, leaf):
         slots = "cache_slots" if any(getattr(key, "name", "") == "slots" for key in path) else None
@@ -183,10 +200,15 @@ def extend(
     dtype: jnp.dtype = jnp.float32,
     quant: str = "none",
 ) -> tuple[Chunk, Cache]:
-    """Continues each row by the first `count_B` of its tokens; positions behind those mean nothing.
+    """Continues each row by the first `count_B` of its tokens.
 
-    params: as everywhere, or as `split_layers` gives them.
-    The caller sees to it that no row outgrows the cache: entries that find no place are dropped.
+    Results at later positions mean nothing. The caller must not let a row outgrow the cache:
+    entries without a place are dropped.
+
+    Args:
+      params: as everywhere, or as `split_layers` returns them.
+      tokens_BT: token ids, int32.
+      count_B: int32, real tokens of each row, 0 to T.
     """
     span = ChunkSpan(cache.length_B, count_B)
     context = (rules, jnp.dtype(dtype), quant, SparseMode())
@@ -230,10 +252,15 @@ def draft(
     dtype: jnp.dtype = jnp.float32,
     quant: str = "none",
 ) -> tuple[jax.Array, Cache]:
-    """MTP of positions start_B, start_B + 1, ... of rows, given their streams and the token behind each.
+    """Runs MTP at positions start_B, start_B + 1, ... of each row.
+
+    Args:
+      streams_BTXD: the streams of these positions, from `extend`.
+      next_BT: the token after each position.
 
     Returns:
-      x_BTD, which the head turns into logits of the token after `next_BT`; the cache with these rows in MTP's window.
+      x_BTD, from which the head computes logits of the token after `next_BT`, and the cache with
+        these positions in MTP's window.
     """
     segments = read_span(cfg, next_BT.shape[1], span)
     next_BTD = embed_lookup(rules, params["embed"]["weight"], next_BT).astype(dtype)
@@ -246,6 +273,6 @@ def draft(
 
 
 def logits_of(params, x_BTD: jax.Array, rules: AxisRules = AxisRules()) -> jax.Array:
-    """float32 [B,T,V]."""
+    """Logits of hidden states x_BTD, float32 [B,T,V]."""
     head_DV = rules.gather(params["head"]["weight"].astype(x_BTD.dtype), ("embed", "vocab"))
     return project_logits(rules, x_BTD, head_DV)

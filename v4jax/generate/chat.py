@@ -1,4 +1,6 @@
-"""What `v4jax chat` does: reads a line, encodes the conversation as released, streams the answer, reads it back into the history.
+"""Runs `v4jax chat`: reads lines, encodes the conversation as released, streams the answers.
+
+Each answer is parsed back into a message of the history.
 
 Next file to read: v4jax/cli.py.
 """
@@ -23,11 +25,14 @@ from v4jax.stderr import say
 from v4jax.tokenizer import Tokenizer, disagreement, load_tokenizer, prompt_ids, require_tokens
 
 REASONING, ANSWER = "[reasoning]\n", "\n[answer]\n"
-"""What stands before them on the terminal, in thinking mode."""
+"""Headings on the terminal in thinking mode."""
 
 
 def run(flags) -> dict | None:
-    """Talks until the end of the input. The conversation, where flags.json asks for it; otherwise it was streamed.
+    """Talks until the end of the input.
+
+    Returns:
+      The conversation if flags.json asks for it; otherwise None, since it was streamed.
 
     Raises:
       ValueError: anything that does not fit, before the checkpoint is read.
@@ -36,7 +41,8 @@ def run(flags) -> dict | None:
         raise ValueError("chat: reads one terminal; it must run in one process")
     if flags.effort is not None and flags.thinking != "thinking":
         raise ValueError(
-            f"--effort: got {flags.effort!r} with --thinking {flags.thinking}; only --thinking thinking has an effort"
+            f"--effort: got {flags.effort!r} with --thinking {flags.thinking}; only --thinking "
+            "thinking has an effort"
         )
     tokenizer = load_tokenizer(flags.checkpoint)
     require_tokens(tokenizer, (BOS, EOS, *CHAT_TOKENS), "a chat")
@@ -68,10 +74,11 @@ def run(flags) -> dict | None:
 
 
 class _Chat(NamedTuple):
-    """What stays the same from turn to turn.
+    """The parts of a chat that stay the same from turn to turn.
 
     Attributes:
-      capacity: tokens that the row has room for. ends: tokens that end an answer.
+      capacity: tokens that fit in the row's cache.
+      ends: tokens that end an answer.
     """
 
     flags: Any
@@ -83,7 +90,7 @@ class _Chat(NamedTuple):
 
 
 def _turn(chat: _Chat, history: list[Message], line: str) -> None:
-    """Adds the line and its answer to the history; neither, where the cache may have no room for them."""
+    """Adds the line and its answer to the history; neither, if the cache may lack room for them."""
     flags, tokenizer = chat.flags, chat.tokenizer
     turns = [*history, {"role": "user", "content": line}]
     write = (lambda _: None) if flags.json else functools.partial(print, end="", flush=True)
@@ -103,15 +110,18 @@ def _turn(chat: _Chat, history: list[Message], line: str) -> None:
     stop.close(completion.tokens)
     write("\n")
     answer = _AllText(tokenizer).decode(stop.without_stop(completion.tokens))
-    if completion.ended == "stop":  # whichever token it was, the format has one for it
+    if completion.ended == "stop":  # several tokens may end a row; the format has only EOS
         answer += EOS
     history[:] = [*turns, _read(answer, flags.thinking)]
 
 
 class _AllText:
-    """Decodes with the format's special tokens as their text, or what stands for it; a tokenizer's `decode` leaves them out.
+    """Decodes special tokens of the format too, as their text or as a text given for them.
 
-    Example: with names {"</think>": "|"} and head ">", the tokens of "Easy.</think>4" give ">Easy.|4".
+    A tokenizer's own `decode` leaves them out.
+
+    Example: with names {"</think>": "|"} and head ">", the tokens of "Easy.</think>4" give
+    ">Easy.|4".
     """
 
     def __init__(
@@ -137,7 +147,7 @@ def _ids(flags, tokenizer: Tokenizer, messages: list[Message]) -> list[int]:
 
 
 def _read(text: str, mode: str) -> Message:
-    """The answer as a message; as it stands, where it is none of the format."""
+    """Parses the answer to a message; keeps it as plain text if it does not fit the format."""
     try:
         return parse_message(text, mode)
     except ValueError as error:
@@ -146,7 +156,7 @@ def _read(text: str, mode: str) -> Message:
 
 
 def _lines(mark: str) -> Iterator[str]:
-    """What the user says, a line at a time, without empty ones; asked for with a mark where this is a terminal."""
+    """Yields the user's lines that are not empty; on a terminal, `mark` asks for each."""
     mark = mark if sys.stdin.isatty() else ""
     while True:
         try:

@@ -1,4 +1,4 @@
-"""How a command chooses tokens: by its flags, else by the checkpoint's generation_config.json.
+"""Decides how a command chooses tokens: by its flags, else by generation_config.json.
 
 `"do_sample": false` takes the likeliest token, whatever else the file says. `"do_sample": true`
 without a temperature means temperature 1. The file's filters (top_k, top_p, min_p) count only
@@ -16,7 +16,7 @@ from v4jax.generate.sampling import Sampling
 from v4jax.generation_config import GENERATION_FILE, read_generation_config, with_end_tokens
 
 CACHE_TOKENS = 4096
-"""Tokens that fit in the cache where no flag and no prompt asks for more."""
+"""Tokens that fit in the cache if neither flag nor prompt asks for more."""
 
 _FILTERS = ("top_k", "top_p", "min_p")
 _FLAGS = ("temperature", *_FILTERS, "max_new_tokens")
@@ -34,8 +34,9 @@ class Choice(NamedTuple):
     """How tokens are chosen, and how many.
 
     Attributes:
-      max_new_tokens: at most. from_file: the limit is the file's, and shrinks to what fits in the
-        cache (see cache_tokens): files of released models name lengths that no machine has room for.
+      max_new_tokens: most new tokens.
+      from_file: the limit comes from the file and shrinks to what fits in the cache (see
+        cache_tokens). Files of released models name lengths that no machine has memory for.
       line: what the file decides, in words; "" for nothing.
     """
 
@@ -45,17 +46,18 @@ class Choice(NamedTuple):
     line: str = ""
 
     def new_tokens(self, prompt: int, capacity: int) -> int:
-        """New tokens that may follow `prompt` tokens where `capacity` tokens fit in all."""
+        """Most new tokens after `prompt` tokens, if `capacity` tokens fit in all."""
         if not self.from_file:
             return self.max_new_tokens
         return max(1, min(self.max_new_tokens, capacity - prompt))
 
 
 def model_and_choice(flags) -> tuple[ModelConfig, Choice]:
-    """The model of flags.checkpoint, with the end tokens of both files, and how it is sampled.
+    """The model of flags.checkpoint, with the end tokens of both files, and its Choice.
 
     Raises:
-      ValueError: no such checkpoint, or a value out of range; names the file if the value is its.
+      ValueError: no such checkpoint, or a value out of range; names the file if the value comes
+        from there.
     """
     own = read_config(flags.checkpoint)
     cfg = with_end_tokens(own, flags.checkpoint)
@@ -65,13 +67,13 @@ def model_and_choice(flags) -> tuple[ModelConfig, Choice]:
 
 
 def choice_of(flags, ends: Sequence[int] = ()) -> Choice:
-    """What the flags say, and the checkpoint's generation_config.json for flags that are None.
+    """The choice that the flags make; generation_config.json fills in for flags that are None.
 
     Args:
-      ends: tokens that end a row because of that file alone; named in the line.
+      ends: tokens that end a row only because of that file. The line names them.
 
     Raises:
-      ValueError: a value out of range; names the file if the value is its.
+      ValueError: a value out of range; names the file if the value comes from there.
     """
     raw = read_generation_config(flags.checkpoint)
     raw = {name: value for name, value in raw.items() if value is not None}
@@ -93,10 +95,10 @@ def choice_of(flags, ends: Sequence[int] = ()) -> Choice:
 
 
 def cache_tokens(flags, cfg: ModelConfig, prompt: int = 0) -> int:
-    """Tokens, those of the prompt included, that the cache holds where no flag says how many follow.
+    """Tokens that the cache holds, prompt included, if no flag says how many follow.
 
-    They are --cache-tokens; without it CACHE_TOKENS, or `prompt` tokens and the command's own
-    default of new ones where those are more, up to the model's max_position_embeddings.
+    It is --cache-tokens. Without that flag it is the larger of CACHE_TOKENS and `prompt` plus the
+    command's own default of new tokens, up to the model's max_position_embeddings.
     """
     if flags.cache_tokens is not None:
         return flags.cache_tokens
@@ -122,7 +124,7 @@ def _check(raw: dict[str, Any]) -> None:
 
 
 def _line(raw: dict[str, Any], counts: dict[str, Any], ends: Sequence[int]) -> str:
-    """What counts of the file, and what v4jax does not use of it; "" for neither."""
+    """Says what of the file applies, and what v4jax does not use; "" for neither."""
     notes = {"max_new_tokens": ", or what there is room for"}
     if raw.get("do_sample") is False:
         notes["temperature"] = " (do_sample is false)"
@@ -141,7 +143,7 @@ def _plain(value: float) -> str:
 
 
 def _is_neutral(name: str, value: Any) -> bool:
-    """Whether a key of the file is used, or changes no token."""
+    """Whether a key of the file is used by v4jax, or has a value that changes no token."""
     if name in ("do_sample", *_FLAGS) or name in _CHANGES_NO_TOKEN:
         return True
     if name.startswith(("_", "output_")):

@@ -1,4 +1,6 @@
-"""What `v4jax generate` does with its flags (declared in v4jax/cli.py): checks, loads, continues, gives or streams the text.
+"""Runs `v4jax generate`: checks the flags, loads, continues the prompt, returns or streams text.
+
+The flags are declared in v4jax/arguments.py.
 
 Next file to read: v4jax/generate/decode.py.
 """
@@ -18,7 +20,10 @@ from v4jax.tokenizer import check_tokens, disagreement, load_tokenizer, prompt_i
 
 
 def run(flags) -> dict | None:
-    """The result to print, or None where the text was streamed (or another process prints).
+    """Continues the prompt.
+
+    Returns:
+      The result to print, or None if the text was streamed or another process prints.
 
     Raises:
       ValueError: anything that does not fit, before the checkpoint is read where that is possible.
@@ -85,7 +90,7 @@ def run(flags) -> dict | None:
 
 
 def _read_prompt(flags):
-    """(tokenizer, or None where ids are given; the prompt's ids)"""
+    """(tokenizer, or None if ids are given; ids of the prompt)."""
     if flags.prompt is None:
         return None, _ids(flags.tokens, "--tokens")
     tokenizer = load_tokenizer(flags.checkpoint)

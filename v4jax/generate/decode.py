@@ -1,14 +1,18 @@
-"""Prompts in, continuations out: prefill in chunks, then all sequences together, a token at a time or speculatively.
+"""Continues prompts: prefill in chunks, then all sequences together, with or without speculation.
 
-Two programs run, whatever the lengths: one continues all rows by a chunk of their prompts (rows whose prompt is over wait), one goes
-on from there, a few steps at a time. The cache is donated to each, so nothing of it is copied.
+Two programs run, whatever the lengths. One continues all rows by a chunk of their prompts, and rows
+whose prompt is over wait. The other decodes a few steps at a time. The cache is donated to each, so
+it is never copied.
 
-Speculation: MTP drafts one token behind the newest, both run through the model at once, and the draft stays if it is the very token
-that the model chooses there. Draft and choice use the same random key (that of the position), which makes them agree as often as
-coupled Gumbel noise does, and the result is token for token that of plain decoding, greedy or sampled. A draft that does not stay is
-taken back by a smaller length: the cache is addressed by position, so what it wrote is overwritten before it can be seen.
+Speculation: MTP drafts the token after the newest one, both run through the model at once, and the
+draft stays if the model chooses the same token there. Draft and choice use the same random key,
+that of the position, so they agree as often as coupled Gumbel noise allows, and the result equals
+plain decoding token for token, greedy or sampled. A rejected draft is taken back by a smaller
+length: the cache is addressed by position, so the draft's values are overwritten before anything
+reads them.
 
-Shapes: B batch (padded to what the mesh cuts), T positions of a chunk, P steps, N new tokens of a step (1, or 2), X streams, D hidden.
+Shapes: B batch (padded to what the mesh cuts), T positions of a chunk, P steps, N new tokens of a
+step (1 or 2), V vocabulary (in tokens_BV: a chunk and the token after it), X streams, D hidden.
 Next file to read: v4jax/generate/text.py.
 """
 
@@ -41,25 +45,27 @@ from v4jax.quant.fake import check_quant
 from v4jax.tokenizer import check_tokens
 
 PREFILL_CHUNK = 512
-"""Tokens of each prompt that are run at once."""
+"""Tokens of each prompt that run at once."""
 
 STEPS = 8
-"""Steps of a call: to start a program takes half a millisecond (measured), as long as half a step of a small model. What comes behind a
-stop is dropped."""
+"""Steps per call. Starting a program costs as much as half a step of a small model. Tokens after a
+stop are dropped."""
 
 StopRule = Callable[[int, Sequence[int]], bool]
 """(sequence, its new tokens) -> whether it ends here. Called once for every new token."""
 
 Listener = Callable[[int, Sequence[int], Sequence[float]], None]
-"""(sequence, the tokens that a step brought, their log probabilities)."""
+"""Called with (sequence, the tokens that a step added, their log probabilities)."""
 
 
 class Completion(NamedTuple):
-    """What followed one prompt.
+    """The continuation of one prompt.
 
     Attributes:
-      tokens: the token that stopped it included. log_probs: of each one under the model (not as shaped for sampling).
-      ended: "stop" or "length". drafted, accepted: tokens that MTP proposed, and those of them that stayed.
+      tokens: new tokens, the one that stopped it included.
+      log_probs: log probability of each under the model, not as shaped for sampling.
+      ended: "stop" or "length".
+      drafted, accepted: number of tokens that MTP proposed, and of those that stayed.
     """
 
     tokens: list[int]
@@ -70,7 +76,16 @@ class Completion(NamedTuple):
 
 
 class DecodeConfig(NamedTuple):
-    """What compiled programs depend on besides the model."""
+    """What compiled programs depend on besides the model.
+
+    Attributes:
+      rules: the layout, with its mesh ambient.
+      dtype: compute dtype.
+      quant: "none" or "official".
+      storage: format of the cache, "dtype" or "official".
+      speculative: draft with MTP.
+      steps: decoding steps per call.
+    """
 
     rules: AxisRules = AxisRules()
     dtype: str = "float32"
@@ -92,7 +107,12 @@ class DecodeConfig(NamedTuple):
 
 
 class State(NamedTuple):
-    """Between steps: the cache, each row's newest token, which is not in it yet, and what MTP drafts to follow."""
+    """The state between steps.
+
+    Attributes:
+      token_B: each row's newest token, which is not yet in the cache.
+      draft_B: the token that MTP drafts after it; None without speculation.
+    """
 
     cache: Cache
     token_B: jax.Array
@@ -100,7 +120,7 @@ class State(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What decoding steps bring: `count` tokens of each row, and the logs of their probabilities; P steps."""
+    """Tokens of P steps with their log probabilities; of a row's N, the first `count` are real."""
 
     token_PBN: jax.Array
     score_PBN: jax.Array
@@ -121,18 +141,20 @@ def generate(
     decoding: DecodeConfig = DecodeConfig(),
     prefixes: PrefixStore | None = None,
 ) -> list[Completion]:
-    """Continues each prompt by at most max_new_tokens (a number for all, or for each).
+    """Continues each prompt by at most max_new_tokens: one number for all, or one for each.
 
     Args:
-      seeds: one per prompt; default 0, 1, 2, ... stop: default, at any of cfg.eos_token_ids.
+      seeds: one per prompt; default: 0, 1, 2, ...
+      stop: when a sequence ends; default: at any of cfg.eos_token_ids.
       on_tokens: called after every step.
-      capacity: tokens the cache has room for in each row; default: what the longest prompt needs. rows: of the batch, at least.
+      capacity: tokens that fit in the cache, per row; default: what the longest prompt needs.
+      rows: least number of rows of the batch.
       decoding: its rules are a layout, with the mesh ambient (jax.set_mesh).
-      prefixes: where beginnings of prompts are looked up and kept.
+      prefixes: the store in which beginnings of prompts are looked up and kept.
 
     Raises:
-      ValueError: no prompt, an empty one, ids outside the vocabulary, lengths beyond the cache or the model, no MTP to draft with; a model
-        whose logits are no numbers.
+      ValueError: no prompt, an empty one, ids outside the vocabulary, lengths beyond the cache or
+        the model, no MTP to draft with, or NaN logits.
     """
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     check_request(cfg, prompts, seeds, max_new_tokens, capacity, decoding)
@@ -179,7 +201,11 @@ def decode(
     max_new_tokens: Sequence[int],
     on_tokens: Listener | None = None,
 ) -> tuple[list[Completion], Cache]:
-    """What follows the first rows, at most so many tokens each, and the cache, which lacks the newest token of each."""
+    """Continues the first rows until each stops or has its number of new tokens.
+
+    Returns:
+      The continuations, and the cache, which lacks the newest token of each row.
+    """
     sequences = [_Sequence(b, stop, on_tokens, new) for b, new in enumerate(max_new_tokens)]
     count = len(sequences)
     while True:
@@ -195,7 +221,7 @@ def decode(
 
 
 class _Sequence:
-    """What one sequence has brought so far, and whether it goes on."""
+    """The new tokens of one sequence so far, and whether it goes on."""
 
     def __init__(
         self, number: int, stop: StopRule, on_tokens: Listener | None, max_new_tokens: int
@@ -218,7 +244,8 @@ class _Sequence:
         for token, score in zip(tokens, scores, strict=False):
             if math.isnan(score):
                 raise ValueError(
-                    f"sequence {self.number}: the model's logits are NaN at new token {len(self.tokens)}; are all its weights numbers?"
+                    f"sequence {self.number}: the model's logits are NaN at new token "
+                    f"{len(self.tokens)}; are all its weights numbers?"
                 )
             self.tokens.append(token)
             self.scores.append(score)
@@ -249,7 +276,7 @@ def check_request(
     capacity: int | None,
     decoding: DecodeConfig,
 ) -> None:
-    """Raises ValueError for what `generate` cannot do."""
+    """Raises ValueError for a request that `generate` cannot serve."""
     check_storage(decoding.storage, decoding.quant)
     check_quant(cfg, decoding.quant)
     if decoding.speculative and not cfg.num_nextn_predict_layers:
@@ -262,12 +289,14 @@ def check_request(
         check_tokens(np.asarray(prompt), cfg.vocab_size, "prompt")
     if len(seeds) != len(prompts) or not all(0 <= seed < 2**32 for seed in seeds):
         raise ValueError(
-            f"seeds: got {seeds}; must be one number in [0, 2^32) for each of {len(prompts)} prompt(s)"
+            f"seeds: got {seeds}; must be one number in [0, 2^32) for each of {len(prompts)} "
+            "prompt(s)"
         )
     max_new_tokens = _each(max_new_tokens, prompts)
     if len(max_new_tokens) != len(prompts):
         raise ValueError(
-            f"max_new_tokens: got {len(max_new_tokens)} numbers; must be one, or one for each of {len(prompts)} prompt(s)"
+            f"max_new_tokens: got {len(max_new_tokens)} numbers; must be one, or one for each of "
+            f"{len(prompts)} prompt(s)"
         )
     if min(max_new_tokens) < 1:
         raise ValueError(f"max_new_tokens: got {min(max_new_tokens)}; must be at least 1")
@@ -284,7 +313,8 @@ def check_request(
         raise ValueError(f"{text} max_position_embeddings={limit}")
     if capacity is not None and capacity > limit:
         raise ValueError(
-            f"the cache: got room for {capacity} tokens; max_position_embeddings={limit} are the most that the model takes"
+            f"the cache: got room for {capacity} tokens; max_position_embeddings={limit} are the "
+            "most that the model takes"
         )
 
 
@@ -298,19 +328,23 @@ def prefill(
     cache: Cache | None = None,
     after: Callable[[Cache, int], None] | None = None,
 ) -> tuple[State, StepOutput]:
-    """The state with every prompt in the cache, and each row's first new token.
+    """Runs the prompts through the model.
 
-    cache: what the prompts continue; donated. after: told of the cache behind every chunk, and how many tokens were run.
+    Args:
+      cache: what the prompts continue; donated. None: an empty cache.
+      after: called after every chunk with the cache and the number of tokens run so far.
+
+    Returns:
+      The state with every prompt in the cache, and each row's first new token.
     """
     length_B = np.array([len(prompt) for prompt in prompts])
     chunk = min(PREFILL_CHUNK, 1 << int(length_B.max() - 1).bit_length())
-    plain = decoding._replace(sampling=Sampling())  # one program however tokens are chosen
+    plain = decoding._replace(sampling=Sampling())  # so every sampling shares one program
     cache = _start(cfg, plain, len(prompts), capacity) if cache is None else cache
     last = _no_state(cfg, plain, len(prompts))
     for start in range(0, length_B.max(), chunk):
-        tokens_BV = np.zeros(
-            (len(prompts), chunk + 1), np.int32
-        )  # and the token behind the chunk, for MTP
+        # One token more than the chunk, for MTP.
+        tokens_BV = np.zeros((len(prompts), chunk + 1), np.int32)
         for b, prompt in enumerate(prompts):
             part = prompt[start : start + chunk + 1]
             tokens_BV[b, : len(part)] = part
@@ -331,7 +365,7 @@ def _start(cfg, decoding: DecodeConfig, batch: int, capacity: int) -> Cache:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _no_state(cfg, decoding: DecodeConfig, batch: int):
-    """In the place of each row's last state: normalised for the head [B,D], and (for MTP) its streams [B,X,D]."""
+    """A placeholder for each row's last state: x_BD, and streams_BXD if MTP drafts."""
     dtype = jnp.dtype(decoding.dtype)
     streams_BXD = (
         jnp.zeros((batch, cfg.hc_mult, cfg.hidden_size), dtype) if decoding.speculative else None
@@ -341,7 +375,10 @@ def _no_state(cfg, decoding: DecodeConfig, batch: int):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 6))
 def _continue(cfg, decoding: DecodeConfig, params, cache, tokens_BV, left_B, last):
-    """The cache and the last state of each row, which stays where the chunk brings nothing; left_B counts tokens from here on."""
+    """Runs one chunk; returns the cache and the last state of each row.
+
+    A row without tokens in the chunk keeps its state. left_B counts its tokens from here on.
+    """
     size, start_B = tokens_BV.shape[1] - 1, cache.length_B
     count_B = jnp.clip(left_B, 0, size)
     chunk, cache = extend(cfg, params, cache, tokens_BV[:, :-1], count_B, **decoding.compute)
@@ -379,7 +416,7 @@ def _first(cfg, decoding: DecodeConfig, params, cache, last, seed_B):
 def advance(
     cfg, decoding: DecodeConfig, params, state: State, active_B, seed_B
 ) -> tuple[State, StepOutput]:
-    """Steps of every active row."""
+    """Runs `decoding.steps` steps of every active row."""
     return jax.lax.scan(
         lambda state, _: _step(cfg, decoding, params, state, active_B, seed_B),
         state,
@@ -422,7 +459,7 @@ def _step(
 def _draft(
     cfg, decoding: DecodeConfig, params, cache, streams_BTXD, next_BT, span: ChunkSpan, seed_B
 ) -> tuple[jax.Array, Cache]:
-    """What MTP would choose behind the last real one of `next_BT`."""
+    """Chooses MTP's token after the last real one of `next_BT`."""
     x_BTD, cache = draft(cfg, params, cache, streams_BTXD, next_BT, span, **decoding.compute)
     x_BD = _at(x_BTD, jnp.maximum(span.count_B - 1, 0))
     logits_BV = logits_of(params, x_BD[:, None], decoding.rules)[:, 0]
@@ -432,7 +469,7 @@ def _draft(
 
 
 def _at(x_BT: jax.Array, index_B: jax.Array) -> jax.Array:
-    """x[b, index[b]], whatever axes follow."""
+    """x[b, index[b]] for every b; x may have any further axes."""
     return jnp.take_along_axis(x_BT, _spread(index_B, x_BT), axis=1)[:, 0]
 
 

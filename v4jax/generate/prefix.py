@@ -1,15 +1,16 @@
-"""Caches of the beginnings of prompts on disk, so that what prompts share is computed once (report 3.6.2).
+"""Keeps caches of the beginnings of prompts on disk, so shared ones run once (report 3.6.2).
 
-A beginning is kept in stretches of STRETCH tokens, a file each: the entries and index keys that the stretch brought, and a checkpoint of
-the newest rows (window, rows not yet pooled) at its end. A prompt goes on from the last stretch that it shares with an earlier one;
-of those before that only entries are used.
+A beginning is kept in stretches of STRETCH tokens, one file each. A file has the stretch's entries
+and index keys, and the rings (window, tokens not yet pooled) at its end. A prompt goes on from the
+last stretch that it shares with an earlier one; of the stretches before, only entries are used.
 
-A file's name is the hash of all that its numbers depend on: model, weights, formats, and every token up to the one behind the stretch,
-which MTP has seen. It begins with a checksum and is renamed when it is complete, so a killed run leaves nothing that would be read, and
-a damaged file is removed and computed again. Above `limit` bytes the least recently used go, later stretches before earlier ones;
-other files in the folder are neither counted nor touched.
+A file's name is the hash of all that its numbers depend on: model, weights, formats, and every
+token up to the one after the stretch, which MTP has seen. The file begins with a checksum and is
+renamed when complete, so a killed run leaves nothing that would be read; a damaged file is removed
+and computed again. Above `limit` bytes the least recently used files are removed, later stretches
+before earlier ones. Other files in the folder are neither counted nor touched.
 
-Shapes: L layers, B batch, R rows of a ring, C slots, H width.
+Shapes: L layers, B batch, R slots of a ring or of entries, H width.
 Next file to read: v4jax/generate/rollout.py.
 """
 
@@ -31,7 +32,7 @@ from v4jax.stderr import say
 from v4jax.storage import folder_to_fill, local_path
 
 STRETCH = 512
-"""Tokens of a file; a multiple of every compress ratio, and the chunk of prefill."""
+"""Tokens per file: a multiple of every compress ratio, and the chunk of prefill."""
 
 _VERSION = 1
 _SUFFIX = ".stretch"
@@ -42,23 +43,30 @@ class PrefixStore:
     """A folder of stretches.
 
     Args:
-      limit: bytes that the files may take. formats: what numbers depend on besides model, weights and tokens (any JSON value).
+      limit: bytes that the files may take.
+      formats: what the numbers depend on besides model, weights and tokens; any JSON value.
 
     Attributes:
-      reused, kept: tokens that were read, and written, so far.
+      reused, kept: tokens read, and tokens written, so far.
     """
 
     def __init__(self, folder, limit: int, cfg: ModelConfig, params, formats):
         check_store(folder, limit)
         self._folder, self._limit, self._cfg = local_path(folder, "prefix cache"), limit, cfg
         self._folder.mkdir(parents=True, exist_ok=True)
-        model = cfg.replace(more_eos_token_ids=()).to_dict()  # what ends a row changes no cache
+        model = cfg.replace(more_eos_token_ids=()).to_dict()  # end tokens change no cache
         known = json.dumps([_VERSION, STRETCH, model, formats], sort_keys=True)
         self._base = hashlib.sha256(known.encode() + digest(params))
         self.reused = self.kept = 0
 
     def begin(self, cache: Cache, rows: Sequence[Sequence[int]]) -> tuple[Cache, list[int]]:
-        """An empty cache with the beginnings of rows that are on disk, and the tokens of each. The last token always remains to be run."""
+        """Fills an empty cache with the beginnings of rows that are on disk.
+
+        The last token of a row is never among them, since it must run.
+
+        Returns:
+          The cache, and the number of tokens that it has of each row.
+        """
         found = [self._chain(row) for row in rows]
         known = [STRETCH * len(chain) for chain in found]
         self.reused += sum(known)
@@ -85,7 +93,10 @@ class PrefixStore:
     def keep(
         self, rows: Sequence[Sequence[int]], known: Sequence[int], cache: Cache, done: int
     ) -> None:
-        """Writes the stretches that end where rows are now, `done` tokens behind those that were known of each."""
+        """Writes the stretches that end where the rows are now, if they are new.
+
+        done: tokens run of each row since the `known` ones.
+        """
         for b, (row, end) in enumerate(zip(rows, (n + done for n in known), strict=True)):
             if end % STRETCH == 0 and end < len(row):
                 path = list(self._paths(row[: end + 1]))[-1]
@@ -110,7 +121,7 @@ class PrefixStore:
                 os.fsync(file.fileno())
             os.replace(new, path)
             self._shrink()
-        except OSError as error:  # a full disk, for example: the answer does not depend on it
+        except OSError as error:  # a full disk, for example; the answer does not depend on it
             say(f"prefix cache: {path}: {error}")
             if new is not None:
                 new.unlink(missing_ok=True)
@@ -118,7 +129,7 @@ class PrefixStore:
         self.kept += STRETCH
 
     def _paths(self, tokens: Sequence[int]) -> Iterator[pathlib.Path]:
-        """Files of the whole stretches that have a token behind them."""
+        """Yields the files of the whole stretches that a token follows."""
         ids, name = np.asarray(tokens, "<i4"), self._base.copy()
         name.update(ids[:1].tobytes())
         for end in range(STRETCH, len(ids), STRETCH):
@@ -126,7 +137,7 @@ class PrefixStore:
             yield self._folder / (name.hexdigest() + _SUFFIX)
 
     def _chain(self, tokens: Sequence[int]) -> list[bytes]:
-        """What is kept of the row's first stretches, as far as they are there and whole."""
+        """The contents of the row's first stretches, up to one that is missing or damaged."""
         chain, used = [], []
         for path in self._paths(tokens):
             if not path.is_file():
@@ -142,12 +153,15 @@ class PrefixStore:
                 break
             chain.append(content[_SUM:])
             used.append(path)
-        for path in reversed(used):  # so that the earliest is the latest used
+        for path in reversed(used):  # so the earliest stretch is the most recently used
             os.utime(path)
         return chain
 
     def _shrink(self) -> None:
-        """Removes the least recently used stretches (what killed runs left of some too) until the rest fits the limit."""
+        """Removes the least recently used stretches until the rest fits the limit.
+
+        Files that killed runs left count as stretches.
+        """
         own = [
             path
             for path in self._folder.iterdir()
@@ -165,7 +179,7 @@ class PrefixStore:
 
 
 def check_store(folder, limit: int) -> None:
-    """Raises ValueError for what no store can be, before anything is read or made."""
+    """Raises ValueError for a folder or limit that cannot be, before anything is read or made."""
     if limit < 1:
         raise ValueError(f"prefix cache: got a limit of {limit} bytes; must be at least 1")
     if jax.process_count() > 1:
@@ -174,7 +188,7 @@ def check_store(folder, limit: int) -> None:
 
 
 def _ratios(cfg: ModelConfig, cache: Cache) -> tuple[int, ...]:
-    """Of each leaf of (layers, mtp): tokens of a slot, 0 for a ring."""
+    """Tokens per slot of each leaf of (layers, mtp); 0 for a ring."""
 
     def of(layer: LayerCache, ratio: int) -> LayerCache:
         marks = jax.tree.map(lambda _: 0, layer)
@@ -198,7 +212,7 @@ def _ratios(cfg: ModelConfig, cache: Cache) -> tuple[int, ...]:
 def _pieces(
     ratios: tuple[int, ...], leaves: Sequence[jax.Array], row: jax.Array, index: jax.Array
 ) -> list[jax.Array]:
-    """What a stretch keeps of a row: rings whole, of slots its own."""
+    """What a stretch keeps of a row: rings whole, and the stretch's own slots."""
 
     def piece(ratio, x_LBRH):
         x_LRH = jax.lax.dynamic_index_in_dim(x_LBRH, row, axis=1, keepdims=False)
@@ -216,7 +230,7 @@ def _pieces(
 def _split(
     ratios: tuple[int, ...], leaves: Sequence[jax.Array], content: bytes
 ) -> Iterator[np.ndarray]:
-    """The arrays of a file."""
+    """Yields the arrays of a file."""
     first = 0
     for ratio, leaf in zip(ratios, leaves, strict=True):
         layers, _, rows, width = leaf.shape
@@ -227,7 +241,7 @@ def _split(
 
 
 def digest(params) -> bytes:
-    """Equal for equal weights, however they lie on devices."""
+    """A hash that is equal for equal weights, however they lie on devices."""
     found = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.asarray(leaf)

@@ -1,15 +1,16 @@
-"""Samples for reinforcement learning: several of each of many prompts, with the logs of their probabilities, and a log to go on from.
+"""Samples for reinforcement learning, with log probabilities and a log to resume from.
 
     plan, decoding = Plan(samples=8, max_new_tokens=256), DecodeConfig(sampling=warm)
     samples = rollout(cfg, params, prompts, plan, "run/rollout.jsonl", decoding=decoding)
     samples[p][s].tokens, samples[p][s].log_probs
 
-Probabilities are the model's own, at temperature 1 and unfiltered: what the forward pass of training gives for the same tokens, up to
-the rounding of a cache (tests/test_rollout.py).
+Probabilities are the model's own, at temperature 1 and unfiltered: what training's forward pass
+gives for the same tokens, up to the rounding of a cache (tests/test_rollout.py).
 
-Tokens are handed to the system's file before the next steps begin. A batch that was interrupted, at whatever moment, is called again with the
-same arguments: what has ended is read, what had begun goes on behind its last token, with the same random keys (they go by seed and
-position). A log of other arguments is refused.
+Tokens are written to the log before the next steps begin. To resume a batch that was interrupted at
+any moment, call it again with the same arguments. Samples that have ended are read. Others go on
+after their last token, with the same random keys, which depend on seed and position. A log of other
+arguments is refused.
 
 Next file to read: v4jax/generate/text.py.
 """
@@ -38,7 +39,9 @@ class Plan:
     """What is sampled.
 
     Attributes:
-      samples: of each prompt. rows: sequences that run together. seed: of the first sample; the others count up from it.
+      samples: number of samples of each prompt.
+      rows: sequences that run together.
+      seed: seed of the first sample; the others count up from it.
       stop_tokens: a sample ends with one of these; None: the model's end tokens.
 
     Raises:
@@ -68,10 +71,11 @@ def rollout(
     decoding: DecodeConfig = DecodeConfig(),
     prefixes: PrefixStore | None = None,
 ) -> list[list[Completion]]:
-    """The samples of each prompt, in order.
+    """Samples each prompt; samples[p][s] is sample s of prompt p.
 
     Args:
-      log: path of the file that remembers; made where it is not. decoding, prefixes: see v4jax/generate/decode.py.
+      log: path of the log, which is made if it does not exist.
+      decoding, prefixes: see v4jax/generate/decode.py.
 
     Raises:
       ValueError: see `check_request`; a log of another batch; several processes.
@@ -133,7 +137,7 @@ def rollout(
 
 
 def _log_file(log) -> pathlib.Path:
-    """Where the log goes. Raises ValueError if no file can be there."""
+    """The path of the log. Raises ValueError if no file can be there."""
     path = local_path(log, "log")
     folder_to_fill(path.parent, "log")
     if path.is_dir():
@@ -142,8 +146,11 @@ def _log_file(log) -> pathlib.Path:
 
 
 class _Log:
-    """Tokens and log probabilities of every sample so far, in memory and in a file: a line that says of what, then one for each
-    step of each sample. A line that a kill cut short is dropped."""
+    """Tokens and log probabilities of every sample so far, in memory and in a file.
+
+    The file's first line identifies the batch; each further line is one step of one sample. A line
+    that a kill cut short is dropped.
+    """
 
     def __init__(self, path: pathlib.Path, batch, jobs: int, plan: Plan, vocab: int):
         self._plan, self._vocab = plan, vocab
@@ -158,11 +165,11 @@ class _Log:
         )
         content = path.read_bytes() if path.is_file() else b""
         whole = content[: content.rfind(b"\n") + 1]
-        if not content.startswith(head) and not head.startswith(
-            content
-        ):  # a kill may have cut the head itself short
+        # A kill may have cut the first line itself short.
+        if not content.startswith(head) and not head.startswith(content):
             raise ValueError(
-                f"{path}: the log of another batch (model, weights, prompts, plan or setting differ); remove it, or name another file"
+                f"{path}: the log of another batch (model, weights, prompts, plan or setting "
+                "differ); remove it, or name another file"
             )
         self.tokens, self.scores = ([[] for _ in range(jobs)] for _ in "ts")
         for n, line in enumerate(whole.splitlines()[1:], 2):
@@ -170,7 +177,8 @@ class _Log:
                 self._read(line)
             except (ValueError, TypeError) as error:
                 raise ValueError(
-                    f"{path}: line {n} is damaged ({error}); remove it and what follows, or name another file"
+                    f"{path}: line {n} is damaged ({error}); remove it and what follows, or name "
+                    "another file"
                 ) from None
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("r+b" if content else "wb", buffering=0)
@@ -191,7 +199,7 @@ class _Log:
         self._add(job, tokens, scores)
 
     def _read(self, line: bytes) -> None:
-        """Adds a line of the file. Raises ValueError or TypeError for what `write` cannot have written."""
+        """Adds a line of the file. Raises ValueError or TypeError if `write` never writes such."""
         job, tokens, scores = json.loads(line)
         if type(job) is not int or not 0 <= job < len(self.tokens):
             raise ValueError(f"sample {job!r} of {len(self.tokens)}")
@@ -201,7 +209,8 @@ class _Log:
             or len(self.tokens[job]) + len(tokens) > self._plan.max_new_tokens
         ):
             raise ValueError(
-                f"sample {job} has {len(self.tokens[job])} tokens; got {len(tokens)} with {len(scores)} log probabilities"
+                f"sample {job} has {len(self.tokens[job])} tokens; got {len(tokens)} with "
+                f"{len(scores)} log probabilities"
             )
         self._add(job, tokens, scores)
 

@@ -1,11 +1,13 @@
-"""One sequence whose cache stays between calls: of the next prompt only what is new is run.
+"""One sequence whose cache stays between calls, so only new tokens of the next prompt run.
 
     row = Row(cfg, params, decoding, capacity=4096)
     first = row.answer([0, 5, 6], 64, 0, stop)
-    again = row.answer([0, 5, 6, *first.tokens, 7], 64, 0, stop)      # runs the newest token of `first`, and 7
+    again = row.answer([0, 5, 6, *first.tokens, 7], 64, 0, stop)
+    # runs only the newest token of `first`, and 7
 
-Tokens are compared by their ids. Where a prompt leaves what is kept, a few tokens are taken back, if the cache still has what came
-before them; otherwise it begins anew. The answer is the one that an empty cache gives, up to the rounding of other chunks.
+Tokens are compared by their ids. Where a prompt differs from the kept tokens, the last few are
+taken back if the cache still has what came before them; otherwise the row starts anew. The answer
+is that of an empty cache, up to the rounding of different chunks.
 
 Next file to read: v4jax/generate/chat.py.
 """
@@ -23,10 +25,12 @@ from v4jax.generate.decode import Completion, DecodeConfig, StopRule, check_requ
 
 
 class Row:
-    """Room for one sequence of `capacity` tokens, with the mesh of decoding.rules ambient; without speculation.
+    """One sequence of up to `capacity` tokens, without speculation.
+
+    The mesh of decoding.rules is ambient.
 
     Attributes:
-      tokens: those that the cache holds.
+      tokens: the tokens that the cache has.
     """
 
     def __init__(self, cfg: ModelConfig, params, decoding: DecodeConfig, capacity: int):
@@ -34,16 +38,15 @@ class Row:
             raise ValueError("speculative: a kept row is continued a token at a time")
         self._cfg, self._capacity = cfg, capacity
         self._params = split_layers(cfg, params, decoding.rules)
-        # A step at a time: what comes behind a stop would have to be taken back.
+        # One step per call: tokens after a stop would have to be taken back.
         self._decoding = decoding._replace(rules=decoding_rules(decoding.rules), steps=1)
         self._cache: Cache | None = None
-        self._reach = (
-            0  # positions that were ever written: rings have lost what is a whole turn before them
-        )
+        # Positions ever written: a ring has lost what is a whole turn before them.
+        self._reach = 0
         self.tokens: list[int] = []
 
     def known(self, prompt: Sequence[int]) -> int:
-        """How many tokens of the prompt need not be run again. Its last one always is: the answer comes from it."""
+        """Number of the prompt's tokens that need not run. The last one gives the answer."""
         pairs = zip(self.tokens, prompt[:-1], strict=False)
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         return same if self._reach - same <= SPARE_ROWS else 0
@@ -51,22 +54,20 @@ class Row:
     def answer(
         self, prompt: Sequence[int], max_new_tokens: int, seed: int, stop: StopRule
     ) -> Completion:
-        """What follows the prompt.
+        """Continues the prompt.
 
         Raises:
-          ValueError: see `check_request`; the row is then as it was.
+          ValueError: see `check_request`; the row is unchanged then.
         """
         check_request(self._cfg, [prompt], [seed], max_new_tokens, self._capacity, self._decoding)
-        known, rows = (
-            self.known(prompt),
-            self._decoding.rules.shards("act_batch"),
-        )  # every device must hold a row
+        # Every device must hold a row, so the batch has one for each.
+        known, rows = self.known(prompt), self._decoding.rules.shards("act_batch")
         cache = (
             self._cache._replace(length_B=jnp.minimum(self._cache.length_B, known))
             if known
             else None
         )
-        self._cache, self.tokens = None, []  # an interrupted call leaves nothing half done
+        self._cache, self.tokens = None, []  # so an interrupted call leaves nothing half done
         prompts, seed_B = (
             [prompt[known:], *[prompt[:1]] * (rows - 1)],
             np.array([seed] * rows, np.uint32),

@@ -1,7 +1,7 @@
-"""From logits to the next token: greedy, or sampled from what temperature, top-k, top-p and min-p leave.
+"""Chooses the next token from logits: greedily, or by sampling with temperature and filters.
 
-Each sequence has a seed of its own, and the key of a token is that of its position: what a sequence samples depends neither on the
-rest of its batch nor on how often it was interrupted.
+Each sequence has a seed, and a token's key is that of its position. So what a sequence samples
+depends neither on the rest of its batch nor on how often it was interrupted.
 
 Shapes: B batch, V vocabulary.
 Next file to read: v4jax/generate/decode.py.
@@ -16,15 +16,17 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen. temperature 0 takes the likeliest; the rest then has to be left alone.
+    """How tokens are chosen. Temperature 0 takes the likeliest token and allows no filter.
 
     Attributes:
-      top_k: keep the k likeliest tokens (ties with the k-th too); 0: all.
-      top_p: keep the likeliest tokens whose probabilities add up to top_p, the one that reaches it included; 1: all.
+      temperature: 0, or 1e-6 and above; smaller values overflow logits.
+      top_k: keep the k likeliest tokens, and ties with the k-th; 0: all.
+      top_p: keep the likeliest tokens whose probabilities add up to top_p, including the one that
+        reaches it; 1: all.
       min_p: keep tokens at least min_p times as likely as the likeliest; 0: all.
 
     Raises:
-      ValueError: a value out of range, or filters where nothing is sampled.
+      ValueError: a value out of range, or filters with temperature 0.
     """
 
     temperature: float = 0.0
@@ -33,11 +35,13 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self):
+        # Logits overflow below 1e-6.
         if not (self.temperature == 0 or self.temperature >= 1e-6) or not math.isfinite(
             self.temperature
-        ):  # below, logits overflow
+        ):
             raise ValueError(
-                f"temperature: got {self.temperature}; must be 0 (the likeliest token), or 1e-6 or above"
+                f"temperature: got {self.temperature}; must be 0 (the likeliest token), or 1e-6 or "
+                "above"
             )
         if type(self.top_k) is not int or self.top_k < 0:
             raise ValueError(
@@ -55,14 +59,16 @@ class Sampling:
         if self.temperature == 0 and used:
             value = getattr(self, used[0])
             raise ValueError(
-                f"{used[0]}: got {value} with temperature 0, which takes the likeliest token; set a temperature"
+                f"{used[0]}: got {value} with temperature 0, which takes the likeliest token; set "
+                "a temperature"
             )
 
 
 def shaped_logits(sampling: Sampling, logits_BV: jax.Array) -> jax.Array:
-    """Logits of the distribution that is sampled: divided by the temperature, -inf where filtered; float32 [B,V].
+    """Logits of the distribution to sample from, float32 [B,V]: divided by temperature, filtered.
 
-    Filters apply one after the other, each to what the last one left, in the order of transformers: top-k, top-p, min-p.
+    Filtered tokens have -inf. Filters apply in the order of transformers, each to what the last one
+    left: top-k, top-p, min-p.
     """
     logits_BV = logits_BV / sampling.temperature
     if 0 < sampling.top_k < logits_BV.shape[1]:
@@ -85,10 +91,11 @@ def shaped_logits(sampling: Sampling, logits_BV: jax.Array) -> jax.Array:
 def choose_token(
     sampling: Sampling, logits_BV: jax.Array, seed_B: jax.Array, position_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(token, log of its probability under the unshaped logits), int32 and float32 [B].
+    """(token, log of its probability under the unshaped logits): int32 and float32, [B].
 
     Args:
-      seed_B: uint32. position_B: of the token to come.
+      seed_B: uint32, seed of each sequence.
+      position_B: position of the token to choose.
     """
     if sampling.temperature == 0:
         token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -103,7 +110,7 @@ def choose_token(
 
 
 def token_key(seed: jax.Array, position: jax.Array) -> jax.Array:
-    """The key of one position of one sequence."""
+    """The random key of one position of one sequence."""
     return jax.random.fold_in(jax.random.key(seed), position)
 
 

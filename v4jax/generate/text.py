@@ -1,4 +1,4 @@
-"""Where a text ends, and its way to the terminal as it grows.
+"""Finds where a text ends, and writes it to the terminal as it grows.
 
 Next file to read: v4jax/generate/row.py.
 """
@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from v4jax.tokenizer import Tokenizer
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What decoding gives for a character whose last bytes are still to come."""
+"""What decoding gives for a character whose last bytes are still missing."""
 
 
 class TextStop:
-    """Ends a sequence at a stop token, or where a stop string is complete; gives `write` the text of the first one as it grows.
+    """Ends a sequence at a stop token, or where a stop string is complete.
 
-    Nothing is written that may turn out to be a part of a stop string or half a character.
+    `write` gets the text of sequence 0 as it grows, but nothing that may turn out to be part of a
+    stop string or half a character.
 
     Raises:
       ValueError: stop strings without a tokenizer, or an empty one.
@@ -29,7 +30,8 @@ class TextStop:
     ):
         if stop_strings and tokenizer is None:
             raise ValueError(
-                "stop: got a text, but the checkpoint's tokenizer is not in use; give the prompt as text too"
+                "stop: got a text, but the checkpoint's tokenizer is not in use; give the prompt "
+                "as text too"
             )
         if "" in stop_strings:
             raise ValueError("stop: got ''; must hold at least one character")
@@ -47,20 +49,20 @@ class TextStop:
         return list(tokens[:-1] if tokens and tokens[-1] in self._tokens else tokens)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of a sequence, up to the stop token or string."""
+        """The text of a sequence up to the stop token or string."""
         text = self._tokenizer.decode(self.without_stop(tokens))
         places = [place for place in map(text.find, self._strings) if place >= 0]
         return text[: min(places)] if places else text
 
     def close(self, tokens: Sequence[int]) -> None:
-        """Writes what was held back of a sequence that ended for its length."""
+        """Writes the held-back text of a sequence that ended because of its length."""
         if self._write is not None:
             self._stream(tokens, True)
 
     def _completes(self, tokens: Sequence[int]) -> bool:
         if not self._strings:
             return False
-        # A token gives at least a byte, so no longer tail can hold a string that was not there before.
+        # A token has at least one byte, so a longer tail cannot hold a new stop string.
         tail = self._tokenizer.decode(
             tokens[-max(len(text.encode()) for text in self._strings) - 4 :]
         )
@@ -79,7 +81,7 @@ class TextStop:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`."""
+    """Number of characters at the end of `text` that may be the beginning of `stop`."""
     return next(
         (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
     )

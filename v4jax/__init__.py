@@ -1,4 +1,7 @@
-"""DeepSeek-V4 as a functional Flax model in JAX. Names only; see v4jax/model/transformer.py for the model."""
+"""DeepSeek-V4 as a functional Flax model in JAX: the public names.
+
+The model is in v4jax/model/transformer.py.
+"""
 
 from v4jax.api import load
 from v4jax.checkpoint.export import save_safetensors

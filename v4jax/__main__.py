@@ -1,4 +1,4 @@
-"""`python -m v4jax` is `v4jax`."""
+"""Makes `python -m v4jax` the same as `v4jax`."""
 
 from v4jax.cli import entry
 

@@ -1,4 +1,4 @@
-"""Opening a checkpoint of any kind, on one device or straight onto a mesh.
+"""Opens a checkpoint of any kind, on one device or directly on a mesh.
 
 Next file to read: v4jax/score.py.
 """
@@ -24,10 +24,13 @@ from v4jax.storage import local_path
 
 
 def place_on(mesh: str | None, layout: AxisRules | str | None) -> tuple[Mesh, AxisRules]:
-    """The mesh of a spec such as "data=2,expert=4" and the rules for it; one device and empty rules for no mesh.
+    """The mesh of a spec such as "data=2,expert=4", and its rules.
+
+    Without a spec it is one device with empty rules.
 
     Raises:
-      ValueError: a layout without a mesh; see also parse_mesh, make_mesh, read_layout and layout_for.
+      ValueError: a layout without a mesh; see also parse_mesh, make_mesh, read_layout and
+        layout_for.
     """
     layout = read_layout(layout)
     check_has_mesh(layout, mesh)
@@ -44,11 +47,12 @@ def load(
 ):
     """Opens a safetensors directory or a v4jax run: (ModelConfig, nested dict of jax arrays).
 
-    The config's eos_token_ids are those of config.json and of generation_config.json.
+    The config's eos_token_ids are those of config.json and of generation_config.json together.
 
     Args:
       path: a directory with config.json and *.safetensors, or a v4jax run or store.
-      dtype: "float32" or "bfloat16", of every *.weight; what official files keep in float32 stays so.
+      dtype: "float32" or "bfloat16", of every *.weight; what official files keep in float32 stays
+        float32.
       mesh: axis sizes such as "data=2,expert=4"; None: one device.
       layout: how the arrays lie on the mesh: a name, an AxisRules (sharding.rules.layout), or
         "FILE.py:NAME"; None: "full".
@@ -65,20 +69,21 @@ def load(
     cfg = ModelConfig.from_json(path)
     device_mesh, rules = place_on(mesh, layout)
     if not is_run(path):
-        cfg = open_safetensors(path).cfg  # less MTP, where transformers wrote it
+        cfg = open_safetensors(path).cfg  # without MTP if transformers wrote it
     ending = with_end_tokens(cfg, path)
     places = named_shardings(device_mesh, rules, abstract_params(cfg), param_axes(cfg))
     return ending, load_onto(path, cfg, dtype, places)
 
 
 def load_onto(path, cfg: ModelConfig, dtype: str, places):
-    """The parameters of a checkpoint of any kind, each array straight to its place.
+    """Loads the parameters of a checkpoint of any kind, each array directly to its devices.
 
     Args:
-      cfg: that of the checkpoint. places: tree of shardings, like the parameters.
+      cfg: the config of the checkpoint.
+      places: tree of shardings, shaped like the parameters.
 
     Raises:
-      ValueError: see load.
+      ValueError: see load; or a model with MTP whose checkpoint has none.
     """
     if is_run(path):
         return _load_run(path, cfg, dtype, places)

@@ -1,4 +1,4 @@
-"""The flags of every command of v4jax, and nothing else.
+"""Declares the flags of every command of v4jax, and nothing else.
 
 Next file to read: v4jax/cli.py.
 """
@@ -12,7 +12,7 @@ CKPT = "a folder with config.json and safetensors, or a v4jax run"
 
 
 class BadInput(Exception):
-    """A line for stderr, and exit code 2."""
+    """Bad input: its message is one line on stderr, and the exit code is 2."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -21,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _checked(read: Callable) -> Callable[[str], str]:
-    """The argparse type of a path that `read` (see v4jax/storage.py) accepts."""
+    """The argparse type of a path that `read` accepts (see v4jax/storage.py)."""
 
     def path(text: str) -> str:
         try:
@@ -37,13 +37,12 @@ NEW_FILE = _checked(file_to_write)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Parses a command line; the result's `command` is one of COMMANDS."""
+    """The parser of command lines; `command` of its result is one of COMMANDS."""
     whole = _Parser(prog="v4jax", description=f"DeepSeek-V4 in JAX: {', '.join(COMMANDS)}.")
     commands = whole.add_subparsers(dest="command", required=True, parser_class=_Parser)
     for name, (text, declare) in COMMANDS.items():
-        sub = commands.add_parser(
-            name, help=text, description=text, add_help=name != "train"
-        )  # CONFIG.py adds to train's
+        # train has no --help of its own yet: CONFIG.py adds flags to it.
+        sub = commands.add_parser(name, help=text, description=text, add_help=name != "train")
         sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
         declare(sub)
     return whole
@@ -94,8 +93,8 @@ def _continues(sub, tokens):
     sub.add_argument(
         "--top-p",
         type=float,
-        help="sample from the likeliest tokens whose probabilities add up to this, above 0 to 1 "
-        f"({default}1: all)",
+        help="sample from the likeliest tokens whose probabilities add up to this, above 0, at "
+        f"most 1 ({default}1: all)",
     )
     sub.add_argument(
         "--top-k", type=int, help=f"sample from this number of likeliest tokens ({default}0: all)"
@@ -111,13 +110,14 @@ def _continues(sub, tokens):
         "--cache",
         default="dtype",
         choices=("dtype", "official"),
-        help="what the cache holds: --dtype, or, with --quant official, fp8 and MXFP4 as the served model",
+        help="format of the cache: dtype, that of --dtype (the default); official, the fp8 and "
+        "MXFP4 of the served model, with --quant official",
     )
     sub.add_argument(
         "--cache-tokens",
         type=int,
-        help="tokens that the cache has room for (default: what --max-new-tokens needs; chat, or "
-        "with the file's limit: 4096)",
+        help="tokens that fit in the cache (default: what --max-new-tokens needs; 4096 for chat, "
+        "or if the limit is the file's)",
     )
     _on_mesh(sub)
 
@@ -176,7 +176,7 @@ def _generate(sub):
         "--prefix-cache",
         metavar="DIR",
         type=PATH,
-        help="folder that keeps the caches of prompts' beginnings, and is searched for them",
+        help="folder where the caches of prompts' beginnings are kept and looked up",
     )
     sub.add_argument(
         "--prefix-cache-bytes",
@@ -198,13 +198,13 @@ def _chat(sub):
         help="thinking: reason before each answer (default chat)",
     )
     sub.add_argument(
-        "--effort", help="effort of thinking: high or max; of release 0731: low, high or max"
+        "--effort", help="effort of thinking: high or max; with --release 0731: low, high or max"
     )
     sub.add_argument(
         "--release",
         default="v4",
         choices=("v4", "0731"),
-        help="release whose words ask for effort (default v4)",
+        help="release whose wording asks for the effort (default v4)",
     )
     sub.add_argument("--system", metavar="TEXT", help="system message that opens the conversation")
     sub.add_argument("--seed", type=int, default=0, help="seed of the sampled tokens (default 0)")
@@ -224,7 +224,7 @@ def _convert(sub):
     sub.add_argument(
         "target",
         type=PATH,
-        help="folder to write: new, empty, or with an unfinished conversion of SOURCE, which goes on",
+        help="folder to write: new or empty; an unfinished conversion of SOURCE to it goes on",
     )
     sub.add_argument(
         "--format",
@@ -253,7 +253,7 @@ def _convert(sub):
         "--workers",
         type=int,
         default=2,
-        help="tensors or files converted at a time (default 2); each takes memory for one",
+        help="tensors or files converted at a time (default 2); each needs memory for one tensor",
     )
 
 
@@ -275,24 +275,26 @@ def _layout(sub):
     sub.add_argument(
         "--target",
         default="cpu",
-        help="cpu; a TPU topology such as v5p:4x4x8 (extra `tpu`); h100:N (extra `gpu`); estimated only: "
-        "cloudmatrix384:1024, my-chip.json:16 and others (v4jax/planner/hardware.json)",
+        help="cpu; a TPU topology such as v5p:4x4x8 (extra `tpu`); h100:N (extra `gpu`); "
+        "estimated only: cloudmatrix384:1024, my-chip.json:16 and others "
+        "(v4jax/planner/hardware.json)",
     )
     sub.add_argument(
         "--what",
         choices=("train", "decode"),
         default="train",
-        help="the step: train (the default), or decode, one new token a row",
+        help="step to show: train (the default), or decode, one new token per row",
     )
-    sub.add_argument("--seq", type=int, help="tokens a row (default: that of CONFIG.py)")
-    sub.add_argument("--batch", type=int, help="rows a step (default: one a device)")
+    sub.add_argument("--seq", type=int, help="tokens per row (default: those of CONFIG.py)")
+    sub.add_argument("--batch", type=int, help="rows per step (default: one per device)")
     sub.add_argument(
         "--fp8", action="store_true", help="estimate products at the fp8 rate of the target"
     )
     sub.add_argument(
         "--released",
         action="store_true",
-        help="with --what decode: weights and caches in the released formats (fp8, MXFP4), estimated only",
+        help="with --what decode: weights and caches in the released formats (fp8, MXFP4), "
+        "estimated only",
     )
     sub.add_argument(
         "--paper", action="store_true", help="estimate from the configuration, compile nothing"
@@ -305,7 +307,8 @@ def _layout(sub):
     sub.add_argument(
         "--effort",
         choices=("quick", "full"),
-        help="effort of the TPU compiler: quick (the default, at most half the time) or full, as a run compiles",
+        help="effort of the TPU compiler: quick (the default, at most half the time) or full, as "
+        "a run compiles",
     )
     sub.add_argument(
         "--search",
@@ -332,7 +335,7 @@ def _layout(sub):
         "--report",
         metavar="OUT.html",
         type=NEW_FILE,
-        help="write one page that works offline (of a search: of its winner)",
+        help="write one page that works offline (after a search: of its winner)",
     )
     sub.add_argument(
         "--stablehlo",
@@ -357,7 +360,7 @@ def _launch(sub):
         "--output",
         choices=("all", "first"),
         default="all",
-        help="all: every process's lines after [i]; first: those of process 0, as they are",
+        help="all: every process's lines, after [i]; first: those of process 0, unchanged",
     )
 
 
@@ -373,7 +376,8 @@ COMMANDS = {
         _cost,
     ),
     "layout": (
-        "Show the memory, traffic and time of a layout: estimated, or compiled for devices that need not exist.",
+        "Show the memory, traffic and time of a layout: estimated, or compiled for devices that "
+        "need not exist.",
         _layout,
     ),
     "launch": (
@@ -381,4 +385,4 @@ COMMANDS = {
         _launch,
     ),
 }
-"""Name -> what it does, in a sentence; the function that declares its flags."""
+"""Name -> (what the command does, in a sentence; the function that declares its flags)."""

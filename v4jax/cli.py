@@ -1,4 +1,6 @@
-"""The command line: parses, calls, prints. Exit code 0: done; 2: bad input, one line on stderr; 1: failed while running.
+"""The command line: parses, calls, prints.
+
+Exit code 0: done; 1: failed while running; 2: bad input, one line on stderr.
 
 Next file to read: README.md, which shows every command.
 """
@@ -29,7 +31,7 @@ def entry() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and gives its exit code."""
+    """Runs one command and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _run(argv)
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("v4jax: interrupted", file=sys.stderr)
         code = 1
-    except BrokenPipeError:  # whoever reads the output has seen enough, for example `| head`
+    except BrokenPipeError:  # the reader has seen enough, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except (RuntimeError, OSError) as error:
@@ -64,7 +66,7 @@ def _one_of_several() -> bool:
 
 def _run(argv: list[str]) -> int:
     command = []
-    if argv[:1] == ["launch"] and "--" in argv:  # what follows is not ours to parse
+    if argv[:1] == ["launch"] and "--" in argv:  # what follows -- is another program's
         command = argv[argv.index("--") + 1 :]
         argv = argv[: argv.index("--")]
     arguments, rest = parser().parse_known_args(argv)
@@ -86,7 +88,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-# ---- commands: everything heavy is imported inside, so that --help and bad flags answer at once -------------------------
+# ---- commands: heavy imports are inside, so that --help and bad flags answer at once -------------
 
 
 def _train(arguments, rest):
@@ -106,7 +108,7 @@ def _train(arguments, rest):
     summary = train(cfg)
     if cfg.sample_tokens and "stopped_at" not in summary:
         summary |= _sample(cfg)
-    if "run_dir" not in summary:  # not the first of several processes
+    if "run_dir" not in summary:  # this is not the first of several processes
         return None
     return summary | {"peak_memory": f"{_peak_memory() / 1e9:.1f} GB"}
 
@@ -121,7 +123,7 @@ def _plan(cfg, as_json: bool) -> dict | None:
 
 
 def _peak_memory() -> int:
-    """The most bytes this process ever held resident."""
+    """The most bytes of memory that this process has had resident."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
@@ -130,7 +132,7 @@ def _peak_memory() -> int:
 
 
 def _sample(cfg) -> dict:
-    """What the finished run says after cfg.sample_prompt; in sample.txt too."""
+    """Lets the finished run continue cfg.sample_prompt; writes the text to sample.txt too."""
     import jax
 
     from sharding.processes import is_first
@@ -271,7 +273,7 @@ def _layout(arguments, _):
 
 
 def _measure(path: str) -> dict:
-    """The CPU profile of this machine, written to `path`."""
+    """Measures this machine and writes its CPU profile to `path`."""
     _start("data=8")
     from v4jax.planner.measure import measure
 
@@ -290,7 +292,10 @@ RUNS = {
     "cost": _cost,
     "layout": _layout,
 }
-"""Command -> what runs it, given the flags and what of the command line it did not know (train's overrides)."""
+"""Command -> the function that runs it.
+
+It gets the flags, and the arguments that the parser did not know (train's overrides).
+"""
 
 
 def _launch(arguments, command: list[str]) -> int:
@@ -299,11 +304,11 @@ def _launch(arguments, command: list[str]) -> int:
     return launch(command, arguments.processes, arguments.devices, arguments.output)
 
 
-# ---- parts -----------------------------------------------------------------------------------------------------------
+# ---- parts ---------------------------------------------------------------------------------------
 
 
 def _read_config_file(path):
-    """`get_config()` of a Python file."""
+    """Calls `get_config()` of a Python file."""
     from v4jax.python_files import call
     from v4jax.train.config import TrainConfig
 
@@ -317,7 +322,7 @@ def _read_config_file(path):
 
 
 def _override(cfg, rest: list[str], program: str):
-    """The config with typed command-line overrides; an unknown or ill-typed one is one line."""
+    """The config with typed command-line overrides; a bad one is one line on stderr."""
     import tyro
 
     said = io.StringIO()
@@ -364,7 +369,7 @@ def _fields(config: type, head: str = "") -> list[str]:
 
 @contextlib.contextmanager
 def _no_wrapping(rest: list[str]):
-    """Lets an error be one long line, so that no path is broken in two; help stays as it is."""
+    """Keeps an error on one long line, so that no path is broken in two; help still wraps."""
     before = os.environ.get("COLUMNS")
     if not {"-h", "--help"} & set(rest):
         os.environ["COLUMNS"] = "10000"
@@ -377,7 +382,10 @@ def _no_wrapping(rest: list[str]):
 
 
 def _start(mesh: str | None, preemptible: bool = False) -> None:
-    """Before JAX is used: simulates devices where it may, and joins the job that the environment describes."""
+    """Prepares devices before JAX is used.
+
+    Simulates devices where that is allowed, and joins the job that the environment describes.
+    """
     from sharding.mesh import parse_mesh, simulate_devices
     from sharding.processes import start
 
@@ -402,7 +410,7 @@ def _print_rows(rows) -> None:
     rows = list(rows)
     table = Table(show_header=False, box=None)
     for _ in rows[0]:
-        table.add_column(overflow="fold")  # whole names, also where lines are short
+        table.add_column(overflow="fold")  # whole names, even on a narrow terminal
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     Console().print(table)

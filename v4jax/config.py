@@ -1,7 +1,8 @@
-"""The shape of a DeepSeek-V4 model: one frozen dataclass, spelled like config.json, that refuses what cannot be built.
+"""The configuration of a DeepSeek-V4 model: one frozen dataclass that validates itself.
 
-Everything else is derived from it: layer kinds, scan groups, parameter shapes. It reads the official style of
-config.json and the style transformers 5 writes, and writes the official one.
+Its fields are spelled like config.json. Layer kinds, scan groups and parameter shapes are derived
+from it. It reads the official style of config.json and the style that transformers 5 writes, and
+writes the official one.
 
 Next file to read: v4jax/model/transformer.py.
 """
@@ -16,7 +17,7 @@ from v4jax.storage import local_path
 from v4jax.untrusted import file_in, read_json
 
 WINDOW_ONLY, CSA, HCA = 0, 4, 128
-"""Compress ratios: sliding window only, compressed sparse attention, heavily compressed attention (report 2.3)."""
+"""Compress ratios: sliding window only, CSA and HCA (report 2.3)."""
 
 _RATIO_OF_LAYER_TYPE = {
     "sliding_attention": WINDOW_ONLY,
@@ -48,13 +49,14 @@ _AT_MOST = {
     "hc_sinkhorn_iters": 1000,
     "max_position_embeddings": 2**31,
 }
-"""Larger values can only be mistakes, and would keep a reader busy for ever; other sizes: `_LARGEST_SIZE`."""
+"""Largest values; larger ones can only be mistakes, and would keep a reader busy without end.
+Other sizes: `_LARGEST_SIZE`."""
 _LARGEST_SIZE = 2**24
 _ABSURD = 1e30
 _LEAST_EPS = 1e-24
-"""The gradient of a norm at a row of zeros passes through eps^-1.5, which float32 must hold."""
+"""A norm's gradient at a vector of zeros passes through eps^-1.5, which float32 must hold."""
 _INDEX_SIZES = ("index_n_heads", "index_head_dim", "index_topk")
-_FIXED = {  # the only value V4 was published with; another one would be another architecture
+_FIXED = {  # V4 was published with these values only; others would be another architecture
     "num_key_value_heads": 1,
     "n_shared_experts": 1,
     "scoring_func": "sqrtsoftplus",
@@ -67,14 +69,14 @@ _FIXED = {  # the only value V4 was published with; another one would be another
 
 
 class LayerKind(NamedTuple):
-    """What tells one layer from another: how its attention compresses, and whether its experts are hash-routed."""
+    """What tells layers apart: the compress ratio, and whether experts are hash-routed."""
 
     compress_ratio: int
     hash_routed: bool
 
 
 class LayerGroup(NamedTuple):
-    """`repeats` consecutive copies of the pattern `kinds`, starting at layer `first`; scanned over as one unit."""
+    """`repeats` copies of the pattern `kinds`, from layer `first` on; scanned as one unit."""
 
     first: int
     kinds: tuple[LayerKind, ...]
@@ -82,20 +84,23 @@ class LayerGroup(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Key of the group in the parameter tree, for example layers_3_42."""
+        """The group's key in the parameter tree, for example layers_3_42."""
         return f"layers_{self.first}_{self.first + len(self.kinds) * self.repeats - 1}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """YaRN, applied to the rotary table of compressed layers at every length (official `precompute_freqs_cis`)."""
+    """YaRN for the rotary angles of compressed layers, applied at every length.
+
+    In the official code it is `precompute_freqs_cis`.
+    """
 
     factor: float = 16.0
     """How many times longer than the original context the model reads, 1 or more."""
     original_max_position_embeddings: int = 65536
     """Tokens of the original context."""
     beta_fast: float = 32.0
-    """Rotations over the original context above which a pair is left as it is; above beta_slow."""
+    """Rotations over the original context above which a pair keeps its speed; above beta_slow."""
     beta_slow: float = 1.0
     """Rotations over the original context below which a pair is slowed by factor; above 0."""
 
@@ -114,12 +119,14 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A DeepSeek-V4 architecture. Field names and meanings are those of the official config.json.
+    """A DeepSeek-V4 architecture. Fields have the names and meanings of the official config.json.
 
-    `compress_ratios` has one entry per layer (0 window only, 4 CSA, 128 HCA) and then one 0 per MTP layer.
+    `compress_ratios` has one number per layer (0 window only, 4 CSA, 128 HCA), then one 0 per MTP
+    layer.
 
     Raises:
-      ValueError: naming the field, the value and the rule, for anything that is not a V4 this code can build.
+      ValueError: for anything that is not a V4 this code can build; names the field, the value and
+        the rule.
     """
 
     vocab_size: int
@@ -149,7 +156,7 @@ class ModelConfig:
     routed_scaling_factor: float
     """Sum of the weights of a token's routed experts."""
     compress_ratios: tuple[int, ...]
-    """One entry a layer: 0 (window only), 4 (CSA) or 128 (HCA); then one 0 for each MTP layer."""
+    """One number per layer: 0 (window only), 4 (CSA) or 128 (HCA); then one 0 per MTP layer."""
     num_hash_layers: int = 3
     """First layers, which choose experts by a table of token ids."""
     num_nextn_predict_layers: int = 1
@@ -175,7 +182,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     """Base of rotary embedding in layers without compression."""
     compress_rope_theta: float | None = None
-    """Base of rotary embedding in CSA and HCA layers. Must be set where there are such layers."""
+    """Base of rotary embedding in CSA and HCA layers. Must be set if there are such layers."""
     rope_scaling: RopeScaling | None = None
     """YaRN of the CSA and HCA layers; None: plain rotary embedding."""
     max_position_embeddings: int = 1048576
@@ -185,10 +192,9 @@ class ModelConfig:
     bos_token_id: int | None = 0
     """Token that begins a document; None: no token does."""
     eos_token_id: int | None = 1
-    """Token that ends a document, the first of config.json's if it lists several; None: no token
-    does."""
+    """Token that ends a document, the first if config.json lists several; None: no token does."""
     more_eos_token_ids: tuple[int, ...] = dataclasses.field(default=(), compare=False)
-    """Further tokens that end a generated row. Configs that differ in nothing else are equal."""
+    """Further tokens that end a generated row. Configs that differ only in them are equal."""
 
     def __post_init__(self):
         object.__setattr__(self, "compress_ratios", tuple(self.compress_ratios))
@@ -197,7 +203,7 @@ class ModelConfig:
         _check_layers(self)
         _check_divisions(self)
 
-    # ---- derived -------------------------------------------------------------------------------------------------
+    # ---- derived ---------------------------------------------------------------------------------
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -212,7 +218,7 @@ class ModelConfig:
 
     @property
     def layer_groups(self) -> tuple[LayerGroup, ...]:
-        """The layers cut into repeating patterns, so that compile time does not grow with depth.
+        """The layers as repeated patterns, so that compile time does not grow with depth.
 
         Example: V4-Flash is [(SWA hash) x 2], [(CSA hash) x 1], [(HCA, CSA) x 20].
         """
@@ -223,11 +229,11 @@ class ModelConfig:
             start += period * repeats
         return tuple(groups)
 
-    # ---- files ---------------------------------------------------------------------------------------------------
+    # ---- files -----------------------------------------------------------------------------------
 
     @classmethod
     def from_json(cls, path) -> "ModelConfig":
-        """Reads config.json (or a directory that holds one), official or transformers 5 style."""
+        """Reads config.json, or a directory that has one, of official or transformers 5 style."""
         path = local_path(path, "path")
         path = path / "config.json" if path.is_dir() else path.resolve()
         raw = read_config_json(path)
@@ -238,10 +244,13 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "ModelConfig":
-        """Builds the config from the contents of config.json; keys that describe no weights or equations are ignored.
+        """Builds the config from the contents of config.json.
+
+        Keys that describe neither weights nor equations are ignored.
 
         Raises:
-          ValueError: another architecture, a DSpark drafter, a fixed choice that differs, or a missing key.
+          ValueError: another architecture, a DSpark drafter, a fixed choice that differs, or a
+            missing key.
         """
         _refuse_other_models(raw)
         for name, only in _FIXED.items():
@@ -257,16 +266,16 @@ class ModelConfig:
         ]
         if missing:
             raise ValueError(f"missing key(s) {', '.join(missing)}")
-        del fields["more_eos_token_ids"]  # no key of config.json: eos_token_id has them all
+        del fields["more_eos_token_ids"]  # no key of config.json: eos_token_id lists them all
         values = {name: raw[name] for name in fields if raw.get(name) is not None}
-        # Without the key the released default holds; null says that there is no such token.
+        # Without the key the released default applies; null says that there is no such token.
         values |= {name: raw[name] for name in ("bos_token_id", "eos_token_id") if name in raw}
         if "rope_scaling" in values:
             values["rope_scaling"] = _read_rope_scaling(values["rope_scaling"])
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The official config.json, readable by `from_dict`, by transformers, by vLLM and by SGLang."""
+        """The official config.json, which `from_dict`, transformers, vLLM and SGLang read."""
         raw: dict[str, Any] = {
             "architectures": ["DeepseekV4ForCausalLM"],
             "model_type": "deepseek_v4",
@@ -288,14 +297,14 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
     def ending_at(self, tokens: Iterable[int]) -> "ModelConfig":
-        """The same model, whose rows end at these tokens too."""
+        """The same model, with rows that end at these tokens too."""
         ends = [*self.eos_token_ids, *tokens]
         return self.replace(eos_token_id=ends or None, more_eos_token_ids=())
 
     def difference(self, other: "ModelConfig") -> str | None:
-        """The first key of config.json in which two models differ; None if they are the same one.
+        """The first key of config.json in which two models differ; None if they are the same model.
 
-        Further end tokens do not count, nor a special token that only one of them has.
+        Further end tokens do not count, nor does a special token that only one of them has.
         """
         ours = self.replace(more_eos_token_ids=()).to_dict()
         theirs = other.replace(more_eos_token_ids=()).to_dict()
@@ -325,7 +334,10 @@ def read_config_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _longest_repeat(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
-    """(period, repeats) of the pattern that covers most layers from the start; the shortest pattern on a tie."""
+    """(period, repeats) of the pattern that covers most layers from the start.
+
+    On a tie it is the shortest pattern.
+    """
     best = (1, 1)
     for period in range(1, len(kinds) // 2 + 1):
         repeats = 1
@@ -378,12 +390,12 @@ def _check_sizes(cfg: ModelConfig) -> None:
 
 
 def is_token(value: Any, vocab_size: int) -> bool:
-    """Whether `value` is the id of a token, and not, say, True."""
+    """Whether `value` is a token id: an integer in [0, vocab_size), and no bool."""
     return type(value) is int and 0 <= value < vocab_size
 
 
 def _spread_special_tokens(cfg: ModelConfig) -> None:
-    """Keeps the first of several end tokens as eos_token_id, the others as more_eos_token_ids."""
+    """Moves all but the first of several end tokens to more_eos_token_ids."""
     first, rest = cfg.eos_token_id, list(cfg.more_eos_token_ids)
     if isinstance(first, (list, tuple)) and first:
         first, rest = first[0], [*first[1:], *rest]
@@ -401,7 +413,8 @@ def _check_layers(cfg: ModelConfig) -> None:
     if len(cfg.compress_ratios) != expected:
         raise ValueError(
             f"compress_ratios: got {len(cfg.compress_ratios)} entries; must be {expected} "
-            f"(num_hidden_layers {cfg.num_hidden_layers} + num_nextn_predict_layers {cfg.num_nextn_predict_layers})"
+            f"(num_hidden_layers {cfg.num_hidden_layers} + num_nextn_predict_layers "
+            f"{cfg.num_nextn_predict_layers})"
         )
     odd = [
         ratio
@@ -414,22 +427,25 @@ def _check_layers(cfg: ModelConfig) -> None:
         )
     if any(cfg.compress_ratios[cfg.num_hidden_layers :]):
         raise ValueError(
-            f"compress_ratios: the MTP entry is {cfg.compress_ratios[-1]}; the MTP layer allows only 0"
+            f"compress_ratios: the MTP entry is {cfg.compress_ratios[-1]}; the MTP layer allows "
+            "only 0"
         )
     if (
         type(cfg.num_hash_layers) is not int
         or not 0 <= cfg.num_hash_layers <= cfg.num_hidden_layers
     ):
         raise ValueError(
-            f"num_hash_layers: got {cfg.num_hash_layers!r}; must be in [0, num_hidden_layers={cfg.num_hidden_layers}]"
+            f"num_hash_layers: got {cfg.num_hash_layers!r}; must be in [0, "
+            f"num_hidden_layers={cfg.num_hidden_layers}]"
         )
     if any(cfg.compress_ratios) and not (
         _is_number(cfg.compress_rope_theta) and cfg.compress_rope_theta > 0
     ):
-        # Published code and config.json disagree on its default, so a guess would be wrong for
-        # someone (docs/equations.md#trap-6).
+        # Published code and config.json disagree on its default, so any guess would be wrong for
+        # some checkpoint (docs/equations.md#trap-6).
         raise ValueError(
-            f"compress_rope_theta: got {cfg.compress_rope_theta!r}; a model with compressed layers must state it "
+            f"compress_rope_theta: got {cfg.compress_rope_theta!r}; a model with compressed layers "
+            "must state it "
             "(160000 in the released checkpoints)"
         )
 
@@ -437,7 +453,8 @@ def _check_layers(cfg: ModelConfig) -> None:
 def _check_divisions(cfg: ModelConfig) -> None:
     if cfg.num_attention_heads % cfg.o_groups:
         raise ValueError(
-            f"o_groups: got {cfg.o_groups}; must divide num_attention_heads={cfg.num_attention_heads}"
+            f"o_groups: got {cfg.o_groups}; must divide "
+            f"num_attention_heads={cfg.num_attention_heads}"
         )
     if cfg.qk_rope_head_dim % 2:
         raise ValueError(
@@ -449,7 +466,8 @@ def _check_divisions(cfg: ModelConfig) -> None:
         )
     if CSA in cfg.compress_ratios and cfg.qk_rope_head_dim > cfg.index_head_dim:
         raise ValueError(
-            f"index_head_dim: got {cfg.index_head_dim}; must be at least qk_rope_head_dim={cfg.qk_rope_head_dim}"
+            f"index_head_dim: got {cfg.index_head_dim}; must be at least "
+            f"qk_rope_head_dim={cfg.qk_rope_head_dim}"
         )
     if cfg.num_experts_per_tok > cfg.n_routed_experts:
         raise ValueError(
@@ -464,7 +482,8 @@ def _refuse_other_models(raw: dict[str, Any]) -> None:
     )
     if any(mark in name.lower() for name in names for mark in ("v4.1", "v4_1", "v41")):
         raise ValueError(
-            f"model_type: got {names[0]!r} {names[1:]}; DeepSeek-V4.1 is another architecture; allowed: "
+            f"model_type: got {names[0]!r} {names[1:]}; DeepSeek-V4.1 is another architecture; "
+            "allowed: "
             "'deepseek_v4'"
         )
     if raw.get("model_type") != "deepseek_v4":
@@ -477,7 +496,7 @@ def _refuse_other_models(raw: dict[str, Any]) -> None:
 
 
 def _check_json_types(raw: dict[str, Any]) -> None:
-    """Refuses a key whose value is of the wrong JSON type, before anything looks inside it."""
+    """Refuses a key with a value of the wrong JSON type, before anything looks inside it."""
     kinds = {
         "a list": ((list, tuple), ("compress_ratios", "layer_types", "mlp_layer_types")),
         "an object": ((dict, RopeScaling), ("rope_scaling", "rope_parameters", "compress_rates")),
@@ -494,7 +513,10 @@ def _check_json_types(raw: dict[str, Any]) -> None:
 
 
 def _official_style(raw: dict[str, Any]) -> dict[str, Any]:
-    """Translates what transformers 5 writes (layer_types, mlp_layer_types, rope_parameters) to the official keys."""
+    """Translates transformers 5's keys to the official ones.
+
+    These are layer_types, mlp_layer_types and rope_parameters.
+    """
     raw = dict(raw)
     layers = raw.get("num_hidden_layers") or 0
     if raw.get("compress_ratios") is None and raw.get("layer_types") is not None:
@@ -516,7 +538,8 @@ def _official_style(raw: dict[str, Any]) -> dict[str, Any]:
         raw["num_hash_layers"] = hashed = kinds.count("hash_moe")
         if len(kinds) != layers or kinds != ["hash_moe"] * hashed + ["moe"] * (len(kinds) - hashed):
             raise ValueError(
-                f"mlp_layer_types: got {kinds}; must be hash_moe layers first, then moe, {layers} in all"
+                f"mlp_layer_types: got {kinds}; must be hash_moe layers first, then moe, {layers} "
+                "in all"
             )
     factor, head_dim = raw.get("partial_rotary_factor"), raw.get("head_dim")
     if raw.get("qk_rope_head_dim") is None and _is_number(factor) and _is_number(head_dim):
@@ -541,7 +564,8 @@ def _read_rope_scaling(raw: Any) -> RopeScaling | None:
         raise ValueError(f"rope_scaling: got type {kind!r}; allowed: 'yarn', or no rope_scaling")
     if raw.get("attention_factor", 1.0) not in (None, 1.0):
         raise ValueError(
-            f"rope_scaling: got attention_factor {raw['attention_factor']}; DeepSeek-V4 allows only 1.0"
+            f"rope_scaling: got attention_factor {raw['attention_factor']}; DeepSeek-V4 allows "
+            "only 1.0"
         )
     names = [field.name for field in dataclasses.fields(RopeScaling)]
     missing = [name for name in names[:2] if name not in raw]

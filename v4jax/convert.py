@@ -1,8 +1,9 @@
-"""From one kind of checkpoint to another, tensor by tensor: safetensors in four precisions <-> the v4jax store.
+"""Converts checkpoints tensor by tensor: safetensors in four precisions <-> the v4jax store.
 
-Never more is in memory than a few tensors (a worker holds one, as stored and as float32). What is written lies beside the target
-until it is whole, so a conversion that was killed goes on where it was when it is called again, and a target is never half
-a checkpoint. A store made from low-precision files keeps their scales, so that the way back gives the same bytes.
+Memory holds only a few tensors: each worker has one, as stored and as float32. Output is written
+beside the target until it is whole. So a target is never half a checkpoint, and a conversion that
+was killed goes on where it was when it is called again. A store made from low-precision files keeps
+their scales, so that converting back gives the same bytes.
 
 Next file to read: v4jax/cli.py.
 """
@@ -59,9 +60,9 @@ from v4jax.storage import folder_to_fill, local_path
 from v4jax.untrusted import file_in, read_json
 
 _GROUP_BYTES = 32 * 2**20
-"""Of small tensors written to a store in one commit."""
+"""Bytes of small tensors that one commit writes to a store."""
 _RELEASED = "released"
-"""Directory of a store that keeps what its numbers do not say: how the source stored each tensor, and its scales."""
+"""Folder of a store for the source's scales, and for how the source stored each tensor."""
 
 
 def convert(
@@ -72,21 +73,25 @@ def convert(
     max_file_bytes: int = MAX_FILE_BYTES,
     workers: int = 2,
 ) -> dict:
-    """Writes the checkpoint `source` (any kind, any precision) to the new directory `target`.
+    """Converts the checkpoint `source`, of any kind and precision, to the new directory `target`.
 
     Args:
-      format: "safetensors", or "orbax" for a v4jax store. dtype: float32 or bfloat16; for safetensors also fp8 or official.
-      max_file_bytes: of a safetensors file. workers: tensors (files, for safetensors) converted at a time.
+      format: "safetensors", or "orbax" for a v4jax store.
+      dtype: "float32" or "bfloat16"; for safetensors also "fp8" or "official".
+      max_file_bytes: largest size of a safetensors file.
+      workers: tensors converted at a time; for safetensors, files.
 
     Raises:
-      ValueError: a target that exists and is not empty or is being written, a dtype the format does not have, or a bad source.
-      OSError: the disk is full; what was written stays beside the target, for the next try.
+      ValueError: a target that exists and is not empty, or that another process is writing; a dtype
+        that the format does not have; a bad source.
+      OSError: the disk is full. What was written stays beside the target for the next try.
     """
     source = local_path(source, "source")
     target = local_path(target, "target").absolute()
     if check_format(dtype) not in ("float32", "bfloat16") and format == "orbax":
         raise ValueError(
-            f"dtype: got {dtype!r}; a v4jax store holds float32 or bfloat16 (and keeps the scales of {dtype} files)"
+            f"dtype: got {dtype!r}; a v4jax store holds float32 or bfloat16 (and keeps the scales "
+            f"of {dtype} files)"
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: exists and is not an empty directory; choose another")
@@ -123,14 +128,14 @@ def convert(
 
 
 def compare(first, second) -> dict:
-    """How far two checkpoints of one model are apart, of any kinds and precisions.
+    """Compares two checkpoints of one model, of any kinds and precisions.
 
     Returns:
-      tensors compared, how many are equal, and of the worst tensor its name, largest difference, and that difference over
-      the largest number of the first checkpoint's tensor.
+      The number of tensors and of equal ones; the name of the worst tensor, its largest difference,
+        and that difference divided by the largest number of the first checkpoint's tensor.
 
     Raises:
-      ValueError: a bad checkpoint, or two models (naming the first tensor or shape that differs).
+      ValueError: a bad checkpoint, or two models (names the first tensor or shape that differs).
     """
     a = open_checkpoint(local_path(first, "first"))
     b = open_checkpoint(local_path(second, "second"))
@@ -138,7 +143,8 @@ def compare(first, second) -> dict:
     for name in shapes | others:
         if shapes.get(name) != others.get(name):
             raise ValueError(
-                f"{name}: {shapes.get(name)} in {first}, {others.get(name)} in {second}; these are two models"
+                f"{name}: {shapes.get(name)} in {first}, {others.get(name)} in {second}; these are "
+                "two models"
             )
     equal, worst = 0, ("", 0.0, 0.0)
     with _progress("comparing", len(shapes), bytes_=False) as wrote:
@@ -160,11 +166,11 @@ def compare(first, second) -> dict:
     }
 
 
-# ---- sources ---------------------------------------------------------------------------------------------------------
+# ---- sources -------------------------------------------------------------------------------------
 
 
 class StoreSource(NamedTuple):
-    """The newest checkpoint of a v4jax store or run; reads what a load.Source reads."""
+    """The newest checkpoint of a v4jax store or run, read like a load.Source."""
 
     directory: pathlib.Path
     cfg: ModelConfig
@@ -184,7 +190,7 @@ class StoreSource(NamedTuple):
         kind = Kind("I64" if name.endswith(".tid2eid") else dtype_name(leaf.dtype.numpy_dtype))
         try:
             read = leaf[slot.index].read().result()
-        except ValueError as error:  # so TensorStore calls a chunk whose checksum does not fit
+        except ValueError as error:  # TensorStore's error for a chunk whose checksum is wrong
             raise ValueError(f"{self.directory}: {name} is damaged: {error}") from None
         return store_slot(self.cfg, name, kind, read, slot._replace(index=())).data
 
@@ -195,7 +201,7 @@ class StoreSource(NamedTuple):
 
 
 def open_checkpoint(directory) -> Source | StoreSource:
-    """Any checkpoint, its tensors not read yet.
+    """Opens any checkpoint without reading its tensors.
 
     Raises:
       ValueError: no checkpoint, or one that does not fit its config.json.
@@ -237,10 +243,13 @@ def open_checkpoint(directory) -> Source | StoreSource:
 def _read_form(
     directory: pathlib.Path, shapes: dict[str, tuple[int, ...]]
 ) -> tuple[dict[str, Kind], dict[str, Header]]:
-    """What `_keep_form` wrote: official name -> how the source stored it, and where its scales are, if it has some.
+    """Reads what `_keep_form` wrote.
+
+    Returns:
+      Official name -> how the source stored it, and official name -> header of its scales.
 
     Raises:
-      ValueError: not that.
+      ValueError: the files do not belong to this model.
     """
     try:
         raw = read_json(file_in(directory, "kinds.json"))
@@ -260,7 +269,8 @@ def _read_form(
         )
     except (FileNotFoundError, KeyError, TypeError, StopIteration) as error:
         raise ValueError(
-            f"kinds.json, or scales.safetensors, does not belong to this model ({type(error).__name__}: {error})"
+            "kinds.json, or scales.safetensors, does not belong to this model "
+            f"({type(error).__name__}: {error})"
         ) from None
     for name, shape in low.items():
         one = scales.get(scale_name(name))
@@ -271,7 +281,7 @@ def _read_form(
     return kinds, {name: scales[scale_name(name)] for name in low}
 
 
-# ---- targets ---------------------------------------------------------------------------------------------------------
+# ---- targets -------------------------------------------------------------------------------------
 
 
 def _to_safetensors(
@@ -281,7 +291,7 @@ def _to_safetensors(
     max_file_bytes: int,
     workers: int,
 ) -> int:
-    same = source.format == dtype  # then each tensor is stored as it was there
+    same = source.format == dtype  # then each tensor is stored as in the source
     kinds = source.kinds if same else kinds_for(source.cfg, dtype)
 
     def stored(name: str) -> Stored:
@@ -357,7 +367,7 @@ def _to_store(source: Source | StoreSource, partial: pathlib.Path, dtype: str, w
 
 
 def _keep_form(source: Source | StoreSource, directory: pathlib.Path) -> None:
-    """Writes what a store's numbers do not say: how the source stored each tensor, and its scales as they are."""
+    """Writes how the source stored each tensor, and its scales unchanged."""
     directory.mkdir(exist_ok=True)
     write_json(directory / "kinds.json", source.kinds)
     if source.scales:
@@ -377,7 +387,10 @@ def _keep_form(source: Source | StoreSource, directory: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _begun(partial: pathlib.Path, plan: dict[str, Any]) -> Iterator[pathlib.Path]:
-    """The directory where a conversion is made; what an earlier try of the same one left is kept, anything else removed."""
+    """The directory in which a conversion is made.
+
+    What an earlier try of the same conversion left is kept; anything else is removed.
+    """
     plan = json.loads(json.dumps(plan))
     partial.parent.mkdir(parents=True, exist_ok=True)
     with open(partial.with_suffix(".lock"), "w") as lock:
@@ -395,7 +408,7 @@ def _begun(partial: pathlib.Path, plan: dict[str, Any]) -> Iterator[pathlib.Path
             write_json(partial / "plan.json", plan)
         try:
             yield partial
-        except ValueError:  # bad input, which another try would find again
+        except ValueError:  # bad input, which the next try would meet again
             shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:

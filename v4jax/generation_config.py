@@ -1,6 +1,6 @@
-"""generation_config.json of a checkpoint: the further tokens that end a row.
+"""Reads a checkpoint's generation_config.json: the further tokens that end a row.
 
-What the file says about choosing tokens is read in v4jax/generate/choice.py.
+v4jax/generate/choice.py reads what the file says about choosing tokens.
 
 Next file to read: v4jax/cost.py.
 """
@@ -34,7 +34,7 @@ def read_generation_config(directory) -> dict[str, Any]:
 
 
 def end_tokens(directory, vocab_size: int) -> list[int]:
-    """The tokens that end a row according to generation_config.json: none, one or several.
+    """The tokens that end a row by generation_config.json: none, one or several.
 
     Raises:
       ValueError: see read_generation_config; or an id outside [0, vocab_size).

@@ -2,8 +2,9 @@
 
     v4jax launch --processes 2 --devices 4 -- v4jax train configs/demo.py
 
-Every process gets the variables that `sharding.processes.start` reads. The first to fail ends the job: the others get
-SIGTERM, and SIGKILL if they do not go. Nothing heavy is imported here.
+Every process gets the variables that `sharding.processes.start` reads. The first process to fail
+ends the job: the others get SIGTERM, and SIGKILL if they do not end. Nothing heavy is imported
+here.
 
 Next file to read: sharding/processes.py.
 """
@@ -21,22 +22,25 @@ import time
 from collections.abc import Sequence
 
 GRACE_SECONDS = 5
-"""Between asking a process to end, because another one failed, and killing it."""
+"""Seconds between asking a process to end, because another one failed, and killing it."""
 SAVING_SECONDS = 120
-"""The same when the job itself is asked to end by SIGTERM: training saves a checkpoint first."""
+"""The same if SIGTERM asks the job itself to end, since training saves a checkpoint first."""
 
 _TICK_SECONDS = 0.02
 _LAST_LINES = 30
 
 
 def launch(command: Sequence[str], processes: int, devices: int, output: str = "all") -> int:
-    """Runs `command` P times side by side and returns its exit code, 0 or that of the first process that failed.
+    """Runs `command` in several processes, and returns 0 or the code of the first that failed.
 
-    A process killed by signal n counts as 128 + n. SIGINT and SIGTERM are passed on to all processes, which may save first.
+    A process killed by signal n counts as 128 + n. SIGINT and SIGTERM are passed on to all
+    processes, which may save first.
 
     Args:
-      output: "all": every line of every process, after "[i] ". "first": process 0 alone, as it writes; of a process
-        that fails also its last lines.
+      processes: number of processes.
+      devices: simulated CPU devices of each process.
+      output: "all": every line of every process, after "[i] ". "first": process 0 alone, unchanged,
+        and the last lines of a process that fails.
 
     Raises:
       ValueError: no such command, or a count below 1.
@@ -69,7 +73,7 @@ def launch(command: Sequence[str], processes: int, devices: int, output: str = "
 
 
 class _Process:
-    """One process of the job, in a session of its own, and the threads that pass its lines on."""
+    """One process of the job, in its own session, with the threads that pass its lines on."""
 
     def __init__(
         self, command: Sequence[str], environment: dict[str, str], index: int, output: str
@@ -100,32 +104,34 @@ class _Process:
     def _pass_on(self, source, target) -> None:
         for line in source:
             if self._shown:
-                target.write(
-                    self._prefix + line
-                )  # whole lines, so that those of two processes do not mix
+                # Whole lines, so that those of two processes do not mix.
+                target.write(self._prefix + line)
                 target.flush()
             else:
                 self._hidden.append(line)
 
     @property
     def code(self) -> int | None:
-        """None while it runs; 128 + n after signal n."""
+        """The exit code: None while it runs, 128 + n after signal n."""
         code = self._popen.poll()
         return code if code is None or code >= 0 else 128 - code
 
     def send(self, number: int) -> None:
-        """A signal to the process and its children, if it still runs."""
+        """Sends a signal to the process and its children, if it still runs."""
         if self._popen.poll() is None:
             os.killpg(self._popen.pid, number)
 
     def show_hidden(self) -> None:
-        """The last lines of a process whose output is not shown."""
+        """Shows the last lines of a process whose output is hidden."""
         self.finish()
         for line in self._hidden:
             sys.stderr.write(f"[{self.index}] {line}")
 
     def finish(self) -> None:
-        """Waits for its end and its last lines; a child that outlives it may hold the pipe, so not for long."""
+        """Waits until it has ended and its last lines are read.
+
+        A child that outlives it may keep the pipe open, so the wait for lines is short.
+        """
         self._popen.wait()
         for thread, stream in zip(
             self._threads, (self._popen.stdout, self._popen.stderr), strict=True
@@ -136,7 +142,7 @@ class _Process:
 
 
 class _Forwarded:
-    """What the signal handlers note: the last signal, when it came, and the handlers to put back."""
+    """Notes of the signal handlers: the last signal, when the first came, the old handlers."""
 
     number: int | None = None
     when: float = 0.0
@@ -159,18 +165,17 @@ def _forward_signals(jobs: list[_Process]) -> _Forwarded:
 
 
 def _wait(jobs: list[_Process], forwarded: _Forwarded) -> int:
-    """Until all have ended; the exit code of the job."""
+    """Waits until all processes have ended; returns the exit code of the job."""
     failed, asked = None, 0.0
     while any(job.code is None for job in jobs):
         bad = [job for job in jobs if job.code]
         if bad and failed is None:
-            failed = min(
-                bad, key=lambda job: (job.code > 128, job.index)
-            )  # of two at once, one that says why
+            # Of two that failed at once, the one that says why: a killed one only follows.
+            failed = min(bad, key=lambda job: (job.code > 128, job.index))
             asked = time.monotonic()
-            if (
-                forwarded.number is None
-            ):  # else they have been asked, and a second signal would break into what they do about the first
+            # Otherwise all have been asked already, and a second signal would interrupt what they
+            # do about the first.
+            if forwarded.number is None:
                 for job in jobs:
                     job.send(signal.SIGTERM)
         grace = SAVING_SECONDS if forwarded.number == signal.SIGTERM else GRACE_SECONDS
@@ -184,7 +189,7 @@ def _wait(jobs: list[_Process], forwarded: _Forwarded) -> int:
                 job.send(signal.SIGKILL)
         time.sleep(_TICK_SECONDS)
     failed = failed or next((job for job in jobs if job.code), None)
-    if failed is None:  # of a training run that was asked to end, too
+    if failed is None:  # also if a training run was asked to end
         return 0
     failed.show_hidden()
     print(
@@ -196,7 +201,7 @@ def _wait(jobs: list[_Process], forwarded: _Forwarded) -> int:
 
 
 def _environment(coordinator: str, processes: int, index: int, devices: int) -> dict[str, str]:
-    """The caller's variables, less those that say where a job runs, plus this process's place."""
+    """The caller's variables for one process: without those of another job, with its own place."""
     environment = {name: value for name, value in os.environ.items() if name != "V4JAX_CLUSTER"}
     flags = re.sub(
         r"--xla_force_host_platform_device_count=\S*", "", environment.pop("XLA_FLAGS", "")

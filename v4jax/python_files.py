@@ -1,9 +1,9 @@
-"""Python files of the user: a config's function, a layout by name. An error in one is one line.
+"""Runs Python files of the user, for a config's function or a layout. Their errors are one line.
 
-A file can import its neighbours, and what the folder above holds; what is installed comes first, so
-that a config named like an installed module shadows nothing. As members of their folder, neighbours
-come first: in a folder called configs, `from configs import models` means the file beside the one
-that says so, not the one that is installed with v4jax.
+A file can import its neighbours, and modules of the folder above. Installed modules come first, so
+a config named like an installed module shadows nothing. As members of their folder, neighbours come
+first: in a folder called configs, `from configs import models` means the file beside the importing
+one, not the one installed with v4jax.
 
 Next file to read: v4jax/cli.py.
 """
@@ -25,7 +25,7 @@ from v4jax.storage import local_path
 
 
 def call(path: str | pathlib.Path, name: str) -> Any:
-    """What the function `name` of the Python file `path`, called without arguments, returns.
+    """Calls the function `name` of the Python file `path` without arguments; returns its result.
 
     Raises:
       ValueError: no such file or function, or whatever the file raises, with its line.
@@ -44,7 +44,7 @@ def call(path: str | pathlib.Path, name: str) -> Any:
 
 
 def read_layout(layout: AxisRules | str | None) -> AxisRules | str | None:
-    """The layout of a Python file for "FILE.py:NAME"; anything else, such as a name, as it is.
+    """The layout that "FILE.py:NAME" names in a Python file; anything else is returned unchanged.
 
     Raises:
       ValueError: no such file, no such layout in it, or whatever the file raises.
@@ -68,7 +68,7 @@ def read_layout(layout: AxisRules | str | None) -> AxisRules | str | None:
 
 
 class _Refused(ValueError):
-    """A finished line; every other error in a file gets file and line added."""
+    """An error whose text is complete; all other errors in a file get file and line added."""
 
 
 def _is_needed(parameter: inspect.Parameter) -> bool:
@@ -78,7 +78,7 @@ def _is_needed(parameter: inspect.Parameter) -> bool:
 
 @contextlib.contextmanager
 def _running(path: str | pathlib.Path, what: str = "") -> Iterator[types.ModuleType]:
-    """The module of the file `path`, whose code may be called within the block."""
+    """The module of the file `path`; its code may be called within the context."""
     path = local_path(path, what)
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; must be a Python file such as CONFIG.py")
@@ -104,13 +104,13 @@ def _new_module(name: str, file: pathlib.Path) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _importable(folder: pathlib.Path, module: types.ModuleType) -> Iterator[None]:
-    """Lets `module`, a file of `folder`, import its neighbours in the block.
+    """Lets `module`, a file of `folder`, import its neighbours within the context.
 
-    They are forgotten after it, with all else that lies below `folder` and the folder above it and
-    is not installed, so that another file does not get them instead of its own.
+    Afterwards the neighbours are forgotten, and so is all else below `folder` or the folder above
+    it that is not installed, so that another file does not get them instead of its own.
     """
     paths = [str(one) for one in (folder, folder.parent) if str(one) not in sys.path]
-    ours = {module.__name__: module}  # dataclasses look for it
+    ours = {module.__name__: module}  # dataclasses look their module up here
     if (package := _package(folder)) is not None:
         ours[package.__name__] = package
     hidden = {name: one for name, one in sys.modules.items() if name.partition(".")[0] in ours}
@@ -123,18 +123,20 @@ def _importable(folder: pathlib.Path, module: types.ModuleType) -> Iterator[None
         yield
     finally:
         for path in paths:
-            with contextlib.suppress(ValueError):  # the file has removed it itself
+            with contextlib.suppress(ValueError):  # the file may have removed it itself
                 sys.path.remove(path)
         _forget(set(sys.modules) - before, set(ours), folder.parent, path_before)
         sys.modules.update(hidden)
 
 
 def _forget(new: set[str], ours: set[str], above: pathlib.Path, path: list[str]) -> None:
-    """Takes modules out of sys.modules, with packages whole.
+    """Removes modules from sys.modules, packages with all that is in them.
 
     Args:
-      new: modules to look at. ours: those without a dot that go in any case; another goes if it
-        lies below the folder `above`, unless it is also found on the search path `path`.
+      new: names of the modules to look at.
+      ours: top-level names that are removed in any case.
+      above: another top-level module is removed if it lies below this folder, unless it is also
+        found on the search path `path`.
     """
     gone = set(ours)
     for name in new - gone:
@@ -146,14 +148,14 @@ def _forget(new: set[str], ours: set[str], above: pathlib.Path, path: list[str])
 
 
 def _places(name: str) -> list[pathlib.Path]:
-    """The file of a module; the folders of a package without one."""
+    """The file of a module, or the folders of a package without a file."""
     module = sys.modules[name]
     file = getattr(module, "__file__", None)
     return [pathlib.Path(one) for one in ([file] if file else getattr(module, "__path__", ()))]
 
 
 def _is_found(name: str, path: list[str]) -> bool:
-    """Whether a module without a dot, as it is now, can be imported with the search path `path`."""
+    """Whether a top-level module, as loaded, can be imported with the search path `path`."""
     places, module = _places(name), sys.modules.pop(name)
     now, sys.path[:] = list(sys.path), path
     try:
@@ -168,9 +170,9 @@ def _is_found(name: str, path: list[str]) -> bool:
 
 
 def _package(folder: pathlib.Path) -> types.ModuleType | None:
-    """The folder as a package, its files before those of other folders of the name.
+    """The folder as a package, with its files before those of other folders of that name.
 
-    None where something installed has the name, or the name cannot be imported.
+    None if something installed has the name, or if the name cannot be imported.
     """
     if not folder.name.isidentifier() or (folder / "__init__.py").exists():
         return None
@@ -183,7 +185,7 @@ def _package(folder: pathlib.Path) -> types.ModuleType | None:
 
 
 def _line(error: BaseException, path: pathlib.Path, file: pathlib.Path) -> str:
-    """The error and its place: the innermost line of the file, or a neighbour, that led to it."""
+    """One line: the error, and the innermost line of the file or a neighbour that led to it."""
     where = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     text = str(error)
     if isinstance(error, SyntaxError) and error.filename:

@@ -1,4 +1,4 @@
-"""Scoring a file of tokens: logits, MTP logits and per-token loss of every row, on any mesh.
+"""Scores a file of tokens: logits, MTP logits and per-token loss of every row, on any mesh.
 
 Next file to read: v4jax/cli.py.
 """
@@ -20,7 +20,7 @@ from v4jax.tokenizer import check_tokens
 
 
 def read_tokens(path, vocab_size: int) -> np.ndarray:
-    """int32 [B,S] from a .npy file.
+    """Reads token ids, int32 [B,S], from a .npy file.
 
     Raises:
       ValueError: no such file, not an integer matrix, or an id outside [0, vocab_size).
@@ -50,16 +50,18 @@ def read_tokens(path, vocab_size: int) -> np.ndarray:
 def score(
     checkpoint, tokens_path, out_path, mesh=None, layout=None, dtype="float32", quant="none"
 ) -> dict:
-    """Writes logits [B,S,V], mtp_logits [B,S,V] (models with MTP) and nll [B,S-1], float32, to an .npz file.
+    """Writes logits, MTP logits and per-token loss of a file of tokens to an .npz file.
 
-    Rows run a few at a time: as many as the mesh splits a batch into. Of several processes the first one writes.
+    The arrays are float32: logits [B,S,V], mtp_logits [B,S,V] (models with MTP), nll [B,S-1]. Rows
+    run a few at a time, as many as the mesh splits a batch into. The first of several processes
+    writes.
 
     Raises:
       ValueError: bad tokens, checkpoint, mesh or quant; nothing is written then.
     """
     checkpoint = local_path(checkpoint, "checkpoint")
     out = file_to_write(out_path, "out")
-    if checkpoint.is_dir():  # the tokens can be refused before a large checkpoint is read
+    if checkpoint.is_dir():  # so bad tokens are refused before a large checkpoint is read
         model = ModelConfig.from_json(checkpoint)
         check_quant(model, quant)
         read_tokens(tokens_path, model.vocab_size)
@@ -99,7 +101,7 @@ def _nll(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 
 def _write_npz(out: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Whole or not at all."""
+    """Writes an .npz file whole or not at all."""
     with tempfile.NamedTemporaryFile(dir=out.parent, suffix=".tmp", delete=False) as file:
         np.savez(file, **arrays)
     os.replace(file.name, out)

@@ -1,4 +1,4 @@
-"""Lines on stderr about a command's work; stdout is its result's.
+"""Writes lines about a command's work to stderr; stdout is for its result.
 
 Next file to read: v4jax/storage.py.
 """

@@ -1,4 +1,4 @@
-"""The door to files: what a user gives as a path becomes a path on this machine, or is refused.
+"""Turns what a user gives as a path into a path on this machine, or refuses it.
 
 Nothing is read or written here. This file imports nothing of v4jax, so that any file may use it.
 
@@ -11,16 +11,16 @@ import re
 from typing import Any
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
-"""One slash is enough: pathlib makes gs:/bucket of gs://bucket."""
+"""One slash is enough: pathlib turns gs://bucket into gs:/bucket."""
 _LONGEST_NAME = 255
-"""Bytes of a file name, on all common file systems."""
+"""Bytes of a file name on all common file systems."""
 _ELSEWHERE = "must be a path on this machine; buckets (gs://, s3://, ...) are not supported yet"
 
 
 def local_path(given: str | os.PathLike, what: str = "") -> pathlib.Path:
     """The path that `given` names on this machine, with ~ and ~user expanded.
 
-    Reading the result once more changes nothing: a path that would then look like a bucket or a
+    Applying it to its own result changes nothing: a path that would then look like a bucket or a
     home directory ("./gs:/x", "./~x") is returned absolute.
 
     Args:
@@ -28,7 +28,7 @@ def local_path(given: str | os.PathLike, what: str = "") -> pathlib.Path:
 
     Raises:
       ValueError: a bucket or another scheme://, an empty text, a NUL, a name that is too long or
-        that no file can have, the home of an unknown user, something that is no path at all.
+        that no file can have, the home of an unknown user, or something that is no path at all.
     """
     text = os.fspath(given) if isinstance(given, (str, os.PathLike)) else None
     if fault := _fault(text):
@@ -39,7 +39,7 @@ def local_path(given: str | os.PathLike, what: str = "") -> pathlib.Path:
 
 
 def folder_to_fill(given: str | os.PathLike, what: str = "") -> pathlib.Path:
-    """`local_path` of a folder that exists or can be made, and that may be written to. Makes none.
+    """`local_path` of a folder that exists or can be made, and can be written to. Makes nothing.
 
     Raises:
       ValueError: see local_path; or the folder, or one above it, is a file or is read-only.

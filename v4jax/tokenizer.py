@@ -1,8 +1,8 @@
-"""Text to token ids and back: one token per byte, or a Hugging Face tokenizer.json.
+"""Turns text into token ids and back, by bytes or by a Hugging Face tokenizer.json.
 
-Both kinds answer to the same names: vocab_size, bos_token, eos_token, bos_token_id, eos_token_id,
-bytes_per_token, fingerprint, encode, decode, save. `encode` adds nothing; `document_ids` and
-`prompt_ids` are the only places that add bos and eos.
+Both kinds have the same attributes and methods: vocab_size, bos_token, eos_token, bos_token_id,
+eos_token_id, bytes_per_token, fingerprint, encode, decode, save. `encode` adds nothing; only
+`document_ids` and `prompt_ids` add bos and eos.
 
 Next file to read: v4jax/chat/tokens.py.
 """
@@ -35,11 +35,13 @@ _TEXT_PRE_TOKENIZER = {
 
 
 class ByteTokenizer:
-    """One token per UTF-8 byte: id 0 is bos, id 1 is eos, id 2 + b is byte b; then the special tokens given, if any.
+    """One token per UTF-8 byte: id 0 is bos, id 1 is eos, id 2 + b is byte b.
 
-    With special tokens their literal text, and that of bos and eos, encodes to them; without any, all text is bytes.
+    Special tokens, if given, follow. Then their literal text, and that of bos and eos, encodes to
+    them; without any, all text is bytes.
 
-    Example: "é!" is the bytes C3 A9 21, so encode("é!") == [197, 171, 35]; ByteTokenizer(["<a>"]).encode("<a>") == [258].
+    Example: "é!" is the bytes C3 A9 21, so encode("é!") == [197, 171, 35];
+    ByteTokenizer(["<a>"]).encode("<a>") == [258].
     """
 
     bos_token, eos_token = BOS_TOKEN, EOS_TOKEN
@@ -60,14 +62,16 @@ class ByteTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for tokenizers that give the same ids."""
+        """A hash that is equal for tokenizers that give the same ids."""
         return _digest(self.json_text)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of the UTF-8 bytes of text, without bos and eos added; `decode` gives text without special tokens back exactly.
+        """Token ids of the UTF-8 bytes of `text`, without bos and eos added.
+
+        `decode` gives text without special tokens back exactly.
 
         Raises:
-          ValueError: text holds half of a surrogate pair, which no UTF-8 file can hold.
+          ValueError: half of a surrogate pair, which UTF-8 cannot express.
         """
         if not self._ids:
             return _byte_ids(text)
@@ -78,9 +82,10 @@ class ByteTokenizer:
         return list(itertools.chain.from_iterable(parts))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens give nothing, broken UTF-8 and ids of no token give U+FFFD.
+        """The text of token ids.
 
-        A model's vocabulary may be wider than the tokenizer's, so a sampled id of no token is not an error.
+        Special tokens give nothing; broken UTF-8 and unknown ids give U+FFFD. A model's vocabulary
+        may be wider than the tokenizer's, so a sampled id without a token is not an error.
         """
         data = bytearray()
         for token in _whole_numbers(ids):
@@ -91,32 +96,35 @@ class ByteTokenizer:
         return data.decode("utf-8", errors="replace")
 
     def save(self, directory) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, which `tokenizers` and transformers open as well.
+        """Writes tokenizer.json and tokenizer_config.json for `tokenizers` and transformers.
 
-        Same ids there, except that they always read the literal text of BOS_TOKEN or EOS_TOKEN as that special token.
+        They give the same ids there, but the literal text of BOS_TOKEN or EOS_TOKEN is always read
+        as that token.
         """
         _write(directory, self.json_text, _config_json())
 
     @property
     def json_text(self) -> str:
-        """Its tokenizer.json."""
+        """The contents of its tokenizer.json."""
         return json.dumps(
             _byte_tokenizer_json(self._names[_SPECIALS:]), ensure_ascii=False, indent=1
         )
 
 
 class HuggingFaceTokenizer:
-    """A Hugging Face tokenizer.json, run by the optional package `tokenizers` (extra v4jax[tokenizers]).
+    """A Hugging Face tokenizer.json, run by the optional package `tokenizers`.
 
-    bos and eos are the ones that tokenizer_config.json beside the file names, or else those of DeepSeek. The literal
-    text of a special token encodes to that token, as transformers does it.
+    The extra v4jax[tokenizers] installs it. bos and eos are those that tokenizer_config.json beside
+    the file names, otherwise those of DeepSeek. The literal text of a special token encodes to that
+    token, as in transformers.
 
     Raises:
       ValueError: the package is missing, the file is no tokenizer, or it has no bos or eos token.
     """
 
     bytes_per_token = 4
-    """What a byte-pair vocabulary of this size gives on English text, roughly; used only to choose sizes to read."""
+    """Rough bytes per token of English text in a byte-pair vocabulary of this size. It only decides
+    how much text to read at once."""
 
     def __init__(self, path):
         path = local_path(path, "path")
@@ -132,24 +140,25 @@ class HuggingFaceTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for tokenizers that give the same ids, bos and eos among them."""
+        """A hash that is equal for tokenizers that give the same ids, bos and eos included."""
         marks = self.bos_token_id, self.eos_token_id
         names = [self._tokenizer.id_to_token(token) for token in marks]
-        # Token caches go by this; those from before the names counted, of the usual ones, stay good.
+        # Token caches depend on this. Older ones, made before names counted, stay valid if the
+        # names are the usual ones.
         return _digest(self._text if names == [BOS_TOKEN, EOS_TOKEN] else f"{self._text}\n{names}")
 
     @property
     def json_text(self) -> str:
-        """Its tokenizer.json."""
+        """The contents of its tokenizer.json."""
         return self._text
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text, without bos and eos added. Raises ValueError as ByteTokenizer.encode does."""
+        """Token ids of `text`, without bos and eos. Raises ValueError like ByteTokenizer.encode."""
         _utf8(text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens give nothing, ids that no token has give U+FFFD."""
+        """The text of token ids; special tokens give nothing, unknown ids give U+FFFD."""
         parts = []
         for known, run in itertools.groupby(_whole_numbers(ids), key=self._known.__contains__):
             run = list(run)
@@ -170,7 +179,8 @@ class HuggingFaceTokenizer:
         token = self._tokenizer.token_to_id(name) if isinstance(name, str) else None
         if token is None:
             raise ValueError(
-                f"{path}: {which} {name!r} is not in its vocabulary; tokenizer_config.json beside it must name one"
+                f"{path}: {which} {name!r} is not in its vocabulary; tokenizer_config.json beside "
+                "it must name one"
             )
         return name, token
 
@@ -179,10 +189,13 @@ Tokenizer = ByteTokenizer | HuggingFaceTokenizer
 
 
 def load_tokenizer(path) -> Tokenizer:
-    """Opens a tokenizer.json, or the one in a directory; one that ByteTokenizer wrote needs no further package.
+    """Opens a tokenizer.json, or the one in a directory.
+
+    One that ByteTokenizer wrote needs no further package.
 
     Raises:
-      ValueError: no such file, not a tokenizer, or package `tokenizers` is missing; names the file.
+      ValueError: no such file, not a tokenizer, or the package `tokenizers` is missing; names the
+        file.
     """
     path = local_path(path, "tokenizer")
     path = path / "tokenizer.json" if path.is_dir() else path
@@ -199,10 +212,12 @@ def document_ids(
 ) -> list[int]:
     """Token ids of a document: one bos, its text, one eos, even if the text spells them out.
 
-    begins, ends: whether the text is that of the document's beginning and of its end.
-
     Example: "<｜begin▁of▁sentence｜>a" and "a" give the same ids if the tokenizer reads special
     tokens.
+
+    Args:
+      begins: the text has the document's beginning, so bos is added.
+      ends: the text has the document's end, so eos is added.
     """
     bos = [tokenizer.bos_token_id] if begins else []
     eos = [tokenizer.eos_token_id] if ends else []
@@ -211,7 +226,7 @@ def document_ids(
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a text to be continued: one bos, even if the text spells it out; no eos added."""
+    """Token ids of a text to continue: one bos, even if the text spells it out, and no eos."""
     return document_ids(tokenizer, text, ends=False)
 
 
@@ -220,7 +235,7 @@ def without_marks(
 ) -> str:
     """The text of a document without bos at its beginning and eos at its end.
 
-    Text stays as it is where the tokenizer reads the name of a special token as plain text.
+    If the tokenizer reads the names of special tokens as plain text, they stay.
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     if begins and text.startswith(bos) and tokenizer.encode(bos) == [tokenizer.bos_token_id]:
@@ -233,10 +248,10 @@ def without_marks(
 
 
 def token_table(text: str) -> dict[int, str]:
-    """Id -> token of a tokenizer.json, given as its text.
+    """Id -> token of the text of a tokenizer.json.
 
     Raises:
-      ValueError: not JSON, or not what a tokenizer.json says.
+      ValueError: not JSON, or not the contents of a tokenizer.json.
     """
     try:
         raw = json.loads(text)
@@ -246,7 +261,7 @@ def token_table(text: str) -> dict[int, str]:
         vocab = raw["model"]["vocab"]
         if isinstance(vocab, dict):
             tokens = vocab.items()
-        else:  # of the kind "Unigram": pairs of token and score
+        else:  # the "Unigram" kind: pairs of token and score
             tokens = ((token, i) for i, (token, _) in enumerate(vocab))
         added = ((token["content"], token["id"]) for token in raw.get("added_tokens") or ())
         return {operator.index(i): token for token, i in itertools.chain(tokens, added)}
@@ -259,10 +274,11 @@ def token_table(text: str) -> dict[int, str]:
 
 
 def tokens_in(directory: pathlib.Path) -> dict[int, str]:
-    """`token_table` of a checkpoint that others made; {} where it has no tokenizer.json.
+    """`token_table` of an untrusted checkpoint; {} if it has no tokenizer.json.
 
     Raises:
-      ValueError: names the file: a link that leads elsewhere, no tokenizer.json that can be read.
+      ValueError: a link that leads elsewhere, or a tokenizer.json that cannot be read; names the
+        file.
     """
     path = directory / "tokenizer.json"
     try:
@@ -274,7 +290,7 @@ def tokens_in(directory: pathlib.Path) -> dict[int, str]:
 
 
 def disagreement(cfg: ModelConfig, tokenizer: Tokenizer) -> str:
-    """How a tokenizer's special tokens differ from those of the config, in words; "" if not."""
+    """Says how a tokenizer's special tokens differ from those of the config; "" if they do not."""
     said = []
     if tokenizer.eos_token_id not in cfg.eos_token_ids:
         ends = ", ".join(map(str, cfg.eos_token_ids)) or "nothing"
@@ -289,21 +305,28 @@ def disagreement(cfg: ModelConfig, tokenizer: Tokenizer) -> str:
 
 
 def require_tokens(tokenizer: Tokenizer, names: Iterable[str], purpose: str) -> None:
-    """Raises ValueError unless each name is one token of the tokenizer; `purpose` is what needs it."""
+    """Raises ValueError unless each name is one token of the tokenizer.
+
+    purpose: what needs the tokens, for the message.
+    """
     for name in names:
         if len(tokenizer.encode(name)) != 1:
             raise ValueError(
-                f"tokenizer: has no token {name}, which {purpose} needs; take that of a DeepSeek-V4 release, or 'byte-chat'"
+                f"tokenizer: has no token {name}, which {purpose} needs; take that of a "
+                "DeepSeek-V4 release, or 'byte-chat'"
             )
 
 
 def check_tokens(tokens, vocab_size: int, name: str = "tokens") -> None:
-    """Refuses token ids that a model of vocab_size rows has no row for.
+    """Refuses token ids outside [0, vocab_size).
 
-    tokens is an integer array of any shape. An embedding lookup would clamp a bad id to a valid row without a word.
+    An embedding lookup would silently clamp a bad id to a valid one.
+
+    Args:
+      tokens: integer array of any shape.
 
     Raises:
-      ValueError: naming the first bad id, its index and the allowed range.
+      ValueError: names the first bad id, its index and the allowed range.
     """
     tokens = np.asarray(tokens)
     if not np.issubdtype(tokens.dtype, np.integer):
@@ -322,13 +345,14 @@ def check_tokens(tokens, vocab_size: int, name: str = "tokens") -> None:
         )
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def _byte_alphabet() -> list[str]:
-    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's `bytes_to_unicode`).
+    """The printable character of each byte in byte-level vocabularies (GPT-2's bytes_to_unicode).
 
-    Bytes that print keep their Latin-1 character; the other 68 take the code points from 256 on, in order.
+    Printable bytes keep their Latin-1 character; the other 68 get the code points from 256 on, in
+    order.
     """
     prints = [
         *range(ord("!"), ord("~") + 1),
@@ -340,7 +364,7 @@ def _byte_alphabet() -> list[str]:
 
 
 def _byte_tokenizer_json(further: Sequence[str] = ()) -> dict:
-    """ByteTokenizer in the format of tokenizer.json: byte-pair encoding with no pair to merge."""
+    """ByteTokenizer in the format of tokenizer.json: byte-pair encoding without merges."""
     flags = {
         "single_word": False,
         "lstrip": False,
@@ -375,7 +399,10 @@ def _byte_tokenizer_json(further: Sequence[str] = ()) -> dict:
 
 
 def _is_byte_tokenizer(raw: dict) -> bool:
-    """Whether a tokenizer.json maps bytes as ByteTokenizer does, whoever wrote it (transformers rewrites the rest)."""
+    """Whether a tokenizer.json maps bytes like ByteTokenizer, whoever wrote it.
+
+    transformers rewrites the parts that are not compared here.
+    """
     ours, model = _byte_tokenizer_json(), raw.get("model")
     split = raw.get("pre_tokenizer")
     return (
@@ -427,15 +454,16 @@ def _open_tokenizer(path: pathlib.Path, text: str):
         import tokenizers
     except ImportError:
         raise ValueError(
-            f"{path}: reading a Hugging Face tokenizer needs the package tokenizers; pip install 'v4jax[tokenizers]'"
+            f"{path}: reading a Hugging Face tokenizer needs the package tokenizers; pip install "
+            "'v4jax[tokenizers]'"
         ) from None
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the package raises bare Exception for every fault of the file
+    except Exception as error:  # the package raises bare Exception for any fault of the file
         raise ValueError(
             f"{path}: not a Hugging Face tokenizer: {' '.join(str(error).split())}"
         ) from None
-    # A file may carry the truncation of its last use, which would cut documents without a word.
+    # A file may contain the truncation of its last use, which would silently cut documents.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -481,6 +509,7 @@ def _utf8(text: str) -> bytes:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"text: got half of a surrogate pair ({text[error.start]!r}) at character {error.start}; "
+            f"text: got half of a surrogate pair ({text[error.start]!r}) at character "
+            f"{error.start}; "
             "allowed: text that UTF-8 can hold"
         ) from None

@@ -1,4 +1,6 @@
-"""Files that others made: regular files of their own directory, and JSON that says everything once; anything else is refused in words.
+"""Opens files that others made: regular files of one directory, JSON without repeated keys.
+
+Anything else is refused with an error that says why.
 
 Next file to read: v4jax/config.py.
 """
@@ -13,13 +15,15 @@ _LONGEST_JSON = 256 * 2**20
 
 
 def file_in(directory: pathlib.Path, name: str) -> pathlib.Path:
-    """`directory / name`, which must be a regular file that lies there.
+    """`directory / name`, which must be a regular file in that directory.
 
-    A link may lead to another file of the directory or, in the cache of huggingface_hub, from snapshots/REVISION to ../../blobs.
+    A link may lead to another file of the directory or, in the cache of huggingface_hub, from
+    snapshots/REVISION to ../../blobs.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a name that leads elsewhere, a link to somewhere else, or something that is no file (a pipe would never end).
+      ValueError: a name or link that leads elsewhere, or something that is not a regular file
+        (reading a pipe would never end).
     """
     path = directory / name
     if pathlib.PurePath(name).name != name or "\0" in name:
@@ -28,7 +32,7 @@ def file_in(directory: pathlib.Path, name: str) -> pathlib.Path:
         mode = path.stat().st_mode
     except FileNotFoundError:
         raise
-    except OSError as error:  # a name that no file system takes, a circle of links
+    except OSError as error:  # a name that no file system accepts, or a circle of links
         raise ValueError(
             f"{name[:80]!r}: not a file that can be opened: {error.strerror}"
         ) from None
@@ -47,10 +51,10 @@ def file_in(directory: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """What a JSON file says.
+    """Parses a JSON file.
 
     Raises:
-      ValueError: not JSON, a key that stands twice in one object, brackets without end.
+      ValueError: not JSON, a key that occurs twice in one object, or brackets nested without end.
     """
     if (size := path.stat().st_size) > _LONGEST_JSON:
         raise ValueError(f"{path.name}: got {size} bytes; must be at most {_LONGEST_JSON}")
@@ -61,7 +65,7 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def parse_json(text: bytes) -> Any:
-    """What JSON text says.
+    """Parses JSON text.
 
     Raises:
       ValueError: see read_json.

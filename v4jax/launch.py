@@ -170,7 +170,7 @@ def _wait(jobs: list[_Process], forwarded: _Forwarded) -> int:
     while any(job.code is None for job in jobs):
         bad = [job for job in jobs if job.code]
         if bad and failed is None:
-            # Of two that failed at once, the one that says why: a killed one only follows.
+            # If two failed at once, report the one that says why, not one that was killed.
             failed = min(bad, key=lambda job: (job.code > 128, job.index))
             asked = time.monotonic()
             # Otherwise all have been asked already, and a second signal would interrupt what they

@@ -9,6 +9,7 @@ Tokens are compared by their ids. Where a prompt differs from the kept tokens, t
 taken back if the cache still has what came before them; otherwise the row starts anew. The answer
 is that of an empty cache, up to the rounding of different chunks.
 
+Shapes: B batch (the sequence, then fillers, so that every device has a row).
 Next file to read: v4jax/generate/chat.py.
 """
 

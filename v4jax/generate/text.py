@@ -55,7 +55,7 @@ class TextStop:
         return text[: min(places)] if places else text
 
     def close(self, tokens: Sequence[int]) -> None:
-        """Writes the held-back text of a sequence that ended because of its length."""
+        """Writes the text not yet written of a sequence that ended because of its length."""
         if self._write is not None:
             self._stream(tokens, True)
 

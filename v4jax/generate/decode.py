@@ -11,8 +11,8 @@ plain decoding token for token, greedy or sampled. A rejected draft is taken bac
 length: the cache is addressed by position, so the draft's values are overwritten before anything
 reads them.
 
-Shapes: B batch (padded to what the mesh cuts), T positions of a chunk, P steps, N new tokens of a
-step (1 or 2), V vocabulary (in tokens_BV: a chunk and the token after it), X streams, D hidden.
+Shapes: B batch (padded to what the mesh cuts), T positions of a chunk, U the chunk and the token
+after it (T + 1), P steps, N new tokens of a step (1 or 2), V vocabulary, X streams, D hidden.
 Next file to read: v4jax/generate/text.py.
 """
 
@@ -344,12 +344,12 @@ def prefill(
     last = _no_state(cfg, plain, len(prompts))
     for start in range(0, length_B.max(), chunk):
         # One token more than the chunk, for MTP.
-        tokens_BV = np.zeros((len(prompts), chunk + 1), np.int32)
+        tokens_BU = np.zeros((len(prompts), chunk + 1), np.int32)
         for b, prompt in enumerate(prompts):
             part = prompt[start : start + chunk + 1]
-            tokens_BV[b, : len(part)] = part
+            tokens_BU[b, : len(part)] = part
         cache, last = _continue(
-            cfg, plain, params, cache, tokens_BV, (length_B - start).astype(np.int32), last
+            cfg, plain, params, cache, tokens_BU, (length_B - start).astype(np.int32), last
         )
         if after is not None:
             after(cache, start + chunk)
@@ -374,19 +374,19 @@ def _no_state(cfg, decoding: DecodeConfig, batch: int):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 6))
-def _continue(cfg, decoding: DecodeConfig, params, cache, tokens_BV, left_B, last):
+def _continue(cfg, decoding: DecodeConfig, params, cache, tokens_BU, left_B, last):
     """Runs one chunk; returns the cache and the last state of each row.
 
     A row without tokens in the chunk keeps its state. left_B counts its tokens from here on.
     """
-    size, start_B = tokens_BV.shape[1] - 1, cache.length_B
+    size, start_B = tokens_BU.shape[1] - 1, cache.length_B
     count_B = jnp.clip(left_B, 0, size)
-    chunk, cache = extend(cfg, params, cache, tokens_BV[:, :-1], count_B, **decoding.compute)
+    chunk, cache = extend(cfg, params, cache, tokens_BU[:, :-1], count_B, **decoding.compute)
     states = (chunk.x_BTD, chunk.streams_BTXD if decoding.speculative else None)
     if decoding.speculative:
         known = ChunkSpan(start_B, jnp.clip(left_B - 1, 0, size))
         _, cache = draft(
-            cfg, params, cache, chunk.streams_BTXD, tokens_BV[:, 1:], known, **decoding.compute
+            cfg, params, cache, chunk.streams_BTXD, tokens_BU[:, 1:], known, **decoding.compute
         )
 
     def pick(new, old):

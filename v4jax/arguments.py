@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     whole = _Parser(prog="v4jax", description=f"DeepSeek-V4 in JAX: {', '.join(COMMANDS)}.")
     commands = whole.add_subparsers(dest="command", required=True, parser_class=_Parser)
     for name, (text, declare) in COMMANDS.items():
-        # train has no --help of its own yet: CONFIG.py adds flags to it.
+        # train's --help is for its own code (v4jax/cli.py), since CONFIG.py adds flags.
         sub = commands.add_parser(name, help=text, description=text, add_help=name != "train")
         sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
         declare(sub)
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command_help(name: str) -> str:
-    """What `v4jax NAME --help` prints."""
+    """The text that `v4jax NAME --help` prints."""
     actions = [a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)]
     return actions[0].choices[name].format_help()
 

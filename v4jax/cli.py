@@ -21,7 +21,7 @@ from v4jax.arguments import ABOUT_OVERRIDES, BadInput, command_help, parser
 
 
 def entry() -> None:
-    """The `v4jax` command: main, and the end of the process."""
+    """Runs the `v4jax` command and ends the process with its exit code."""
     code = main()
     if code:  # after Ctrl-C the interpreter would wait for a compilation to end, for minutes
         sys.stdout.flush()
@@ -338,7 +338,7 @@ def _override(cfg, rest: list[str], program: str):
 
 
 def _complaint(said: str, config: type, program: str) -> str:
-    """What tyro says of a bad override, without its boxes; of an unknown flag, the nearest one."""
+    """One line of tyro's words about a bad override; for an unknown flag, the nearest one."""
     words = re.sub(r"[─-╿]+|-{3,}", " ", re.sub(r"\x1b\[[0-9;]*m", "", said))
     if unknown := re.search(r"Unrecognized options:\s+--([\w.-]+)", words):
         flags = [name.replace("_", "-") for name in _fields(config)]
@@ -354,7 +354,7 @@ def _complaint(said: str, config: type, program: str) -> str:
 
 
 def _fields(config: type, head: str = "") -> list[str]:
-    """The fields of a config and of the configs in it, as in data.chat.too_long."""
+    """Names of the fields of a config and of the configs in it, such as data.chat.too_long."""
     found = []
     for field in dataclasses.fields(config):
         inner = field.default if dataclasses.is_dataclass(field.default) else field.type

@@ -18,13 +18,13 @@ def write_text(path: pathlib.Path, text: str) -> None:
     ) as file:
         file.write(text)
         file.flush()
-        os.fchmod(file.fileno(), 0o666 & ~_umask())  # temporary files are their owner's alone
+        os.fchmod(file.fileno(), 0o666 & ~_umask())  # temporary files are private
         os.fsync(file.fileno())
     os.replace(file.name, path)
 
 
 def _umask() -> int:
-    """The process's mask of permissions, which can only be read by setting it."""
+    """The process's permission mask, which can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask

@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     whole = _Parser(prog="v4jax", description=f"DeepSeek-V4 in JAX: {', '.join(COMMANDS)}.")
     commands = whole.add_subparsers(dest="command", required=True, parser_class=_Parser)
     for name, (text, declare) in COMMANDS.items():
-        # train's --help is for its own code (v4jax/cli.py), since CONFIG.py adds flags.
+        # v4jax/cli.py answers train's --help, since CONFIG.py adds flags to it.
         sub = commands.add_parser(name, help=text, description=text, add_help=name != "train")
         sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
         declare(sub)

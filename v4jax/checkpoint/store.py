@@ -206,7 +206,7 @@ class Store:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns the many error types of TensorStore and Orbax into OSError."""
+        """Turns the errors of TensorStore and Orbax, which have many types, into OSError."""
         try:
             yield
         except Exception as error:

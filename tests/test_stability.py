@@ -394,7 +394,7 @@ def test_weights_and_checkpoints_that_are_not_finite_are_refused(clean, train, t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "not_finite", lambda state: None)  # as versions did that did not look
         train(cfg, poison=rows(cfg, 10)[9:])
-    with pytest.raises(ValueError, match=rf"checkpoints/10: {NAN}; without it the run goes on"):
+    with pytest.raises(ValueError, match=rf"checkpoints/10: {NAN}; remove this folder to resume"):
         train(dataclasses.replace(cfg, steps=12))
     (tmp_path / "run/checkpoints/10").rename(tmp_path / "10")
     train(cfg)

@@ -232,7 +232,7 @@ def verdicts(home: pathlib.Path) -> dict[str, object]:
     second = jax.process_index() == 1
     cfg = config(home, mesh="data=2,fsdp=4")
     text = cfg.data
-    extra = Source(path=str(home / "long.jsonl"), format="chat", name="extra")
+    extra = Source(path=str(home / "long.jsonl"), format="chat", column="messages", name="extra")
     chat = dataclasses.replace(
         text, tokenizer=str(home / "chat"), packing="best_fit", evaluate_on=(extra,)
     )

@@ -41,10 +41,14 @@ def models():
     return functools.cache(make_model)
 
 
+def weights_of(pattern):
+    cfg = small_config(**PATTERNS[pattern])
+    return cfg, jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 0)))
+
+
 def make_model(pattern):
     """(cfg, params, tokens [1,712], their logits and MTP logits by one full forward)."""
-    cfg = small_config(**PATTERNS[pattern])
-    params = jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 0)))
+    cfg, params = weights_of(pattern)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, LENGTH))
     full = v4jax.forward(cfg, params, jnp.asarray(tokens))
     return cfg, params, tokens, np.asarray(full.logits), np.asarray(full.mtp_logits)
@@ -210,9 +214,9 @@ def test_a_few_rows_are_kept_as_many_are(rows):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_step_copies_no_cache(models, batch):
+def test_a_step_copies_no_cache(batch):
     """A token writes a row of each array of the cache: the compiled program copies none of them."""
-    cfg, params, *_ = models("few")
+    cfg, params = weights_of("flash")
     params, cache = split_layers(cfg, params), empty_cache(cfg, batch, 2**14)
     one = functools.partial(jax.jit, donate_argnums=1)(
         lambda params, cache, token_B1, count_B: extend(cfg, params, cache, token_B1, count_B)

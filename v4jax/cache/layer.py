@@ -332,5 +332,20 @@ def chosen_rows(
     """rows[index], [B,T,K,H]; of a stack nothing else is read."""
     if not isinstance(rows, CompressedKV):
         return jax.vmap(lambda rows_CH, index_TK: rows_CH[index_TK])(rows, index_BTK)
-    one = jax.vmap(lambda rows_LCH, index_TK: rows_LCH[rows.layer, index_TK], in_axes=(1, 0))
-    return unpack(jax.tree.map(lambda stack: one(stack, index_BTK), rows.stack), dtype)
+    index_BTK2 = jnp.stack(
+        (jnp.broadcast_to(rows.layer, index_BTK.shape).astype(index_BTK.dtype), index_BTK), axis=-1
+    )
+    # As in `_write`: vmap would turn the whole stack around to put the sequences first.
+    numbers = jax.lax.GatherDimensionNumbers(
+        offset_dims=(3,),
+        collapsed_slice_dims=(0, 2),
+        start_index_map=(0, 2),
+        operand_batching_dims=(1,),
+        start_indices_batching_dims=(0,),
+    )
+
+    def take(stack_LBCH):
+        size = (1, 1, 1, stack_LBCH.shape[3])
+        return jax.lax.gather(stack_LBCH, index_BTK2, numbers, size, mode="clip")
+
+    return unpack(jax.tree.map(take, rows.stack), dtype)

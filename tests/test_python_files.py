@@ -218,15 +218,15 @@ def test_a_config_far_from_the_checkout_plans_its_run(tmp_path):
 
 
 def test_every_file_of_the_packages_is_installed():
-    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    """Hatchling takes every file of a package that git does not ignore."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    assert build["targets"]["wheel"] == {"packages": ["v4jax", "sharding", "configs"]}
+    assert "exclude" not in build
+    ignored = (ROOT / ".gitignore").read_text().split()
     for package in ("v4jax", "sharding", "configs"):
-        assert f"{package}*" in tools["packages"]["find"]["include"]
         for path in (ROOT / package).rglob("*"):
-            if path.is_file() and path.suffix not in (".py", ".pyc"):
-                name = path.relative_to(ROOT / package).as_posix()
-                assert any(fnmatch.fnmatch(name, one) for one in tools["package-data"][package]), (
-                    path
-                )
+            if path.suffix != ".pyc" and path.name != "__pycache__":
+                assert not any(fnmatch.fnmatch(path.name, one.strip("/")) for one in ignored), path
     assert all((ROOT / package / "py.typed").is_file() for package in ("v4jax", "sharding"))
     assert not (ROOT / "configs/__init__.py").exists(), (
         "a user's own folder called configs would hide the installed one"

@@ -173,6 +173,50 @@ def test_data_are_compared_with_the_checkpoint_that_the_run_will_resume_from(cop
         check_data(copied, BYTES)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"), [(dict(batch_size=4), "batch_size 2"), (dict(seq_len=16), "seq_len 32")]
+)
+def test_an_earlier_stage_that_changed_is_refused_before_anything_runs(copied, change, words):
+    """Of step 4, which belongs to the second stage; what that stage sets stays as it is."""
+    (stage,) = copied.stages
+    stages = (dataclasses.replace(stage, batch_size=2),)
+    cfg = dataclasses.replace(copied, stages=stages, **change)
+    ((name, value),) = change.items()
+    with pytest.raises(
+        ValueError, match=f"^data position of stage 0: was saved with {words}, this"
+    ):
+        check_data(cfg, BYTES)
+    before = digest(pathlib.Path(cfg.run_dir))
+    with pytest.raises(ValueError, match=f"{words}, this run has {value}; only the same can go on"):
+        train(dataclasses.replace(cfg, steps=5))
+    assert digest(pathlib.Path(cfg.run_dir)) == before
+    allowed = dataclasses.replace(cfg.data, allow_change=True)
+    check_data(dataclasses.replace(cfg, data=allowed), BYTES)
+
+
+def test_an_earlier_stage_that_was_allowed_to_change_begins_anew(copied, capsys):
+    cfg = dataclasses.replace(
+        copied,
+        stages=(dataclasses.replace(copied.stages[0], batch_size=2),),
+        batch_size=4,
+        data=dataclasses.replace(copied.data, allow_change=True),
+    )
+    train(cfg)  # is at its end: takes up the checkpoint, and no step
+    assert (
+        "was saved with batch_size 2, this run has 4 (stage 0 from a fresh position, should the "
+        "run go back to it); allow_change: going on where it was" in capsys.readouterr().err
+    )
+    batches = Batches(cfg, lambda view: stage_batches(view, BYTES, None)).at(3)
+    fresh = through_json(batches.at(0).position)
+    batches.at(3).skip([0])
+    with Store(cfg.run_dir) as store:
+        store.load(4, {"data": batches})
+    assert (
+        through_json(batches.position)["rows"] == json.loads(position(cfg, 4).read_text())["rows"]
+    )
+    assert through_json(batches.at(0).position) == fresh
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"settings": 3}'])
 def test_a_position_that_cannot_be_read_is_not_taken_for_an_older_one(copied, text):
     rewrite(position(copied, 4), text)

@@ -29,7 +29,7 @@ from v4jax.train.config import TrainConfig
 from v4jax.train.finite import not_finite
 from v4jax.train.initial import fresh
 from v4jax.train.stability import LossHistory, TrainingFailed, gone_back
-from v4jax.train.stages import stream_view
+from v4jax.train.stages import number_at, saved_streams, stream_at, stream_view
 from v4jax.train.step import TrainState, init_state
 
 
@@ -74,10 +74,14 @@ def _check_position(
     cfg: TrainConfig, tokenizer: Tokenizer, path: pathlib.Path, step: int, listings: Listings | None
 ) -> None:
     """Refuses data other than that of the checkpoint at `path`, of step number `step`."""
+
+    def ours(done: int) -> dict[str, Any]:
+        view = stream_view(cfg, done)
+        return settings_of(view.data, tokenizer, view.seq_len, view.batch_size, listings)
+
     with agreed():
-        view = stream_view(cfg, step - 1)
-        ours = settings_of(view.data, tokenizer, view.seq_len, view.batch_size, listings)
-        _changes(cfg, saved_settings(path / "data"), ours)
+        _changes(cfg, saved_settings(path / "data"), ours(step - 1))
+        _other_changes(cfg, path / "data", step, ours)
 
 
 def start(
@@ -127,7 +131,14 @@ def _place_in_data(
     with agreed():
         saved = saved_settings(path / "data")
         moved, changed = _changes(cfg, saved, data.at(step - 1).settings)
-    moved, changed = anywhere(moved), _found_anywhere(changed)
+        others = _other_changes(cfg, path / "data", step, lambda done: data.at(done).settings)
+        data.at(step - 1)
+    anew = [number for number, found in others.items() if found]
+    data.skip(number for text in gather_text(json.dumps(anew)) for number in json.loads(text))
+    moved = anywhere(moved)
+    if not moved:
+        changed += tuple(one for found in others.values() for one in found)
+    changed = _found_anywhere(changed)
     _say_on_resume(path, saved, moved, changed)
     return moved, changed
 
@@ -169,6 +180,32 @@ def _changes(
             "give it another name (or --data.allow-change)"
         )
     return bool(trained), tuple(map(str, trained + evaluated))
+
+
+def _other_changes(
+    cfg: TrainConfig, directory: pathlib.Path, step: int, ours: Callable[[int], dict[str, Any]]
+) -> dict[int, tuple[str, ...]]:
+    """Number of each stream that a checkpoint has beside the one in use -> what of it differs.
+
+    Args:
+      directory: the checkpoint's item of data positions. ours: steps done -> the settings that the
+        stream read then has in this run.
+
+    Raises:
+      ValueError: something differs, and not cfg.data.allow_change.
+    """
+    others = {}
+    for number, done, path in saved_streams(cfg, directory, stream_at(cfg, step - 1)):
+        found = differences(saved_settings(path), ours(done))
+        stage = f"stage {number_at(cfg, done)}"
+        anew = f"{stage} from a fresh position, should the run go back to it"
+        if found and not cfg.data.allow_change:
+            raise ValueError(
+                f"data position of {stage}: {found[0]}; only the same can go on "
+                f"(--data.allow-change: {anew})"
+            )
+        others[number] = tuple(f"{one} ({anew})" for one in found)
+    return others
 
 
 def _say_on_resume(

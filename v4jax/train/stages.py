@@ -14,7 +14,7 @@ Next file to read: v4jax/train/config.py.
 
 import dataclasses
 import math
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
 
@@ -132,6 +132,7 @@ class Batches:
           read: configuration of a stage -> its endless batches, which can be saved and loaded.
         """
         self._cfg, self._read, self._streams = cfg, read, {}
+        self._skipped: frozenset[int] = frozenset()
         self.at(0)
 
     def at(self, done: int) -> "Batches":
@@ -147,7 +148,16 @@ class Batches:
     @property
     def settings(self) -> dict[str, Any]:
         """What the stream in use depends on (v4jax/data/identity.py)."""
-        return self._streams[self._now].get_state()["settings"]
+        return self.position["settings"]
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Settings and rows of the stream in use (v4jax/data/rows.py)."""
+        return self._streams[self._now].get_state()
+
+    def skip(self, numbers: Iterable[int]) -> None:
+        """Makes `load` leave these streams at their beginning: their saved positions mean nothing."""
+        self._skipped = frozenset(numbers)
 
     def __next__(self):
         return next(self._streams[self._now])
@@ -166,13 +176,12 @@ class Batches:
         return write()
 
     async def load(self, directory) -> Awaitable[None]:
-        """Sets the positions of the stream in use and of all others that were saved."""
+        """Sets the positions of the stream in use and of all others that were saved (`skip`)."""
         now, reading = self._now, [await self._streams[self._now].load(directory)]
-        for done in starts(self._cfg):
-            number = stream_at(self._cfg, done)
-            if number != now and (directory / _below(number)).is_dir():
+        for number, done, path in saved_streams(self._cfg, directory, now):
+            if number not in self._skipped:
                 self.at(done)
-                reading.append(await self._streams[number].load(directory / _below(number)))
+                reading.append(await self._streams[number].load(path))
         self._now = now
 
         async def read():
@@ -192,6 +201,17 @@ class _Below:
         path = await self._directory.await_creation() / self._name
         path.mkdir(exist_ok=True)  # each process comes here
         return path
+
+
+def saved_streams(cfg, directory, now: int) -> list[tuple[int, int, Any]]:
+    """(number, steps done when it begins, folder of its position) of each stream that a checkpoint
+    has beside `now`, the one in use.
+
+    directory: the checkpoint's item of data positions.
+    """
+    first = {stream_at(cfg, done): done for done in reversed(starts(cfg))}
+    places = [(number, done, directory / _below(number)) for number, done in sorted(first.items())]
+    return [place for place in places if place[0] != now and place[2].is_dir()]
 
 
 def _below(number: int) -> str:

@@ -8,19 +8,24 @@ import os
 import pathlib
 
 import pytest
+from trees import small_config
 
 from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS
 from v4jax.data import listing, store
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.identity import differences, evaluation_differences, settings_of
 from v4jax.data.listing import Listings
+from v4jax.data.pieces import open_pieces
 from v4jax.data.store import open_store, prepare_cache
 from v4jax.data.summary import unread_lines, unused_lines
 from v4jax.tokenizer import EOS_TOKEN, ByteTokenizer, HuggingFaceTokenizer
+from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_sets, train_batches
+from v4jax.train.resume import _changes
 
 BYTES, CHAT = ByteTokenizer(), ByteTokenizer(CHAT_TOKENS + FIM_TOKENS)
 SIZES = dict(seq_len=32, batch_size=2, vocab_size=400)
+RUN = dict(run_dir="r", steps=2, batch_size=2, seq_len=32, learning_rate=1e-3, warmup_steps=1)
 OLD = ("documents", "tokenizer", "seed", "seq_len", "batch_size")
 """The settings of checkpoints from before files were noted."""
 
@@ -236,6 +241,14 @@ def test_a_cache_of_files_edited_at_equal_size_and_time_is_made_again(records, t
     )
 
 
+def test_tokens_in_memory_of_a_file_edited_at_equal_size_and_time_are_made_again(records):
+    cfg = DataConfig(source=str(records), format="jsonl")
+    first = open_store(cfg, cfg.sources[0], BYTES)
+    edit(records / "a.jsonl", b"cat", b"dog")
+    again = open_store(cfg, cfg.sources[0], BYTES)
+    assert "dog" in BYTES.decode(again.tokens) and "dog" not in BYTES.decode(first.tokens)
+
+
 def test_two_jobs_that_find_a_cache_outdated_keep_the_new_one(
     records, tmp_path, capsys, monkeypatch
 ):
@@ -319,27 +332,50 @@ def test_an_older_checkpoint_is_compared_by_what_it_has(folder):
             train_batches(dataclasses.replace(cfg, **change), BYTES, **SIZES).set_state(state)
 
 
-def test_an_older_checkpoint_of_conversations_says_that_their_choice_has_changed(tmp_path):
-    """What is learned of none of them is left out since; nobody changed the data."""
+def older_mixture(tmp_path, text: str):
+    """(config, state as an older v4jax saved it) of a text and conversations."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    record = json.dumps({"messages": messages})
-    (tmp_path / "x.jsonl").write_text(f"{record}\n{record}\n")
-    cfg = DataConfig(source=str(tmp_path), format="chat", column="messages", packing="best_fit")
-    ours = settings(cfg) | {"documents": "new"}
-    older = {name: value for name, value in ours.items() if name != "files"}
-    (found,) = differences(older | {"documents": "old"}, ours)
-    assert str(found) == (
-        "was saved with documents old, this run has new (that version of v4jax also trained on "
-        "conversations of which nothing is learned, and on last tokens that nothing predicts; "
-        "this one leaves both out, so the files may be the same)"
+    (tmp_path / "chat.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * 4)
+    lines = [json.dumps({"text": f"{i}{text}"}) for i in range(4)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    chat = Source(path=str(tmp_path / "chat.jsonl"), format="chat", column="messages")
+    texts = Source(path=str(tmp_path / "text.jsonl"), format="jsonl")
+    cfg = DataConfig(mixture=(texts, chat), packing="best_fit", tokenizer="byte-chat")
+    state = state_of(cfg, CHAT)
+    marks = [mark.split("-")[:2] for mark in state["settings"]["documents"].split()]
+    older = {name: state["settings"][name] for name in OLD}
+    older["documents"] = " ".join(map("-".join, marks))
+    return cfg, state | {"settings": older | {"packing": "best_fit", "weights": [1.0, 1.0]}}
+
+
+def test_an_older_mixture_goes_on_where_its_pieces_are_the_same(tmp_path):
+    cfg, state = older_mixture(tmp_path, "x" * 40)
+    train_batches(cfg, CHAT, **SIZES).set_state(state)
+
+
+def test_an_older_mixture_whose_pieces_are_cut_otherwise_now_hears_why_and_how_to_go_on(tmp_path):
+    """Each text is a row and a token long: that token was a piece of its own."""
+    cfg, state = older_mixture(tmp_path, "x" * (SIZES["seq_len"] + 1 - 3))
+    ours = train_batches(cfg, CHAT, **SIZES).get_state()["settings"]
+    pieces, _ = open_pieces(cfg, cfg.sources[0], CHAT, SIZES["seq_len"], "train")
+    lone, documents = pieces.lone, ours["documents"]
+    assert lone == len(pieces) == 3 and documents.split()[0].endswith("-3")
+    refused = TrainConfig(model=small_config(vocab_size=400), data=cfg, **RUN)
+    with pytest.raises(ValueError) as error:
+        _changes(refused, state["settings"], ours)
+    assert str(error.value) == (
+        f"data position: was saved with documents {state['settings']['documents']}, this run has "
+        f"{documents} (the documents are the same, but that version of v4jax also trained on "
+        "conversations of which nothing is learned, and on last tokens that nothing predicts; this "
+        "one leaves both out); only the same can go on (--data.allow-change: from a fresh position)"
     )
-    for saved, now in (
-        (ours | {"documents": "old"}, ours),
-        (older | {"documents": "old"}, ours | {"masked": False}),
-        (older | {"seed": 5}, ours),
-    ):
-        for found in differences(saved, now):
-            assert "this one leaves" not in str(found)
+
+
+def test_an_older_checkpoint_whose_documents_changed_does_not_blame_the_version(tmp_path):
+    cfg, state = older_mixture(tmp_path, "x" * 40)
+    edit(tmp_path / "text.jsonl", b"xxx", b"yyy")
+    with pytest.raises(ValueError, match=r"with documents [\w -]+, this run has [\w -]+; only"):
+        train_batches(cfg, CHAT, **SIZES).set_state(state)
 
 
 def test_a_set_to_evaluate_on_keeps_its_name_only_with_its_content(folder, records):

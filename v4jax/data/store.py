@@ -115,7 +115,7 @@ def _key(cfg: DataConfig, listing: Listing, tokenizer: Tokenizer) -> str:
 def _opened(cfg: DataConfig, listing: Listing, tokenizer: Tokenizer, key: str) -> TokenStore:
     """The tokens of a source, from its cache or made now."""
     if not cfg.cache:
-        return _in_memory(cfg, listing, tokenizer, key)
+        return _in_memory(cfg, listing, tokenizer, f"{key} {listing.marks['digest']}")
     folder = local_path(cfg.cache, "cache") / f"{listing.source.label}-{key}"
     if folder.is_dir():
         fault = _fault(folder, listing)

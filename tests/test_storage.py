@@ -24,7 +24,7 @@ from v4jax.generate.prefix import check_store
 from v4jax.generate.rollout import Plan, rollout
 from v4jax.planner.hardware import hardware_of, target_of
 from v4jax.score import read_tokens, score
-from v4jax.storage import file_to_write, folder_to_fill, local_path
+from v4jax.storage import file_to_write, folder_to_fill, local_path, path_of_checkpoints
 from v4jax.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
@@ -157,6 +157,28 @@ def test_a_place_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch):
         ValueError, match=f"^out: got {tmp_path}/a; its folder {tmp_path} may not be written to$"
     ):
         file_to_write(tmp_path / "a", "out")
+
+
+@pytest.mark.parametrize("given", ["gs:", "a/  gs:", "my-gs:/run", "s3:/run"])
+def test_a_run_directory_that_orbax_takes_for_a_bucket_is_refused_before_any_work(
+    given, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    name = next(part for part in pathlib.PurePath(given).parts if part.endswith(":"))
+    words = f"{tmp_path}/.*; Orbax, which writes checkpoints, takes '{name}' in it for the address"
+    with pytest.raises(ValueError, match=f"^run_dir: got {words}"):
+        train(run_of(run_dir=f"./{given}/b"))
+    with pytest.raises(ValueError, match=f"^directory: got {words}"):
+        Store(f"./{given}/b")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_orbax_keeps_other_colons_and_names_of_buckets_below_the_root(tmp_path):
+    for name in ("gs", "gs:b", "a:", "hf:"):
+        assert path_of_checkpoints(tmp_path / name / "run") == tmp_path / name / "run"
+    with pytest.raises(ValueError, match="^run_dir: got /s3/run; Orbax, .* takes '/s3' in it"):
+        path_of_checkpoints("/s3/run", "run_dir")
 
 
 # ---- the command line ----------------------------------------------------------------------------

@@ -14,6 +14,8 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 """One slash is enough: pathlib turns gs://bucket into gs:/bucket."""
 _LONGEST_NAME = 255
 """Bytes of a file name on all common file systems."""
+_TAKEN_FOR_SCHEMES = ("gs:", "s3:")
+_TAKEN_FOR_BUCKETS = ("gs", "s3", "az", "hf")
 _ELSEWHERE = "must be a path on this machine; buckets (gs://, s3://, ...) are not supported yet"
 
 
@@ -51,6 +53,25 @@ def folder_to_fill(given: str | os.PathLike, what: str = "") -> pathlib.Path:
         raise ValueError(f"{head}; {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{head}; {there} may not be written to")
+    return path
+
+
+def path_of_checkpoints(given: str | os.PathLike, what: str = "") -> pathlib.Path:
+    """`local_path` of a folder that Orbax reads or writes, absolute.
+
+    Orbax makes gs:// of gs:/ wherever it stands in a path, and etils an address of /gs/bucket.
+
+    Raises:
+      ValueError: see local_path; or Orbax would take the path for a bucket's.
+    """
+    path = local_path(given, what).absolute()
+    taken = [part for part in path.parts if part.endswith(_TAKEN_FOR_SCHEMES)]
+    taken += [f"/{part}" for part in path.parts[1:2] if part in _TAKEN_FOR_BUCKETS]
+    if taken:
+        raise ValueError(
+            f"{_prefix(what)}got {path}; Orbax, which writes checkpoints, takes {taken[0]!r} in it "
+            "for the address of a bucket; give another folder"
+        )
     return path
 
 

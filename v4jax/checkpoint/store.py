@@ -31,7 +31,7 @@ from sharding.processes import anywhere, is_first, wait_for_all
 from v4jax.checkpoint.atomic import write_text
 from v4jax.checkpoint.checksums import NOT_NOTED, damage, write_sums
 from v4jax.config import ModelConfig, read_config_json
-from v4jax.storage import local_path
+from v4jax.storage import local_path, path_of_checkpoints
 
 CHECKPOINTS, DAMAGED, ABANDONED = "checkpoints", "damaged", "abandoned"
 _CHUNK_BYTES = 64 * 2**20
@@ -59,7 +59,7 @@ class Store:
           keep_best: also keep this number of checkpoints, those of the least loss.
           writes: this process trains here, so leftovers of killed saves are its own.
         """
-        self._directory = local_path(directory, "directory").absolute()
+        self._directory = path_of_checkpoints(directory, "directory")
         policies = ocp.training.save_decision_policies, ocp.training.preservation_policies
         kept = [policies[1].LatestN(keep)]
         if keep_every:

@@ -24,7 +24,7 @@ from v4jax.data.rows import Batch
 from v4jax.data.store import prepare_cache
 from v4jax.data.summary import unread_lines, unused_lines
 from v4jax.stderr import say
-from v4jax.storage import folder_to_fill
+from v4jax.storage import folder_to_fill, path_of_checkpoints
 from v4jax.tokenizer import Tokenizer, disagreement
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import train_batches
@@ -47,10 +47,11 @@ def check_folders(cfg: TrainConfig) -> pathlib.Path:
     """The run directory, after checks of all folders except the text's; creates nothing.
 
     Raises:
-      ValueError: a folder that cannot be made, a run of another model, or a cache inside the run
-        directory.
+      ValueError: a folder that cannot be made or that Orbax cannot use, a run of another model, or
+        a cache inside the run directory.
     """
     run = folder_to_fill(cfg.run_dir, "run_dir")
+    path_of_checkpoints(run, "run_dir")
     check_config(run, cfg.model)
     begun = (run / "config.json").exists()
     if cfg.data.cache:

@@ -85,6 +85,32 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path):
         find_files(source(tmp_path, "text"))
 
 
+def test_each_real_file_is_read_once_under_the_name_that_tells_most(tmp_path):
+    """As in the cache of the Hub, where a snapshot's names are links to blobs."""
+    for i in range(3):
+        blob = tmp_path / "blobs" / f"{i}{i}"
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_text(f"text {i}")
+        for revision in ("r", "s"):
+            link = tmp_path / "snapshots" / revision / f"{i}.txt"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(blob)
+    found = find_files(source(tmp_path, "text"))
+    assert [name for name, _ in found.files] == [f"snapshots/r/{i}.txt" for i in range(3)]
+    assert found.left_out[0] == ("blobs/00", "the same file as snapshots/r/0.txt")
+    assert len(found.left_out) == 6
+    assert names(source(tmp_path, "text", glob="blobs/*")) == [f"blobs/{i}{i}" for i in range(3)]
+
+
+def test_a_link_to_a_file_beside_it_and_a_hard_link_are_read_once(tmp_path):
+    (tmp_path / "z.jsonl").write_bytes(lines("a", "b"))
+    (tmp_path / "a-link.jsonl").symlink_to("z.jsonl")
+    (tmp_path / "y.jsonl").hardlink_to(tmp_path / "z.jsonl")
+    (tmp_path / "same-content.jsonl").write_bytes(lines("a", "b"))
+    assert names(source(tmp_path)) == ["same-content.jsonl", "y.jsonl"]
+    assert "2 left out: a-link.jsonl (the same file as y.jsonl)" in unread(source(tmp_path))
+
+
 # ---- what is left out ----------------------------------------------------------------------------
 
 

@@ -74,6 +74,7 @@ def find_files(source: Source) -> Found:
     """Every file of a source, read or left out.
 
     Links are followed. Each real folder counts once, under a name without links if it has one.
+    So does each real file, under a name with a suffix if it has one (as in the Hub's cache).
     Names with a leading dot, empty files and files that the format does not read are left out.
 
     Raises:
@@ -100,6 +101,8 @@ def find_files(source: Source) -> Found:
             left_out.append((name, fault))
         else:
             files.append((name, path))
+    files, again = _each_once(files)
+    left_out += again
     files.sort(key=lambda file: file[1])
     _refuse_twins(root, files)
     left_out.sort(key=lambda one: (one[1] == _DOT, one[1] == _EMPTY, one[0]))
@@ -180,8 +183,8 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _identity(folder: pathlib.Path) -> tuple[int, int]:
-    state = folder.stat()
+def _identity(path: pathlib.Path) -> tuple[int, int]:
+    state = path.stat()
     return state.st_dev, state.st_ino
 
 
@@ -246,6 +249,27 @@ def _fault(path: pathlib.Path, source: Source) -> str:
     if source.format != "text" and suffix == ".json":
         return _json_fault(path, source.column)
     return ""
+
+
+def _each_once(
+    files: list[tuple[str, pathlib.Path]],
+) -> tuple[list[tuple[str, pathlib.Path]], list[tuple[str, str]]]:
+    """(each real file under one name, its other names and why they are left out)."""
+    named: dict[tuple[int, int], list[tuple[str, pathlib.Path]]] = {}
+    for file in files:
+        named.setdefault(_identity(file[1]), []).append(file)
+    once, again = [], []
+    for names in named.values():
+        first, *others = sorted(names, key=_preference) if len(names) > 1 else names
+        once.append(first)
+        again += [(name, f"the same file as {first[0]}") for name, _ in others]
+    return once, again
+
+
+def _preference(file: tuple[str, pathlib.Path]) -> tuple[bool, bool, str]:
+    """What sorts first the name that a file of several is read under."""
+    name, path = file
+    return not path.suffix, path.is_symlink(), name
 
 
 def _is_empty(path: pathlib.Path) -> bool:

@@ -1,5 +1,6 @@
 """Claims about messages of data sets: each spelling has one meaning, none is lost or misread."""
 
+import dataclasses
 import json
 import re
 
@@ -7,9 +8,12 @@ import pytest
 
 from v4jax.chat.encoding import encode_messages
 from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS, TASKS
-from v4jax.data.config import ChatFormat
+from v4jax.data.config import ChatFormat, DataConfig, Source
 from v4jax.data.conversations import conversation_tokens
+from v4jax.data.listing import Listings
 from v4jax.data.messages import training_messages
+from v4jax.data.store import open_store
+from v4jax.data.summary import unused_lines
 from v4jax.tokenizer import ByteTokenizer
 
 CHAT = ByteTokenizer(CHAT_TOKENS + FIM_TOKENS)
@@ -411,3 +415,48 @@ def test_the_record_is_left_as_it_was():
     before = json.dumps(record)
     tokens(record["messages"], record)
     assert json.dumps(record) == before
+
+
+# ---- keys beside the messages ---------------------------------------------------------------------
+
+
+def chat_file(path, *records):
+    lines = [json.dumps({"messages": [ASK, answer()]} | record) for record in records]
+    path.write_text("\n".join(lines))
+    source = Source(path=str(path), format="chat", column="messages")
+    return DataConfig(mixture=(source,), packing="best_fit", tokenizer="byte-chat"), source
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"system": "You are a pirate"}, "'system' .*; make it a message, or part of one"),
+        ({"prompt": "another"}, "'prompt' .*; make it a message"),
+        ({"functions": [FUNCTION]}, "'functions' .*; call it \"tools\""),
+        ({"response_format": {"type": "json_object"}}, "'response_format' .* the system message"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "'chat_template_kwargs' .*thinking"),
+    ],
+)
+def test_keys_beside_the_messages_that_change_the_text_are_refused(tmp_path, record, words):
+    cfg, source = chat_file(tmp_path / "x.jsonl", {}, record)
+    with pytest.raises(
+        ValueError, match=f"x.jsonl:2: got key {words}".replace(" .*;", " beside messages, .*;")
+    ):
+        open_store(cfg, source, CHAT)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_other_keys_beside_the_messages_are_named_once_a_source(tmp_path, cached):
+    """Those that say nothing of the text, and those that say what a message says."""
+    more = {"id": 7, "prompt": ASK["content"], "system": "", "tools": [TOOL], "metadata": {"a": 1}}
+    cfg, source = chat_file(tmp_path / "x.jsonl", {"source": "web"}, more, {"id": None})
+    if cached:
+        cfg = dataclasses.replace(cfg, cache=str(tmp_path / "cache"))
+    for _ in range(2):
+        assert unused_lines(cfg, CHAT, [4000], None, Listings()) == [
+            f"{source.title}: keys that are not read: id, metadata, prompt, source"
+        ]
+    many = {f"key{i:02}": i for i in range(12)}
+    cfg, source = chat_file(tmp_path / "y.jsonl", many)
+    (line,) = unused_lines(cfg, CHAT, [4000], None, Listings())
+    assert line.endswith("key06, key07 and 4 more")

@@ -8,6 +8,18 @@ from typing import Any
 
 from v4jax.chat.tokens import ASSISTANT, BOS, EOS, LATEST_REMINDER, TASKS, USER
 
+READ_BESIDE = ("tools", "thinking_mode", "reasoning_effort")
+"""Keys that are read of a record of a conversation, beside its messages."""
+_MESSAGE = "make it a message, or part of one"
+_LOST_BESIDE = {
+    **dict.fromkeys(("system", "system_prompt", "system_message", "developer"), _MESSAGE),
+    **dict.fromkeys(("instruction", "instructions", "prompt", "context", "input"), _MESSAGE),
+    **dict.fromkeys(("output", "response", "completion"), _MESSAGE),
+    "functions": 'call it "tools"',
+    "response_format": "put it into the system message",
+    "chat_template_kwargs": 'say it with "thinking_mode" and "tools"',
+}
+"""Keys beside the messages that would change the text, and where they belong instead."""
 _TURN_TOKENS = (BOS, EOS, USER, ASSISTANT, LATEST_REMINDER, *TASKS.values())
 """Tokens that begin or end a turn; no text of a message may contain one."""
 
@@ -33,6 +45,24 @@ def check_keys(given: Mapping[str, Any], known: tuple[str, ...], what: str) -> N
             raise ValueError(
                 f"got key {key!r}, which would be lost; {what} may have {', '.join(known)}"
             )
+
+
+def unread_keys(record: Mapping[str, Any], column: str) -> list[str]:
+    """Keys with a value that are not read of a conversation: what they say is not of its text.
+
+    Raises:
+      ValueError: one that is of its text, unless a message says the same.
+    """
+    texts = [message.get("content") for message in record[column]]
+    unread = []
+    for key, value in record.items():
+        if key == column or key in READ_BESIDE or is_empty(value):
+            continue
+        if key in _LOST_BESIDE and value not in texts:
+            way = _LOST_BESIDE[key]
+            raise ValueError(f"got key {key!r} beside {column}, which would be lost; {way}")
+        unread.append(key)
+    return unread
 
 
 def check_tokens(value: Any) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 
 from v4jax.chat.tokens import CHAT_TOKENS, FIM_BEGIN, FIM_END, FIM_HOLE, FIM_TOKENS
 from v4jax.checkpoint.checksums import SUMS_FILE, damage, write_sums
+from v4jax.data.checks import unread_keys
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.conversations import conversation_tokens
 from v4jax.data.documents import Document, name_hash, unit_hash
@@ -35,6 +36,7 @@ _VERSION = 2
 _SOURCES = "sources.json"
 """File in a cache that lists its source files (Listing.marks); older caches have none."""
 
+_UNREAD_KEPT = 100
 _FILES = {"tokens": "<i4", "learned": "u1", "ends": "<i8", "hashes": "<f8"}
 
 
@@ -48,6 +50,7 @@ class TokenStore(NamedTuple):
       hashes: float64 [D], in [0, 1), of each document's name or content; they decide the split.
       fingerprint: equal for equal content.
       empty: how many records were left out for their empty text; 0 if an older cache did not count.
+      unread: keys of conversations that are not read (checks.unread_keys), some if there are many.
     """
 
     tokens: np.ndarray
@@ -56,6 +59,7 @@ class TokenStore(NamedTuple):
     hashes: np.ndarray
     fingerprint: str
     empty: int = 0
+    unread: tuple[str, ...] = ()
 
 
 def open_store(
@@ -134,9 +138,9 @@ def _opened(cfg: DataConfig, listing: Listing, tokenizer: Tokenizer, key: str) -
 def _in_memory(cfg: DataConfig, listing: Listing, tokenizer: Tokenizer, key: str) -> TokenStore:
     """The tokens of a source, made now and kept in memory."""
     files = {name: io.BytesIO() for name in _FILES}
-    fingerprint, empty = _fill(files, cfg, listing, tokenizer)
+    filled = _fill(files, cfg, listing, tokenizer)
     arrays = {name: np.frombuffer(file.getvalue(), _FILES[name]) for name, file in files.items()}
-    return TokenStore(**arrays, fingerprint=fingerprint, empty=empty)
+    return TokenStore(**arrays, **filled._asdict())
 
 
 def _write(folder: pathlib.Path, cfg: DataConfig, listing: Listing, tokenizer: Tokenizer) -> None:
@@ -150,23 +154,32 @@ def _write(folder: pathlib.Path, cfg: DataConfig, listing: Listing, tokenizer: T
     try:
         with contextlib.ExitStack() as stack:
             files = {name: stack.enter_context((work / name).open("wb")) for name in _FILES}
-            fingerprint, empty = _fill(files, cfg, listing, tokenizer)
-        (work / "fingerprint").write_text(fingerprint)
-        (work / _SOURCES).write_text(json.dumps(marks | {"empty": empty}))
+            filled = _fill(files, cfg, listing, tokenizer)
+        (work / "fingerprint").write_text(filled.fingerprint)
+        (work / _SOURCES).write_text(json.dumps(marks | filled._asdict()))
         write_sums(work)
         _move(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _fill(files: dict, cfg: DataConfig, listing: Listing, tokenizer: Tokenizer) -> tuple[str, int]:
-    """Writes every document; returns (fingerprint of what was written, number of empty records)."""
-    digest, end, empty = hashlib.sha256(), 0, 0
+class _Filled(NamedTuple):
+    """What is known of a store beside its arrays: see TokenStore."""
+
+    fingerprint: str
+    empty: int
+    unread: tuple[str, ...]
+
+
+def _fill(files: dict, cfg: DataConfig, listing: Listing, tokenizer: Tokenizer) -> _Filled:
+    """Writes every document."""
+    digest, end, empty, unread = hashlib.sha256(), 0, 0, set()
     for made in _tokenised(cfg, listing, tokenizer):
         if made is None:
             empty += 1
             continue
-        tokens_T, learned_T, place = made
+        tokens_T, learned_T, place, keys = made
+        unread.update(keys if len(unread) < _UNREAD_KEPT else ())
         end += len(tokens_T)
         parts = {
             "tokens": tokens_T,
@@ -181,13 +194,14 @@ def _fill(files: dict, cfg: DataConfig, listing: Listing, tokenizer: Tokenizer) 
     if not end:
         path = listing.source.path
         raise ValueError(f"source: {path} has no document that is not empty")
-    return digest.hexdigest()[:16], empty
+    return _Filled(digest.hexdigest()[:16], empty, tuple(sorted(unread)))
 
 
 def _tokenised(
     cfg: DataConfig, listing: Listing, tokenizer: Tokenizer
-) -> Iterator[tuple[np.ndarray, np.ndarray, float] | None]:
-    """(tokens, learned, hash) of each document; None for a record with an empty text.
+) -> Iterator[tuple[np.ndarray, np.ndarray, float, list[str]] | None]:
+    """(tokens, learned, hash, keys that are not read) of each document; None for a record with an
+    empty text.
 
     A file's hash is that of its name. A record's is that of its content, so that equal records are
     on one side of the split.
@@ -197,7 +211,8 @@ def _tokenised(
         for place, record in read_records(source, listing.found):
             with at(place):
                 tokens = conversation_tokens(record, source.column, cfg.chat, tokenizer)
-                made = *tokens, unit_hash(json.dumps(record))
+                unread = unread_keys(record, source.column)
+                made = *tokens, unit_hash(json.dumps(record)), unread
             yield made
         return
     index = 0
@@ -211,7 +226,7 @@ def _tokenised(
             ids = np.array(document_ids(tokenizer, cut), np.int32)
             place_in_split = unit_hash(text) if document is None else name_hash(document)
         index += 1
-        yield ids, np.ones(len(ids), np.uint8), place_in_split
+        yield ids, np.ones(len(ids), np.uint8), place_in_split, []
 
 
 def _texts(listing: Listing) -> Iterator[tuple[str, str, Document | None]]:
@@ -246,7 +261,9 @@ def _mapped(folder: pathlib.Path) -> TokenStore:
     """The tokens in a cache, memory-mapped."""
     arrays = {name: np.memmap(folder / name, kind, mode="r") for name, kind in _FILES.items()}
     fingerprint = (folder / "fingerprint").read_text()
-    return TokenStore(**arrays, fingerprint=fingerprint, empty=_made_of(folder).get("empty", 0))
+    made = _made_of(folder)
+    empty, unread = made.get("empty", 0), tuple(made.get("unread", ()))
+    return TokenStore(**arrays, fingerprint=fingerprint, empty=empty, unread=unread)
 
 
 def _made_of(folder: pathlib.Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Next file to read: v4jax/data/mixture.py.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.files import unread_files
@@ -12,6 +12,8 @@ from v4jax.data.pieces import allows_reading_in_place
 from v4jax.data.selection import unused_conversations
 from v4jax.data.store import open_store
 from v4jax.tokenizer import Tokenizer
+
+_SHOWN = 8
 
 
 def unread_lines(cfg: DataConfig, listings: Listings) -> list[str]:
@@ -35,7 +37,8 @@ def unused_lines(
     held_seq_len: int | None,
     listings: Listings,
 ) -> list[str]:
-    """A line for each source with records that are empty, left out or cut: how many, and why.
+    """A line for each source with records that are empty, left out or cut: how many, and why; and
+    with conversations that have keys which are not read.
 
     Args:
       seq_lens: row lengths to train on.
@@ -53,11 +56,18 @@ def unused_lines(
             continue
         store = open_store(cfg, source, tokenizer, listings)
         said[source] = [f"{store.empty} record(s) have an empty text"] if store.empty else []
+        if store.unread:
+            said[source].append(f"keys that are not read: {_some(store.unread)}")
         for seq_len in wanted if source.format == "chat" else ():
             unused = unused_conversations(cfg, source, store, seq_len)
             head = f"at seq_len={seq_len}, " if len(wanted) > 1 and unused else ""
             said[source].append(head + unused)
     return _lines(said)
+
+
+def _some(keys: Sequence[str]) -> str:
+    more = len(keys) - _SHOWN
+    return ", ".join(keys[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _lines(said: dict[Source, list[str]]) -> list[str]:

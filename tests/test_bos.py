@@ -12,7 +12,7 @@ from v4jax.data.config import DataConfig
 from v4jax.data.pieces import open_pieces
 from v4jax.data.store import open_store
 from v4jax.generate import chat, command
-from v4jax.tokenizer import ByteTokenizer
+from v4jax.tokenizer import ByteTokenizer, document_ids
 
 CHAT = ByteTokenizer(CHAT_TOKENS + FIM_TOKENS)
 PLAIN = [f"<｜User｜>{i}?<｜Assistant｜></think>{i}!" for i in range(9)]
@@ -46,6 +46,32 @@ def test_files_of_templated_text_are_those_of_plain_text(tmp_path):
         pieces, _ = open_pieces(cfg, cfg.sources[0], CHAT, 64, "all")
         found.append([pieces[i]["tokens"].tolist() for i in range(len(pieces))])
     assert found[0] == found[1] == [[0, *CHAT.encode(text), 1] for text in PLAIN]
+
+
+@pytest.mark.parametrize(
+    "text", [f"\n {BOS}a{EOS}\n", f"{BOS} \n{BOS}a{EOS}", f"{BOS}a{EOS} {EOS}\n\n"]
+)
+def test_white_space_outside_of_bos_and_eos_does_not_hide_them(text):
+    assert document_ids(CHAT, text) == [0, *CHAT.encode("a"), 1]
+    assert document_ids(CHAT, f" a\n{text[0]}") == [0, *CHAT.encode(f" a\n{text[0]}"), 1]
+
+
+@pytest.mark.parametrize("form", ["text", "text in memory", "jsonl"])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, form):
+    suffix = "jsonl" if form == "jsonl" else "txt"
+    found = []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        folder = tmp_path / str(len(mark))
+        folder.mkdir()
+        for i in range(2):
+            text = f"{i} \ufeffa"
+            inner = json.dumps({"text": text}) if form == "jsonl" else text
+            (folder / f"{i}.{suffix}").write_bytes(mark + inner.encode())
+        packing = "split" if form == "text" else "best_fit"
+        cfg = DataConfig(source=str(folder), format=form.split()[0], packing=packing)
+        pieces, _ = open_pieces(cfg, cfg.sources[0], ByteTokenizer(), 64, "all")
+        found.append([pieces[i]["tokens"].tolist() for i in range(len(pieces))])
+    assert found[0] == found[1] and found[0][0] == document_ids(ByteTokenizer(), "0 \ufeffa")
 
 
 def test_prompts_begin_with_one_bos(tmp_path):

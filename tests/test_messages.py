@@ -72,9 +72,13 @@ def test_reasoning_is_found_wherever_it_is(message, mode):
     assert tokens([ASK, message], thinking_mode=mode) == CHAT.encode(encode_messages(plain, mode))
 
 
-def test_white_space_around_reasoning_stays():
+def test_white_space_around_reasoning_stays_and_that_before_its_tag_goes():
     (_, found) = training_messages([ASK, answer("<think>\neasy\n</think>\n\n4")])
     assert found["reasoning_content"] == "\neasy\n" and found["content"] == "\n\n4"
+    (_, before) = training_messages([ASK, answer("\n <think>\neasy\n</think>\n\n4")])
+    assert before == found
+    (_, plain) = training_messages([ASK, answer("\n 4")])
+    assert plain["content"] == "\n 4"
 
 
 @pytest.mark.parametrize(
@@ -324,6 +328,15 @@ def test_arguments_are_an_object_or_its_text():
     assert tokens([ASK, calls(arguments)]) == tokens(plain) == tokens([ASK, bare])
 
 
+def test_a_call_without_parameters_may_have_no_arguments():
+    wanted = tokens([ASK, calls({})])
+    assert '"arguments"' not in encode_messages([ASK, calls({})])
+    for arguments in ("", None, "{}"):
+        assert tokens([ASK, calls(arguments)]) == wanted
+        assert encode_messages([ASK, calls(arguments)]) == encode_messages([ASK, calls({})])
+    assert tokens([ASK, answer("", tool_calls=[{"function": {"name": "look"}}])]) == wanted
+
+
 def test_tools_are_found_in_every_form():
     wanted = tokens([ASK, answer()], {"tools": [TOOL]})
     for tools in ([FUNCTION], FUNCTION | {"type": "function"}, [TOOL, None]):
@@ -348,6 +361,7 @@ def test_tools_are_found_in_every_form():
     ("tools", "words"),
     [
         ("look", "tools: got tools 'look', which are not JSON"),
+        ('[{"name": "f", "name": "g"}]', "got key 'name' twice in one object"),
         (
             [{"type": "code_interpreter"}],
             "tools: got a tool or call of type 'code_interpreter'; allowed: function",
@@ -383,7 +397,8 @@ def test_tools_of_a_record_do_not_replace_those_of_its_system_message():
         (answer("a ｜DSML｜ b"), "could not be read back: answer: got special token ｜DSML｜"),
         (calls("x=1"), "got arguments 'x=1'; must be an object, or its JSON text"),
         (calls("[1]"), "got arguments '[1]'; must be an object, or its JSON text"),
-        (calls(None), "got arguments None; must be an object, or its JSON text"),
+        (calls('{"a": 1, "a": 2}'), "its JSON text (got key 'a' twice in one object; must be"),
+        (calls('{"a": {"b": 1, "b": 2}}'), "got key 'b' twice"),
         (calls('{"a": NaN}'), "must be an object, or its JSON text"),
         (calls({"a": float("inf")}), "parameter 'a' is 'Infinity'"),
         (answer("", tool_calls=[{"function": {"arguments": {}}}]), 'must be {"type": "function"'),

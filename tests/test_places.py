@@ -68,7 +68,12 @@ def write(folder, form, records):
 FAULTS = {
     "not JSON": (b'{"text": ', "not JSON"),
     "not UTF-8": (b'{"text": "\xff"}', "not UTF-8 text: byte 10 of it"),
-    "byte order mark": (b'\xef\xbb\xbf{"text": "x"}', "not JSON: Unexpected UTF-8 BOM"),
+    "byte order mark": (b'\xef\xbb\xbf{"text": "x"}', "not JSON: unexpected UTF-8 BOM"),
+    "a key twice": (b'{"text": "x", "text": "y"}', "got key 'text' twice in one object"),
+    "a control character": (
+        b'{"text": "a\x01"}',
+        "not JSON: invalid control character at column 12$",
+    ),
     "a list": ([], "got list; must be a JSON object"),
     "no column": ({"txt": "x"}, "has no column '(text|messages)'; there are: txt"),
     "nested too deep": (b"[" * 100_000, "RecursionError"),

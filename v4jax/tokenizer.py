@@ -233,18 +233,27 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 def without_marks(
     tokenizer: Tokenizer, text: str, *, begins: bool = True, ends: bool = True
 ) -> str:
-    """The text of a document without bos at its beginning and eos at its end.
+    """The text of a document without bos at its beginning and eos at its end, nor white space
+    outside of them.
 
     If the tokenizer reads the names of special tokens as plain text, they stay.
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    if begins and text.startswith(bos) and tokenizer.encode(bos) == [tokenizer.bos_token_id]:
-        while text.startswith(bos):
-            text = text[len(bos) :]
-    if ends and text.endswith(eos) and tokenizer.encode(eos) == [tokenizer.eos_token_id]:
-        while text.endswith(eos):
-            text = text[: -len(eos)]
+    if begins and _begins(text, bos) and tokenizer.encode(bos) == [tokenizer.bos_token_id]:
+        while _begins(text, bos):
+            text = text.lstrip()[len(bos) :]
+    if ends and _ends(text, eos) and tokenizer.encode(eos) == [tokenizer.eos_token_id]:
+        while _ends(text, eos):
+            text = text.rstrip()[: -len(eos)]
     return text
+
+
+def _begins(text: str, token: str) -> bool:
+    return text.lstrip().startswith(token)
+
+
+def _ends(text: str, token: str) -> bool:
+    return text.rstrip().endswith(token)
 
 
 def token_table(text: str) -> dict[int, str]:

@@ -17,7 +17,7 @@ Next file to read: v4jax/chat/encoding.py.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from v4jax.chat.tokens import DSML, END_THINK, THINK
@@ -67,15 +67,18 @@ def to_json(value: Any) -> str:
         raise ValueError(f"got {value!r}: {error}") from None
 
 
-def from_json(text: Any) -> Any:
+def from_json(text: Any, made_of: Callable[[list], Any] | None = None) -> Any:
     """Parses JSON text.
+
+    Args:
+      made_of: makes an object of its list of (key, value) pairs; None: a dict.
 
     Raises:
       ValueError: not text, not JSON, or NaN or Infinity, which Python accepts and JSON does not.
     """
     if not isinstance(text, str):
         raise ValueError(f"got {type(text).__name__}; must be JSON text")
-    return json.loads(text, parse_constant=_refuse_constant)
+    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=made_of)
 
 
 def _refuse_constant(name: str) -> None:
@@ -105,7 +108,7 @@ def render_calls(calls: list[dict]) -> str:
 
     Args:
       calls: objects {"function": {"name": ..., "arguments": JSON text}}. Arguments may also be the
-        object itself instead of its JSON text.
+        object itself instead of its JSON text; None and "" are a call without parameters.
 
     Raises:
       ValueError: a call without name or arguments, or arguments that are JSON but not an object.
@@ -132,7 +135,12 @@ def _call(call: dict) -> tuple[str, Any]:
 
 
 def _parameters(arguments: Any) -> str:
-    """One line per parameter. Text that is no JSON is one parameter "arguments", as released."""
+    """One line per parameter. Text that is no JSON is one parameter "arguments", as released.
+
+    None and an empty text are a call without parameters, as OpenAI's clients write it.
+    """
+    if arguments is None or arguments == "":
+        return ""
     if isinstance(arguments, Mapping):
         arguments = to_json(dict(arguments))
     try:

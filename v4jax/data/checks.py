@@ -65,6 +65,20 @@ def unread_keys(record: Mapping[str, Any], column: str) -> list[str]:
     return unread
 
 
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, as `json.loads` takes it: object_pairs_hook=each_key_once.
+
+    Raises:
+      ValueError: a key that is there twice; json alone keeps the last one.
+    """
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"got key {twice!r} twice in one object; must be there once")
+    return made
+
+
 def check_tokens(value: Any) -> None:
     """Raises ValueError if a text at any depth contains a token that begins or ends a turn."""
     for text in _strings(value):

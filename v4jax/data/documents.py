@@ -18,6 +18,9 @@ from v4jax.data.compressed import open_data, plain_name
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.files import Found, at, find_files, nothing_found
 
+BYTE_ORDER_MARK = "\ufeff"
+"""What some programs write before a text; no part of it."""
+
 
 class Document(NamedTuple):
     """One UTF-8 file.
@@ -33,11 +36,11 @@ class Document(NamedTuple):
     crc: int = 0
 
     def text(self) -> str:
-        """The whole text."""
+        """The whole text, without a byte order mark."""
         with open_data(self.path) as file:
             data = file.read()
         with at(str(self.path)):
-            return data.decode("utf-8")
+            return data.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
 
 
 def read_documents(source: Source, found: Found | None = None) -> list[Document]:

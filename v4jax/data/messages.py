@@ -5,7 +5,8 @@ messages in any order. A training run would learn the resulting text. So this mo
 anything that would be lost, moved or misread. It turns common spellings into the format's own:
 
     reasoning    "reasoning_content", "reasoning", a leading part of type "thinking" or "reasoning",
-                 or a leading <think>...</think> in the content; its white space stays
+                 or a leading <think>...</think> in the content; white space before
+                 the tag is dropped, white space after a tag stays
     content      text, or a list of text parts, joined by an empty line
     tool calls   with or without {"type": "function", "function": ...}; arguments: an object or its
                  JSON text
@@ -154,8 +155,11 @@ def _thought(part: dict[str, Any]) -> Any:
 
 
 def _split(content: str) -> tuple[str, str]:
-    """(reasoning, the rest) of a content that begins with <think>reasoning</think>."""
-    head, _, rest = content.partition(END_THINK)
+    """(reasoning, the rest) of a content that begins with <think>reasoning</think>.
+
+    White space before it is left out: the format has no place for it.
+    """
+    head, _, rest = content.lstrip().partition(END_THINK)
     inner = head.removeprefix(THINK)
     if content.count(THINK) != 1 or content.count(END_THINK) != 1 or not head.startswith(THINK):
         raise ValueError(

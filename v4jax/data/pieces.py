@@ -13,7 +13,14 @@ import numpy as np
 
 from v4jax.data.compressed import failures_named
 from v4jax.data.config import DataConfig, Source
-from v4jax.data.documents import Document, content, fingerprint, held_out_of, split_documents
+from v4jax.data.documents import (
+    BYTE_ORDER_MARK,
+    Document,
+    content,
+    fingerprint,
+    held_out_of,
+    split_documents,
+)
 from v4jax.data.files import at
 from v4jax.data.listing import Listings
 from v4jax.data.selection import used_conversations
@@ -173,6 +180,7 @@ class Pieces:
         end = min(begin + self._step, document.size)
         ends = end == document.size
         text = _read_between(document, begin, end)
+        text = text if begin else text.removeprefix(BYTE_ORDER_MARK)
         with at(str(document.path)):
             ids = document_ids(self._tokenizer, text, begins=begin == 0, ends=ends)
         return {"tokens": np.array(ids, np.int32)}

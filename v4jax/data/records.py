@@ -3,6 +3,7 @@
 Next file to read: v4jax/data/checks.py.
 """
 
+import codecs
 import itertools
 import json
 import pathlib
@@ -11,6 +12,7 @@ from typing import Any
 
 import grain
 
+from v4jax.data.checks import each_key_once
 from v4jax.data.compressed import open_data
 from v4jax.data.config import Source
 from v4jax.data.files import Found, at, find_files, nothing_found
@@ -77,6 +79,7 @@ def _lines(path: pathlib.Path, _) -> Iterator[tuple[int, bytes]]:
     """(line number, line) of every line that is not blank."""
     with open_data(path) as file:
         for number, line in enumerate(file, 1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if line.strip():
                 yield number, line
 
@@ -84,14 +87,22 @@ def _lines(path: pathlib.Path, _) -> Iterator[tuple[int, bytes]]:
 def _object(data: bytes, place: int, path: pathlib.Path) -> dict:
     """The JSON object in a line or record."""
     try:
-        record = json.loads(_utf8(data))
+        record = json.loads(_utf8(data), object_pairs_hook=each_key_once)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}{_hint(data, place, path)}") from None
+        said = _json_fault(error)
+        raise ValueError(f"not JSON: {said}{_hint(data, place, path)}") from None
     if not isinstance(record, dict):
         raise ValueError(
             f"got {type(record).__name__}; must be a JSON object{_hint(data, place, path)}"
         )
     return record
+
+
+def _json_fault(error: json.JSONDecodeError) -> str:
+    """What is wrong and where; without the line of a record that has one, as the file's is named."""
+    line = f"line {error.lineno}, " if error.lineno > 1 else ""
+    what = error.msg[0].lower() + error.msg[1:].removesuffix(" at")
+    return f"{what} at {line}column {error.colno}"
 
 
 def _hint(data: bytes, place: int, path: pathlib.Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from v4jax.chat.dsml import from_json
 from v4jax.chat.encoding import Message
-from v4jax.data.checks import check_keys, check_tokens, is_empty, is_list_of_objects
+from v4jax.data.checks import check_keys, check_tokens, each_key_once, is_empty, is_list_of_objects
 
 _OUTER = ("id", "type", "index")
 """Keys that a tool or a call may have beside "function"."""
@@ -21,7 +21,7 @@ def plain_tools(tools: Any) -> list[dict]:
     """
     if isinstance(tools, str) and tools:
         try:
-            tools = from_json(tools)
+            tools = from_json(tools, each_key_once)
         except ValueError as error:
             raise ValueError(f"got tools {tools!r}, which are not JSON: {error}") from None
     if is_empty(tools):
@@ -40,18 +40,24 @@ def plain_calls(calls: Any) -> list[dict]:
     """
     if not is_list_of_objects(calls):
         raise ValueError(f"got tool_calls {calls!r}; must be a list of objects")
-    calls = [_wrapped(call) for call in calls]
-    for call in calls:
-        function = call["function"]
-        check_keys(function, ("name", "arguments", "id"), "functions of tool calls")
-        arguments = function.get("arguments")
-        try:
-            value = _value(arguments)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            raise ValueError(f"got arguments {arguments!r}; must be an object, or its JSON text")
-    return calls
+    return [_with_arguments(_wrapped(call)) for call in calls]
+
+
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """The call, checked; a call without arguments has those of no parameter, {}."""
+    function = call["function"]
+    check_keys(function, ("name", "arguments", "id"), "functions of tool calls")
+    arguments = function.get("arguments")
+    if arguments is None or arguments == "":
+        return call | {"function": function | {"arguments": {}}}
+    must = f"got arguments {arguments!r}; must be an object, or its JSON text"
+    try:
+        value = _value(arguments)
+    except ValueError as error:
+        raise ValueError(f"{must} ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(must)
+    return call
 
 
 def _wrapped(value: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +83,7 @@ def meaning(call: dict[str, Any]) -> tuple[str, Any]:
 
 def _value(arguments: Any) -> Any:
     """Arguments as a value, whether they come as an object or as JSON text."""
-    return arguments if isinstance(arguments, dict) else from_json(arguments)
+    return arguments if isinstance(arguments, dict) else from_json(arguments, each_key_once)
 
 
 def check_results(messages: list[Message]) -> None:

@@ -28,7 +28,12 @@ def parse_mesh(spec: str | None) -> dict[str, int]:
     for part in (spec or "").replace(" ", "").split(","):
         if not part:
             continue
-        axis, _, size = part.partition("=")
+        axis, equals, size = part.partition("=")
+        if not equals:
+            raise ValueError(
+                f"mesh: got {part!r} in {spec!r}; must look like data=2,expert=4; "
+                f"axes: {', '.join(MESH_AXES)}"
+            )
         if axis not in MESH_AXES:
             raise ValueError(
                 f"mesh: got axis {axis!r} in {spec!r}; allowed: {', '.join(MESH_AXES)}"

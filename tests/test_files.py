@@ -210,8 +210,7 @@ def test_a_file_of_one_json_value_is_refused_with_a_way_out(tmp_path, value, que
 def test_a_folder_without_a_file_to_read_says_what_is_there(tmp_path):
     (tmp_path / "x.csv").write_text("a")
     with pytest.raises(
-        ValueError,
-        match=r"holds none matching .* suffix .jsonl or .ndjson or .json .*x.csv \(suffix '.csv'\)",
+        ValueError, match=r" holds no .jsonl, .ndjson or .json file \(.*x.csv \(suffix '.csv'\)"
     ):
         texts(source(tmp_path))
 

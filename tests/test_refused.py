@@ -220,7 +220,7 @@ def test_damaged_directories_are_refused(tmp_path, monkeypatch, damage, message)
 
 
 def test_nothing_to_load_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="nowhere: not a directory"):
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
         load_safetensors(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text(json.dumps(CFG.to_dict()))
     with pytest.raises(ValueError, match="got 0 .*safetensors files"):

@@ -278,6 +278,7 @@ def get_config():
         ("train {cfg} --mesh data=64", "needs 64 devices; 8 cpu device(s) are there"),
         ("train {cfg} --mesh tensor=4", "does not divide by tensor=4"),
         ("train {cfg} --mesh date=2", "mesh: got axis 'date'"),
+        ("train {cfg} --mesh 2x4", "mesh: got '2x4' in '2x4'; must look like data=2,expert=4"),
         ("train {cfg} --quant fp8", "quant: got 'fp8'; allowed: 'none', 'official'"),
         ("train {cfg} --layout best", "layout: got 'best'"),
         ("train {cfg} --mesh tensor=2 --layout dp", "does not use mesh axis tensor=2"),
@@ -291,7 +292,15 @@ def get_config():
             "quant 'official' needs",
         ),
         ("score {tmp}/empty --tokens {tmp}/good.npy --out {tmp}/o.npz", "config.json"),
-        ("score {tmp}/none --tokens {tmp}/good.npy --out {tmp}/o.npz", "no such directory"),
+        (
+            "score {tmp}/none --tokens {tmp}/good.npy --out {tmp}/o.npz",
+            "none: no such folder; expected config.json",
+        ),
+        ("generate {tmp}/none --prompt a", "none: no such folder; expected config.json + safe"),
+        ("generate {tmp}/good.npy --prompt a", "npy: is a file; must be a checkpoint folder"),
+        ("chat {tmp}/none", "none: no such folder; expected config.json + safetensors, or"),
+        ("chat org/name", "org/name: no such folder; expected config.json + safetensors, or"),
+        ("chat org/name", "a model on the Hub must be downloaded first"),
         ("generate {ckpt} --tokens 1,x", "must be integers separated by commas"),
         ("generate {ckpt} --tokens 1,96", "96"),
         ("generate {ckpt} --prompt hello", "tokenizer.json"),
@@ -315,7 +324,7 @@ def get_config():
         ),
         (
             "generate {ckpt} --tokens 1 --prefix-cache {ckpt}/config.json",
-            "config.json is not a folder",
+            "config.json, which is not a folder",
         ),
         (
             "generate {ckpt} --tokens 1 --top-p 0.5",

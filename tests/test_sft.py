@@ -194,7 +194,7 @@ def test_conversations_longer_than_a_row(tmp_path, too_long, most):
     )
     with pytest.raises(
         ValueError,
-        match=r"chat.jsonl:29: conversation 28 of .*chat.jsonl \(counted from 0\) has 38 tokens, a row 22; raise seq_len",
+        match=r"chat.jsonl:29: this conversation has 38 tokens, and a row holds 22; raise seq_len, or set chat.too_long",
     ):
         train_batches(cfg, CHAT, 22, 2, vocab_size=280)
     cfg = dataclasses.replace(cfg, chat=ChatFormat(too_long=too_long))

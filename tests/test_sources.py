@@ -141,7 +141,7 @@ def test_equal_records_fall_on_one_side_of_the_split(tmp_path):
             r"x.jsonl:1: has no column 'text'; there are: id, txt",
         ),
         ("x.jsonl", "jsonl", '{"text": 5}\n', r"x.jsonl:1: column 'text' is int; must be text"),
-        ("x.jsonl", "jsonl", "\n \n", r"has no document that is not empty"),
+        ("x.jsonl", "jsonl", "\n \n", r"in: every document is empty$"),
         ("x.jsonl", "jsonl", '{"text": "a"}\n', r"has 1 document\(s\); at least 2 are needed"),
         ("x.array_record", "arrayrecord", "junk", r"x.array_record: not an ArrayRecord file"),
         (
@@ -150,7 +150,12 @@ def test_equal_records_fall_on_one_side_of_the_split(tmp_path):
             "junk",
             r"x.parquet: (not a Parquet file|reading Parquet needs the package pyarrow; pip install)",
         ),
-        ("x.txt", "jsonl", "", r"holds none matching"),
+        (
+            "x.txt",
+            "jsonl",
+            "",
+            r"in holds no .jsonl, .ndjson or .json file \(0 file\(s\) are read; 1 left out: x.txt",
+        ),
     ],
 )
 def test_broken_sources_are_one_line_with_file_and_place(tmp_path, name, form, content, words):

@@ -130,11 +130,10 @@ def test_a_place_for_a_folder_or_a_file_is_checked_and_not_made(tmp_path):
     assert file_to_write(tmp_path / "new", "out") == tmp_path / "new" and file_to_write(
         tmp_path / "file", "out"
     )
-    for bad in (tmp_path / "file", tmp_path / "file/run"):
-        with pytest.raises(
-            ValueError, match=f"^run_dir: got {bad}; {tmp_path}/file is not a folder$"
-        ):
-            folder_to_fill(bad, "run_dir")
+    for bad, why in (("file", ", which"), ("file/run", f"; {tmp_path}/file")):
+        words = f"^run_dir: got {tmp_path}/{bad}{why} is not a folder$"
+        with pytest.raises(ValueError, match=words):
+            folder_to_fill(tmp_path / bad, "run_dir")
     with pytest.raises(
         ValueError, match=f"^out: got {tmp_path}/a/new; its folder {tmp_path}/a does not exist$"
     ):
@@ -142,7 +141,7 @@ def test_a_place_for_a_folder_or_a_file_is_checked_and_not_made(tmp_path):
     with pytest.raises(ValueError, match=f"^out: got {tmp_path}; must be a file, and is a folder$"):
         file_to_write(tmp_path, "out")
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="gone is not a folder"):
+    with pytest.raises(ValueError, match="gone, which is not a folder"):
         folder_to_fill(tmp_path / "gone", "run_dir")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "gone", "here"]
 
@@ -291,17 +290,17 @@ def test_every_command_refuses_a_bucket_in_one_line(
             "layout --measure none/x.json",
             "argument --measure: got none/x.json; its folder none does not exist",
         ),
-        ("train {cfg} --run-dir t.npy", "run_dir: got t.npy; t.npy is not a folder"),
+        ("train {cfg} --run-dir t.npy", "run_dir: got t.npy, which is not a folder"),
         ("train {cfg} --run-dir t.npy/run", "run_dir: got t.npy/run;"),
         ("train {cfg} --run-dir=", "run_dir: got ''; must not be empty"),
-        ("train {cfg} --data.cache t.npy", "cache: got t.npy; t.npy is not a folder"),
+        ("train {cfg} --data.cache t.npy", "cache: got t.npy, which is not a folder"),
         ("train {cfg} --init-from none", "none: no such file"),
-        ("convert {ckpt} t.npy/out", "t.npy is not a folder"),
+        ("convert {ckpt} t.npy/out", "t.npy, which is not a folder"),
         (
             "generate {ckpt} --tokens 1 --prefix-cache t.npy",
-            "prefix cache: got t.npy; t.npy is not a folder",
+            "prefix cache: got t.npy, which is not a folder",
         ),
-        ("score t.npy --tokens t.npy --out o.npz", "t.npy: is a file, not a directory"),
+        ("score t.npy --tokens t.npy --out o.npz", "t.npy: is a file; must be a checkpoint folder"),
     ],
 )
 def test_a_place_of_the_wrong_kind_is_refused_before_work(

@@ -20,7 +20,7 @@ from v4jax.config import ModelConfig
 from v4jax.generation_config import with_end_tokens
 from v4jax.model.transformer import abstract_params, param_axes
 from v4jax.python_files import read_layout
-from v4jax.storage import local_path
+from v4jax.storage import folder_of_checkpoint
 
 
 def place_on(mesh: str | None, layout: AxisRules | str | None) -> tuple[Mesh, AxisRules]:
@@ -61,11 +61,7 @@ def load(
       ValueError: no such checkpoint, or anything in it that does not fit, naming the tensor.
     """
     plain_dtype(dtype)
-    path = local_path(path, "path")
-    if not path.is_dir():
-        fault = "is a file, not a" if path.exists() else "no such"
-        expected = "expected config.json + safetensors, or a v4jax run"
-        raise ValueError(f"{path}: {fault} directory; {expected}")
+    path = folder_of_checkpoint(path, "path")
     cfg = ModelConfig.from_json(path)
     device_mesh, rules = place_on(mesh, layout)
     if not is_run(path):

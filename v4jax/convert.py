@@ -56,7 +56,7 @@ from v4jax.checkpoint.names import Slot, official_names, official_shapes, plain_
 from v4jax.checkpoint.store import is_run
 from v4jax.checkpoint.stream import StoreWriter, open_leaves
 from v4jax.config import ModelConfig, read_config_json
-from v4jax.storage import folder_to_fill, local_path
+from v4jax.storage import folder_of_checkpoint, folder_to_fill, local_path
 from v4jax.untrusted import file_in, read_json
 
 _GROUP_BYTES = 32 * 2**20
@@ -206,11 +206,7 @@ def open_checkpoint(directory) -> Source | StoreSource:
     Raises:
       ValueError: no checkpoint, or one that does not fit its config.json.
     """
-    directory = local_path(directory, "directory")
-    if not directory.is_dir():
-        raise ValueError(
-            f"{directory}: no such directory; expected config.json + safetensors, or a v4jax run"
-        )
+    directory = folder_of_checkpoint(directory, "directory")
     if not is_run(directory):
         return open_safetensors(directory)._replace(once=True)
     cfg = ModelConfig.from_json(directory)

@@ -12,6 +12,7 @@ from typing import Any
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 """One slash is enough: pathlib turns gs://bucket into gs:/bucket."""
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LONGEST_NAME = 255
 """Bytes of a file name on all common file systems."""
 _TAKEN_FOR_SCHEMES = ("gs:", "s3:")
@@ -40,6 +41,25 @@ def local_path(given: str | os.PathLike, what: str = "") -> pathlib.Path:
     return path.absolute() if _SCHEME.match(str(path)) or str(path).startswith("~") else path
 
 
+def folder_of_checkpoint(given: str | os.PathLike, what: str = "") -> pathlib.Path:
+    """`local_path` of a folder to read a model from.
+
+    Raises:
+      ValueError: see local_path; or there is no such folder, or it is a file.
+    """
+    path = local_path(given, what)
+    if path.is_dir():
+        return path
+    if os.path.lexists(path):
+        fault = "a file" if path.is_file() else "not a folder"
+        raise ValueError(f"{path}: is {fault}; must be a checkpoint folder")
+    on_hub = _HUB_NAME.fullmatch(os.fspath(given)) and not path.parent.is_dir()
+    hub = "; a model on the Hub must be downloaded first" if on_hub else ""
+    raise ValueError(
+        f"{path}: no such folder; expected config.json + safetensors, or a v4jax run{hub}"
+    )
+
+
 def folder_to_fill(given: str | os.PathLike, what: str = "") -> pathlib.Path:
     """`local_path` of a folder that exists or can be made, and can be written to. Makes nothing.
 
@@ -49,10 +69,11 @@ def folder_to_fill(given: str | os.PathLike, what: str = "") -> pathlib.Path:
     path = local_path(given, what)
     head = f"{_prefix(what)}got {path}"
     there = next(one for one in (path, *path.absolute().parents) if os.path.lexists(one))
+    head += ", which" if there == path else f"; {there}"
     if not there.is_dir():
-        raise ValueError(f"{head}; {there} is not a folder")
+        raise ValueError(f"{head} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{head}; {there} may not be written to")
+        raise ValueError(f"{head} may not be written to")
     return path
 
 

@@ -35,7 +35,7 @@ from v4jax.checkpoint.names import (
     transformers_to_official,
 )
 from v4jax.config import ModelConfig, read_config_json
-from v4jax.storage import local_path
+from v4jax.storage import folder_of_checkpoint, local_path
 
 
 class Source(NamedTuple):
@@ -144,12 +144,7 @@ def read_config(directory) -> ModelConfig:
     Raises:
       ValueError: no such directory, or no config.json of a model this code can build.
     """
-    directory = local_path(directory, "directory")
-    if not directory.is_dir():
-        raise ValueError(
-            f"{directory}: not a directory; expected one with config.json and *.safetensors"
-        )
-    return ModelConfig.from_json(directory)
+    return ModelConfig.from_json(folder_of_checkpoint(directory, "directory"))
 
 
 # ---- checks --------------------------------------------------------------------------------------

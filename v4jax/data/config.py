@@ -179,7 +179,8 @@ class DataConfig:
             )
         if self.masked and self.packing != "best_fit":
             raise ValueError(
-                f"packing: got {self.packing!r}; conversations must stay whole: best_fit"
+                f"packing: got {self.packing!r}; conversations must stay whole; "
+                "set packing to best_fit"
             )
 
     @property

@@ -89,7 +89,7 @@ def find_files(source: Source) -> Found:
             require_zstd(root)
         return Found([(".", root)], [], 0)
     if not root.is_dir():
-        raise ValueError(f"source: {root} is no {_expected(source)}")
+        raise ValueError(f"source: {root}{_unusable(source, root)}")
     files, left_out, excluded = [], [], 0
     glob = pathlib.PurePath(source.glob).parts
     for name, path, fault in _walk(root, glob):
@@ -134,7 +134,10 @@ def nothing_found(source: Source, found: Found) -> ValueError:
             f"source: {root} has no text in files matching {source.glob!r}; "
             f"expected UTF-8 text files{said}"
         )
-    return ValueError(f"source: {root} is no {_expected(source)}{said}")
+    *most, last = _SUFFIXES[source.format]
+    suffixes = f"{', '.join(most)} or {last}" if most else last
+    matching = "" if source.glob == "**/*" else f" matching {source.glob!r}"
+    return ValueError(f"source: {root} holds no {suffixes} file{matching}{said}")
 
 
 # ---- walking -------------------------------------------------------------------------------------
@@ -219,12 +222,13 @@ def _stdlib_files() -> list[tuple[str, pathlib.Path]]:
 # ---- what is read --------------------------------------------------------------------------------
 
 
-def _expected(source: Source) -> str:
-    """What the source should be, as the end of an error message."""
+def _unusable(source: Source, root: pathlib.Path) -> str:
+    """What is wrong with a place that is no folder, as the end of an error message."""
+    if not root.exists():
+        return ": no such file or folder"
     if source.format == "text":
-        return "folder; expected a folder of UTF-8 text files, or 'stdlib'"
-    suffixes = " or ".join(_SUFFIXES[source.format])
-    return f"file and holds none matching {source.glob!r} with suffix {suffixes}"
+        return " is no folder; expected a folder of UTF-8 text files, or 'stdlib'"
+    return " is no file and no folder"
 
 
 def _fault(path: pathlib.Path, source: Source) -> str:

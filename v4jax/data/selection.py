@@ -82,9 +82,8 @@ def _left_out(
     if cfg.chat.too_long == "error" and long_D.any():
         longest = int(np.argmax(np.where(long_D, sizes_D, 0)))
         raise ValueError(
-            f"{place_of(source, longest)}: conversation {longest} of {source.path} "
-            f"(counted from 0) has {sizes_D[longest]} tokens, a row {seq_len}; "
-            "raise seq_len, or set too_long to drop or cut"
+            f"{place_of(source, longest)}: this conversation has {sizes_D[longest]} tokens, and a "
+            f"row holds {seq_len}; raise seq_len, or set chat.too_long to drop or cut"
         )
     reasons = {"without a token to learn (weight, train_on)": ~learnable_D}
     if cfg.chat.too_long == "drop":

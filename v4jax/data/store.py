@@ -192,8 +192,7 @@ def _fill(files: dict, cfg: DataConfig, listing: Listing, tokenizer: Tokenizer) 
             files[name].write(data)
             digest.update(data)
     if not end:
-        path = listing.source.path
-        raise ValueError(f"source: {path} has no document that is not empty")
+        raise ValueError(f"source: {listing.source.path}: every document is empty")
     return _Filled(digest.hexdigest()[:16], empty, tuple(sorted(unread)))
 
 

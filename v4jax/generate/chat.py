@@ -22,6 +22,7 @@ from v4jax.generate.decode import DecodeConfig, check_request
 from v4jax.generate.row import Row
 from v4jax.generate.text import TextStop
 from v4jax.stderr import say
+from v4jax.storage import folder_of_checkpoint
 from v4jax.tokenizer import Tokenizer, disagreement, load_tokenizer, prompt_ids, require_tokens
 
 REASONING, ANSWER = "[reasoning]\n", "\n[answer]\n"
@@ -44,6 +45,7 @@ def run(flags) -> dict | None:
             f"--effort: got {flags.effort!r} with --thinking {flags.thinking}; only --thinking "
             "thinking has an effort"
         )
+    folder_of_checkpoint(flags.checkpoint, "checkpoint")
     tokenizer = load_tokenizer(flags.checkpoint)
     require_tokens(tokenizer, (BOS, EOS, *CHAT_TOKENS), "a chat")
     history = [] if flags.system is None else [{"role": "system", "content": flags.system}]

@@ -16,6 +16,7 @@ from v4jax.generate.decode import Completion, DecodeConfig, check_request, gener
 from v4jax.generate.prefix import PrefixStore, check_store
 from v4jax.generate.text import TextStop
 from v4jax.stderr import say
+from v4jax.storage import folder_of_checkpoint
 from v4jax.tokenizer import check_tokens, disagreement, load_tokenizer, prompt_ids
 
 
@@ -28,6 +29,7 @@ def run(flags) -> dict | None:
     Raises:
       ValueError: anything that does not fit, before the checkpoint is read where that is possible.
     """
+    folder_of_checkpoint(flags.checkpoint, "checkpoint")
     tokenizer, prompt = _read_prompt(flags)
     given = None if flags.stop_tokens is None else _ids(flags.stop_tokens, "--stop-tokens")
     model, choice = model_and_choice(flags)

@@ -99,7 +99,7 @@ def _object(data: bytes, place: int, path: pathlib.Path) -> dict:
 
 
 def _json_fault(error: json.JSONDecodeError) -> str:
-    """What is wrong and where; without the line of a record that has one, as the file's is named."""
+    """What is wrong and at which column; the line too, where the record has several."""
     line = f"line {error.lineno}, " if error.lineno > 1 else ""
     what = error.msg[0].lower() + error.msg[1:].removesuffix(" at")
     return f"{what} at {line}column {error.colno}"

@@ -156,7 +156,7 @@ class Batches:
         return self._streams[self._now].get_state()
 
     def skip(self, numbers: Iterable[int]) -> None:
-        """Makes `load` leave these streams at their beginning: their saved positions mean nothing."""
+        """Makes `load` leave these streams at their beginning, whatever position was saved."""
         self._skipped = frozenset(numbers)
 
     def __next__(self):

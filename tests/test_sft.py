@@ -391,7 +391,7 @@ def test_a_run_that_evaluates_nothing_reads_no_source_to_evaluate_on(tmp_path):
     write(tmp_path / "other.jsonl", [asked_for("long " * 99)])
     other = Source(path=str(tmp_path / "other.jsonl"), format="chat", column="messages")
     cfg = dataclasses.replace(cfg, evaluate_on=(other,))
-    with pytest.raises(ValueError, match="other.jsonl:1: conversation 0 .* a row 96"):
+    with pytest.raises(ValueError, match="other.jsonl:1: this conversation has .* row holds 96"):
         unused(cfg, [96])
     assert unused(cfg, [96], None) == []
 

@@ -215,7 +215,7 @@ def test_what_does_not_parse_is_kept_as_it_stands(checkpoint, monkeypatch, capsy
         ("{ckpt} --seed -1", "seeds: got"),
         ("{bare}", "tokenizer.json"),
         ("{plain}", "has no token <｜begin▁of▁sentence｜>, which a chat needs"),
-        ("{ckpt}/nothing", "no such file"),
+        ("{ckpt}/nothing", "no such folder"),
     ],
 )
 def test_bad_input_is_one_line(flags, said, checkpoint, tmp_path, monkeypatch, capsys):

@@ -310,7 +310,9 @@ def test_two_processes_find_the_same(job):
 def test_what_the_second_process_finds_wrong_is_said_with_its_number(job):
     (found, _), _, home = job
     none = f"{home}/none"
-    assert found["source"].startswith(f"ValueError: process 1: source: {none} is no folder")
+    assert found["source"].startswith(
+        f"ValueError: process 1: source: {none}: no such file or folder"
+    )
     words = "ValueError: process 1: data position: was saved with text/0.txt "
     assert found["refused"].startswith(words)
 
@@ -318,8 +320,8 @@ def test_what_the_second_process_finds_wrong_is_said_with_its_number(job):
 def test_what_all_or_the_first_find_wrong_is_said_as_it_is(job):
     (found, _), _, home = job
     assert found["cache"].startswith(f"ValueError: cache: got {home}/run/cache, inside run_dir")
-    assert found["cached"].startswith(f"ValueError: source: {home}/none is no folder")
-    assert found["too long"].startswith(f"ValueError: {home}/long.jsonl:1: conversation 0 of")
+    assert found["cached"].startswith(f"ValueError: source: {home}/none: no such file or folder")
+    assert found["too long"].startswith(f"ValueError: {home}/long.jsonl:1: this conversation has")
 
 
 def test_without_evaluation_a_set_that_cannot_be_evaluated_on_is_no_hindrance(job):

@@ -8,8 +8,8 @@ from typing import Any
 
 from v4jax.chat.tokens import ASSISTANT, BOS, EOS, LATEST_REMINDER, TASKS, USER
 
-READ_BESIDE = ("tools", "thinking_mode", "reasoning_effort")
-"""Keys that are read of a record of a conversation, beside its messages."""
+_READ_BESIDE = ("tools", "thinking_mode", "reasoning_effort")
+"""Keys beside the messages of a record that are read."""
 _MESSAGE = "make it a message, or part of one"
 _LOST_BESIDE = {
     **dict.fromkeys(("system", "system_prompt", "system_message", "developer"), _MESSAGE),
@@ -48,15 +48,17 @@ def check_keys(given: Mapping[str, Any], known: tuple[str, ...], what: str) -> N
 
 
 def unread_keys(record: Mapping[str, Any], column: str) -> list[str]:
-    """Keys with a value that are not read of a conversation: what they say is not of its text.
+    """Keys of a conversation's record that have a value and are not read.
+
+    column: holds the messages, which `training_messages` has checked.
 
     Raises:
-      ValueError: one that is of its text, unless a message says the same.
+      ValueError: a key whose value belongs into the text, unless a message says the same.
     """
     texts = [message.get("content") for message in record[column]]
     unread = []
     for key, value in record.items():
-        if key == column or key in READ_BESIDE or is_empty(value):
+        if key == column or key in _READ_BESIDE or is_empty(value):
             continue
         if key in _LOST_BESIDE and value not in texts:
             way = _LOST_BESIDE[key]

@@ -199,8 +199,7 @@ def _fill(files: dict, cfg: DataConfig, listing: Listing, tokenizer: Tokenizer) 
 def _tokenised(
     cfg: DataConfig, listing: Listing, tokenizer: Tokenizer
 ) -> Iterator[tuple[np.ndarray, np.ndarray, float, list[str]] | None]:
-    """(tokens, learned, hash, keys that are not read) of each document; None for a record with an
-    empty text.
+    """(tokens, learned, hash, keys that are not read) of each document; None for an empty text.
 
     A file's hash is that of its name. A record's is that of its content, so that equal records are
     on one side of the split.

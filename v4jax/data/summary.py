@@ -37,8 +37,7 @@ def unused_lines(
     held_seq_len: int | None,
     listings: Listings,
 ) -> list[str]:
-    """A line for each source with records that are empty, left out or cut: how many, and why; and
-    with conversations that have keys which are not read.
+    """A line for each source with records that are empty, left out, cut or not read whole.
 
     Args:
       seq_lens: row lengths to train on.

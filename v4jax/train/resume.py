@@ -185,11 +185,11 @@ def _changes(
 def _other_changes(
     cfg: TrainConfig, directory: pathlib.Path, step: int, ours: Callable[[int], dict[str, Any]]
 ) -> dict[int, tuple[str, ...]]:
-    """Number of each stream that a checkpoint has beside the one in use -> what of it differs.
+    """Number of each saved stream that is not in use -> how it differs, in words.
 
     Args:
-      directory: the checkpoint's item of data positions. ours: steps done -> the settings that the
-        stream read then has in this run.
+      directory: the checkpoint's item of data positions.
+      ours: maps the number of steps done to this run's settings of the stream read then.
 
     Raises:
       ValueError: something differs, and not cfg.data.allow_change.

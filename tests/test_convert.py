@@ -143,7 +143,7 @@ def test_loading_is_official_dequantisation(sources, format):
     expected = {}
     for file in sorted((sources / format).glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            expected |= {name: opened.get_tensor(name) for name in opened}
+            expected |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
     _, params = load_safetensors(sources / format)
     for name, got in to_official(CFG, params).items():

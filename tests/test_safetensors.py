@@ -90,7 +90,7 @@ def test_int32_hash_tables_load(tmp_path):
 def test_stored_names_shapes_and_dtypes_are_official(tmp_path, dtype, stored):
     save_safetensors(CFG, PARAMS, tmp_path / "out", dtype=dtype)
     with safe_open(tmp_path / "out" / "model.safetensors", framework="numpy") as file:
-        headers = {name: file.get_slice(name) for name in file}
+        headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         assert file.metadata() == {"format": "pt"}
     assert {name: tuple(header.get_shape()) for name, header in headers.items()} == official_shapes(
         CFG

@@ -173,6 +173,13 @@ def test_a_run_directory_that_orbax_takes_for_a_bucket_is_refused_before_any_wor
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("given", ["gs:", "gs:/store"])
+def test_a_store_is_not_converted_to_where_orbax_cannot_read_it(given, tmp_path, checkpoint):
+    with pytest.raises(ValueError, match="^target: got .*; Orbax, .* takes 'gs:' in it"):
+        convert(checkpoint, tmp_path / given, "orbax")
+    assert list(tmp_path.rglob("gs:*")) == []
+
+
 def test_orbax_keeps_other_colons_and_names_of_buckets_below_the_root(tmp_path):
     for name in ("gs", "gs:b", "a:", "hf:"):
         assert path_of_checkpoints(tmp_path / name / "run") == tmp_path / name / "run"

@@ -56,7 +56,7 @@ from v4jax.checkpoint.names import Slot, official_names, official_shapes, plain_
 from v4jax.checkpoint.store import is_run
 from v4jax.checkpoint.stream import StoreWriter, open_leaves
 from v4jax.config import ModelConfig, read_config_json
-from v4jax.storage import folder_of_checkpoint, folder_to_fill, local_path
+from v4jax.storage import folder_of_checkpoint, folder_to_fill, local_path, path_of_checkpoints
 from v4jax.untrusted import file_in, read_json
 
 _GROUP_BYTES = 32 * 2**20
@@ -96,6 +96,8 @@ def convert(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: exists and is not an empty directory; choose another")
     folder_to_fill(target.parent, "target")
+    if format == "orbax":
+        path_of_checkpoints(target, "target")
     for name, value in (("max_file_bytes", max_file_bytes), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{name}: got {value}; must be at least 1")

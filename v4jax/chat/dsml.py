@@ -108,7 +108,7 @@ def render_calls(calls: list[dict]) -> str:
 
     Args:
       calls: objects {"function": {"name": ..., "arguments": JSON text}}. Arguments may also be the
-        object itself instead of its JSON text; None and "" are a call without parameters.
+        object itself instead of its JSON text.
 
     Raises:
       ValueError: a call without name or arguments, or arguments that are JSON but not an object.
@@ -135,12 +135,7 @@ def _call(call: dict) -> tuple[str, Any]:
 
 
 def _parameters(arguments: Any) -> str:
-    """One line per parameter. Text that is no JSON is one parameter "arguments", as released.
-
-    None and an empty text are a call without parameters, as OpenAI's clients write it.
-    """
-    if arguments is None or arguments == "":
-        return ""
+    """One line per parameter. What is no JSON text is one parameter "arguments", as released."""
     if isinstance(arguments, Mapping):
         arguments = to_json(dict(arguments))
     try:

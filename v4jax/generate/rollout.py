@@ -71,11 +71,12 @@ def rollout(
     decoding: DecodeConfig = DecodeConfig(),
     prefixes: PrefixStore | None = None,
 ) -> list[list[Completion]]:
-    """Samples each prompt; samples[p][s] is sample s of prompt p.
+    """Samples each prompt; `samples[p][s]` is sample s of prompt p.
 
     Args:
       log: path of the log, which is made if it does not exist.
-      decoding, prefixes: see v4jax/generate/decode.py.
+      decoding: see v4jax/generate/decode.py.
+      prefixes: likewise.
 
     Raises:
       ValueError: see `check_request`; a log of another batch; several processes.

@@ -174,5 +174,5 @@ def test_the_least_recently_used_go_first(model, expected, tmp_path):
     assert thesis.read_bytes() == b"not of the store"
     with pytest.raises(ValueError, match="limit of 0 bytes"):
         open_store(model, tmp_path, 0)
-    with pytest.raises(ValueError, match="thesis.txt, which is not a folder"):
+    with pytest.raises(ValueError, match="thesis.txt is not a folder"):
         open_store(model, thesis / "in", 1)

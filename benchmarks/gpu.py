@@ -24,7 +24,7 @@ from configs import demo
 from sharding.experts import Groups
 from v4jax.kernels import expert_ffn as ffn
 from v4jax.kernels import expert_ffn_gpu
-from v4jax.model.transformer import init_params
+from v4jax.model.init import init_params
 from v4jax.train.loss import loss_and_routing
 
 LOOP = mock.patch.object(expert_ffn_gpu, "suits", lambda *widths: False)

@@ -23,7 +23,8 @@ def program(length: int):
 
     from sharding.mesh import simulate_devices
     from v4jax.config import ModelConfig
-    from v4jax.model.transformer import apply, init_params
+    from v4jax.model.forward import apply
+    from v4jax.model.init import init_params
 
     cfg = ModelConfig(
         vocab_size=4096,

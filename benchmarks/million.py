@@ -109,7 +109,7 @@ class Run:
 
         from v4jax.generate.cache import split_layers
         from v4jax.generate.decode import DecodeConfig
-        from v4jax.model.transformer import init_params
+        from v4jax.model.init import init_params
 
         self.cfg = get_model()
         self.params = split_layers(self.cfg, init_params(self.cfg, jax.random.key(0)))

@@ -29,7 +29,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from configs import demo
 from sharding.mesh import simulate_devices
 from v4jax.data.config import DataConfig
-from v4jax.model.transformer import init_params
+from v4jax.model.init import init_params
 from v4jax.train import loop
 from v4jax.train.config import TrainConfig
 from v4jax.train.report import read_metrics

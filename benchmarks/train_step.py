@@ -25,7 +25,9 @@ from sharding.mesh import make_mesh, parse_mesh, simulate_devices
 from sharding.params import named_shardings
 from sharding.rules import AxisRules, layout_for
 from v4jax.config import ModelConfig
-from v4jax.model.transformer import abstract_params, apply, init_params, param_axes
+from v4jax.context import Context
+from v4jax.model.forward import apply
+from v4jax.model.init import abstract_params, init_params, param_axes
 from v4jax.train.loss import loss_and_routing
 from v4jax.train.report import matmul_rate
 
@@ -85,7 +87,7 @@ def program(tokens: np.ndarray, mesh: str):
 
     def step(params, state, batch):
         def objective(p):
-            return loss_and_routing(MODEL, p | {"router": router}, batch, rules=rules)[0]
+            return loss_and_routing(MODEL, p | {"router": router}, batch, Context(rules=rules))[0]
 
         value, grads = jax.value_and_grad(objective)(params)
         updates, state = tx.update(grads, state, params)

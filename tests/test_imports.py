@@ -17,6 +17,7 @@ ORDER = [
     "v4jax.untrusted",
     "v4jax.python_files",
     "v4jax.config",
+    "v4jax.context",
     "v4jax.generation_config",
     "v4jax.cost",
     "v4jax.tokenizer",

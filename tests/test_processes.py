@@ -23,6 +23,7 @@ from sharding.rules import layout_for
 from v4jax import cli
 from v4jax.checkpoint.names import to_official
 from v4jax.config import ModelConfig, RopeScaling
+from v4jax.context import Context
 from v4jax.data.config import DataConfig
 from v4jax.launch import _environment, _free_port
 from v4jax.train.config import TrainConfig
@@ -88,7 +89,8 @@ def losses_and_tensors() -> dict[str, np.ndarray]:
             found[f"{spec} batch"] = processes.gather(batch["tokens"])
             if spec in ("tensor=8", "context=8"):  # compiling a loss takes long
                 continue
-            loss = jax.jit(lambda p, b, rules=rules: loss_and_routing(model, p, b, rules=rules)[0])
+            ctx = Context(rules=rules)
+            loss = jax.jit(lambda p, b, ctx=ctx: loss_and_routing(model, p, b, ctx)[0])
             found[f"{spec} loss"] = np.asarray(loss(params, batch), np.float64)
     odd = np.arange(48, dtype=np.float32).reshape(2, 8, 3)
     odd[0, 0], odd[1, 5] = -0.0, np.nan

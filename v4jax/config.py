@@ -87,6 +87,10 @@ class LayerGroup(NamedTuple):
         """The group's key in the parameter tree, for example layers_3_42."""
         return f"layers_{self.first}_{self.first + len(self.kinds) * self.repeats - 1}"
 
+    def layer(self, n: int) -> str:
+        """The key of repetition `n` where repetitions are apart, for example layers_3_42_0."""
+        return f"{self.name}_{n}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:

@@ -222,22 +222,22 @@ class MoE(Weights):
             index_BSK = self.get_variable("chosen", "index")
             if index_BSK is None:
                 index_BSK = choose(
-                    self.rules, jax.lax.stop_gradient(score_BSE + bias_E[None, None]), active
+                    self.ctx.rules, jax.lax.stop_gradient(score_BSE + bias_E[None, None]), active
                 )
         weight_BSK = gate_weights(score_BSE, index_BSK, cfg.routed_scaling_factor)
         balance = jnp.zeros(())
         if not self.hash_routed:
             balance = balance_loss(
-                score_BSE, expert_share(self.rules, index_BSK, segments, experts), segments
+                score_BSE, expert_share(self.ctx.rules, index_BSK, segments, experts), segments
             )
         chosen_BSE = _chosen(index_BSK, experts)
         if segments.counts_BS is not None:
             chosen_BSE = chosen_BSE * segments.counts_BS[..., None]
-        asked = segments.collect.index and not self.hash_routed
+        asked = self.ctx.collect.index and not self.hash_routed
         routing = Routing(jnp.sum(chosen_BSE, axis=(0, 1)), balance, index_BSK if asked else None)
         x_BSD = self.act_quant(x_BSD)
-        y_BSD = Experts(*self.context, cfg, name="experts")(x_BSD, index_BSK, weight_BSK)
-        y_BSD = y_BSD + SharedExpert(*self.context, cfg, name="shared_experts")(x_BSD)
+        y_BSD = Experts(self.ctx, cfg, name="experts")(x_BSD, index_BSK, weight_BSK)
+        y_BSD = y_BSD + SharedExpert(self.ctx, cfg, name="shared_experts")(x_BSD)
         return y_BSD, routing
 
 
@@ -270,11 +270,11 @@ class Experts(Weights):
                 )
                 for name in axes
             }
-        if self.quant == "official":
+        if self.ctx.quant == "official":
             weights = {name: mxfp4_weight(w) for name, w in weights.items()}
 
         form, own = (
-            Activation(cfg.swiglu_limit, self.quant),
+            Activation(cfg.swiglu_limit, self.ctx.quant),
             ExpertWeights(**{"w3": None} | weights),
         )
         rows, active = index_BSK.size // index_BSK.shape[-1], index_BSK.shape[-1]
@@ -289,7 +289,7 @@ class Experts(Weights):
         def expert(weights, x_PD, gate_P, groups: Groups):
             return expert_ffn(form, ExpertWeights(**{"w3": None} | weights), x_PD, gate_P, groups)
 
-        apply = functools.partial(apply_experts, self.rules, expert, weights, axes)
+        apply = functools.partial(apply_experts, self.ctx.rules, expert, weights, axes)
         if own.w3 is not None:
             return apply(x_BSD, index_BSK, weight_BSK)
         large = functools.partial(apply, share=JOINED_SHARE)
@@ -312,7 +312,7 @@ class SharedExpert(Weights):
         w2 = self.weight("w2", (width, hidden), ("hidden", "embed"), _normal(self.cfg), fp8=True)
         h = clamped_swiglu(dense(x_BSD, w1), dense(x_BSD, w3), self.cfg.swiglu_limit)
         h = self.act_quant(
-            self.rules.constrain(h.astype(x_BSD.dtype), "act_batch", "act_seq", "act_hidden")
+            self.ctx.rules.constrain(h.astype(x_BSD.dtype), "act_batch", "act_seq", "act_hidden")
         )
         return dense(h, w2)
 

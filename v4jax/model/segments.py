@@ -16,7 +16,6 @@ sequence, the most that can be complete), X shards of the sequence.
 Next file to read: v4jax/model/rotary.py.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -50,20 +49,6 @@ class CompressionWindows(NamedTuple):
     rope: Rotation | None
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Collect:
-    """What layers return beside their output.
-
-    Attributes:
-      index: indices of the chosen experts (Routing.index_BSK in v4jax/model/moe.py).
-      watch: diagnostics of every layer (v4jax/model/watch.py).
-    """
-
-    index: bool = False
-    watch: bool = False
-
-
 class Segments(NamedTuple):
     """What layers need to know of a batch's documents.
 
@@ -77,7 +62,6 @@ class Segments(NamedTuple):
       compressed_rope: the same for CSA and HCA layers.
       windows: compress ratio -> CompressionWindows, for ratios that can make an entry at this
         length.
-      collect: what layers return beside their output; static.
     """
 
     segment_BS: jax.Array | None
@@ -86,7 +70,6 @@ class Segments(NamedTuple):
     rope: Rotation
     compressed_rope: Rotation | None
     windows: dict[int, CompressionWindows]
-    collect: Collect = Collect()
 
 
 def read_segments(

@@ -192,16 +192,20 @@ def main() -> None:
         largest = max(4 * math.prod(shape) for shape in official_shapes(cfg).values())
         bound = 1.5e9 + 2 * largest
         print(
-            f"{size / 1e9:.2f} GB in bfloat16; largest slice {largest / 1e9:.2f} GB in float32: at most {bound / 1e9:.2f} GB of memory"
+            f"{size / 1e9:.2f} GB in bfloat16; largest slice {largest / 1e9:.2f} GB in float32: "
+            f"at most {bound / 1e9:.2f} GB of memory"
         )
         print(
-            "| conversion | from, to GB | seconds | MB/s | of the copy's | user s | kernel s | of the processor's | peak GB |\n|---|---|---|---|---|---|---|---|---|"
+            "| conversion | from, to GB | seconds | MB/s | of the copy's | user s | kernel s | "
+            "of the processor's | peak GB |\n|---|---|---|---|---|---|---|---|---|"
         )
         print(
-            f"| plain copy, fsync, median of 3 | {size / 1e9:.2f} | {size / rate:.1f} | {rate / 1e6:.0f} | 1.00 | | | | |"
+            f"| plain copy, fsync, median of 3 | {size / 1e9:.2f} | {size / rate:.1f} | "
+            f"{rate / 1e6:.0f} | 1.00 | | | | |"
         )
         print(
-            f"| the same right after another one, best of 3 | {size / 1e9:.2f} | {at_once:.1f} | {size / at_once / 1e6:.0f} | | | | | |",
+            f"| the same right after another one, best of 3 | {size / 1e9:.2f} | {at_once:.1f} "
+            f"| {size / at_once / 1e6:.0f} | | | | | |",
             flush=True,
         )
         for target, (source, format, dtype) in ROWS.items():
@@ -212,8 +216,11 @@ def main() -> None:
             sizes = size_of(root / source), size_of(root / target)
             moved = max(*sizes, size if "bfloat16" in dtype or source in ("bf16", "low") else 0)
             print(
-                f"| {source} -> {target} ({format}, {dtype}) | {sizes[0] / 1e9:.2f}, {sizes[1] / 1e9:.2f} | {seconds:.1f} | {moved / seconds / 1e6:.0f} "
-                f"| {moved / seconds / rate:.2f} | {user:.1f} | {kernel:.1f} | {user / WORKERS / seconds:.2f} | {peak / 1e9:.2f}{'' if peak <= bound else ' ABOVE THE BOUND'} |",
+                f"| {source} -> {target} ({format}, {dtype}) | {sizes[0] / 1e9:.2f}, "
+                f"{sizes[1] / 1e9:.2f} | {seconds:.1f} | {moved / seconds / 1e6:.0f} "
+                f"| {moved / seconds / rate:.2f} | {user:.1f} | {kernel:.1f} | "
+                f"{user / WORKERS / seconds:.2f} | "
+                f"{peak / 1e9:.2f}{'' if peak <= bound else ' ABOVE THE BOUND'} |",
                 flush=True,
             )
             if target in ("back", "again", "out", "wide"):
@@ -226,15 +233,19 @@ def main() -> None:
                 ("from", functools.partial(code.dequantise, *stored)),
             ):
                 print(
-                    f"| processor alone: {what} {code.__name__.split('.')[-1]}, as bfloat16 bytes | | | {processor_bound(action, x.nbytes) / 2e6:.0f} | | | | | |"
+                    f"| processor alone: {what} {code.__name__.split('.')[-1]}, as bfloat16 "
+                    f"bytes | | | {processor_bound(action, x.nbytes) / 2e6:.0f} | | | | | |"
                 )
         half = x.astype(ml_dtypes.bfloat16)
         print(
-            f"| processor alone: transposing bfloat16 | | | {processor_bound(lambda: turned(half, half.dtype), half.nbytes) / 1e6:.0f} | | | | | |"
+            f"| processor alone: transposing bfloat16 | | | "
+            f"{processor_bound(lambda: turned(half, half.dtype), half.nbytes) / 1e6:.0f} | | | "
+            f"| | |"
         )
         numbers = mxfp4.dequantise(*mxfp4.quantise(half))
         print(
-            f"| processor alone: a store's compression | | | {processor_bound(lambda: compress(numbers), numbers.nbytes) / 1e6:.0f} | | | | | |"
+            f"| processor alone: a store's compression | | | "
+            f"{processor_bound(lambda: compress(numbers), numbers.nbytes) / 1e6:.0f} | | | | | |"
         )
     finally:
         shutil.rmtree(root)

@@ -141,7 +141,8 @@ def whole_model() -> None:
             found[device] = jax.tree.map(np.asarray, jax.jit(loss)(weights, router))
     (a, grads_a), (b, grads_b) = found.values()
     print(
-        f"demo's model, float32, GPU against CPU: loss {abs(a - b) / abs(a):.1e}, worst gradient {difference(grads_b, grads_a):.1e}"
+        f"demo's model, float32, GPU against CPU: loss {abs(a - b) / abs(a):.1e}, worst "
+        f"gradient {difference(grads_b, grads_a):.1e}"
     )
 
 

@@ -98,7 +98,8 @@ def main() -> None:
         unknown := [name for name in names if name not in CASES]
     ):
         raise SystemExit(
-            f"usage: layout_accuracy.py run [CASE ...] | table; cases: {', '.join(CASES)}; unknown: {locals().get('unknown')}"
+            f"usage: layout_accuracy.py run [CASE ...] | table; cases: {', '.join(CASES)}; "
+            f"unknown: {locals().get('unknown')}"
         )
     if command == "run":
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -160,7 +161,8 @@ def table() -> None:
 
     rows = {row["case"]: row for row in map(json.loads, RESULTS.read_text().splitlines())}
     print(
-        "| case | layers | mesh | layout | target | weights + optimizer | ratio | all held | ratio | sent | ratio |"
+        "| case | layers | mesh | layout | target | weights + optimizer | ratio | all held | "
+        "ratio | sent | ratio |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for name in (name for name in (*CASES, *PODS) if name in rows):
@@ -177,7 +179,8 @@ def table() -> None:
             "- | -" if target == "cpu" else f"{held / 1e9:.2f} GB | {paper.memory_bytes / held:.2f}"
         )
         print(
-            f"| {name} | {cfg.model.num_hidden_layers} | {cfg.mesh} | {cfg.layout} | {target} | {found['state'] / 1e9:.3f} GB | {state / found['state']:.3f} "
+            f"| {name} | {cfg.model.num_hidden_layers} | {cfg.mesh} | {cfg.layout} | {target} | "
+            f"{found['state'] / 1e9:.3f} GB | {state / found['state']:.3f} "
             f"| {whole} | {moved / 1e9:.3f} GB | {sent / moved:.3f} |"
         )
 

@@ -100,13 +100,16 @@ def main() -> None:
         file.write_text(json.dumps(took))
     paper = {case: estimate(config(case), hardware_of(arguments.profile)) for case in CASES}
     print(
-        "| layout: mesh | estimated ms | measured ms | measured / estimated | bound by |\n|---|---|---|---|---|"
+        "| layout: mesh | estimated ms | measured ms | measured / estimated | bound by |\n"
+        "|---|---|---|---|---|"
     )
     for case in sorted(CASES, key=lambda case: paper[case].step_seconds):
         ms, real = paper[case].step_seconds * 1e3, took.get(case, float("nan")) * 1e3
         print(f"| {case} | {ms:.0f} | {real:.0f} | {real / ms:.2f} | {paper[case].bound} |")
     print(
-        f"\nKendall's tau: {kendall([paper[c].step_seconds for c in took], [took[c] for c in took]):.2f} over {len(took)} layouts"
+        f"\nKendall's tau: "
+        f"{kendall([paper[c].step_seconds for c in took], [took[c] for c in took]):.2f} over "
+        f"{len(took)} layouts"
         if len(took) > 1
         else ""
     )

@@ -94,7 +94,8 @@ def main():
             doublings = math.log2(length / last[0])
             beyond = f"{(row['seconds'] / last[1] * last[0] / length) ** (1 / doublings):.2f}"
         print(
-            f"{length:6d} {row['seconds']:9.2f} {row['seconds'] / length * 1e6:10.0f} {beyond:>18s} {row['peak_mb']:20.0f}",
+            f"{length:6d} {row['seconds']:9.2f} {row['seconds'] / length * 1e6:10.0f} "
+            f"{beyond:>18s} {row['peak_mb']:20.0f}",
             flush=True,
         )
         last = (length, row["seconds"])

@@ -135,7 +135,8 @@ class Run:
             self.done += len(part)
             spent = time.perf_counter() - start
             print(
-                f"prefill: {self.done:8d} of {len(self.tokens)} tokens, {spent:6.1f} s, {1e6 * spent / (self.done - first):5.0f} us a token, "
+                f"prefill: {self.done:8d} of {len(self.tokens)} tokens, {spent:6.1f} s, "
+                f"{1e6 * spent / (self.done - first):5.0f} us a token, "
                 f"peak {peak() / 1e9:.2f} GB",
                 flush=True,
             )
@@ -199,7 +200,8 @@ def main():
         seconds[until] = run.decode(NEW)
         rows.append((until, seconds[until], traffic(run.cfg, run.state.cache, until)))
     print(
-        f"all in {time.perf_counter() - start:.0f} s; read rate {rate / 1e9:.1f} GB/s; peak {peak() / 1e9:.2f} GB"
+        f"all in {time.perf_counter() - start:.0f} s; read rate {rate / 1e9:.1f} GB/s; peak "
+        f"{peak() / 1e9:.2f} GB"
     )
     names = list(rows[0][2])
     print(
@@ -217,7 +219,8 @@ def main():
     (_, short, few), (_, long, many) = rows
     more = sum(many.values()) - sum(few.values())
     print(
-        f"a token at the end / at 16K: {long / short:.2f} (bar 4); {1e3 * (long - short):.2f} ms more, {more / 1e6:.1f} MB more: {more / (long - short) / 1e9:.1f} GB/s"
+        f"a token at the end / at 16K: {long / short:.2f} (bar 4); {1e3 * (long - short):.2f} "
+        f"ms more, {more / 1e6:.1f} MB more: {more / (long - short) / 1e9:.1f} GB/s"
     )
     if peak() > LIMIT:
         raise SystemExit(f"held {peak() / 1e9:.1f} GB; the bar is {LIMIT / 1e9:.0f}")

@@ -113,13 +113,15 @@ def main():
             times[name].append(time.perf_counter() - start)
     plain = statistics.median(times["plain"])
     print(
-        f"{BATCH} x {SEQ} tokens, float32, rematerialisation {'on' if cfg.remat else 'off'}, {rate / 1e9:.0f} GFLOP/s, {jax.devices()[0].device_kind}"
+        f"{BATCH} x {SEQ} tokens, float32, rematerialisation {'on' if cfg.remat else 'off'}, "
+        f"{rate / 1e9:.0f} GFLOP/s, {jax.devices()[0].device_kind}"
     )
     print(f"{'step':36s} {'ms':>8s} {'/ plain':>8s} {'floor':>8s}")
     for name, values in times.items():
         median = statistics.median(values)
         print(
-            f"{name:36s} {median * 1e3:8.0f} {median / plain:8.3f} {1 + kinds[name][1] / rate / plain:8.3f}"
+            f"{name:36s} {median * 1e3:8.0f} {median / plain:8.3f} "
+            f"{1 + kinds[name][1] / rate / plain:8.3f}"
         )
 
 

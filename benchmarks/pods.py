@@ -63,7 +63,8 @@ def main() -> int:
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"case: got {unknown.pop()!r}; known: {', '.join(CASES)}")
     print(
-        "| case | mesh | effort | state | temporary | program | sum of 95 GB | sent by a chip and step | lowered + compiled | core-seconds | host memory |"
+        "| case | mesh | effort | state | temporary | program | sum of 95 GB | sent by a chip "
+        "and step | lowered + compiled | core-seconds | host memory |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for name in options.cases or CASES:
@@ -98,7 +99,10 @@ def row(name: str, config: str, target: str, mesh: str, seq: int, batch: int, ef
         error = job.stderr.read()
         _, status, used = os.wait4(job.pid, 0)
         job.returncode = os.waitstatus_to_exitcode(status)
-    took = f"{time.perf_counter() - start:.0f} s | {used.ru_utime + used.ru_stime:.0f} s | {used.ru_maxrss / 2**20:.1f} GB |"
+    took = (
+        f"{time.perf_counter() - start:.0f} s | {used.ru_utime + used.ru_stime:.0f} s | "
+        f"{used.ru_maxrss / 2**20:.1f} GB |"
+    )
     head = f"| {name}, {target} | {mesh} | {effort} | "
     if job.returncode:
         return head + f"{error.strip().splitlines()[-1][:200]} ||||| {took}"
@@ -110,8 +114,8 @@ def row(name: str, config: str, target: str, mesh: str, seq: int, batch: int, ef
     paper = report["estimate"]
     parts = " | ".join(f"{size:.1f} GB" for size in sizes)
     return (
-        head
-        + f"{parts} | {sum(sizes):.1f} GB, estimated {paper['memory_bytes'] / 1e9:.1f} GB | {sent:.0f} GB, estimated "
+        head + f"{parts} | {sum(sizes):.1f} GB, estimated {paper['memory_bytes'] / 1e9:.1f} GB | "
+        f"{sent:.0f} GB, estimated "
         f"{sum(row[2] for row in paper['sent']) / 1e9:.0f} GB | {took}"
     )
 

@@ -127,7 +127,8 @@ def run(name: str, seed: int) -> dict:
         )
         if "stopped_at" in summary:
             raise SystemExit(
-                f"stopped at step {summary['stopped_at']} of {name}, seed {seed}; finished runs are kept, start again to go on"
+                f"stopped at step {summary['stopped_at']} of {name}, seed {seed}; finished runs "
+                f"are kept, start again to go on"
             )
         lines = [
             line
@@ -200,7 +201,8 @@ def report(path: pathlib.Path) -> None:
         if line["name"] == next(iter(VARIANTS))
     }
     rows = [
-        "| run | held out, nats per byte: mean (least to most) | against the first, seed by seed | mean | max/mean load |",
+        "| run | held out, nats per byte: mean (least to most) | against the first, seed by "
+        "seed | mean | max/mean load |",
         "|---|---|---|---|---|",
     ]
     for name, lines in found.items():
@@ -213,7 +215,8 @@ def report(path: pathlib.Path) -> None:
         load = np.mean([line["load"] for line in lines])
         each = ", ".join(f"{one:+.3f}" for one in gap)
         rows.append(
-            f"| {name} | {nll.mean():.3f} ({nll.min():.3f} to {nll.max():.3f}) | {each} | {np.mean(gap):+.3f} | {load:.2f} |"
+            f"| {name} | {nll.mean():.3f} ({nll.min():.3f} to {nll.max():.3f}) | {each} | "
+            f"{np.mean(gap):+.3f} | {load:.2f} |"
         )
     print("\n".join(rows))
     head, rest = TABLE.read_text().split("<!-- table -->")

@@ -69,7 +69,8 @@ def main() -> None:
         off, on = (statistics.median(column) for column in zip(*times, strict=True))
         flops = [train_flops_per_token(cfg.model, cfg.seq_len) for cfg in pair]
         print(
-            f"| {name} | {off * 1e3:.0f} ms | {on * 1e3:.0f} ms | {on / off:.2f} | {flops[1] / flops[0]:.2f} |",
+            f"| {name} | {off * 1e3:.0f} ms | {on * 1e3:.0f} ms | {on / off:.2f} | "
+            f"{flops[1] / flops[0]:.2f} |",
             flush=True,
         )
 

@@ -83,7 +83,8 @@ def main() -> None:
                 if i:
                     if not 0 < beside <= arguments.steps * 2 / 3:
                         sys.exit(
-                            f"save {i} was not on the disk after two thirds of its {arguments.steps} steps: give more --steps"
+                            f"save {i} was not on the disk after two thirds of its "
+                            f"{arguments.steps} steps: give more --steps"
                         )
                     usual = float(np.median(times[beside:]))
                     costs.append(call + sum(times[:beside]) - beside * usual)
@@ -94,11 +95,14 @@ def main() -> None:
         shutil.rmtree(folder)
     cost, usual = float(np.median(costs)), float(np.median(plain))
     print(
-        "| state | save call | steps beside it | a save costs (least to most) | step | stall, saving every so many steps | bar |\n|---|---|---|---|---|---|---|"
+        "| state | save call | steps beside it | a save costs (least to most) | step | stall, "
+        "saving every so many steps | bar |\n|---|---|---|---|---|---|---|"
     )
     print(
-        f"| {size / 1e6:.0f} MB | {np.median(calls) * 1e3:.0f} ms | {max(until)} | {cost * 1e3:.0f} ms ({min(costs) * 1e3:.0f} to {max(costs) * 1e3:.0f}) "
-        f"| {usual * 1e3:.0f} ms | {arguments.steps}: {cost / (usual * arguments.steps):+.1%} | 5% |"
+        f"| {size / 1e6:.0f} MB | {np.median(calls) * 1e3:.0f} ms | {max(until)} | "
+        f"{cost * 1e3:.0f} ms ({min(costs) * 1e3:.0f} to {max(costs) * 1e3:.0f}) "
+        f"| {usual * 1e3:.0f} ms | {arguments.steps}: {cost / (usual * arguments.steps):+.1%} | "
+        f"5% |"
     )
 
 

@@ -55,10 +55,12 @@ def main():
         return time.perf_counter() - start, found
 
     print(
-        "                 plain             speculative                                        cost of a step"
+        "                 plain             speculative                                        "
+        "cost of a step"
     )
     print(
-        "temperature   ms a token   ms a token   times as fast   drafts that stay   ms a step   in plain steps"
+        "temperature   ms a token   ms a token   times as fast   drafts that stay   ms a step   "
+        "in plain steps"
     )
     for temperature in (0.0, 0.7, 1.0):
         plain = DecodeConfig(sampling=Sampling(temperature=temperature))
@@ -77,7 +79,8 @@ def main():
         share = sum(row.accepted for row in found[1]) / sum(row.drafted for row in found[1])
         step = two * (1 + share)
         print(
-            f"{temperature:11.1f} {1e3 * one:12.2f} {1e3 * two:12.2f} {one / two:15.2f} {share:18.1%} {1e3 * step:11.2f} {step / one:16.2f}"
+            f"{temperature:11.1f} {1e3 * one:12.2f} {1e3 * two:12.2f} {one / two:15.2f} "
+            f"{share:18.1%} {1e3 * step:11.2f} {step / one:16.2f}"
         )
 
 

@@ -113,7 +113,8 @@ def main():
     print(f"{'run':16s} {'held-out nats':>14s} {'/ clean':>8s}     in {out}")
     for name, end in ends.items():
         print(
-            f"{name:16s} {end['held_out_nll']:14.4f} {end['held_out_nll'] / ends['clean']['held_out_nll']:8.4f}"
+            f"{name:16s} {end['held_out_nll']:14.4f} "
+            f"{end['held_out_nll'] / ends['clean']['held_out_nll']:8.4f}"
         )
 
 

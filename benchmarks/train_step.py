@@ -201,14 +201,16 @@ def main():
     active = active_parameters(MODEL, init_params(MODEL, jax.random.key(0)))
     floor = 6 * active * BATCH * SEQ / rate
     print(
-        f"matmul rate {rate / 1e9:.0f} GFLOP/s, active parameters {active / 1e6:.1f}M, tokens {BATCH * SEQ}"
+        f"matmul rate {rate / 1e9:.0f} GFLOP/s, active parameters {active / 1e6:.1f}M, tokens "
+        f"{BATCH * SEQ}"
     )
     for name, value in median.items():
         print(f"{name:20s} {value * 1e3:8.0f} ms   {value / floor:5.2f} x floor")
     print(f"{'floor':20s} {floor * 1e3:8.0f} ms")
     if "transformers step" in median:
         print(
-            f"ratio v4jax / transformers: {median['v4jax step'] / median['transformers step']:.3f}  (bar 0.5, aim 0.35)"
+            f"ratio v4jax / transformers: "
+            f"{median['v4jax step'] / median['transformers step']:.3f}  (bar 0.5, aim 0.35)"
         )
 
 

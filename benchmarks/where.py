@@ -82,11 +82,13 @@ def print_trace(run, text: str, steps: int, top: int) -> None:
     for name, (milliseconds, count) in sorted(parts.items(), key=lambda item: -item[1][0]):
         print(f"{name:32s} {milliseconds / steps:10.2f} {count / steps:12.1f}")
     print(
-        f"{'sum':32s} {sum(v[0] for v in parts.values()) / steps:10.2f} {sum(v[1] for v in parts.values()) / steps:12.1f}"
+        f"{'sum':32s} {sum(v[0] for v in parts.values()) / steps:10.2f} "
+        f"{sum(v[1] for v in parts.values()) / steps:12.1f}"
     )
     for name, (milliseconds, count) in sorted(times.items(), key=lambda item: -item[1][0])[:top]:
         print(
-            f"{milliseconds / steps:10.3f} {count / steps:7.1f}  {name:36s} {names.get(name, '')[-110:]}"
+            f"{milliseconds / steps:10.3f} {count / steps:7.1f}  {name:36s} "
+            f"{names.get(name, '')[-110:]}"
         )
 
 

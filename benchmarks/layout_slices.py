@@ -1,7 +1,10 @@
-"""Tables of docs/layout-tables.md, estimated by v4jax layout: the smallest TPU slices that hold the full models, published training
-runs beside what the model predicts for them, and what the optimizer does under each named layout.
+"""Tables of docs/layout-tables.md, estimated by `v4jax layout`.
 
     python benchmarks/layout_slices.py slices | published | optimizer
+
+`slices`: the smallest TPU slices that hold the full models. `published`: published training runs
+beside what the estimate predicts for them. `optimizer`: what the optimizer does under each named
+layout.
 """
 
 import dataclasses
@@ -55,7 +58,10 @@ def slices() -> None:
 
 
 def smallest(model: str, what: str, seq: int, per_device: float, chip: str):
-    """(chips, best estimate) of the smallest slice on which some layout fits; rows grow with the devices."""
+    """(chips, best estimate) of the smallest slice on which some layout fits.
+
+    Rows grow with the devices.
+    """
     from v4jax.planner.hardware import hardware_of
     from v4jax.planner.search import search
 
@@ -73,7 +79,7 @@ def smallest(model: str, what: str, seq: int, per_device: float, chip: str):
 
 
 def published() -> None:
-    """V4-Pro as NVIDIA/Megatron-Bridge #4808 ran it, and as the Ascend post-training run is reported."""
+    """V4-Pro as NVIDIA/Megatron-Bridge #4808 ran it, and the reported Ascend post-training run."""
     from v4jax.cost import cost
     from v4jax.planner.estimate import estimate
     from v4jax.planner.hardware import hardware_of
@@ -94,7 +100,8 @@ def published() -> None:
     )
     rate = flops / found.step_seconds / 1e12
     print(f"| the same, TFLOP/s a GPU | | | {rate:.0f} | 996 | {rate / 996 - 1:+.0%} | |")
-    # What the published figures say of each other: FLOPs a token that 996 TFLOP/s in 21.5 s imply, and ours.
+    # The published figures against each other: FLOPs a token that 996 TFLOP/s in 21.5 s imply, and
+    # ours.
     print(
         f"| the same, model FLOPs a token | | | {flops * 256 / 4096**2 / 1e9:.0f} G | "
         f"{996e12 * 21.5 * 256 / 4096**2 / 1e9:.0f} G | {flops / (996e12 * 21.5) - 1:+.0%} | |"
@@ -110,7 +117,11 @@ def published() -> None:
 
 
 def optimizer() -> None:
-    """V4-Flash's optimizer step on 128 TPU devices: FLOPs beside an even share, bytes sent beside each cut matrix once there and once back."""
+    """V4-Flash's optimizer step on 128 TPU devices.
+
+    FLOPs are set beside an even share; bytes sent beside moving each cut matrix there and back
+    once.
+    """
     from sharding.mesh import parse_mesh
     from sharding.rules import layout_for
     from v4jax.planner.estimate import terms_of

@@ -1,9 +1,9 @@
-"""Forward time and peak memory against sequence length, on a 4-layer model [SWA, CSA, HCA, CSA].
+"""Forward time and peak memory against sequence length, on 4 layers [SWA, CSA, HCA, CSA].
 
     python benchmarks/length.py [--lengths 1024 4096 16384 65536]
 
-Each length runs in a process of its own, so that the peak is its own. Bar: at most 1.25 times beyond linear per doubling, and
-memory linear.
+Each length runs in a process of its own, so that the peak is its own. Bars: the time per token
+grows at most 1.25 times per doubling, and memory is linear.
 """
 
 import argparse

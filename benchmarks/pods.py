@@ -1,9 +1,11 @@
-"""The full training step of V4-Flash and V4-Pro, compiled for TPU slices that are not there: bytes a chip, time and memory it takes.
+"""The full training steps of V4-Flash and V4-Pro, compiled for TPU slices that are not there.
 
-    python benchmarks/pods.py [--effort quick|full] [CASE ...]          needs the extra `tpu`; minutes and several GB a case
+    python benchmarks/pods.py [--effort quick|full] [CASE ...]
 
-bfloat16 compute, float32 weights and momentum, Muon; 4096 tokens a chip, but 8192 in flash-64k, and 2048 of V4-Pro on 256 chips, where
-more do not fit. What was compiled with quick effort is kept for the table of layout_accuracy.py too.
+It needs the extra `tpu`, minutes and several GB a case, and reports bytes a chip, compile time and
+host memory. Compute is bfloat16, weights and momentum float32, the optimizer Muon; 4096 tokens a
+chip, but 8192 in flash-64k, and 2048 of V4-Pro on 256 chips, where no more fit. Results with quick
+effort are kept for the table of layout_accuracy.py too.
 """
 
 import argparse
@@ -36,7 +38,7 @@ def pod_config(name: str):
 
 
 def keep(name: str, report: dict) -> None:
-    """Appends what a case holds and sends to RESULTS."""
+    """Appends to RESULTS what a case keeps and sends."""
     sent = {f"{axes}: {kind}": size for axes, kind, _, size in report["collectives"]}
     row = {
         "case": name,
@@ -73,7 +75,7 @@ def main() -> int:
 
 
 def row(name: str, config: str, target: str, mesh: str, seq: int, batch: int, effort: str) -> str:
-    """One line of the table; where the step does not fit a chip, what the compiler says."""
+    """One line of the table; if the step does not fit a chip, what the compiler says."""
     command = [
         sys.executable,
         "-m",

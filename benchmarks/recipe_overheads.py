@@ -1,9 +1,10 @@
-"""What each part of the recipe costs: time of a training step with it and without, beside its floor in multiplications.
+"""What each part of the recipe costs: time of a training step with it and without.
 
     python benchmarks/recipe_overheads.py
 
-Steps with and without the part alternate, so that a noisy machine disturbs both; medians and their ratio. The floor is the
-ratio of multiply-adds (v4jax/cost.py); rounding (QAT) and the indexer's divergence add none that it counts, so theirs is 1.
+Steps with and without the part alternate, so that a noisy machine disturbs both; the table shows
+medians and their ratio. The floor is the ratio of multiply-adds (v4jax/cost.py). Rounding (QAT) and
+the indexer's divergence add none that it counts, so their floor is 1.
 """
 
 import argparse

@@ -69,7 +69,8 @@ def test_a_layout_is_frozen_and_shows_how_it_was_made():
         ({"act_batch": ("data", 3)}, "act_batch: got .*; must be mesh axes"),
         (
             {"act_batch": "data", "act_heads": "data"},
-            "'data' is used twice by an array with axes act_batch, act_seq, act_heads: by act_batch and act_heads",
+            "'data' is used twice by an array with axes act_batch, act_seq, act_heads: by "
+            "act_batch and act_heads",
         ),
         (
             {"act_batch": "data", "index_heads": "data"},

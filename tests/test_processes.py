@@ -57,7 +57,7 @@ MODEL = ModelConfig(
 MESHES = "data=8", "data=2,expert=2,tensor=2", "tensor=8", "context=8"
 
 
-# ---- one job of 2 processes x 4 devices against 8 devices here -------------------------------------------------------
+# ---- one job of 2 processes x 4 devices against 8 devices here -----------------------------------
 
 
 def global_batch() -> dict[str, np.ndarray]:
@@ -147,7 +147,7 @@ def test_two_processes_hold_the_rows_and_compute_the_losses_of_one(tmp_path):
         assert rows == [[4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3]] * 2 + [list(range(8))] * 2
 
 
-# ---- whole runs ------------------------------------------------------------------------------------------------------
+# ---- whole runs ----------------------------------------------------------------------------------
 
 
 CONFIG = """

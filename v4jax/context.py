@@ -8,6 +8,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from sharding.rules import AxisRules
+from v4jax.kernels.choice import Kernels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ class Context:
         (v4jax/quant/fake.py).
       sparse: how CSA layers attend.
       collect: what layers return beside their output.
+      kernels: which implementation of each op runs.
     """
 
     rules: AxisRules = AxisRules()
@@ -54,6 +56,7 @@ class Context:
     quant: str = "none"
     sparse: SparseMode = SparseMode()
     collect: Collect = Collect()
+    kernels: Kernels = Kernels()
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))

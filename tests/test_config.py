@@ -1,4 +1,4 @@
-"""Claims about v4jax/config.py."""
+"""Claims about v4jax/config/."""
 
 import json
 import math

@@ -21,11 +21,12 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules
 from v4jax.context import Context, SparseMode
 from v4jax.generate.sampling import Sampling, choose_token
+from v4jax.model.balance import balance_loss, expert_share
 from v4jax.model.hyper import mixing_logits, sinkhorn
 from v4jax.model.indexer import index_loss
 from v4jax.model.init import init_params
-from v4jax.model.moe import balance_loss, expert_share, gate_weights, router_scores
 from v4jax.model.norm import rms_norm
+from v4jax.model.router import gate_weights, router_scores
 from v4jax.model.segments import Segments
 from v4jax.quant import fake
 from v4jax.train.loss import loss_and_routing

@@ -29,7 +29,7 @@ class Collect:
     """What layers return beside their output.
 
     Attributes:
-      index: indices of the chosen experts (Routing.index_BSK in v4jax/model/moe.py).
+      index: indices of the chosen experts (Routing.index_BSK in v4jax/model/router.py).
       watch: diagnostics of every layer (v4jax/model/watch.py).
     """
 

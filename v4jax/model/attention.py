@@ -60,8 +60,9 @@ from v4jax.model.indexer import (
 )
 from v4jax.model.norm import RMSNorm, rms_norm
 from v4jax.model.rotary import rotate
-from v4jax.model.segments import CompressionWindows, Segments, whole_windows
+from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
+from v4jax.model.windows import CompressionWindows, whole_windows
 from v4jax.quant.fake import fp8_keys
 
 CHUNK_BYTES = 2**24

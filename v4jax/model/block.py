@@ -15,8 +15,9 @@ from v4jax.context import Context
 from v4jax.model.attention import Attention
 from v4jax.model.hyper import HyperConnection, expand
 from v4jax.model.indexer import IndexLoss
-from v4jax.model.moe import MoE, Routing
+from v4jax.model.moe import MoE
 from v4jax.model.norm import RMSNorm
+from v4jax.model.router import Routing
 from v4jax.model.segments import Segments
 from v4jax.model.watch import measure, merge
 from v4jax.model.weights import Weights

@@ -24,8 +24,8 @@ from v4jax.config import CSA, ModelConfig
 from v4jax.kernels.matmul import dense
 from v4jax.model.norm import RMSNorm
 from v4jax.model.rotary import rotate
-from v4jax.model.segments import CompressionWindows
 from v4jax.model.weights import Weights
+from v4jax.model.windows import CompressionWindows
 from v4jax.quant.fake import fp8_keys, mxfp4_rotated
 
 

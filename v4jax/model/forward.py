@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.context import Context
-from v4jax.model.moe import Routing
+from v4jax.model.router import Routing
 from v4jax.model.segments import read_segments
 from v4jax.model.transformer import Hidden, Transformer, project_logits
 from v4jax.quant.fake import check_quant

@@ -30,8 +30,8 @@ from v4jax.config import CSA, ModelConfig
 from v4jax.kernels.matmul import dense, precision_of
 from v4jax.model.compressor import Compressor
 from v4jax.model.rotary import Rotation, rotate
-from v4jax.model.segments import CompressionWindows
 from v4jax.model.weights import Weights
+from v4jax.model.windows import CompressionWindows
 from v4jax.quant.fake import mxfp4_rotated
 
 SCORE_BLOCK = 4096

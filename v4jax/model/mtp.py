@@ -12,8 +12,8 @@ from v4jax.config import WINDOW_ONLY, LayerKind, ModelConfig
 from v4jax.kernels.matmul import dense
 from v4jax.model.block import Block
 from v4jax.model.hyper import HyperHead
-from v4jax.model.moe import Routing
 from v4jax.model.norm import RMSNorm
+from v4jax.model.router import Routing
 from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
 

@@ -21,9 +21,9 @@ from v4jax.kernels.matmul import dense
 from v4jax.model.block import Pattern, stack
 from v4jax.model.hyper import HyperHead
 from v4jax.model.indexer import IndexLoss
-from v4jax.model.moe import Routing
 from v4jax.model.mtp import MTP, run_mtp
 from v4jax.model.norm import RMSNorm
+from v4jax.model.router import Routing
 from v4jax.model.segments import Segments, without_last_tokens
 from v4jax.model.weights import Weights
 

@@ -12,7 +12,8 @@ from trees import small_config
 
 import v4jax
 from configs import models as models_of_configs
-from v4jax.cache.layer import SPARE_ROWS, ChunkSpan, CompressedKV, keep_rows
+from v4jax.cache.layer import SPARE_ROWS, ChunkSpan, CompressedKV
+from v4jax.cache.rows import keep_rows
 from v4jax.checkpoint.names import from_official
 from v4jax.context import Context
 from v4jax.cost import cost, deepseek_v32, gqa8

@@ -17,9 +17,10 @@ from v4jax.cache.layer import SPARE_ROWS
 from v4jax.chat.encoding import encode_messages
 from v4jax.chat.tokens import CHAT_TOKENS, EOS
 from v4jax.checkpoint.names import from_official
-from v4jax.generate import chat, decode
-from v4jax.generate.decode import Completion, DecodeConfig, generate
+from v4jax.generate import chat, steps
+from v4jax.generate.decode import Completion, generate
 from v4jax.generate.row import Row
+from v4jax.generate.steps import DecodeConfig
 from v4jax.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer(CHAT_TOKENS)
@@ -40,7 +41,7 @@ ROOM = 256
 def small_chunks():
     """One program for prompts of any length."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "PREFILL_CHUNK", 8)
+        patch.setattr(steps, "PREFILL_CHUNK", 8)
         yield
 
 

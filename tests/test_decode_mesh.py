@@ -17,7 +17,8 @@ from sharding.rules import layout_for
 from v4jax.checkpoint.names import from_official
 from v4jax.context import Context
 from v4jax.generate.cache import decoding_rules, empty_cache, extend, logits_of, split_layers
-from v4jax.generate.decode import DecodeConfig, generate
+from v4jax.generate.decode import generate
+from v4jax.generate.steps import DecodeConfig
 from v4jax.model import indexer
 from v4jax.model.init import abstract_params, param_axes
 

@@ -9,8 +9,9 @@ from trees import small_config
 
 import v4jax
 from v4jax.checkpoint.names import from_official
-from v4jax.generate.decode import DecodeConfig, generate
+from v4jax.generate.decode import generate
 from v4jax.generate.sampling import Sampling, shaped_logits
+from v4jax.generate.steps import DecodeConfig
 from v4jax.generate.text import TextStop
 from v4jax.tokenizer import ByteTokenizer
 

@@ -11,9 +11,10 @@ from test_generate import SMALL, never
 from trees import small_config
 
 from v4jax.checkpoint.names import from_official
-from v4jax.generate import decode, prefix
-from v4jax.generate.decode import DecodeConfig, generate
+from v4jax.generate import prefix, steps
+from v4jax.generate.decode import generate
 from v4jax.generate.prefix import PrefixStore
+from v4jax.generate.steps import DecodeConfig
 
 SETTING = DecodeConfig(
     speculative=True
@@ -29,7 +30,7 @@ def model():
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr(prefix, "STRETCH", 128)
-    monkeypatch.setattr(decode, "PREFILL_CHUNK", 128)
+    monkeypatch.setattr(steps, "PREFILL_CHUNK", 128)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +38,9 @@ def expected(model):
     """Prompts (the second shares 150 tokens with the first), and what follows them without a store."""
     first = np.random.default_rng(3).integers(0, 97, 300).tolist()
     prompts = [first, [*first[:150], *first[:60]], first[:128]]
-    chunk, decode.PREFILL_CHUNK = decode.PREFILL_CHUNK, 128
+    chunk, steps.PREFILL_CHUNK = steps.PREFILL_CHUNK, 128
     found = [run(model, prompt) for prompt in prompts]
-    decode.PREFILL_CHUNK = chunk
+    steps.PREFILL_CHUNK = chunk
     return list(zip(prompts, found, strict=True))
 
 

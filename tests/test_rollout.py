@@ -14,9 +14,9 @@ from trees import small_config
 import v4jax
 from v4jax.checkpoint.names import from_official
 from v4jax.generate import rollout as module
-from v4jax.generate.decode import DecodeConfig
 from v4jax.generate.rollout import Plan, rollout
 from v4jax.generate.sampling import Sampling
+from v4jax.generate.steps import DecodeConfig
 
 PROMPTS = [[3, 5, 7], [9], list(range(20, 31))]
 PLAN = Plan(samples=2, max_new_tokens=10, rows=4, stop_tokens=(4,), seed=11)

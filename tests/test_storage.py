@@ -19,9 +19,9 @@ from v4jax.checkpoint.load import load_safetensors, open_safetensors, read_confi
 from v4jax.checkpoint.store import Store, check_config, is_run, write_config
 from v4jax.convert import compare, convert, open_checkpoint
 from v4jax.data.config import DataConfig, Source, tokenizer_of
-from v4jax.generate.decode import DecodeConfig
 from v4jax.generate.prefix import check_store
 from v4jax.generate.rollout import Plan, rollout
+from v4jax.generate.steps import DecodeConfig
 from v4jax.planner.hardware import hardware_of, target_of
 from v4jax.score import read_tokens, score
 from v4jax.storage import file_to_write, folder_to_fill, local_path, path_of_checkpoints

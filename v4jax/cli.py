@@ -137,8 +137,9 @@ def _sample(cfg) -> dict:
 
     from sharding.processes import is_first
     from v4jax.api import load, place_on
-    from v4jax.generate.decode import DecodeConfig, generate
+    from v4jax.generate.decode import generate
     from v4jax.generate.sampling import Sampling
+    from v4jax.generate.steps import DecodeConfig
     from v4jax.generate.text import TextStop
     from v4jax.storage import local_path
     from v4jax.tokenizer import load_tokenizer, prompt_ids

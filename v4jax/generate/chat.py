@@ -18,8 +18,9 @@ from v4jax.chat.encoding import Message, encode_messages
 from v4jax.chat.parse import parse_message
 from v4jax.chat.tokens import BOS, CHAT_TOKENS, END_THINK, EOS
 from v4jax.generate.choice import Choice, cache_tokens, model_and_choice
-from v4jax.generate.decode import DecodeConfig, check_request
+from v4jax.generate.request import check_request
 from v4jax.generate.row import Row
+from v4jax.generate.steps import DecodeConfig
 from v4jax.generate.text import TextStop
 from v4jax.stderr import say
 from v4jax.storage import folder_of_checkpoint

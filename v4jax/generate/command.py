@@ -12,8 +12,10 @@ import jax
 from sharding.processes import is_first
 from v4jax.api import load, place_on
 from v4jax.generate.choice import cache_tokens, model_and_choice
-from v4jax.generate.decode import Completion, DecodeConfig, check_request, generate
+from v4jax.generate.decode import Completion, generate
 from v4jax.generate.prefix import PrefixStore, check_store
+from v4jax.generate.request import check_request
+from v4jax.generate.steps import DecodeConfig
 from v4jax.generate.text import TextStop
 from v4jax.stderr import say
 from v4jax.storage import folder_of_checkpoint

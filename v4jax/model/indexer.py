@@ -25,7 +25,8 @@ import jax.numpy as jnp
 
 from sharding.counting import running_sum
 from sharding.manual import vary_like
-from v4jax.cache.layer import CacheView, CompressedKV, all_rows, slot_count, some_rows
+from v4jax.cache.layer import CacheView, CompressedKV, slot_count
+from v4jax.cache.rows import all_rows, some_rows
 from v4jax.config import CSA, ModelConfig
 from v4jax.kernels.matmul import dense, precision_of
 from v4jax.model.compressor import Compressor

@@ -133,7 +133,7 @@ def test_every_row_lands_once_and_comes_home():
 
     def local(index_sTK, turn):
         path = route(index_sTK[0], E, holders)
-        names = (jax.lax.axis_index(holders) * 100 + path.assignment_N + 1).astype(jnp.float32)[
+        names = (jax.lax.axis_index(holders) * 100 + path.assignment_A + 1).astype(jnp.float32)[
             :, None
         ]
         moves = window(path, turn, rows)

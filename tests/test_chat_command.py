@@ -1,4 +1,4 @@
-"""`v4jax chat`: the released encoding, a cache that is kept where the text only grew, bad input in one line."""
+"""`v4jax chat`: the released encoding, a cache reused while text grows, bad input in one line."""
 
 import io
 import json
@@ -68,7 +68,7 @@ def talk(monkeypatch, text, *flags):
 
 
 class Script:
-    """In the place of a Row: answers with given texts, and keeps the prompts."""
+    """Stands for a Row: answers with given texts, and keeps the prompts."""
 
     def __init__(self, *texts):
         self.texts, self.prompts = list(texts), []
@@ -87,7 +87,10 @@ class Script:
 
 
 def test_a_kept_row_answers_as_a_fresh_one(params):
-    """Grown text, a few tokens taken back (twice: rings must not be trusted beyond what they still hold), and another beginning."""
+    """The text grows, loses a few tokens twice, and begins anew.
+
+    Rings must not be trusted beyond what they still hold.
+    """
     rng = np.random.default_rng(0)
     row = Row(CFG, params, DecodeConfig(), ROOM)
 
@@ -128,7 +131,10 @@ def test_a_row_on_a_mesh(params):
 
 
 def test_an_untrained_model_is_listened_to_politely(checkpoint, params, monkeypatch, capsys):
-    """Its answers do not parse; the second turn has them as text. The third finds no room, and the end is no failure."""
+    """The model's answers do not parse; the second turn has them as text.
+
+    The third turn does not fit, and the end is no failure.
+    """
     flags = (checkpoint, "--max-new-tokens", 12, "--cache-tokens", 140, "--system", "S", "--json")
     assert talk(monkeypatch, "hi\n\nagain\n" + 140 * "x" + "\n", *flags) == 0
     out, err = capsys.readouterr()
@@ -190,7 +196,10 @@ def test_thinking_is_marked_off_and_dropped_from_earlier_turns(checkpoint, monke
 
 
 def test_what_does_not_parse_is_kept_as_it_stands(checkpoint, monkeypatch, capsys):
-    """Special tokens are shown, and written to the history so that its ids are those that the cache holds."""
+    """Special tokens are shown, and written to the history.
+
+    So its ids are those that the cache holds.
+    """
     script = Script("a<think>b" + EOS, "fine" + EOS)
     monkeypatch.setattr(chat, "Row", script)
     assert talk(monkeypatch, "x\ny", checkpoint) == 0

@@ -1,4 +1,4 @@
-"""generation_config.json: its end tokens end rows, its values are defaults, and flags win."""
+"""generation_config.json: its end tokens end rows, its values are defaults, flags win."""
 
 import argparse
 import io
@@ -41,7 +41,7 @@ def flags_of(directory, *flags):
 
 
 def choice(tmp_path, file, *flags):
-    """What a command does by a generation_config.json and flags."""
+    """What a command does with a generation_config.json and flags."""
     (tmp_path / "generation_config.json").write_text(json.dumps(file))
     return choice_of(flags_of(tmp_path, *flags))
 
@@ -282,7 +282,7 @@ def test_a_special_token_that_only_one_of_both_has_makes_no_other_model(name, tm
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Of a model whose greedy text depends on its prompt; with the tokenizer of a chat."""
+    """A model whose greedy text depends on its prompt, with the tokenizer of a chat."""
     folder = tmp_path_factory.mktemp("choice") / "model"
     params = jax.tree.map(
         lambda a: a if a.ndim < 2 or a.shape[-1] == 2 else a * np.float32(0.1), random_params(MODEL)
@@ -299,7 +299,7 @@ def test_generate_ends_at_all_of_them_and_shows_what_the_file_decides(
     asked = []
 
     def generate(cfg, params, prompts, max_new_tokens, *, stop, decoding, **_):
-        """In the place of the model: says `text`, until it is stopped."""
+        """Stands for the model: says `text`, until it is stopped."""
         asked.append((decoding.sampling, max_new_tokens))
         tokens = TOKENIZER.encode(text)
         end = next((n for n in range(1, len(tokens) + 1) if stop(0, tokens[:n])), None)
@@ -348,7 +348,7 @@ def test_generate_ends_at_all_of_them_and_shows_what_the_file_decides(
 def test_a_chat_ends_at_the_files_tokens_too_and_keeps_the_turn(
     checkpoint, monkeypatch, capsys, tmp_path
 ):
-    """An answer that ends with another token than the format's still is one of the format."""
+    """An answer that ends with another token than the format's still follows the format."""
     other, prompts, allowed = TOKENIZER.encode("~")[0], [], []
 
     class Script:

@@ -1,4 +1,4 @@
-"""--help: every flag of every command has a text of its own, and every choice stands in it."""
+"""--help: every flag of every command has a text of its own, which names every choice."""
 
 import argparse
 import dataclasses
@@ -31,7 +31,7 @@ ALLOWED = {
     "data.chat.too_long": ("error", "drop", "cut"),
     "data.chat.release": ("v4", "0731"),
 }
-"""Fields of a TrainConfig that take one of a few strings, and these."""
+"""Fields of a TrainConfig that take one of a few strings, and those strings."""
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:

@@ -1,4 +1,4 @@
-"""The launcher, and what starts a job."""
+"""The launcher, and how a job starts."""
 
 import re
 import signal

@@ -1,4 +1,7 @@
-"""Beginnings of prompts on disk: what is read gives what is computed; damage, broken writes, limits and other weights are survived."""
+"""Beginnings of prompts on disk: what is read gives what is computed.
+
+The store survives damage, broken writes, limits and other weights.
+"""
 
 import os
 
@@ -35,7 +38,7 @@ def short(monkeypatch):
 
 @pytest.fixture(scope="module")
 def expected(model):
-    """Prompts (the second shares 150 tokens with the first), and what follows them without a store."""
+    """Prompts and what follows them without a store; the second shares 150 tokens of the first."""
     first = np.random.default_rng(3).integers(0, 97, 300).tolist()
     prompts = [first, [*first[:150], *first[:60]], first[:128]]
     chunk, steps.PREFILL_CHUNK = steps.PREFILL_CHUNK, 128
@@ -66,7 +69,10 @@ def same(got, expected):
 
 
 def test_what_is_shared_is_computed_once(model, expected, tmp_path):
-    """300 tokens are two stretches; 150 shared ones are one; 128 alone are none, since what follows them is not known."""
+    """300 tokens are two spans; 150 shared ones are one.
+
+    128 alone are none, since what follows them is not known.
+    """
     store = open_store(model, tmp_path)
     for (prompt, completion), reused, kept in zip(
         [*expected, expected[0]], (0, 128, 0, 256), (256, 0, 0, 0), strict=True
@@ -151,7 +157,7 @@ def test_what_cannot_be_read_is_computed_again(model, expected, tmp_path, monkey
 
 
 def test_the_least_recently_used_go_first(model, expected, tmp_path):
-    """Room for two files: the first stretch of a chain in use outlives its second, and everything older."""
+    """The limit is two files: the first span of a chain in use outlives its second and old ones."""
     (prompt, _), (other, _), *_ = expected
     run(model, prompt, open_store(model, tmp_path))
     size = next(tmp_path.iterdir()).stat().st_size

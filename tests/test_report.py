@@ -1,4 +1,4 @@
-"""metrics.jsonl and --json results are JSON whatever a run measures: null for not finite."""
+"""metrics.jsonl and --json results are JSON whatever a run measures; null if not finite."""
 
 import json
 import math

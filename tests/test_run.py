@@ -1,4 +1,7 @@
-"""A whole run through the public commands: train, stop, resume, score, convert, generate; and bad input, one line each."""
+"""A whole run through the public commands: train, stop, resume, score, convert, generate.
+
+Bad input is one line each.
+"""
 
 import dataclasses
 import hashlib
@@ -262,8 +265,9 @@ from v4jax.data.config import DataConfig
 from v4jax.train.config import TrainConfig
 from v4jax.config import ModelConfig
 def get_config():
-    return TrainConfig(model=ModelConfig.from_json({model!r}), data=DataConfig(source={text!r}), run_dir={run!r}, steps=2,
-                       batch_size=4, seq_len=16, learning_rate=1e-3, warmup_steps=1)
+    model, data = ModelConfig.from_json({model!r}), DataConfig(source={text!r})
+    return TrainConfig(model=model, data=data, run_dir={run!r}, steps=2, batch_size=4, seq_len=16,
+                       learning_rate=1e-3, warmup_steps=1)
 """
 
 
@@ -386,7 +390,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 
 
 def test_a_reader_that_leaves_ends_a_command_quietly():
-    """As in `v4jax cost configs/flash.py | head -0`."""
+    """The case of `v4jax cost configs/flash.py | head -0`."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(

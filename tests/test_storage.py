@@ -52,7 +52,7 @@ def run_of(**changes):
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
-    """Each test runs in a folder of its own, where a path that was misread would show."""
+    """Each test runs in its own folder, where a misread path would show."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)

@@ -2,7 +2,7 @@
 
 The devices need not exist. Weights are never made: the step is lowered from shapes and shardings.
 
-Letters: B sequences of the batch.
+Shapes: B batch.
 
 Next file to read: sharding/audit.py.
 """

@@ -11,9 +11,10 @@ from exports import CFG, PARAMS, write
 from trees import random_params, small_config
 
 import v4jax
-from v4jax import cli
-from v4jax.arguments import parser
 from v4jax.chat.tokens import CHAT_TOKENS, EOS
+from v4jax.cli import main as cli
+from v4jax.cli.commands import parser
+from v4jax.cli.train import sample
 from v4jax.convert import convert
 from v4jax.generate import chat, command
 from v4jax.generate.choice import cache_tokens, choice_of
@@ -396,7 +397,7 @@ def test_the_sample_of_a_run_ends_at_them(tmp_path, monkeypatch):
         sample_prompt="x",
         sample_tokens=3,
     )
-    assert cli._sample(cfg) == {"sample": "xab"}
+    assert sample(cfg) == {"sample": "xab"}
     assert (tmp_path / "sample.txt").read_text() == "xab"
 
 

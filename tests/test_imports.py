@@ -34,7 +34,6 @@ ORDER = [
     "v4jax.planner",
     "v4jax.convert",
     "v4jax.launch",
-    "v4jax.arguments",
     "v4jax.cli",
     "v4jax.__main__",
 ]

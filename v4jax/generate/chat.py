@@ -2,7 +2,7 @@
 
 Each answer is parsed back into a message of the history.
 
-Next file to read: v4jax/cli.py.
+Next file to read: v4jax/cli/main.py.
 """
 
 import functools

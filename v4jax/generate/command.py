@@ -1,6 +1,6 @@
 """Runs `v4jax generate`: checks the flags, loads, continues the prompt, returns or streams text.
 
-The flags are declared in v4jax/arguments.py.
+The flags are declared in v4jax/cli/generate.py.
 
 Next file to read: v4jax/generate/decode.py.
 """

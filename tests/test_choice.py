@@ -21,7 +21,8 @@ from v4jax.generate.choice import cache_tokens, choice_of
 from v4jax.generate.decode import Completion
 from v4jax.generate.sampling import Sampling
 from v4jax.generation_config import with_end_tokens
-from v4jax.tokenizer import ByteTokenizer, disagreement
+from v4jax.tokenizer import ByteTokenizer
+from v4jax.tokenizer.checks import disagreement
 from v4jax.train import loop, prepare
 from v4jax.train.config import TrainConfig
 

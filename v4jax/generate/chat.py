@@ -23,7 +23,8 @@ from v4jax.generate.row import Row
 from v4jax.generate.text import TextStop
 from v4jax.stderr import say
 from v4jax.storage import folder_of_checkpoint
-from v4jax.tokenizer import Tokenizer, disagreement, load_tokenizer, prompt_ids, require_tokens
+from v4jax.tokenizer import Tokenizer, load_tokenizer, prompt_ids
+from v4jax.tokenizer.checks import disagreement, require_tokens
 
 REASONING, ANSWER = "[reasoning]\n", "\n[answer]\n"
 """Headings on the terminal in thinking mode."""

@@ -17,7 +17,8 @@ from v4jax.generate.prefix import PrefixStore, check_store
 from v4jax.generate.text import TextStop
 from v4jax.stderr import say
 from v4jax.storage import folder_of_checkpoint
-from v4jax.tokenizer import check_tokens, disagreement, load_tokenizer, prompt_ids
+from v4jax.tokenizer import check_tokens, load_tokenizer, prompt_ids
+from v4jax.tokenizer.checks import disagreement
 
 
 def run(flags) -> dict | None:

@@ -11,12 +11,12 @@ from reference.weights import random_weights
 from trees import small_config
 
 import v4jax
-from v4jax import cli
 from v4jax.api import place_on
 from v4jax.cache.layer import SPARE_ROWS
 from v4jax.chat.encoding import encode_messages
 from v4jax.chat.tokens import CHAT_TOKENS, EOS
 from v4jax.checkpoint.names import from_official
+from v4jax.cli import main as cli
 from v4jax.generate import chat, steps
 from v4jax.generate.decode import Completion, generate
 from v4jax.generate.row import Row

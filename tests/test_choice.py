@@ -11,16 +11,18 @@ from exports import CFG, PARAMS, write
 from trees import random_params, small_config
 
 import v4jax
-from v4jax import cli
-from v4jax.arguments import parser
 from v4jax.chat.tokens import CHAT_TOKENS, EOS
+from v4jax.cli import main as cli
+from v4jax.cli.commands import parser
+from v4jax.cli.train import sample
 from v4jax.convert import convert
 from v4jax.generate import chat, command
 from v4jax.generate.choice import cache_tokens, choice_of
 from v4jax.generate.decode import Completion
 from v4jax.generate.sampling import Sampling
 from v4jax.generation_config import with_end_tokens
-from v4jax.tokenizer import ByteTokenizer, disagreement
+from v4jax.tokenizer import ByteTokenizer
+from v4jax.tokenizer.checks import disagreement
 from v4jax.train import loop, prepare
 from v4jax.train.config import TrainConfig
 
@@ -396,7 +398,7 @@ def test_the_sample_of_a_run_ends_at_them(tmp_path, monkeypatch):
         sample_prompt="x",
         sample_tokens=3,
     )
-    assert cli._sample(cfg) == {"sample": "xab"}
+    assert sample(cfg) == {"sample": "xab"}
     assert (tmp_path / "sample.txt").read_text() == "xab"
 
 

@@ -18,11 +18,11 @@ from safetensors import safe_open
 from trees import random_params, small_config
 
 import v4jax.convert
-from v4jax import cli
 from v4jax.checkpoint import load_safetensors, official_names, save_safetensors, to_official
 from v4jax.checkpoint.files import headers_of, read_tensor
 from v4jax.checkpoint.formats import FORMATS, decode
 from v4jax.checkpoint.load import open_safetensors
+from v4jax.cli import main as cli
 from v4jax.convert import compare, convert, open_checkpoint
 
 CFG = small_config(

@@ -10,9 +10,9 @@ import tyro
 from trees import small_config
 
 from sharding.rules import LAYOUTS
-from v4jax.arguments import COMMANDS, parser
 from v4jax.chat.encoding import MODES
 from v4jax.checkpoint.formats import FORMATS as EXPORTS
+from v4jax.cli.commands import COMMANDS, parser
 from v4jax.data.config import FORMATS, Source
 from v4jax.train.config import TrainConfig
 from v4jax.train.stages import Stage

@@ -35,7 +35,6 @@ ORDER = [
     "v4jax.planner",
     "v4jax.convert",
     "v4jax.launch",
-    "v4jax.arguments",
     "v4jax.cli",
     "v4jax.__main__",
 ]
@@ -45,8 +44,9 @@ FILES = {
     for path in (ROOT / package).rglob("*.py")
     if path.name != "__init__.py"
 }
-# The one package whose names the rest imports without naming a file; configs of users do so too.
-FILES["v4jax.config"] = ROOT / "v4jax/config/__init__.py"
+# The packages whose names the rest imports without naming a file; users do so too.
+for package in ("config", "tokenizer"):
+    FILES[f"v4jax.{package}"] = ROOT / "v4jax" / package / "__init__.py"
 
 
 def room(name):

@@ -16,9 +16,9 @@ from commands import programs_compiled_here
 from trees import random_params, small_config
 
 import v4jax
-from v4jax import cli
 from v4jax.checkpoint.checksums import damage, write_sums
 from v4jax.checkpoint.store import Store
+from v4jax.cli import main as cli
 from v4jax.data.config import DataConfig
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train

@@ -14,7 +14,7 @@ from test_mesh import CFG
 
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import layout_for
-from v4jax import cli
+from v4jax.cli import main as cli
 from v4jax.generate.cache import cache_shardings, decoding_rules, empty_cache
 from v4jax.planner import report_layout
 from v4jax.planner.estimate import estimate

@@ -16,7 +16,9 @@ import v4jax
 from sharding.axes import ARRAYS, LOGICAL_AXES
 from sharding.params import named_shardings
 from sharding.rules import LAYOUTS, AxisRules, layout, layout_for
-from v4jax import api, cli
+from v4jax import api
+from v4jax.cli import main as cli
+from v4jax.cli.train import sample
 from v4jax.data.config import DataConfig
 from v4jax.model.init import abstract_params, param_axes
 from v4jax.planner.command import Request, examine, look_for
@@ -371,7 +373,7 @@ def test_a_run_samples_exports_resumes_and_is_scored_in_it(tmp_path, capsys):
     one, own = ([line["loss"] for line in read_metrics(tmp_path / run)] for run in ("one", "own"))
     assert len(one) == 3 and own == pytest.approx(one, rel=1e-5)
     asks = dataclasses.replace(ours, sample_prompt="the", sample_tokens=2)
-    assert cli._sample(asks)["sample"].startswith("the")
+    assert sample(asks)["sample"].startswith("the")
 
     np.save(tmp_path / "tokens.npy", np.arange(16).reshape(2, 8))
     score = f"score {tmp_path}/own/export --tokens {tmp_path}/tokens.npy --out {tmp_path}"

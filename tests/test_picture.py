@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from v4jax import cli
+from v4jax.cli import main as cli
 
 LAYER_NAMES = (
     "load_max",

@@ -20,8 +20,8 @@ import v4jax
 from sharding import processes
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import layout_for
-from v4jax import cli
 from v4jax.checkpoint.names import to_official
+from v4jax.cli import main as cli
 from v4jax.config import ModelConfig, RopeScaling
 from v4jax.context import Context
 from v4jax.data.config import DataConfig

@@ -9,7 +9,7 @@ import tomllib
 import pytest
 from commands import ROOT, run
 
-from v4jax import cli
+from v4jax.cli import main as cli
 from v4jax.python_files import call
 
 GOOD = """

@@ -18,8 +18,9 @@ import pytest
 from trees import random_params, small_config
 
 import v4jax
-from v4jax import cli
 from v4jax.checkpoint.store import Store
+from v4jax.cli import main as cli
+from v4jax.cli.train import sample
 from v4jax.data.config import DataConfig
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
@@ -77,7 +78,7 @@ def test_a_run_learns_and_leaves_everything_behind(finished):
     assert summary["held_out_nll"] < summary["unigram_nll"]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").iterdir())
-    assert cli._sample(cfg)["sample"] == (run / "sample.txt").read_text()
+    assert sample(cfg)["sample"] == (run / "sample.txt").read_text()
     assert (run / "sample.txt").read_text().startswith("the")
     exported_cfg, exported = v4jax.load(run / "export")
     assert exported_cfg == cfg.model

@@ -14,7 +14,7 @@ import pytest
 from trees import random_params, small_config
 
 import v4jax
-from v4jax import cli
+from v4jax.cli import main as cli
 from v4jax.convert import convert
 from v4jax.data.config import DataConfig, tokenizer_of
 

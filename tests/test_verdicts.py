@@ -21,7 +21,8 @@ from sharding.rules import layout_for
 from v4jax.chat.tokens import CHAT_TOKENS
 from v4jax.checkpoint.store import Store
 from v4jax.data.config import DataConfig, Source
-from v4jax.tokenizer import ByteTokenizer, tokens_in
+from v4jax.tokenizer import ByteTokenizer
+from v4jax.tokenizer.table import tokens_in
 from v4jax.train import loop
 from v4jax.train.config import TrainConfig
 from v4jax.train.finite import not_finite

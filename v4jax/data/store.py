@@ -30,7 +30,9 @@ from v4jax.data.listing import Listing, Listings
 from v4jax.data.records import read_records, read_texts
 from v4jax.stderr import say
 from v4jax.storage import local_path
-from v4jax.tokenizer import Tokenizer, document_ids, require_tokens, without_marks
+from v4jax.tokenizer import Tokenizer, document_ids
+from v4jax.tokenizer.checks import require_tokens
+from v4jax.tokenizer.documents import without_marks
 
 _VERSION = 2
 _SOURCES = "sources.json"

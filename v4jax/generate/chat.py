@@ -2,7 +2,7 @@
 
 Each answer is parsed back into a message of the history.
 
-Next file to read: v4jax/cli.py.
+Next file to read: v4jax/cli/main.py.
 """
 
 import functools
@@ -24,7 +24,8 @@ from v4jax.generate.steps import DecodeConfig
 from v4jax.generate.text import TextStop
 from v4jax.stderr import say
 from v4jax.storage import folder_of_checkpoint
-from v4jax.tokenizer import Tokenizer, disagreement, load_tokenizer, prompt_ids, require_tokens
+from v4jax.tokenizer import Tokenizer, load_tokenizer, prompt_ids
+from v4jax.tokenizer.checks import disagreement, require_tokens
 
 REASONING, ANSWER = "[reasoning]\n", "\n[answer]\n"
 """Headings on the terminal in thinking mode."""

@@ -1,7 +1,7 @@
 """Running sums of counts as matrix products: exact, and fast to compile and run on every platform.
 
 XLA:TPU takes seconds to compile one sort or one long cumsum, and a model has dozens of them. A
-product with a triangle of ones compiles in a fraction of that (benchmarks/README.md).
+product with a triangle of ones compiles in a fraction of that (docs/reports/2026-11.md).
 
 Letters: N elements, E kinds.
 

@@ -50,7 +50,7 @@ from sharding.rules import AxisRules
 AT_ONCE = 4
 """Blocks in one batched product on XLA:CPU; the number of blocks is a multiple of it.
 
-One block alone is too small a product to keep two cores busy (benchmarks/README.md)."""
+One block alone is too small a product to keep two cores busy (docs/reports/2026-11.md)."""
 
 
 class Groups(NamedTuple):

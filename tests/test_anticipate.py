@@ -10,7 +10,7 @@ from trees import random_params, small_config
 
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules, layout_for
-from v4jax.model.segments import Collect
+from v4jax.context import Collect, Context
 from v4jax.train.anticipate import RoutedBatchQueue, choose_experts, compile_choice
 from v4jax.train.config import TrainConfig
 from v4jax.train.loss import loss_and_routing
@@ -89,7 +89,7 @@ def chosen_by():
     choose = jax.jit(functools.partial(choose_experts, CFG, AxisRules()))
     run = jax.jit(
         lambda params, chosen: loss_and_routing(
-            MODEL, params, batch, chosen=chosen, collect=Collect(watch=True)
+            MODEL, params, batch, Context(collect=Collect(watch=True)), chosen=chosen
         )
     )
     return batch, params, [choose(one, batch) for one in params], run

@@ -19,14 +19,15 @@ from trees import small_config
 from sharding.matrices import on_whole_matrices
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules
+from v4jax.context import Context, SparseMode
 from v4jax.generate.sampling import Sampling, choose_token
+from v4jax.model.balance import balance_loss, expert_share
 from v4jax.model.hyper import mixing_logits, sinkhorn
 from v4jax.model.indexer import index_loss
-from v4jax.model.moe import balance_loss, expert_share, gate_weights, router_scores
+from v4jax.model.init import init_params
 from v4jax.model.norm import rms_norm
+from v4jax.model.router import gate_weights, router_scores
 from v4jax.model.segments import Segments
-from v4jax.model.transformer import init_params
-from v4jax.model.weights import SparseMode
 from v4jax.quant import fake
 from v4jax.train.loss import loss_and_routing
 from v4jax.train.muon import (
@@ -272,7 +273,8 @@ def gradients():
     @jax.jit
     def run(params, batch):
         def value(params):
-            return loss_and_routing(cfg, params, batch, sparse=SparseMode(train_indexer=True))
+            ctx = Context(sparse=SparseMode(train_indexer=True))
+            return loss_and_routing(cfg, params, batch, ctx)
 
         (loss, (metrics, _)), grads = jax.value_and_grad(value, has_aux=True)(params)
         return loss, metrics, grads

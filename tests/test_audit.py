@@ -62,7 +62,8 @@ def test_a_loop_counts_as_often_as_it_runs():
 def test_a_collective_spread_over_fusions_counts_once():
     """As XLA:TPU writes a gather that starts before a loop, goes on beside the products in it, and is done behind it."""
     gather = (
-        "f32[8,4]{1,0} all-gather(%param_0), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, "
+        "f32[8,4]{1,0} all-gather(%param_0), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, "
+        "dimensions={0}, "
         'use_global_device_ids=true, frontend_attributes={chain_id="12"}'
     )
     text = f"""HloModule spread
@@ -128,7 +129,10 @@ def test_a_loop_of_unknown_length_is_refused():
     ],
 )
 def test_groups_in_every_form_that_xla_writes(written, groups):
-    line = f"  %x = f32[8]{{0}} all-gather(%y), channel_id=1, replica_groups={written}, dimensions={{0}}"
+    line = (
+        f"  %x = f32[8]{{0}} all-gather(%y), channel_id=1, replica_groups={written}, "
+        f"dimensions={{0}}"
+    )
     assert _groups(line, 8).tolist() == groups
 
 

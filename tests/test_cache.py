@@ -14,6 +14,7 @@ import v4jax
 from configs import models as models_of_configs
 from v4jax.cache.layer import SPARE_ROWS, ChunkSpan, CompressedKV, keep_rows
 from v4jax.checkpoint.names import from_official
+from v4jax.context import Context
 from v4jax.cost import cost, deepseek_v32, gqa8
 from v4jax.generate.cache import draft, empty_cache, extend, logits_of, split_layers
 from v4jax.model import indexer
@@ -255,7 +256,7 @@ def test_packed_storage_changes_nothing():
     @jax.jit
     def go(cache, count_B):
         chunk, cache = extend(
-            cfg, params, cache, tokens, count_B, dtype=jnp.bfloat16, quant="official"
+            cfg, params, cache, tokens, count_B, Context(dtype=jnp.bfloat16, quant="official")
         )
         return chunk.x_BTD, cache
 

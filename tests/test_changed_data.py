@@ -238,7 +238,8 @@ def test_weights_that_go_with_other_tokens_are_refused(folder, tmp_path):
     path.write_text(path.read_text().replace(f'"content": "{BOS_TOKEN}"', '"content": "<s>"'))
     with pytest.raises(
         ValueError,
-        match=f"init_from: .* has another tokenizer: id 0 is '<s>' there, '{re.escape(BOS_TOKEN)}' here",
+        match=f"init_from: .* has another tokenizer: id 0 is '<s>' there, "
+        f"'{re.escape(BOS_TOKEN)}' here",
     ):
         check_source_tokens(cfg, BYTES)
 

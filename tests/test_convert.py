@@ -240,8 +240,14 @@ def test_bad_requests_leave_nothing(sources, tmp_path):
 
 @pytest.mark.parametrize("format", ["safetensors", "orbax"])
 def test_a_killed_conversion_goes_on_where_it_was(sources, tmp_path, format):
-    code = "import v4jax.convert as c; c._GROUP_BYTES = 30_000; "  # or all of this small model would be one group
-    code += f"c.convert({str(sources / 'official')!r}, {str(tmp_path / 'out')!r}, {format!r}, max_file_bytes=300_000)"
+    code = (
+        "import v4jax.convert as c; c._GROUP_BYTES = "
+        "30_000; "
+    )  # or all of this small model would be one group
+    code += (
+        f"c.convert({str(sources / 'official')!r}, {str(tmp_path / 'out')!r}, {format!r}, "
+        f"max_file_bytes=300_000)"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=os.environ | {"JAX_PLATFORMS": "cpu"}
     )

@@ -55,7 +55,7 @@ def same(left, right):
     )
 
 
-# ---- configuration ---------------------------------------------------------------------------------------------------
+# ---- configuration -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_config_is_hashable_and_picks_the_tokenizer(tmp_path):
     assert isinstance(tokenizer_of(DataConfig(tokenizer=str(tmp_path))), ByteTokenizer)
 
 
-# ---- documents -------------------------------------------------------------------------------------------------------
+# ---- documents -----------------------------------------------------------------------------------
 
 
 def test_documents_are_all_files_that_hold_text_sorted(folder, cfg):
@@ -160,7 +160,7 @@ def test_each_side_of_the_split_has_a_document(held_out):
     assert len(train) == len(held) == 1
 
 
-# ---- training batches ------------------------------------------------------------------------------------------------
+# ---- training batches ----------------------------------------------------------------------------
 
 
 def test_batches_hold_int32_tokens_and_segments_counted_from_one(cfg):
@@ -268,7 +268,7 @@ def test_sizes_are_checked_before_anything_is_read(batches, change, text):
         batches(DataConfig(source="/no/such/folder"), BYTES, **(SIZES | change))
 
 
-# ---- resume ----------------------------------------------------------------------------------------------------------
+# ---- resume --------------------------------------------------------------------------------------
 
 
 def test_resume_from_any_step_is_exact_also_through_json(cfg):
@@ -354,7 +354,7 @@ def test_resume_on_other_data_or_sizes_is_refused(folder, cfg):
         train_batches(cfg, BYTES, **SIZES).set_state(state)
 
 
-# ---- held out --------------------------------------------------------------------------------------------------------
+# ---- held out ------------------------------------------------------------------------------------
 
 
 def test_held_out_batches_hold_every_held_out_token_once(cfg):
@@ -400,7 +400,7 @@ def test_no_held_out_text_is_trained_on(tmp_path):
     assert len(held) >= 5 and not held & train
 
 
-# ---- unigram ---------------------------------------------------------------------------------------------------------
+# ---- unigram -------------------------------------------------------------------------------------
 
 
 def batch_of(tokens, ids):

@@ -15,10 +15,11 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.params import named_shardings
 from sharding.rules import layout_for
 from v4jax.checkpoint.names import from_official
+from v4jax.context import Context
 from v4jax.generate.cache import decoding_rules, empty_cache, extend, logits_of, split_layers
 from v4jax.generate.decode import DecodeConfig, generate
 from v4jax.model import indexer
-from v4jax.model.transformer import abstract_params, param_axes
+from v4jax.model.init import abstract_params, param_axes
 
 CFG = small_config(
     compress_ratios=(4, 128, 0),
@@ -57,7 +58,7 @@ def step(rules, params, cache, tokens_BT):
         cache,
         tokens_BT,
         jnp.full(len(tokens_BT), tokens_BT.shape[1], jnp.int32),
-        rules=rules,
+        Context(rules=rules),
     )
     return logits_of(params, chunk.x_BTD, rules), cache
 

@@ -13,6 +13,7 @@ import v4jax
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules, layout_for
 from v4jax.checkpoint.names import from_official
+from v4jax.context import Context
 from v4jax.quant import fake, fp8, mxfp4
 from v4jax.train.loss import loss_and_routing
 
@@ -187,7 +188,7 @@ def test_blocks_are_the_same_on_a_mesh():
         return jax.jit(
             jax.value_and_grad(
                 lambda p: loss_and_routing(
-                    cfg, p, {"tokens": tokens}, rules=rules, quant="official"
+                    cfg, p, {"tokens": tokens}, Context(rules=rules, quant="official")
                 )[0]
             )
         )

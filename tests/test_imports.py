@@ -23,6 +23,7 @@ ORDER = [
     "v4jax.chat",
     "v4jax.quant",
     "v4jax.kernels",
+    "v4jax.context",
     "v4jax.cache",
     "v4jax.model",
     "v4jax.checkpoint",
@@ -44,6 +45,8 @@ FILES = {
     for path in (ROOT / package).rglob("*.py")
     if path.name != "__init__.py"
 }
+# The one package whose names the rest imports without naming a file; configs of users do so too.
+FILES["v4jax.config"] = ROOT / "v4jax/config/__init__.py"
 
 
 def room(name):

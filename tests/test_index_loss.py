@@ -18,9 +18,9 @@ from trees import small_config
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules, layout_for
 from v4jax.checkpoint.names import from_official
+from v4jax.context import Context, SparseMode
 from v4jax.model import attention
-from v4jax.model.transformer import abstract_params
-from v4jax.model.weights import SparseMode
+from v4jax.model.init import abstract_params
 from v4jax.train.loss import loss_and_routing
 
 ONE = small_config(
@@ -39,14 +39,14 @@ SEGMENTS = np.repeat([[1, 2, 3, 0]], [3, 40, 20, 7], axis=1).repeat(2, 0).astype
 
 @functools.partial(jax.jit, static_argnums=1)
 def metrics_of(params, sparse, batch):
-    return loss_and_routing(ONE, params, batch, sparse=sparse)[1][0]
+    return loss_and_routing(ONE, params, batch, Context(sparse=sparse))[1][0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def run(cfg, params, batch, sparse):
     """(metrics, gradients of the training objective)."""
     (_, aux), grads = jax.value_and_grad(
-        lambda p: loss_and_routing(cfg, p, batch, sparse=sparse), has_aux=True
+        lambda p: loss_and_routing(cfg, p, batch, Context(sparse=sparse)), has_aux=True
     )(params)
     return aux[0], grads
 
@@ -81,7 +81,7 @@ def test_the_loss_is_the_equation(form, packed, monkeypatch):
     batch = {"tokens": jnp.asarray(TOKENS)} | (
         {"segment_ids": jnp.asarray(segments)} if packed else {}
     )
-    metrics = metrics_of(PARAMS, SparseMode(form == "dense", True), batch)
+    metrics = metrics_of(PARAMS, SparseMode(dense=form == "dense", train_indexer=True), batch)
     kl, uniform = expected_loss(TOKENS, segments, form == "dense")
     assert float(metrics["index_kl"]) == pytest.approx(kl, rel=2e-5)  # float32 against float64
     assert float(metrics["index_kl_uniform"]) == pytest.approx(uniform, rel=2e-5)
@@ -92,7 +92,10 @@ def test_where_everything_is_chosen_both_losses_agree():
     """Rows of 4 * topk tokens have topk entries: all are chosen."""
     batch = {"tokens": jnp.asarray(TOKENS[:, :16])}
     run.clear_cache()
-    dense, sparse = (run(ONE, PARAMS, batch, SparseMode(dense, True)) for dense in (True, False))
+    dense, sparse = (
+        run(ONE, PARAMS, batch, SparseMode(dense=dense, train_indexer=True))
+        for dense in (True, False)
+    )
     for a, b in zip(jax.tree.leaves(dense), jax.tree.leaves(sparse), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -102,7 +105,8 @@ def test_only_the_indexer_learns_from_it(dense):
     batch = {"tokens": jnp.asarray(TOKENS), "segment_ids": jnp.asarray(SEGMENTS)}
     run.clear_cache()
     (plain_metrics, plain), (metrics, taught) = (
-        run(ONE, PARAMS, batch, SparseMode(dense, train_indexer)) for train_indexer in (False, True)
+        run(ONE, PARAMS, batch, SparseMode(dense=dense, train_indexer=train_indexer))
+        for train_indexer in (False, True)
     )
     assert float(metrics["nll"]) == pytest.approx(float(plain_metrics["nll"]), rel=1e-6)
     moved = 0
@@ -120,9 +124,10 @@ def test_no_array_is_quadratic_in_the_length(monkeypatch):
     monkeypatch.setattr(attention, "CHUNK_BYTES", 2**16)
     seq, tokens = 1432, jax.ShapeDtypeStruct((2, 1432), jnp.int32)
     for dense in (False, True):
+        ctx = Context(sparse=SparseMode(dense=dense, train_indexer=True))
 
-        def loss(params, tokens, sparse=SparseMode(dense, True)):
-            return loss_and_routing(SMALL, params, {"tokens": tokens}, sparse=sparse, remat=True)[0]
+        def loss(params, tokens, ctx=ctx):
+            return loss_and_routing(SMALL, params, {"tokens": tokens}, ctx, remat=True)[0]
 
         found = set(shapes(jax.make_jaxpr(jax.grad(loss))(abstract_params(SMALL), tokens).jaxpr))
         assert any(seq in shape for shape in found)
@@ -144,7 +149,10 @@ def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh, layout, dense):
         return jax.jit(
             jax.value_and_grad(
                 lambda p: loss_and_routing(
-                    MODEL, p, batch, rules=rules, sparse=SparseMode(dense, True)
+                    MODEL,
+                    p,
+                    batch,
+                    Context(rules=rules, sparse=SparseMode(dense=dense, train_indexer=True)),
                 )[::-1][0][0]["index_kl"]
             )
         )

@@ -433,7 +433,7 @@ def test_the_record_is_left_as_it_was():
     assert json.dumps(record) == before
 
 
-# ---- keys beside the messages ---------------------------------------------------------------------
+# ---- keys beside the messages --------------------------------------------------------------------
 
 
 def chat_file(path, *records):

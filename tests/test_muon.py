@@ -8,7 +8,7 @@ from reference import muon as reference
 from trees import random_params, small_config
 
 from v4jax.checkpoint.names import official_names
-from v4jax.model.moe import Routing
+from v4jax.model.router import Routing
 from v4jax.train.balance import update_bias
 from v4jax.train.muon import clip_apart, newton_schulz, optimizer, optimizer_of
 from v4jax.train.schedule import learning_rate

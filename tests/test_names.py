@@ -18,7 +18,7 @@ from v4jax.checkpoint import (
     transformers_to_official,
 )
 from v4jax.checkpoint.names import official_shapes
-from v4jax.model.transformer import abstract_params
+from v4jax.model.init import abstract_params
 
 CONFIGS = {
     "small": small_config(),
@@ -71,7 +71,7 @@ def cfg(request):
     return request.param
 
 
-# ---- names -----------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 def test_names_are_the_official_ones(cfg):
@@ -177,7 +177,7 @@ def test_official_names_are_left_alone(cfg):
     assert all(transformers_to_official(name) == name for name in official_names(cfg))
 
 
-# ---- trees -----------------------------------------------------------------------------------------------------------
+# ---- trees ---------------------------------------------------------------------------------------
 
 
 def test_official_orientation():

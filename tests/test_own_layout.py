@@ -18,7 +18,7 @@ from sharding.params import named_shardings
 from sharding.rules import LAYOUTS, AxisRules, layout, layout_for
 from v4jax import api, cli
 from v4jax.data.config import DataConfig
-from v4jax.model.transformer import abstract_params, param_axes
+from v4jax.model.init import abstract_params, param_axes
 from v4jax.planner.command import Request, examine, look_for
 from v4jax.planner.hardware import hardware_of
 from v4jax.planner.page import page_data
@@ -69,7 +69,8 @@ def test_a_layout_is_frozen_and_shows_how_it_was_made():
         ({"act_batch": ("data", 3)}, "act_batch: got .*; must be mesh axes"),
         (
             {"act_batch": "data", "act_heads": "data"},
-            "'data' is used twice by an array with axes act_batch, act_seq, act_heads: by act_batch and act_heads",
+            "'data' is used twice by an array with axes act_batch, act_seq, act_heads: by "
+            "act_batch and act_heads",
         ),
         (
             {"act_batch": "data", "index_heads": "data"},

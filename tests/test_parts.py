@@ -27,8 +27,8 @@ from v4jax.kernels.expert_ffn import (
 from v4jax.kernels.matmul import dense
 from v4jax.model.hyper import Mix, balanced, collapse, expand, sinkhorn
 from v4jax.model.indexer import top_k_mask
-from v4jax.model.moe import balanced_table, router_scores
 from v4jax.model.rotary import Rotation, rotate
+from v4jax.model.router import balanced_table, router_scores
 
 LIMIT = 2.0
 

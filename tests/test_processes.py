@@ -23,6 +23,7 @@ from sharding.rules import layout_for
 from v4jax import cli
 from v4jax.checkpoint.names import to_official
 from v4jax.config import ModelConfig, RopeScaling
+from v4jax.context import Context
 from v4jax.data.config import DataConfig
 from v4jax.launch import _environment, _free_port
 from v4jax.train.config import TrainConfig
@@ -56,7 +57,7 @@ MODEL = ModelConfig(
 MESHES = "data=8", "data=2,expert=2,tensor=2", "tensor=8", "context=8"
 
 
-# ---- one job of 2 processes x 4 devices against 8 devices here -------------------------------------------------------
+# ---- one job of 2 processes x 4 devices against 8 devices here -----------------------------------
 
 
 def global_batch() -> dict[str, np.ndarray]:
@@ -88,7 +89,8 @@ def losses_and_tensors() -> dict[str, np.ndarray]:
             found[f"{spec} batch"] = processes.gather(batch["tokens"])
             if spec in ("tensor=8", "context=8"):  # compiling a loss takes long
                 continue
-            loss = jax.jit(lambda p, b, rules=rules: loss_and_routing(model, p, b, rules=rules)[0])
+            ctx = Context(rules=rules)
+            loss = jax.jit(lambda p, b, ctx=ctx: loss_and_routing(model, p, b, ctx)[0])
             found[f"{spec} loss"] = np.asarray(loss(params, batch), np.float64)
     odd = np.arange(48, dtype=np.float32).reshape(2, 8, 3)
     odd[0, 0], odd[1, 5] = -0.0, np.nan
@@ -145,7 +147,7 @@ def test_two_processes_hold_the_rows_and_compute_the_losses_of_one(tmp_path):
         assert rows == [[4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3]] * 2 + [list(range(8))] * 2
 
 
-# ---- whole runs ------------------------------------------------------------------------------------------------------
+# ---- whole runs ----------------------------------------------------------------------------------
 
 
 CONFIG = """

@@ -10,9 +10,10 @@ from test_mesh import SMALL as MODEL
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import layout_for
 from v4jax.checkpoint.names import from_official
+from v4jax.context import Context, SparseMode
 from v4jax.model import attention
-from v4jax.model.transformer import abstract_params, forward
-from v4jax.model.weights import SparseMode
+from v4jax.model.forward import forward
+from v4jax.model.init import abstract_params
 from v4jax.train.loss import loss_and_routing
 
 
@@ -49,7 +50,7 @@ def test_float32_products_are_float32_on_every_platform(dtype):
 
     def loss(params, tokens):
         return loss_and_routing(
-            MODEL, params, {"tokens": tokens}, dtype=dtype, sparse=train_indexer
+            MODEL, params, {"tokens": tokens}, Context(dtype=dtype, sparse=train_indexer)
         )[0]
 
     jaxpr = jax.make_jaxpr(jax.grad(loss))(

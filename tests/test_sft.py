@@ -58,7 +58,7 @@ TURNS = [
 ]
 
 
-# ---- what is learned -------------------------------------------------------------------------------------------------
+# ---- what is learned -----------------------------------------------------------------------------
 
 
 def test_learned_is_what_the_assistant_wrote():
@@ -126,7 +126,7 @@ def test_tokens_are_those_of_the_whole_text(tmp_path):
     assert 2 in ids
 
 
-# ---- files and rows --------------------------------------------------------------------------------------------------
+# ---- files and rows ------------------------------------------------------------------------------
 
 
 def write(path, records):
@@ -194,7 +194,8 @@ def test_conversations_longer_than_a_row(tmp_path, too_long, most):
     )
     with pytest.raises(
         ValueError,
-        match=r"chat.jsonl:29: this conversation has 38 tokens, and a row holds 22; raise seq_len, or set chat.too_long",
+        match=r"chat.jsonl:29: this conversation has 38 tokens, and a row holds 22; raise "
+        r"seq_len, or set chat.too_long",
     ):
         train_batches(cfg, CHAT, 22, 2, vocab_size=280)
     cfg = dataclasses.replace(cfg, chat=ChatFormat(too_long=too_long))
@@ -224,19 +225,23 @@ def test_conversations_longer_than_a_row(tmp_path, too_long, most):
             r"chat.jsonl:3: messages: no assistant message to learn from",
         ),
         (
-            '{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x=1"}}]}]}',
+            '{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", '
+            '"arguments": "x=1"}}]}]}',
             r"chat.jsonl:3: message 0: got arguments 'x=1'; must be an object, or its JSON text",
         ),
         (
-            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "thought": "z"}]}',
-            r"chat.jsonl:3: message 1: got key 'thought', which would be lost; assistant messages may have role, content, task",
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": '
+            '"y", "thought": "z"}]}',
+            r"chat.jsonl:3: message 1: got key 'thought', which would be lost; assistant "
+            r"messages may have role, content, task",
         ),
         (
             '{"messages": [{"role": "assistant", "content": "x"}]}',
             r"chat.jsonl:3: message 0: this assistant message would not follow",
         ),
         (
-            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}], "thinking_mode": "deep"}',
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": '
+            '"x"}], "thinking_mode": "deep"}',
             r"chat.jsonl:3: thinking_mode: got 'deep'",
         ),
     ],
@@ -249,7 +254,7 @@ def test_broken_conversations_are_named_by_file_and_line(tmp_path, line, words):
         train_batches(cfg, CHAT, **SIZES)
 
 
-# ---- conversations of which nothing is learned -----------------------------------------------------------------------
+# ---- conversations of which nothing is learned ---------------------------------------------------
 
 
 def asked_for(prompt, **answer):
@@ -522,7 +527,7 @@ def test_settings_that_do_not_fit_conversations_are_refused(cfg):
             ChatFormat(**change)
 
 
-# ---- loss and run ----------------------------------------------------------------------------------------------------
+# ---- loss and run --------------------------------------------------------------------------------
 
 
 def test_loss_is_over_learned_tokens_only():

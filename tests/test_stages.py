@@ -12,9 +12,9 @@ from trees import small_config
 
 from configs.demo import get_config
 from v4jax.checkpoint.store import Store
+from v4jax.context import SparseMode
 from v4jax.data.config import DataConfig
-from v4jax.model.transformer import abstract_params
-from v4jax.model.weights import SparseMode
+from v4jax.model.init import abstract_params
 from v4jax.planner.plan import plan
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
@@ -107,10 +107,10 @@ def test_the_plan():
         (4, 48, "sparse"),
     ]
     assert [sparse_mode(view) for view in views] == [
-        SparseMode(True, False),
-        SparseMode(True, False),
-        SparseMode(True, True),
-        SparseMode(False, True),
+        SparseMode(dense=True, train_indexer=False),
+        SparseMode(dense=True, train_indexer=False),
+        SparseMode(dense=True, train_indexer=True),
+        SparseMode(dense=False, train_indexer=True),
     ]
     late = dataclasses.replace(cfg, stages=(Stage(after=5, mtp=0.1),))
     assert (stage_at(late, 4).loss.mtp, stage_at(late, 5).loss.mtp) == (0.3, 0.1)

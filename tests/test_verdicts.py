@@ -67,7 +67,7 @@ def write_sources(home: pathlib.Path) -> None:
     ByteTokenizer(CHAT_TOKENS).save(home / "chat")
 
 
-# ---- one process -------------------------------------------------------------------------------
+# ---- one process ---------------------------------------------------------------------------------
 
 
 def test_one_process_agrees_with_itself():
@@ -199,7 +199,7 @@ def test_a_rollback_that_finds_only_damage_fails_the_run(rolling_back):
         back()
 
 
-# ---- two processes -----------------------------------------------------------------------------
+# ---- two processes -------------------------------------------------------------------------------
 
 
 WORKER = """

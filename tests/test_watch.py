@@ -9,7 +9,7 @@ import numpy as np
 from trees import random_params, small_config
 
 from v4jax.model.hyper import Mix
-from v4jax.model.moe import Routing
+from v4jax.model.router import Routing
 from v4jax.model.watch import measure, merge, spectral_norm
 from v4jax.train.watch import group_of, plain, rms_by_group, watched
 

@@ -13,7 +13,7 @@ import numpy as np
 from sharding.processes import gather, is_first
 from v4jax.api import load, place_on
 from v4jax.config import ModelConfig
-from v4jax.model.transformer import forward
+from v4jax.model.forward import forward
 from v4jax.quant.fake import check_quant
 from v4jax.storage import file_to_write, local_path
 from v4jax.tokenizer import check_tokens

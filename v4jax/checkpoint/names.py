@@ -22,7 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from v4jax.config import CSA, WINDOW_ONLY, LayerKind, ModelConfig
-from v4jax.model.transformer import abstract_params
+from v4jax.model.init import abstract_params
 
 # (where it exists, official name, path in the tree, transposed). {layer} is layers.N or mtp.0,
 # {block} its place in the tree, {e} an expert.

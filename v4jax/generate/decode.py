@@ -29,6 +29,7 @@ from sharding.processes import gather
 from sharding.rules import AxisRules
 from v4jax.cache.layer import ChunkSpan
 from v4jax.config import ModelConfig
+from v4jax.context import Context
 from v4jax.generate.cache import (
     Cache,
     check_storage,
@@ -96,9 +97,9 @@ class DecodeConfig(NamedTuple):
     steps: int = STEPS
 
     @property
-    def compute(self) -> dict:
-        """Keyword arguments of `extend` and `draft`."""
-        return {"rules": self.rules, "dtype": self.dtype, "quant": self.quant}
+    def ctx(self) -> Context:
+        """What the network needs."""
+        return Context(rules=self.rules, dtype=self.dtype, quant=self.quant)
 
     @property
     def formats(self) -> list:
@@ -381,12 +382,12 @@ def _continue(cfg, decoding: DecodeConfig, params, cache, tokens_BU, left_B, las
     """
     size, start_B = tokens_BU.shape[1] - 1, cache.length_B
     count_B = jnp.clip(left_B, 0, size)
-    chunk, cache = extend(cfg, params, cache, tokens_BU[:, :-1], count_B, **decoding.compute)
+    chunk, cache = extend(cfg, params, cache, tokens_BU[:, :-1], count_B, decoding.ctx)
     states = (chunk.x_BTD, chunk.streams_BTXD if decoding.speculative else None)
     if decoding.speculative:
         known = ChunkSpan(start_B, jnp.clip(left_B - 1, 0, size))
         _, cache = draft(
-            cfg, params, cache, chunk.streams_BTXD, tokens_BU[:, 1:], known, **decoding.compute
+            cfg, params, cache, chunk.streams_BTXD, tokens_BU[:, 1:], known, decoding.ctx
         )
 
     def pick(new, old):
@@ -433,7 +434,7 @@ def _step(
     )
     size = tokens_BN.shape[1]
     chunk, cache = extend(
-        cfg, params, state.cache, tokens_BN, size * active_B.astype(jnp.int32), **decoding.compute
+        cfg, params, state.cache, tokens_BN, size * active_B.astype(jnp.int32), decoding.ctx
     )
     logits_BNV = logits_of(params, chunk.x_BTD, decoding.rules)
     chosen = [
@@ -460,7 +461,7 @@ def _draft(
     cfg, decoding: DecodeConfig, params, cache, streams_BTXD, next_BT, span: ChunkSpan, seed_B
 ) -> tuple[jax.Array, Cache]:
     """Chooses MTP's token after the last real one of `next_BT`."""
-    x_BTD, cache = draft(cfg, params, cache, streams_BTXD, next_BT, span, **decoding.compute)
+    x_BTD, cache = draft(cfg, params, cache, streams_BTXD, next_BT, span, decoding.ctx)
     x_BD = _at(x_BTD, jnp.maximum(span.count_B - 1, 0))
     logits_BV = logits_of(params, x_BD[:, None], decoding.rules)[:, 0]
     return choose_token(decoding.sampling, logits_BV, seed_B, span.start_B + span.count_B + 1)[

@@ -26,7 +26,7 @@ from sharding.targets import topology_mesh
 from v4jax.checkpoint.names import leaf_dtype, official_names, plain_dtype
 from v4jax.generate.cache import cache_shardings, decoding_rules, empty_cache, split_layers
 from v4jax.generate.decode import DecodeConfig, State, advance
-from v4jax.model.transformer import abstract_params, param_axes
+from v4jax.model.init import abstract_params, param_axes
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import batch_sharding, check_batch, compile_step, state_from, state_shardings
 

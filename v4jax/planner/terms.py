@@ -51,6 +51,19 @@ class Term(NamedTuple):
         return min(self.coefficient * values[self.basis], self.cap)
 
 
+def sent(
+    part: str,
+    axes: Iterable[str],
+    kind: str,
+    coefficient: float,
+    basis: str = "one",
+    calls: float = 1,
+    least: float = 1,
+) -> Term:
+    """A term of kind "sent": bytes that go along mesh axes in a collective of `kind`."""
+    return Term("sent", part, coefficient, basis, tuple(axes), kind, calls, least)
+
+
 class Constants(NamedTuple):
     """What `bases` needs to know of model and mesh."""
 

@@ -1,0 +1,37 @@
+"""Names of implementations are checked where they are written, in one line that says what is allowed."""
+
+import dataclasses
+
+import pytest
+
+from v4jax.kernels.choice import NAMES, Kernels, kernels_from
+
+
+def test_every_op_is_a_field():
+    assert [field.name for field in dataclasses.fields(Kernels)] == list(NAMES)
+    assert all(2 <= len(names) <= 5 and names[0] == "reference" for names in NAMES.values())
+
+
+def test_what_a_text_chooses():
+    assert kernels_from("") == Kernels() and hash(kernels_from("")) == hash(Kernels())
+    assert set(dataclasses.astuple(kernels_from("reference"))) == {"reference"}
+    some = kernels_from("attention=reference, top_k=bisection")
+    assert some == Kernels(attention="reference", top_k="bisection")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("fast", "kernels: got 'fast'; must be empty"),
+        ("attention", "op=implementation"),
+        ("atention=reference", "ops: attention, index_scores"),
+        ("top_k=groups,top_k=reference", "each op once"),
+        ("top_k=groups,", "each op once"),
+        ("top_k=sort", "kernels: top_k: got 'sort'; must be one of reference, bisection, groups"),
+        ("top_k=", "top_k: got ''; must be one of"),
+    ],
+)
+def test_a_wrong_text_is_one_line(text, line):
+    with pytest.raises(ValueError) as error:
+        kernels_from(text)
+    assert line in str(error.value) and "\n" not in str(error.value)

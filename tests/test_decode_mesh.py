@@ -19,7 +19,7 @@ from v4jax.context import Context
 from v4jax.generate.cache import decoding_rules, empty_cache, extend, logits_of, split_layers
 from v4jax.generate.decode import DecodeConfig, generate
 from v4jax.model import indexer
-from v4jax.model.init import abstract_params, param_axes
+from v4jax.parameter_tree import abstract_params, param_axes
 
 CFG = small_config(
     compress_ratios=(4, 128, 0),

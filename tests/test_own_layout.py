@@ -18,7 +18,7 @@ from sharding.params import named_shardings
 from sharding.rules import LAYOUTS, AxisRules, layout, layout_for
 from v4jax import api, cli
 from v4jax.data.config import DataConfig
-from v4jax.model.init import abstract_params, param_axes
+from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.planner.command import Request, examine, look_for
 from v4jax.planner.hardware import hardware_of
 from v4jax.planner.page import page_data

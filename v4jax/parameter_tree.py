@@ -35,11 +35,13 @@ class Leaf(NamedTuple):
       spec: its line of the table.
       shape: its shape; a group of layers is stacked along the first axis, "layers".
       axes: the logical name of each axis.
+      in_mtp: whether MTP's module has it.
     """
 
     spec: ParamSpec
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
+    in_mtp: bool
 
 
 class Block(NamedTuple):
@@ -123,14 +125,16 @@ def leaves(cfg: ModelConfig) -> Mapping[Path, Leaf]:
     """Every array of the tree by its path, in the order of jax.tree."""
     found = {}
     for spec in single_specs(cfg):
-        found[tuple(spec.path.split("/"))] = Leaf(spec, spec.size(cfg), spec.axes)
+        found[tuple(spec.path.split("/"))] = Leaf(
+            spec, spec.size(cfg), spec.axes, spec.where == "mtp"
+        )
     for block in blocks(cfg):
         count = (len(block.layers),) if block.is_stacked else ()
         layers = ("layers",) if block.is_stacked else ()
         for spec in layer_specs(block.kind):
             path = tuple(spec.path.format(block=block.path).split("/"))
             size = spec.size(cfg, block.kind.compress_ratio)
-            found[path] = Leaf(spec, count + size, layers + spec.axes)
+            found[path] = Leaf(spec, count + size, layers + spec.axes, not block.is_stacked)
     return dict(sorted(found.items()))
 
 

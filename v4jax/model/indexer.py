@@ -27,7 +27,7 @@ from sharding.counting import running_sum
 from sharding.manual import vary_like
 from v4jax.cache.layer import CacheView, CompressedKV, slot_count
 from v4jax.cache.rows import all_rows, some_rows
-from v4jax.config import CSA, ModelConfig
+from v4jax.config import CSA
 from v4jax.kernels.matmul import dense, precision_of
 from v4jax.model.compressor import Compressor
 from v4jax.model.rotary import Rotation, rotate
@@ -326,8 +326,6 @@ def _kth_largest(key_BTC: jax.Array, k: int) -> jax.Array:
 class Indexer(Weights):
     """Declares the indexer's weights, and makes its queries, head weights and keys."""
 
-    cfg: ModelConfig
-
     @nn.compact
     def __call__(
         self,
@@ -343,13 +341,8 @@ class Indexer(Weights):
         than may be chosen, and where the indexer is trained.
         """
         cfg, heads, dim = self.cfg, self.cfg.index_n_heads, self.cfg.index_head_dim
-        init = nn.initializers.normal(cfg.initializer_range)
-        wq_b = self.weight(
-            "wq_b", (qr_BSQ.shape[-1], heads * dim), ("q_lora_in", "index_heads"), init, fp8=True
-        )
-        weights_proj = self.weight(
-            "weights_proj", (x_BSD.shape[-1], heads), ("embed", "index_heads"), init
-        )
+        wq_b = self.weight("wq_b")
+        weights_proj = self.weight("weights_proj")
         slots = (
             0
             if windows is None

@@ -19,7 +19,8 @@ from sharding.params import named_shardings
 from sharding.processes import wait_for_all
 from sharding.rules import AxisRules
 from v4jax.context import Collect, Context, SparseMode
-from v4jax.model.init import abstract_params, init_params, param_axes
+from v4jax.model.init import init_params
+from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.train.balance import load_metrics, update_bias
 from v4jax.train.config import TrainConfig
 from v4jax.train.gradients import gradients

@@ -23,21 +23,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from v4jax.checkpoint.export import (
-    BUDGET,
-    MAX_FILE_BYTES,
-    carried_files,
-    config_json,
-    kinds_for,
-    plan_files,
-    scale_name,
-    split,
-    store_slot,
-    total_bytes,
-    working_bytes,
-    write_json,
-    write_tensors,
-)
+from v4jax.checkpoint.atomic import write_json
+from v4jax.checkpoint.config_json import config_json
+from v4jax.checkpoint.export import carried_files, kinds_for, store_slot
 from v4jax.checkpoint.files import Header, dtype_name, headers_of, read_tensor, write_file
 from v4jax.checkpoint.formats import (
     DTYPES,
@@ -55,6 +43,16 @@ from v4jax.checkpoint.memory_budget import MemoryBudget
 from v4jax.checkpoint.names import Slot, official_names, official_shapes, plain_dtype
 from v4jax.checkpoint.store import is_run
 from v4jax.checkpoint.stream import StoreWriter, open_leaves
+from v4jax.checkpoint.tensor_files import (
+    BUDGET,
+    MAX_FILE_BYTES,
+    plan_files,
+    scale_name,
+    split,
+    total_bytes,
+    working_bytes,
+    write_tensors,
+)
 from v4jax.config import ModelConfig
 from v4jax.config.json_styles import read_config_json
 from v4jax.storage import folder_of_checkpoint, folder_to_fill, local_path, path_of_checkpoints

@@ -14,7 +14,8 @@ import v4jax
 from v4jax.api import load_onto
 from v4jax.checkpoint.export import carried_files
 from v4jax.checkpoint.load import load_safetensors, open_safetensors, read_config
-from v4jax.checkpoint.store import Store, check_config, is_run, write_config
+from v4jax.checkpoint.run_config import check_config, write_config
+from v4jax.checkpoint.store import Store, is_run
 from v4jax.cli import main as cli
 from v4jax.cli.arguments import NEW_FILE, PATH
 from v4jax.cli.commands import parser

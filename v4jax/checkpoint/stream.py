@@ -22,7 +22,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from v4jax.checkpoint import disk
 from v4jax.checkpoint.checksums import write_sums
 from v4jax.checkpoint.names import Path, leaf_dtype, official_names, turned
-from v4jax.checkpoint.store import CHECKPOINTS, Store, check_same_arrays
+from v4jax.checkpoint.store import CHECKPOINTS, Store
+from v4jax.checkpoint.store_params import check_same_arrays
 from v4jax.config import ModelConfig
 from v4jax.model.transformer import abstract_params
 

@@ -58,7 +58,7 @@ CHILD = """
 import json, resource, sys, time
 from sharding.mesh import keep_freed_memory
 keep_freed_memory(one_heap=True)  # as the command does
-from v4jax.convert import convert
+from v4jax.convert.conversion import convert
 from v4jax.checkpoint.names import official_shapes
 from v4jax.config import ModelConfig
 official_shapes(ModelConfig.from_json(sys.argv[1]))  # start-up: tracing the model for its shapes, once a process

@@ -19,7 +19,9 @@ from v4jax.checkpoint.store import Store, is_run
 from v4jax.cli import main as cli
 from v4jax.cli.arguments import NEW_FILE, PATH
 from v4jax.cli.commands import parser
-from v4jax.convert import compare, convert, open_checkpoint
+from v4jax.convert.compare import compare
+from v4jax.convert.conversion import convert
+from v4jax.convert.sources import open_checkpoint
 from v4jax.data.config import DataConfig, Source, tokenizer_of
 from v4jax.generate.decode import DecodeConfig
 from v4jax.generate.prefix import check_store

@@ -4,7 +4,7 @@ Orbax reads and writes whole arrays. Its files are zarr arrays in an OCDBT datab
 TensorStore, the library inside Orbax, opens directly. Orbax opens a store written here, which has a
 checksum on every chunk.
 
-Next file to read: v4jax/convert.py.
+Next file to read: v4jax/convert/conversion.py.
 """
 
 import concurrent.futures

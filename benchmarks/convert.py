@@ -36,17 +36,13 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from v4jax.checkpoint.export import (
-    config_json,
-    kinds_for,
-    plan_files,
-    total_bytes,
-    write_json,
-    write_tensors,
-)
+from v4jax.checkpoint.atomic import write_json
+from v4jax.checkpoint.config_json import config_json
+from v4jax.checkpoint.export import kinds_for
 from v4jax.checkpoint.formats import DTYPES, Stored
 from v4jax.checkpoint.names import official_shapes, turned
 from v4jax.checkpoint.stream import create
+from v4jax.checkpoint.tensor_files import plan_files, total_bytes, write_tensors
 from v4jax.config import ModelConfig
 from v4jax.quant import fp8, mxfp4
 
@@ -67,7 +63,7 @@ CHILD = """
 import json, resource, sys, time
 from sharding.mesh import keep_freed_memory
 keep_freed_memory(one_heap=True)  # as the command does
-from v4jax.convert import convert
+from v4jax.convert.conversion import convert
 from v4jax.checkpoint.names import official_shapes
 from v4jax.config import ModelConfig
 # Start-up: tracing the model for its shapes, once a process.

@@ -16,7 +16,8 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules
 from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS
 from v4jax.checkpoint.checksums import write_sums
-from v4jax.checkpoint.store import Store, write_config
+from v4jax.checkpoint.run_config import write_config
+from v4jax.checkpoint.store import Store
 from v4jax.data.config import DataConfig, Source
 from v4jax.tokenizer import BOS_TOKEN, ByteTokenizer
 from v4jax.train.config import TrainConfig

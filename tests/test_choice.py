@@ -15,7 +15,7 @@ from v4jax.chat.tokens import CHAT_TOKENS, EOS
 from v4jax.cli import main as cli
 from v4jax.cli.commands import parser
 from v4jax.cli.train import sample
-from v4jax.convert import convert
+from v4jax.convert.conversion import convert
 from v4jax.generate import chat, command
 from v4jax.generate.choice import cache_tokens, choice_of
 from v4jax.generate.decode import Completion

@@ -1,4 +1,4 @@
-"""Claims about v4jax/convert.py: every format both ways, bytes kept, nothing half-written."""
+"""Claims about v4jax/convert/: every format both ways, bytes kept, nothing half-written."""
 
 import contextlib
 import json
@@ -17,13 +17,15 @@ import pytest
 from safetensors import safe_open
 from trees import random_params, small_config
 
-import v4jax.convert
+import v4jax.checkpoint.load
 from v4jax.checkpoint import load_safetensors, official_names, save_safetensors, to_official
 from v4jax.checkpoint.files import headers_of, read_tensor
 from v4jax.checkpoint.formats import FORMATS, decode
 from v4jax.checkpoint.load import open_safetensors
 from v4jax.cli import main as cli
-from v4jax.convert import compare, convert, open_checkpoint
+from v4jax.convert.compare import compare
+from v4jax.convert.conversion import convert
+from v4jax.convert.sources import open_checkpoint
 
 CFG = small_config(
     hidden_size=160, moe_intermediate_size=64
@@ -241,7 +243,7 @@ def test_bad_requests_leave_nothing(sources, tmp_path):
 @pytest.mark.parametrize("format", ["safetensors", "orbax"])
 def test_a_killed_conversion_goes_on_where_it_was(sources, tmp_path, format):
     # With larger groups all of this small model is one.
-    code = "import v4jax.convert as c; c._GROUP_BYTES = 30_000; "
+    code = "from v4jax.convert import conversion as c, targets; targets._GROUP_BYTES = 30_000; "
     code += (
         f"c.convert({str(sources / 'official')!r}, {str(tmp_path / 'out')!r}, {format!r}, "
         f"max_file_bytes=300_000)"
@@ -267,12 +269,15 @@ def test_a_killed_conversion_goes_on_where_it_was(sources, tmp_path, format):
         with open(noted, "a") as log:
             log.write("layers.0.attn.wkv.wei")
     seen = []
-    original = v4jax.convert.Source.numbers
-    v4jax.convert.Source.numbers = lambda self, name: (seen.append(name), original(self, name))[1]
+    original = v4jax.checkpoint.load.Source.numbers
+    v4jax.checkpoint.load.Source.numbers = lambda self, name: (
+        seen.append(name),
+        original(self, name),
+    )[1]
     try:
         convert(sources / "official", tmp_path / "out", format, max_file_bytes=300_000)
     finally:
-        v4jax.convert.Source.numbers = original
+        v4jax.checkpoint.load.Source.numbers = original
     assert len(seen) < len(official_names(CFG))
     for path, when in kept.items():
         assert (tmp_path / "out" / path.name).stat().st_mtime_ns == when

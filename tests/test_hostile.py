@@ -18,7 +18,8 @@ from trees import random_params, small_config
 import v4jax
 from v4jax.checkpoint import save_safetensors
 from v4jax.checkpoint.files import INDEX_FILE, headers_of
-from v4jax.convert import compare, convert
+from v4jax.convert.compare import compare
+from v4jax.convert.conversion import convert
 
 CFG = small_config(
     vocab_size=40,

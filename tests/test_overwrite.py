@@ -4,7 +4,7 @@ import pytest
 from exports import CFG, GATE, PARAMS, assert_same
 from trees import random_params, small_config
 
-from v4jax.checkpoint import export, load_safetensors, save_safetensors
+from v4jax.checkpoint import export, load_safetensors, save_safetensors, tensor_files
 from v4jax.checkpoint.files import write_file
 
 
@@ -22,7 +22,7 @@ def test_a_crash_leaves_nothing(tmp_path, monkeypatch):
             raise OSError("disk full")
         write_file(path, *rest)
 
-    monkeypatch.setattr(export, "write_file", crash)
+    monkeypatch.setattr(tensor_files, "write_file", crash)
     with pytest.raises(OSError, match="disk full"):
         save_safetensors(CFG, PARAMS, tmp_path / "out", max_file_bytes=100_000)
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from trees import random_params, small_config
 
 import v4jax
 from v4jax.cli import main as cli
-from v4jax.convert import convert
+from v4jax.convert.conversion import convert
 from v4jax.data.config import DataConfig, tokenizer_of
 
 ROOT = pathlib.Path(__file__).parent.parent

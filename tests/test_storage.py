@@ -14,11 +14,14 @@ import v4jax
 from v4jax.api import load_onto
 from v4jax.checkpoint.export import carried_files
 from v4jax.checkpoint.load import load_safetensors, open_safetensors, read_config
-from v4jax.checkpoint.store import Store, check_config, is_run, write_config
+from v4jax.checkpoint.run_config import check_config, write_config
+from v4jax.checkpoint.store import Store, is_run
 from v4jax.cli import main as cli
 from v4jax.cli.arguments import NEW_FILE, PATH
 from v4jax.cli.commands import parser
-from v4jax.convert import compare, convert, open_checkpoint
+from v4jax.convert.compare import compare
+from v4jax.convert.conversion import convert
+from v4jax.convert.sources import open_checkpoint
 from v4jax.data.config import DataConfig, Source, tokenizer_of
 from v4jax.generate.prefix import check_store
 from v4jax.generate.rollout import Plan, rollout

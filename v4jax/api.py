@@ -15,7 +15,8 @@ from sharding.processes import check_whole
 from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax.checkpoint.load import load_safetensors, open_safetensors
 from v4jax.checkpoint.names import leaf_dtypes, plain_dtype
-from v4jax.checkpoint.store import is_run, load_store_params
+from v4jax.checkpoint.store import is_run
+from v4jax.checkpoint.store_params import load_store_params
 from v4jax.config import ModelConfig
 from v4jax.generation_config import with_end_tokens
 from v4jax.parameter_tree import abstract_params, param_axes

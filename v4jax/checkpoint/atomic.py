@@ -23,6 +23,11 @@ def write_text(path: pathlib.Path, text: str) -> None:
     os.replace(file.name, path)
 
 
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes indented JSON that ends with a newline, in a directory that nobody reads yet."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
 def _umask() -> int:
     """The process's permission mask, which can only be read by setting it."""
     mask = os.umask(0o077)

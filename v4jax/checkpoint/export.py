@@ -3,36 +3,24 @@
 The directory appears whole or not at all: everything is written beside it and renamed at the end.
 All processes take part, since each holds only its own shards; the first one writes.
 
-Next file to read: v4jax/checkpoint/checksums.py.
+Next file to read: v4jax/checkpoint/tensor_files.py.
 """
 
-import collections
-import concurrent.futures
 import contextlib
-import json
-import math
 import pathlib
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from sharding.processes import gather, is_first
-from v4jax.checkpoint.files import INDEX_FILE, write_file
-from v4jax.checkpoint.formats import (
-    DTYPES,
-    Kind,
-    Stored,
-    check_format,
-    encode,
-    kind_in,
-    quantization_config,
-    shapes_of,
-)
-from v4jax.checkpoint.memory_budget import MemoryBudget
+from v4jax.checkpoint.atomic import write_json
+from v4jax.checkpoint.config_json import config_json
+from v4jax.checkpoint.files import INDEX_FILE
+from v4jax.checkpoint.formats import Kind, Stored, check_format, encode, kind_in, shapes_of
 from v4jax.checkpoint.names import (
     check_table,
     check_tree,
@@ -40,6 +28,7 @@ from v4jax.checkpoint.names import (
     official_shapes,
     read_slot,
 )
+from v4jax.checkpoint.tensor_files import MAX_FILE_BYTES, plan_files, write_tensors
 from v4jax.config import ModelConfig
 from v4jax.config.json_styles import read_config_json
 from v4jax.generation_config import end_tokens
@@ -47,16 +36,11 @@ from v4jax.parameter_tree import spec_named
 from v4jax.storage import folder_to_fill, local_path
 from v4jax.untrusted import file_in
 
-MAX_FILE_BYTES = 5 * 10**9
-BUDGET = 10**9
-"""Bytes that all workers of a conversion use for small tensors. A larger tensor runs alone."""
 _CARRIED = re.compile(
     r"(tokenizer|generation_config|special_tokens_map|chat_template|vocab|merges|added_tokens)"
     r"[\w.]*\.(json|txt|model|jinja)$"
 )
 """Files that an export copies from the source checkpoint."""
-Files = dict[str, dict[str, tuple[str, tuple[int, ...]]]]
-"""File name -> its tensors, scales included -> (dtype, shape)."""
 
 
 def save_safetensors(
@@ -105,22 +89,18 @@ def save_safetensors(
         elsewhere = end_tokens(source, cfg.vocab_size)
     leaves, slots = check_tree(cfg, params), official_names(cfg)
 
-    def stored(name: str) -> Stored | None:
-        leaf = gather(leaves[slots[name].path], slots[name].index)
-        return (
-            store_slot(cfg, name, kinds[name], leaf, slots[name]._replace(index=()))
-            if is_first()
-            else None
-        )
+    def gathered(name: str) -> np.ndarray:
+        return gather(leaves[slots[name].path], slots[name].index)
+
+    def stored(name: str) -> Stored:
+        whole = slots[name]._replace(index=())
+        return store_slot(cfg, name, kinds[name], gathered(name), whole)
 
     if not is_first():
         for name in slots:  # every process takes part in gathering its shards
-            stored(name)
+            gathered(name)
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    partial.mkdir()
-    try:
+    with _begun(target) as partial:
         write_tensors(partial, plan_files(cfg, kinds, max_file_bytes), stored)
         write_json(partial / "config.json", config_json(cfg, check_format(dtype), raw, elsewhere))
         for path in target.iterdir() if target.exists() else ():
@@ -128,9 +108,6 @@ def save_safetensors(
                 shutil.copy2(path, partial)
         for path in carried:
             shutil.copyfile(path, partial / path.name)
-        replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def store_slot(
@@ -167,54 +144,6 @@ def kinds_for(cfg: ModelConfig, format: str) -> dict[str, Kind]:
     return kinds
 
 
-def config_json(
-    cfg: ModelConfig,
-    format: str,
-    raw: Mapping[str, Any] | None = None,
-    elsewhere: Collection[int] = (),
-) -> dict[str, Any]:
-    """The config.json of an export.
-
-    It is the source's, if that is of official style and describes this model, with only what the
-    precision changes replaced. Rows end where they end in the source, and where `cfg` says.
-
-    Args:
-      raw: the source's config.json.
-      elsewhere: end tokens that the export's generation_config.json has, so config.json need not
-        repeat them.
-    """
-    theirs = None
-    if raw is not None and raw.get("model_type") == "deepseek_v4":
-        theirs = ModelConfig.from_dict(dict(raw))
-    # Not ==: a special token that only one of them has does not make another model. It is kept.
-    same = theirs is not None and cfg.difference(theirs) is None
-    both = _with_both_tokens(cfg, theirs) if same else cfg
-    if same and "compress_ratios" in raw and "layer_types" not in raw:
-        found = dict(raw)
-        if set(both.eos_token_ids) - set(theirs.eos_token_ids) - set(elsewhere):
-            found["eos_token_id"] = list(both.eos_token_ids)
-        if both.bos_token_id != theirs.bos_token_id:
-            found["bos_token_id"] = both.bos_token_id
-    else:
-        found = both.to_dict()
-    low = quantization_config(format)
-    for name in ("quantization_config", "expert_dtype"):
-        if name not in low:
-            found.pop(name, None)
-    found |= {name: value for name, value in low.items() if name not in found}
-    return found | {
-        "dtype" if "dtype" in found else "torch_dtype": "float32"
-        if format == "float32"
-        else "bfloat16"
-    }
-
-
-def _with_both_tokens(cfg: ModelConfig, theirs: ModelConfig) -> ModelConfig:
-    """The source's config, with end tokens of `cfg` added, and its bos if the source has none."""
-    begin = cfg.bos_token_id if theirs.bos_token_id is None else theirs.bos_token_id
-    return theirs.replace(bos_token_id=begin).ending_at(cfg.eos_token_ids)
-
-
 def carried_files(directory) -> list[pathlib.Path]:
     """The files that an export copies: tokenizer, generation_config and similar ones.
 
@@ -227,170 +156,6 @@ def carried_files(directory) -> list[pathlib.Path]:
         return [file_in(directory, name) for name in names]
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{directory}: {error}") from None
-
-
-# ---- tensors -------------------------------------------------------------------------------------
-
-
-def plan_files(
-    cfg: ModelConfig, kinds: Mapping[str, Kind], max_file_bytes: int = MAX_FILE_BYTES
-) -> Files:
-    """File name -> its tensors: all in order, cut into files of at most `max_file_bytes`."""
-    tensors: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
-    for name, shape in official_shapes(cfg).items():
-        data, scale = shapes_of(kinds[name], shape)
-        tensors[name] = {name: (kinds[name].dtype, data)}
-        if scale is not None:
-            tensors[name][scale_name(name)] = (kinds[name].scale, scale)
-    sizes = {name: sum(_size(*one) for one in parts.values()) for name, parts in tensors.items()}
-    pieces = split(sizes, max_file_bytes)
-    files = {}
-    for i, names in enumerate(pieces, start=1):
-        file = (
-            "model.safetensors"
-            if len(pieces) == 1
-            else f"model-{i:05}-of-{len(pieces):05}.safetensors"
-        )
-        files[file] = {part: one for name in names for part, one in tensors[name].items()}
-    return files
-
-
-def working_bytes(shape: tuple[int, ...], before: Kind, after: Kind) -> int:
-    """Bytes of memory that the conversion of one tensor takes.
-
-    The tensor is held as it was and as it becomes; with low precision also as float32 and
-    transposed.
-    """
-    low = before.scale is not None or after.scale is not None
-    return math.prod(shape) * (
-        12 if low else DTYPES[before.dtype].itemsize + DTYPES[after.dtype].itemsize
-    )
-
-
-def total_bytes(files: Files) -> int:
-    """Bytes of all tensors of a plan."""
-    return sum(_size(*one) for tensors in files.values() for one in tensors.values())
-
-
-def write_tensors(
-    directory: pathlib.Path,
-    files: Files,
-    stored: Callable[[str], Stored],
-    wrote: Callable[[int], None] = lambda size: None,
-    workers: int = 1,
-    memory_for: Callable[[str], int] = lambda name: 0,
-) -> None:
-    """Writes the files of a plan and, if there are several, their index.
-
-    A file that exists already is taken to be whole.
-
-    Args:
-      stored: official name -> its tensor.
-      wrote: called with the bytes of each piece written or found.
-      workers: files written at once.
-      memory_for: official name -> bytes of memory it takes, which the workers share.
-    """
-    budget = MemoryBudget(BUDGET)
-
-    def held(name: str) -> tuple[Stored, Callable[[], None]]:
-        """A tensor, and a function that gives its memory back."""
-        with contextlib.ExitStack() as hold:
-            hold.enter_context(budget.take(memory_for(name)))
-            return stored(name), hold.pop_all().close
-
-    def write(file: str, tensors) -> None:
-        if (directory / file).exists():
-            wrote(total_bytes({file: tensors}))
-            return
-        names = [name for name in tensors if not _is_scale(name, tensors)]
-        made = (held(name) for name in names) if workers == 1 else _ahead(held, names)
-        # Closing both gives memory back after a failure, for which others may wait.
-        with contextlib.closing(made), contextlib.closing(_parts(names, made)) as parts:
-            write_file(directory / file, tensors, parts, wrote)
-
-    if workers == 1:
-        for file, tensors in files.items():
-            write(file, tensors)
-    else:
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            running = [pool.submit(write, file, tensors) for file, tensors in files.items()]
-            try:
-                for one in concurrent.futures.as_completed(running):
-                    one.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    if len(files) > 1:
-        weight_map = {name: file for file, tensors in files.items() for name in tensors}
-        write_json(
-            directory / INDEX_FILE,
-            {"metadata": {"total_size": total_bytes(files)}, "weight_map": weight_map},
-        )
-
-
-def _ahead(held: Callable, names: list[str]) -> Iterator[tuple[Stored, Callable[[], None]]]:
-    """map(held, names), with the next one made in a thread while one is in use."""
-    coming = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        try:
-            for i in range(len(names)):
-                coming.extend(pool.submit(held, name) for name in names[i + len(coming) : i + 2])
-                yield coming.popleft().result()
-        finally:
-            for one in coming:
-                if not one.cancel() and one.exception() is None:
-                    one.result()[1]()
-
-
-def _parts(
-    names: list[str], made: Iterator[tuple[Stored, Callable[[], None]]]
-) -> Iterator[tuple[str, np.ndarray]]:
-    for name in names:
-        tensor, done = next(made)
-        try:
-            yield name, tensor.data
-            if tensor.scale is not None:
-                yield scale_name(name), tensor.scale
-        finally:
-            del tensor  # before the next one is read
-            done()
-
-
-def scale_name(name: str) -> str:
-    """layers.0.attn.wkv.weight -> layers.0.attn.wkv.scale."""
-    return name.removesuffix("weight") + "scale"
-
-
-def _is_scale(name: str, tensors: Mapping[str, Any]) -> bool:
-    return name.endswith(".scale") and name.removesuffix("scale") + "weight" in tensors
-
-
-def _size(dtype: str, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * DTYPES[dtype].itemsize
-
-
-def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, cut into pieces of at most `limit` bytes.
-
-    Example: {"a": 3, "b": 3, "c": 9} with limit 6 gives [[a, b], [c]].
-    """
-    pieces: list[list[str]] = [[]]
-    budget = limit
-    for name, size in sizes.items():
-        if pieces[-1] and size > budget:
-            pieces.append([])
-            budget = limit
-        pieces[-1].append(name)
-        budget -= size
-    return pieces
-
-
-# ---- directories ---------------------------------------------------------------------------------
-
-
-def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    """Writes indented JSON that ends with a newline."""
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def _check_target(target: pathlib.Path, overwrite: bool) -> None:
@@ -418,6 +183,19 @@ def _check_target(target: pathlib.Path, overwrite: bool) -> None:
 
 def _is_ours(path: pathlib.Path) -> bool:
     return path.name in ("config.json", INDEX_FILE) or path.suffix == ".safetensors"
+
+
+@contextlib.contextmanager
+def _begun(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A directory beside `target` that replaces it at the end, or is removed after a failure."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def replace(partial: pathlib.Path, target: pathlib.Path) -> None:

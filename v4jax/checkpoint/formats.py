@@ -128,8 +128,8 @@ def shapes_of(kind: Kind, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tupl
     if kind.scale is None:
         return shape, None
     if kind.dtype == "I8":
-        return (shape[0], shape[1] // 2), mxfp4.scale_shape(shape)
-    return shape, fp8.scale_shape(shape)
+        return (shape[0], shape[1] // 2), mxfp4.scale_shape((shape[0], shape[1]))
+    return shape, fp8.scale_shape((shape[0], shape[1]))
 
 
 def check_stored(kind: Kind, stored: Stored) -> None:
@@ -141,7 +141,7 @@ def check_stored(kind: Kind, stored: Stored) -> None:
     """
     if kind.scale is None:
         return
-    scale = scale_of(kind, stored)
+    scale = _scale_of(kind, stored)
     if kind.dtype == "F8_E4M3":
         fp8.check_codes(stored.data)
     # Only where some product may overflow are all of them computed.
@@ -160,18 +160,23 @@ def decode(kind: Kind, stored: Stored) -> np.ndarray:
     if kind.scale is None:
         return stored.data
     code = mxfp4 if kind.dtype == "I8" else fp8
-    return code.dequantise(stored.data, scale_of(kind, stored))
+    return code.dequantise(stored.data, _scale_of(kind, stored))
 
 
-def scale_of(kind: Kind, stored: Stored) -> np.ndarray | None:
-    """The scales as float32, whatever their form on disk; None in plain precision."""
-    if kind.scale is None:
-        return None
-    return (
-        scales.check_float_scale(stored.scale)
-        if kind.scale == "F32"
-        else scales.from_ue8m0(stored.scale.view(np.uint8))
-    )
+def _scale_of(kind: Kind, stored: Stored) -> np.ndarray:
+    assert stored.scale is not None, f"a tensor of {kind} has scales"
+    return float_scale(kind, stored.scale)
+
+
+def float_scale(kind: Kind, scale: np.ndarray) -> np.ndarray:
+    """The scales of a tensor of low precision as float32, whatever their form on disk.
+
+    Raises:
+      ValueError: a scale that is not positive and finite.
+    """
+    if kind.scale == "F32":
+        return scales.check_float_scale(scale)
+    return scales.from_ue8m0(scale.view(np.uint8))
 
 
 def encode(kind: Kind, x: np.ndarray, scale: np.ndarray | None = None) -> Stored:

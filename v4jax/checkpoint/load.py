@@ -21,8 +21,8 @@ from v4jax.checkpoint.formats import (
     allowed_kinds,
     check_stored,
     decode,
+    float_scale,
     format_of,
-    scale_of,
     shapes_of,
 )
 from v4jax.checkpoint.names import (
@@ -95,11 +95,9 @@ class Source(NamedTuple):
 
     def scale(self, name: str) -> np.ndarray | None:
         """The tensor's scales as float32; None in plain precision."""
-        return (
-            scale_of(self.kinds[name], Stored(None, read_tensor(self.scales[name])))
-            if name in self.scales
-            else None
-        )
+        if name not in self.scales:
+            return None
+        return float_scale(self.kinds[name], read_tensor(self.scales[name]))
 
 
 def open_safetensors(directory) -> Source:
@@ -207,14 +205,14 @@ def _check_kind(name: str, shape: tuple[int, ...], header: Header, scale: Header
             f"allowed: {', '.join(with_it)}"
         )
     try:
-        data, scales = shapes_of(kind, shape)
+        data, scale_shape = shapes_of(kind, shape)
     except ValueError as error:
         raise ValueError(f"tensor {name}: {error}") from None
     for got, expected, what in (
         (header, data, name),
-        (scale, scales, f"{name.removesuffix('weight')}scale"),
+        (scale, scale_shape, f"{name.removesuffix('weight')}scale"),
     ):
-        if got and got.shape != expected:
+        if got and expected is not None and got.shape != expected:
             raise ValueError(
                 f"tensor {what}: got shape {list(got.shape)}; must be {list(expected)}"
             )

@@ -12,12 +12,11 @@ A checkpoint appears under its name only when it is complete, since Orbax rename
 leaves nothing half-written. One whose files are not what was written (checkpoint/checksums.py) is
 skipped, with a warning.
 
-Next file to read: v4jax/train/stability.py.
+Next file to read: v4jax/checkpoint/run_config.py.
 """
 
 import concurrent.futures
 import contextlib
-import json
 import logging
 import pathlib
 import uuid
@@ -28,10 +27,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from sharding.processes import anywhere, is_first, wait_for_all
-from v4jax.checkpoint.atomic import write_text
 from v4jax.checkpoint.checksums import NOT_NOTED, damage, write_sums
-from v4jax.config import ModelConfig
-from v4jax.config.json_styles import read_config_json
 from v4jax.storage import local_path, path_of_checkpoints
 
 CHECKPOINTS, DAMAGED, ABANDONED = "checkpoints", "damaged", "abandoned"
@@ -61,29 +57,13 @@ class Store:
           writes: this process trains here, so leftovers of killed saves are its own.
         """
         self._directory = path_of_checkpoints(directory, "directory")
-        policies = ocp.training.save_decision_policies, ocp.training.preservation_policies
-        kept = [policies[1].LatestN(keep)]
-        if keep_every:
-            kept.append(policies[1].EveryNSteps(keep_every))
-        if keep_best:
-
-            def loss(metrics):
-                return metrics["loss"]
-
-            kept.append(
-                policies[1].BestN(
-                    get_metric_fn=loss,
-                    reverse=True,
-                    n=keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+        # The default policy skips a save, silently, while another one runs. The caller decides.
+        every_step = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         self._checkpointer = ocp.training.Checkpointer(
-            self._directory / CHECKPOINTS,
+            str(self._directory / CHECKPOINTS),
             context=_context(),
-            # The default policy skips a save, silently, while another one runs. The caller decides.
-            save_decision_policy=policies[0].FixedIntervalPolicy(1),
-            preservation_policy=policies[1].AnyPreservationPolicy(kept),
+            save_decision_policy=every_step,  # pyright: ignore[reportArgumentType] (Orbax's own)
+            preservation_policy=_kept(keep, keep_every, keep_best),
             cleanup_tmp_directories=writes,  # a reader must not touch a save under way
         )
         self._summing = concurrent.futures.ThreadPoolExecutor(1)
@@ -181,7 +161,7 @@ class Store:
             intact.
         """
         self._raise_failed()
-        metrics = None if loss is None else {"loss": loss}
+        metrics: dict[str, Any] | None = None if loss is None else {"loss": loss}
         with self._writing():
             saving = self._checkpointer.save_checkpointables_async(step, items, metrics=metrics)
         if saving is None:
@@ -230,6 +210,23 @@ class Store:
         return self._checkpointer.load_checkpointables(step, items)
 
 
+def _kept(keep: int, keep_every: int, keep_best: int) -> Any:
+    """Orbax's policy that keeps a checkpoint for any of the reasons that Store names."""
+    policies = ocp.training.preservation_policies
+    kept: list[Any] = [policies.LatestN(keep)]
+    if keep_every:
+        kept.append(policies.EveryNSteps(keep_every))
+    if keep_best:
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["loss"],
+            reverse=True,
+            n=keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
+        kept.append(best)
+    return policies.AnyPreservationPolicy(kept)
+
+
 def _context() -> ocp.Context:
     """Orbax's settings: small chunks, cut along stacked axes (layers, experts) first.
 
@@ -237,8 +234,8 @@ def _context() -> ocp.Context:
     """
     context = ocp.Context()
     options = context.array.saving.StorageOptions
-    context.array.saving.scoped_storage_options_creator = lambda path, leaf: options(
-        chunk_byte_size=_CHUNK_BYTES, shard_axes=tuple(range(max(0, len(leaf.shape) - 2)))
+    context.array.saving.scoped_storage_options_creator = lambda key, value: options(
+        chunk_byte_size=_CHUNK_BYTES, shard_axes=tuple(range(max(0, len(value.shape) - 2)))
     )
     return context
 
@@ -248,98 +245,9 @@ def is_run(directory) -> bool:
     return (local_path(directory, "directory") / CHECKPOINTS).is_dir()
 
 
-def load_store_params(directory, abstract, strict: bool = False) -> Any:
-    """The public parameter dict of the newest intact checkpoint, placed and typed like `abstract`.
-
-    Raises:
-      ValueError: no complete checkpoint, none intact, or one of another model (names the first
-        array that differs).
-    """
-    with Store(directory) as store:
-        step = store.latest_intact(("params",), strict)
-        if step is None:
-            raise ValueError(f"{directory}: no complete checkpoint in {CHECKPOINTS}/")
-        check_same_arrays(store.path(step), abstract)
-        return store.load(step, {"params": abstract})["params"]
-
-
-def check_same_arrays(path, abstract) -> None:
-    """Raises ValueError if stored params differ from `abstract` in names, shapes or dtypes.
-
-    Orbax would cast in silence.
-    """
-    stored = ocp.metadata(path, "params").metadata
-    have = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(stored)}
-    want = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
-    for name in sorted(have.keys() | want.keys()):
-        if name not in have or name not in want:
-            raise ValueError(
-                f"{path}: array {name} is {'missing' if name in want else 'not part of the model'}"
-            )
-        if tuple(have[name].shape) != tuple(want[name].shape):
-            raise ValueError(
-                f"{path}: array {name} has shape {tuple(have[name].shape)}; the model needs "
-                f"{want[name].shape}"
-            )
-
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def newest_step(directory) -> int | None:
     """Step of a run's newest complete checkpoint, or None. Every process must call it."""
     if not anywhere(is_run(directory)):
         return None
     with Store(directory) as store:
         return store.latest
-
-
-def check_config(directory, cfg: ModelConfig) -> None:
-    """Refuses a directory that is neither empty nor a run of this model. Changes nothing.
-
-    Raises:
-      ValueError: the directory belongs to another model (names the first field that differs) or
-        holds something else.
-    """
-    directory = local_path(directory, "directory")
-    if (directory / "config.json").exists():
-        _check_same_model(directory, cfg)
-    elif directory.exists() and any(directory.iterdir()):
-        raise ValueError(
-            f"{directory} is not empty and holds no v4jax run; choose another run directory"
-        )
-
-
-def write_config(directory, cfg: ModelConfig, source: str = "") -> None:
-    """Writes config.json, or checks that the one there describes the same model.
-
-    The caller checks first what else is in the directory (check_config).
-
-    Args:
-      source: the checkpoint of this model that the weights come from. Its config.json says more
-        than `cfg` does, so it is the base of the new one.
-
-    Raises:
-      ValueError: the directory belongs to another model.
-    """
-    directory = local_path(directory, "directory")
-    path = directory / "config.json"
-    if path.exists():
-        _check_same_model(directory, cfg)
-        return
-    raw = cfg.to_dict()
-    if source:
-        raw = read_config_json(local_path(source, "source") / "config.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(raw, indent=2) + "\n")
-
-
-def _check_same_model(directory: pathlib.Path, cfg: ModelConfig) -> None:
-    old = ModelConfig.from_json(directory / "config.json")
-    if name := cfg.difference(old):
-        theirs, ours = old.to_dict().get(name), cfg.to_dict().get(name)
-        raise ValueError(
-            f"{directory} holds a run of another model: {name} is {theirs} there, {ours} here; "
-            "choose another run directory"
-        )

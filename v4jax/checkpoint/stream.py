@@ -4,7 +4,7 @@ Orbax reads and writes whole arrays. Its files are zarr arrays in an OCDBT datab
 TensorStore, the library inside Orbax, opens directly. Orbax opens a store written here, which has a
 checksum on every chunk.
 
-Next file to read: v4jax/convert.py.
+Next file to read: v4jax/convert/conversion.py.
 """
 
 import concurrent.futures
@@ -22,7 +22,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from v4jax.checkpoint import disk
 from v4jax.checkpoint.checksums import write_sums
 from v4jax.checkpoint.names import Path, leaf_dtypes, official_names, turned
-from v4jax.checkpoint.store import CHECKPOINTS, Store, check_same_arrays
+from v4jax.checkpoint.store import CHECKPOINTS, Store
+from v4jax.checkpoint.store_params import check_same_arrays
 from v4jax.config import ModelConfig
 from v4jax.parameter_tree import abstract_params
 

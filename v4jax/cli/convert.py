@@ -1,6 +1,6 @@
 """`v4jax convert`: from one format of a checkpoint to another.
 
-Next file to read: v4jax/convert.py.
+Next file to read: v4jax/convert/conversion.py.
 """
 
 import argparse
@@ -51,7 +51,8 @@ def declare(sub: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, _: list[str]) -> dict:
     """Converts, or compares, or both."""
     from sharding.mesh import keep_freed_memory
-    from v4jax.convert import compare, convert
+    from v4jax.convert.compare import compare
+    from v4jax.convert.conversion import convert
 
     keep_freed_memory(one_heap=True)
     result = {}

@@ -100,9 +100,6 @@ class ByteTokenizer:
         )
 
 
-# ---- files ---------------------------------------------------------------------------------------
-
-
 def _byte_alphabet() -> list[str]:
     """The printable character of each byte in byte-level vocabularies (GPT-2's bytes_to_unicode).
 

@@ -17,7 +17,7 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.processes import agreed, check_whole, is_first, local_rows
 from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax.checkpoint.export import carried_files, kinds_for
-from v4jax.checkpoint.store import check_config, write_config
+from v4jax.checkpoint.run_config import check_config, write_config
 from v4jax.data.config import tokenizer_of
 from v4jax.data.listing import Listings
 from v4jax.data.rows import Batch

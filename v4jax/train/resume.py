@@ -19,7 +19,8 @@ from orbax.checkpoint import v1 as ocp
 from sharding.processes import agreed, anywhere, gather_text
 from sharding.rules import AxisRules
 from v4jax.checkpoint.json_item import JsonItem
-from v4jax.checkpoint.store import ABANDONED, DAMAGED, Store, check_same_arrays
+from v4jax.checkpoint.store import ABANDONED, DAMAGED, Store
+from v4jax.checkpoint.store_params import check_same_arrays
 from v4jax.data.identity import differences, evaluation_differences, saved_settings, settings_of
 from v4jax.data.listing import Listings
 from v4jax.stderr import say

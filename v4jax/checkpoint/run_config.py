@@ -1,0 +1,62 @@
+"""The config.json of a run's directory, which says whose weights are there.
+
+Next file to read: v4jax/checkpoint/store_params.py.
+"""
+
+import json
+import pathlib
+
+from v4jax.checkpoint.atomic import write_text
+from v4jax.config import ModelConfig
+from v4jax.config.json_styles import read_config_json
+from v4jax.storage import local_path
+
+
+def check_config(directory, cfg: ModelConfig) -> None:
+    """Refuses a directory that is neither empty nor a run of this model. Changes nothing.
+
+    Raises:
+      ValueError: the directory belongs to another model (names the first field that differs) or
+        holds something else.
+    """
+    directory = local_path(directory, "directory")
+    if (directory / "config.json").exists():
+        _check_same_model(directory, cfg)
+    elif directory.exists() and any(directory.iterdir()):
+        raise ValueError(
+            f"{directory} is not empty and holds no v4jax run; choose another run directory"
+        )
+
+
+def write_config(directory, cfg: ModelConfig, source: str = "") -> None:
+    """Writes config.json, or checks that the one there describes the same model.
+
+    The caller checks first what else is in the directory (check_config).
+
+    Args:
+      source: the checkpoint of this model that the weights come from. Its config.json says more
+        than `cfg` does, so it is the base of the new one.
+
+    Raises:
+      ValueError: the directory belongs to another model.
+    """
+    directory = local_path(directory, "directory")
+    path = directory / "config.json"
+    if path.exists():
+        _check_same_model(directory, cfg)
+        return
+    raw = cfg.to_dict()
+    if source:
+        raw = read_config_json(local_path(source, "source") / "config.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(raw, indent=2) + "\n")
+
+
+def _check_same_model(directory: pathlib.Path, cfg: ModelConfig) -> None:
+    old = ModelConfig.from_json(directory / "config.json")
+    if name := cfg.difference(old):
+        theirs, ours = old.to_dict().get(name), cfg.to_dict().get(name)
+        raise ValueError(
+            f"{directory} holds a run of another model: {name} is {theirs} there, {ours} here; "
+            "choose another run directory"
+        )

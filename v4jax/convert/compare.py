@@ -1,0 +1,50 @@
+"""Compares two checkpoints of one model, tensor by tensor.
+
+Next file to read: v4jax/cli/main.py.
+"""
+
+import numpy as np
+
+from v4jax.checkpoint.names import official_shapes
+from v4jax.convert.progress import progress
+from v4jax.convert.sources import open_checkpoint
+from v4jax.storage import local_path
+
+
+def compare(first, second) -> dict:
+    """Compares two checkpoints of one model, of any kinds and precisions.
+
+    Returns:
+      The number of tensors and of equal ones; the name of the worst tensor, its largest difference,
+        and that difference divided by the largest number of the first checkpoint's tensor.
+
+    Raises:
+      ValueError: a bad checkpoint, or two models (names the first tensor or shape that differs).
+    """
+    a = open_checkpoint(local_path(first, "first"))
+    b = open_checkpoint(local_path(second, "second"))
+    shapes, others = official_shapes(a.cfg), official_shapes(b.cfg)
+    for name in shapes | others:
+        if shapes.get(name) != others.get(name):
+            raise ValueError(
+                f"{name}: {shapes.get(name)} in {first}, {others.get(name)} in {second}; these are "
+                "two models"
+            )
+    equal, worst = 0, ("", 0.0, 0.0)
+    with progress("comparing", len(shapes), bytes_=False) as wrote:
+        for name in shapes:
+            x, y = (np.asarray(side.numbers(name), np.float32) for side in (a, b))
+            difference = float(np.max(np.abs(x - y), initial=0))
+            equal += difference == 0
+            relative = difference / max(
+                float(np.max(np.abs(x), initial=0)), np.finfo(np.float32).tiny
+            )
+            worst = max(worst, (name, difference, relative), key=lambda one: one[2])
+            wrote(1)
+    return {
+        "tensors": len(shapes),
+        "equal": equal,
+        "worst": worst[0],
+        "difference": worst[1],
+        "relative": worst[2],
+    }

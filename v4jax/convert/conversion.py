@@ -1,0 +1,92 @@
+"""Converts checkpoints tensor by tensor: safetensors in four precisions <-> the v4jax store.
+
+Memory holds only a few tensors: each worker has one, as stored and as float32. Output is written
+beside the target until it is whole. So a target is never half a checkpoint, and a conversion that
+was killed goes on where it was when it is called again. A store made from low-precision files keeps
+their scales, so that converting back gives the same bytes.
+
+Next file to read: v4jax/convert/sources.py.
+"""
+
+import contextlib
+import pathlib
+import shutil
+
+from v4jax.checkpoint.export import carried_files
+from v4jax.checkpoint.formats import check_format
+from v4jax.checkpoint.tensor_files import MAX_FILE_BYTES
+from v4jax.convert.partial import begun, fingerprint
+from v4jax.convert.sources import open_checkpoint
+from v4jax.convert.targets import to_safetensors, to_store
+from v4jax.storage import folder_to_fill, local_path, path_of_checkpoints
+
+
+def convert(
+    source,
+    target,
+    format: str = "safetensors",
+    dtype: str = "float32",
+    max_file_bytes: int = MAX_FILE_BYTES,
+    workers: int = 2,
+) -> dict:
+    """Converts the checkpoint `source`, of any kind and precision, to the new directory `target`.
+
+    Args:
+      format: "safetensors", or "orbax" for a v4jax store.
+      dtype: "float32" or "bfloat16"; for safetensors also "fp8" or "official".
+      max_file_bytes: largest size of a safetensors file.
+      workers: tensors converted at a time; for safetensors, files.
+
+    Raises:
+      ValueError: a target that exists and is not empty, or that another process is writing; a dtype
+        that the format does not have; a bad source.
+      OSError: the disk is full. What was written stays beside the target for the next try.
+    """
+    source = local_path(source, "source")
+    target = local_path(target, "target").absolute()
+    _check(target, format, dtype, max_file_bytes, workers)
+    opened = open_checkpoint(source)
+    carried = carried_files(source)
+    plan = {
+        "source": fingerprint(source),
+        "format": format,
+        "dtype": dtype,
+        "max_file_bytes": max_file_bytes,
+    }
+    with begun(target.with_name(f".{target.name}.partial"), plan) as partial:
+        if format == "safetensors":
+            size = to_safetensors(opened, partial, dtype, max_file_bytes, workers)
+        else:
+            size = to_store(opened, partial, dtype, workers)
+        for path in carried:
+            shutil.copyfile(path, partial / path.name)
+        with contextlib.suppress(FileNotFoundError):
+            target.rmdir()
+        partial.rename(target)
+    (target / "plan.json").unlink()
+    return {
+        "target": str(target),
+        "format": format,
+        "dtype": dtype,
+        "tensors": len(opened.kinds),
+        "bytes": size,
+    }
+
+
+def _check(
+    target: pathlib.Path, format: str, dtype: str, max_file_bytes: int, workers: int
+) -> None:
+    """Refuses a target that cannot be written, and what the format does not have."""
+    if check_format(dtype) not in ("float32", "bfloat16") and format == "orbax":
+        raise ValueError(
+            f"dtype: got {dtype!r}; a v4jax store holds float32 or bfloat16 (and keeps the scales "
+            f"of {dtype} files)"
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target}: exists and is not an empty directory; choose another")
+    folder_to_fill(target.parent, "target")
+    if format == "orbax":
+        path_of_checkpoints(target, "target")
+    for name, value in (("max_file_bytes", max_file_bytes), ("workers", workers)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}; must be at least 1")

@@ -1,0 +1,138 @@
+"""Writes a checkpoint's tensors as safetensors, or as a v4jax store.
+
+Next file to read: v4jax/convert/partial.py.
+"""
+
+import concurrent.futures
+import math
+import pathlib
+import threading
+
+from v4jax.checkpoint.atomic import write_json
+from v4jax.checkpoint.config_json import config_json
+from v4jax.checkpoint.export import kinds_for
+from v4jax.checkpoint.files import read_tensor, write_file
+from v4jax.checkpoint.formats import DTYPES, Stored, encode, shapes_of
+from v4jax.checkpoint.load import Source, open_safetensors
+from v4jax.checkpoint.memory_budget import MemoryBudget
+from v4jax.checkpoint.names import official_shapes, plain_dtype
+from v4jax.checkpoint.stream import StoreWriter
+from v4jax.checkpoint.tensor_files import (
+    BUDGET,
+    plan_files,
+    scale_name,
+    split,
+    total_bytes,
+    working_bytes,
+    write_tensors,
+)
+from v4jax.convert.progress import progress
+from v4jax.convert.sources import RELEASED, StoreSource
+
+_GROUP_BYTES = 32 * 2**20
+"""Bytes of small tensors that one commit writes to a store."""
+
+
+def to_safetensors(
+    source: Source | StoreSource,
+    partial: pathlib.Path,
+    dtype: str,
+    max_file_bytes: int,
+    workers: int,
+) -> int:
+    """Fills `partial` with safetensors and config.json; returns the bytes of its tensors."""
+    same = source.format == dtype  # then each tensor is stored as in the source
+    kinds = source.kinds if same else kinds_for(source.cfg, dtype)
+
+    def stored(name: str) -> Stored:
+        if isinstance(source, Source) and source.kinds[name] == kinds[name]:
+            return source.stored(name)
+        try:
+            return encode(
+                kinds[name],
+                source.numbers(name),
+                source.scale(name) if source.kinds[name].dtype == kinds[name].dtype else None,
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+    shapes = official_shapes(source.cfg)
+
+    def memory_for(name: str) -> int:
+        return working_bytes(shapes[name], source.kinds[name], kinds[name])
+
+    files = plan_files(source.cfg, kinds, max_file_bytes)
+    with progress("converting", total_bytes(files)) as wrote:
+        write_tensors(partial, files, stored, wrote, workers, memory_for)
+    write_json(partial / "config.json", config_json(source.cfg, dtype, source.raw))
+    if open_safetensors(partial).kinds != kinds:
+        raise OSError(f"{partial}: reads back with other tensors than were written")
+    return total_bytes(files)
+
+
+def to_store(source: Source | StoreSource, partial: pathlib.Path, dtype: str, workers: int) -> int:
+    """Fills `partial` with a store and config.json; returns the bytes of its tensors.
+
+    What an earlier try wrote, and reads back as written.txt says, is not written again.
+    """
+    shapes = official_shapes(source.cfg)
+    kinds = kinds_for(source.cfg, dtype)
+    sizes = {
+        name: math.prod(shape) * DTYPES[kinds[name].dtype].itemsize
+        for name, shape in shapes.items()
+    }
+    log = partial / "written.txt"
+    sums = (
+        dict(line.split() for line in log.read_text().splitlines() if line.count(" ") == 1)
+        if log.exists()
+        else {}
+    )
+    lock, budget = threading.Lock(), MemoryBudget(BUDGET)
+    compress = source.format in ("fp8", "official")
+
+    def memory_for(names: list[str]) -> int:
+        return sum(working_bytes(shapes[name], source.kinds[name], kinds[name]) for name in names)
+
+    def write(names: list[str]) -> None:
+        left = [name for name in names if name not in sums or not store.holds(name, sums[name])]
+        with budget.take(memory_for(left)):
+            found = store.write((name, source.numbers(name)) for name in left)
+        with lock, open(log, "a") as file:
+            file.writelines(f"{name} {one}\n" for name, one in found.items())
+
+    groups = split(sizes, _GROUP_BYTES)
+    bar = progress("converting", sum(sizes.values()))
+    with (
+        StoreWriter(partial, source.cfg, plain_dtype(dtype), compress) as store,
+        bar as wrote,
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+    ):
+        try:
+            for names, _ in zip(groups, pool.map(write, groups), strict=True):
+                wrote(sum(sizes[name] for name in names))
+            store.finish()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    _keep_form(source, partial / RELEASED)
+    write_json(partial / "config.json", config_json(source.cfg, source.format, source.raw))
+    log.unlink()
+    return sum(sizes.values())
+
+
+def _keep_form(source: Source | StoreSource, directory: pathlib.Path) -> None:
+    """Writes how the source stored each tensor, and its scales unchanged."""
+    directory.mkdir(exist_ok=True)
+    write_json(directory / "kinds.json", source.kinds)
+    if source.scales:
+        tensors, shapes = {}, official_shapes(source.cfg)
+        for name in source.scales:
+            kind = source.kinds[name]
+            scale_shape = shapes_of(kind, shapes[name])[1]
+            if kind.scale is not None and scale_shape is not None:
+                tensors[scale_name(name)] = (kind.scale, scale_shape)
+        write_file(
+            directory / "scales.safetensors",
+            tensors,
+            ((scale_name(name), read_tensor(one)) for name, one in source.scales.items()),
+        )

@@ -82,9 +82,7 @@ print(json.dumps([seconds, int(peak) * 1024, used.ru_utime - before[0], used.ru_
 
 
 def model(gigabytes: float) -> ModelConfig:
-    """V4's parts at about that many bytes in bfloat16; most are experts. The vocabulary is the real
-    one.
-    """
+    """V4's parts at about that many bytes in bfloat16, mostly experts, with the real vocabulary."""
     experts = max(2, round((gigabytes * 1e9 / 2 - 2 * 129280 * 1024) / (4 * 3 * 1024 * 1024)))
     return ModelConfig(
         vocab_size=129280,

@@ -84,8 +84,7 @@ VARIANTS = {
 
 
 def also_with_a_new_indexer(evaluator, held_out: list[float]):
-    """Wraps `evaluator`, so that its evaluations also measure the weights with an untrained
-    indexer.
+    """`evaluator`, measuring each time the weights with an untrained indexer too.
 
     That loss is added to `held_out`.
     """

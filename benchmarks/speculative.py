@@ -1,11 +1,11 @@
-"""Speculative decoding beside plain decoding on a trained model: speed, kept drafts, cost of a
-step.
+"""Speculative decoding beside plain decoding: speed, kept drafts, cost of a step.
 
     make demo; python benchmarks/speculative.py runs/demo [--tokens 200]
 
-Both give the same tokens. A speculative step runs two tokens through the model and one through MTP.
-It brings 1 + a tokens, where a is the share of drafts kept. So it pays if 1 + a is more than its
-cost in plain steps, the last column. Bar: 1.3 times the tokens per second.
+The model is a trained one, and both ways give the same tokens. A speculative step runs two tokens
+through the model and one through MTP. It brings 1 + a tokens, where a is the share of drafts kept.
+So it pays if 1 + a is more than its cost in plain steps, the last column. Bar: 1.3 times the tokens
+per second.
 """
 
 import argparse

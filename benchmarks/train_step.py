@@ -60,9 +60,7 @@ BATCH, SEQ = 8, 256
 
 
 def active_parameters(cfg: ModelConfig, params) -> int:
-    """Weights that multiply a token: no embedding table, and of routed experts only the chosen
-    ones.
-    """
+    """Weights that multiply a token: no embedding table, and only the chosen of routed experts."""
     total = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,5 +1,4 @@
-"""The setup of all tests: 8 simulated CPU devices, strict promotion, quick compiles, each made
-once.
+"""The setup of all tests: 8 simulated CPU devices, strict promotion, quick compiles.
 
 pyproject.toml makes warnings errors.
 """

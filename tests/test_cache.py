@@ -164,9 +164,7 @@ def test_rows_of_different_lengths_are_rows_alone(models, pattern):
 
 @pytest.mark.slow
 def test_long_rows_are_scored_in_blocks(models, monkeypatch):
-    """Blocks do not divide the cache, which is searched by maxima, at lengths the other tests
-    check.
-    """
+    """Blocks do not divide the cache; maxima search it, at lengths the other tests check."""
     cfg, params, tokens, logits, mtp = models("flash")
     monkeypatch.setattr(indexer, "SCORE_BLOCK", 80)
     monkeypatch.setattr(indexer, "GROUP", 4)
@@ -255,8 +253,8 @@ def test_a_step_copies_no_cache(batch):
 
 
 def test_packed_storage_changes_nothing():
-    """With quant="official" in bfloat16, fp8 and MXFP4 hold the numbers that the model computed
-    with.
+    """fp8 and MXFP4 hold the numbers that the model computed with, in bfloat16 and
+    quant="official".
 
     States are equal bit for bit.
     """
@@ -299,8 +297,7 @@ def test_packed_storage_changes_nothing():
 
 @pytest.mark.parametrize(("name", "most"), [("flash", 0.074), ("pro", 0.106)])
 def test_a_million_tokens_take_the_bytes_the_report_says(name, most):
-    """The full model's real pytree in official storage, beside DeepSeek-V3.2 and a bf16 GQA-8
-    model.
+    """The full model's real pytree in official storage, beside DeepSeek-V3.2 and bf16 GQA-8.
 
     Nothing is computed.
     """

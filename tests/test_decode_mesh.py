@@ -119,9 +119,7 @@ def test_rows_continued_on_a_mesh_are_those_of_one_device(model, mesh, layout, m
 
 
 def check_traffic(program: str, cache, parts: int) -> None:
-    """Every device holds its slice of the entries; scores of the best of each travel, never a
-    slice.
-    """
+    """Every device holds its slice of the entries, and only scores of the best of each travel."""
     slots = cache.layers["layers_0_0"]["block_0"].entry.slots
     assert {shard.data.shape[2] for shard in slots.addressable_shards} == {SLOTS // parts}
     found = re.findall(

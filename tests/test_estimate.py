@@ -65,9 +65,7 @@ def test_weights_and_optimizer_are_exact(mesh, layout):
     ],
 )
 def test_estimated_muon_is_the_program(mesh, layout):
-    """The whole matrices that a device works on, and what it sends for them, beside a traced
-    program.
-    """
+    """The whole matrices of a device, and what it sends for them, are those of a traced program."""
     sizes = parse_mesh(mesh)
     rules, mesh = layout_for(layout, sizes), make_mesh(sizes)
     weights = [weight for weight in weights_of(CFG.model) if weight.optimizer == "muon"]

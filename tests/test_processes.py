@@ -69,9 +69,7 @@ def global_batch() -> dict[str, np.ndarray]:
 
 
 def losses_and_tensors() -> dict[str, np.ndarray]:
-    """Computes, in the job and in this process, the loss on each mesh, and the batch on the
-    devices.
-    """
+    """The loss on each mesh and the batch on the devices, in the job or in this process."""
     found, model = {}, MODEL.replace(num_nextn_predict_layers=0, compress_ratios=(4,))
     params = jax.tree.map(
         lambda a: a if a.ndim < 2 or a.shape[-1] == 2 else a * 0.1, random_params(model)

@@ -118,10 +118,9 @@ def test_remat_changes_nothing(params):
 
 
 def test_bfloat16_stays_near_float32(params):
-    """8 bits of mantissa are 0.4% an operation, and routers may choose other experts for a few
-    tokens.
+    """8 bits of mantissa are 0.4% an operation, so quantiles count.
 
-    So quantiles count.
+    Routers may choose other experts for a few tokens.
     """
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, 40)), jnp.int32)
     exact = forward(MODEL, params, tokens, dtype=jnp.float32)

@@ -283,8 +283,7 @@ def test_without_rollbacks_the_harm_stays(clean, train, tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_that_was_already_bad_is_left_behind(clean, train, tmp_path, monkeypatch):
-    """The update of step 10 does the harm, which step 11 shows, so the checkpoint of step 10 is
-    bad.
+    """The update of step 10 does the harm that step 11 shows: the checkpoint of step 10 is bad.
 
     The run is killed and resumed on the way, before the next checkpoint and just after it, with
     batches drawn ahead and their experts chosen. It ends with the same bits.

@@ -98,9 +98,7 @@ def attend(q_NH: np.ndarray, keys_TH: np.ndarray, sink_N: np.ndarray) -> np.ndar
 
 
 def grouped_output(cfg: ModelConfig, weights: dict, name: str, o_SNH: np.ndarray) -> np.ndarray:
-    """The output [S, D]: groups of N/G neighbouring heads by O rows of wo_a each, then wo_b for
-    all.
-    """
+    """The output [S, D]: groups of N/G heads by O rows of wo_a each, then wo_b for all."""
     heads, rank = cfg.num_attention_heads // cfg.o_groups, cfg.o_lora_rank
     wo_a = weights[f"{name}.wo_a.weight"]  # [G*O, (N/G)*H], group-major
     parts = []

@@ -21,12 +21,12 @@ from . import attention, hyper, low, moe
 
 
 class Output(NamedTuple):
-    """What a forward pass gives. Lists have one item per main layer, and a last one for MTP, if
-    any.
+    """What a forward pass gives.
 
-    No load and no balance counts tokens of segment 0 (padding). The MTP layer's also leave out each
-    document's last position, which has no next token. `routing` (with rows put together again,
-    [B*S, .]) lets a test count otherwise.
+    Lists have one item per main layer, and a last one for MTP, if any. No load and no balance
+    counts tokens of segment 0 (padding). The MTP layer's also leave out each document's last
+    position, which has no next token. `routing` (with rows put together again, [B*S, .]) lets a
+    test count otherwise.
     """
 
     logits: np.ndarray  # float64 [B, S, V]

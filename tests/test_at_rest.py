@@ -20,7 +20,8 @@ from sharding.matrices import on_whole_matrices
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules
 from v4jax.generate.sampling import Sampling, choose_token
-from v4jax.model.hyper import mixing_logits, sinkhorn
+from v4jax.kernels.sinkhorn import sinkhorn
+from v4jax.model.hyper import mixing_logits
 from v4jax.model.indexer import index_loss
 from v4jax.model.moe import balance_loss, expert_share, gate_weights, router_scores
 from v4jax.model.norm import rms_norm

@@ -99,12 +99,15 @@ def kernels_from(text: str) -> Kernels:
     return Kernels(**chosen)
 
 
-def pick(op: str, implementations: Mapping[str, _Function], name: str) -> _Function:
-    """The implementation called `name`.
+def pick(
+    op: str, implementations: Mapping[str, _Function], name: str | None, best: str
+) -> _Function:
+    """The implementation called `name`; None: the one called `best`.
 
     Raises:
       ValueError: an unknown name.
     """
+    name = best if name is None else name
     if name not in implementations:
         raise ValueError(_unknown(op, name, implementations))
     return implementations[name]

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from v4jax.kernels import sinkhorn, streams
+from v4jax.kernels import index_scores, sinkhorn, streams, top_k
 from v4jax.kernels.choice import NAMES, Kernels, kernels_from
 
-OPS = {"sinkhorn": sinkhorn, "streams": streams}
+OPS = {"index_scores": index_scores, "sinkhorn": sinkhorn, "streams": streams, "top_k": top_k}
 
 
 def test_every_op_is_a_field():

@@ -1,8 +1,9 @@
-"""Trace + compile time of a train step at 7, 23 and 43 layers (3 hash-routed, then pairs of HCA and CSA, as in V4-Flash).
+"""Time to trace and compile a train step at 7, 23 and 43 layers.
 
     python benchmarks/compile_time.py
 
-Bar: 43 layers take at most 1.3 times as long as 7, because pairs are scanned.
+The first 3 layers are hash-routed; pairs of HCA and CSA follow, as in V4-Flash. Bar: 43 layers take
+at most 1.3 times as long as 7, because pairs are scanned.
 """
 
 import functools
@@ -12,7 +13,7 @@ import jax
 
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
-from v4jax.model.transformer import init_params
+from v4jax.model.init import init_params
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import state_from, train_step
 
@@ -53,7 +54,7 @@ def config(layers: int) -> TrainConfig:
 
 
 def seconds(layers: int) -> tuple[float, float]:
-    """(trace and lower, compile) of the whole step."""
+    """Seconds to trace and lower the whole step, and to compile it."""
     cfg = config(layers)
     state = jax.eval_shape(lambda: state_from(cfg, init_params(cfg.model, jax.random.key(0))))
     batch = {"tokens": jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len), "int32")}
@@ -67,7 +68,7 @@ def seconds(layers: int) -> tuple[float, float]:
 
 
 def main():
-    seconds(5)  # what is slow only the first time in a process
+    seconds(5)  # the first call in a process is slower
     totals = {}
     print("layers   trace  compile   ratio to 7")
     for layers in (7, 23, 43):

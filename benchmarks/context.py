@@ -1,19 +1,21 @@
-"""FLOPs of a token and bytes of its cache against context, beside DeepSeek-V3.2 and GQA-8 (figure 1 of the report): docs/context.png.
+"""FLOPs of a token and bytes of its cache against context: docs/context.png.
 
-    python benchmarks/context.py [--out docs/context.png]        # extra plots; seconds, nothing is run
+    python benchmarks/context.py [--out docs/context.png]     # extra plots; seconds, runs no model
 
-Bytes are those of the real arrays of `empty_cache` in official storage, and FLOPs those of v4jax/cost.py. The table has the report's ratios.
+It draws figure 1 of the report, beside DeepSeek-V3.2 and GQA-8. Bytes are those of the real arrays
+of `empty_cache` in official storage, FLOPs those of v4jax/cost.py. The table has the report's
+ratios.
 """
 
 import argparse
 import os
 
 PUBLISHED = {"flash": (0.10, 0.07), "pro": (0.27, 0.10)}
-"""FLOPs and cache of a token at 1M tokens, as parts of DeepSeek-V3.2's (report, abstract and figure 1)."""
+"""FLOPs and cache of a token at 1M tokens, over DeepSeek-V3.2's (report, abstract and figure 1)."""
 
 
 def cache_bytes(cfg, tokens: int) -> int:
-    """Of the real pytree, which nothing allocates; MTP's window included."""
+    """Bytes of the real pytree, MTP's window included; nothing is allocated."""
     import jax
     import jax.numpy as jnp
 
@@ -26,7 +28,7 @@ def cache_bytes(cfg, tokens: int) -> int:
 
 
 def draw(curves: dict[str, list[tuple[int, float, float]]], path: str) -> None:
-    """curves: name -> (tokens, FLOPs of a token or 0, bytes)."""
+    """Draws the curves: name -> (tokens, FLOPs of a token or 0, bytes)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")

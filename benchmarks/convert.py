@@ -1,17 +1,22 @@
-"""Throughput and peak memory of `v4jax convert` beside a plain copy of the same files on the same disk.
+"""Throughput and peak memory of `v4jax convert`, beside a plain copy of the same files.
 
     python benchmarks/convert.py [--gigabytes 4] [--folder DIR] [--only store,back]
 
-Writes a synthetic checkpoint of that size in bfloat16 (V4's parts, random numbers) below DIR, converts it to a store and back, to
-an official release, and that to a store and to bfloat16, each in a fresh process whose time (without start-up) and largest resident
-memory are taken, and removes it all. Rates are bytes of the larger side per second: every one of them is read or written.
+The script writes a synthetic checkpoint of that size in bfloat16 (V4's parts, random numbers) below
+DIR. It converts it to a store and back, to an official release, and that to a store and to
+bfloat16. Each conversion runs in a fresh process, whose time (without start-up) and largest
+resident memory are taken. At the end the script removes everything. Rates are bytes of the larger
+side per second: every one of them is read or written.
 
-A virtual machine may give free memory back to its host; asking for it again costs more than a disk. A copy right after another one was
-removed gets the same pages again and is several times as fast as any copy that begins on a machine at rest. So each copy and each
-conversion begins after a pause. The fastest copy without one is shown beside it.
+A virtual machine may give free memory back to its host; asking for it again costs more than a disk.
+A copy right after another one was removed gets the same pages again. It is several times as fast as
+any copy that begins on a machine at rest. So each copy and each conversion begins after a pause.
+The fastest copy without one is shown beside it.
 
-"Of the processor's" says how near a conversion comes to its own user time shared evenly by the workers' cores: what is left of 1.00 is the kernel's time
-(pages, copies) and waiting. The last rows are arithmetic alone, on as many threads: rounding to and from low precision, transposing, compressing.
+"Of the processor's" is the conversion's own user time, shared evenly by the workers' cores, over
+its time. What is missing to 1.00 is the kernel's time (pages, copies) and waiting. The last rows
+are arithmetic alone, on as many threads: rounding to and from low precision, transposing,
+compressing.
 """
 
 import argparse
@@ -55,9 +60,9 @@ ROWS = {
     "out": ("low", "safetensors", "official"),
     "wide": ("official", "safetensors", "bfloat16"),
 }
-"""Target of a conversion -> source, format, dtype; in this order."""
+"""Target of a conversion -> source, format, dtype; in the order in which they run."""
 PAUSE = 15
-"""Seconds before each measurement, in which a host takes back what was freed."""
+"""Seconds of rest before each measurement, in which a host takes back what was freed."""
 CHILD = """
 import json, resource, sys, time
 from sharding.mesh import keep_freed_memory
@@ -65,10 +70,14 @@ keep_freed_memory(one_heap=True)  # as the command does
 from v4jax.convert import convert
 from v4jax.checkpoint.names import official_shapes
 from v4jax.config import ModelConfig
-official_shapes(ModelConfig.from_json(sys.argv[1]))  # start-up: tracing the model for its shapes, once a process
+# Start-up: tracing the model for its shapes, once a process.
+official_shapes(ModelConfig.from_json(sys.argv[1]))
 used = resource.getrusage(resource.RUSAGE_SELF)
 begin, before = time.perf_counter(), (used.ru_utime, used.ru_stime)
-convert(sys.argv[1], sys.argv[2], format=sys.argv[3], dtype=sys.argv[4], max_file_bytes=10**9, workers=int(sys.argv[5]))
+source, target, format, dtype, workers = sys.argv[1:6]
+convert(
+    source, target, format=format, dtype=dtype, max_file_bytes=10**9, workers=int(workers)
+)
 seconds = time.perf_counter() - begin
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
 used = resource.getrusage(resource.RUSAGE_SELF)
@@ -77,7 +86,9 @@ print(json.dumps([seconds, int(peak) * 1024, used.ru_utime - before[0], used.ru_
 
 
 def model(gigabytes: float) -> ModelConfig:
-    """V4's parts at about that many bytes in bfloat16, most of them experts; the vocabulary is the real one."""
+    """V4's parts at about that many bytes in bfloat16; most are experts. The vocabulary is the real
+    one.
+    """
     experts = max(2, round((gigabytes * 1e9 / 2 - 2 * 129280 * 1024) / (4 * 3 * 1024 * 1024)))
     return ModelConfig(
         vocab_size=129280,
@@ -101,7 +112,7 @@ def model(gigabytes: float) -> ModelConfig:
 
 
 def make(cfg: ModelConfig, directory: pathlib.Path) -> int:
-    """Writes the synthetic checkpoint; its bytes."""
+    """Writes the synthetic checkpoint and returns its size in bytes."""
     kinds, shapes = kinds_for(cfg, "bfloat16"), official_shapes(cfg)
     rng = np.random.default_rng(0)
     pool = rng.standard_normal(2 * 10**8, np.float32).astype(ml_dtypes.bfloat16)
@@ -140,7 +151,10 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> float:
 
 
 def convert(source, target, format: str, dtype: str) -> tuple[float, int, float, float]:
-    """(seconds, peak resident bytes, user and kernel seconds of all threads) of one conversion in a process of its own."""
+    """Runs one conversion in a process of its own.
+
+    Returns (seconds, peak resident bytes, user and kernel seconds of all threads).
+    """
     command = [sys.executable, "-c", CHILD, source, target, format, dtype, str(WORKERS)]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -149,7 +163,7 @@ def convert(source, target, format: str, dtype: str) -> tuple[float, int, float,
 
 
 def processor_bound(action, size: int) -> float:
-    """float32 bytes per second of `action` on WORKERS threads."""
+    """Bytes of float32 per second that `action` handles on WORKERS threads."""
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(lambda _: action(), range(WORKERS)))
         begin = time.perf_counter()
@@ -158,7 +172,7 @@ def processor_bound(action, size: int) -> float:
 
 
 def compress(array: np.ndarray) -> None:
-    """What TensorStore does with a matrix of such a store, but for the disk."""
+    """Compresses a matrix as TensorStore does for such a store, without the disk."""
     metadata = create(array.shape, array.dtype, 0, compress=True)
     ts.open({"driver": "zarr3", "kvstore": "memory://"} | metadata).result().write(array).result()
 
@@ -192,16 +206,20 @@ def main() -> None:
         largest = max(4 * math.prod(shape) for shape in official_shapes(cfg).values())
         bound = 1.5e9 + 2 * largest
         print(
-            f"{size / 1e9:.2f} GB in bfloat16; largest slice {largest / 1e9:.2f} GB in float32: at most {bound / 1e9:.2f} GB of memory"
+            f"{size / 1e9:.2f} GB in bfloat16; largest slice {largest / 1e9:.2f} GB in float32: "
+            f"at most {bound / 1e9:.2f} GB of memory"
         )
         print(
-            "| conversion | from, to GB | seconds | MB/s | of the copy's | user s | kernel s | of the processor's | peak GB |\n|---|---|---|---|---|---|---|---|---|"
+            "| conversion | from, to GB | seconds | MB/s | of the copy's | user s | kernel s | "
+            "of the processor's | peak GB |\n|---|---|---|---|---|---|---|---|---|"
         )
         print(
-            f"| plain copy, fsync, median of 3 | {size / 1e9:.2f} | {size / rate:.1f} | {rate / 1e6:.0f} | 1.00 | | | | |"
+            f"| plain copy, fsync, median of 3 | {size / 1e9:.2f} | {size / rate:.1f} | "
+            f"{rate / 1e6:.0f} | 1.00 | | | | |"
         )
         print(
-            f"| the same right after another one, best of 3 | {size / 1e9:.2f} | {at_once:.1f} | {size / at_once / 1e6:.0f} | | | | | |",
+            f"| the same right after another one, best of 3 | {size / 1e9:.2f} | {at_once:.1f} "
+            f"| {size / at_once / 1e6:.0f} | | | | | |",
             flush=True,
         )
         for target, (source, format, dtype) in ROWS.items():
@@ -212,8 +230,11 @@ def main() -> None:
             sizes = size_of(root / source), size_of(root / target)
             moved = max(*sizes, size if "bfloat16" in dtype or source in ("bf16", "low") else 0)
             print(
-                f"| {source} -> {target} ({format}, {dtype}) | {sizes[0] / 1e9:.2f}, {sizes[1] / 1e9:.2f} | {seconds:.1f} | {moved / seconds / 1e6:.0f} "
-                f"| {moved / seconds / rate:.2f} | {user:.1f} | {kernel:.1f} | {user / WORKERS / seconds:.2f} | {peak / 1e9:.2f}{'' if peak <= bound else ' ABOVE THE BOUND'} |",
+                f"| {source} -> {target} ({format}, {dtype}) | {sizes[0] / 1e9:.2f}, "
+                f"{sizes[1] / 1e9:.2f} | {seconds:.1f} | {moved / seconds / 1e6:.0f} "
+                f"| {moved / seconds / rate:.2f} | {user:.1f} | {kernel:.1f} | "
+                f"{user / WORKERS / seconds:.2f} | "
+                f"{peak / 1e9:.2f}{'' if peak <= bound else ' ABOVE THE BOUND'} |",
                 flush=True,
             )
             if target in ("back", "again", "out", "wide"):
@@ -226,15 +247,19 @@ def main() -> None:
                 ("from", functools.partial(code.dequantise, *stored)),
             ):
                 print(
-                    f"| processor alone: {what} {code.__name__.split('.')[-1]}, as bfloat16 bytes | | | {processor_bound(action, x.nbytes) / 2e6:.0f} | | | | | |"
+                    f"| processor alone: {what} {code.__name__.split('.')[-1]}, as bfloat16 "
+                    f"bytes | | | {processor_bound(action, x.nbytes) / 2e6:.0f} | | | | | |"
                 )
         half = x.astype(ml_dtypes.bfloat16)
         print(
-            f"| processor alone: transposing bfloat16 | | | {processor_bound(lambda: turned(half, half.dtype), half.nbytes) / 1e6:.0f} | | | | | |"
+            f"| processor alone: transposing bfloat16 | | | "
+            f"{processor_bound(lambda: turned(half, half.dtype), half.nbytes) / 1e6:.0f} | | | "
+            f"| | |"
         )
         numbers = mxfp4.dequantise(*mxfp4.quantise(half))
         print(
-            f"| processor alone: a store's compression | | | {processor_bound(lambda: compress(numbers), numbers.nbytes) / 1e6:.0f} | | | | | |"
+            f"| processor alone: a store's compression | | | "
+            f"{processor_bound(lambda: compress(numbers), numbers.nbytes) / 1e6:.0f} | | | | | |"
         )
     finally:
         shutil.rmtree(root)

@@ -1,13 +1,16 @@
 """Decoding and prefill beside transformers' generate: the same checkpoint, float32, two cores.
 
-    python benchmarks/decode.py [--models demo small experts] [--tokens 64] [--prompt 4096] [--only 64] [--ours-only]
+    python benchmarks/decode.py [--models demo small experts] [--tokens 64] [--prompt 4096]
+                                [--only 64] [--ours-only]
 
-The peer needs extra parity. Three models with random weights, which decode as fast as trained ones: that of `make demo`; `small`, 7 layers
-of every kind with 4 of 16 experts; `experts`, the same with 6 of 64, as rows of a released model choose few of many.
+transformers needs the extra `parity`. The three models have random weights, which decode as fast as
+trained ones: `demo` of `make demo`; `small`, 7 layers of every kind with 4 of 16 experts;
+`experts`, the same with 6 of 64, since tokens of a released model choose few of many.
 
-The floor of decoding is reading every weight that the rows touch once a step at the machine's measured rate; that of prefill is its
-matrix products at the measured matmul rate. Times are medians of three runs, after one that compiles. Bars: 5 times the peer's tokens
-per second at batch 1 and 8, 3 times its prefill of 4K tokens.
+The floor of decoding is the time to read every weight that the rows touch once a step, at the
+machine's measured rate. The floor of prefill is its matrix products at the measured matmul rate.
+Times are medians of three runs after one that compiles. Bars: 5 times transformers' tokens per
+second at batch 1 and 8, 3 times its prefill of 4K tokens.
 """
 
 import argparse
@@ -23,7 +26,10 @@ THREADS = 2
 
 
 def models() -> dict:
-    """Name -> model; total and active parameters without MTP: 2.7M and 1.2M, 30M and 11M, 96M and 14M."""
+    """Name -> model.
+
+    Total and active parameters without MTP are 2.7M and 1.2M, 30M and 11M, 96M and 14M.
+    """
     from v4jax.config import ModelConfig
 
     small = ModelConfig(
@@ -58,13 +64,13 @@ def make_checkpoint(folder, cfg):
     import jax
 
     import v4jax
-    from v4jax.model.transformer import init_params
+    from v4jax.model.init import init_params
 
     v4jax.save_safetensors(cfg, init_params(cfg, jax.random.key(0)), folder, dtype="float32")
 
 
 def rates() -> tuple[float, float]:
-    """(bytes read per second, float32 operations of a matrix product per second), best of five."""
+    """(bytes read, float32 operations of a matrix product) per second, each the best of five."""
     import jax
     import jax.numpy as jnp
 
@@ -86,7 +92,10 @@ def _best(run, times: int = 5) -> float:
 
 
 def steps_of(run, tokens: int) -> tuple[float, float]:
-    """(seconds to the first token, seconds of each further one) of run(tokens, tell), which calls `tell` for every token."""
+    """Seconds to the first token, and seconds of each further one.
+
+    `run(tokens, tell)` calls `tell` for every token.
+    """
     run(2, lambda: None)  # compiles
     first, further = zip(*(_one_run(run, tokens) for _ in range(3)), strict=True)
     return statistics.median(first), statistics.median(further)
@@ -99,7 +108,7 @@ def _one_run(run, tokens: int) -> tuple[float, float]:
 
 
 def touched_parameters(cfg, active: float, batch: int) -> float:
-    """Weights that `batch` rows read, where each chooses its experts evenly: some are chosen twice."""
+    """Weights that `batch` rows read if each chooses its experts evenly; some are chosen twice."""
     experts, chosen = cfg.n_routed_experts, cfg.num_experts_per_tok
     touched = experts * (1 - (1 - chosen / experts) ** batch)
     return (
@@ -160,7 +169,10 @@ def theirs(folder, prompts, tokens: int) -> tuple[float, float]:
 
 
 def compare(cfg, folder, cases, tokens: int, ours_only: bool, read: float, products: float):
-    """Prints a line for the prefill and one for the decoding of each case (batch, length of prompts)."""
+    """Prints a line for the prefill and one for the decoding of each case.
+
+    A case is (batch, length of prompts).
+    """
     import numpy as np
 
     from v4jax.cost import cost

@@ -1,9 +1,10 @@
-"""What only a GPU can show, on one: the experts' kernels and the whole model against plain ones, and the kernels' rates.
+"""What only a GPU can show: agreement of kernels and model with plain ones, and kernels' rates.
 
-    python benchmarks/gpu.py          # needs an NVIDIA GPU and jax[cuda13]; minutes, most of them compiling
+    python benchmarks/gpu.py     # needs an NVIDIA GPU and jax[cuda13]; minutes, mostly compiling
 
-Agreement: the kernels (v4jax/kernels/expert_ffn_gpu.py) against the loop over blocks that CPUs run, and loss and gradients of the demo's model
-in float32 on the GPU against those on this machine's CPU; largest difference of an array over its largest number.
+The kernels (v4jax/kernels/expert_ffn_gpu.py) are compared with the loop over blocks that CPUs run.
+Loss and gradients of the demo's model in float32 on the GPU are compared with those on this
+machine's CPU. The error is the largest difference of an array over its largest number.
 """
 
 import os
@@ -24,15 +25,18 @@ from configs import demo
 from sharding.experts import Groups
 from v4jax.kernels import expert_ffn as ffn
 from v4jax.kernels import expert_ffn_gpu
-from v4jax.model.transformer import init_params
+from v4jax.model.init import init_params
 from v4jax.train.loss import loss_and_routing
 
 LOOP = mock.patch.object(expert_ffn_gpu, "suits", lambda *widths: False)
-"""With it the experts take the loop over blocks."""
+"""Makes the experts take the loop over blocks."""
 
 
 def case(dtype, experts: int, width: int, hidden: int, size: int, blocks: int):
-    """(weights, x, gate, groups, cotangent): uneven loads, an expert without rows, blocks not in use."""
+    """(weights, x, gate, groups, cotangent), with uneven loads.
+
+    One expert has no rows, and some blocks are not in use.
+    """
     sizes = np.random.default_rng(0).multinomial(
         blocks - experts // 2, np.full(experts, 1 / experts)
     )
@@ -74,7 +78,7 @@ def difference(got, expected) -> float:
 
 
 def seconds(function, *args) -> float:
-    """Of one call: the best of four means of three."""
+    """Seconds of one call: the best of four means of three."""
     jax.block_until_ready(function(*args))
     times = []
     for _ in range(4):
@@ -141,7 +145,8 @@ def whole_model() -> None:
             found[device] = jax.tree.map(np.asarray, jax.jit(loss)(weights, router))
     (a, grads_a), (b, grads_b) = found.values()
     print(
-        f"demo's model, float32, GPU against CPU: loss {abs(a - b) / abs(a):.1e}, worst gradient {difference(grads_b, grads_a):.1e}"
+        f"demo's model, float32, GPU against CPU: loss {abs(a - b) / abs(a):.1e}, worst "
+        f"gradient {difference(grads_b, grads_a):.1e}"
     )
 
 

@@ -1,12 +1,14 @@
-"""The estimate beside compiled programs: bytes of weights and optimizer, of everything held, and of everything sent, per device.
+"""The estimate beside compiled programs: bytes of a device that are kept and sent.
 
-Bars: weights and optimizer within 10%, everything within 25%, sent within 10%. "Everything" is compared for TPU targets only: XLA:CPU
-plans its temporary memory for no device one could buy. The full models are compiled by pods.py, which keeps its results here; the other
-cases have Flash's pattern with fewer layers and narrower ones. Results are appended to a file, so that cases can be run one by one; of a
-case that was run twice the last result counts. TPU cases are compiled with quick effort, the default of `v4jax layout`.
-
-    python benchmarks/layout_accuracy.py run tpu-fsdp cpu-full ...     # extra `tpu` for the tpu- cases; without names: all of CASES
+    python benchmarks/layout_accuracy.py run tpu-fsdp cpu-full ...   # without names: all of CASES
     python benchmarks/layout_accuracy.py table
+
+The tpu- cases need the extra `tpu`. Bars: weights and optimizer within 10%, all memory within 25%,
+bytes sent within 10%. "All memory" is compared for TPU targets only: XLA:CPU plans temporary memory
+for no device that exists. pods.py compiles the full models and keeps its results here; the other
+cases have Flash's pattern with fewer and narrower layers. Results are appended to a file, so that
+cases can run one by one; the last result of a case counts. TPU cases compile with quick effort, the
+default of `v4jax layout`.
 """
 
 import dataclasses
@@ -98,7 +100,8 @@ def main() -> None:
         unknown := [name for name in names if name not in CASES]
     ):
         raise SystemExit(
-            f"usage: layout_accuracy.py run [CASE ...] | table; cases: {', '.join(CASES)}; unknown: {locals().get('unknown')}"
+            f"usage: layout_accuracy.py run [CASE ...] | table; cases: {', '.join(CASES)}; "
+            f"unknown: {locals().get('unknown')}"
         )
     if command == "run":
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -111,7 +114,7 @@ def main() -> None:
 
 
 def config(name: str):
-    """(training config, target)."""
+    """The training config of a case and its target."""
     if name in PODS:
         return pod_config(name), PODS[name][1]
     from configs import models
@@ -145,7 +148,7 @@ def config(name: str):
 
 
 def run(name: str) -> None:
-    """Compiles one case and appends what was found."""
+    """Compiles one case and appends its result."""
     from v4jax.planner.compiled import report_layout
 
     cfg, target = config(name)
@@ -160,7 +163,8 @@ def table() -> None:
 
     rows = {row["case"]: row for row in map(json.loads, RESULTS.read_text().splitlines())}
     print(
-        "| case | layers | mesh | layout | target | weights + optimizer | ratio | all held | ratio | sent | ratio |"
+        "| case | layers | mesh | layout | target | weights + optimizer | ratio | all memory | "
+        "ratio | sent | ratio |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for name in (name for name in (*CASES, *PODS) if name in rows):
@@ -177,7 +181,8 @@ def table() -> None:
             "- | -" if target == "cpu" else f"{held / 1e9:.2f} GB | {paper.memory_bytes / held:.2f}"
         )
         print(
-            f"| {name} | {cfg.model.num_hidden_layers} | {cfg.mesh} | {cfg.layout} | {target} | {found['state'] / 1e9:.3f} GB | {state / found['state']:.3f} "
+            f"| {name} | {cfg.model.num_hidden_layers} | {cfg.mesh} | {cfg.layout} | {target} | "
+            f"{found['state'] / 1e9:.3f} GB | {state / found['state']:.3f} "
             f"| {whole} | {moved / 1e9:.3f} GB | {sent / moved:.3f} |"
         )
 

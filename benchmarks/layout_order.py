@@ -1,14 +1,17 @@
-"""Does the estimate order layouts as the machine does? Steps of one global batch on meshes of 8 simulated devices, predicted with
-this machine's measured profile and timed; Kendall's tau of the two orders.
+"""Does the estimate order layouts as the machine does? Kendall's tau of the two orders.
 
-Each layout is timed in a process of its own (ten programs of eight devices in one process came to wait for each other for ever: XLA:CPU
-of jax 0.10.2), the fastest step counting. The model is the demo's with two layers, one CSA and one HCA: compiling is what takes time here,
-so programs stay in a cache, and a run that was stopped goes on with those that are missing. Times are kept beside them, the fastest of all
-runs of each, so that a few layouts at a time can be timed while a shared machine is quiet.
+    export JAX_PLATFORMS=cpu
+    python benchmarks/layout_order.py --compile     # at any load; again, if it was stopped
+    python benchmarks/layout_order.py [--turns 8] [--cases dp:data=8 ...]    # on a quiet machine
+    python benchmarks/layout_order.py --turns 0 [--profile cpu.json]         # only the table
 
-    JAX_PLATFORMS=cpu python benchmarks/layout_order.py --compile                               # at any load; again, if it was stopped
-    JAX_PLATFORMS=cpu python benchmarks/layout_order.py [--turns 8] [--cases dp:data=8 ...]     # on a quiet machine
-    JAX_PLATFORMS=cpu python benchmarks/layout_order.py --turns 0 [--profile cpu.json]          # only the table of what was timed
+Steps of one global batch on meshes of 8 simulated devices are timed, and predicted with this
+machine's measured profile. Each layout runs in a process of its own, since ten programs of eight
+devices in one process came to wait for each other for ever (XLA:CPU of jax 0.10.2). The fastest
+step counts. The model is the demo's with two layers, one CSA and one HCA. Compiling takes most of
+the time, so programs stay in a cache, and a run that was stopped continues with the missing ones.
+The fastest times of all runs are kept beside them, so that a few layouts at a time can be timed
+while a shared machine is quiet.
 """
 
 import argparse
@@ -100,13 +103,16 @@ def main() -> None:
         file.write_text(json.dumps(took))
     paper = {case: estimate(config(case), hardware_of(arguments.profile)) for case in CASES}
     print(
-        "| layout: mesh | estimated ms | measured ms | measured / estimated | bound by |\n|---|---|---|---|---|"
+        "| layout: mesh | estimated ms | measured ms | measured / estimated | bound by |\n"
+        "|---|---|---|---|---|"
     )
     for case in sorted(CASES, key=lambda case: paper[case].step_seconds):
         ms, real = paper[case].step_seconds * 1e3, took.get(case, float("nan")) * 1e3
         print(f"| {case} | {ms:.0f} | {real:.0f} | {real / ms:.2f} | {paper[case].bound} |")
     print(
-        f"\nKendall's tau: {kendall([paper[c].step_seconds for c in took], [took[c] for c in took]):.2f} over {len(took)} layouts"
+        f"\nKendall's tau: "
+        f"{kendall([paper[c].step_seconds for c in took], [took[c] for c in took]):.2f} over "
+        f"{len(took)} layouts"
         if len(took) > 1
         else ""
     )
@@ -125,7 +131,7 @@ def config(case: str):
 
 
 def fastest_step(cfg, turns: int) -> float:
-    """Seconds of the fastest of so many steps, after one to warm up."""
+    """Seconds of the fastest of `turns` steps, after one to warm up."""
     import jax
 
     (mesh, step, state, batch), best = prepared(cfg), float("inf")

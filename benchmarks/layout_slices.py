@@ -1,7 +1,10 @@
-"""Tables of docs/layout-tables.md, estimated by v4jax layout: the smallest TPU slices that hold the full models, published training
-runs beside what the model predicts for them, and what the optimizer does under each named layout.
+"""Tables of docs/layout-tables.md, estimated by `v4jax layout`.
 
     python benchmarks/layout_slices.py slices | published | optimizer
+
+`slices`: the smallest TPU slices that hold the full models. `published`: published training runs
+beside what the estimate predicts for them. `optimizer`: what the optimizer does under each named
+layout.
 """
 
 import dataclasses
@@ -33,7 +36,8 @@ def main() -> None:
 
 def slices() -> None:
     print(
-        "| model | step | chip | chips | layout: mesh | memory of a device | step | bound by | MFU |\n|---|---|---|---|---|---|---|---|---|"
+        "| model | step | chip | chips | layout: mesh | memory of a device | step | bound by | "
+        "MFU |\n|---|---|---|---|---|---|---|---|---|"
     )
     for model in ("flash", "pro"):
         for what, seq, per_device in (
@@ -45,14 +49,19 @@ def slices() -> None:
                 chips, best = smallest(model, what, seq, per_device, chip)
                 length = "1M context, released formats" if what == "decode" else f"S {seq}"
                 print(
-                    f"| V4-{model.capitalize()} | {what}, {length} | {chip} | {chips} | {best.layout}: {best.mesh} | {best.memory_bytes / 1e9:.0f} of "
-                    f"{best.hbm / 1e9:.0f} GB | {best.step_seconds * 1e3:,.0f} ms | {best.bound} | {best.mfu:.1%} |",
+                    f"| V4-{model.capitalize()} | {what}, {length} | {chip} | {chips} | "
+                    f"{best.layout}: {best.mesh} | {best.memory_bytes / 1e9:.0f} of "
+                    f"{best.hbm / 1e9:.0f} GB | {best.step_seconds * 1e3:,.0f} ms | "
+                    f"{best.bound} | {best.mfu:.1%} |",
                     flush=True,
                 )
 
 
 def smallest(model: str, what: str, seq: int, per_device: float, chip: str):
-    """(chips, best estimate) of the smallest slice on which some layout fits; rows grow with the devices."""
+    """(chips, best estimate) of the smallest slice on which some layout fits.
+
+    Rows grow with the devices.
+    """
     from v4jax.planner.hardware import hardware_of
     from v4jax.planner.search import search
 
@@ -70,13 +79,14 @@ def smallest(model: str, what: str, seq: int, per_device: float, chip: str):
 
 
 def published() -> None:
-    """V4-Pro as NVIDIA/Megatron-Bridge #4808 ran it, and as the Ascend post-training run is reported."""
+    """V4-Pro as NVIDIA/Megatron-Bridge #4808 ran it, and the reported Ascend post-training run."""
     from v4jax.cost import cost
     from v4jax.planner.estimate import estimate
     from v4jax.planner.hardware import hardware_of
 
     print(
-        "| run | estimated mesh | predicted step | predicted | published | gap | bound by |\n|---|---|---|---|---|---|---|"
+        "| run | estimated mesh | predicted step | predicted | published | gap | bound by |\n"
+        "|---|---|---|---|---|---|---|"
     )
     cfg = dataclasses.replace(
         training("pro"), seq_len=4096, batch_size=4096, layout="pod", mesh="fsdp=4,expert=64"
@@ -84,24 +94,34 @@ def published() -> None:
     found = estimate(cfg, hardware_of("gb300"), fp8=True)
     flops = cost(cfg.model, 4096).train_flops * 4096 * 4096 / 256
     print(
-        f"| 256 GB300, 4096 x 4K, MXFP8, step | {found.mesh} | {found.step_seconds:.1f} s | {found.step_seconds:.1f} s | 21.5 s | {found.step_seconds / 21.5 - 1:+.0%} | {found.bound} |"
+        f"| 256 GB300, 4096 x 4K, MXFP8, step | {found.mesh} | {found.step_seconds:.1f} s | "
+        f"{found.step_seconds:.1f} s | 21.5 s | {found.step_seconds / 21.5 - 1:+.0%} | "
+        f"{found.bound} |"
     )
     rate = flops / found.step_seconds / 1e12
     print(f"| the same, TFLOP/s a GPU | | | {rate:.0f} | 996 | {rate / 996 - 1:+.0%} | |")
-    # What the published figures say of each other: FLOPs a token that 996 TFLOP/s in 21.5 s imply, and ours.
+    # The published figures against each other: FLOPs a token that 996 TFLOP/s in 21.5 s imply, and
+    # ours.
     print(
-        f"| the same, model FLOPs a token | | | {flops * 256 / 4096**2 / 1e9:.0f} G | {996e12 * 21.5 * 256 / 4096**2 / 1e9:.0f} G | {flops / (996e12 * 21.5) - 1:+.0%} | |"
+        f"| the same, model FLOPs a token | | | {flops * 256 / 4096**2 / 1e9:.0f} G | "
+        f"{996e12 * 21.5 * 256 / 4096**2 / 1e9:.0f} G | {flops / (996e12 * 21.5) - 1:+.0%} | |"
     )
     for rows in (4096, 1024):  # the run's batch is not published
         cfg = dataclasses.replace(cfg, batch_size=rows, mesh="data=2,fsdp=8,expert=64")
         found = estimate(cfg, hardware_of("cloudmatrix384"))
         print(
-            f"| 1,024 Ascend 910C, {rows} x 4K, bf16, MFU | {found.mesh} | {found.step_seconds:.1f} s | {found.mfu:.1%} | 34.9% | {found.mfu / 0.349 - 1:+.0%} | {found.bound} |"
+            f"| 1,024 Ascend 910C, {rows} x 4K, bf16, MFU | {found.mesh} | "
+            f"{found.step_seconds:.1f} s | {found.mfu:.1%} | 34.9% | "
+            f"{found.mfu / 0.349 - 1:+.0%} | {found.bound} |"
         )
 
 
 def optimizer() -> None:
-    """V4-Flash's optimizer step on 128 TPU devices: FLOPs beside an even share, bytes sent beside each cut matrix once there and once back."""
+    """V4-Flash's optimizer step on 128 TPU devices.
+
+    FLOPs are set beside an even share; bytes sent beside moving each cut matrix there and back
+    once.
+    """
     from sharding.mesh import parse_mesh
     from sharding.rules import layout_for
     from v4jax.planner.estimate import terms_of
@@ -128,7 +148,8 @@ def optimizer() -> None:
 
     whole = of_a_device("full", "")[0]
     print(
-        "| layout: mesh | FLOPs of a device | / an even share | sent by a device |\n|---|---|---|---|"
+        "| layout: mesh | FLOPs of a device | / an even share | sent by a device |\n"
+        "|---|---|---|---|"
     )
     for layout, mesh in OPTIMIZER.items():
         flops, sent = of_a_device(layout, mesh)

@@ -1,9 +1,9 @@
-"""Forward time and peak memory against sequence length, on a 4-layer model [SWA, CSA, HCA, CSA].
+"""Forward time and peak memory against sequence length, on 4 layers [SWA, CSA, HCA, CSA].
 
     python benchmarks/length.py [--lengths 1024 4096 16384 65536]
 
-Each length runs in a process of its own, so that the peak is its own. Bar: at most 1.25 times beyond linear per doubling, and
-memory linear.
+Each length runs in a process of its own, so that the peak is its own. Bars: the time per token
+grows at most 1.25 times per doubling, and memory is linear.
 """
 
 import argparse
@@ -23,7 +23,8 @@ def program(length: int):
 
     from sharding.mesh import simulate_devices
     from v4jax.config import ModelConfig
-    from v4jax.model.transformer import apply, init_params
+    from v4jax.model.forward import apply
+    from v4jax.model.init import init_params
 
     cfg = ModelConfig(
         vocab_size=4096,
@@ -94,7 +95,8 @@ def main():
             doublings = math.log2(length / last[0])
             beyond = f"{(row['seconds'] / last[1] * last[0] / length) ** (1 / doublings):.2f}"
         print(
-            f"{length:6d} {row['seconds']:9.2f} {row['seconds'] / length * 1e6:10.0f} {beyond:>18s} {row['peak_mb']:20.0f}",
+            f"{length:6d} {row['seconds']:9.2f} {row['seconds'] / length * 1e6:10.0f} "
+            f"{beyond:>18s} {row['peak_mb']:20.0f}",
             flush=True,
         )
         last = (length, row["seconds"])

@@ -1,11 +1,12 @@
-"""One training step of the demo on meshes of 8 simulated devices, beside the same global batch on one device.
+"""One training step of the demo on 8 simulated devices, beside the same batch on one device.
 
-The cores are the same, so what a mesh adds is overhead: exchanges as copies in memory, work that is repeated, smaller products,
-and eight programs taking turns. Nothing here says how fast a layout is on eight chips. Compiling takes longer than all steps, so
-programs stay in a cache, and a few meshes at a time can be measured while a shared machine is quiet.
+    python benchmarks/meshes.py --compile     # at any load; again, if it was stopped
+    python benchmarks/meshes.py [--steps 6] [--meshes "data=8" "expert=4,tensor=2"]   # when quiet
 
-    python benchmarks/meshes.py --compile                                            # at any load; again, if it was stopped
-    python benchmarks/meshes.py [--steps 6] [--meshes "data=8" "expert=4,tensor=2"]  # on a quiet machine
+The cores are the same, so what a mesh adds is overhead: exchanges as copies in memory, repeated
+work, smaller products, and eight programs that take turns. The figures do not say how fast a layout
+is on eight chips. Compiling takes longer than all steps, so programs stay in a cache, and a few
+meshes at a time can be measured while a shared machine is quiet.
 """
 
 import argparse
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def seconds(cfg, steps: int) -> float:
-    """Of the fastest of `steps` steps after two to warm up; no steps: compiles, 0."""
+    """Seconds of the fastest of `steps` steps, after two to warm up; 0 without steps."""
     import jax
     import numpy as np
 

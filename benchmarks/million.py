@@ -1,11 +1,13 @@
-"""A million tokens, really: 1,048,576 tokens prefilled in chunks, then 32 decoded, on a small model of every kind of layer.
+"""A million tokens: 1,048,576 tokens prefilled in chunks, then 32 decoded, by a small model.
 
-    python benchmarks/million.py [--tokens 1048576] [--storage official]      # minutes on two cores; progress is shown
-    python benchmarks/million.py --decode-only                                # the times per token alone: a minute
+    python benchmarks/million.py [--tokens 1048576] [--storage official]    # minutes on two cores
+    python benchmarks/million.py --decode-only       # the times per token alone: a minute
 
-The table has the time of a decoded token at 16K and at the end (bar: at most 4 times as much), what a token reads by the real arrays
-of the cache (rings and weights whole, entries and index keys as far as they are in use, the chosen entries of CSA), and the seconds those bytes take at the
-read rate measured here. The script ends with an error where the process held 8 GB or more.
+The model has layers of every kind. The table has the time of a decoded token at 16K and at the end
+(bar: at most 4 times as much), what a token reads, and the seconds that those bytes take at the
+measured read rate. Bytes are those of the cache's real arrays: rings and weights whole, entries and
+index keys as far as they are in use, and the chosen entries of CSA. The script ends with an error
+if the process used 8 GB or more.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import time
 
 TOKENS, SHORT, NEW, STEPS, STRETCH = 2**20, 2**14, 32, 8, 2**16
 LIMIT = 8e9
-"""Bytes the process may hold."""
+"""Bytes that the process may use."""
 
 
 def get_model():
@@ -63,7 +65,7 @@ def read_rate() -> float:
 
 
 def traffic(cfg, cache, tokens: int) -> dict[str, float]:
-    """Bytes a decoded token reads, by what it reads. Scores of index keys are written once, read once."""
+    """Bytes that a decoded token reads, by array; scores are written and read once."""
     import jax
 
     from v4jax.config import CSA
@@ -108,8 +110,8 @@ class Run:
         import numpy as np
 
         from v4jax.generate.cache import split_layers
-        from v4jax.generate.decode import DecodeConfig
-        from v4jax.model.transformer import init_params
+        from v4jax.generate.steps import DecodeConfig
+        from v4jax.model.init import init_params
 
         self.cfg = get_model()
         self.params = split_layers(self.cfg, init_params(self.cfg, jax.random.key(0)))
@@ -121,8 +123,8 @@ class Run:
         self.done, self.state, self.output = 0, None, None
 
     def prefill(self, until: int) -> None:
-        """Goes on to `until` tokens of the text, in stretches, each in chunks (v4jax/generate/decode.py)."""
-        from v4jax.generate.decode import prefill
+        """Prefills up to `until` tokens of the text, in chunks (v4jax/generate/decode.py)."""
+        from v4jax.generate.steps import prefill
 
         start, first = time.perf_counter(), self.done
         while self.done < until:
@@ -135,13 +137,14 @@ class Run:
             self.done += len(part)
             spent = time.perf_counter() - start
             print(
-                f"prefill: {self.done:8d} of {len(self.tokens)} tokens, {spent:6.1f} s, {1e6 * spent / (self.done - first):5.0f} us a token, "
+                f"prefill: {self.done:8d} of {len(self.tokens)} tokens, {spent:6.1f} s, "
+                f"{1e6 * spent / (self.done - first):5.0f} us a token, "
                 f"peak {peak() / 1e9:.2f} GB",
                 flush=True,
             )
 
     def skip(self, until: int) -> None:
-        """The cache as if there had been `until` tokens: what a step costs does not depend on what is in it."""
+        """Sets the cache as if there were `until` tokens; their values change no time."""
         import jax.numpy as jnp
 
         self.state = self.state._replace(
@@ -151,7 +154,8 @@ class Run:
 
     def decode(self, tokens: int) -> float:
         """Seconds a token."""
-        from v4jax.generate.decode import State, decode
+        from v4jax.generate.decode import decode
+        from v4jax.generate.steps import State
 
         start = time.perf_counter()
         (completion,), cache = decode(
@@ -195,11 +199,12 @@ def main():
             run.skip(until)
         else:
             run.prefill(until)
-        run.decode(STEPS)  # the first time compiles
+        run.decode(STEPS)  # the first call compiles
         seconds[until] = run.decode(NEW)
         rows.append((until, seconds[until], traffic(run.cfg, run.state.cache, until)))
     print(
-        f"all in {time.perf_counter() - start:.0f} s; read rate {rate / 1e9:.1f} GB/s; peak {peak() / 1e9:.2f} GB"
+        f"all in {time.perf_counter() - start:.0f} s; read rate {rate / 1e9:.1f} GB/s; peak "
+        f"{peak() / 1e9:.2f} GB"
     )
     names = list(rows[0][2])
     print(
@@ -217,7 +222,8 @@ def main():
     (_, short, few), (_, long, many) = rows
     more = sum(many.values()) - sum(few.values())
     print(
-        f"a token at the end / at 16K: {long / short:.2f} (bar 4); {1e3 * (long - short):.2f} ms more, {more / 1e6:.1f} MB more: {more / (long - short) / 1e9:.1f} GB/s"
+        f"a token at the end / at 16K: {long / short:.2f} (bar 4); {1e3 * (long - short):.2f} "
+        f"ms more, {more / 1e6:.1f} MB more: {more / (long - short) / 1e9:.1f} GB/s"
     )
     if peak() > LIMIT:
         raise SystemExit(f"held {peak() / 1e9:.1f} GB; the bar is {LIMIT / 1e9:.0f}")

@@ -2,9 +2,10 @@
 
     python benchmarks/overheads.py [--rounds N] [--no-remat]
 
-All kinds of step (forward, backward, Muon) alternate, round by round, so that a noisy machine disturbs all of them; the table shows
-medians, the ratio to the plain step, and the floor of that ratio: the plain step as measured, plus the least matmul work of the addition
-(2 x active weights x tokens of one forward pass) at the matmul rate measured here.
+All kinds of step (forward, backward, Muon) alternate, round by round, so that a noisy machine
+disturbs all of them. The table shows medians, their ratio to the plain step, and the floor of that
+ratio. The floor is the plain step as measured plus the least matmul work of the addition (2 x
+active weights x tokens of one forward pass) at the measured matmul rate.
 """
 
 import argparse
@@ -48,7 +49,7 @@ BATCH, SEQ = 8, 256
 
 
 def routing_weights(params) -> float:
-    """Weights that multiply a token on the way to the last expert index: no head, and of the MTP layer no experts."""
+    """Weights that multiply a token up to the last expert index: no head, no experts of MTP."""
     total = 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -61,7 +62,7 @@ def routing_weights(params) -> float:
 
 
 def kinds_of_step(cfg: TrainConfig):
-    """Name -> (a function that does one step, the FLOPs that it needs beyond the plain step at least)."""
+    """Name -> (a function that does one step, the least FLOPs that it adds to the plain step)."""
     rules, mesh = AxisRules(), make_mesh(parse_mesh(""))
     jax.set_mesh(mesh)
     places = state_shardings(cfg, rules, mesh)
@@ -113,13 +114,15 @@ def main():
             times[name].append(time.perf_counter() - start)
     plain = statistics.median(times["plain"])
     print(
-        f"{BATCH} x {SEQ} tokens, float32, rematerialisation {'on' if cfg.remat else 'off'}, {rate / 1e9:.0f} GFLOP/s, {jax.devices()[0].device_kind}"
+        f"{BATCH} x {SEQ} tokens, float32, rematerialisation {'on' if cfg.remat else 'off'}, "
+        f"{rate / 1e9:.0f} GFLOP/s, {jax.devices()[0].device_kind}"
     )
     print(f"{'step':36s} {'ms':>8s} {'/ plain':>8s} {'floor':>8s}")
     for name, values in times.items():
         median = statistics.median(values)
         print(
-            f"{name:36s} {median * 1e3:8.0f} {median / plain:8.3f} {1 + kinds[name][1] / rate / plain:8.3f}"
+            f"{name:36s} {median * 1e3:8.0f} {median / plain:8.3f} "
+            f"{1 + kinds[name][1] / rate / plain:8.3f}"
         )
 
 

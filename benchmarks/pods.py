@@ -1,9 +1,11 @@
-"""The full training step of V4-Flash and V4-Pro, compiled for TPU slices that are not there: bytes a chip, time and memory it takes.
+"""The full training steps of V4-Flash and V4-Pro, compiled for TPU slices that are not there.
 
-    python benchmarks/pods.py [--effort quick|full] [CASE ...]          needs the extra `tpu`; minutes and several GB a case
+    python benchmarks/pods.py [--effort quick|full] [CASE ...]
 
-bfloat16 compute, float32 weights and momentum, Muon; 4096 tokens a chip, but 8192 in flash-64k, and 2048 of V4-Pro on 256 chips, where
-more do not fit. What was compiled with quick effort is kept for the table of layout_accuracy.py too.
+It needs the extra `tpu`, minutes and several GB a case, and reports bytes a chip, compile time and
+host memory. Compute is bfloat16, weights and momentum float32, the optimizer Muon; 4096 tokens a
+chip, but 8192 in flash-64k, and 2048 of V4-Pro on 256 chips, where no more fit. Results with quick
+effort are kept for the table of layout_accuracy.py too.
 """
 
 import argparse
@@ -36,7 +38,7 @@ def pod_config(name: str):
 
 
 def keep(name: str, report: dict) -> None:
-    """Appends what a case holds and sends to RESULTS."""
+    """Appends to RESULTS what a case keeps and sends."""
     sent = {f"{axes}: {kind}": size for axes, kind, _, size in report["collectives"]}
     row = {
         "case": name,
@@ -63,7 +65,8 @@ def main() -> int:
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"case: got {unknown.pop()!r}; known: {', '.join(CASES)}")
     print(
-        "| case | mesh | effort | state | temporary | program | sum of 95 GB | sent by a chip and step | lowered + compiled | core-seconds | host memory |"
+        "| case | mesh | effort | state | temporary | program | sum of 95 GB | sent by a chip "
+        "and step | lowered + compiled | core-seconds | host memory |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for name in options.cases or CASES:
@@ -72,7 +75,7 @@ def main() -> int:
 
 
 def row(name: str, config: str, target: str, mesh: str, seq: int, batch: int, effort: str) -> str:
-    """One line of the table; where the step does not fit a chip, what the compiler says."""
+    """One line of the table; if the step does not fit a chip, what the compiler says."""
     command = [
         sys.executable,
         "-m",
@@ -98,7 +101,10 @@ def row(name: str, config: str, target: str, mesh: str, seq: int, batch: int, ef
         error = job.stderr.read()
         _, status, used = os.wait4(job.pid, 0)
         job.returncode = os.waitstatus_to_exitcode(status)
-    took = f"{time.perf_counter() - start:.0f} s | {used.ru_utime + used.ru_stime:.0f} s | {used.ru_maxrss / 2**20:.1f} GB |"
+    took = (
+        f"{time.perf_counter() - start:.0f} s | {used.ru_utime + used.ru_stime:.0f} s | "
+        f"{used.ru_maxrss / 2**20:.1f} GB |"
+    )
     head = f"| {name}, {target} | {mesh} | {effort} | "
     if job.returncode:
         return head + f"{error.strip().splitlines()[-1][:200]} ||||| {took}"
@@ -110,8 +116,8 @@ def row(name: str, config: str, target: str, mesh: str, seq: int, batch: int, ef
     paper = report["estimate"]
     parts = " | ".join(f"{size:.1f} GB" for size in sizes)
     return (
-        head
-        + f"{parts} | {sum(sizes):.1f} GB, estimated {paper['memory_bytes'] / 1e9:.1f} GB | {sent:.0f} GB, estimated "
+        head + f"{parts} | {sum(sizes):.1f} GB, estimated {paper['memory_bytes'] / 1e9:.1f} GB | "
+        f"{sent:.0f} GB, estimated "
         f"{sum(row[2] for row in paper['sent']) / 1e9:.0f} GB | {took}"
     )
 

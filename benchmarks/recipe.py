@@ -1,13 +1,14 @@
-"""What each part of the recipe is worth: equal-token runs of a model of the demo's size on the standard library's sources, three
-seeds, held-out nats per byte.
+"""What each part of the recipe is worth: equal-token runs of a model of the demo's size.
 
-    python benchmarks/recipe.py                    # runs what is missing, then writes docs/recipe.md and docs/recipe.png
-    python benchmarks/recipe.py --budget 240       # starts no run after so many seconds: finish it in several sittings
-    python benchmarks/recipe.py --side-by-side     # a process per variant, for a GPU, whose time one small model does not fill
-    python benchmarks/recipe.py --report           # only the table and the picture of what has been run
+    python benchmarks/recipe.py                  # the missing runs; docs/recipe.md and recipe.png
+    python benchmarks/recipe.py --budget 240     # starts no run after so many seconds
+    python benchmarks/recipe.py --side-by-side   # a process per variant, which fills a GPU better
+    python benchmarks/recipe.py --report         # only the table and the picture of finished runs
 
-Every finished run is a line of docs/recipe.jsonl (or --results), so the script goes on where it stopped. All runs train the main
-model for the same number of steps of the same size; the learning rate falls over the last of them.
+Data are the standard library's sources, with three seeds; the measure is held-out nats per byte.
+Every finished run is a line of docs/recipe.jsonl (or --results), so the script continues where it
+stopped. All runs train the main model for the same number of steps of the same size; the learning
+rate falls over the last of them.
 """
 
 import argparse
@@ -29,7 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from configs import demo
 from sharding.mesh import simulate_devices
 from v4jax.data.config import DataConfig
-from v4jax.model.transformer import init_params
+from v4jax.model.init import init_params
 from v4jax.train import loop
 from v4jax.train.config import TrainConfig
 from v4jax.train.report import read_metrics
@@ -39,9 +40,9 @@ DOCS = pathlib.Path(__file__).parent.parent / "docs"
 RESULTS, TABLE, PICTURE = DOCS / "recipe.jsonl", DOCS / "recipe.md", DOCS / "recipe.png"
 SEEDS = (0, 1, 2)
 STEPS, DENSE, ALONE = 300, 180, 40
-"""Steps of the main model; after so many of them attention becomes sparse; steps in which the indexer learns alone."""
+"""Steps of the main model; steps before attention becomes sparse; steps of the indexer alone."""
 
-# A short window and few entries chosen of many (8 of 128), so that it matters which.
+# The window is short and few entries are chosen of many (8 of 128), so that the choice matters.
 MODEL = demo.get_model().replace(sliding_window=16, index_topk=8)
 BASE = TrainConfig(
     model=MODEL,
@@ -79,11 +80,15 @@ VARIANTS = {
     "QAT": dataclasses.replace(BASE, quant="official"),
     "no bias update": dataclasses.replace(BASE, bias_rate=0.0),
 }
-"""Each differs from the first in what its name says."""
+"""Each run differs from the first in what its name says."""
 
 
 def also_with_a_new_indexer(evaluator, held_out: list[float]):
-    """`evaluator` whose evaluations add to `held_out` the loss of the same weights with an indexer that never learned."""
+    """Wraps `evaluator`, so that its evaluations also measure the weights with an untrained
+    indexer.
+
+    That loss is added to `held_out`.
+    """
 
     def make(cfg: TrainConfig, *rest):
         evaluate = evaluator(cfg, *rest)
@@ -106,8 +111,11 @@ def also_with_a_new_indexer(evaluator, held_out: list[float]):
 
 
 def run(name: str, seed: int) -> dict:
-    """One run: held-out nats per byte (also with a new indexer, where one was trained), the mean of max/mean expert load over its last
-    quarter, seconds."""
+    """Results of one run.
+
+    They are held-out nats per byte (also with a new indexer, if one was trained), the mean of
+    max/mean expert load over the last quarter, and seconds.
+    """
     optimizer = mock.patch(
         "v4jax.train.muon.optimizer_of",
         lambda path, trains_index=False: "frozen" if "indexer" in path else "adamw",
@@ -127,7 +135,8 @@ def run(name: str, seed: int) -> dict:
         )
         if "stopped_at" in summary:
             raise SystemExit(
-                f"stopped at step {summary['stopped_at']} of {name}, seed {seed}; finished runs are kept, start again to go on"
+                f"stopped at step {summary['stopped_at']} of {name}, seed {seed}; finished runs "
+                f"are kept, start again to go on"
             )
         lines = [
             line
@@ -155,7 +164,7 @@ def run_missing(path: pathlib.Path, names: list[str], seeds: list[int], budget: 
     for name, seed in [(name, seed) for seed in seeds for name in names]:
         if any(
             (line["name"], line["seed"]) == (name, seed) for line in results(path)
-        ):  # another process may have done it meanwhile
+        ):  # another process may have run it meanwhile
             continue
         if time.perf_counter() - start > budget:
             break
@@ -167,7 +176,10 @@ def run_missing(path: pathlib.Path, names: list[str], seeds: list[int], budget: 
 
 
 def run_side_by_side(path: pathlib.Path, budget: float) -> None:
-    """A process of this script for each variant; they share the accelerator, and its memory as they need it."""
+    """Starts a process of this script for each variant.
+
+    They share the accelerator, and its memory as they need it.
+    """
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     command = [sys.executable, __file__, "--results", str(path), "--budget", str(budget), "--only"]
     logs = [tempfile.TemporaryFile("w+") for _ in VARIANTS]  # noqa: SIM115
@@ -183,7 +195,7 @@ def run_side_by_side(path: pathlib.Path, budget: float) -> None:
 
 
 def report(path: pathlib.Path) -> None:
-    """The table, and a picture of every run."""
+    """Writes the table and a picture of every run."""
     from matplotlib.figure import Figure
 
     found = {name: [line for line in results(path) if line["name"] == name] for name in VARIANTS}
@@ -200,7 +212,8 @@ def report(path: pathlib.Path) -> None:
         if line["name"] == next(iter(VARIANTS))
     }
     rows = [
-        "| run | held out, nats per byte: mean (least to most) | against the first, seed by seed | mean | max/mean load |",
+        "| run | held out, nats per byte: mean (least to most) | against the first, seed by "
+        "seed | mean | max/mean load |",
         "|---|---|---|---|---|",
     ]
     for name, lines in found.items():
@@ -213,7 +226,8 @@ def report(path: pathlib.Path) -> None:
         load = np.mean([line["load"] for line in lines])
         each = ", ".join(f"{one:+.3f}" for one in gap)
         rows.append(
-            f"| {name} | {nll.mean():.3f} ({nll.min():.3f} to {nll.max():.3f}) | {each} | {np.mean(gap):+.3f} | {load:.2f} |"
+            f"| {name} | {nll.mean():.3f} ({nll.min():.3f} to {nll.max():.3f}) | {each} | "
+            f"{np.mean(gap):+.3f} | {load:.2f} |"
         )
     print("\n".join(rows))
     head, rest = TABLE.read_text().split("<!-- table -->")
@@ -226,7 +240,7 @@ def report(path: pathlib.Path) -> None:
     )
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    # Seeds differ in what is held out, so only runs of one seed compare.
+    # Held-out data differ by seed, so only runs of one seed compare.
     for y, lines in enumerate(found.values()):
         gap = [line["held_out_nll"] - base[line["seed"]] for line in lines if line["seed"] in base]
         axes.plot(gap, [y] * len(gap), "o", alpha=0.7)
@@ -234,7 +248,7 @@ def report(path: pathlib.Path) -> None:
     axes.invert_yaxis()
     axes.set_xscale(
         "symlog", linthresh=0.05, linscale=3
-    )  # one of them is ten times as far away as all others
+    )  # one of them is ten times as far away as the others
     axes.set_xlim(right=0.7)
     axes.set_xticks([-0.02, 0, 0.02, 0.04, 0.1, 0.4], ["-0.02", "0", "0.02", "0.04", "0.1", "0.4"])
     axes.set_xlabel("held-out nats per byte above the first of the same seed")

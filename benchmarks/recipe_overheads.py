@@ -1,9 +1,10 @@
-"""What each part of the recipe costs: time of a training step with it and without, beside its floor in multiplications.
+"""What each part of the recipe costs: time of a training step with it and without.
 
     python benchmarks/recipe_overheads.py
 
-Steps with and without the part alternate, so that a noisy machine disturbs both; medians and their ratio. The floor is the
-ratio of multiply-adds (v4jax/cost.py); rounding (QAT) and the indexer's divergence add none that it counts, so theirs is 1.
+Steps with and without the part alternate, so that a noisy machine disturbs both; the table shows
+medians and their ratio. The floor is the ratio of multiply-adds (v4jax/cost.py). Rounding (QAT) and
+the indexer's divergence add none that it counts, so their floor is 1.
 """
 
 import argparse
@@ -69,7 +70,8 @@ def main() -> None:
         off, on = (statistics.median(column) for column in zip(*times, strict=True))
         flops = [train_flops_per_token(cfg.model, cfg.seq_len) for cfg in pair]
         print(
-            f"| {name} | {off * 1e3:.0f} ms | {on * 1e3:.0f} ms | {on / off:.2f} | {flops[1] / flops[0]:.2f} |",
+            f"| {name} | {off * 1e3:.0f} ms | {on * 1e3:.0f} ms | {on / off:.2f} | "
+            f"{flops[1] / flops[0]:.2f} |",
             flush=True,
         )
 

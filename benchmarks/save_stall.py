@@ -2,10 +2,11 @@
 
     python benchmarks/save_stall.py [--steps 20] [--rounds 5]
 
-Each round saves the whole state (weights, router, Muon and AdamW state), which Orbax writes while the steps go on, then does a
-step after the other. A save costs its call, and what the steps until it is on the disk take above the median of those after it in the same
-round: so a machine that drifts from minute to minute does not drown it. A save must be on the disk before the last third of its round.
-On a machine without accelerators the writing threads take cores from the steps: the worst case.
+Each round saves the whole state (weights, router, Muon and AdamW state), which Orbax writes while
+further steps run. The cost of a save is its call, plus what the steps until it is on the disk take
+above the median of the later steps of the same round. So the drift of the machine from minute to
+minute does not drown it. A save must be on the disk before the last third of its round. On a
+machine without accelerators the writing threads take cores from the steps: the worst case.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def main() -> None:
                     state, metrics = step(state, batch)
                     jax.block_until_ready(metrics)
                     times.append(time.perf_counter() - start)
-                    # A step that began before the save was done counts as beside it.
+                    # A step that began before the save was done runs beside it.
                     beside = beside or (
                         len(times) if (store.path(i) / "checksums.json").exists() else 0
                     )
@@ -83,7 +84,8 @@ def main() -> None:
                 if i:
                     if not 0 < beside <= arguments.steps * 2 / 3:
                         sys.exit(
-                            f"save {i} was not on the disk after two thirds of its {arguments.steps} steps: give more --steps"
+                            f"save {i} was not on the disk after two thirds of its "
+                            f"{arguments.steps} steps: give more --steps"
                         )
                     usual = float(np.median(times[beside:]))
                     costs.append(call + sum(times[:beside]) - beside * usual)
@@ -94,11 +96,14 @@ def main() -> None:
         shutil.rmtree(folder)
     cost, usual = float(np.median(costs)), float(np.median(plain))
     print(
-        "| state | save call | steps beside it | a save costs (least to most) | step | stall, saving every so many steps | bar |\n|---|---|---|---|---|---|---|"
+        "| state | save call | steps beside it | a save costs (least to most) | step | stall, "
+        "saving every so many steps | bar |\n|---|---|---|---|---|---|---|"
     )
     print(
-        f"| {size / 1e6:.0f} MB | {np.median(calls) * 1e3:.0f} ms | {max(until)} | {cost * 1e3:.0f} ms ({min(costs) * 1e3:.0f} to {max(costs) * 1e3:.0f}) "
-        f"| {usual * 1e3:.0f} ms | {arguments.steps}: {cost / (usual * arguments.steps):+.1%} | 5% |"
+        f"| {size / 1e6:.0f} MB | {np.median(calls) * 1e3:.0f} ms | {max(until)} | "
+        f"{cost * 1e3:.0f} ms ({min(costs) * 1e3:.0f} to {max(costs) * 1e3:.0f}) "
+        f"| {usual * 1e3:.0f} ms | {arguments.steps}: {cost / (usual * arguments.steps):+.1%} | "
+        f"5% |"
     )
 
 

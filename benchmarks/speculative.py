@@ -1,9 +1,11 @@
-"""Speculative decoding beside plain decoding on a trained model: tokens per second, drafts that stay, and what a step costs.
+"""Speculative decoding beside plain decoding on a trained model: speed, kept drafts, cost of a
+step.
 
     make demo; python benchmarks/speculative.py runs/demo [--tokens 200]
 
-Both give the same tokens. A speculative step runs two tokens through the model and one through MTP; it brings 1 + a tokens, where a is the share
-of drafts that stay. So it pays where 1 + a is more than the step's cost in plain steps, the last column. Bar: 1.3 times the tokens per second.
+Both give the same tokens. A speculative step runs two tokens through the model and one through MTP.
+It brings 1 + a tokens, where a is the share of drafts kept. So it pays if 1 + a is more than its
+cost in plain steps, the last column. Bar: 1.3 times the tokens per second.
 """
 
 import argparse
@@ -35,8 +37,9 @@ def main():
     simulate_devices(1)
     import v4jax
     from v4jax.generate.cache import split_layers
-    from v4jax.generate.decode import DecodeConfig, generate
+    from v4jax.generate.decode import generate
     from v4jax.generate.sampling import Sampling
+    from v4jax.generate.steps import DecodeConfig
     from v4jax.tokenizer import load_tokenizer
 
     cfg, params = v4jax.load(arguments.checkpoint)
@@ -44,7 +47,7 @@ def main():
     prompts = [[tokenizer.bos_token_id, *tokenizer.encode(text)] for text in TEXTS]
 
     def run(decoding, tokens):
-        """(seconds, completions), one prompt after the other."""
+        """(seconds, completions) of all prompts, one after the other."""
         start = time.perf_counter()
         found = [
             generate(
@@ -55,10 +58,12 @@ def main():
         return time.perf_counter() - start, found
 
     print(
-        "                 plain             speculative                                        cost of a step"
+        "                 plain             speculative                                        "
+        "cost of a step"
     )
     print(
-        "temperature   ms a token   ms a token   times as fast   drafts that stay   ms a step   in plain steps"
+        "temperature   ms a token   ms a token   times as fast   drafts that stay   ms a step   "
+        "in plain steps"
     )
     for temperature in (0.0, 0.7, 1.0):
         plain = DecodeConfig(sampling=Sampling(temperature=temperature))
@@ -77,7 +82,8 @@ def main():
         share = sum(row.accepted for row in found[1]) / sum(row.drafted for row in found[1])
         step = two * (1 + share)
         print(
-            f"{temperature:11.1f} {1e3 * one:12.2f} {1e3 * two:12.2f} {one / two:15.2f} {share:18.1%} {1e3 * step:11.2f} {step / one:16.2f}"
+            f"{temperature:11.1f} {1e3 * one:12.2f} {1e3 * two:12.2f} {one / two:15.2f} "
+            f"{share:18.1%} {1e3 * step:11.2f} {step / one:16.2f}"
         )
 
 

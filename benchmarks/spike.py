@@ -1,9 +1,10 @@
-"""A run that is harmed on purpose, beside a clean one: a batch of noise, and later one update 100 times too long.
+"""A run harmed on purpose, beside a clean one: a batch of noise, then an update 100 times too long.
 
     python benchmarks/spike.py [--steps N] [--out DIR]
 
-Three runs of a small model on the standard library's sources: clean; harmed, with rollbacks and anticipatory routing; harmed, without. The
-table shows held-out nats per token at the end. `v4jax plot DIR/recovered` draws the second.
+A small model trains three times on the standard library's sources: clean; harmed, with rollbacks
+and anticipatory routing; harmed, without. The table shows held-out nats per token at the end.
+`v4jax plot DIR/recovered` draws the second run.
 """
 
 import argparse
@@ -48,7 +49,10 @@ MODEL = ModelConfig(
 
 
 class Harmed:
-    """The jitted step, but that of the batches with these first rows one is noise and the other's update is 100 times too long."""
+    """The jitted step with two harmed batches, known by their first rows.
+
+    One batch becomes noise; the update of the other is 100 times too long.
+    """
 
     def __init__(self, jitted, noise, inflate):
         self._jitted, self._noise, self._inflate = jitted, noise, inflate
@@ -113,7 +117,8 @@ def main():
     print(f"{'run':16s} {'held-out nats':>14s} {'/ clean':>8s}     in {out}")
     for name, end in ends.items():
         print(
-            f"{name:16s} {end['held_out_nll']:14.4f} {end['held_out_nll'] / ends['clean']['held_out_nll']:8.4f}"
+            f"{name:16s} {end['held_out_nll']:14.4f} "
+            f"{end['held_out_nll'] / ends['clean']['held_out_nll']:8.4f}"
         )
 
 

@@ -1,10 +1,11 @@
-"""Time of one training step (forward + backward + AdamW, float32) beside transformers' eager model, in the same run.
+"""Time of one training step beside transformers' eager model, in the same run.
 
-    python benchmarks/train_step.py            needs the extra `parity` (torch, transformers)
+    python benchmarks/train_step.py      # needs the extra `parity` (torch, transformers)
 
-The two alternate, round by round, so that a noisy machine disturbs both, and each in a process of its own, as its users run it: one
-waits while the other works. The table shows medians and their ratio, the floor (6 x active parameters x tokens / the matmul rate
-measured here), and where our time goes.
+A step is forward, backward and AdamW in float32. The two models alternate, round by round, so that
+a noisy machine disturbs both. Each runs in a process of its own, as its users run it, and one waits
+while the other works. The table shows medians and their ratio, the floor (6 x active parameters x
+tokens / the measured matmul rate), and where our time goes.
 """
 
 import argparse
@@ -25,7 +26,9 @@ from sharding.mesh import make_mesh, parse_mesh, simulate_devices
 from sharding.params import named_shardings
 from sharding.rules import AxisRules, layout_for
 from v4jax.config import ModelConfig
-from v4jax.model.transformer import abstract_params, apply, init_params, param_axes
+from v4jax.context import Context
+from v4jax.model.forward import apply
+from v4jax.model.init import abstract_params, init_params, param_axes
 from v4jax.train.loss import loss_and_routing
 from v4jax.train.report import matmul_rate
 
@@ -56,7 +59,9 @@ BATCH, SEQ = 8, 256
 
 
 def active_parameters(cfg: ModelConfig, params) -> int:
-    """Weights that multiply a token: all but the embedding table, and of routed experts only the chosen ones."""
+    """Weights that multiply a token: no embedding table, and of routed experts only the chosen
+    ones.
+    """
     total = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -68,7 +73,10 @@ def active_parameters(cfg: ModelConfig, params) -> int:
 
 
 def program(tokens: np.ndarray, mesh: str):
-    """(the jitted step, [parameters, optimizer state], batch): step(*state, batch) -> (*state, loss)."""
+    """The jitted step, [parameters, optimizer state], and a batch.
+
+    step(*state, batch) returns (*state, loss).
+    """
     sizes = parse_mesh(mesh)
     rules = layout_for("full", sizes) if mesh else AxisRules()
     device_mesh = make_mesh(sizes)
@@ -85,7 +93,7 @@ def program(tokens: np.ndarray, mesh: str):
 
     def step(params, state, batch):
         def objective(p):
-            return loss_and_routing(MODEL, p | {"router": router}, batch, rules=rules)[0]
+            return loss_and_routing(MODEL, p | {"router": router}, batch, Context(rules=rules))[0]
 
         value, grads = jax.value_and_grad(objective)(params)
         updates, state = tx.update(grads, state, params)
@@ -142,7 +150,10 @@ def theirs(tokens: np.ndarray):
 
 
 def times_of_theirs(pipe, tokens: np.ndarray) -> None:
-    """Does a step of transformers for each message and answers with its seconds; the process that main() starts."""
+    """Does a step of transformers for each message and answers with its seconds.
+
+    main() starts it as a process.
+    """
     step = theirs(tokens)
     with contextlib.suppress(EOFError):  # main() is done
         while pipe.recv():
@@ -154,7 +165,7 @@ def in_own_process(tokens: np.ndarray):
     context = multiprocessing.get_context("spawn")
     pipe, far_end = context.Pipe()
     context.Process(target=times_of_theirs, args=(far_end, tokens), daemon=True).start()
-    far_end.close()  # so that the end of that process is the end of what can be read here
+    far_end.close()  # reading here ends when that process ends
 
     def once() -> float:
         pipe.send(True)
@@ -201,14 +212,16 @@ def main():
     active = active_parameters(MODEL, init_params(MODEL, jax.random.key(0)))
     floor = 6 * active * BATCH * SEQ / rate
     print(
-        f"matmul rate {rate / 1e9:.0f} GFLOP/s, active parameters {active / 1e6:.1f}M, tokens {BATCH * SEQ}"
+        f"matmul rate {rate / 1e9:.0f} GFLOP/s, active parameters {active / 1e6:.1f}M, tokens "
+        f"{BATCH * SEQ}"
     )
     for name, value in median.items():
         print(f"{name:20s} {value * 1e3:8.0f} ms   {value / floor:5.2f} x floor")
     print(f"{'floor':20s} {floor * 1e3:8.0f} ms")
     if "transformers step" in median:
         print(
-            f"ratio v4jax / transformers: {median['v4jax step'] / median['transformers step']:.3f}  (bar 0.5, aim 0.35)"
+            f"ratio v4jax / transformers: "
+            f"{median['v4jax step'] / median['transformers step']:.3f}  (bar 0.5, aim 0.35)"
         )
 
 

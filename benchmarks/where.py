@@ -4,8 +4,9 @@
     python benchmarks/where.py decode [--batch 8]        a step of decode.py
     python benchmarks/where.py length [--rows 4096]      the forward pass of length.py
 
-Times are those of the threads that ran an operation, its inner operations taken off: two threads may work at once, and the threads that a
-product shares its work with are not counted. So the sum is neither wall time nor processor time; what is large in it is worth a look.
+A time is that of the thread that ran the operation, without the operations inside it. Two threads
+may work at once, and the threads that a product shares its work with are not counted. So the sum is
+neither wall time nor processor time; large entries are worth a look.
 """
 
 import argparse
@@ -27,11 +28,11 @@ PARTS = {
     "embedding": "embed",
     "head, loss": r"head|logit|loss|choose_token|jvp\(\)",
 }
-"""Part -> what the first of them to match finds in an operation's op_name."""
+"""Part -> a pattern for an operation's op_name; the first that matches counts."""
 
 
 def op_names(text: str) -> dict[str, str]:
-    """HLO operation -> its op_name, of a compiled program's text."""
+    """HLO operation -> its op_name, from a compiled program's text."""
     found = re.finditer(
         r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?(?:op_name="([^"]*)"|$)', text, re.MULTILINE
     )
@@ -44,7 +45,10 @@ def part_of(op_name: str) -> str:
 
 
 def self_times(folder) -> dict[str, list]:
-    """HLO operation -> [milliseconds, times it ran] of the trace in `folder`; what ran inside it on the same thread is its own."""
+    """HLO operation -> [milliseconds, number of runs] of the trace in `folder`.
+
+    Time of operations inside it on the same thread does not count.
+    """
     import jax
 
     (file,) = pathlib.Path(folder).glob("**/*.xplane.pb")
@@ -67,7 +71,7 @@ def self_times(folder) -> dict[str, list]:
 
 
 def print_trace(run, text: str, steps: int, top: int) -> None:
-    """Traces run(), which is `steps` steps of the program `text`, and prints milliseconds a step."""
+    """Traces run(), `steps` steps of the program `text`, and prints milliseconds a step."""
     import jax
 
     with tempfile.TemporaryDirectory() as folder:
@@ -82,11 +86,13 @@ def print_trace(run, text: str, steps: int, top: int) -> None:
     for name, (milliseconds, count) in sorted(parts.items(), key=lambda item: -item[1][0]):
         print(f"{name:32s} {milliseconds / steps:10.2f} {count / steps:12.1f}")
     print(
-        f"{'sum':32s} {sum(v[0] for v in parts.values()) / steps:10.2f} {sum(v[1] for v in parts.values()) / steps:12.1f}"
+        f"{'sum':32s} {sum(v[0] for v in parts.values()) / steps:10.2f} "
+        f"{sum(v[1] for v in parts.values()) / steps:12.1f}"
     )
     for name, (milliseconds, count) in sorted(times.items(), key=lambda item: -item[1][0])[:top]:
         print(
-            f"{milliseconds / steps:10.3f} {count / steps:7.1f}  {name:36s} {names.get(name, '')[-110:]}"
+            f"{milliseconds / steps:10.3f} {count / steps:7.1f}  {name:36s} "
+            f"{names.get(name, '')[-110:]}"
         )
 
 
@@ -108,7 +114,7 @@ def decode(arguments) -> None:
 
     import v4jax
     from v4jax.generate.cache import split_layers
-    from v4jax.generate.decode import STEPS, DecodeConfig, advance, prefill
+    from v4jax.generate.steps import STEPS, DecodeConfig, advance, prefill
 
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(folder, models()["small"])

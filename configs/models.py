@@ -2,7 +2,7 @@
 
 Command: v4jax cost configs/flash.py
 Expected result: Flash has 284B parameters and 13B active; Pro has 1.6T and 49B.
-Next file to read: v4jax/config.py.
+Next file to read: v4jax/config/model.py.
 """
 
 from v4jax.config import CSA, HCA, WINDOW_ONLY, ModelConfig, RopeScaling

@@ -1,4 +1,7 @@
-"""Opens an export with transformers and continues a prompt: python docs/serve_transformers.py EXPORT --prompt TEXT (extra `parity`)."""
+"""Opens an export with transformers and continues a prompt (extra `parity`).
+
+python docs/serve_transformers.py EXPORT --prompt TEXT
+"""
 
 import argparse
 import json
@@ -9,7 +12,10 @@ from transformers import AutoTokenizer, DeepseekV4ForCausalLM
 
 
 def open_export(directory: str):
-    """(model, tokenizer) of an export in float32 or bfloat16; exits if a tensor is missing, or is not known to transformers."""
+    """(model, tokenizer) of an export, in float32 or bfloat16.
+
+    Exits if a tensor is missing or unknown to transformers.
+    """
     model, info = DeepseekV4ForCausalLM.from_pretrained(
         directory, dtype="auto", attn_implementation="eager", output_loading_info=True
     )

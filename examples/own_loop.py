@@ -1,9 +1,14 @@
 """A training loop of your own on a mesh: v4jax.loss, jax.value_and_grad and an optimizer of optax.
 
 Command: JAX_PLATFORMS=cpu python examples/own_loop.py
-Hardware: 2 CPU cores; 8 simulated devices as data=2, expert=2, tensor=2. Half a minute, most of it compiling.
+
+Hardware: 2 CPU cores; 8 simulated devices as data=2, expert=2, tensor=2. It takes half a minute,
+most of it compiling.
+
 Expected result: the loss falls from 5.6 to below 3.
-`v4jax train` also writes checkpoints, resumes, and moves the router's bias; a loop of your own decides that itself.
+
+`v4jax train` also writes checkpoints, resumes, and moves the router's bias; a loop of your own
+decides that itself.
 
 Shapes: B batch, S positions.
 Next file to read: docs/examples.md.

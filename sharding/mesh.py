@@ -72,7 +72,7 @@ def keep_freed_memory(one_heap: bool = False) -> None:
     """Tells glibc to keep memory that is freed, and not to return it to the kernel.
 
     XLA:CPU allocates its temporary memory again at every step, and the kernel must clear each new
-    page (benchmarks/README.md). Conversions allocate as much.
+    page (docs/reports/2026-11.md). Conversions allocate as much.
 
     Args:
       one_heap: whether all threads share one heap; otherwise each has its own, for blocks of up to

@@ -60,16 +60,18 @@ def test_a_loop_counts_as_often_as_it_runs():
 
 
 def test_a_collective_spread_over_fusions_counts_once():
-    """As XLA:TPU writes a gather that starts before a loop, goes on beside the products in it, and is done behind it."""
+    """XLA:TPU writes so a gather that starts before a loop, runs beside it and ends after it."""
     gather = (
-        "f32[8,4]{1,0} all-gather(%param_0), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, "
+        "f32[8,4]{1,0} all-gather(%param_0), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, "
+        "dimensions={0}, "
         'use_global_device_ids=true, frontend_attributes={chain_id="12"}'
     )
     text = f"""HloModule spread
 %start (param_0: f32[1,4]) -> (f32[8,4]) {{
   %param_0 = f32[1,4]{{1,0}} parameter(0)
   %all-gather.1 = {gather}
-  ROOT %custom-call.1 = (f32[8,4]{{1,0}}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+  ROOT %custom-call.1 = (f32[8,4]{{1,0}}) custom-call(%all-gather.1), \
+custom_call_target="AsyncCollectiveStart"
 }}
 %beside (param_0: f32[1,4]) -> f32[8,4] {{
   %param_0 = f32[1,4]{{1,0}} parameter(0)
@@ -83,12 +85,14 @@ def test_a_collective_spread_over_fusions_counts_once():
 %done (param_0: f32[1,4]) -> f32[8,4] {{
   %param_0 = f32[1,4]{{1,0}} parameter(0)
   %all-gather.3 = {gather}
-  ROOT %custom-call.2 = f32[8,4]{{1,0}} custom-call(%all-gather.3), custom_call_target="AsyncCollectiveDone"
+  ROOT %custom-call.2 = f32[8,4]{{1,0}} custom-call(%all-gather.3), \
+custom_call_target="AsyncCollectiveDone"
 }}
 ENTRY %main (x: f32[1,4]) -> f32[8,4] {{
   %x = f32[1,4]{{1,0}} parameter(0)
   %fusion.1 = (f32[8,4]{{1,0}}) fusion(%x), kind=kCustom, calls=%start
-  %while.1 = f32[1,4]{{1,0}} while(%x), condition=%condition, body=%body, backend_config={{"known_trip_count":{{"n":"10"}}}}
+  %while.1 = f32[1,4]{{1,0}} while(%x), condition=%condition, body=%body, \
+backend_config={{"known_trip_count":{{"n":"10"}}}}
   ROOT %fusion.3 = f32[8,4]{{1,0}} fusion(%while.1), kind=kCustom, calls=%done
 }}
 """
@@ -128,7 +132,10 @@ def test_a_loop_of_unknown_length_is_refused():
     ],
 )
 def test_groups_in_every_form_that_xla_writes(written, groups):
-    line = f"  %x = f32[8]{{0}} all-gather(%y), channel_id=1, replica_groups={written}, dimensions={{0}}"
+    line = (
+        f"  %x = f32[8]{{0}} all-gather(%y), channel_id=1, replica_groups={written}, "
+        f"dimensions={{0}}"
+    )
     assert _groups(line, 8).tolist() == groups
 
 

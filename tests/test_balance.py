@@ -11,7 +11,7 @@ from reference.transformer import documents
 from trees import small_config
 
 from sharding.rules import AxisRules
-from v4jax.model.moe import balance_loss, expert_share
+from v4jax.model.balance import balance_loss, expert_share
 from v4jax.model.segments import read_segments
 
 EXPERTS, ACTIVE = 6, 2

@@ -1,4 +1,4 @@
-"""Claims about v4jax/chat: the text of a conversation to the letter, and answers read back from it."""
+"""Claims about v4jax/chat: a conversation's text to the letter, and answers read back from it."""
 
 import json
 import random
@@ -47,7 +47,7 @@ TWO_TURNS = [
 ]
 
 
-# ---- turns and thinking ----------------------------------------------------------------------------------------------
+# ---- turns and thinking --------------------------------------------------------------------------
 
 
 def test_chat_closes_thinking_before_it_begins():
@@ -117,16 +117,20 @@ def test_bos_can_be_left_out():
     assert encode_messages([says("user", "a")], add_default_bos_token=False) == f"{U}a{A}</think>"
 
 
-# ---- tools -----------------------------------------------------------------------------------------------------------
+# ---- tools ---------------------------------------------------------------------------------------
 
 
 def test_tool_prompt_to_the_letter():
     text = encode_messages([says("system", "S", tools=[WEATHER, WEATHER]), says("user", "a")])
     schema = '{"name": "weather", "description": "Météo", "parameters": {"type": "object"}}'
-    begin = f"{B}S\n\n## Tools\n\nYou have access to a set of tools to help answer the user's question. "
+    begin = (
+        f"{B}S\n\n## Tools\n\nYou have access to a set of tools to help answer the user's "
+        f"question. "
+    )
     assert text.startswith(
         begin
-        + 'You can invoke tools by writing a "<｜DSML｜tool_calls>" block like the following:\n\n<｜DSML｜tool_calls>\n'
+        + 'You can invoke tools by writing a "<｜DSML｜tool_calls>" block like the following:\n\n'
+        "<｜DSML｜tool_calls>\n"
     )
     assert (
         f"### Available Tool Schemas\n\n{schema}\n{schema}\n\nYou MUST strictly follow the above"
@@ -138,8 +142,8 @@ def test_tool_prompt_to_the_letter():
     )
     assert example + "\n" + invoke("$TOOL_NAME2", "...") in text
     assert (
-        "(triggered by <think>), you MUST output your complete reasoning inside <think>...</think> BEFORE any"
-        in text
+        "(triggered by <think>), you MUST output your complete reasoning inside "
+        "<think>...</think> BEFORE any" in text
     )
 
 
@@ -162,8 +166,10 @@ def test_calls_in_parallel_and_their_results_in_order():
         parameter("wind", "null", "false"),
     ]
     assert encode_messages(messages, "thinking", drop_thinking=False) == (
-        f"{B}{U}a{A}<think>Two calls.</think>Let me see.\n\n{block(invoke('weather', *lines), invoke('now', ''))}{E}"
-        f"{U}<tool_result>rain\n\n[Unsupported image]</tool_result>\n\n<tool_result>noon</tool_result>\n\nquick!{A}<think>"
+        f"{B}{U}a{A}<think>Two calls.</think>Let me see.\n\n"
+        f"{block(invoke('weather', *lines), invoke('now', ''))}{E}"
+        f"{U}<tool_result>rain\n\n[Unsupported image]</tool_result>\n\n"
+        f"<tool_result>noon</tool_result>\n\nquick!{A}<think>"
     )
 
 
@@ -190,7 +196,7 @@ def test_arguments_may_be_the_object_that_their_text_stands_for():
     assert block(invoke("f", "")) in encode_messages(empty)
 
 
-# ---- search, tasks, developer ----------------------------------------------------------------------------------------
+# ---- search, tasks, developer --------------------------------------------------------------------
 
 
 def test_search_with_a_developer_and_a_reminder():
@@ -205,8 +211,10 @@ def test_search_with_a_developer_and_a_reminder():
     text = encode_messages(messages, "thinking")
     assert text.startswith(f"{B}S<｜latest_reminder｜>2026-02-21{U}Find it.\n\n## Tools\n\n")
     assert text.endswith(
-        "invoke tool calls.\n\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
-        f'{{"type": "json_object"}}{A}<think>Look.</think>\n\n{block(invoke("weather", parameter("city", "é")))}{E}'
+        "invoke tool calls.\n\n\n## Response Format:\n\nYou MUST strictly adhere to the "
+        "following schema to reply:\n"
+        f'{{"type": "json_object"}}{A}<think>Look.</think>\n\n'
+        f"{block(invoke('weather', parameter('city', 'é')))}{E}"
         f"{U}<tool_result>[0]</tool_result>{A}<think>Found.</think>Done.{E}"
     )
 
@@ -234,10 +242,8 @@ def test_quick_instructions(mode, think):
         ]
         assert encode_messages(asked, mode) == f"{B}{U}a<｜{task}｜>b{E}"
     titled = [says("user", "a"), says("assistant", "b", task="title"), says("assistant", "T")]
-    assert (
-        encode_messages(titled, mode)
-        == f"{B}{U}a{A}{think}{think.replace('<t', '</t') if mode == 'thinking' else ''}b{E}<｜title｜>T{E}"
-    )
+    end = think.replace("<t", "</t") if mode == "thinking" else ""
+    assert encode_messages(titled, mode) == f"{B}{U}a{A}{think}{end}b{E}<｜title｜>T{E}"
 
 
 def test_a_text_does_not_join_a_turn_with_a_task():
@@ -247,7 +253,7 @@ def test_a_text_does_not_join_a_turn_with_a_task():
     )
 
 
-# ---- context ---------------------------------------------------------------------------------------------------------
+# ---- context -------------------------------------------------------------------------------------
 
 
 def test_what_follows_a_context_is_encoded_alone():
@@ -274,7 +280,7 @@ def test_a_conversation_is_its_context_and_what_follows():
             assert "".join(parts) == encode_messages(messages, **kept)
 
 
-# ---- there and back --------------------------------------------------------------------------------------------------
+# ---- there and back ------------------------------------------------------------------------------
 
 
 def conversation(rng: random.Random) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Claims about v4jax/config.py."""
+"""Claims about v4jax/config/."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def official():
 
 
 def transformers_style():
-    """What transformers 5.23 writes for `small_config`, as far as it differs from the official style."""
+    """The config.json that transformers 5.23 writes for `small_config`, where the styles differ."""
     cfg, raw = small_config(), official()
     for key in ("compress_ratios", "num_hash_layers", "rope_scaling", "swiglu_limit"):
         del raw[key]
@@ -52,7 +52,7 @@ def changed(raw, changes):
     return {key: value for key, value in raw.items() if value is not DROP}
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_an_error_inside_a_file_names_the_file(tmp_path):
         ModelConfig.from_json(tmp_path)
 
 
-# ---- groups ----------------------------------------------------------------------------------------------------------
+# ---- groups --------------------------------------------------------------------------------------
 
 SWA_HASH, CSA_HASH, HCA_HASH = (LayerKind(ratio, True) for ratio in (WINDOW_ONLY, CSA, HCA))
 PAIR = (LayerKind(HCA, False), LayerKind(CSA, False))
@@ -225,7 +225,7 @@ def test_groups_unroll_to_the_layers(ratios, hashed):
     assert starts == [sum(lengths[:i]) for i in range(len(lengths))]
 
 
-# ---- refusals --------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 _OFFICIAL_REFUSALS = [
     # other architectures

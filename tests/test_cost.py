@@ -11,7 +11,7 @@ from trees import small_config
 from configs.models import flash, pro
 from v4jax.cost import cost as model_cost
 from v4jax.cost import deepseek_v32, train_flops_per_token
-from v4jax.model.transformer import abstract_params
+from v4jax.model.init import abstract_params
 
 MILLION = 1048576
 NO_MTP = small_config(num_nextn_predict_layers=0, compress_ratios=(0, 0, 4, 128, 4, 128, 4))
@@ -21,7 +21,7 @@ def parts(cost):
     return {part.name: part for part in cost.parts}
 
 
-# ---- parameters ------------------------------------------------------------------------------------------------------
+# ---- parameters ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_active_experts_are_k_and_the_shared_one():
     assert cost["shared experts"].active == cost["shared experts"].parameters == 7 * 3 * 48 * 40
 
 
-# ---- cache -----------------------------------------------------------------------------------------------------------
+# ---- cache ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("cfg", "percent"), [(flash(), 7), (pro(), 10)], ids=["flash", "pro"])
@@ -117,7 +117,7 @@ def test_a_window_holds_no_more_tokens_than_there_are():
     assert parts(model_cost(flash(), 3))["attention SWA"].cache == 2 * 3 * 583
 
 
-# ---- FLOPs -----------------------------------------------------------------------------------------------------------
+# ---- FLOPs ---------------------------------------------------------------------------------------
 
 
 def test_flops_at_a_million_tokens_against_v32():
@@ -144,7 +144,7 @@ def test_flops_grow_by_the_indexer_and_the_dense_entries_alone():
 
 
 def test_flops_of_one_token_by_hand():
-    """12 tokens of the small model: window 8, 3 entries, of which CSA would select up to 4; no HCA entry."""
+    """12 tokens of the small model: window 8, 3 entries, no HCA entry. CSA would select up to 4."""
     cost = parts(model_cost(small_config(), 12))
     projections = 48 * 20 + 20 * 144 + 48 * 24 + 3 * 8 * 48 + 3 * 48 * 8
     assert cost["attention SWA"].flops == 2 * (2 * projections + 4 * 6 * 24 * 8)
@@ -179,7 +179,7 @@ def test_mtp_pays_for_the_head_and_one_projection_per_stream():
     assert model_cost(NO_MTP, 1).mtp[1:] == (0, 0, 0, 0)
 
 
-# ---- printing --------------------------------------------------------------------------------------------------------
+# ---- printing ------------------------------------------------------------------------------------
 
 
 def test_rows_and_dict_tell_the_same():

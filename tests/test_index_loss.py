@@ -1,4 +1,7 @@
-"""The indexer's loss is the equation (against the plain restatement), teaches the indexer alone, and is the same on any mesh."""
+"""The indexer's loss is the equation, teaches the indexer alone, and is the same on any mesh.
+
+The judge is the plain restatement.
+"""
 
 import functools
 
@@ -18,9 +21,9 @@ from trees import small_config
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules, layout_for
 from v4jax.checkpoint.names import from_official
+from v4jax.context import Context, SparseMode
 from v4jax.model import attention
-from v4jax.model.transformer import abstract_params
-from v4jax.model.weights import SparseMode
+from v4jax.model.init import abstract_params
 from v4jax.train.loss import loss_and_routing
 
 ONE = small_config(
@@ -39,20 +42,20 @@ SEGMENTS = np.repeat([[1, 2, 3, 0]], [3, 40, 20, 7], axis=1).repeat(2, 0).astype
 
 @functools.partial(jax.jit, static_argnums=1)
 def metrics_of(params, sparse, batch):
-    return loss_and_routing(ONE, params, batch, sparse=sparse)[1][0]
+    return loss_and_routing(ONE, params, batch, Context(sparse=sparse))[1][0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def run(cfg, params, batch, sparse):
     """(metrics, gradients of the training objective)."""
     (_, aux), grads = jax.value_and_grad(
-        lambda p: loss_and_routing(cfg, p, batch, sparse=sparse), has_aux=True
+        lambda p: loss_and_routing(cfg, p, batch, Context(sparse=sparse)), has_aux=True
     )(params)
     return aux[0], grads
 
 
 def expected_loss(tokens_BS, segments_BS, dense):
-    """Mean over queries of the one CSA layer, each document alone."""
+    """The reference's mean over queries of the one CSA layer, each document alone."""
     weights = {name: np.asarray(w, np.float64) for name, w in WEIGHTS.items()}
     found = []
     for tokens_S, segments_S in zip(tokens_BS, segments_BS, strict=True):
@@ -73,7 +76,7 @@ def expected_loss(tokens_BS, segments_BS, dense):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("form", ["dense", "sparse", "gathered"])
 def test_the_loss_is_the_equation(form, packed, monkeypatch):
-    """In small chunks, so that the last one is filled up with rows that must not count."""
+    """Chunks are small, so that the last one is filled up with rows that must not count."""
     monkeypatch.setattr(attention, "CHUNK_BYTES", 2**13)
     monkeypatch.setattr(attention, "GATHER_FROM", 1 if form == "gathered" else 10**9)
     metrics_of.clear_cache()
@@ -81,7 +84,7 @@ def test_the_loss_is_the_equation(form, packed, monkeypatch):
     batch = {"tokens": jnp.asarray(TOKENS)} | (
         {"segment_ids": jnp.asarray(segments)} if packed else {}
     )
-    metrics = metrics_of(PARAMS, SparseMode(form == "dense", True), batch)
+    metrics = metrics_of(PARAMS, SparseMode(dense=form == "dense", train_indexer=True), batch)
     kl, uniform = expected_loss(TOKENS, segments, form == "dense")
     assert float(metrics["index_kl"]) == pytest.approx(kl, rel=2e-5)  # float32 against float64
     assert float(metrics["index_kl_uniform"]) == pytest.approx(uniform, rel=2e-5)
@@ -89,10 +92,13 @@ def test_the_loss_is_the_equation(form, packed, monkeypatch):
 
 
 def test_where_everything_is_chosen_both_losses_agree():
-    """Rows of 4 * topk tokens have topk entries: all are chosen."""
+    """Rows of 4 * topk tokens have topk entries, so all are chosen."""
     batch = {"tokens": jnp.asarray(TOKENS[:, :16])}
     run.clear_cache()
-    dense, sparse = (run(ONE, PARAMS, batch, SparseMode(dense, True)) for dense in (True, False))
+    dense, sparse = (
+        run(ONE, PARAMS, batch, SparseMode(dense=dense, train_indexer=True))
+        for dense in (True, False)
+    )
     for a, b in zip(jax.tree.leaves(dense), jax.tree.leaves(sparse), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -102,7 +108,8 @@ def test_only_the_indexer_learns_from_it(dense):
     batch = {"tokens": jnp.asarray(TOKENS), "segment_ids": jnp.asarray(SEGMENTS)}
     run.clear_cache()
     (plain_metrics, plain), (metrics, taught) = (
-        run(ONE, PARAMS, batch, SparseMode(dense, train_indexer)) for train_indexer in (False, True)
+        run(ONE, PARAMS, batch, SparseMode(dense=dense, train_indexer=train_indexer))
+        for train_indexer in (False, True)
     )
     assert float(metrics["nll"]) == pytest.approx(float(plain_metrics["nll"]), rel=1e-6)
     moved = 0
@@ -120,9 +127,10 @@ def test_no_array_is_quadratic_in_the_length(monkeypatch):
     monkeypatch.setattr(attention, "CHUNK_BYTES", 2**16)
     seq, tokens = 1432, jax.ShapeDtypeStruct((2, 1432), jnp.int32)
     for dense in (False, True):
+        ctx = Context(sparse=SparseMode(dense=dense, train_indexer=True))
 
-        def loss(params, tokens, sparse=SparseMode(dense, True)):
-            return loss_and_routing(SMALL, params, {"tokens": tokens}, sparse=sparse, remat=True)[0]
+        def loss(params, tokens, ctx=ctx):
+            return loss_and_routing(SMALL, params, {"tokens": tokens}, ctx, remat=True)[0]
 
         found = set(shapes(jax.make_jaxpr(jax.grad(loss))(abstract_params(SMALL), tokens).jaxpr))
         assert any(seq in shape for shape in found)
@@ -136,7 +144,10 @@ def test_no_array_is_quadratic_in_the_length(monkeypatch):
 )
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh, layout, dense):
-    """Heads are added up across devices before the mass is normalised; the mean is over the queries of all."""
+    """Heads are added across devices before the mass is normalised.
+
+    The mean is over the queries of all devices.
+    """
     params = jax.tree.map(jnp.asarray, from_official(MODEL, random_weights(MODEL, 0)))
     batch = jax.tree.map(jnp.asarray, batch_of())
 
@@ -144,7 +155,10 @@ def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh, layout, dense):
         return jax.jit(
             jax.value_and_grad(
                 lambda p: loss_and_routing(
-                    MODEL, p, batch, rules=rules, sparse=SparseMode(dense, True)
+                    MODEL,
+                    p,
+                    batch,
+                    Context(rules=rules, sparse=SparseMode(dense=dense, train_indexer=True)),
                 )[::-1][0][0]["index_kl"]
             )
         )

@@ -1,4 +1,4 @@
-"""The launcher, and what starts a job."""
+"""The launcher, and how a job starts."""
 
 import re
 import signal
@@ -10,10 +10,10 @@ import pytest
 from commands import MINUTE, environment, launched, python, run
 
 from sharding import processes
-from v4jax import cli
+from v4jax.cli import main as cli
 from v4jax.launch import _free_port, launch
 
-# ---- the launcher, with commands that know nothing of JAX ------------------------------------------------------------
+# ---- the launcher, with commands that know nothing of JAX ----------------------------------------
 
 
 def test_every_process_gets_its_place_and_its_lines_are_marked():
@@ -117,7 +117,7 @@ def test_launch_puts_signal_handlers_back():
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
-# ---- joining ---------------------------------------------------------------------------------------------------------
+# ---- joining -------------------------------------------------------------------------------------
 
 
 def place(**variables):

@@ -1,4 +1,7 @@
-"""Muon is Algorithm 1, for every matrix the checkpoint stores as one; the rest is AdamW; the schedule is the report's."""
+"""Muon is Algorithm 1, for every matrix that the checkpoint stores as one; the rest is AdamW.
+
+The schedule is the report's.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,7 @@ from reference import muon as reference
 from trees import random_params, small_config
 
 from v4jax.checkpoint.names import official_names
-from v4jax.model.moe import Routing
+from v4jax.model.router import Routing
 from v4jax.train.balance import update_bias
 from v4jax.train.muon import clip_apart, newton_schulz, optimizer, optimizer_of
 from v4jax.train.schedule import learning_rate
@@ -60,7 +63,10 @@ def test_singular_values_become_one_and_updates_have_rms_018(shape):
 
 @pytest.mark.parametrize("shape", SHAPES.values())
 def test_a_step_moves_a_matrix_by_018_times_the_learning_rate(shape):
-    """Root mean square of the whole update, momentum and learning rate included; weight decay off, since it adds its own."""
+    """Root mean square of the whole update, with momentum and learning rate.
+
+    Weight decay is off, since it adds its own.
+    """
     params = {"wq_a": jnp.zeros(shape)}
     tx = optimizer(lambda step: 0.01, weight_decay=0.0)
     state = tx.init(params)

@@ -18,7 +18,7 @@ from v4jax.checkpoint import (
     transformers_to_official,
 )
 from v4jax.checkpoint.names import official_shapes
-from v4jax.model.transformer import abstract_params
+from v4jax.model.init import abstract_params
 
 CONFIGS = {
     "small": small_config(),
@@ -28,7 +28,7 @@ CONFIGS = {
     "window_only": small_config(num_hidden_layers=1, compress_ratios=(0, 0), num_hash_layers=1),
 }
 
-# The list of docs/equations.md#checkpoint-names, written out a second time.
+# This is the list of docs/equations.md#checkpoint-names, written out a second time.
 BLOCK = {
     *("attn_norm.weight", "ffn_norm.weight"),
     *(f"hc_{site}_{part}" for site in ("attn", "ffn") for part in ("fn", "base", "scale")),
@@ -71,7 +71,7 @@ def cfg(request):
     return request.param
 
 
-# ---- names -----------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 def test_names_are_the_official_ones(cfg):
@@ -177,7 +177,7 @@ def test_official_names_are_left_alone(cfg):
     assert all(transformers_to_official(name) == name for name in official_names(cfg))
 
 
-# ---- trees -----------------------------------------------------------------------------------------------------------
+# ---- trees ---------------------------------------------------------------------------------------
 
 
 def test_official_orientation():
@@ -200,7 +200,7 @@ def test_official_orientation():
 
 
 def test_every_matrix_is_transposed_and_nothing_else(cfg):
-    """Of two-dimensional tensors only the embedding, ape and the hash tables are stored as in files."""
+    """Only the embedding, ape and the hash tables are 2-D tensors stored as in files."""
     shapes = official_shapes(cfg)
     for name, slot in official_names(cfg).items():
         as_stored = name == "embed.weight" or name.endswith((".ape", ".tid2eid"))

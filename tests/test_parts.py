@@ -27,15 +27,18 @@ from v4jax.kernels.expert_ffn import (
 )
 from v4jax.kernels.matmul import dense
 from v4jax.model.hyper import balanced
-from v4jax.model.moe import balanced_table, router_scores
 from v4jax.model.rotary import Rotation, rotate
+from v4jax.model.router import balanced_table, router_scores
 
 LIMIT = 2.0
 
 
 @pytest.mark.parametrize("sizes", [(0, 0, 32, 0), (8, 8, 8, 8), (24, 0, 0, 8)])
 def test_grouped_experts_are_a_loop_over_rows(sizes):
-    """The block loop, and the products of TPU and NVIDIA, however uneven the load, with rows of weight 0 and blocks that are not in use."""
+    """The block loop and the products of TPU and NVIDIA agree, however uneven the load.
+
+    Some rows have weight 0, and some blocks are not in use.
+    """
     keys = iter(jax.random.split(jax.random.key(0), 9))
 
     def normal(*shape):
@@ -103,7 +106,7 @@ def test_dense_has_the_gradient_of_a_matmul(shape, width):
 
 @pytest.mark.parametrize("mesh", ["context=4,expert=2", "data=2,context=2,tensor=2"])
 def test_mixing_matrices_are_balanced_where_their_tokens_lie(mesh):
-    """Values and gradient of one device, and nothing is sent, with rows and sequence cut."""
+    """Values and gradient are those of one device; nothing is sent. Rows and sequence are cut."""
     sizes = parse_mesh(mesh)
     rules, mesh = layout_for("full", sizes), make_mesh(sizes)
     logits, ct = (
@@ -160,7 +163,10 @@ def test_router_gradient_is_finite_at_any_logit():
 
 @pytest.mark.parametrize("experts", [3, 4])  # w2 takes two at a time if they are even
 def test_all_experts_on_a_few_rows_are_each_row_s_own_experts(experts):
-    """Batches of products against a loop over rows and their experts; 5e-6: they add 20 numbers in another order."""
+    """Batches of products agree with a loop over rows and their experts.
+
+    5e-6: they add 20 numbers in another order.
+    """
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -214,7 +220,8 @@ def test_embedding_lookup_never_gathers_the_table(mesh, layout, capfd):
         got, gradient = step(jax.device_put(table, place), jax.device_put(ct, everywhere))
     np.testing.assert_array_equal(got, want)
     close(gradient, pull(ct)[0])
-    # Not gathered whole; nor does XLA say, as it does on stderr, that it copies what it cannot partition.
+    # The table is not gathered whole; nor does XLA say, as it does on stderr, that it copies what
+    # it cannot partition.
     assert not [
         one
         for one in collectives(step.as_text(), device_mesh)

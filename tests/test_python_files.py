@@ -1,4 +1,4 @@
-"""A user's config: it finds its neighbours, shadows nothing, and what is wrong in it is one line."""
+"""A user's config: it finds its neighbours, shadows nothing, and its errors are one line."""
 
 import fnmatch
 import json
@@ -9,7 +9,7 @@ import tomllib
 import pytest
 from commands import ROOT, run
 
-from v4jax import cli
+from v4jax.cli import main as cli
 from v4jax.python_files import call
 
 GOOD = """
@@ -88,7 +88,7 @@ def test_packages_that_a_config_finds_by_a_path_of_its_own_are_forgotten_too(tmp
 
 
 def test_what_is_installed_near_a_config_stays_the_same_module(tmp_path, monkeypatch):
-    """As in a checkout with its environment in it: a second import would make other classes."""
+    """The config is in a checkout with its environment; a second import would make new classes."""
     site = write(tmp_path / "env" / "site", installed_one="class Kind: pass")
     write(site / "installed_package", inner="class Kind: pass")
     monkeypatch.setattr(sys, "path", [*sys.path, str(site)])
@@ -111,7 +111,10 @@ def test_a_config_finds_what_the_folder_above_holds(tmp_path):
 
 
 def test_in_a_folder_called_configs_neighbours_come_before_those_installed(tmp_path):
-    text = "from configs import models\nfrom configs.demo import get_model\ndef get_config(): return models.HERE, get_model()"
+    text = (
+        "from configs import models\nfrom configs.demo import get_model\ndef get_config(): "
+        "return models.HERE, get_model()"
+    )
     folder = write(tmp_path / "configs", models="HERE = 1", cfg=text)
     here, model = call(folder / "cfg.py", "get_config")
     assert here == 1 and model.hidden_size == 128
@@ -123,7 +126,10 @@ def test_a_linked_config_finds_what_lies_beside_the_real_one(tmp_path):
 
 
 def test_dataclasses_with_lazy_annotations_work_in_a_config(tmp_path):
-    text = "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass Sizes:\n    n: int = 3\n"
+    text = (
+        "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\n"
+        "class Sizes:\n    n: int = 3\n"
+    )
     write(tmp_path, cfg=text + "def get_config(): return Sizes().n")
     assert call(tmp_path / "cfg.py", "get_config") == 3
 

@@ -1,4 +1,4 @@
-"""Checkpoints that load refuses: one line that names the file or tensor, before any tensor is read."""
+"""load refuses broken checkpoints in one line that names the file or tensor, reading no tensor."""
 
 import json
 
@@ -57,7 +57,8 @@ _BAD_TENSORS = [
     (TENSORS | {GATE: TENSORS[GATE].astype(BF16)}, f"tensor {GATE}: got BF16; allowed: I64, I32"),
     (
         TENSORS | {WQ_A: TENSORS[WQ_A].astype(E4M3)},
-        r"layers.0.attn.wq_a.weight: got F8_E4M3 with no scales \(layers.0.attn.wq_a.scale\); allowed: F32, F8_E8M0, U8",
+        r"layers.0.attn.wq_a.weight: got F8_E4M3 with no scales \(layers.0.attn.wq_a.scale\); "
+        r"allowed: F32, F8_E8M0, U8",
     ),
     (
         TENSORS | {"layers.0.attn.wq_a.scale": np.ones((1, 1), np.float32)},

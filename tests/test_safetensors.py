@@ -21,7 +21,7 @@ from v4jax.config import ModelConfig
 
 
 def rounded(tree):
-    """The tree as a bfloat16 file holds it."""
+    """The tree as a bfloat16 file stores it."""
     kept = ("hc_attn", "hc_ffn", "hc_head", "attn_sink", "ape", "bias", "tid2eid")
     flat = flatten_dict(tree)
     return unflatten_dict(
@@ -29,7 +29,7 @@ def rounded(tree):
     )
 
 
-# ---- round trips -----------------------------------------------------------------------------------------------------
+# ---- round trips ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_file_bytes", [5 * 10**9, 100_000, 1])
@@ -83,7 +83,7 @@ def test_int32_hash_tables_load(tmp_path):
     assert_same(load_safetensors(write(tmp_path / "in", tensors))[1], PARAMS)
 
 
-# ---- what export writes ----------------------------------------------------------------------------------------------
+# ---- what export writes --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("float32", "F32"), ("bfloat16", "BF16")])
@@ -150,7 +150,7 @@ def test_a_model_that_fits_is_one_file_without_index(tmp_path):
     ]
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def test_put_places_every_leaf(tmp_path):
         np.testing.assert_array_equal(seen[path], leaf)
 
 
-# ---- transformers ----------------------------------------------------------------------------------------------------
+# ---- transformers --------------------------------------------------------------------------------
 
 
 def as_transformers(tensors):

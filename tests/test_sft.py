@@ -1,4 +1,4 @@
-"""Claims about conversations as training data: which tokens are learned, how rows are packed, what a run does with them."""
+"""Conversations as training data: what is learned, how rows are packed, what a run does."""
 
 import dataclasses
 import itertools
@@ -43,7 +43,7 @@ def text_of(ids):
 
 
 def learned(record, **chat):
-    """The learned stretches of a record, as text."""
+    """The learned spans of a record, as text."""
     ids, marks = conversation_tokens(record, "messages", ChatFormat(**chat), CHAT)
     groups = itertools.groupby(zip(ids, marks, strict=True), key=lambda pair: pair[1])
     return [text_of(i for i, _ in run) for mark, run in groups if mark]
@@ -58,7 +58,7 @@ TURNS = [
 ]
 
 
-# ---- what is learned -------------------------------------------------------------------------------------------------
+# ---- what is learned -----------------------------------------------------------------------------
 
 
 def test_learned_is_what_the_assistant_wrote():
@@ -109,7 +109,8 @@ def test_a_record_has_its_own_mode_and_tools():
 
 
 def test_tokens_are_those_of_the_whole_text(tmp_path):
-    # Merges must not be hidden by encoding span by span: a tokenizer that merges, with the special tokens.
+    # Encoding span by span must not hide merges, so the tokenizer merges and has the special
+    # tokens.
     from test_tokenizer import small_bpe
 
     from v4jax.tokenizer import BOS_TOKEN, EOS_TOKEN, load_tokenizer
@@ -126,7 +127,7 @@ def test_tokens_are_those_of_the_whole_text(tmp_path):
     assert 2 in ids
 
 
-# ---- files and rows --------------------------------------------------------------------------------------------------
+# ---- files and rows ------------------------------------------------------------------------------
 
 
 def write(path, records):
@@ -194,7 +195,8 @@ def test_conversations_longer_than_a_row(tmp_path, too_long, most):
     )
     with pytest.raises(
         ValueError,
-        match=r"chat.jsonl:29: this conversation has 38 tokens, and a row holds 22; raise seq_len, or set chat.too_long",
+        match=r"chat.jsonl:29: this conversation has 38 tokens, and a row holds 22; raise "
+        r"seq_len, or set chat.too_long",
     ):
         train_batches(cfg, CHAT, 22, 2, vocab_size=280)
     cfg = dataclasses.replace(cfg, chat=ChatFormat(too_long=too_long))
@@ -224,19 +226,23 @@ def test_conversations_longer_than_a_row(tmp_path, too_long, most):
             r"chat.jsonl:3: messages: no assistant message to learn from",
         ),
         (
-            '{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x=1"}}]}]}',
+            '{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", '
+            '"arguments": "x=1"}}]}]}',
             r"chat.jsonl:3: message 0: got arguments 'x=1'; must be an object, or its JSON text",
         ),
         (
-            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "thought": "z"}]}',
-            r"chat.jsonl:3: message 1: got key 'thought', which would be lost; assistant messages may have role, content, task",
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": '
+            '"y", "thought": "z"}]}',
+            r"chat.jsonl:3: message 1: got key 'thought', which would be lost; assistant "
+            r"messages may have role, content, task",
         ),
         (
             '{"messages": [{"role": "assistant", "content": "x"}]}',
             r"chat.jsonl:3: message 0: this assistant message would not follow",
         ),
         (
-            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}], "thinking_mode": "deep"}',
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": '
+            '"x"}], "thinking_mode": "deep"}',
             r"chat.jsonl:3: thinking_mode: got 'deep'",
         ),
     ],
@@ -249,7 +255,7 @@ def test_broken_conversations_are_named_by_file_and_line(tmp_path, line, words):
         train_batches(cfg, CHAT, **SIZES)
 
 
-# ---- conversations of which nothing is learned -----------------------------------------------------------------------
+# ---- conversations of which nothing is learned ---------------------------------------------------
 
 
 def asked_for(prompt, **answer):
@@ -257,7 +263,7 @@ def asked_for(prompt, **answer):
 
 
 def rows_of(cfg, count, **sizes):
-    """The rows of so many training batches, of one row each: (tokens, segments, mask)."""
+    """The rows of `count` training batches of one row each: (tokens, segments, mask)."""
     batches = itertools.islice(
         train_batches(cfg, CHAT, **(SIZES | sizes | {"batch_size": 1})), count
     )
@@ -318,7 +324,7 @@ def test_a_held_out_part_of_which_nothing_is_learned_is_refused():
 
 
 def test_advice_for_a_part_without_conversations_helps_that_part():
-    """A larger held_out leaves less to train on; it changes nothing where all is evaluated on."""
+    """A larger held_out leaves less to train on; it changes nothing where evaluation takes all."""
     cfg = DataConfig(
         source="x", format="chat", packing="best_fit", held_out=0.1, chat=ChatFormat(too_long="cut")
     )
@@ -413,7 +419,7 @@ def test_the_split_does_not_depend_on_the_length_of_rows(tmp_path):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_no_row_is_without_a_token_to_learn(tmp_path, seed):
-    """So that no batch is, of any number of rows: a step on it would only decay the weights."""
+    """Then no batch is, with any number of rows: a step on it would only decay the weights."""
     rng = np.random.default_rng(seed)
     records = [
         asked_for(
@@ -522,7 +528,7 @@ def test_settings_that_do_not_fit_conversations_are_refused(cfg):
             ChatFormat(**change)
 
 
-# ---- loss and run ----------------------------------------------------------------------------------------------------
+# ---- loss and run --------------------------------------------------------------------------------
 
 
 def test_loss_is_over_learned_tokens_only():

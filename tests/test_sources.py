@@ -70,7 +70,7 @@ def same(left, right):
 FORMS = [("jsonl", "x.jsonl"), ("parquet", "x.parquet"), ("arrayrecord", "x.array_record")]
 
 
-# ---- formats ---------------------------------------------------------------------------------------------------------
+# ---- formats -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("form", "name"), FORMS)
@@ -148,7 +148,8 @@ def test_equal_records_fall_on_one_side_of_the_split(tmp_path):
             "x.parquet",
             "parquet",
             "junk",
-            r"x.parquet: (not a Parquet file|reading Parquet needs the package pyarrow; pip install)",
+            r"x.parquet: (not a Parquet file|reading Parquet needs the package pyarrow; pip "
+            r"install)",
         ),
         (
             "x.txt",
@@ -190,7 +191,7 @@ def test_settings_are_checked(fields, words):
         Source(path="x", weight=0)
 
 
-# ---- mixtures --------------------------------------------------------------------------------------------------------
+# ---- mixtures ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -217,7 +218,7 @@ def test_tokens_come_in_the_ratio_of_the_weights_in_every_row(mixture):
         ):
             share[row] += len(ids) * np.array([token in ids for token in BYTES.encode("abc")])
     share /= share.sum(1, keepdims=True)
-    # A row reads about 30 documents of b, so that its share of 0.3 has a deviation of some 0.05.
+    # A row reads about 30 documents of b, so its share of 0.3 has a deviation of some 0.05.
     np.testing.assert_allclose(share, [[0.6, 0.3, 0.1]] * 4, atol=0.11)
     np.testing.assert_allclose(share.mean(0), [0.6, 0.3, 0.1], atol=0.04)
 
@@ -262,7 +263,7 @@ def test_held_out_sets_have_names(mixture, tmp_path):
     }
 
 
-# ---- packing ---------------------------------------------------------------------------------------------------------
+# ---- packing -------------------------------------------------------------------------------------
 
 
 def test_best_fit_keeps_documents_whole_and_fills_rows(tmp_path):
@@ -326,7 +327,7 @@ def test_other_weights_or_packing_are_not_gone_on_with(mixture):
             train_batches(dataclasses.replace(mixture, **change), BYTES, **SIZES).set_state(state)
 
 
-# ---- fill in the middle ----------------------------------------------------------------------------------------------
+# ---- fill in the middle --------------------------------------------------------------------------
 
 
 def test_fill_in_middle_is_prefix_suffix_middle():
@@ -364,7 +365,7 @@ def test_fill_in_middle_reaches_the_batches_as_special_tokens(tmp_path):
         batches(config(path, "jsonl", fim_rate=0.1), 1)
 
 
-# ---- cache -----------------------------------------------------------------------------------------------------------
+# ---- cache ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture

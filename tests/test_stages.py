@@ -1,4 +1,7 @@
-"""A run in stages: the plan, its refusals, what each stage trains and leaves alone, and that a killed run continues in any stage."""
+"""A run in stages: the plan, its refusals, what each stage trains and what it does not touch.
+
+A killed run continues in any stage.
+"""
 
 import dataclasses
 import json
@@ -12,9 +15,9 @@ from trees import small_config
 
 from configs.demo import get_config
 from v4jax.checkpoint.store import Store
+from v4jax.context import SparseMode
 from v4jax.data.config import DataConfig
-from v4jax.model.transformer import abstract_params
-from v4jax.model.weights import SparseMode
+from v4jax.model.init import abstract_params
 from v4jax.planner.plan import plan
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
@@ -107,10 +110,10 @@ def test_the_plan():
         (4, 48, "sparse"),
     ]
     assert [sparse_mode(view) for view in views] == [
-        SparseMode(True, False),
-        SparseMode(True, False),
-        SparseMode(True, True),
-        SparseMode(False, True),
+        SparseMode(dense=True, train_indexer=False),
+        SparseMode(dense=True, train_indexer=False),
+        SparseMode(dense=True, train_indexer=True),
+        SparseMode(dense=False, train_indexer=True),
     ]
     late = dataclasses.replace(cfg, stages=(Stage(after=5, mtp=0.1),))
     assert (stage_at(late, 4).loss.mtp, stage_at(late, 5).loss.mtp) == (0.3, 0.1)
@@ -183,7 +186,7 @@ def test_the_indexer_learns_alone_and_metrics_say_so(finished):
 
 
 def test_a_run_killed_in_any_stage_continues_bit_for_bit(finished, folder, tmp_path, monkeypatch):
-    """Inside the second stage, exactly at a change of batch, and exactly at a change of attention."""
+    """The run dies inside the second stage, at a change of batch, and at a change of attention."""
     cfg = config(folder, tmp_path / "run")
     save, deaths = Store.save, [4, 6, 16]
 
@@ -211,7 +214,7 @@ def test_a_run_whose_past_was_changed_is_refused(finished):
 
 
 def test_a_plan_names_the_peak_of_the_learning_rate():
-    """The first and the last step of one stage are far below it."""
+    """The first and the last step of a stage are far below the limit."""
     (stage,) = plan(get_config())
     first, peak, last = stage.learning_rate
     assert peak == pytest.approx(get_config().learning_rate)

@@ -1,4 +1,4 @@
-"""Claims about v4jax/tokenizer.py."""
+"""Claims about v4jax/tokenizer/."""
 
 import builtins
 import json
@@ -15,8 +15,8 @@ from v4jax.tokenizer import (
     document_ids,
     load_tokenizer,
     prompt_ids,
-    require_tokens,
 )
+from v4jax.tokenizer.checks import require_tokens
 
 TEXTS = [
     "",
@@ -69,7 +69,7 @@ def small_bpe(directory, *, specials=(BOS_TOKEN, EOS_TOKEN), config=None, trunca
     return directory
 
 
-# ---- bytes -----------------------------------------------------------------------------------------------------------
+# ---- bytes ---------------------------------------------------------------------------------------
 
 
 def test_ids_are_bytes_moved_up_by_two():
@@ -135,7 +135,7 @@ def test_special_tokens_are_saved_and_read_by_both(tmp_path):
         assert theirs.decode(theirs.encode(text)) == ours.decode(ours.encode(text))
 
 
-# ---- the same as a Hugging Face file ---------------------------------------------------------------------------------
+# ---- the same as a Hugging Face file -------------------------------------------------------------
 
 
 def test_saved_byte_tokenizer_is_read_back_without_further_packages(saved, monkeypatch):
@@ -178,7 +178,7 @@ def test_transformers_opens_the_saved_directory_with_the_same_ids(saved, tmp_pat
         assert isinstance(load_tokenizer(tmp_path / "again"), ByteTokenizer)
 
 
-# ---- other Hugging Face files ----------------------------------------------------------------------------------------
+# ---- other Hugging Face files --------------------------------------------------------------------
 
 
 def forbid_tokenizers(monkeypatch):
@@ -252,7 +252,7 @@ def test_bad_files_are_refused_by_name(tmp_path):
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-# ---- check_tokens ----------------------------------------------------------------------------------------------------
+# ---- check_tokens --------------------------------------------------------------------------------
 
 
 def test_check_tokens_names_the_first_bad_id_and_its_place():
@@ -277,7 +277,7 @@ def test_check_tokens_takes_any_shape_and_only_integers():
         check_tokens(np.array([1.0]), 10)
 
 
-# ---- bos and eos -----------------------------------------------------------------------------------------------------
+# ---- bos and eos ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

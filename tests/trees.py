@@ -1,4 +1,4 @@
-"""Small models for tests: a configuration, and random parameter trees of any, stated without the model's code."""
+"""Small models for tests: a configuration, and random parameter trees, without the model's code."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ from v4jax.config import CSA, HCA, WINDOW_ONLY, LayerKind, ModelConfig, RopeScal
 
 
 def small_config(**changes) -> ModelConfig:
-    """Seven layers of Flash's pattern with sizes that are no powers of two; change any field."""
+    """Seven layers of Flash's pattern, with sizes that are no powers of two; change any field."""
     fields = dict(
         vocab_size=97,
         hidden_size=48,
@@ -34,7 +34,10 @@ def small_config(**changes) -> ModelConfig:
 
 
 def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
-    """A parameter tree of random float32 NumPy arrays, norms near 1, and hash tables without repeats."""
+    """A parameter tree of random float32 NumPy arrays.
+
+    Norms are near 1, and hash tables have no repeats.
+    """
     rng = np.random.default_rng(seed)
 
     def random(*shape):
@@ -138,6 +141,9 @@ def _router(cfg: ModelConfig, kind: LayerKind, rng, lead):
 
 
 def close(got, expected, tolerance=2e-6):
-    """Float32 sums of the same products in another order; the tolerance is relative to a tensor's largest number, or to 1."""
+    """The tolerance is that of sums of the same products in another order.
+
+    It is relative to the largest number of an array, or to 1.
+    """
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, float(np.abs(b).max())))

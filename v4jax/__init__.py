@@ -7,7 +7,8 @@ from v4jax.api import load
 from v4jax.checkpoint.export import save_safetensors
 from v4jax.checkpoint.names import official_names, to_official
 from v4jax.config import ModelConfig
-from v4jax.model.transformer import abstract_params, forward, init_params, param_axes
+from v4jax.model.forward import forward
+from v4jax.model.init import abstract_params, init_params, param_axes
 from v4jax.train.loss import loss
 
 __all__ = [

@@ -18,7 +18,7 @@ from v4jax.checkpoint.names import leaf_dtype, official_names, plain_dtype
 from v4jax.checkpoint.store import is_run, load_store_params
 from v4jax.config import ModelConfig
 from v4jax.generation_config import with_end_tokens
-from v4jax.model.transformer import abstract_params, param_axes
+from v4jax.model.init import abstract_params, param_axes
 from v4jax.python_files import read_layout
 from v4jax.storage import folder_of_checkpoint
 

@@ -5,7 +5,7 @@ beside the target until it is whole. So a target is never half a checkpoint, and
 was killed goes on where it was when it is called again. A store made from low-precision files keeps
 their scales, so that converting back gives the same bytes.
 
-Next file to read: v4jax/cli.py.
+Next file to read: v4jax/cli/main.py.
 """
 
 import concurrent.futures
@@ -55,7 +55,8 @@ from v4jax.checkpoint.memory_budget import MemoryBudget
 from v4jax.checkpoint.names import Slot, official_names, official_shapes, plain_dtype
 from v4jax.checkpoint.store import is_run
 from v4jax.checkpoint.stream import StoreWriter, open_leaves
-from v4jax.config import ModelConfig, read_config_json
+from v4jax.config import ModelConfig
+from v4jax.config.json_styles import read_config_json
 from v4jax.storage import folder_of_checkpoint, folder_to_fill, local_path, path_of_checkpoints
 from v4jax.untrusted import file_in, read_json
 

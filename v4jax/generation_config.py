@@ -7,7 +7,8 @@ Next file to read: v4jax/cost.py.
 
 from typing import Any
 
-from v4jax.config import ModelConfig, is_token
+from v4jax.config import ModelConfig
+from v4jax.config.validation import is_token
 from v4jax.storage import local_path
 from v4jax.untrusted import file_in, read_json
 

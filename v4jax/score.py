@@ -1,6 +1,6 @@
 """Scores a file of tokens: logits, MTP logits and per-token loss of every row, on any mesh.
 
-Next file to read: v4jax/cli.py.
+Next file to read: v4jax/cli/main.py.
 """
 
 import os
@@ -13,7 +13,7 @@ import numpy as np
 from sharding.processes import gather, is_first
 from v4jax.api import load, place_on
 from v4jax.config import ModelConfig
-from v4jax.model.transformer import forward
+from v4jax.model.forward import forward
 from v4jax.quant.fake import check_quant
 from v4jax.storage import file_to_write, local_path
 from v4jax.tokenizer import check_tokens

@@ -2,7 +2,7 @@
 
 Anything else is refused with an error that says why.
 
-Next file to read: v4jax/config.py.
+Next file to read: v4jax/config/model.py.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The indexer's scores: each implementation against the equation, in blocks too, and the search of a long cache."""
+"""Each implementation of the index scores is the equation, and so is the search of a long cache."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,10 @@ def test_scores_in_blocks_are_those_of_all_slots(implementation, queries):
 
 
 def test_the_best_slots_are_those_of_a_full_search():
-    """Scores of a few values only, so that most are ties; rows that see everything, less than k slots, and nothing."""
+    """The scores take few values, so that most tie.
+
+    Rows see everything, less than k slots, and nothing.
+    """
     rng = np.random.default_rng(0)
     key_BCJ, q_BTIJ = (
         jnp.asarray(rng.integers(-1, 2, shape), jnp.float32) for shape in ((2, 64, 3), (2, 3, 2, 3))

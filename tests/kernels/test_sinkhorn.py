@@ -1,4 +1,4 @@
-"""Sinkhorn's matrices: each implementation against the divisions, values and gradients."""
+"""Each implementation of Sinkhorn's iterations has values and gradients of the divisions."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,10 @@ each = pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
 
 @each
 def test_sinkhorn_is_doubly_stochastic(implementation):
-    """Columns are divided last: exact but for eps; rows are as near as 20 iterations bring logits of this scale."""
+    """Columns are divided last, so they are exact but for eps.
+
+    Rows are as near as 20 iterations bring logits of this scale.
+    """
     logits = jax.random.normal(jax.random.key(0), (4, 4, 100))
     comb = sinkhorn(logits, 20, 1e-6, implementation)
     np.testing.assert_allclose(comb.sum(0), 1, atol=1e-5)
@@ -25,7 +28,7 @@ def test_sinkhorn_is_doubly_stochastic(implementation):
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])
 @each
 def test_sinkhorn_has_values_and_gradient_of_its_divisions(implementation, eps):
-    # In the second half, columns are nearly empty.
+    # The second half has nearly empty columns.
     logits = (
         3 * jax.random.normal(jax.random.key(0), (4, 4, 20))
         - 20 * jnp.eye(4)[0][None, :, None] * (jnp.arange(20) > 9)[None, None]

@@ -1,4 +1,4 @@
-"""Collapse and expansion of the streams: each implementation against the formula, values and gradients."""
+"""Collapse and expansion of the streams have values and gradients of their formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +42,11 @@ def test_expand_has_values_and_gradient_of_its_formula(implementation):
 
 @each
 def test_streams_keep_their_dtype(implementation):
-    """Sums are float32, so both implementations round the same numbers to bfloat16, but for the order of the sums."""
+    """Sums are float32, so all round about the same numbers to bfloat16."""
     pre, x = normal(0, 2, 3, 4), normal(1, 2, 3, 4, 8).astype(jnp.bfloat16)
     got = collapse(pre, x, implementation)
     assert got.dtype == jnp.bfloat16
-    # One step of bfloat16 where a sum lies between two numbers.
+    # One step of bfloat16, where a sum lies near the middle of two numbers.
     np.testing.assert_allclose(
         got.astype(jnp.float32), collapse(pre, x, "reference").astype(jnp.float32), rtol=2**-7
     )

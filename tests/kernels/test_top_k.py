@@ -1,4 +1,4 @@
-"""The k best of scores: each implementation against lax.top_k and a stable sort, ties and extremes included."""
+"""Each implementation finds the k best of lax.top_k and of a stable sort, ties included."""
 
 import functools
 
@@ -15,7 +15,7 @@ each = pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
 
 @each
 def test_the_mask_of_the_largest_at_its_extremes(implementation):
-    """Negative scores, two zeros, infinities, and all entries."""
+    """The scores are negative, two zeros, infinities; or all entries are chosen."""
     score = jnp.array([[[-3.0, 0.0, -0.0, -jnp.inf, 2.5, jnp.inf, -1e-40, 2.5]]])
     order = np.argsort(-np.asarray(score[0, 0]), kind="stable")  # 0 and -0 are a tie
     for k in range(1, 9):
@@ -37,7 +37,10 @@ def test_the_smaller_index_wins_a_tie(implementation):
 )
 @each
 def test_the_best_are_those_of_lax_top_k(implementation, slots, k, kinds):
-    """Ties and rows with fewer visible slots than k included; slots that are no multiple of a group or a word; gradients too."""
+    """Also with ties and with rows that see fewer than k entries; gradients too.
+
+    The number of entries is no multiple of a group or a word.
+    """
     best_of = functools.partial(top_k, k=k, implementation=implementation)
     rng = np.random.default_rng(slots)
     score = rng.integers(0, kinds, (2, 9, slots)).astype(np.float32)

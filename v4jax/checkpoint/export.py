@@ -40,7 +40,8 @@ from v4jax.checkpoint.names import (
     official_shapes,
     read_slot,
 )
-from v4jax.config import ModelConfig, read_config_json
+from v4jax.config import ModelConfig
+from v4jax.config.json_styles import read_config_json
 from v4jax.generation_config import end_tokens
 from v4jax.storage import folder_to_fill, local_path
 from v4jax.untrusted import file_in

@@ -34,7 +34,8 @@ from v4jax.checkpoint.names import (
     same_names,
     transformers_to_official,
 )
-from v4jax.config import ModelConfig, read_config_json
+from v4jax.config import ModelConfig
+from v4jax.config.json_styles import read_config_json
 from v4jax.storage import folder_of_checkpoint, local_path
 
 

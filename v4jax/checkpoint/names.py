@@ -8,7 +8,7 @@ Example: layers.4.ffn.experts.7.w1.weight of V4-Flash is
 tree["layers_3_42"]["block_1"]["ffn"]["experts"]["w1"][0, 7].T: layer 4 is the second block of the
 pattern that starts at layer 3, in its first repetition.
 
-Shapes: V token ids, K experts of a token.
+Shapes: V vocabulary, K experts of a token.
 Next file to read: v4jax/checkpoint/load.py.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from v4jax.config import CSA, WINDOW_ONLY, LayerKind, ModelConfig
-from v4jax.model.transformer import abstract_params
+from v4jax.model.init import abstract_params
 
 # (where it exists, official name, path in the tree, transposed). {layer} is layers.N or mtp.0,
 # {block} its place in the tree, {e} an expert.

@@ -30,7 +30,8 @@ from orbax.checkpoint import v1 as ocp
 from sharding.processes import anywhere, is_first, wait_for_all
 from v4jax.checkpoint.atomic import write_text
 from v4jax.checkpoint.checksums import NOT_NOTED, damage, write_sums
-from v4jax.config import ModelConfig, read_config_json
+from v4jax.config import ModelConfig
+from v4jax.config.json_styles import read_config_json
 from v4jax.storage import local_path, path_of_checkpoints
 
 CHECKPOINTS, DAMAGED, ABANDONED = "checkpoints", "damaged", "abandoned"

@@ -24,7 +24,7 @@ from v4jax.checkpoint.checksums import write_sums
 from v4jax.checkpoint.names import Path, leaf_dtype, official_names, turned
 from v4jax.checkpoint.store import CHECKPOINTS, Store, check_same_arrays
 from v4jax.config import ModelConfig
-from v4jax.model.transformer import abstract_params
+from v4jax.model.init import abstract_params
 
 _CHUNK_BYTES = 64 * 2**20
 _WAIT_BYTES = 128 * 2**20

@@ -5,8 +5,7 @@
     chunk, cache = extend(cfg, params, cache, token_B1, ones_B)    # one token more
 
 Each row of the batch has its own position. A row with fewer tokens than the chunk has them at the
-left, and `count_B` says how many are real; nothing of the others is kept. The modules of
-v4jax/model declare the weights; this file applies them.
+left, and `count_B` says how many are real; nothing of the others is kept.
 
 MTP is one token late: position t needs token t+1. So `draft` is a function of its own, which takes
 the streams that `extend` returns.
@@ -31,13 +30,10 @@ from sharding.rules import AxisRules
 from v4jax.cache.layer import CacheView, ChunkSpan, LayerCache, empty_layer
 from v4jax.cache.quantized import STORAGES
 from v4jax.config import CSA, HCA, WINDOW_ONLY, ModelConfig
-from v4jax.model.block import Pattern, stack
-from v4jax.model.hyper import HyperHead
+from v4jax.context import Context
 from v4jax.model.mtp import MTP
-from v4jax.model.norm import RMSNorm
 from v4jax.model.segments import read_span
-from v4jax.model.transformer import project_logits
-from v4jax.model.weights import SparseMode
+from v4jax.model.transformer import Transformer, project_logits
 
 BLOCK = math.lcm(CSA, HCA)
 """Capacity is a multiple of this, so that it is in whole windows of both ratios."""
@@ -93,26 +89,26 @@ def split_layers(
 ):
     """Arranges the parameters as `extend` and `draft` run them fastest.
 
-    Layers of short groups become arrays of their own, a tuple per group. A scan over stacked layers
-    would copy each layer's weights off the stack, with all experts, where a token needs a few. On
-    one device w1 and w3 of the experts become one array, [E,D,2F], so that one product computes
-    both (v4jax/kernels/expert_ffn.py, `every_expert`).
+    Layers of short groups become arrays of their own, named by LayerGroup.layer. A scan over
+    stacked layers would copy each layer's weights off the stack, with all experts, where a token
+    needs a few. On one device w1 and w3 of the experts become one array, [E,D,2F], so that one
+    product computes both (v4jax/kernels/expert_ffn.py, `every_expert`).
 
     Args:
       take: returns layer n of stacked layers.
     """
     params = dict(params, router=dict(params["router"]))
     for group in cfg.layer_groups:
-        if group.repeats <= APART and not isinstance(params[group.name], tuple):
-            for tree in (params, params["router"]):
-                tree[group.name] = tuple(
-                    jax.tree.map(functools.partial(take, n=n), tree[group.name])
-                    for n in range(group.repeats)
-                )
-            if not rules:
-                params[group.name] = tuple(
-                    jax.tree.map(_join, layer, is_leaf=_is_swiglu) for layer in params[group.name]
-                )
+        if group.repeats > APART or group.name not in params:
+            continue
+        for tree in (params, params["router"]):
+            stacked = tree.pop(group.name)
+            for n in range(group.repeats):
+                tree[group.layer(n)] = jax.tree.map(functools.partial(take, n=n), stacked)
+        if not rules:
+            for n in range(group.repeats):
+                layer = params[group.layer(n)]
+                params[group.layer(n)] = jax.tree.map(_join, layer, is_leaf=_is_swiglu)
     return params
 
 
@@ -195,10 +191,7 @@ def extend(
     cache: Cache,
     tokens_BT: jax.Array,
     count_B: jax.Array,
-    *,
-    rules: AxisRules = AxisRules(),
-    dtype: jnp.dtype = jnp.float32,
-    quant: str = "none",
+    ctx: Context = Context(),
 ) -> tuple[Chunk, Cache]:
     """Continues each row by the first `count_B` of its tokens.
 
@@ -211,33 +204,16 @@ def extend(
       count_B: int32, real tokens of each row, 0 to T.
     """
     span = ChunkSpan(cache.length_B, count_B)
-    context = (rules, jnp.dtype(dtype), quant, SparseMode())
-    segments = read_span(cfg, tokens_BT.shape[1], span)
-    x_BTD = embed_lookup(rules, params["embed"]["weight"], tokens_BT).astype(dtype)
-    x_BTXD = jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], cfg.hc_mult, cfg.hidden_size))
-    layers = {}
-    for group in cfg.layer_groups:
-        weights, router = params[group.name], params["router"][group.name]
-        view = CacheView(cache.layers[group.name], jnp.int32(0), span)
-        if isinstance(weights, tuple):
-            run = Pattern(*context, cfg, group.kinds)
-        else:
-            run, weights, router = (
-                stack(*context, cfg, group.kinds, group.repeats, False, group.name),
-                (weights,),
-                (router,),
-            )
-        for part in zip(weights, router, strict=True):
-            ((x_BTXD, view), _) = run.apply(
-                dict(zip(("params", "router"), part, strict=True)),
-                (x_BTXD, view),
-                tokens_BT,
-                segments,
-            )
-        layers[group.name] = view.cache
-    x_BTD = HyperHead(*context, cfg).apply({"params": params["hc_head"]}, x_BTXD)
-    x_BTD = RMSNorm(*context, cfg.rms_norm_eps).apply({"params": params["norm"]}, x_BTD)
-    return Chunk(x_BTD, x_BTXD), Cache(cache.length_B + count_B, layers, cache.mtp)
+    variables = {
+        "params": {name: value for name, value in params.items() if name != "router"},
+        "router": params["router"],
+    }
+    view = CacheView(cache.layers, jnp.int32(0), span)
+    hidden = Transformer(ctx, cfg).apply(
+        variables, tokens_BT, read_span(cfg, tokens_BT.shape[1], span), view
+    )
+    chunk = Chunk(hidden.x_BSD, hidden.streams_BSXD)
+    return chunk, Cache(cache.length_B + count_B, hidden.cache, cache.mtp)
 
 
 def draft(
@@ -247,10 +223,7 @@ def draft(
     streams_BTXD: jax.Array,
     next_BT: jax.Array,
     span: ChunkSpan,
-    *,
-    rules: AxisRules = AxisRules(),
-    dtype: jnp.dtype = jnp.float32,
-    quant: str = "none",
+    ctx: Context = Context(),
 ) -> tuple[jax.Array, Cache]:
     """Runs MTP at positions start_B, start_B + 1, ... of each row.
 
@@ -263,12 +236,10 @@ def draft(
         these positions in MTP's window.
     """
     segments = read_span(cfg, next_BT.shape[1], span)
-    next_BTD = embed_lookup(rules, params["embed"]["weight"], next_BT).astype(dtype)
+    next_BTD = embed_lookup(ctx.rules, params["embed"]["weight"], next_BT).astype(ctx.dtype)
     weights = {"params": params["mtp"], "router": params["router"]["mtp"]}
     view = CacheView(cache.mtp, jnp.int32(0), span)
-    x_BTD, _, view = MTP(rules, jnp.dtype(dtype), quant, SparseMode(), cfg).apply(
-        weights, streams_BTXD, next_BTD, next_BT, segments, view
-    )
+    x_BTD, _, view = MTP(ctx, cfg).apply(weights, streams_BTXD, next_BTD, next_BT, segments, view)
     return x_BTD, cache._replace(mtp=view.cache)
 
 

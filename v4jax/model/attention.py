@@ -31,18 +31,11 @@ import jax.numpy as jnp
 
 from sharding.manual import first_row, vary_like, with_rows_before
 from sharding.rules import AxisRules
-from v4jax.cache.layer import (
-    SPARE_ROWS,
-    CacheView,
-    CompressedKV,
-    LayerCache,
-    all_rows,
-    chosen_rows,
-    slots_spec,
-    window_rows,
-)
+from v4jax.cache.layer import SPARE_ROWS, CacheView, CompressedKV, LayerCache
 from v4jax.cache.quantized import as_kept
+from v4jax.cache.rows import all_rows, chosen_rows, slots_spec, window_rows
 from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
+from v4jax.context import SparseMode
 from v4jax.kernels.index_scores import index_scores
 from v4jax.kernels.index_search import best_slots, may_search
 from v4jax.kernels.matmul import dense, precision_of
@@ -51,8 +44,9 @@ from v4jax.model.compressor import Compressor
 from v4jax.model.indexer import Indexer, IndexInputs, IndexLoss, index_loss, key_reader
 from v4jax.model.norm import RMSNorm, rms_norm
 from v4jax.model.rotary import rotate
-from v4jax.model.segments import CompressionWindows, Segments, whole_windows
-from v4jax.model.weights import SparseMode, Weights
+from v4jax.model.segments import Segments
+from v4jax.model.weights import Weights
+from v4jax.model.windows import CompressionWindows, whole_windows
 from v4jax.quant.fake import fp8_keys
 
 CHUNK_BYTES = 2**24
@@ -249,7 +243,8 @@ def _attend(
     sink_N, kv_BSH, entry_BCH = jax.tree.map(
         lambda x: vary_like(x, q_BSNH), (sink_N, kv_BSH, entry_BCH)
     )
-    entries = entries and entries._replace(entry_BCH=entry_BCH)
+    if entries is not None:
+        entries = entries._replace(entry_BCH=entry_BCH)
     if past is None:
         block, first_B = window, jnp.reshape(first_row(split.seq, seq), 1)
         kv_BSH = with_rows_before(kv_BSH, window, split.seq)
@@ -552,34 +547,41 @@ class Attention(Weights):
         windows = segments.windows.get(self.ratio)
 
         low_BSD = self.act_quant(x_BSD)
-        qr_BSQ = RMSNorm(*self.context, cfg.rms_norm_eps, name="q_norm")(dense(low_BSD, wq_a))
+        qr_BSQ = RMSNorm(self.ctx, cfg.rms_norm_eps, name="q_norm")(dense(low_BSD, wq_a))
         q_BSNH = dense(self.act_quant(qr_BSQ), wq_b).reshape(*x_BSD.shape[:2], heads, dim)
-        q_BSNH = self.rules.constrain(q_BSNH, "act_batch", "act_seq", "act_heads", None)
+        q_BSNH = self.ctx.rules.constrain(q_BSNH, "act_batch", "act_seq", "act_heads", None)
         q_BSNH = rotate(rms_norm(q_BSNH, cfg.rms_norm_eps), rope.heads())
         kv_BSH = rotate(
-            RMSNorm(*self.context, cfg.rms_norm_eps, name="kv_norm")(dense(low_BSD, wkv)), rope
+            RMSNorm(self.ctx, cfg.rms_norm_eps, name="kv_norm")(dense(low_BSD, wkv)), rope
         )
-        kv_BSH = fp8_keys(kv_BSH, cfg.qk_rope_head_dim) if self.quant == "official" else kv_BSH
+        kv_BSH = fp8_keys(kv_BSH, cfg.qk_rope_head_dim) if self.ctx.quant == "official" else kv_BSH
         entry_BCH = index = past = entry_kept = index_kept = None
         if self.ratio != WINDOW_ONLY:
-            compressor = Compressor(*self.context, cfg, self.ratio, dim, name="compressor")
+            compressor = Compressor(self.ctx, cfg, self.ratio, dim, name="compressor")
             entry_BCH, entry_kept = compressor(
-                x_BSD, windows, view and view.with_arrays(view.cache.entry)
+                x_BSD, windows, None if view is None else view.with_arrays(view.cache.entry)
             )
         if self.ratio == CSA:
-            indexer = Indexer(*self.context, cfg, name="indexer")
+            indexer = Indexer(self.ctx, cfg, name="indexer")
             index, index_kept = indexer(
-                x_BSD, qr_BSQ, rope, windows, view and view.with_arrays(view.cache.index)
+                x_BSD,
+                qr_BSQ,
+                rope,
+                windows,
+                None if view is None else view.with_arrays(view.cache.index),
             )
         if view is not None:
             kv_BSH = as_kept(view.cache.window, kv_BSH)
             past, window = _continue(cfg, kv_BSH, view)
             view = view.with_arrays(
-                LayerCache(window, *(part and part.cache for part in (entry_kept, index_kept)))
+                LayerCache(
+                    window,
+                    *(None if part is None else part.cache for part in (entry_kept, index_kept)),
+                )
             )
-            windows = entry_BCH and whole_windows(self.ratio, entry_BCH.count)
+            windows = None if entry_BCH is None else whole_windows(self.ratio, entry_BCH.count)
         out_BSNH, loss = attend(
-            self.rules,
+            self.ctx.rules,
             cfg,
             q_BSNH,
             kv_BSH,
@@ -589,7 +591,7 @@ class Attention(Weights):
             entry_BCH,
             index,
             past,
-            self.sparse,
+            self.ctx.sparse,
         )
         # Keys are values, so each value is rotated by its own position. Rotating the sum back by
         # the query's position leaves relative angles.

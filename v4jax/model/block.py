@@ -8,19 +8,20 @@ Next file to read: v4jax/model/attention.py.
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from v4jax.cache.layer import CacheView
-from v4jax.config import LayerKind, ModelConfig
+from v4jax.config import LayerGroup, LayerKind, ModelConfig
+from v4jax.context import Context
 from v4jax.kernels.streams import expand
 from v4jax.model.attention import Attention
 from v4jax.model.hyper import HyperConnection
 from v4jax.model.indexer import IndexLoss
-from v4jax.model.moe import MoE, Routing
+from v4jax.model.moe import MoE
 from v4jax.model.norm import RMSNorm
+from v4jax.model.router import Routing
 from v4jax.model.segments import Segments
 from v4jax.model.watch import measure, merge
-from v4jax.model.weights import SparseMode, Weights
+from v4jax.model.weights import Weights
 
 
 class Block(Weights):
@@ -40,19 +41,19 @@ class Block(Weights):
         segments: Segments,
         view: CacheView | None = None,
     ) -> tuple[jax.Array, Routing, CacheView | None, IndexLoss | None]:
-        cfg, context = self.cfg, self.context
+        cfg, ctx = self.cfg, self.ctx
         with jax.named_scope("attention"):
-            u_BSD, pre_BSX, mix = HyperConnection(*context, cfg, name="hc_attn")(x_BSXD)
-            u_BSD = RMSNorm(*context, cfg.rms_norm_eps, name="attn_norm")(u_BSD)
-            y_BSD, view, loss = Attention(*context, cfg, self.kind.compress_ratio, name="attn")(
+            u_BSD, pre_BSX, mix = HyperConnection(ctx, cfg, name="hc_attn")(x_BSXD)
+            u_BSD = RMSNorm(ctx, cfg.rms_norm_eps, name="attn_norm")(u_BSD)
+            y_BSD, view, loss = Attention(ctx, cfg, self.kind.compress_ratio, name="attn")(
                 u_BSD, segments, view
             )
             x_BSXD = self._place(expand(y_BSD, x_BSXD, *mix))
-            diagnostics = measure(pre_BSX, mix, y_BSD, x_BSXD) if segments.collect.watch else None
+            diagnostics = measure(pre_BSX, mix, y_BSD, x_BSXD) if ctx.collect.watch else None
         with jax.named_scope("experts"):
-            u_BSD, pre_BSX, mix = HyperConnection(*context, cfg, name="hc_ffn")(x_BSXD)
-            u_BSD = RMSNorm(*context, cfg.rms_norm_eps, name="ffn_norm")(u_BSD)
-            y_BSD, routing = MoE(*context, cfg, self.kind.hash_routed, name="ffn")(
+            u_BSD, pre_BSX, mix = HyperConnection(ctx, cfg, name="hc_ffn")(x_BSXD)
+            u_BSD = RMSNorm(ctx, cfg.rms_norm_eps, name="ffn_norm")(u_BSD)
+            y_BSD, routing = MoE(ctx, cfg, self.kind.hash_routed, name="ffn")(
                 u_BSD, tokens_BS, segments
             )
             x_BSXD = self._place(expand(y_BSD, x_BSXD, *mix))
@@ -63,7 +64,7 @@ class Block(Weights):
         return x_BSXD, routing, view, loss
 
     def _place(self, x_BSXD: jax.Array) -> jax.Array:
-        return self.rules.constrain(x_BSXD, "act_batch", "act_seq", "act_streams", "act_embed")
+        return self.ctx.rules.constrain(x_BSXD, "act_batch", "act_seq", "act_streams", "act_embed")
 
 
 class Pattern(Weights):
@@ -81,31 +82,23 @@ class Pattern(Weights):
         (x_BSXD, view), routing, cache, index = carry, {}, {}, {}
         for i, kind in enumerate(self.kinds):
             name = f"block_{i}"
-            block = Block(*self.context, self.cfg, kind, name=name)
-            x_BSXD, routing[name], after, loss = block(
-                x_BSXD, tokens_BS, segments, view and view.with_arrays(view.cache[name])
+            before = None if view is None else view.with_arrays(view.cache[name])
+            x_BSXD, routing[name], after, loss = Block(self.ctx, self.cfg, kind, name=name)(
+                x_BSXD, tokens_BS, segments, before
             )
-            cache[name] = after and after.cache
+            cache[name] = None if after is None else after.cache
             if loss is not None:
                 index[name] = loss
-        return (x_BSXD, view and CacheView(cache, view.layer + 1, view.span)), (routing, index)
+        if view is not None:
+            view = CacheView(cache, view.layer + 1, view.span)
+        return (x_BSXD, view), (routing, index)
 
 
-def stack(
-    rules,
-    dtype: jnp.dtype,
-    quant: str,
-    sparse: SparseMode,
-    cfg: ModelConfig,
-    kinds,
-    repeats: int,
-    remat: bool,
-    name: str,
-) -> nn.Module:
-    """`repeats` Patterns in sequence as one scanned module; weights gain a first axis "layers"."""
+def stack(ctx: Context, cfg: ModelConfig, group: LayerGroup, remat: bool) -> nn.Module:
+    """A group's Patterns in sequence as one scanned module; weights gain a first axis "layers"."""
     # A loop over two repeats costs more in slicing than it saves in compiling. Models that need
     # remat are large: for them it saves more.
-    loop = repeats > (1 if remat else 2)
+    loop = group.repeats > (1 if remat else 2)
     # Without a loop, XLA would merge the recomputation with the first computation and keep every
     # intermediate value.
     body = nn.remat(Pattern, prevent_cse=not loop) if remat else Pattern
@@ -114,8 +107,8 @@ def stack(
         variable_axes={"params": 0, "router": 0, "chosen": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, nn.broadcast),
-        length=repeats,
-        unroll=1 if loop else repeats,
+        length=group.repeats,
+        unroll=1 if loop else group.repeats,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scanned(rules, dtype, quant, sparse, cfg, kinds, name=name)
+    return scanned(ctx, cfg, group.kinds, name=group.name)

@@ -19,13 +19,14 @@ import jax.numpy as jnp
 
 from sharding.manual import first_row, vary_like, with_rows_before
 from sharding.rules import AxisRules
-from v4jax.cache.layer import CacheView, CompressedKV, fill_slots, keep_rows, tail_rows
+from v4jax.cache.layer import CacheView, CompressedKV, tail_rows
+from v4jax.cache.rows import fill_slots, keep_rows
 from v4jax.config import CSA, ModelConfig
 from v4jax.kernels.matmul import dense
 from v4jax.model.norm import RMSNorm
 from v4jax.model.rotary import rotate
-from v4jax.model.segments import CompressionWindows
 from v4jax.model.weights import Weights
+from v4jax.model.windows import CompressionWindows
 from v4jax.quant.fake import fp8_keys, mxfp4_rotated
 
 
@@ -143,23 +144,23 @@ class Compressor(Weights):
         )
         wkv = self.weight("wkv", (x_BSD.shape[-1], width), ("embed", "entry"), init, True)
         wgate = self.weight("wgate", (x_BSD.shape[-1], width), ("embed", "entry"), init, True)
-        norm = RMSNorm(*self.context, self.cfg.rms_norm_eps, name="norm")
+        norm = RMSNorm(self.ctx, self.cfg.rms_norm_eps, name="norm")
         # A row shorter than a window has no entries, but the norm's weight must be declared.
         if windows is None:
-            norm(jnp.zeros((1, self.head_dim), self.dtype))
+            norm(jnp.zeros((1, self.head_dim), self.ctx.dtype))
             return None, view
         x32 = x_BSD.astype(jnp.float32)
         c_BSH, z_BSH = dense(x32, wkv), dense(x32, wgate)
         if view is None:
-            entry = pool(self.rules, c_BSH, z_BSH, ape, windows, self.ratio)
+            entry = pool(self.ctx.rules, c_BSH, z_BSH, ape, windows, self.ratio)
         else:
-            entry, view = _continue(self.rules, view, c_BSH, z_BSH, ape, windows, self.ratio)
-        entry = rotate(norm(entry.astype(self.dtype)), windows.rope)
-        if self.quant == "official":
+            entry, view = _continue(self.ctx.rules, view, c_BSH, z_BSH, ape, windows, self.ratio)
+        entry = rotate(norm(entry.astype(self.ctx.dtype)), windows.rope)
+        if self.ctx.quant == "official":
             entry = (
                 mxfp4_rotated(entry) if self.index else fp8_keys(entry, self.cfg.qk_rope_head_dim)
             )
-        return (entry, None) if view is None else _fill(self.rules, view, entry, self.ratio)
+        return (entry, None) if view is None else _fill(self.ctx.rules, view, entry, self.ratio)
 
 
 def _continue(

@@ -90,7 +90,7 @@ class HyperConnection(Weights):
         fn = self.weight("fn", (size, (2 + n) * n), ("streams_embed", "mix"), init, True)
         base = self.weight("base", ((2 + n) * n,), ("mix",), constant(static), True)
         scale = self.weight("scale", (3,), (None,), constant(DYNAMIC_SCALE), True)
-        pre, mix = _stream_weights(self.rules, self.cfg, x_BSXD, fn, base, scale)
+        pre, mix = _stream_weights(self.ctx.rules, self.cfg, x_BSXD, fn, base, scale)
         return collapse(pre, x_BSXD), pre, mix
 
 

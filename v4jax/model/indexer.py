@@ -20,14 +20,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from v4jax.cache.layer import CacheView, CompressedKV, all_rows, slot_count, some_rows
+from v4jax.cache.layer import CacheView, CompressedKV, slot_count
+from v4jax.cache.rows import all_rows, some_rows
 from v4jax.config import CSA, ModelConfig
 from v4jax.kernels.index_scores import KeyReader
 from v4jax.kernels.matmul import dense
 from v4jax.model.compressor import Compressor
 from v4jax.model.rotary import Rotation, rotate
-from v4jax.model.segments import CompressionWindows
 from v4jax.model.weights import Weights
+from v4jax.model.windows import CompressionWindows
 from v4jax.quant.fake import mxfp4_rotated
 
 
@@ -135,17 +136,17 @@ class Indexer(Weights):
         )
         needed = (
             slots > 0
-            if self.sparse.train_indexer
-            else slots > cfg.index_topk and not self.sparse.dense
+            if self.ctx.sparse.train_indexer
+            else slots > cfg.index_topk and not self.ctx.sparse.dense
         )
         x_BSD, qr_BSQ = jax.lax.stop_gradient((x_BSD, qr_BSQ))
-        compressor = Compressor(*self.context, cfg, CSA, dim, True, name="compressor")
+        compressor = Compressor(self.ctx, cfg, CSA, dim, True, name="compressor")
         key_BCJ, view = compressor(x_BSD, windows if needed else None, view)
         if not needed:
             return None, view
         q_BSIJ = dense(self.act_quant(qr_BSQ), wq_b).reshape(*qr_BSQ.shape[:2], heads, dim)
         w_BSI = dense(x_BSD, weights_proj).astype(jnp.float32) * (dim**-0.5 * heads**-0.5)
         q_BSIJ = rotate(q_BSIJ, rope.heads())
-        q_BSIJ = mxfp4_rotated(q_BSIJ) if self.quant == "official" else q_BSIJ
+        q_BSIJ = mxfp4_rotated(q_BSIJ) if self.ctx.quant == "official" else q_BSIJ
         index = IndexInputs(q_BSIJ, w_BSI, key_BCJ)
-        return (index if self.sparse.train_indexer else jax.lax.stop_gradient(index)), view
+        return (index if self.ctx.sparse.train_indexer else jax.lax.stop_gradient(index)), view

@@ -12,8 +12,8 @@ from v4jax.config import WINDOW_ONLY, LayerKind, ModelConfig
 from v4jax.kernels.matmul import dense
 from v4jax.model.block import Block
 from v4jax.model.hyper import HyperHead
-from v4jax.model.moe import Routing
 from v4jax.model.norm import RMSNorm
+from v4jax.model.router import Routing
 from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
 
@@ -43,21 +43,21 @@ class MTP(Weights):
           x_BSXD: streams of the main model before its last collapse.
           next_BSD, next_BS: embeddings and ids of the tokens that follow.
         """
-        cfg, context, hidden = self.cfg, self.context, x_BSXD.shape[-1]
+        cfg, ctx, hidden = self.cfg, self.ctx, x_BSXD.shape[-1]
         init = nn.initializers.normal(cfg.initializer_range)
         e_proj = self.weight("e_proj", (hidden, hidden), ("embed", "embed_out"), init, fp8=True)
         h_proj = self.weight("h_proj", (hidden, hidden), ("embed", "embed_out"), init, fp8=True)
-        e_BSD = RMSNorm(*context, cfg.rms_norm_eps, name="enorm")(next_BSD)
-        h_BSXD = RMSNorm(*context, cfg.rms_norm_eps, name="hnorm")(x_BSXD)
+        e_BSD = RMSNorm(ctx, cfg.rms_norm_eps, name="enorm")(next_BSD)
+        h_BSXD = RMSNorm(ctx, cfg.rms_norm_eps, name="hnorm")(x_BSXD)
         x_BSXD = dense(self.act_quant(e_BSD), e_proj)[:, :, None] + dense(
             self.act_quant(h_BSXD), h_proj
         )
         kind = LayerKind(WINDOW_ONLY, hash_routed=False)
-        x_BSXD, routing, view, _ = Block(*context, cfg, kind, name="block")(
+        x_BSXD, routing, view, _ = Block(ctx, cfg, kind, name="block")(
             x_BSXD, next_BS, segments, view
         )
-        x_BSD = HyperHead(*context, cfg, name="hc_head")(x_BSXD)
-        return RMSNorm(*context, cfg.rms_norm_eps, name="norm")(x_BSD), routing, view
+        x_BSD = HyperHead(ctx, cfg, name="hc_head")(x_BSXD)
+        return RMSNorm(ctx, cfg.rms_norm_eps, name="norm")(x_BSD), routing, view
 
 
 def run_mtp(mtp: MTP, x_BSXD: jax.Array, *others):

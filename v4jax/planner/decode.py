@@ -21,7 +21,8 @@ from v4jax.config import CSA, HCA, ModelConfig
 from v4jax.cost import cost
 from v4jax.generate.cache import empty_cache
 from v4jax.planner.terms import Term
-from v4jax.planner.traffic import experts_sent, weight_gathered
+from v4jax.planner.token_traffic import experts_sent
+from v4jax.planner.weight_traffic import weight_gathered
 from v4jax.planner.weights import Weight, cut_of, weights_of
 from v4jax.planner.work import layers_by_ratio, part_of
 from v4jax.train.config import TrainConfig
@@ -160,7 +161,7 @@ def _sums(cfg: TrainConfig, rules: AxisRules, sizes, platform: str) -> list[Term
     n, s, v = (math.prod(sizes[axis] for axis in axes) for axes in (tensor, slots, words))
     ring, entries = 2 * (n - 1) / n, cfg.seq_len // CSA / s
     own = model.num_attention_heads / n
-    sums = 3 if platform == "cpu" or rules.exchange else 2  # planner/traffic.py says why
+    sums = 3 if platform == "cpu" or rules.exchange else 2  # planner/token_traffic.py says why
     terms = [
         Term(
             "sent",

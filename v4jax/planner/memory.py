@@ -19,7 +19,7 @@ from v4jax.planner.muon import muon
 from v4jax.planner.terms import Term
 from v4jax.planner.weights import cut_of, weights_of
 from v4jax.train.config import TrainConfig
-from v4jax.train.loss import LOGIT_BYTES
+from v4jax.train.losses.next_token import LOGIT_BYTES
 
 MEMORY = ("weights", "optimizer", "gradients", "activations", "caches")
 WORKING = ("layers", "head", "muon")

@@ -7,7 +7,7 @@ Every figure of a layout (FLOPs, bytes of memory traffic, bytes sent, bytes held
 Python and the report page (page.html) work from one table of them, so the page's sliders need no
 model of their own.
 
-Letters: B rows of the global batch, S tokens a row.
+Axes: B batch (rows of all devices), S positions of a row.
 
 Next file to read: v4jax/planner/muon.py.
 """
@@ -49,6 +49,19 @@ class Term(NamedTuple):
 
     def value(self, values: Mapping[str, float]) -> float:
         return min(self.coefficient * values[self.basis], self.cap)
+
+
+def sent(
+    part: str,
+    axes: Iterable[str],
+    kind: str,
+    coefficient: float,
+    basis: str = "one",
+    calls: float = 1,
+    least: float = 1,
+) -> Term:
+    """A term of kind "sent": bytes that go along mesh axes in a collective of `kind`."""
+    return Term("sent", part, coefficient, basis, tuple(axes), kind, calls, least)
 
 
 class Constants(NamedTuple):

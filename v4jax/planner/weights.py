@@ -15,7 +15,7 @@ import jax
 
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
-from v4jax.model.transformer import abstract_params, param_axes
+from v4jax.model.init import abstract_params, param_axes
 from v4jax.train.muon import optimizer_of
 
 _FLOAT32 = {"fn", "base", "scale", "ape", "wgate", "gate", "attn_sink", "weight"}

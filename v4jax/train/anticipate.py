@@ -21,12 +21,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.rules import AxisRules
-from v4jax.model.segments import Collect
-from v4jax.model.transformer import apply
+from v4jax.context import Collect, Context
+from v4jax.model.forward import apply
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import TrainState, batch_sharding, compiled_together
 
@@ -49,10 +48,7 @@ def choose_experts(
         params,
         batch["tokens"],
         batch.get("segment_ids"),
-        rules=rules,
-        dtype=jnp.dtype(cfg.dtype),
-        quant=cfg.quant,
-        collect=Collect(index=True),
+        ctx=Context(rules=rules, dtype=cfg.dtype, quant=cfg.quant, collect=Collect(index=True)),
     )
     found = {
         group: {

@@ -7,7 +7,7 @@ Next file to read: v4jax/train/muon.py.
 
 import jax.numpy as jnp
 
-from v4jax.model.moe import Routing
+from v4jax.model.router import Routing
 
 
 def update_bias(router, routing: dict[str, dict[str, Routing]], rate: float):

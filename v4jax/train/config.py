@@ -18,7 +18,7 @@ from v4jax.data.config import DataConfig
 from v4jax.python_files import read_layout
 from v4jax.quant.fake import check_quant
 from v4jax.storage import local_path
-from v4jax.train.loss import LossWeights
+from v4jax.train.losses.weights import LossWeights
 from v4jax.train.stability import StabilityConfig
 from v4jax.train.stages import Stage, check_stages
 

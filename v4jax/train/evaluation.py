@@ -6,16 +6,16 @@ Next file to read: v4jax/train/loop.py.
 from collections.abc import Callable, Iterable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sharding.rules import AxisRules
+from v4jax.context import Context, SparseMode
 from v4jax.data.listing import Listings
 from v4jax.data.rows import Batch
-from v4jax.model.weights import SparseMode
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_sets
-from v4jax.train.loss import loss_and_routing, targets
+from v4jax.train.loss import loss_and_routing
+from v4jax.train.losses.next_token import targets
 
 
 def evaluation_sets(
@@ -53,10 +53,12 @@ def evaluator(cfg: TrainConfig, rules: AxisRules, put: Callable) -> Callable:
             cfg.model,
             params,
             batch,
-            rules=rules,
-            dtype=jnp.dtype(cfg.dtype),
-            quant=cfg.quant,
-            sparse=SparseMode(cfg.attention != "sparse"),
+            Context(
+                rules=rules,
+                dtype=cfg.dtype,
+                quant=cfg.quant,
+                sparse=SparseMode(dense=cfg.attention != "sparse"),
+            ),
         )
         return metrics["nll"], targets(batch, 1)[1].sum()
 

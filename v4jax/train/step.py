@@ -18,9 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sharding.params import named_shardings
 from sharding.processes import wait_for_all
 from sharding.rules import AxisRules
-from v4jax.model.segments import Collect
-from v4jax.model.transformer import abstract_params, init_params, param_axes
-from v4jax.model.weights import SparseMode
+from v4jax.context import Collect, Context, SparseMode
+from v4jax.model.init import abstract_params, init_params, param_axes
 from v4jax.train.balance import load_metrics, update_bias
 from v4jax.train.config import TrainConfig
 from v4jax.train.loss import loss_and_routing
@@ -127,22 +126,14 @@ def train_step(
     """
 
     sparse, alone = sparse_mode(cfg), cfg.attention == "indexer"
+    ctx = Context(
+        rules=rules, dtype=cfg.dtype, quant=cfg.quant, sparse=sparse, collect=Collect(watch=watch)
+    )
 
     def objective(params):
         public = dict(params) | {"router": state.router}
-        dtype = jnp.dtype(cfg.dtype)
         loss, aux = loss_and_routing(
-            cfg.model,
-            public,
-            batch,
-            weights=cfg.loss,
-            rules=rules,
-            dtype=dtype,
-            remat=cfg.remat,
-            quant=cfg.quant,
-            sparse=sparse,
-            collect=Collect(watch=watch),
-            chosen=chosen,
+            cfg.model, public, batch, ctx, weights=cfg.loss, remat=cfg.remat, chosen=chosen
         )
         return (cfg.loss.index * aux[0]["index_kl"] if alone else loss), aux
 

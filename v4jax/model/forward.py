@@ -1,0 +1,131 @@
+"""The entry points of the network: plain dicts of arrays in, logits or hidden states out.
+
+Parameters are one nested dict. Its "router" holds what no gradient moves, selection bias and hash
+tables; tables are float32 arrays of integers, so that jax.grad takes the whole dict.
+
+Shapes: B batch, S positions, V vocabulary, L layers, K active experts.
+Next file to read: v4jax/model/transformer.py.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sharding.rules import AxisRules
+from v4jax.config import ModelConfig
+from v4jax.context import Context
+from v4jax.model.router import Routing
+from v4jax.model.segments import read_segments
+from v4jax.model.transformer import Hidden, Transformer, project_logits
+from v4jax.quant.fake import check_quant
+
+
+class Output(NamedTuple):
+    """Logits of every position, and what the routers did.
+
+    Attributes:
+      logits: float32 [B,S,V]; position t predicts token t+1.
+      mtp_logits: float32 [B,S,V]; position t predicts token t+2. None without MTP.
+      aux: routing (see Hidden).
+    """
+
+    logits: jax.Array
+    mtp_logits: jax.Array | None
+    aux: dict[str, dict[str, Routing]]
+
+
+def apply(
+    cfg: ModelConfig,
+    params,
+    tokens_BS: jax.Array,
+    segment_BS: jax.Array | None = None,
+    *,
+    ctx: Context = Context(),
+    remat: bool = False,
+    chosen=None,
+) -> Hidden:
+    """Runs the network up to the head; `params` is the public dict, "router" included.
+
+    Args:
+      chosen: group -> block -> indices of experts [L,B,S,K], as `Collect(index=True)` returns them;
+        None: the scores choose.
+
+    Raises:
+      ValueError: rows that do not divide over the devices that cut the sequence, or sizes that
+        `ctx.quant` cannot represent.
+    """
+    check_quant(cfg, ctx.quant, ctx.rules.shards("expert_hidden"))
+    shards = ctx.rules.shards("act_seq")
+    if tokens_BS.shape[1] % shards:
+        raise ValueError(
+            f"tokens: got rows of {tokens_BS.shape[1]}; must divide by {shards}, "
+            "the mesh axes that cut the sequence"
+        )
+    weights = {name: value for name, value in params.items() if name != "router"}
+    variables = {"params": weights, "router": params["router"]}
+    if chosen is not None:
+        variables["chosen"] = {
+            group: {block: {"ffn": {"index": index}} for block, index in blocks.items()}
+            for group, blocks in chosen.items()
+        }
+    segments = read_segments(cfg, tokens_BS.shape[1], segment_BS, shards)
+    return Transformer(ctx, cfg, remat).apply(variables, tokens_BS, segments)
+
+
+def forward(
+    cfg: ModelConfig,
+    params,
+    tokens_BS: jax.Array,
+    segment_ids_BS: jax.Array | None = None,
+    quant: str = "none",
+    *,
+    rules: AxisRules = AxisRules(),
+    dtype: jnp.dtype | None = None,
+    remat: bool = False,
+) -> Output:
+    """Logits of every position, differentiable in params.
+
+    Under jit, cfg, quant, rules, dtype and remat must be static.
+
+    Args:
+      params: the nested dict of `v4jax.load` or `init_params`.
+      tokens_BS: int [B,S], ids in [0, vocab_size). Other ids are not detected; their logits are
+        meaningless.
+      segment_ids_BS: int [B,S], documents of packed rows, 0 for padding; None where each row is one
+        document.
+      quant: "none", or "official" for the low-precision numbers of the served model
+        (v4jax/quant/fake.py).
+      rules: layout, for the ambient mesh (jax.set_mesh).
+      dtype: compute dtype; by default that of the embedding.
+
+    Raises:
+      ValueError: shapes that do not fit, or a quant that does not exist or does not fit the model's
+        sizes.
+    """
+    if (
+        tokens_BS.ndim != 2
+        or tokens_BS.shape[1] < 1
+        or not jnp.issubdtype(tokens_BS.dtype, jnp.integer)
+    ):
+        raise ValueError(
+            f"tokens: got {tokens_BS.dtype} {tokens_BS.shape}; must be integers [B, S] with S >= 1"
+        )
+    if segment_ids_BS is not None and segment_ids_BS.shape != tokens_BS.shape:
+        raise ValueError(
+            f"segment_ids: got {segment_ids_BS.shape}; must be as tokens, {tokens_BS.shape}"
+        )
+    dtype = params["embed"]["weight"].dtype if dtype is None else dtype
+    ctx = Context(rules=rules, dtype=dtype, quant=quant)
+    return _forward(cfg, params, tokens_BS, segment_ids_BS, ctx, remat)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _forward(cfg, params, tokens_BS, segment_BS, ctx: Context, remat: bool) -> Output:
+    hidden = apply(cfg, params, tokens_BS, segment_BS, ctx=ctx, remat=remat)
+    logits = project_logits(ctx.rules, hidden.x_BSD, hidden.head_DV)
+    mtp_logits = None
+    if hidden.mtp_x_BSD is not None:
+        mtp_logits = project_logits(ctx.rules, hidden.mtp_x_BSD, hidden.head_DV)
+    return Output(logits, mtp_logits, hidden.routing)

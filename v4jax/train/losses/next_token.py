@@ -1,0 +1,120 @@
+"""The next token: mean negative log likelihood over the tokens to be learned.
+
+The head sees a few positions at a time, so logits of a whole batch never exist. Under a layout that
+cuts the vocabulary the logits stay cut.
+
+Equations: docs/equations.md#losses.
+Shapes: B batch, S positions, D hidden, V vocabulary.
+Next file to read: v4jax/train/losses/mtp.py.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from sharding.manual import vary, vary_like
+from sharding.rules import AxisRules
+from v4jax.context import Context
+from v4jax.kernels.matmul import dense
+from v4jax.model.transformer import Hidden
+
+LOGIT_BYTES = 2**27
+"""Bytes of float32 logits that one device computes at a time."""
+
+
+def term(hidden: Hidden, batch: Mapping[str, jax.Array], ctx: Context):
+    """(loss, {"nll": loss}): nats per token."""
+    nll = mean_nll(hidden.x_BSD, hidden.head_DV, batch, 1, ctx.rules)
+    return nll, {"nll": nll}
+
+
+def mean_nll(
+    x_BSD: jax.Array,
+    head_DV: jax.Array,
+    batch: Mapping[str, jax.Array],
+    ahead: int,
+    rules: AxisRules,
+) -> jax.Array:
+    """Mean of -log softmax(x @ head)[token `ahead` positions later] over those that count."""
+    label_BS, counts_BS = targets(batch, ahead)
+    nll_BS = token_nll(rules, x_BSD, head_DV, label_BS)
+    return jnp.sum(jnp.where(counts_BS, nll_BS, 0)) / jnp.maximum(counts_BS.sum(), 1)
+
+
+def targets(batch: Mapping[str, jax.Array], ahead: int) -> tuple[jax.Array, jax.Array]:
+    """The token `ahead` positions later, int32 [B,S], and whether it counts, bool [B,S].
+
+    It counts if it belongs to the same document, is no padding and is to be learned.
+    """
+    tokens_BS, segment_BS = batch["tokens"], batch.get("segment_ids")
+    seq = tokens_BS.shape[1]
+
+    def shift(x):
+        return jnp.pad(x[:, ahead:], ((0, 0), (0, min(ahead, seq))))
+
+    if segment_BS is None:
+        counts_BS = jnp.broadcast_to(jnp.arange(seq) < seq - ahead, tokens_BS.shape)
+    else:
+        # Segments do not interleave: equal ids at both ends mean one document in between.
+        counts_BS = (shift(segment_BS) == segment_BS) & (segment_BS > 0)
+    return shift(tokens_BS), counts_BS & (
+        shift(batch["loss_mask"]) > 0
+    ) if "loss_mask" in batch else counts_BS
+
+
+def token_nll(
+    rules: AxisRules, x_BSD: jax.Array, head_DV: jax.Array, label_BS: jax.Array
+) -> jax.Array:
+    """-log softmax(x @ head)[label], float32 [B,S], from the logits of a few positions at a time.
+
+    Where the vocabulary is cut, each device computes the logits of its own tokens of the
+    vocabulary. The devices exchange only the maximum, the sum and the label's logit.
+    """
+    if not rules:
+        return _token_nll((), x_BSD, head_DV, label_BS)
+    words = rules.mesh_axes("vocab")
+    tokens = rules.spec(("act_batch", "act_seq"))
+    return jax.shard_map(
+        functools.partial(_token_nll, words),
+        in_specs=(rules.spec(("act_batch", "act_seq", None)), rules.spec((None, "vocab")), tokens),
+        out_specs=tokens,
+    )(x_BSD, head_DV, label_BS)
+
+
+def _token_nll(words: tuple[str, ...], x_BSD, head_DV, label_BS) -> jax.Array:
+    """`token_nll` of one device's positions.
+
+    Args:
+      words: mesh axes that cut the vocabulary.
+      label_BS: ids in the whole vocabulary.
+    """
+    batch, seq, _ = x_BSD.shape
+    x_BSD, head_DV = vary(x_BSD, words), vary_like(head_DV, x_BSD)
+    if words:
+        label_BS = label_BS - jax.lax.axis_index(words) * head_DV.shape[1]
+    chunk = max(1, min(seq, LOGIT_BYTES // (4 * batch * head_DV.shape[1])))
+    chunks = -(-seq // chunk)
+    chunk = -(-seq // chunks)
+
+    def nll(x_BSD, label_BS):
+        logits = dense(x_BSD, head_DV, jnp.float32)
+        peak = jax.lax.stop_gradient(logits).max(-1)
+        peak = jax.lax.pmax(peak, words) if words else peak
+        total = jnp.exp(logits - peak[..., None]).sum(-1)
+        picked = jnp.where(jax.nn.one_hot(label_BS, logits.shape[-1], dtype=bool), logits, 0).sum(
+            -1
+        )
+        total, picked = jax.lax.psum((total, picked), words) if words else (total, picked)
+        return jnp.log(total) + peak - picked
+
+    if chunks == 1:
+        return nll(x_BSD, label_BS)
+    pad = chunks * chunk - seq
+    x = jnp.moveaxis(
+        jnp.pad(x_BSD, ((0, 0), (0, pad), (0, 0))).reshape(batch, chunks, chunk, -1), 1, 0
+    )
+    label = jnp.moveaxis(jnp.pad(label_BS, ((0, 0), (0, pad))).reshape(batch, chunks, chunk), 1, 0)
+    out = jax.lax.map(lambda args: jax.checkpoint(nll, prevent_cse=False)(*args), (x, label))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1)[:, :seq]

@@ -4,10 +4,16 @@ import dataclasses
 
 import pytest
 
-from v4jax.kernels import index_scores, sinkhorn, streams, top_k
+from v4jax.kernels import index_scores, pooling, sinkhorn, streams, top_k
 from v4jax.kernels.choice import NAMES, Kernels, kernels_from
 
-OPS = {"index_scores": index_scores, "sinkhorn": sinkhorn, "streams": streams, "top_k": top_k}
+OPS = {
+    "index_scores": index_scores,
+    "pooling": pooling,
+    "sinkhorn": sinkhorn,
+    "streams": streams,
+    "top_k": top_k,
+}
 
 
 def test_every_op_is_a_field():

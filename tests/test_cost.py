@@ -11,7 +11,7 @@ from trees import small_config
 from configs.models import flash, pro
 from v4jax.cost import cost as model_cost
 from v4jax.cost import deepseek_v32, train_flops_per_token
-from v4jax.model.init import abstract_params
+from v4jax.parameter_tree import abstract_params
 
 MILLION = 1048576
 NO_MTP = small_config(num_nextn_predict_layers=0, compress_ratios=(0, 0, 4, 128, 4, 128, 4))

@@ -20,7 +20,7 @@ from v4jax.generate.cache import decoding_rules, empty_cache, extend, logits_of,
 from v4jax.generate.decode import generate
 from v4jax.generate.steps import DecodeConfig
 from v4jax.kernels import index_scores, index_search
-from v4jax.model.init import abstract_params, param_axes
+from v4jax.parameter_tree import abstract_params, param_axes
 
 CFG = small_config(
     compress_ratios=(4, 128, 0),

@@ -15,7 +15,7 @@ from sharding.matrices import on_whole_matrices
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.params import bytes_per_device
 from sharding.rules import layout_for
-from v4jax.model.init import abstract_params
+from v4jax.parameter_tree import abstract_params
 from v4jax.planner.command import Request, checked, compare, examine, nearest_mesh
 from v4jax.planner.estimate import estimate, exchange_time
 from v4jax.planner.hardware import hardware_of

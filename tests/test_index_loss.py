@@ -23,7 +23,7 @@ from sharding.rules import AxisRules, layout_for
 from v4jax.checkpoint.names import from_official
 from v4jax.context import Context, SparseMode
 from v4jax.model import attention
-from v4jax.model.init import abstract_params
+from v4jax.parameter_tree import abstract_params
 from v4jax.train.loss import loss_and_routing
 
 ONE = small_config(

@@ -18,7 +18,7 @@ from v4jax.checkpoint import (
     transformers_to_official,
 )
 from v4jax.checkpoint.names import official_shapes
-from v4jax.model.init import abstract_params
+from v4jax.parameter_tree import abstract_params
 
 CONFIGS = {
     "small": small_config(),

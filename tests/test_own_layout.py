@@ -20,7 +20,7 @@ from v4jax import api
 from v4jax.cli import main as cli
 from v4jax.cli.train import sample
 from v4jax.data.config import DataConfig
-from v4jax.model.init import abstract_params, param_axes
+from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.planner.command import Request, examine, look_for
 from v4jax.planner.hardware import hardware_of
 from v4jax.planner.page import page_data

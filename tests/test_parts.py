@@ -14,6 +14,7 @@ from sharding.embedding import embed_lookup
 from sharding.experts import Groups
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules, layout_for
+from v4jax.initializers import balanced_table
 from v4jax.kernels import expert_ffn as ffn
 from v4jax.kernels import expert_ffn_gpu
 from v4jax.kernels.expert_ffn import (
@@ -28,7 +29,7 @@ from v4jax.kernels.expert_ffn import (
 from v4jax.kernels.matmul import dense
 from v4jax.model.hyper import balanced
 from v4jax.model.rotary import Rotation, rotate
-from v4jax.model.router import balanced_table, router_scores
+from v4jax.model.router import router_scores
 
 LIMIT = 2.0
 

@@ -16,7 +16,7 @@ from v4jax.checkpoint.names import from_official
 from v4jax.context import Context, SparseMode
 from v4jax.model import attention
 from v4jax.model.forward import forward
-from v4jax.model.init import abstract_params
+from v4jax.parameter_tree import abstract_params
 from v4jax.train.loss import loss_and_routing
 
 

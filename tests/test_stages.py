@@ -17,7 +17,7 @@ from configs.demo import get_config
 from v4jax.checkpoint.store import Store
 from v4jax.context import SparseMode
 from v4jax.data.config import DataConfig
-from v4jax.model.init import abstract_params
+from v4jax.parameter_tree import abstract_params
 from v4jax.planner.plan import plan
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train

@@ -14,11 +14,11 @@ from sharding.params import named_shardings
 from sharding.processes import check_whole
 from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax.checkpoint.load import load_safetensors, open_safetensors
-from v4jax.checkpoint.names import leaf_dtype, official_names, plain_dtype
+from v4jax.checkpoint.names import leaf_dtypes, plain_dtype
 from v4jax.checkpoint.store import is_run, load_store_params
 from v4jax.config import ModelConfig
 from v4jax.generation_config import with_end_tokens
-from v4jax.model.init import abstract_params, param_axes
+from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.python_files import read_layout
 from v4jax.storage import folder_of_checkpoint
 
@@ -97,10 +97,7 @@ def load_onto(path, cfg: ModelConfig, dtype: str, places):
 
 
 def _load_run(path, cfg: ModelConfig, dtype: str, places):
-    dtypes = {
-        slot.path: leaf_dtype(name, plain_dtype(dtype))
-        for name, slot in official_names(cfg).items()
-    }
+    dtypes = leaf_dtypes(cfg, dtype)
 
     def typed(where, leaf, place):
         return jax.ShapeDtypeStruct(

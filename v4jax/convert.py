@@ -57,6 +57,7 @@ from v4jax.checkpoint.store import is_run
 from v4jax.checkpoint.stream import StoreWriter, open_leaves
 from v4jax.config import ModelConfig
 from v4jax.config.json_styles import read_config_json
+from v4jax.parameter_tree import spec_named
 from v4jax.storage import folder_of_checkpoint, folder_to_fill, local_path, path_of_checkpoints
 from v4jax.untrusted import file_in, read_json
 
@@ -190,7 +191,8 @@ class StoreSource(NamedTuple):
     def numbers(self, name: str) -> np.ndarray:
         slot = self.slots[name]
         leaf = self.leaves[slot.path]
-        kind = Kind("I64" if name.endswith(".tid2eid") else dtype_name(leaf.dtype.numpy_dtype))
+        ids = spec_named(name).precision == "int64"
+        kind = Kind("I64" if ids else dtype_name(leaf.dtype.numpy_dtype))
         try:
             read = leaf[slot.index].read().result()
         except ValueError as error:  # TensorStore's error for a chunk whose checksum is wrong

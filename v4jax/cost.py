@@ -1,5 +1,7 @@
 """What a model costs, from its configuration: parameters, FLOPs per token and KV bytes, by part.
 
+Parameters, and the products that tokens make with them, are counted from v4jax/parameters.py.
+
 The report's own numbers show how it counts. 284B and 1.6T are the main model with embedding and
 head, without MTP (with MTP, Flash would be 291B). 13B and 49B count the head but not the embedding,
 which is a lookup and no product (with the embedding they would be 14B and 50B; without the head,
@@ -17,26 +19,32 @@ Next file to read: v4jax/checkpoint/names.py.
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from v4jax.config import CSA, HCA, WINDOW_ONLY, ModelConfig
+from v4jax.config import CSA, HCA, WINDOW_ONLY, LayerKind, ModelConfig
+from v4jax.parameter_tree import MTP_KIND, layer_specs, single_specs
+from v4jax.parameters import ParamSpec, sizes
 
 _KIND_NAMES = {WINDOW_ONLY: "SWA", CSA: "CSA", HCA: "HCA"}
-_ORDER = (
-    *(
-        "embedding",
-        "attention SWA",
-        "attention CSA",
-        "attention HCA",
-        "compressors",
-        "indexers",
-        "gates",
-    ),
-    *("routed experts", "shared experts", "mHC", "norms", "head"),
-)
+NAMES = {
+    "embed": "embedding",
+    "attention": "attention",
+    "mtp_projection": "attention",
+    "compressor": "compressors",
+    "indexer": "indexers",
+    "gate": "gates",
+    "router": "gates",
+    "experts": "routed experts",
+    "shared_experts": "shared experts",
+    "hyper": "mHC",
+    "norm": "norms",
+    "head": "head",
+}
+"""ParamSpec.part -> what it is called here and in the layout lab, in the order of the report."""
 
 
 class Part(NamedTuple):
@@ -93,32 +101,18 @@ class Cost:
         body = [_row(part) for part in (*self.parts, total, self.mtp)]
         training = ("training, mean", "", "", _short(self.train_flops), "")
         peer = (v32.name, "", "", _short(v32.flops), _short(v32.cache))
-        ratio = (
-            "ratio to it",
-            "",
-            "",
-            f"{total.flops / v32.flops:.1%}",
-            f"{total.cache / v32.cache:.1%}",
-        )
-        grouped = (
-            self.gqa8.name,
-            "",
-            "",
-            "",
-            f"{_short(self.gqa8.cache)} ({total.cache / self.gqa8.cache:.1%})",
-        )
+        shares = (f"{total.flops / v32.flops:.1%}", f"{total.cache / v32.cache:.1%}")
+        ratio = ("ratio to it", "", "", *shares)
+        share = f"{_short(self.gqa8.cache)} ({total.cache / self.gqa8.cache:.1%})"
+        grouped = (self.gqa8.name, "", "", "", share)
         return [head, *body, training, peer, ratio, grouped]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain numbers, for --json."""
         plain = dataclasses.asdict(self)
         plain["parts"] = [part._asdict() for part in self.parts]
-        plain |= {
-            "total": self.total._asdict(),
-            "mtp": self.mtp._asdict(),
-            "v32": self.v32._asdict(),
-        }
-        plain["gqa8"] = self.gqa8._asdict()
+        for name in ("total", "mtp", "v32", "gqa8"):
+            plain[name] = getattr(self, name)._asdict()
         return plain
 
 
@@ -135,13 +129,11 @@ def cost(cfg: ModelConfig, context: int | None = None) -> Cost:
             f"context: got {context!r}; must be an integer in [1, max_position_embeddings={limit}]"
         )
     last = np.array([context])
-    scored = cfg.num_hidden_layers - cfg.num_hash_layers + cfg.num_nextn_predict_layers
     return Cost(
         context=context,
         parts=_main_parts(cfg, last),
         mtp=_mtp(cfg, last),
-        buffers=scored * cfg.n_routed_experts
-        + cfg.num_hash_layers * cfg.vocab_size * cfg.num_experts_per_tok,
+        buffers=_buffers(cfg),
         train_flops=train_flops_per_token(cfg, context),
         v32=deepseek_v32(context),
         gqa8=gqa8(cfg, context),
@@ -166,16 +158,8 @@ def deepseek_v32(context: int) -> Part:
     Cache (docs/equations.md#cost): 512 fp8 + 16 bytes of scales + 64 bf16, and an indexer key of
     128 fp8 + 4 bytes.
     """
-    layers, dense, hidden, heads, latent, rope, q_rank, index_heads = (
-        61,
-        3,
-        7168,
-        128,
-        512,
-        64,
-        1536,
-        64,
-    )
+    layers, dense, hidden, heads = 61, 3, 7168, 128
+    latent, rope, q_rank, index_heads = 512, 64, 1536, 64
     attention = hidden * (q_rank + latent + rope) + q_rank * heads * (128 + rope)
     attention += heads * (latent * (128 + 128) + 128 * hidden)
     indexer = q_rank * index_heads * 128 + hidden * (128 + index_heads)
@@ -203,20 +187,22 @@ def gqa8(cfg: ModelConfig, context: int) -> Part:
 # averaged over it; the cache is that of the last.
 
 
+def _buffers(cfg: ModelConfig) -> int:
+    """Numbers that the routers keep."""
+    kinds = [*cfg.layer_kinds, *[MTP_KIND] * cfg.num_nextn_predict_layers]
+    specs = [spec for kind in kinds for spec in layer_specs(kind) if spec.optimizer is None]
+    return sum(math.prod(spec.size(cfg)) for spec in specs)
+
+
 def _main_parts(cfg: ModelConfig, lengths: np.ndarray) -> tuple[Part, ...]:
     """The main model's parts, each summed over layers."""
-    vocabulary = cfg.vocab_size * cfg.hidden_size
-    parts = [Part("embedding", vocabulary)]
-    for ratio, layers in collections.Counter(cfg.compress_ratios[: cfg.num_hidden_layers]).items():
-        parts += [_times(part, layers) for part in _block(cfg, ratio, lengths)]
-    parts += [
-        _hyper_head(cfg),
-        _weights("norms", cfg.hidden_size, products=False),
-        _weights("head", vocabulary),
-    ]
-    by_name: dict[str, list[Part]] = {name: [] for name in _ORDER}
-    for part in parts:
-        by_name[part.name].append(part)
+    parts = [_weight(cfg, spec) for spec in single_specs(cfg) if spec.where == "model"]
+    for kind, layers in collections.Counter(cfg.layer_kinds).items():
+        parts += [_times(part, layers) for part in _layer(cfg, kind, lengths)]
+    parts.append(_last_collapse(cfg))
+    order = [name for name in NAMES.values() if name != "attention"]
+    order[1:1] = [f"attention {kind}" for kind in _KIND_NAMES.values()]
+    by_name = {name: [part for part in parts if part.name == name] for name in order}
     return tuple(_sum(name, same) for name, same in by_name.items() if same)
 
 
@@ -224,98 +210,71 @@ def _mtp(cfg: ModelConfig, lengths: np.ndarray) -> Part:
     """The MTP module. h_proj runs once per stream, and the shared head runs once more."""
     if not cfg.num_nextn_predict_layers:
         return Part("MTP")
-    hidden, streams = cfg.hidden_size, cfg.hc_mult
-    projections = Part("", 2 * hidden**2, 2 * hidden**2, 2 * (1 + streams) * hidden**2)
-    norms = _weights("", 3 * hidden, products=False)
-    head = Part("", flops=2 * hidden * cfg.vocab_size)
-    return _sum(
-        "MTP", [*_block(cfg, WINDOW_ONLY, lengths), _hyper_head(cfg), projections, norms, head]
-    )
+    own = [_weight(cfg, spec) for spec in single_specs(cfg) if spec.where == "mtp"]
+    head = Part("head", flops=2 * cfg.hidden_size * cfg.vocab_size)
+    return _sum("MTP", [*_layer(cfg, MTP_KIND, lengths), *own, _last_collapse(cfg), head])
 
 
-def _block(cfg: ModelConfig, ratio: int, lengths: np.ndarray) -> list[Part]:
-    """One layer whose attention compresses by `ratio`."""
-    hidden, expert = cfg.hidden_size, 3 * cfg.hidden_size * cfg.moe_intermediate_size
-    norms = 2 * hidden + cfg.q_lora_rank + cfg.head_dim
-    norms += (cfg.head_dim if ratio else 0) + (cfg.index_head_dim if ratio == CSA else 0)
-    active = cfg.num_experts_per_tok * expert
-    return [
-        _attention(cfg, ratio, lengths),
-        *([_compressor(cfg, "compressors", ratio, cfg.head_dim)] if ratio else []),
-        *([_indexer(cfg, lengths)] if ratio == CSA else []),
-        _weights("gates", hidden * cfg.n_routed_experts),
-        Part("routed experts", cfg.n_routed_experts * expert, active, 2 * active),
-        _weights("shared experts", expert),
-        *[_hyper(cfg)] * 2,
-        _weights("norms", norms, products=False),
-    ]
+def _layer(cfg: ModelConfig, kind: LayerKind, lengths: np.ndarray) -> list[Part]:
+    """One layer: its weights, and what it does beside their products."""
+    ratio = kind.compress_ratio
+    weights = [spec for spec in layer_specs(kind) if spec.optimizer is not None]
+    parts = [_weight(cfg, spec, ratio) for spec in weights]
+    parts += [_scores(cfg, ratio, lengths), _mixing(cfg), _mixing(cfg)]
+    if ratio != WINDOW_ONLY:
+        parts.append(_pooling("compressors", ratio, cfg.head_dim))
+    if ratio == CSA:
+        parts += [_index_scores(cfg, lengths), _pooling("indexers", CSA, cfg.index_head_dim)]
+    return parts
 
 
-def _attention(cfg: ModelConfig, ratio: int, lengths: np.ndarray) -> Part:
-    """Projections, sinks, and 4 N H FLOPs for each window token and entry that a query uses."""
-    wide = cfg.num_attention_heads * cfg.head_dim
-    matrices = cfg.hidden_size * (cfg.q_lora_rank + cfg.head_dim) + cfg.q_lora_rank * wide
-    # wo_a is block diagonal: G matrices of O x (N/G)H.
-    matrices += cfg.o_lora_rank * (wide + cfg.o_groups * cfg.hidden_size)
-    window, entries = (
-        np.minimum(lengths, cfg.sliding_window),
-        lengths // ratio if ratio else 0 * lengths,
-    )
+def _weight(cfg: ModelConfig, spec: ParamSpec, ratio: int = WINDOW_ONLY) -> Part:
+    """One parameter, in a layer that compresses by `ratio`, and the products with it."""
+    size = math.prod(spec.size(cfg, ratio))
+    used = round(size * sizes(cfg)[spec.uses])
+    active = {"embed": 0, "experts": used}.get(spec.part, size)
+    name = "norms" if spec.is_norm else NAMES[spec.part]
+    if name == "attention":
+        name = f"attention {_KIND_NAMES[ratio]}"
+    return Part(name, size, active, 2 * used)
+
+
+def _scores(cfg: ModelConfig, ratio: int, lengths: np.ndarray) -> Part:
+    """Attention: 4 N H FLOPs for each window token and entry that a query uses."""
+    window = np.minimum(lengths, cfg.sliding_window)
+    entries = lengths // ratio if ratio else 0 * lengths
     used = np.minimum(entries, cfg.index_topk) if ratio == CSA else entries
     # An entry has fp8 numbers, a scale byte per 64 of them, and rope dims in bf16
     # (docs/equations.md#low-precision).
     plain = cfg.head_dim - cfg.qk_rope_head_dim
     cache = int(window[-1] + entries[-1]) * (plain + -(-plain // 64) + 2 * cfg.qk_rope_head_dim)
-    parameters = matrices + cfg.num_attention_heads
-    flops = 2 * matrices + 4 * wide * float(np.mean(window + used))
-    return Part(f"attention {_KIND_NAMES[ratio]}", parameters, parameters, flops, cache)
+    flops = 4 * cfg.num_attention_heads * cfg.head_dim * float(np.mean(window + used))
+    return Part(f"attention {_KIND_NAMES[ratio]}", flops=flops, cache=cache)
 
 
-def _compressor(cfg: ModelConfig, name: str, ratio: int, dim: int) -> Part:
-    """wkv, wgate and ape. The cache is the float32 state (c and z) that the next entry pools."""
+def _pooling(name: str, ratio: int, dim: int) -> Part:
+    """The float32 state (c and z) that the next entry pools."""
     overlap = 2 if ratio == CSA else 1
-    matrices = 2 * cfg.hidden_size * overlap * dim
-    parameters = matrices + ratio * overlap * dim
-    return Part(
-        name, parameters, parameters, 2 * matrices, 4 * 2 * (overlap * ratio) * (overlap * dim)
-    )
+    return Part(name, cache=4 * 2 * (overlap * ratio) * (overlap * dim))
 
 
-def _indexer(cfg: ModelConfig, lengths: np.ndarray) -> Part:
-    """Projections of queries and weights, a compressor, and I weighted dot products per entry.
-
-    There are S/4 entries.
-    """
+def _index_scores(cfg: ModelConfig, lengths: np.ndarray) -> Part:
+    """I weighted dot products for each of S/4 entries."""
     heads, dim, entries = cfg.index_n_heads, cfg.index_head_dim, lengths // CSA
-    queries = _weights("", heads * (cfg.q_lora_rank * dim + cfg.hidden_size))
     # A key has fp4 numbers and a scale byte per 32 of them (docs/equations.md#low-precision).
     key_bytes = -(-dim // 2) + -(-dim // 32)
-    scores = Part(
-        "",
-        flops=2 * heads * (dim + 1) * float(np.mean(entries)),
-        cache=int(entries[-1]) * key_bytes,
-    )
-    return _sum("indexers", [queries, scores, _compressor(cfg, "", CSA, dim)])
+    flops = 2 * heads * (dim + 1) * float(np.mean(entries))
+    return Part("indexers", flops=flops, cache=int(entries[-1]) * key_bytes)
 
 
-def _hyper(cfg: ModelConfig) -> Part:
-    """mHC at one site: mixing coefficients, collapse, and the mixed and expanded streams."""
-    streams, hidden = cfg.hc_mult, cfg.hidden_size
-    outputs = (2 + streams) * streams
-    parameters = outputs * (streams * hidden + 1) + 3
-    return Part("mHC", parameters, parameters, 2 * streams * hidden * (outputs + 1 + streams + 1))
+def _mixing(cfg: ModelConfig) -> Part:
+    """mHC at one site: the collapse, and the mixed and expanded streams."""
+    streams = cfg.hc_mult
+    return Part("mHC", flops=2 * streams * cfg.hidden_size * (1 + streams + 1))
 
 
-def _hyper_head(cfg: ModelConfig) -> Part:
-    """The last collapse of the streams."""
-    streams, hidden = cfg.hc_mult, cfg.hidden_size
-    parameters = streams * (streams * hidden + 1) + 1
-    return Part("mHC", parameters, parameters, 2 * streams * hidden * (streams + 1))
-
-
-def _weights(name: str, count: int, products: bool = True) -> Part:
-    """Weights that every token uses: multiplied once each, or in no product (norms)."""
-    return Part(name, count, count, 2 * count if products else 0)
+def _last_collapse(cfg: ModelConfig) -> Part:
+    return Part("mHC", flops=2 * cfg.hc_mult * cfg.hidden_size)
 
 
 def _sum(name: str, parts: Iterable[Part]) -> Part:

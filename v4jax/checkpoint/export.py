@@ -43,6 +43,7 @@ from v4jax.checkpoint.names import (
 from v4jax.config import ModelConfig
 from v4jax.config.json_styles import read_config_json
 from v4jax.generation_config import end_tokens
+from v4jax.parameter_tree import spec_named
 from v4jax.storage import folder_to_fill, local_path
 from v4jax.untrusted import file_in
 
@@ -142,7 +143,7 @@ def store_slot(
         cannot hold.
     """
     array = read_slot(name, leaf, slot)
-    if name.endswith(".tid2eid"):
+    if spec_named(name).precision == "int64":
         check_table(cfg, name, array)
     try:
         return encode(kind, array, scale)

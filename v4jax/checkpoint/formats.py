@@ -9,22 +9,16 @@ Shapes: O output features, I input features.
 Next file to read: v4jax/checkpoint/files.py.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from v4jax.parameter_tree import spec_named
 from v4jax.quant import fp8, mxfp4, scales
 
 FORMATS = ("float32", "bfloat16", "fp8", "official")
-_MATRIX = re.compile(
-    r"\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight$"
-    r"|\.shared_experts\.w[123]\.weight$"
-    r"|^mtp\.\d+\.(e_proj|h_proj)\.weight$"
-)
-_EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight$")
 
 DTYPES = {
     "F32": np.dtype("float32"),
@@ -81,40 +75,44 @@ def check_format(dtype: Any) -> str:
 def kind_in(format: str, name: str) -> Kind:
     """How a checkpoint in `format` stores the tensor called `name`.
 
-    Only *.weight follows the format: hc_*, attn_sink, ape and gate.bias are float32, tid2eid int64.
-    Embedding, head, norms, gates, compressors and weights_proj are never stored in low precision.
+    What released files keep in float32 is float32 in every format, and tid2eid int64. Only what
+    they store in low precision ever is.
+
+    Raises:
+      ValueError: a name of no tensor.
     """
-    if name.endswith(".tid2eid"):
+    precision = spec_named(name).precision
+    if precision == "int64":
         return Kind("I64")
-    if format == "float32" or not name.endswith(".weight"):
+    if "float32" in (precision, format):
         return FLOAT32
-    if format == "bfloat16" or not may_be_low(name):
+    if "bfloat16" in (precision, format):
         return BFLOAT16
     if format == "fp8":
         return FP8_BASE
-    return MXFP4 if _EXPERT.search(name) else FP8
-
-
-def may_be_low(name: str) -> bool:
-    """Whether some release stores this tensor in low precision."""
-    return bool(_MATRIX.search(name) or _EXPERT.search(name))
+    return MXFP4 if precision == "mxfp4" else FP8
 
 
 def allowed_kinds(name: str) -> tuple[Kind, ...]:
-    """Every way to store the tensor called `name` that v4jax reads."""
-    if name.endswith(".tid2eid"):
+    """Every way to store the tensor called `name` that v4jax reads.
+
+    Raises:
+      ValueError: a name of no tensor.
+    """
+    precision = spec_named(name).precision
+    if precision == "int64":
         return Kind("I64"), Kind("I32")
-    if not may_be_low(name):
-        return FLOAT32, BFLOAT16
-    low = tuple(Kind("F8_E4M3", scale) for scale in ("F32", "F8_E8M0", "U8"))
-    if _EXPERT.search(name):
-        low += tuple(Kind("I8", scale) for scale in ("F8_E8M0", "U8"))
-    return FLOAT32, BFLOAT16, *low
+    kinds = [FLOAT32, BFLOAT16]
+    if precision in ("fp8", "mxfp4"):
+        kinds += [Kind("F8_E4M3", scale) for scale in ("F32", "F8_E8M0", "U8")]
+    if precision == "mxfp4":
+        kinds += [Kind("I8", scale) for scale in ("F8_E8M0", "U8")]
+    return tuple(kinds)
 
 
 def format_of(kinds: Mapping[str, Kind]) -> str:
     """The one of FORMATS that a checkpoint with these tensors has, judged by its matrices."""
-    stored = {kind.dtype for name, kind in kinds.items() if may_be_low(name)}
+    stored = {kind.dtype for name, kind in kinds.items() if spec_named(name).is_low}
     for dtype, format in (("I8", "official"), ("F8_E4M3", "fp8"), ("BF16", "bfloat16")):
         if dtype in stored:
             return format

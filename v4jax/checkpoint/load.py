@@ -36,6 +36,7 @@ from v4jax.checkpoint.names import (
 )
 from v4jax.config import ModelConfig
 from v4jax.config.json_styles import read_config_json
+from v4jax.parameter_tree import spec_named
 from v4jax.storage import folder_of_checkpoint, local_path
 
 
@@ -85,7 +86,7 @@ class Source(NamedTuple):
             read_tensor(self.headers[name], self.once),
             read_tensor(self.scales[name], self.once) if name in self.scales else None,
         )
-        if name.endswith(".tid2eid"):
+        if spec_named(name).precision == "int64":
             check_table(self.cfg, f"{self.directory}: {name}", found.data)
         try:
             return use(self.kinds[name], found)

@@ -1,4 +1,4 @@
-"""Maps official tensor names to places in the parameter tree and back, by one literal table.
+"""Maps official tensor names to places in the parameter tree and back, by v4jax/parameters.py.
 
 An official tensor is one matrix or vector of one layer, [out, in]. A leaf of the tree may stack
 many of them, [in, out]. So a name maps to a leaf's path, an index into the leaf's leading axes, and
@@ -14,89 +14,16 @@ Next file to read: v4jax/checkpoint/load.py.
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from v4jax.config import CSA, WINDOW_ONLY, LayerKind, ModelConfig
-from v4jax.model.init import abstract_params
-
-# (where it exists, official name, path in the tree, transposed). {layer} is layers.N or mtp.0,
-# {block} its place in the tree, {e} an expert.
-_TABLE = (
-    ("model", "embed.weight", "embed/weight", False),
-    ("model", "norm.weight", "norm/weight", False),
-    ("model", "hc_head_fn", "hc_head/fn", True),
-    ("model", "hc_head_base", "hc_head/base", False),
-    ("model", "hc_head_scale", "hc_head/scale", False),
-    ("model", "head.weight", "head/weight", True),
-    ("block", "{layer}.attn_norm.weight", "{block}/attn_norm/weight", False),
-    ("block", "{layer}.ffn_norm.weight", "{block}/ffn_norm/weight", False),
-    ("block", "{layer}.hc_attn_fn", "{block}/hc_attn/fn", True),
-    ("block", "{layer}.hc_attn_base", "{block}/hc_attn/base", False),
-    ("block", "{layer}.hc_attn_scale", "{block}/hc_attn/scale", False),
-    ("block", "{layer}.hc_ffn_fn", "{block}/hc_ffn/fn", True),
-    ("block", "{layer}.hc_ffn_base", "{block}/hc_ffn/base", False),
-    ("block", "{layer}.hc_ffn_scale", "{block}/hc_ffn/scale", False),
-    ("block", "{layer}.attn.attn_sink", "{block}/attn/attn_sink", False),
-    ("block", "{layer}.attn.wq_a.weight", "{block}/attn/wq_a", True),
-    ("block", "{layer}.attn.q_norm.weight", "{block}/attn/q_norm/weight", False),
-    ("block", "{layer}.attn.wq_b.weight", "{block}/attn/wq_b", True),
-    ("block", "{layer}.attn.wkv.weight", "{block}/attn/wkv", True),
-    ("block", "{layer}.attn.kv_norm.weight", "{block}/attn/kv_norm/weight", False),
-    ("block", "{layer}.attn.wo_a.weight", "{block}/attn/wo_a", True),
-    ("block", "{layer}.attn.wo_b.weight", "{block}/attn/wo_b", True),
-    ("compressed", "{layer}.attn.compressor.ape", "{block}/attn/compressor/ape", False),
-    ("compressed", "{layer}.attn.compressor.wkv.weight", "{block}/attn/compressor/wkv", True),
-    ("compressed", "{layer}.attn.compressor.wgate.weight", "{block}/attn/compressor/wgate", True),
-    (
-        "compressed",
-        "{layer}.attn.compressor.norm.weight",
-        "{block}/attn/compressor/norm/weight",
-        False,
-    ),
-    ("csa", "{layer}.attn.indexer.wq_b.weight", "{block}/attn/indexer/wq_b", True),
-    ("csa", "{layer}.attn.indexer.weights_proj.weight", "{block}/attn/indexer/weights_proj", True),
-    ("csa", "{layer}.attn.indexer.compressor.ape", "{block}/attn/indexer/compressor/ape", False),
-    (
-        "csa",
-        "{layer}.attn.indexer.compressor.wkv.weight",
-        "{block}/attn/indexer/compressor/wkv",
-        True,
-    ),
-    (
-        "csa",
-        "{layer}.attn.indexer.compressor.wgate.weight",
-        "{block}/attn/indexer/compressor/wgate",
-        True,
-    ),
-    (
-        "csa",
-        "{layer}.attn.indexer.compressor.norm.weight",
-        "{block}/attn/indexer/compressor/norm/weight",
-        False,
-    ),
-    ("block", "{layer}.ffn.gate.weight", "{block}/ffn/gate", True),
-    ("hash", "{layer}.ffn.gate.tid2eid", "router/{block}/ffn/tid2eid", False),
-    ("score", "{layer}.ffn.gate.bias", "router/{block}/ffn/bias", False),
-    ("expert", "{layer}.ffn.experts.{e}.w1.weight", "{block}/ffn/experts/w1", True),
-    ("expert", "{layer}.ffn.experts.{e}.w2.weight", "{block}/ffn/experts/w2", True),
-    ("expert", "{layer}.ffn.experts.{e}.w3.weight", "{block}/ffn/experts/w3", True),
-    ("block", "{layer}.ffn.shared_experts.w1.weight", "{block}/ffn/shared_experts/w1", True),
-    ("block", "{layer}.ffn.shared_experts.w2.weight", "{block}/ffn/shared_experts/w2", True),
-    ("block", "{layer}.ffn.shared_experts.w3.weight", "{block}/ffn/shared_experts/w3", True),
-    ("mtp", "mtp.0.e_proj.weight", "mtp/e_proj", True),
-    ("mtp", "mtp.0.h_proj.weight", "mtp/h_proj", True),
-    ("mtp", "mtp.0.enorm.weight", "mtp/enorm/weight", False),
-    ("mtp", "mtp.0.hnorm.weight", "mtp/hnorm/weight", False),
-    ("mtp", "mtp.0.norm.weight", "mtp/norm/weight", False),
-    ("mtp", "mtp.0.hc_head_fn", "mtp/hc_head/fn", True),
-    ("mtp", "mtp.0.hc_head_base", "mtp/hc_head/base", False),
-    ("mtp", "mtp.0.hc_head_scale", "mtp/hc_head/scale", False),
-)
+from v4jax.config import ModelConfig
+from v4jax.parameter_tree import MTP_KIND, Path, layer_specs, leaves, single_specs, spec_named
+from v4jax.parameters import ParamSpec
 
 # transformers 5's name -> official name. Its own pattern for `.norm.` also catches kv_norm
 # (docs/equations.md#trap-37).
@@ -107,7 +34,6 @@ _FROM_TRANSFORMERS = (
     (r"\.attn\.norm\.weight$", ".attn.kv_norm.weight"),
 )
 
-Path = tuple[str, ...]
 _ROWS, _COLUMNS = 16, 1024
 
 
@@ -128,18 +54,17 @@ def official_names(cfg: ModelConfig) -> dict[str, Slot]:
     A slot's index is (repetition,) in a scanned group, and (repetition, expert) for its experts; in
     MTP it is () and (expert,).
     """
-    names = dict(_expand({"model"}, "", "", (), 1))
-    experts = cfg.n_routed_experts
+    own, experts = single_specs(cfg), cfg.n_routed_experts
+    names = dict(_expand([spec for spec in own if spec.where == "model"], "", "", (), experts))
     for group in cfg.layer_groups:
         for r in range(group.repeats):
             for i, kind in enumerate(group.kinds):
                 layer = f"layers.{group.first + r * len(group.kinds) + i}"
-                names.update(
-                    _expand(_parts_of(kind), layer, f"{group.name}/block_{i}", (r,), experts)
-                )
+                block = f"{group.name}/block_{i}"
+                names.update(_expand(layer_specs(kind), layer, block, (r,), experts))
     if cfg.num_nextn_predict_layers:
-        kind = LayerKind(WINDOW_ONLY, hash_routed=False)
-        names.update(_expand(_parts_of(kind) | {"mtp"}, "mtp.0", "mtp/block", (), experts))
+        specs = [*layer_specs(MTP_KIND), *(spec for spec in own if spec.where == "mtp")]
+        names.update(_expand(specs, "mtp.0", "mtp/block", (), experts))
     return names
 
 
@@ -151,11 +76,10 @@ def transformers_to_official(name: str) -> str:
 
 
 def official_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Official name -> shape in official orientation, derived from the model's own shapes."""
-    leaves = _declared(cfg)
-    shapes = {}
+    """Official name -> shape in official orientation."""
+    declared, shapes = leaves(cfg), {}
     for name, slot in official_names(cfg).items():
-        shape = leaves[slot.path].shape[len(slot.index) :]
+        shape = declared[slot.path].shape[len(slot.index) :]
         shapes[name] = shape[::-1] if slot.transpose else shape
     return shapes
 
@@ -175,12 +99,18 @@ def plain_dtype(dtype: Any) -> np.dtype:
     return found
 
 
-def leaf_dtype(name: str, dtype: np.dtype) -> np.dtype:
-    """The dtype of a tensor in the tree: as in official files, only *.weight follows `dtype`.
+def leaf_dtypes(cfg: ModelConfig, dtype: Any) -> dict[Path, np.dtype]:
+    """The dtype of every array of a loaded tree; `dtype` is "float32" or "bfloat16"."""
+    plain = plain_dtype(dtype)
+    return {path: held_in(leaf.spec.precision, plain) for path, leaf in leaves(cfg).items()}
 
-    tid2eid is stored as integers in float32, so that jax.grad works.
+
+def held_in(precision: str, dtype: np.dtype) -> np.dtype:
+    """The dtype in which a tensor is loaded: what official files keep in float32 stays float32.
+
+    Integers (tid2eid) are held in float32 too, so that jax.grad works.
     """
-    return dtype if name.endswith(".weight") else np.dtype("float32")
+    return np.dtype("float32") if precision in ("float32", "int64") else dtype
 
 
 # ---- trees ---------------------------------------------------------------------------------------
@@ -195,9 +125,9 @@ def to_official(cfg: ModelConfig, tree: Mapping[str, Any]) -> dict[str, np.ndarr
       ValueError: a leaf that is missing, extra or of another shape, or a tid2eid with values that
         are not integers.
     """
-    leaves = {path: np.asarray(leaf) for path, leaf in check_tree(cfg, tree).items()}
+    arrays = {path: np.asarray(leaf) for path, leaf in check_tree(cfg, tree).items()}
     return {
-        name: read_slot(name, leaves[slot.path], slot) for name, slot in official_names(cfg).items()
+        name: read_slot(name, arrays[slot.path], slot) for name, slot in official_names(cfg).items()
     }
 
 
@@ -207,7 +137,7 @@ def read_slot(name: str, leaf: Any, slot: Slot, dtype: np.dtype | None = None) -
     safetensors ignores strides and writes raw memory.
     """
     array = np.asarray(leaf[slot.index])
-    if name.endswith(".tid2eid"):
+    if spec_named(name).precision == "int64":
         ids = np.rint(array)
         if not np.array_equal(ids, array):
             raise ValueError(f"{name}: got values that are not integers; must hold expert ids")
@@ -260,19 +190,19 @@ def fill_tree(
     `put(path, array)` may move a finished leaf away; its result takes the leaf's place. Hash tables
     come first: they are small, and the only tensors whose values can be wrong.
     """
-    declared = _declared(cfg)
-    tables_first = sorted(declared, key=lambda path: path[-1] != "tid2eid")
+    declared = leaves(cfg)
+    tables_first = sorted(declared, key=lambda path: declared[path].spec.precision != "int64")
     of_leaf: dict[Path, list[tuple[str, Slot]]] = {path: [] for path in tables_first}
     for name, slot in official_names(cfg).items():
         of_leaf[slot.path].append((name, slot))
-    leaves = {}
+    arrays = {}
     for path, slots in of_leaf.items():
-        leaf = np.empty(declared[path].shape, leaf_dtype(slots[0][0], dtype))
+        array = np.empty(declared[path].shape, held_in(declared[path].spec.precision, dtype))
         for name, slot in slots:
             tensor = read(name)
-            leaf[slot.index] = tensor.T if slot.transpose else tensor
-        leaves[path] = leaf if put is None else put(path, leaf)
-    return unflatten_dict(leaves)
+            array[slot.index] = tensor.T if slot.transpose else tensor
+        arrays[path] = array if put is None else put(path, array)
+    return unflatten_dict(arrays)
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -289,12 +219,12 @@ def check_shapes(cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Non
 
 def check_tree(cfg: ModelConfig, tree: Mapping[str, Any]) -> dict[Path, Any]:
     """The leaves by path; refuses a tree whose leaves are not exactly those of `cfg`."""
-    leaves = flatten_dict(tree)
-    expected = {"/".join(path): leaf.shape for path, leaf in _declared(cfg).items()}
-    got = {"/".join(path): np.shape(leaf) for path, leaf in leaves.items()}
+    arrays = flatten_dict(tree)
+    expected = {"/".join(path): leaf.shape for path, leaf in leaves(cfg).items()}
+    got = {"/".join(path): np.shape(array) for path, array in arrays.items()}
     same_names(expected, got, "parameter")
     _same_shapes(expected, got, "parameter")
-    return leaves
+    return arrays
 
 
 def check_table(cfg: ModelConfig, name: str, ids_VK: np.ndarray) -> None:
@@ -343,35 +273,21 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _parts_of(kind: LayerKind) -> set[str]:
-    """The parts of the table that a layer of this kind has."""
-    parts = {"block", "expert", "hash" if kind.hash_routed else "score"}
-    parts |= {"compressed"} if kind.compress_ratio else set()
-    return parts | ({"csa"} if kind.compress_ratio == CSA else set())
-
-
-def _expand(parts: set[str], layer: str, block: str, index: tuple[int, ...], experts: int):
-    """Yields (name, slot) of one layer's tensors: the table's lines of `parts`.
+def _expand(
+    specs: Iterable[ParamSpec], layer: str, block: str, index: tuple[int, ...], experts: int
+) -> Iterator[tuple[str, Slot]]:
+    """Yields (name, slot) of one layer's tensors, those of its experts last.
 
     The layer's leaves are at `block` and `index` of the tree.
     """
-    rows = [row for row in _TABLE if row[0] in parts]
-    for part, name, path, transpose in rows:
-        if part != "expert":
-            yield name.format(layer=layer), Slot(_path(path, block), index, transpose)
+    stacked = []
+    for spec in specs:
+        path = tuple(spec.path.format(block=block).split("/"))
+        if spec.is_expert:
+            stacked.append((spec, path))
+        else:
+            yield spec.official.format(layer=layer), Slot(path, index, spec.transpose)
     for e in range(experts):
-        for part, name, path, transpose in rows:
-            if part == "expert":
-                yield (
-                    name.format(layer=layer, e=e),
-                    Slot(_path(path, block), (*index, e), transpose),
-                )
-
-
-def _path(pattern: str, block: str) -> Path:
-    return tuple(pattern.format(block=block).split("/"))
-
-
-def _declared(cfg: ModelConfig) -> dict[Path, Any]:
-    """Path -> leaf (jax.ShapeDtypeStruct) that the model declares."""
-    return flatten_dict(abstract_params(cfg))
+        for spec, path in stacked:
+            name = spec.official.format(layer=layer, e=e)
+            yield name, Slot(path, (*index, e), spec.transpose)

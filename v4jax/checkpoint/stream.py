@@ -21,10 +21,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from v4jax.checkpoint import disk
 from v4jax.checkpoint.checksums import write_sums
-from v4jax.checkpoint.names import Path, leaf_dtype, official_names, turned
+from v4jax.checkpoint.names import Path, leaf_dtypes, official_names, turned
 from v4jax.checkpoint.store import CHECKPOINTS, Store, check_same_arrays
 from v4jax.config import ModelConfig
-from v4jax.model.init import abstract_params
+from v4jax.parameter_tree import abstract_params
 
 _CHUNK_BYTES = 64 * 2**20
 _WAIT_BYTES = 128 * 2**20
@@ -75,7 +75,7 @@ class StoreWriter:
           compress: compress the chunks, which pays only for numbers that came from low precision.
         """
         slots = official_names(cfg)
-        dtypes = {slot.path: leaf_dtype(name, dtype) for name, slot in slots.items()}
+        dtypes = leaf_dtypes(cfg, dtype)
         stacked = {slot.path: len(slot.index) for slot in slots.values()}
         shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(cfg)).items()}
         self._path = path = directory / CHECKPOINTS / "0"

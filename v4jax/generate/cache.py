@@ -31,7 +31,7 @@ from v4jax.cache.layer import CacheView, ChunkSpan, LayerCache, empty_layer
 from v4jax.cache.quantized import STORAGES
 from v4jax.config import CSA, HCA, WINDOW_ONLY, ModelConfig
 from v4jax.context import Context
-from v4jax.model.mtp import MTP
+from v4jax.model.mtp import Drafter
 from v4jax.model.segments import read_span
 from v4jax.model.transformer import Transformer, project_logits
 
@@ -237,9 +237,11 @@ def draft(
     """
     segments = read_span(cfg, next_BT.shape[1], span)
     next_BTD = embed_lookup(ctx.rules, params["embed"]["weight"], next_BT).astype(ctx.dtype)
-    weights = {"params": params["mtp"], "router": params["router"]["mtp"]}
+    weights = {"params": {"mtp": params["mtp"]}, "router": {"mtp": params["router"]["mtp"]}}
     view = CacheView(cache.mtp, jnp.int32(0), span)
-    x_BTD, _, view = MTP(ctx, cfg).apply(weights, streams_BTXD, next_BTD, next_BT, segments, view)
+    x_BTD, _, view = Drafter(ctx, cfg).apply(
+        weights, streams_BTXD, next_BTD, next_BT, segments, view
+    )
     return x_BTD, cache._replace(mtp=view.cache)
 
 

@@ -524,36 +524,27 @@ class Attention(Weights):
     docs/equations.md#attention, report 2.3.
     """
 
-    cfg: ModelConfig
     ratio: int
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array, segments: Segments, view: CacheView | None = None):
         """(output [B,S,D], cache view with this chunk or None, the indexer's loss or None)."""
-        cfg, dim, hidden = self.cfg, self.cfg.head_dim, x_BSD.shape[-1]
-        heads, groups, rank = cfg.num_attention_heads, cfg.o_groups, cfg.o_lora_rank
-        init = nn.initializers.normal(cfg.initializer_range)
-        wq_a = self.weight("wq_a", (hidden, cfg.q_lora_rank), ("embed", "q_lora"), init, fp8=True)
-        wq_b = self.weight(
-            "wq_b", (cfg.q_lora_rank, heads * dim), ("q_lora_in", "heads"), init, fp8=True
-        )
-        wkv = self.weight("wkv", (hidden, dim), ("embed", "head_dim"), init, fp8=True)
-        wo_a = self.weight(
-            "wo_a", (heads // groups * dim, groups * rank), ("group_in", "groups"), init, fp8=True
-        )
-        wo_b = self.weight("wo_b", (groups * rank, hidden), ("groups", "embed"), init, fp8=True)
-        sink_N = self.weight("attn_sink", (heads,), ("sinks",), nn.initializers.zeros, True)
+        cfg, dim, heads = self.cfg, self.cfg.head_dim, self.cfg.num_attention_heads
+        wq_a = self.weight("wq_a")
+        wq_b = self.weight("wq_b")
+        wkv = self.weight("wkv")
+        wo_a = self.weight("wo_a")
+        wo_b = self.weight("wo_b")
+        sink_N = self.weight("attn_sink")
         rope = segments.rope if self.ratio == WINDOW_ONLY else segments.compressed_rope
         windows = segments.windows.get(self.ratio)
 
         low_BSD = self.act_quant(x_BSD)
-        qr_BSQ = RMSNorm(self.ctx, cfg.rms_norm_eps, name="q_norm")(dense(low_BSD, wq_a))
+        qr_BSQ = RMSNorm(self.ctx, cfg, name="q_norm")(dense(low_BSD, wq_a))
         q_BSNH = dense(self.act_quant(qr_BSQ), wq_b).reshape(*x_BSD.shape[:2], heads, dim)
         q_BSNH = self.ctx.rules.constrain(q_BSNH, "act_batch", "act_seq", "act_heads", None)
         q_BSNH = rotate(rms_norm(q_BSNH, cfg.rms_norm_eps), rope.heads())
-        kv_BSH = rotate(
-            RMSNorm(self.ctx, cfg.rms_norm_eps, name="kv_norm")(dense(low_BSD, wkv)), rope
-        )
+        kv_BSH = rotate(RMSNorm(self.ctx, cfg, name="kv_norm")(dense(low_BSD, wkv)), rope)
         kv_BSH = fp8_keys(kv_BSH, cfg.qk_rope_head_dim) if self.ctx.quant == "official" else kv_BSH
         entry_BCH = index = past = entry_kept = index_kept = None
         if self.ratio != WINDOW_ONLY:
@@ -596,7 +587,7 @@ class Attention(Weights):
         # Keys are values, so each value is rotated by its own position. Rotating the sum back by
         # the query's position leaves relative angles.
         out_BSNH = rotate(out_BSNH, rope.heads(), inverse=True)
-        return dense(self.act_quant(_narrow(out_BSNH, wo_a, groups)), wo_b), view, loss
+        return dense(self.act_quant(_narrow(out_BSNH, wo_a, cfg.o_groups)), wo_b), view, loss
 
 
 def _continue(cfg: ModelConfig, kv_BSH: jax.Array, view: CacheView) -> tuple[WindowKV, jax.Array]:

@@ -30,7 +30,6 @@ class Block(Weights):
     The view is None without a cache, the loss is None unless an indexer is trained.
     """
 
-    cfg: ModelConfig
     kind: LayerKind
 
     @nn.compact
@@ -44,7 +43,7 @@ class Block(Weights):
         cfg, ctx = self.cfg, self.ctx
         with jax.named_scope("attention"):
             u_BSD, pre_BSX, mix = HyperConnection(ctx, cfg, name="hc_attn")(x_BSXD)
-            u_BSD = RMSNorm(ctx, cfg.rms_norm_eps, name="attn_norm")(u_BSD)
+            u_BSD = RMSNorm(ctx, cfg, name="attn_norm")(u_BSD)
             y_BSD, view, loss = Attention(ctx, cfg, self.kind.compress_ratio, name="attn")(
                 u_BSD, segments, view
             )
@@ -52,7 +51,7 @@ class Block(Weights):
             diagnostics = measure(pre_BSX, mix, y_BSD, x_BSXD) if ctx.collect.watch else None
         with jax.named_scope("experts"):
             u_BSD, pre_BSX, mix = HyperConnection(ctx, cfg, name="hc_ffn")(x_BSXD)
-            u_BSD = RMSNorm(ctx, cfg.rms_norm_eps, name="ffn_norm")(u_BSD)
+            u_BSD = RMSNorm(ctx, cfg, name="ffn_norm")(u_BSD)
             y_BSD, routing = MoE(ctx, cfg, self.kind.hash_routed, name="ffn")(
                 u_BSD, tokens_BS, segments
             )
@@ -70,7 +69,6 @@ class Block(Weights):
 class Pattern(Weights):
     """A few layers in order, possibly of different kinds: the unit that `nn.scan` repeats."""
 
-    cfg: ModelConfig
     kinds: tuple[LayerKind, ...]
 
     @nn.compact

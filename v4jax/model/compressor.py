@@ -21,7 +21,7 @@ from sharding.manual import first_row, vary_like, with_rows_before
 from sharding.rules import AxisRules
 from v4jax.cache.layer import CacheView, CompressedKV, tail_rows
 from v4jax.cache.rows import fill_slots, keep_rows
-from v4jax.config import CSA, ModelConfig
+from v4jax.config import CSA
 from v4jax.kernels.matmul import dense
 from v4jax.kernels.pooling import Gated, pooling
 from v4jax.model.norm import RMSNorm
@@ -108,7 +108,6 @@ class Compressor(Weights):
     as the indexer's keys (`index`).
     """
 
-    cfg: ModelConfig
     ratio: int
     head_dim: int
     index: bool = False
@@ -121,14 +120,10 @@ class Compressor(Weights):
 
         All entries so far are CompressedKV. Entries are None where `windows` is None.
         """
-        width = self.head_dim * (2 if self.ratio == CSA else 1)
-        init = nn.initializers.normal(self.cfg.initializer_range)
-        ape = self.weight(
-            "ape", (self.ratio, width), ("ape_rows", "entry"), nn.initializers.zeros, True
-        )
-        wkv = self.weight("wkv", (x_BSD.shape[-1], width), ("embed", "entry"), init, True)
-        wgate = self.weight("wgate", (x_BSD.shape[-1], width), ("embed", "entry"), init, True)
-        norm = RMSNorm(self.ctx, self.cfg.rms_norm_eps, name="norm")
+        ape = self.weight("ape", self.ratio)
+        wkv = self.weight("wkv", self.ratio)
+        wgate = self.weight("wgate", self.ratio)
+        norm = RMSNorm(self.ctx, self.cfg, name="norm")
         # A row shorter than a window has no entries, but the norm's weight must be declared.
         if windows is None:
             norm(jnp.zeros((1, self.head_dim), self.ctx.dtype))

@@ -21,10 +21,7 @@ from v4jax.config import ModelConfig
 from v4jax.kernels.matmul import dense
 from v4jax.kernels.sinkhorn import sinkhorn
 from v4jax.kernels.streams import collapse
-from v4jax.model.weights import Weights, constant
-
-DYNAMIC_SCALE = 0.01
-"""Initial scale of input-dependent logits: a new model starts near its static mix (report 2.2)."""
+from v4jax.model.weights import Weights
 
 
 class Mix(NamedTuple):
@@ -76,20 +73,12 @@ def _stream_weights(
 class HyperConnection(Weights):
     """One site of mHC: makes a sublayer's input, and the weights that merge its output."""
 
-    cfg: ModelConfig
-
     @nn.compact
     def __call__(self, x_BSXD: jax.Array) -> tuple[jax.Array, jax.Array, Mix]:
         """(collapsed streams [B,S,D], their weights pre [B,S,X], Mix)."""
-        n, size = self.cfg.hc_mult, x_BSXD.shape[2] * x_BSXD.shape[3]
-        # Static start: read the mean of the streams, write to each, keep them mostly apart.
-        static = jnp.concatenate(
-            (jnp.full(n, -jnp.log(n - 1.0 + 1e-9)), jnp.zeros(n), 4 * jnp.eye(n).reshape(-1))
-        )
-        init = nn.initializers.normal(self.cfg.initializer_range)
-        fn = self.weight("fn", (size, (2 + n) * n), ("streams_embed", "mix"), init, True)
-        base = self.weight("base", ((2 + n) * n,), ("mix",), constant(static), True)
-        scale = self.weight("scale", (3,), (None,), constant(DYNAMIC_SCALE), True)
+        fn = self.weight("fn")
+        base = self.weight("base")
+        scale = self.weight("scale")
         pre, mix = _stream_weights(self.ctx.rules, self.cfg, x_BSXD, fn, base, scale)
         return collapse(pre, x_BSXD), pre, mix
 
@@ -97,15 +86,11 @@ class HyperConnection(Weights):
 class HyperHead(Weights):
     """The last collapse of the streams: sigmoid weights, no mixing."""
 
-    cfg: ModelConfig
-
     @nn.compact
     def __call__(self, x_BSXD: jax.Array) -> jax.Array:
-        n, size = self.cfg.hc_mult, x_BSXD.shape[2] * x_BSXD.shape[3]
-        init = nn.initializers.normal(self.cfg.initializer_range)
-        fn = self.weight("fn", (size, n), ("streams_embed", "mix"), init, True)
-        base = self.weight("base", (n,), ("mix",), constant(-jnp.log(n - 1.0 + 1e-9)), True)
-        scale = self.weight("scale", (1,), (None,), constant(DYNAMIC_SCALE), True)
+        fn = self.weight("fn")
+        base = self.weight("base")
+        scale = self.weight("scale")
         logits = mixing_logits(x_BSXD, fn, self.cfg.rms_norm_eps)
         return collapse(
             jax.nn.sigmoid(logits * scale[0] + base[None, None]) + self.cfg.hc_eps, x_BSXD

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from v4jax.cache.layer import CacheView, CompressedKV, slot_count
 from v4jax.cache.rows import all_rows, some_rows
-from v4jax.config import CSA, ModelConfig
+from v4jax.config import CSA
 from v4jax.kernels.index_scores import KeyReader
 from v4jax.kernels.matmul import dense
 from v4jax.model.compressor import Compressor
@@ -86,10 +86,13 @@ def index_loss(
     score_BTC = jnp.where(seen_BTC, score_BTC, jnp.finfo(jnp.float32).min)
     log_q_BTC = jnp.where(seen_BTC, jax.nn.log_softmax(score_BTC), 0)
     number_BT = jnp.broadcast_to(seen_BTC, p_BTC.shape).sum(-1)
-    counts_BT = (p_BTC.sum(-1) > 0) & real_T[None]
+    counts_BT = (number_BT > 0) & real_T[None]
+    # Queries that give the entries no mass in float32 count, with a loss of 0: how many queries
+    # count depends on the documents alone.
+    learns_BT = counts_BT & (p_BTC.sum(-1) > 0)
 
     def total(each_BT):
-        return jnp.sum(jnp.where(counts_BT, each_BT, 0))
+        return jnp.sum(jnp.where(learns_BT, each_BT, 0))
 
     entropy_BT = jnp.sum(p_BTC * jnp.log(jnp.maximum(p_BTC, tiny)), axis=-1)
     uniform_BT = entropy_BT + jnp.log(jnp.maximum(number_BT, 1).astype(jnp.float32))
@@ -102,8 +105,6 @@ def index_loss(
 
 class Indexer(Weights):
     """Declares the indexer's weights, and makes its queries, head weights and keys."""
-
-    cfg: ModelConfig
 
     @nn.compact
     def __call__(
@@ -120,13 +121,8 @@ class Indexer(Weights):
         than may be chosen, and where the indexer is trained.
         """
         cfg, heads, dim = self.cfg, self.cfg.index_n_heads, self.cfg.index_head_dim
-        init = nn.initializers.normal(cfg.initializer_range)
-        wq_b = self.weight(
-            "wq_b", (qr_BSQ.shape[-1], heads * dim), ("q_lora_in", "index_heads"), init, fp8=True
-        )
-        weights_proj = self.weight(
-            "weights_proj", (x_BSD.shape[-1], heads), ("embed", "index_heads"), init
-        )
+        wq_b = self.weight("wq_b")
+        weights_proj = self.weight("weights_proj")
         slots = (
             0
             if windows is None

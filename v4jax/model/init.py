@@ -1,9 +1,7 @@
-"""Fresh parameters, and the shapes and logical axes of all parameters.
+"""Fresh parameters. Their shapes and logical axes alone are those of v4jax/parameter_tree.py.
 
 Next file to read: v4jax/model/transformer.py.
 """
-
-import functools
 
 import flax.linen as nn
 import jax
@@ -22,26 +20,6 @@ def init_params(cfg: ModelConfig, key: jax.Array):
     a static mix (docs/equations.md#mhc).
     """
     return jax.jit(lambda key: nn.unbox(_boxed(cfg, key)))(key)
-
-
-def abstract_params(cfg: ModelConfig):
-    """Shapes and dtypes of the parameters (jax.ShapeDtypeStruct), without computing anything."""
-    return nn.unbox(_abstract_boxed(cfg))
-
-
-def param_axes(cfg: ModelConfig):
-    """Logical axes of the parameters: the same tree, a tuple of names (or None) for each array."""
-
-    def is_box(leaf):
-        return isinstance(leaf, nn.LogicallyPartitioned)
-
-    return jax.tree.map(lambda leaf: tuple(leaf.names), _abstract_boxed(cfg), is_leaf=is_box)
-
-
-@functools.cache
-def _abstract_boxed(cfg: ModelConfig):
-    """Shapes, dtypes and axes; cached, because several callers trace the model and that is slow."""
-    return jax.eval_shape(lambda: _boxed(cfg, jax.random.key(0)))
 
 
 def _boxed(cfg: ModelConfig, key: jax.Array):

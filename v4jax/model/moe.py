@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from sharding.experts import Groups, apply_experts
-from v4jax.config import ModelConfig
 from v4jax.kernels.expert_ffn import (
     JOINED_SHARE,
     Activation,
@@ -26,14 +25,7 @@ from v4jax.kernels.expert_ffn import (
 )
 from v4jax.kernels.matmul import dense
 from v4jax.model.balance import balance_loss, expert_share
-from v4jax.model.router import (
-    Routing,
-    balanced_table,
-    choose,
-    gate_weights,
-    router_scores,
-    times_chosen,
-)
+from v4jax.model.router import Routing, choose, gate_weights, router_scores, times_chosen
 from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
 from v4jax.quant.fake import mxfp4_weight
@@ -46,7 +38,6 @@ class MoE(Weights):
     choose (v4jax/train/anticipate.py).
     """
 
-    cfg: ModelConfig
     hash_routed: bool
 
     @nn.compact
@@ -54,20 +45,13 @@ class MoE(Weights):
         self, x_BSD: jax.Array, tokens_BS: jax.Array, segments: Segments
     ) -> tuple[jax.Array, Routing]:
         cfg, experts, active = self.cfg, self.cfg.n_routed_experts, self.cfg.num_experts_per_tok
-        gate_DE = self.weight(
-            "gate", (x_BSD.shape[-1], experts), ("embed", "routes"), _normal(cfg), True
-        )
+        gate_DE = self.weight("gate")
         score_BSE = router_scores(x_BSD, gate_DE)
         if self.hash_routed:
-            shape = (cfg.vocab_size, experts, active)
-            init = nn.with_logical_partitioning(balanced_table, ("table_rows", "table_slots"))
-            table_VK = self.variable(
-                "router", "tid2eid", lambda: init(self.make_rng("params"), *shape)
-            ).value
+            table_VK = self.router_state("tid2eid")
             index_BSK = jax.lax.stop_gradient(table_VK)[tokens_BS].astype(jnp.int32)
         else:
-            init = nn.with_logical_partitioning(jnp.zeros, ("routes",))
-            bias_E = self.variable("router", "bias", lambda: init((experts,), jnp.float32)).value
+            bias_E = self.router_state("bias")
             index_BSK = self.get_variable("chosen", "index")
             if index_BSK is None:
                 index_BSK = choose(
@@ -96,29 +80,14 @@ class Experts(Weights):
     Without w3, w1 is both matrices side by side (`split_layers` in v4jax/generate/cache.py).
     """
 
-    cfg: ModelConfig
-
     @nn.compact
     def __call__(self, x_BSD, index_BSK, weight_BSK):
-        cfg, hidden, width = self.cfg, x_BSD.shape[-1], self.cfg.moe_intermediate_size
-        into, out = (
-            ("experts", "expert_embed", "expert_hidden"),
-            ("experts", "expert_hidden", "expert_embed"),
-        )
-        axes = {"w1": into, "w3": into, "w2": out}
-        shapes = {"w1": (hidden, width), "w3": (hidden, width), "w2": (width, hidden)}
+        cfg, hidden = self.cfg, x_BSD.shape[-1]
+        axes = {name: self.spec(name).axes for name in ("w1", "w3", "w2")}
         if self.has_variable("params", "w1") and not self.has_variable("params", "w3"):
             weights = {name: self.get_variable("params", name) for name in ("w1", "w2")}
         else:
-            weights = {
-                name: self.param(
-                    name,
-                    nn.with_logical_partitioning(_normal(cfg), axes[name]),
-                    (cfg.n_routed_experts, *shapes[name]),
-                    jnp.float32,
-                )
-                for name in axes
-            }
+            weights = {name: self.stored(name) for name in axes}
         if self.ctx.quant == "official":
             weights = {name: mxfp4_weight(w) for name, w in weights.items()}
 
@@ -151,20 +120,13 @@ class SharedExpert(Weights):
     Its input has already passed `act_quant`.
     """
 
-    cfg: ModelConfig
-
     @nn.compact
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        hidden, width = x_BSD.shape[-1], self.cfg.moe_intermediate_size
-        w1 = self.weight("w1", (hidden, width), ("embed", "hidden"), _normal(self.cfg), fp8=True)
-        w3 = self.weight("w3", (hidden, width), ("embed", "hidden"), _normal(self.cfg), fp8=True)
-        w2 = self.weight("w2", (width, hidden), ("hidden", "embed"), _normal(self.cfg), fp8=True)
+        w1 = self.weight("w1")
+        w3 = self.weight("w3")
+        w2 = self.weight("w2")
         h = clamped_swiglu(dense(x_BSD, w1), dense(x_BSD, w3), self.cfg.swiglu_limit)
         h = self.act_quant(
             self.ctx.rules.constrain(h.astype(x_BSD.dtype), "act_batch", "act_seq", "act_hidden")
         )
         return dense(h, w2)
-
-
-def _normal(cfg: ModelConfig):
-    return nn.initializers.normal(cfg.initializer_range)

@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 
 from v4jax.cache.layer import CacheView
-from v4jax.config import WINDOW_ONLY, LayerKind, ModelConfig
 from v4jax.kernels.matmul import dense
 from v4jax.model.block import Block
 from v4jax.model.hyper import HyperHead
@@ -16,6 +15,7 @@ from v4jax.model.norm import RMSNorm
 from v4jax.model.router import Routing
 from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
+from v4jax.parameter_tree import MTP_KIND
 
 
 class MTP(Weights):
@@ -25,8 +25,6 @@ class MTP(Weights):
 
     A collapse and a norm of MTP's own follow (docs/equations.md#mtp).
     """
-
-    cfg: ModelConfig
 
     @nn.compact
     def __call__(
@@ -43,21 +41,28 @@ class MTP(Weights):
           x_BSXD: streams of the main model before its last collapse.
           next_BSD, next_BS: embeddings and ids of the tokens that follow.
         """
-        cfg, ctx, hidden = self.cfg, self.ctx, x_BSXD.shape[-1]
-        init = nn.initializers.normal(cfg.initializer_range)
-        e_proj = self.weight("e_proj", (hidden, hidden), ("embed", "embed_out"), init, fp8=True)
-        h_proj = self.weight("h_proj", (hidden, hidden), ("embed", "embed_out"), init, fp8=True)
-        e_BSD = RMSNorm(ctx, cfg.rms_norm_eps, name="enorm")(next_BSD)
-        h_BSXD = RMSNorm(ctx, cfg.rms_norm_eps, name="hnorm")(x_BSXD)
+        cfg, ctx = self.cfg, self.ctx
+        e_proj = self.weight("e_proj")
+        h_proj = self.weight("h_proj")
+        e_BSD = RMSNorm(ctx, cfg, name="enorm")(next_BSD)
+        h_BSXD = RMSNorm(ctx, cfg, name="hnorm")(x_BSXD)
         x_BSXD = dense(self.act_quant(e_BSD), e_proj)[:, :, None] + dense(
             self.act_quant(h_BSXD), h_proj
         )
-        kind = LayerKind(WINDOW_ONLY, hash_routed=False)
-        x_BSXD, routing, view, _ = Block(ctx, cfg, kind, name="block")(
+        x_BSXD, routing, view, _ = Block(ctx, cfg, MTP_KIND, name="block")(
             x_BSXD, next_BS, segments, view
         )
         x_BSD = HyperHead(ctx, cfg, name="hc_head")(x_BSXD)
-        return RMSNorm(ctx, cfg.rms_norm_eps, name="norm")(x_BSD), routing, view
+        return RMSNorm(ctx, cfg, name="norm")(x_BSD), routing, view
+
+
+class Drafter(Weights):
+    """MTP alone, under the name that it has in the tree: decoding runs it apart from the layers."""
+
+    @nn.compact
+    def __call__(self, *inputs) -> tuple[jax.Array, Routing, CacheView | None]:
+        """What MTP returns for these inputs."""
+        return MTP(self.ctx, self.cfg, name="mtp")(*inputs)
 
 
 def run_mtp(mtp: MTP, x_BSXD: jax.Array, *others):

@@ -22,10 +22,6 @@ def rms_norm(x: jax.Array, eps: float, weight: jax.Array | None = None) -> jax.A
 class RMSNorm(Weights):
     """RMS norm with a learned weight, which stays float32 as in the official code."""
 
-    eps: float = 1e-6
-
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(
-            x, self.eps, self.weight("weight", x.shape[-1:], ("norm",), nn.initializers.ones, True)
-        )
+        return rms_norm(x, self.cfg.rms_norm_eps, self.weight("weight"))

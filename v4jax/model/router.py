@@ -86,20 +86,3 @@ def choose(rules: AxisRules, score_BSE: jax.Array, active: int) -> jax.Array:
 def times_chosen(index_BSK: jax.Array, experts: int) -> jax.Array:
     """How often each token chose each expert, float32 [B,S,E]."""
     return jnp.sum(jax.nn.one_hot(index_BSK, experts), axis=2)
-
-
-def balanced_table(key: jax.Array, vocab: int, experts: int, active: int) -> jax.Array:
-    """A hash table for training from scratch: K different experts per token id, as float32 [V,K].
-
-    Ids are shuffled and dealt in rounds of E. Within a round, column k maps ids one-to-one to
-    experts, so every expert serves equally many ids (up to one round). The recipe of the released
-    tables is unpublished.
-    """
-    rounds = -(-vocab // experts)
-    shuffle_key, offset_key, order_key = jax.random.split(key, 3)
-    place = jax.random.permutation(shuffle_key, vocab)
-    offset_RK = jnp.argsort(jax.random.uniform(offset_key, (rounds, experts)), axis=1)[:, :active]
-    order_RE = jnp.argsort(jax.random.uniform(order_key, (rounds, experts)), axis=1)
-    turn_V, seat_V = place // experts, place % experts
-    seat_VK = (seat_V[:, None] + offset_RK[turn_V]) % experts
-    return jnp.take_along_axis(order_RE[turn_V], seat_VK, axis=1).astype(jnp.float32)

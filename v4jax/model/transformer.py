@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from sharding.embedding import embed_lookup
 from sharding.rules import AxisRules
 from v4jax.cache.layer import CacheView
-from v4jax.config import LayerGroup, ModelConfig
+from v4jax.config import LayerGroup
 from v4jax.kernels.matmul import dense
 from v4jax.model.block import Pattern, stack
 from v4jax.model.hyper import HyperHead
@@ -59,7 +59,6 @@ class Transformer(Weights):
     remat: recompute each pattern of layers in the backward pass.
     """
 
-    cfg: ModelConfig
     remat: bool = False
 
     @nn.compact
@@ -92,7 +91,7 @@ class Transformer(Weights):
             mtp_x_BSD, route = self._mtp(table_VD, x_BSXD, tokens_BS, segments)
             routing["mtp"] = {"block": route}
         x_BSD = HyperHead(ctx, cfg, name="hc_head")(x_BSXD)
-        x_BSD = RMSNorm(ctx, cfg.rms_norm_eps, name="norm")(x_BSD)
+        x_BSD = RMSNorm(ctx, cfg, name="norm")(x_BSD)
         cache = None if view is None else cache
         return Hidden(x_BSD, mtp_x_BSD, head_DV, x_BSXD, routing, index, cache)
 
@@ -124,27 +123,17 @@ class Transformer(Weights):
 class Embedding(Weights):
     """The token table, cut as the layout says, because `embed_lookup` needs no whole table."""
 
-    cfg: ModelConfig
-
     @nn.compact
     def __call__(self) -> jax.Array:
-        init = nn.with_logical_partitioning(
-            nn.initializers.normal(self.cfg.initializer_range), ("vocab", "embed")
-        )
-        return self.param("weight", init, (self.cfg.vocab_size, self.cfg.hidden_size), jnp.float32)
+        return self.stored("weight")
 
 
 class Head(Weights):
     """The output matrix, which is not tied to the embedding."""
 
-    cfg: ModelConfig
-
     @nn.compact
     def __call__(self) -> jax.Array:
-        init = nn.initializers.normal(self.cfg.initializer_range)
-        return self.weight(
-            "weight", (self.cfg.hidden_size, self.cfg.vocab_size), ("embed", "vocab"), init
-        )
+        return self.weight("weight")
 
 
 def project_logits(rules: AxisRules, x_BSD: jax.Array, head_DV: jax.Array) -> jax.Array:

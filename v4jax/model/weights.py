@@ -1,6 +1,10 @@
-"""The base of modules that own weights: each is declared on one line and returned ready for use.
+"""The base of modules that own weights: each is named on one line and returned ready for use.
 
-Linen is a thin shell here: modules declare weights and hand them to pure functions.
+What a weight is, its shape, axes, initial value and precision, v4jax/parameters.py says. A module
+finds it there by its own place in the tree, so modules must be used inside a Transformer, or
+inside modules with the names that they have there.
+
+Linen is a thin shell here: modules name weights and hand them to pure functions.
 
 Next file to read: v4jax/model/hyper.py.
 """
@@ -9,7 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from v4jax.config import WINDOW_ONLY, ModelConfig
 from v4jax.context import Context
+from v4jax.initializers import zeros
+from v4jax.parameter_tree import spec_of
+from v4jax.parameters import ParamSpec
 from v4jax.quant.fake import fp8_input, fp8_weight
 
 
@@ -18,31 +26,51 @@ class Weights(nn.Module):
 
     Attributes:
       ctx: what every module hands to the modules inside it.
+      cfg: the model, which sizes depend on.
     """
 
     ctx: Context
+    cfg: ModelConfig
 
-    def weight(
-        self, name: str, shape, axes, init, keep_float32: bool = False, fp8: bool = False
-    ) -> jax.Array:
-        """Declares a weight and returns it in the compute dtype, gathered over FSDP axes.
+    def spec(self, name: str) -> ParamSpec:
+        """What the table of parameters says of this module's weight `name`."""
+        return spec_of((*self.path, name))
+
+    def stored(self, name: str, ratio: int = WINDOW_ONLY) -> jax.Array:
+        """Declares a weight and returns it as it is stored, in float32 and cut over all devices.
 
         Args:
-          axes: logical axis names, one per axis of `shape`.
-          keep_float32: return float32 instead.
-          fp8: released files store it as fp8, so quant="official" rounds it to that.
+          ratio: the compress ratio, where the shape depends on it.
         """
-        w = self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-        if fp8 and self.ctx.quant == "official":
+        spec = self.spec(name)
+        init = nn.with_logical_partitioning(spec.init(self.cfg), spec.axes)
+        return self.param(name, init, spec.size(self.cfg, ratio), jnp.float32)
+
+    def weight(self, name: str, ratio: int = WINDOW_ONLY) -> jax.Array:
+        """Declares a weight and returns it as products use it, gathered over FSDP axes.
+
+        It is float32 where the table says so, otherwise in the compute dtype. What released files
+        store as fp8 is rounded to that under quant="official".
+        """
+        spec = self.spec(name)
+        w = self.stored(name, ratio)
+        if spec.precision == "fp8" and self.ctx.quant == "official":
             w = fp8_weight(w)
-        dtype = jnp.dtype(jnp.float32) if keep_float32 else self.ctx.dtype
-        return self.ctx.rules.gather(w.astype(dtype), axes)
+        dtype = jnp.dtype(jnp.float32) if spec.float32 else self.ctx.dtype
+        return self.ctx.rules.gather(w.astype(dtype), spec.axes)
+
+    def router_state(self, name: str) -> jax.Array:
+        """Declares what the router keeps, in the collection "router", and returns it in float32."""
+        spec = spec_of(("router", *self.path, name))
+        init = nn.with_logical_partitioning(spec.init(self.cfg), spec.axes)
+
+        def fresh() -> jax.Array:
+            # A key that nothing needs would change the keys of other weights.
+            key = None if spec.init is zeros else self.make_rng("params")
+            return init(key, spec.size(self.cfg), jnp.float32)
+
+        return self.variable("router", name, fresh).value
 
     def act_quant(self, x: jax.Array) -> jax.Array:
         """`x` as input of a low-precision matrix: rounded to fp8 under quant="official"."""
         return fp8_input(x) if self.ctx.quant == "official" else x
-
-
-def constant(value):
-    """An initializer that broadcasts `value` to the shape."""
-    return lambda key, shape, dtype: jnp.broadcast_to(jnp.asarray(value, dtype), shape)

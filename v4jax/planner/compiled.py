@@ -23,10 +23,10 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.params import bytes_per_device, named_shardings
 from sharding.rules import AxisRules, layout_for
 from sharding.targets import topology_mesh
-from v4jax.checkpoint.names import leaf_dtype, official_names, plain_dtype
+from v4jax.checkpoint.names import leaf_dtypes
 from v4jax.generate.cache import cache_shardings, decoding_rules, empty_cache, split_layers
 from v4jax.generate.steps import DecodeConfig, State, advance
-from v4jax.model.init import abstract_params, param_axes
+from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import batch_sharding, check_batch, compile_step, state_from, state_shardings
 
@@ -227,10 +227,7 @@ def _lower_decode(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
     The step is that of v4jax/generate/decode.py on loaded weights.
     """
     model = cfg.model
-    dtypes = {
-        slot.path: leaf_dtype(name, plain_dtype(cfg.dtype))
-        for name, slot in official_names(model).items()
-    }
+    dtypes = leaf_dtypes(model, cfg.dtype)
     abstract = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtypes[tuple(key.key for key in path)]),
         abstract_params(model),

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from sharding.rules import MESH_AXES, AxisRules
-from v4jax.checkpoint.names import leaf_dtype, official_names, plain_dtype
+from v4jax.checkpoint.names import held_in, plain_dtype
 from v4jax.config import CSA, HCA, ModelConfig
 from v4jax.cost import cost
 from v4jax.generate.cache import empty_cache
@@ -24,14 +24,14 @@ from v4jax.planner.terms import Term
 from v4jax.planner.token_traffic import experts_sent
 from v4jax.planner.weight_traffic import weight_gathered
 from v4jax.planner.weights import Weight, cut_of, weights_of
-from v4jax.planner.work import layers_by_ratio, part_of
+from v4jax.planner.work import layers_by_ratio
 from v4jax.train.config import TrainConfig
 
-RELEASED = {"experts": 0.53, "matrices": 1.0, "rest": 2.0}
+RELEASED = {"mxfp4": 0.53, "fp8": 1.0, "bfloat16": 2.0, "float32": 4.0, "int64": 4.0}
 """Bytes of a number in the released formats (docs/equations.md#low-precision).
 
-Experts are MXFP4 with a scale byte per 32 numbers, matrices fp8 with blocks of 128 x 128, the rest
-bf16."""
+MXFP4 has a scale byte per 32 numbers, fp8 a scale per 128 x 128. Hash tables are held in float32.
+"""
 
 
 def decode_terms(
@@ -60,11 +60,11 @@ def decode_terms(
     for weight in weights_of(model):
         cut, part, item = (
             cut_of(weight, rules, sizes),
-            part_of(weight.name),
-            bytes_held(model, weight, "released" if released else cfg.dtype),
+            weight.part,
+            bytes_held(weight, "released" if released else cfg.dtype),
         )
         terms.append(Term("weights", weight.name, item * weight.size / cut.devices))
-        if weight.uses and not weight.name.startswith("mtp"):
+        if weight.uses and not weight.in_mtp:
             hidden = math.prod(sizes[axis] for axis in rules.mesh_axes("expert_hidden"))
             own = hidden if weight.is_expert else cut.others
             terms.append(Term("flops", part, 2 * weight.size / own * weight.uses, "rows"))
@@ -82,21 +82,11 @@ def decode_terms(
     )
 
 
-def bytes_held(model: ModelConfig, weight: Weight, dtype: str) -> float:
+def bytes_held(weight: Weight, dtype: str) -> float:
     """Bytes of a number of `weight`; dtype is "float32", "bfloat16" or "released"."""
-    if dtype != "released":
-        return _loaded(model, dtype)[weight.name]
-    matrix = weight.uses and not weight.float32 and not weight.name.startswith("head/")
-    return RELEASED["experts" if weight.is_expert else "matrices" if matrix else "rest"]
-
-
-@functools.lru_cache(8)
-def _loaded(model: ModelConfig, dtype: str) -> dict[str, int]:
-    """Parameter -> bytes of one of its numbers, as checkpoints are loaded."""
-    return {
-        "/".join(slot.path): leaf_dtype(name, plain_dtype(dtype)).itemsize
-        for name, slot in official_names(model).items()
-    }
+    if dtype == "released":
+        return RELEASED[weight.precision]
+    return held_in(weight.precision, plain_dtype(dtype)).itemsize
 
 
 class CacheBytes(NamedTuple):
@@ -140,9 +130,7 @@ def _caches(cfg: TrainConfig, rules: AxisRules, sizes, seq: int, released: bool)
     model = cfg.model
     found, own = cost(model, cfg.seq_len), cache_bytes(model, cfg.seq_len, cfg.dtype, released)
     heads = math.prod(sizes[axis] for axis in rules.mesh_axes("act_heads"))
-    flops = found.total.flops - 2 * sum(
-        w.size * w.uses for w in weights_of(model) if not w.name.startswith("mtp")
-    )
+    flops = found.total.flops - 2 * sum(w.size * w.uses for w in weights_of(model) if not w.in_mtp)
     return [
         Term("caches", "entries and keys", own.rings + own.slots / seq, "rows"),
         Term("hbm", "attention", own.rings + (own.slots - own.unread) / seq, "rows"),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import layout_for
-from v4jax.model.init import abstract_params
+from v4jax.parameter_tree import abstract_params
 from v4jax.planner.estimate import platform_of
 from v4jax.planner.hardware import Hardware
 from v4jax.storage import file_to_write

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 from v4jax.planner.terms import Term, sent
 from v4jax.planner.weights import Cut, Weight
-from v4jax.planner.work import part_of
 from v4jax.train.config import TrainConfig
 
 
@@ -25,12 +24,10 @@ def weight_sent(
     if weight.optimizer == "none":
         return []
     item = 4 if weight.float32 or cfg.dtype == "float32" else 2
-    times = 1 if weight.name.startswith("head/") or not cfg.remat else 2
+    times = 1 if weight.part == "head" or not cfg.remat else 2
     # Rows of the embedding table are looked up where they lie.
     cut_tokens = (
-        []
-        if weight.name.startswith("embed/")
-        else [axis for axis in tokens if axis in cut.token_axes]
+        [] if weight.part == "embedding" else [axis for axis in tokens if axis in cut.token_axes]
     )
     terms = weight_gathered(weight, cut, cut_tokens, item, sizes, times)
     if weight.optimizer == "frozen":
@@ -50,7 +47,7 @@ def weight_gathered(
         n = math.prod(sizes[axis] for axis in step)
         terms.append(
             sent(
-                part_of(weight.name),
+                weight.part,
                 step,
                 "all-gather",
                 times * whole * (n - 1) / n,
@@ -75,8 +72,8 @@ def _gradient(
 
     It is scattered where the weight is cut, and summed in full elsewhere.
     """
-    part, numbers = part_of(weight.name), weight.size / cut.others
-    table = weight.name.startswith("embed/")
+    part, numbers = weight.part, weight.size / cut.others
+    table = weight.part == "embedding"
     item = 4 if weight.float32 or weight.is_expert or table or cfg.dtype == "float32" else 2
     held = [axis for part_ in cut.parts for axis in part_]
     rest = [axis for axis in tokens if axis not in scattered and axis not in held]
@@ -92,7 +89,7 @@ def _gradient(
             odd = n == math.prod(sizes.values())
         else:
             odd = len(scattered) > 1 and not table
-        full = (platform == "tpu" and odd) or weight.name.startswith("head/")
+        full = (platform == "tpu" and odd) or weight.part == "head"
         kind = "all-reduce" if full else "reduce-scatter"
         times = 2 if full else 1
         size = times * numbers * item * (n - 1) / n
@@ -117,11 +114,11 @@ def _summed_at_once(
     batch.
     """
     steps = [axes]
-    if weight.uses and whole and not weight.name.startswith("head/"):
+    if weight.uses and whole and weight.part != "head":
         steps = [[axis for axis in axes if axis in seq], [axis for axis in axes if axis not in seq]]
     terms = []
     for step in steps:
         n = math.prod(sizes[axis] for axis in step)
         moved = 2 * size * (n - 1) / n
-        terms.append(sent(part_of(weight.name), step, "all-reduce", moved, calls=weight.layers))
+        terms.append(sent(weight.part, step, "all-reduce", moved, calls=weight.layers))
     return terms

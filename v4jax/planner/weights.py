@@ -1,7 +1,7 @@
 """Every parameter: its shape, its products per token, its optimizer, and how a layout cuts it.
 
-Shapes and axis names come from the model itself, as abstract arrays, so a new weight cannot be
-forgotten here.
+All of it comes from the table that the model is made from (v4jax/parameters.py), so a new weight
+cannot be forgotten here.
 
 Next file to read: v4jax/planner/terms.py.
 """
@@ -11,14 +11,12 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax
-
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
-from v4jax.model.init import abstract_params, param_axes
+from v4jax.cost import NAMES
+from v4jax.parameter_tree import Leaf, Path, leaves
+from v4jax.parameters import sizes
 from v4jax.train.muon import optimizer_of
-
-_FLOAT32 = {"fn", "base", "scale", "ape", "wgate", "gate", "attn_sink", "weight"}
 
 
 class Weight(NamedTuple):
@@ -29,16 +27,22 @@ class Weight(NamedTuple):
       shape: its size along each axis.
       axes: the logical name of each axis.
       optimizer: "muon", "adamw", "frozen", or "none" for router tables.
+      precision: what released files store (ParamSpec.precision).
       float32: whether its products keep it in float32.
       uses: how many products of one row a token makes with it; K/E for routed experts.
+      part: the part of the model, by the names of v4jax/cost.py.
+      in_mtp: whether MTP's module has it.
     """
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     optimizer: str
+    precision: str
     float32: bool
     uses: float
+    part: str
+    in_mtp: bool
 
     @property
     def size(self) -> int:
@@ -77,33 +81,24 @@ class Cut(NamedTuple):
 @functools.cache
 def weights_of(cfg: ModelConfig) -> tuple[Weight, ...]:
     """The table of all parameters, router tables included."""
-    axes = jax.tree_util.tree_leaves_with_path(
-        param_axes(cfg), is_leaf=lambda leaf: isinstance(leaf, tuple)
-    )
-    leaves = jax.tree.leaves(abstract_params(cfg))
-    return tuple(
-        _weight(cfg, tuple(key.key for key in path), leaf.shape, names)
-        for (path, names), leaf in zip(axes, leaves, strict=True)
-    )
+    return tuple(_weight(cfg, path, leaf) for path, leaf in leaves(cfg).items())
 
 
-def _weight(cfg: ModelConfig, path: tuple[str, ...], shape, names) -> Weight:
-    router = path[0] == "router"
-    norm = path[-1] == "weight" and path[0] != "embed" and path[0] != "head"
-    matrix = (
-        not router
-        and not norm
-        and path[0] != "embed"
-        and path[-1] not in ("base", "scale", "ape", "attn_sink")
-    )
-    uses = {"head": 1 + cfg.num_nextn_predict_layers}.get(path[0], 1) if matrix else 0
-    if path[-1] == "h_proj":
-        uses = cfg.hc_mult
-    if "experts" in path:
-        uses = cfg.num_experts_per_tok / cfg.n_routed_experts
-    kept = path[-1] in _FLOAT32 - {"weight"} or norm or path[-2:] == ("compressor", "wkv")
+def _weight(cfg: ModelConfig, path: Path, leaf: Leaf) -> Weight:
+    spec = leaf.spec
+    uses = sizes(cfg)[spec.uses]
+    if spec.part == "head":  # MTP applies it too
+        uses = 1 + cfg.num_nextn_predict_layers
     return Weight(
-        "/".join(path), tuple(shape), names, "none" if router else optimizer_of(path), kept, uses
+        name="/".join(path),
+        shape=leaf.shape,
+        axes=leaf.axes,
+        optimizer="none" if spec.optimizer is None else optimizer_of(path),
+        precision=spec.precision,
+        float32=spec.float32,
+        uses=uses,
+        part=NAMES[spec.part],
+        in_mtp=leaf.in_mtp,
     )
 
 

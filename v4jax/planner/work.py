@@ -23,30 +23,11 @@ FP8 = ("routed experts", "shared experts", "attention")
 """Parts whose products have fp8 operands in fp8 recipes."""
 
 
-def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to, by the names of v4jax/cost.py."""
-    for mark, part in (
-        ("indexer", "indexers"),
-        ("compressor", "compressors"),
-        ("/attn/", "attention"),
-        ("shared_experts", "shared experts"),
-        ("experts", "routed experts"),
-        ("gate", "gates"),
-        ("hc_", "mHC"),
-        ("head", "head"),
-        ("embed", "embedding"),
-        ("_proj", "attention"),
-    ):
-        if mark in name:
-            return part
-    return "norms"
-
-
 def passes(cfg: TrainConfig, weight: Weight) -> int:
     """Products per weight and step, in forward passes: a backward pass counts as two."""
     if weight.optimizer == "frozen":
         return 2 if cfg.remat else 1  # no gradient passes the indexer
-    if weight.name.startswith("head/"):
+    if weight.part == "head":
         return 4  # the loss keeps no logits, with or without remat
     return 4 if cfg.remat else 3
 
@@ -63,7 +44,7 @@ def work(
     model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
     terms = []
     for weight in weights_of(model):
-        cut, part = cut_of(weight, rules, sizes), part_of(weight.name)
+        cut, part = cut_of(weight, rules, sizes), weight.part
         held = weight.size / cut.devices * 4
         if weight.optimizer != "none":
             # Gradient and parameter are read and written, as are the moments: two, or one for Muon.
@@ -188,7 +169,7 @@ def _operands(
     outputs = latent + model.head_dim + heads + groups + hidden + experts * (2 * wide + hidden)
     kept, once = item + 2, item + 1
     row = inputs * (kept + once * cfg.remat) + outputs * kept
-    used = [weight for weight in weights_of(model) if weight.uses and part_of(weight.name) in FP8]
+    used = [weight for weight in weights_of(model) if weight.uses and weight.part in FP8]
     matrices = sum(weight.size / cut_of(weight, rules, sizes).others for weight in used)
     return [
         Term("hbm", "fp8 operands", row * layers, "tokens"),

@@ -20,6 +20,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from sharding.matrices import on_whole_matrices
+from v4jax.parameter_tree import spec_of
 
 Specs = Mapping[tuple[str, ...], PartitionSpec]
 """Path of a parameter -> how the mesh cuts it; empty on one device."""
@@ -32,7 +33,7 @@ See docs/equations.md#muon.
 """
 
 UPDATE_RMS = 0.18
-_ADAMW_LEAVES = {"base", "scale", "attn_sink", "ape"}
+_OPTIMIZERS = ("muon", "adamw", "index_muon", "index_adamw", "frozen")
 
 
 class MuonState(NamedTuple):
@@ -121,23 +122,25 @@ def scale_by_adam(
 
 def is_index(path: tuple[str, ...]) -> bool:
     """Whether a parameter belongs to an indexer."""
-    return "indexer" in path
+    return spec_of(path).part == "indexer"
 
 
 def optimizer_of(path: tuple[str, ...], trains_index: bool = False) -> str:
-    """The optimizer of a parameter, by its path.
+    """The optimizer of a parameter, as v4jax/parameters.py says.
 
     It is "muon" or "adamw", and "index_muon" or "index_adamw" for the indexer. If nothing trains
     the indexer, it is "frozen": no gradient passes top-k, and weight decay alone would only shrink
     it.
+
+    Raises:
+      ValueError: a path of no parameter, or of one that the router keeps.
     """
-    if is_index(path) and not trains_index:
-        return "frozen"
-    vector = path[-1] == "weight" and path[0] not in ("embed", "head")  # norms
-    kind = (
-        "adamw" if vector or path[0] in ("embed", "head") or path[-1] in _ADAMW_LEAVES else "muon"
-    )
-    return f"index_{kind}" if is_index(path) else kind
+    kind = spec_of(path).optimizer
+    if kind is None:
+        raise ValueError(f"{'/'.join(path)}: no optimizer moves what the router keeps")
+    if not is_index(path):
+        return kind
+    return f"index_{kind}" if trains_index else "frozen"
 
 
 def optimizer(
@@ -227,6 +230,8 @@ def freeze(new, old, is_frozen):
 
     def choose(path, new, old):
         keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        if keys and keys[0] in _OPTIMIZERS:  # an optimizer's state begins with its name
+            keys = keys[1:]
         return old if new.ndim and is_frozen(keys) else new
 
     return jax.tree_util.tree_map_with_path(choose, new, old)

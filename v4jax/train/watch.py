@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.config import ModelConfig
+from v4jax.parameter_tree import spec_of
 from v4jax.train.muon import global_norm
-
-_GROUPS = ("indexer", "compressor", "experts", "shared_experts", "gate")
 
 
 def watched(cfg: ModelConfig, routing, router, grads, updates) -> dict[str, dict[str, jax.Array]]:
@@ -67,30 +66,12 @@ def _by_layer(cfg: ModelConfig, tree, read) -> jax.Array:
     return jnp.stack([jnp.full_like(some, jnp.nan) if row is None else row for row in rows])
 
 
-def group_of(path: tuple[str, ...]) -> str:
-    """The group of a parameter, by its path.
-
-    Groups are embed, head, attention, compressor, indexer, gate, experts, shared_experts, hyper,
-    norm and mtp_projection.
-
-    Example: ("layers_2", "block_0", "attn", "indexer", "compressor", "norm", "weight") ->
-    "indexer".
-    """
-    if path[0] in ("embed", "head"):
-        return path[0]
-    for name in _GROUPS:
-        if name in path:
-            return name
-    if any(part.startswith("hc_") for part in path):
-        return "hyper"
-    return "norm" if path[-1] == "weight" else "attention" if "attn" in path else "mtp_projection"
-
-
 def rms_by_group(tree) -> dict[str, jax.Array]:
-    """Root mean square over all elements of each group of parameters."""
+    """Root mean square over all elements of each group of parameters (ParamSpec.part)."""
     groups: dict[str, list[jax.Array]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        groups.setdefault(group_of(tuple(key.key for key in path)), []).append(leaf)
+        part = spec_of(tuple(key.key for key in path)).part
+        groups.setdefault(part, []).append(leaf)
     sizes = {name: sum(leaf.size for leaf in leaves) for name, leaves in groups.items()}
     return {name: global_norm(groups[name]) / math.sqrt(size) for name, size in sizes.items()}
 

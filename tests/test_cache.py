@@ -21,7 +21,8 @@ from v4jax.checkpoint.names import from_official
 from v4jax.context import Context
 from v4jax.cost import cost, deepseek_v32, gqa8
 from v4jax.generate.cache import draft, empty_cache, extend, logits_of, split_layers
-from v4jax.model import indexer
+from v4jax.kernels import index_scores, index_search
+from v4jax.model.indexer import key_reader
 
 PATTERNS = {
     # every kind of layer (MTP's is window only), and two in a stack
@@ -166,40 +167,15 @@ def test_rows_of_different_lengths_are_rows_alone(models, pattern):
 def test_long_rows_are_scored_in_blocks(models, monkeypatch):
     """Blocks do not divide the cache; maxima search it, at lengths the other tests check."""
     cfg, params, tokens, logits, mtp = models("flash")
-    monkeypatch.setattr(indexer, "SCORE_BLOCK", 80)
-    monkeypatch.setattr(indexer, "GROUP", 4)
-    assert indexer.may_search(CompressedKV(jnp.zeros((1, 1, 192, 1)), 0, 0), cfg.index_topk)
+    monkeypatch.setattr(index_scores, "SCORE_BLOCK", 80)
+    monkeypatch.setattr(index_search, "GROUP", 4)
+    keys = key_reader(CompressedKV(jnp.zeros((1, 1, 192, 1)), 0, 0), jnp.float32)
+    assert index_search.may_search(keys, cfg.index_topk)
     cfg = cfg.replace(bos_token_id=2)  # another program
     got, cache = run(cfg, params, empty_cache(cfg, 1, LENGTH), tokens, np.array([387]), 129)
     check(got[0], logits[0], mtp[0], 0)
     got, cache = run(cfg, params, cache, tokens, np.array([3]), 1)
     check(got[0], logits[0], mtp[0], 387)
-
-
-def test_the_best_slots_are_those_of_a_full_search(monkeypatch):
-    """The scores take few values, so that most tie.
-
-    Rows see everything, less than k slots, and nothing.
-    """
-    monkeypatch.setattr(
-        indexer, "SCORE_BLOCK", 12
-    )  # 48 for so few queries: two blocks that overlap
-    monkeypatch.setattr(indexer, "GROUP", 4)
-    rng = np.random.default_rng(0)
-    key_LBCJ, q_BTIJ = (
-        jnp.asarray(rng.integers(-1, 2, (2, 2, 64, 3)), jnp.float32),
-        jnp.asarray(rng.integers(-1, 2, (2, 3, 2, 3)), jnp.float32),
-    )
-    w_BTI, position_BT = jnp.ones((2, 3, 2)), jnp.asarray([[255, 13, 2], [160, 27, 99]], jnp.int32)
-    index = indexer.IndexInputs(q_BTIJ, w_BTI, CompressedKV(key_LBCJ, jnp.int32(1), jnp.int32(64)))
-    score_BTK, slot_BTK = jax.jit(lambda: indexer.best_slots(index, position_BT, 5))()
-    whole = indexer.index_scores(index._replace(key_BCJ=key_LBCJ[1]))
-    whole = jnp.where(jnp.arange(64)[None, None] * 4 + 3 <= position_BT[..., None], whole, -jnp.inf)
-    expected, expected_slot = jax.lax.top_k(whole, 5)
-    np.testing.assert_array_equal(score_BTK, expected)
-    seen = np.isfinite(expected)
-    assert seen.sum(-1).tolist() == [[5, 3, 0], [5, 5, 5]]
-    np.testing.assert_array_equal(np.asarray(slot_BTK)[seen], np.asarray(expected_slot)[seen])
 
 
 @pytest.mark.parametrize("rows", [1, 3, SPARE_ROWS])

@@ -19,7 +19,7 @@ from v4jax.context import Context
 from v4jax.generate.cache import decoding_rules, empty_cache, extend, logits_of, split_layers
 from v4jax.generate.decode import generate
 from v4jax.generate.steps import DecodeConfig
-from v4jax.model import indexer
+from v4jax.kernels import index_scores, index_search
 from v4jax.parameter_tree import abstract_params, param_axes
 
 CFG = small_config(
@@ -84,8 +84,8 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 )
 def test_rows_continued_on_a_mesh_are_those_of_one_device(model, mesh, layout, monkeypatch):
     """Feeds three chunks and one token; scores come in blocks of 24 keys, which divide no share."""
-    monkeypatch.setattr(indexer, "SCORE_BLOCK", 24)
-    monkeypatch.setattr(indexer, "GROUP", 1)  # cp_ep, which does not cut index heads, searches
+    monkeypatch.setattr(index_scores, "SCORE_BLOCK", 24)
+    monkeypatch.setattr(index_search, "GROUP", 1)  # cp_ep, which does not cut index heads, searches
     params, tokens, expected = model
     sizes = parse_mesh(mesh)
     device_mesh, own = make_mesh(sizes), layout_for(layout, sizes)

@@ -17,7 +17,8 @@ from trees import small_config
 
 import v4jax.model.transformer
 from v4jax.checkpoint.names import from_official
-from v4jax.model import attention, indexer
+from v4jax.kernels import index_scores
+from v4jax.model import attention
 from v4jax.train.loss import loss_and_routing
 
 PATTERNS = {
@@ -162,7 +163,7 @@ def loss_in_form(name):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "CHUNK_BYTES", chunk_bytes)
         patch.setattr(attention, "GATHER_FROM", gather_from)
-        patch.setattr(indexer, "SCORE_BLOCK", score_block)
+        patch.setattr(index_scores, "SCORE_BLOCK", score_block)
         return jax.jit(jax.value_and_grad(lambda p: loss_and_routing(cfg, p, batch)[0]))(params)
 
 
@@ -216,55 +217,3 @@ def test_gradients_of_mtp_are_whole_before_the_layers_go_on(monkeypatch, remat):
     ):
         # Fusions differ, so rounding does: relative to the tensor's norm.
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-7, jax.tree_util.keystr(path)
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_index_scores_head_by_head_are_those_of_all_heads(batch):
-    """Values and gradients agree; the sum over heads runs in another order."""
-    rng = np.random.default_rng(batch)
-    shapes = (batch, 9, 5, 8), (batch, 9, 5), (batch, 20, 8)
-    args = [jnp.asarray(rng.normal(size=shape).astype(np.float32)) for shape in shapes]
-    want, got = indexer._scores(*args), jax.jit(indexer._scores_by_head)(*args)
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    grads = [
-        jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2))(*args)
-        for f in (indexer._scores, indexer._scores_by_head)
-    ]
-    for a, b in zip(*grads, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-
-
-def test_the_smaller_index_wins_a_tie():
-    from v4jax.model.indexer import top_k_mask
-
-    score = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 5, 40)).astype(np.float32))
-    chosen = jax.nn.one_hot(jax.lax.top_k(score, 7)[1], 40, dtype=bool).any(-2)
-    np.testing.assert_array_equal(top_k_mask(score, 7), chosen)
-
-
-@pytest.mark.parametrize(
-    ("slots", "k", "kinds"),
-    [(7, 7, 9), (33, 5, 3), (100, 1, 9), (500, 3, 2), (1000, 128, 20), (4100, 16, 300)],
-)
-def test_the_best_of_groups_are_those_of_top_k(slots, k, kinds):
-    """Also with ties and with rows that see fewer than k entries; gradients too.
-
-    The number of entries is no multiple of a group or a word.
-    """
-    from v4jax.model.indexer import best_of
-
-    rng = np.random.default_rng(slots)
-    score = rng.integers(0, kinds, (2, 9, slots)).astype(np.float32)
-    score[:, :, rng.permutation(slots)[: slots // 3]] = -np.inf
-    score[1, 4, 1:] = -np.inf
-    best, slot = jax.jit(lambda s: best_of(s, k))(score)
-    np.testing.assert_array_equal(np.sort(slot, -1), np.sort(jax.lax.top_k(score, k)[1], -1))
-    np.testing.assert_array_equal(best, np.take_along_axis(score, np.asarray(slot), -1))
-    finite = jnp.asarray(rng.normal(size=(1, 9, slots)).astype(np.float32))
-
-    def total(top):
-        return jax.grad(lambda s: jnp.sum(jnp.sin(top(s)[0])))(finite)
-
-    np.testing.assert_array_equal(
-        total(lambda s: best_of(s, k)), total(lambda s: jax.lax.top_k(s, k))
-    )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import close
 
 from sharding.audit import collectives
 from sharding.embedding import embed_lookup
@@ -26,18 +27,11 @@ from v4jax.kernels.expert_ffn import (
     pays_every_expert,
 )
 from v4jax.kernels.matmul import dense
-from v4jax.model.hyper import Mix, balanced, collapse, expand, sinkhorn
-from v4jax.model.indexer import top_k_mask
+from v4jax.model.hyper import balanced
 from v4jax.model.rotary import Rotation, rotate
 from v4jax.model.router import router_scores
 
 LIMIT = 2.0
-
-
-def close(got, expected, tolerance=2e-6):
-    """The tolerance is that of sums of the same products in another order."""
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, float(np.abs(b).max())))
 
 
 @pytest.mark.parametrize("sizes", [(0, 0, 32, 0), (8, 8, 8, 8), (24, 0, 0, 8)])
@@ -111,52 +105,6 @@ def test_dense_has_the_gradient_of_a_matmul(shape, width):
     close((got, got_pull(value)), (value, pull(value)))
 
 
-def test_expand_has_the_gradient_of_its_formula():
-    keys = jax.random.split(jax.random.key(0), 5)
-    y, x = jax.random.normal(keys[0], (2, 3, 8)), jax.random.normal(keys[1], (2, 3, 4, 8))
-    mix = Mix(jax.random.normal(keys[2], (2, 3, 4)), jax.random.normal(keys[3], (2, 3, 4, 4)))
-
-    def formula(y, x, mix):
-        return mix.post[..., None] * y[:, :, None] + jnp.einsum("bsjk,bsjd->bskd", mix.comb, x)
-
-    value, pull = jax.vjp(formula, y, x, mix)
-    got, got_pull = jax.vjp(expand, y, x, mix)
-    ct = jax.random.normal(keys[4], value.shape)
-    close((got, got_pull(ct)), (value, pull(ct)))
-
-
-def test_sinkhorn_is_doubly_stochastic():
-    """Columns are divided last, so they are exact but for eps.
-
-    Rows are as near as 20 iterations bring logits of this scale.
-    """
-    comb = sinkhorn(jax.random.normal(jax.random.key(0), (4, 4, 100)), 20, 1e-6)
-    np.testing.assert_allclose(comb.sum(0), 1, atol=1e-5)
-    np.testing.assert_allclose(comb.sum(1), 1, atol=1e-4)
-    assert float(comb.min()) > 0
-
-
-@pytest.mark.parametrize("eps", [1e-6, 1e-2])
-def test_sinkhorn_has_values_and_gradient_of_its_divisions(eps):
-    def divisions(logits):
-        comb = jax.nn.softmax(logits, axis=1) + eps
-        comb = comb / (comb.sum(0, keepdims=True) + eps)
-        for _ in range(5):
-            comb = comb / (comb.sum(1, keepdims=True) + eps)
-            comb = comb / (comb.sum(0, keepdims=True) + eps)
-        return comb
-
-    # The second half has nearly empty columns.
-    logits = (
-        3 * jax.random.normal(jax.random.key(0), (4, 4, 20))
-        - 20 * jnp.eye(4)[0][None, :, None] * (jnp.arange(20) > 9)[None, None]
-    )
-    value, pull = jax.vjp(divisions, logits)
-    got, got_pull = jax.vjp(lambda logits: sinkhorn(logits, 6, eps), logits)
-    ct = jax.random.normal(jax.random.key(1), value.shape)
-    close((got, got_pull(ct)), (value, pull(ct)))
-
-
 @pytest.mark.parametrize("mesh", ["context=4,expert=2", "data=2,context=2,tensor=2"])
 def test_mixing_matrices_are_balanced_where_their_tokens_lie(mesh):
     """Values and gradient are those of one device; nothing is sent. Rows and sequence are cut."""
@@ -177,16 +125,6 @@ def test_mixing_matrices_are_balanced_where_their_tokens_lie(mesh):
         program = jax.jit(functools.partial(both, rules)).lower(*cut).compile()
         close(program(*cut), both(AxisRules(), logits, ct))
     assert not collectives(program.as_text(), mesh)
-
-
-def test_collapse_has_the_gradient_of_its_formula():
-    pre, x = (
-        jax.random.normal(jax.random.key(0), (2, 3, 4)),
-        jax.random.normal(jax.random.key(1), (2, 3, 4, 8)),
-    )
-    value, pull = jax.vjp(lambda pre, x: jnp.sum(pre[..., None] * x, axis=2), pre, x)
-    got, got_pull = jax.vjp(collapse, pre, x)
-    close((got, got_pull(value)), (value, pull(value)))
 
 
 @pytest.mark.parametrize("inverse", [False, True])
@@ -211,16 +149,6 @@ def test_rotate_has_the_gradient_of_complex_products(inverse):
     )
     ct = jax.random.normal(jax.random.key(2), value.shape)
     close((got, got_pull(ct)), (value, pull(ct)))
-
-
-def test_the_mask_of_the_largest_at_its_extremes():
-    """The scores are negative, two zeros, infinities; or all entries are chosen."""
-    score = jnp.array([[[-3.0, 0.0, -0.0, -jnp.inf, 2.5, jnp.inf, -1e-40, 2.5]]])
-    order = np.argsort(-np.asarray(score[0, 0]), kind="stable")  # 0 and -0 are a tie
-    for k in range(1, 9):
-        np.testing.assert_array_equal(
-            np.flatnonzero(top_k_mask(score, k)[0, 0]), np.sort(order[:k])
-        )
 
 
 def test_router_gradient_is_finite_at_any_logit():

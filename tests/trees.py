@@ -1,5 +1,6 @@
 """Small models for tests: a configuration, and random parameter trees, without the model's code."""
 
+import jax
 import numpy as np
 
 from v4jax.config import CSA, HCA, WINDOW_ONLY, LayerKind, ModelConfig, RopeScaling
@@ -137,3 +138,12 @@ def _router(cfg: ModelConfig, kind: LayerKind, rng, lead):
     return {
         "tid2eid": np.argsort(noise, axis=-1)[..., : cfg.num_experts_per_tok].astype(np.float32)
     }
+
+
+def close(got, expected, tolerance=2e-6):
+    """The tolerance is that of sums of the same products in another order.
+
+    It is relative to the largest number of an array, or to 1.
+    """
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, float(np.abs(b).max())))

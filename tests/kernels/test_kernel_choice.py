@@ -4,12 +4,26 @@ import dataclasses
 
 import pytest
 
+from v4jax.kernels import index_scores, pooling, sinkhorn, streams, top_k
 from v4jax.kernels.choice import NAMES, Kernels, kernels_from
+
+OPS = {
+    "index_scores": index_scores,
+    "pooling": pooling,
+    "sinkhorn": sinkhorn,
+    "streams": streams,
+    "top_k": top_k,
+}
 
 
 def test_every_op_is_a_field():
     assert [field.name for field in dataclasses.fields(Kernels)] == list(NAMES)
     assert all(2 <= len(names) <= 5 and names[0] == "reference" for names in NAMES.values())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_names_are_those_of_the_ops(op):
+    assert NAMES[op] == tuple(OPS[op].IMPLEMENTATIONS)
 
 
 def test_what_a_text_chooses():

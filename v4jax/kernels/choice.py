@@ -13,7 +13,7 @@ from typing import TypeVar
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     "attention": ("reference", "blocked"),
-    "index_scores": ("reference", "by_head"),
+    "index_scores": ("reference", "all_heads", "by_head"),
     "top_k": ("reference", "bisection", "groups"),
     "pooling": ("reference", "aligned"),
     "expert_ffn": ("reference", "blocked", "ragged", "triton", "every_expert"),
@@ -39,7 +39,7 @@ class Kernels:
     """Attention of a chunk of queries: "reference" or "blocked"."""
 
     index_scores: str | None = None
-    """The indexer's scores: "reference" (all heads at once) or "by_head"."""
+    """The indexer's scores: "reference", "all_heads" or "by_head" (one after another)."""
 
     top_k: str | None = None
     """The best slots of each query: "reference" (lax.top_k), "bisection" or "groups"."""
@@ -99,12 +99,15 @@ def kernels_from(text: str) -> Kernels:
     return Kernels(**chosen)
 
 
-def pick(op: str, implementations: Mapping[str, _Function], name: str) -> _Function:
-    """The implementation called `name`.
+def pick(
+    op: str, implementations: Mapping[str, _Function], name: str | None, best: str
+) -> _Function:
+    """The implementation called `name`; None: the one called `best`.
 
     Raises:
       ValueError: an unknown name.
     """
+    name = best if name is None else name
     if name not in implementations:
         raise ValueError(_unknown(op, name, implementations))
     return implementations[name]

@@ -36,20 +36,12 @@ from v4jax.cache.quantized import as_kept
 from v4jax.cache.rows import all_rows, chosen_rows, slots_spec, window_rows
 from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 from v4jax.context import SparseMode
+from v4jax.kernels.index_scores import index_scores
+from v4jax.kernels.index_search import best_slots, may_search
 from v4jax.kernels.matmul import dense, precision_of
+from v4jax.kernels.top_k import FEW_QUERIES, top_k, top_k_mask
 from v4jax.model.compressor import Compressor
-from v4jax.model.indexer import (
-    FEW_QUERIES,
-    Indexer,
-    IndexInputs,
-    IndexLoss,
-    best_of,
-    best_slots,
-    index_loss,
-    index_scores,
-    may_search,
-    top_k_mask,
-)
+from v4jax.model.indexer import Indexer, IndexInputs, IndexLoss, index_loss, key_reader
 from v4jax.model.norm import RMSNorm, rms_norm
 from v4jax.model.rotary import rotate
 from v4jax.model.segments import Segments
@@ -440,19 +432,19 @@ def _choose(
     visible_BTC, dtype, topk = _visible(chunk, entries), chunk.q_BTNH.dtype, cfg.index_topk
     if index_key is None:
         return visible_BTC, all_rows(entries.entry_BCH, dtype), None
-    index = IndexInputs(chunk.index_q, chunk.index_w, index_key)
-    if not split.index_heads and may_search(index_key, topk):
+    keys = key_reader(index_key, chunk.index_q.dtype)
+    if not split.index_heads and may_search(keys, topk):
+        position_BT = chunk.position_BT - CSA * first_row(split.slots, index_key.count)
         score_BTK, index_BTK = best_slots(
-            index, chunk.position_BT - CSA * first_row(split.slots, index_key.count), topk
+            chunk.index_q, chunk.index_w, keys, position_BT, CSA, topk
         )
     else:
         # Blocks of slots that no query sees are skipped. The loop that does so has no gradient, so
         # scores are computed for all slots where the indexer is trained.
         if not sparse.train_indexer and not isinstance(index_key, CompressedKV):
-            index = index._replace(
-                key_BCJ=CompressedKV(index_key[None], jnp.int32(0), _seen_slots(chunk, entries))
-            )
-        score_BTC = index_scores(index)
+            seen = CompressedKV(index_key[None], jnp.int32(0), _seen_slots(chunk, entries))
+            keys = key_reader(seen, chunk.index_q.dtype)
+        score_BTC = index_scores(chunk.index_q, chunk.index_w, keys)
         if split.index_heads:
             score_BTC = jax.lax.psum(score_BTC, split.index_heads)
         score_BTC = jnp.where(visible_BTC, score_BTC, -jnp.inf)
@@ -465,7 +457,7 @@ def _choose(
                 all_rows(entries.entry_BCH, dtype),
                 score_BTC,
             )
-        score_BTK, index_BTK = best_of(score_BTC, min(topk, slots))
+        score_BTK, index_BTK = top_k(score_BTC, min(topk, slots))
     chosen_BTK = score_BTK > -jnp.inf
     if split.slots:
         chosen_BTK &= _among_all(score_BTK, topk, split.slots)

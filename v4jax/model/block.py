@@ -12,8 +12,9 @@ import jax
 from v4jax.cache.layer import CacheView
 from v4jax.config import LayerGroup, LayerKind, ModelConfig
 from v4jax.context import Context
+from v4jax.kernels.streams import expand
 from v4jax.model.attention import Attention
-from v4jax.model.hyper import HyperConnection, expand
+from v4jax.model.hyper import HyperConnection
 from v4jax.model.indexer import IndexLoss
 from v4jax.model.moe import MoE
 from v4jax.model.norm import RMSNorm
@@ -46,7 +47,7 @@ class Block(Weights):
             y_BSD, view, loss = Attention(ctx, cfg, self.kind.compress_ratio, name="attn")(
                 u_BSD, segments, view
             )
-            x_BSXD = self._place(expand(y_BSD, x_BSXD, mix))
+            x_BSXD = self._place(expand(y_BSD, x_BSXD, *mix))
             diagnostics = measure(pre_BSX, mix, y_BSD, x_BSXD) if ctx.collect.watch else None
         with jax.named_scope("experts"):
             u_BSD, pre_BSX, mix = HyperConnection(ctx, cfg, name="hc_ffn")(x_BSXD)
@@ -54,7 +55,7 @@ class Block(Weights):
             y_BSD, routing = MoE(ctx, cfg, self.kind.hash_routed, name="ffn")(
                 u_BSD, tokens_BS, segments
             )
-            x_BSXD = self._place(expand(y_BSD, x_BSXD, mix))
+            x_BSXD = self._place(expand(y_BSD, x_BSXD, *mix))
             if diagnostics is not None:
                 routing = routing._replace(
                     diagnostics=merge(diagnostics, measure(pre_BSX, mix, y_BSD, x_BSXD))

@@ -23,6 +23,7 @@ from v4jax.cache.layer import CacheView, CompressedKV, tail_rows
 from v4jax.cache.rows import fill_slots, keep_rows
 from v4jax.config import CSA
 from v4jax.kernels.matmul import dense
+from v4jax.kernels.pooling import Gated, pooling
 from v4jax.model.norm import RMSNorm
 from v4jax.model.rotary import rotate
 from v4jax.model.weights import Weights
@@ -38,6 +39,7 @@ def pool(
     windows: CompressionWindows,
     ratio: int,
     continued: bool = False,
+    kernel: str | None = None,
 ) -> jax.Array:
     """Pools windows: entry = sum over tokens of softmax(z + ape) * c, per channel.
 
@@ -49,6 +51,7 @@ def pool(
       ape_MH: float32, bias of a token's place in its window.
       windows: where each window begins and whether it overlaps one before it.
       continued: windows may begin anywhere in the rows (see segments.read_span).
+      kernel: implementation of `pooling` (v4jax/kernels/pooling.py).
 
     Returns:
       float32 [B,C,H]; for CSA, H is half of the projections' width.
@@ -64,11 +67,12 @@ def pool(
     )
     first_BC = None if aligned else windows.first_BC
     if not rules:
-        return _pool(c_BSH, z_BSH, ape_MH, first_BC, windows.overlaps_BC, ratio, None)
+        return _pool(c_BSH, z_BSH, ape_MH, first_BC, windows.overlaps_BC, ratio, None, kernel)
     (axis,) = rules.mesh_axes(seq) or (None,)
 
     def local(c_bsH, z_bsH, ape_MH, first_bC, overlaps_bC):
-        return _pool(c_bsH, z_bsH, vary_like(ape_MH, c_bsH), first_bC, overlaps_bC, ratio, axis)
+        ape_MH = vary_like(ape_MH, c_bsH)
+        return _pool(c_bsH, z_bsH, ape_MH, first_bC, overlaps_bC, ratio, axis, kernel)
 
     rows = rules.spec((batch, seq, None))
     slots = rules.spec((None if windows.first_BC.shape[0] == 1 else batch, seq))
@@ -78,43 +82,23 @@ def pool(
     )
 
 
-def _pool(c_BSH, z_BSH, ape_MH, first_BC, overlaps_BC, ratio: int, axis: str | None) -> jax.Array:
-    """`pool` on one device's shard; first_BC None: windows follow each other from its start."""
-    slots, ape_MH = overlaps_BC.shape[1], ape_MH[None, None]
-    windows = functools.partial(_windows, first_BC=first_BC, slots=slots, ratio=ratio, axis=axis)
-    c, z = windows(c_BSH), windows(z_BSH) + ape_MH
-    if ratio == CSA:
-        half = c.shape[-1] // 2
-        before = overlaps_BC[..., None, None]
-        c_before = jnp.where(before, windows(c_BSH[..., :half], back=1), 0)
-        z_before = jnp.where(
-            before, windows(z_BSH[..., :half], back=1) + ape_MH[..., :half], -jnp.inf
-        )
-        c = jnp.concatenate((c_before, c[..., half:]), axis=2)
-        z = jnp.concatenate((z_before, z[..., half:]), axis=2)
-    return jnp.sum(jax.nn.softmax(z, axis=2) * c, axis=2)
-
-
-def _windows(
-    x_BSH: jax.Array, first_BC, slots: int, ratio: int, axis: str | None, back: int = 0
+def _pool(
+    c_BSH, z_BSH, ape_MH, first_BC, overlaps_BC, ratio: int, axis: str | None, kernel: str | None
 ) -> jax.Array:
-    """Values [B,C,M,H] of the tokens of each window, or of the window `back` windows before it.
+    """`pool` on one device's shard; first_BC None: windows follow each other from its start."""
+    start_BC, reach = None, 0
+    if first_BC is not None:
+        # A window that ends in this shard may begin this many positions before it.
+        reach = ratio - 1
+        start_BC = jnp.maximum(first_BC - first_row(axis, c_BSH.shape[1]) + reach, 0)
 
-    Where there is no such window the values are wrong and must be masked.
-    """
-    batch, rows, width = x_BSH.shape
-    if first_BC is None:
-        x_BSH = with_rows_before(x_BSH, back * ratio, axis)
-        return x_BSH[:, : slots * ratio].reshape(batch, slots, ratio, width)
-    # A window that ends in this shard may begin this many positions before it.
-    reach = back * ratio + ratio - 1
-    x_BSH = with_rows_before(x_BSH, reach, axis)
-    start_BC = jnp.maximum(first_BC - first_row(axis, rows) + reach - back * ratio, 0)
-    row_BCM = start_BC[..., None] + jnp.arange(ratio)[None, None]
-    # Rows of one document all have the same windows.
-    if row_BCM.shape[0] == 1:
-        return x_BSH[:, row_BCM[0]]
-    return jax.vmap(lambda x_SH, row_CM: x_SH[row_CM])(x_BSH, row_BCM)
+    def tokens(channels: slice, reach: int) -> Gated:
+        c, z = (with_rows_before(x[..., channels], reach, axis) for x in (c_BSH, z_BSH))
+        return Gated(c, z, ape_MH[:, channels])
+
+    half = c_BSH.shape[-1] // 2 if ratio == CSA else 0
+    before = tokens(slice(half), reach + ratio) if ratio == CSA else None
+    return pooling(tokens(slice(half, None), reach), before, overlaps_BC, start_BC, kernel)
 
 
 class Compressor(Weights):

@@ -16,11 +16,14 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.params import bytes_per_device
 from sharding.rules import layout_for
 from v4jax.parameter_tree import abstract_params
-from v4jax.planner.command import Request, checked, compare, examine, nearest_mesh
-from v4jax.planner.estimate import estimate, exchange_time
+from v4jax.planner.command import compare, examine
+from v4jax.planner.estimate import estimate
 from v4jax.planner.hardware import hardware_of
 from v4jax.planner.muon import muon
+from v4jax.planner.nearest import checked, nearest_mesh
 from v4jax.planner.notes import parameters
+from v4jax.planner.request import Request
+from v4jax.planner.roofline import exchange_time
 from v4jax.planner.search import factorings, search
 from v4jax.planner.weights import weights_of
 from v4jax.train.step import state_from, state_shardings

@@ -21,10 +21,11 @@ from v4jax.cli import main as cli
 from v4jax.cli.train import sample
 from v4jax.data.config import DataConfig
 from v4jax.parameter_tree import abstract_params, param_axes
-from v4jax.planner.command import Request, examine, look_for
+from v4jax.planner.command import examine, look_for
 from v4jax.planner.hardware import hardware_of
 from v4jax.planner.page import page_data
 from v4jax.planner.plan import as_dict
+from v4jax.planner.request import Request
 from v4jax.python_files import read_layout
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train

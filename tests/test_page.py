@@ -14,10 +14,11 @@ from test_mesh import CFG
 
 from sharding.mesh import parse_mesh
 from sharding.rules import layout_for
-from v4jax.planner.command import Request, compare, examine
+from v4jax.planner.command import compare, examine
 from v4jax.planner.estimate import estimate, terms_of
 from v4jax.planner.hardware import target_of
 from v4jax.planner.page import merged, report
+from v4jax.planner.request import Request
 from v4jax.planner.terms import bases, constants_of, total
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

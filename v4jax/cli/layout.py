@@ -124,13 +124,15 @@ def run(arguments: argparse.Namespace, _: list[str]) -> dict | None:
         raise BadInput("layout needs a CONFIG.py or config.json; see v4jax layout --help")
     is_file = pathlib.Path(arguments.config).suffix == ".py"
     config = read_config_file(arguments.config) if is_file else arguments.config
-    from v4jax.planner import command
+    from v4jax.planner.command import compare, examine, look_for
+    from v4jax.planner.nearest import checked
+    from v4jax.planner.request import Request, config_of, devices_of
 
     names = ("target", "what", "paper", "lower_only", "effort", "fp8", "released")
-    request = command.Request(**{name: getattr(arguments, name) for name in names})
-    cfg = command.config_of(config, arguments)
+    request = Request(**{name: getattr(arguments, name) for name in names})
+    cfg = config_of(config, arguments)
     if arguments.target == "cpu" and arguments.search and arguments.confirm:
-        start(f"data={command.devices_of('cpu', arguments.chips)}")
+        start(f"data={devices_of('cpu', arguments.chips)}")
     elif arguments.stablehlo or (
         arguments.target == "cpu" and not (arguments.search or arguments.compare)
     ):
@@ -138,13 +140,13 @@ def run(arguments: argparse.Namespace, _: list[str]) -> dict | None:
     if arguments.stablehlo:
         from v4jax.planner.portable import write_stablehlo
 
-        return write_stablehlo(arguments.stablehlo, cfg, command.checked(cfg, request).hardware)
+        return write_stablehlo(arguments.stablehlo, cfg, checked(cfg, request).hardware)
     if arguments.compare:
-        result = command.compare(cfg, request, arguments.compare)
+        result = compare(cfg, request, arguments.compare)
     elif arguments.search:
-        result = command.look_for(cfg, request, arguments.chips, arguments.confirm)
+        result = look_for(cfg, request, arguments.chips, arguments.confirm)
     else:
-        result = command.examine(cfg, request)
+        result = examine(cfg, request)
     if arguments.report:
         from v4jax.planner.page import report
 

@@ -3,7 +3,8 @@
 Next file to read: v4jax/planner/hardware.py.
 """
 
-from v4jax.planner.compiled import LayoutReport, least_expert_bytes, report_layout, sent_to_experts
+from v4jax.planner.compiled import LayoutReport, report_layout
+from v4jax.planner.expert_bytes import least_expert_bytes, sent_to_experts
 from v4jax.planner.hardware import Hardware, hardware_of
 
 __all__ = [

@@ -2,33 +2,26 @@
 
 The devices need not exist. Weights are never made: the step is lowered from shapes and shardings.
 
-Shapes: B batch.
-
-Next file to read: sharding/audit.py.
+Next file to read: v4jax/planner/lowered.py.
 """
 
 import dataclasses
-import functools
-import math
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
+from jax.stages import Compiled
 
-from sharding.audit import Collective, collectives, totals
+from sharding.audit import collectives, totals
 from sharding.mesh import make_mesh, parse_mesh
-from sharding.params import bytes_per_device, named_shardings
-from sharding.rules import AxisRules, layout_for
+from sharding.params import bytes_per_device
+from sharding.rules import layout_for
 from sharding.targets import topology_mesh
-from v4jax.checkpoint.names import leaf_dtypes
-from v4jax.generate.cache import cache_shardings, decoding_rules, empty_cache, split_layers
-from v4jax.generate.steps import DecodeConfig, State, advance
-from v4jax.parameter_tree import abstract_params, param_axes
+from v4jax.planner.expert_bytes import least_expert_bytes, sent_to_experts
+from v4jax.planner.lowered import lower_decode, lower_train
 from v4jax.train.config import TrainConfig
-from v4jax.train.step import batch_sharding, check_batch, compile_step, state_from, state_shardings
+from v4jax.train.step import check_batch
 
 EFFORTS = {"quick": {"optimization_level": 19}, "full": {}}
 """Compiler options by name.
@@ -88,16 +81,10 @@ class LayoutReport:
             ("mesh", self.mesh, self.layout, self.target),
             ("state", _bytes(self.state_bytes), "", ""),
         ]
-        if self.temporary_bytes is not None:
+        if self.temporary_bytes is not None and self.code_bytes is not None:
             rows.append(("temporary", _bytes(self.temporary_bytes), "", ""))
-            rows.append(
-                (
-                    "program",
-                    _bytes(self.code_bytes),
-                    self.effort and f"compiled with {self.effort} effort",
-                    "",
-                )
-            )
+            effort = self.effort and f"compiled with {self.effort} effort"
+            rows.append(("program", _bytes(self.code_bytes), effort, ""))
         rows += [("parameter", name, cut, _bytes(size)) for name, cut, size in self.largest]
         rows += [
             ("sent", f"{axes}: {kind}", f"{calls} calls", _bytes(size))
@@ -105,14 +92,8 @@ class LayoutReport:
         ]
         if self.expert_bytes:
             sent, least = self.expert_bytes
-            rows.append(
-                (
-                    "experts' tokens",
-                    f"{_bytes(sent)} sent",
-                    f"{_bytes(least)} at least",
-                    f"{sent / least:.2f}",
-                )
-            )
+            words = (f"{_bytes(sent)} sent", f"{_bytes(least)} at least", f"{sent / least:.2f}")
+            rows.append(("experts' tokens", *words))
         rows.append(("lowered in", f"{self.lower_seconds:.1f} s", "", ""))
         return rows + (
             [("compiled in", f"{self.compile_seconds:.1f} s", "", "")]
@@ -147,11 +128,11 @@ def report_layout(
     mesh = make_mesh(sizes) if target == "cpu" else topology_mesh(target, sizes)
     effort = _effort(effort, mesh)
     start = time.perf_counter()
-    params, state, lowered = (_lower_train if what == "train" else _lower_decode)(cfg, rules, mesh)
+    params, state, lowered = (lower_train if what == "train" else lower_decode)(cfg, rules, mesh)
     lowered_at = time.perf_counter()
     with jax.set_mesh(mesh):
         compiled = None if lower_only else lowered.compile(_options(effort, mesh))
-    found = collectives(compiled.as_text(), mesh) if compiled else []
+    found = collectives(_text(compiled), mesh) if compiled else []
     least = least_expert_bytes(cfg, rules, sizes, what)
     return LayoutReport(
         what=what,
@@ -160,7 +141,7 @@ def report_layout(
         target=target,
         state_bytes=_bytes_of(state),
         temporary_bytes=_temporary(compiled, mesh) if compiled else None,
-        code_bytes=compiled.memory_analysis().generated_code_size_in_bytes if compiled else None,
+        code_bytes=_memory(compiled).generated_code_size_in_bytes if compiled else None,
         effort=effort if compiled else "",
         largest=_largest(params),
         collectives=tuple((*key, *value) for key, value in totals(found).items()),
@@ -189,132 +170,30 @@ def _options(effort: str, mesh: Mesh) -> dict[str, Any] | None:
     return EFFORTS[effort] | _KINDS.get(mesh.devices.flat[0].device_kind, {}) if effort else None
 
 
-def _temporary(compiled, mesh: Mesh) -> int:
+def _text(compiled: Compiled) -> str:
+    text = compiled.as_text()
+    assert text is not None, "XLA prints every program"
+    return text
+
+
+def _memory(compiled: Compiled) -> Any:
+    """XLA's account of what a program holds; bytes of one device."""
+    found = compiled.memory_analysis()
+    assert found is not None, "XLA accounts for every program"
+    return found
+
+
+def _temporary(compiled: Compiled, mesh: Mesh) -> int:
     """Bytes that the program holds at its peak beyond its arguments.
 
     XLA:TPU's temp_size is more than it reserves; its peak is close to what its buffer assignment
     takes. XLA:CPU's peak leaves temporaries out.
     """
-    found = compiled.memory_analysis()
+    found = _memory(compiled)
     return (
         found.peak_memory_in_bytes - found.argument_size_in_bytes
         if _is_tpu(mesh)
         else found.temp_size_in_bytes
-    )
-
-
-def _lower_train(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
-    """(abstract parameters, abstract state, the lowered training step)."""
-    places = state_shardings(cfg, rules, mesh)
-    abstract = jax.eval_shape(functools.partial(state_from, cfg), abstract_params(cfg.model))
-    state = jax.tree.map(_placed, abstract, places)
-    rows = jax.ShapeDtypeStruct(
-        (cfg.batch_size, cfg.seq_len), jnp.int32, sharding=batch_sharding(rules, mesh)
-    )
-    with jax.set_mesh(mesh):
-        return (
-            state.public,
-            state,
-            compile_step(cfg, rules, places, mesh).lower(
-                state, {"tokens": rows, "segment_ids": rows}
-            ),
-        )
-
-
-def _lower_decode(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
-    """(abstract parameters, these and the cache, the lowered decoding step).
-
-    The step is that of v4jax/generate/decode.py on loaded weights.
-    """
-    model = cfg.model
-    dtypes = leaf_dtypes(model, cfg.dtype)
-    abstract = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtypes[tuple(key.key for key in path)]),
-        abstract_params(model),
-    )
-    params = jax.tree.map(
-        _placed, abstract, named_shardings(mesh, rules, abstract, param_axes(model))
-    )
-    token_B, active_B, seed_B = (
-        jax.ShapeDtypeStruct((cfg.batch_size,), dtype)
-        for dtype in (jnp.int32, jnp.bool, jnp.uint32)
-    )
-    with jax.set_mesh(mesh):
-        decoding = DecodeConfig(rules=decoding_rules(rules), dtype=cfg.dtype, steps=1)
-        cache = jax.eval_shape(
-            lambda: empty_cache(
-                model, cfg.batch_size, cfg.seq_len, jnp.dtype(cfg.dtype), rules=decoding.rules
-            )
-        )
-        cache = jax.tree.map(_placed, cache, cache_shardings(mesh, decoding.rules, cache))
-        split = split_layers(model, params, decoding.rules, _layer)
-        return (
-            params,
-            (params, cache),
-            advance.lower(model, decoding, split, State(cache, token_B, None), active_B, seed_B),
-        )
-
-
-def _placed(leaf, place: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-
-def _layer(stack: jax.ShapeDtypeStruct, n: int) -> jax.ShapeDtypeStruct:
-    """One layer of a stack; the axis of layers is not cut."""
-    del n
-    spec = PartitionSpec(*stack.sharding.spec[1:])
-    return jax.ShapeDtypeStruct(
-        stack.shape[1:], stack.dtype, sharding=NamedSharding(stack.sharding.mesh, spec)
-    )
-
-
-def least_expert_bytes(
-    cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], what: str = "train"
-) -> int:
-    """Bytes that a device must send per step so that tokens reach experts and come back.
-
-    The load is taken as even; the result is 0 if no axis holds experts. Tokens travel there and
-    back in the forward pass; in training, again where layers are rematerialised, and once each way
-    as gradients. With K experts a token and n devices a group, a token is sent n-1 times where
-    tokens are gathered, and K (n-1)/n times where they are exchanged.
-    """
-    holders = math.prod(sizes[axis] for axis in rules.mesh_axes("experts"))
-    if holders == 1:
-        return 0
-    model = cfg.model
-    if what == "decode":
-        tokens, ways, layers = cfg.batch_size, 2, model.num_hidden_layers
-        devices = math.prod(sizes[axis] for axis in rules.mesh_axes("act_batch"))
-    else:
-        tokens, ways, layers = (
-            cfg.batch_size * cfg.seq_len,
-            6 if cfg.remat else 4,
-            model.num_hidden_layers + model.num_nextn_predict_layers,
-        )
-        devices = math.prod(
-            sizes[axis] for axis in rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq")
-        )
-    rows = (
-        tokens
-        // devices
-        * (model.num_experts_per_tok * (holders - 1) / holders if rules.exchange else holders - 1)
-    )
-    return int(rows * ways * layers * model.hidden_size * jnp.dtype(cfg.dtype).itemsize)
-
-
-def sent_to_experts(found: list[Collective], rules: AxisRules) -> int:
-    """Bytes of the collectives that the experts' dispatch makes among devices that hold experts.
-
-    All-reduces are left out: XLA sums many gradients in one, under the joined names of all their
-    sources. Every ragged all-to-all counts: nothing else makes one, and XLA:GPU does not name its
-    source.
-    """
-    holders = set(rules.mesh_axes("experts"))
-    among = [one for one in found if one.kind != "all-reduce" and set(one.axes) <= holders]
-    return sum(
-        one.calls * one.bytes
-        for one in among
-        if one.kind == "ragged-all-to-all" or "experts/shard_map" in one.source
     )
 
 

@@ -1,14 +1,13 @@
 """Estimates a layout: memory, FLOPs, traffic and time of one step, and which resource binds.
 
-Nothing is compiled. Time is a roofline: each part of the model takes the longer of its FLOPs and
-its memory traffic. Exchanges run beside the parts as far as the profile says (`overlap`); the rest
-adds to the step. The share of its peaks that a chip reaches is an assumption of the profile unless
-it was measured, so ratios between layouts mean more than seconds.
+Nothing is compiled. Time is a roofline (v4jax/planner/roofline.py). Exchanges run beside the parts
+as far as the profile says (`overlap`); the rest adds to the step. The share of its peaks that a
+chip reaches is an assumption of the profile unless it was measured, so ratios between layouts mean
+more than seconds.
 
-Next file to read: v4jax/planner/search.py.
+Next file to read: v4jax/planner/roofline.py.
 """
 
-import collections
 import dataclasses
 import functools
 import math
@@ -16,14 +15,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from sharding.mesh import parse_mesh
-from sharding.rules import MESH_AXES, AxisRules, layout_for
+from sharding.rules import AxisRules, layout_for
 from v4jax.cost import cost
 from v4jax.planner.decode import decode_terms
 from v4jax.planner.hardware import Hardware
 from v4jax.planner.memory import held, largest_working_set, memory
+from v4jax.planner.roofline import bound_of, parts_of, sent_of
 from v4jax.planner.terms import Term, bases, constants_of
 from v4jax.planner.traffic import traffic
-from v4jax.planner.work import FP8, work
+from v4jax.planner.work import work
 from v4jax.train.config import TrainConfig
 
 USABLE = 0.97
@@ -159,8 +159,8 @@ def estimate(
     k = constants_of(cfg.model, rules, sizes)
     values = bases(k, cfg.seq_len, cfg.batch_size)
     device = hardware.of_a_device(devices)
-    parts = _parts(terms, values, device, cfg.dtype, fp8)
-    sent = _sent(terms, values, device, sizes)
+    parts = parts_of(terms, values, device, fp8)
+    sent = sent_of(terms, values, device, sizes)
     computing, exchanging = (
         sum(row[2] for row in parts.values()),
         sum(row[2] for row in sent.values()),
@@ -185,7 +185,7 @@ def estimate(
         sent=sent,
         step_seconds=seconds,
         exchange_seconds=exchanging,
-        bound=_bound(parts, device, exchanging),
+        bound=bound_of(parts, device, exchanging),
         mfu=counted / (seconds * hardware.bf16_flops * chips),
         tokens_per_second=rate,
         cost=hardware.price * chips / 3600 / rate * 1e6,
@@ -234,98 +234,6 @@ def terms_of(
 def _model_flops(model, seq: int, what: str) -> float:
     found = cost(model, seq)
     return found.train_flops if what == "train" else found.total.flops
-
-
-def _parts(
-    terms: list[Term], values, device: Hardware, dtype: str, fp8: bool
-) -> dict[str, tuple[float, float, float]]:
-    """Part -> FLOPs, bytes of memory traffic, seconds; the longest first."""
-    flops, moved = collections.Counter(), collections.Counter()
-    for term in terms:
-        if term.kind in ("flops", "hbm"):
-            (flops if term.kind == "flops" else moved)[term.part] += term.value(values)
-    rows = {}
-    for part in {*flops, *moved}:
-        rate = device.fp8_flops if fp8 and part in FP8 else device.bf16_flops
-        seconds = max(
-            flops[part] / (rate * device.matmul),
-            moved[part] / (device.hbm_bandwidth * device.memory),
-        )
-        rows[part] = (flops[part], moved[part], seconds)
-    return dict(sorted(rows.items(), key=lambda row: -row[1][2]))
-
-
-def _sent(
-    terms: list[Term], values, device: Hardware, sizes
-) -> dict[tuple[tuple[str, ...], str], tuple[float, float, float]]:
-    """(axes, collective) -> bytes, least bytes, seconds; most bytes first."""
-    rows: dict[Any, list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
-    for term in terms:
-        if term.kind == "sent":
-            row, size = rows[term.axes, term.collective], term.value(values)
-            row[0] += size
-            row[1] += size * term.least
-            row[2] += exchange_time(size, term.calls, term.axes, term.collective, device, sizes)
-    return {key: tuple(row) for key, row in sorted(rows.items(), key=lambda item: -item[1][0])}
-
-
-def exchange_time(
-    size: float,
-    calls: float,
-    axes: tuple[str, ...],
-    kind: str,
-    device: Hardware,
-    sizes: Mapping[str, int],
-) -> float:
-    """Seconds that a device takes to send `size` bytes along mesh axes.
-
-    Devices are numbered along the mesh, its last axis fastest, and a tier holds consecutive ones.
-    The fastest tier carries what stays inside it, the last tier the rest. Over g tiers of m devices
-    each (n = g*m), a gather or sum sends (g-1)/(gm) of the whole between tiers and (m-1)/m inside;
-    an exchange of all with all sends (n-m)/n between.
-    """
-    tier, n = device.tiers[0], math.prod(sizes[axis] for axis in axes)
-    near = 1
-    for axis in axes:
-        stride = math.prod(sizes[inner] for inner in MESH_AXES[MESH_AXES.index(axis) + 1 :])
-        reach = tier.size // stride if tier.size else sizes[axis]
-        near *= min(sizes[axis], max(1, reach)) if axis != "slice" else 1
-    whole, far = size * n / (n - 1), n / near
-    mixed = kind in ("all-to-all", "ragged-all-to-all")
-    inside = whole * (near - 1) / (n if mixed else near)
-    outside = whole * ((n - near) / n if mixed else (far - 1) / n)
-    seconds = inside / _rate(tier, near, math.prod(sizes.values()), mixed) + (
-        outside / device.tiers[-1].bandwidth if far > 1 else 0
-    )
-    return seconds / device.network + calls * device.latency
-
-
-def _rate(tier, members: int, devices: int, mixed: bool) -> float:
-    """Bytes per second that one device sends to `members` devices of its tier.
-
-    In a torus they span as many dimensions as they need. Where all send to all, data crosses a
-    quarter of each ring.
-    """
-    if not tier.torus or members < 2:
-        return tier.bandwidth
-    side = max(2.0, devices ** (1 / tier.torus))
-    spanned = min(tier.torus, max(1, math.ceil(math.log(members) / math.log(side) - 1e-9)))
-    rate = tier.bandwidth / tier.torus * spanned
-    return rate / max(1.0, members ** (1 / spanned) / 4) if mixed else rate
-
-
-def _bound(parts, device: Hardware, exchanging: float) -> str:
-    computing = sum(
-        seconds
-        for flops, _, seconds in parts.values()
-        if flops / (device.bf16_flops * device.matmul) >= seconds * 0.999
-    )
-    moving = sum(seconds for _, _, seconds in parts.values()) - computing
-    return max(
-        (computing, "FLOPs"),
-        (moving, "memory traffic"),
-        (exchanging * (1 - device.overlap), "exchanges"),
-    )[1]
 
 
 def gigabytes(size: float) -> str:

@@ -167,4 +167,5 @@ def _read(entry: dict[str, Any], where: str) -> Hardware:
             f"target: {where} has {unknown[0]!r}; allowed: {', '.join(sorted(fields))}"
         )
     tiers = tuple(Tier(**tier) for tier in entry["tiers"])
-    return Hardware(**({"name": where} | entry | {"tiers": tiers}))
+    figures: dict[str, Any] = {"name": where} | entry | {"tiers": tiers}
+    return Hardware(**figures)

@@ -161,4 +161,4 @@ def largest_working_set(terms: Iterable[Term], values: Mapping[str, float]) -> s
     for term in terms:
         if term.kind in found:
             found[term.kind] += term.value(values)
-    return max(found, key=found.get)
+    return max(found, key=lambda kind: found[kind])

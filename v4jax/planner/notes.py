@@ -53,7 +53,7 @@ def notes(
 
 
 def largest(found: Estimate) -> str:
-    kind = max(found.memory, key=found.memory.get)
+    kind = max(found.memory, key=lambda kind: found.memory[kind])
     return f"{kind} ({found.working_set})" if kind == "temporaries" else kind
 
 

@@ -17,11 +17,12 @@ from typing import Any
 from sharding.mesh import parse_mesh
 from sharding.rules import layout_for
 from v4jax.cost import cost
-from v4jax.planner.command import Comparison, Request, Result, Searched
 from v4jax.planner.estimate import platform_of, terms_of
 from v4jax.planner.hardware import Hardware, target_of
 from v4jax.planner.memory import MEMORY, WORKING
 from v4jax.planner.notes import notes, parameters
+from v4jax.planner.request import Request
+from v4jax.planner.results import Comparison, Result, Searched
 from v4jax.planner.search import as_estimated
 from v4jax.planner.terms import Term, constants_of
 from v4jax.storage import local_path

@@ -7,6 +7,8 @@ import dataclasses
 import itertools
 from typing import Any
 
+import numpy as np
+
 from sharding.mesh import parse_mesh
 from sharding.rules import check_has_mesh, layout_for
 from v4jax.planner.estimate import gigabytes, memory_of
@@ -86,13 +88,16 @@ def plan(cfg: TrainConfig) -> list[StagePlan]:
         tokens += own
         # The schedule rises to the end of the warm-up and never after it.
         highest = min(max(start, cfg.warmup_steps), stop - 1)
+        first, largest, last = (
+            float(np.asarray(rate(step))) for step in (start, highest, stop - 1)
+        )
         stages.append(
             StagePlan(
                 start + 1,
                 stop,
                 own,
                 tokens,
-                tuple(float(rate(step)) for step in (start, highest, stop - 1)),
+                (first, largest, last),
                 view.batch_size,
                 view.seq_len,
                 view.attention,

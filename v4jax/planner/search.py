@@ -83,7 +83,7 @@ class Found:
             part: other.parts[part][2] - best.parts.get(part, (0, 0, 0))[2] for part in other.parts
         }
         costs["exchanges"] = other.exchange_seconds - best.exchange_seconds
-        worst = max(costs, key=costs.get)
+        worst = max(costs, key=lambda part: costs[part])
         return text + (
             f"; {other.layout} on {other.mesh} takes "
             f"{other.step_seconds / best.step_seconds:.2f} times as long, most of all for "
@@ -143,9 +143,12 @@ def candidates(
     Impossible ones are counted in `rejected` by their reason.
     """
     seen = set()
-    is_own = isinstance(cfg.layout, AxisRules) and cfg.layout not in LAYOUTS.values()
-    own = [cfg.layout] if is_own else []
-    for layout, rules in (*LAYOUTS.items(), *((rules, rules) for rules in own)):
+    own = []
+    layouts: list[tuple[str | AxisRules, AxisRules]] = [*LAYOUTS.items()]
+    if isinstance(cfg.layout, AxisRules) and cfg.layout not in LAYOUTS.values():
+        own.append(cfg.layout)
+        layouts.append((cfg.layout, cfg.layout))
+    for layout, rules in layouts:
         used = [
             axis
             for axis in MESH_AXES

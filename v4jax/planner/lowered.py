@@ -1,0 +1,79 @@
+"""Lowers a step of training or decoding from shapes and shardings alone.
+
+Shapes: B batch.
+
+Next file to read: v4jax/planner/expert_bytes.py.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sharding.params import named_shardings
+from sharding.rules import AxisRules
+from v4jax.checkpoint.names import leaf_dtypes
+from v4jax.generate.cache import cache_shardings, decoding_rules, empty_cache, split_layers
+from v4jax.generate.steps import DecodeConfig, State, advance
+from v4jax.parameter_tree import abstract_params, param_axes
+from v4jax.train.config import TrainConfig
+from v4jax.train.step import batch_sharding, compile_step, state_from, state_shardings
+
+
+def lower_train(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
+    """(abstract parameters, abstract state, the lowered training step)."""
+    places = state_shardings(cfg, rules, mesh)
+    abstract = jax.eval_shape(functools.partial(state_from, cfg), abstract_params(cfg.model))
+    state = jax.tree.map(_placed, abstract, places)
+    rows = jax.ShapeDtypeStruct(
+        (cfg.batch_size, cfg.seq_len), jnp.int32, sharding=batch_sharding(rules, mesh)
+    )
+    with jax.set_mesh(mesh):
+        step = compile_step(cfg, rules, places, mesh)
+        return state.public, state, step.lower(state, {"tokens": rows, "segment_ids": rows})
+
+
+def lower_decode(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
+    """(abstract parameters, these and the cache, the lowered decoding step).
+
+    The step is that of v4jax/generate/decode.py on loaded weights.
+    """
+    model = cfg.model
+    dtypes = leaf_dtypes(model, cfg.dtype)
+    abstract = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtypes[tuple(key.key for key in path)]),
+        abstract_params(model),
+    )
+    params = jax.tree.map(
+        _placed, abstract, named_shardings(mesh, rules, abstract, param_axes(model))
+    )
+    token_B, active_B, seed_B = (
+        jax.ShapeDtypeStruct((cfg.batch_size,), dtype)
+        for dtype in (jnp.int32, jnp.bool, jnp.uint32)
+    )
+    with jax.set_mesh(mesh):
+        decoding = DecodeConfig(rules=decoding_rules(rules), dtype=cfg.dtype, steps=1)
+        cache = jax.eval_shape(
+            lambda: empty_cache(
+                model, cfg.batch_size, cfg.seq_len, jnp.dtype(cfg.dtype), rules=decoding.rules
+            )
+        )
+        cache = jax.tree.map(_placed, cache, cache_shardings(mesh, decoding.rules, cache))
+        split = split_layers(model, params, decoding.rules, _layer)
+        state = State(cache, token_B, None)  # pyright: ignore[reportArgumentType] (no array yet)
+        lowered = advance.lower(model, decoding, split, state, active_B, seed_B)
+        return params, (params, cache), lowered
+
+
+def _placed(leaf, place: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
+def _layer(stack: jax.ShapeDtypeStruct, n: int) -> jax.ShapeDtypeStruct:
+    """One layer of a stack; the axis of layers is not cut."""
+    del n
+    spec = PartitionSpec(*stack.sharding.spec[1:])
+    return jax.ShapeDtypeStruct(
+        stack.shape[1:], stack.dtype, sharding=NamedSharding(stack.sharding.mesh, spec)
+    )

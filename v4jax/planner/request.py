@@ -1,0 +1,89 @@
+"""What is asked of a layout, and the configuration and devices that it means.
+
+Next file to read: v4jax/planner/results.py.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from sharding.mesh import parse_mesh
+from v4jax.config import ModelConfig
+from v4jax.planner.hardware import target_of
+from v4jax.train.config import TrainConfig
+
+
+class Request(NamedTuple):
+    """What is asked of a layout.
+
+    Attributes:
+      target: chips, as target_of reads them.
+      what: "train" or "decode".
+      paper: compile nothing.
+      lower_only: stop before compiling.
+      effort: of the compiler for TPUs (planner/compiled.py).
+      fp8: products run at the fp8 rate.
+      released: decode from the released formats; estimated only, as no program here computes with
+        them.
+    """
+
+    target: str = "cpu"
+    what: str = "train"
+    paper: bool = False
+    lower_only: bool = False
+    effort: str | None = None
+    fp8: bool = False
+    released: bool = False
+
+
+def config_of(config: TrainConfig | str, options) -> TrainConfig:
+    """`config`, or one for a config.json, with the command line's mesh, layout, seq and batch.
+
+    Without a batch on the command line there is one row per device, whatever `config` says.
+    """
+    if isinstance(config, str):
+        model = ModelConfig.from_json(config)
+        config = TrainConfig(
+            model=model,
+            run_dir="",
+            steps=1,
+            batch_size=1,
+            seq_len=4096,
+            learning_rate=1e-4,
+            warmup_steps=0,
+        )
+    changes = {"mesh": options.mesh, "layout": options.layout, "seq_len": options.seq}
+    config = dataclasses.replace(
+        config, **{name: value for name, value in changes.items() if value is not None}
+    )
+    meshes = [layout_and_mesh(text)[1] for text in options.compare or ()] or [config.mesh]
+    devices = math.lcm(*(math.prod(parse_mesh(mesh).values()) for mesh in meshes))
+    if options.search:
+        devices = devices_of(options.target, options.chips)
+    return dataclasses.replace(config, batch_size=options.batch or devices)
+
+
+def layout_and_mesh(text: str) -> tuple[str, str]:
+    layout, colon, mesh = text.rpartition(":")
+    if not colon or (mesh and "=" not in mesh):
+        raise ValueError(
+            f"--compare: got {text!r}; must be LAYOUT:MESH, as pod:fsdp=8,expert=16 "
+            "or FILE.py:NAME:fsdp=8"
+        )
+    return layout, mesh
+
+
+def devices_of(target: str, chips: int | None) -> int:
+    """The number of JAX devices to search on: `chips` chips, or as many as the target names."""
+    found = target_of(target)
+    if chips is None and ":" not in target:
+        raise ValueError(
+            f"--search needs --chips N, or a target with a size such as v5p:4x4x8; got {target!r}"
+        )
+    if chips is not None and chips < 1:
+        raise ValueError(f"--chips: got {chips}; must be 1 or more")
+    return (
+        found.devices
+        if chips is None
+        else chips * (1 if found.hardware.shared else found.hardware.devices_per_chip)
+    )

@@ -110,7 +110,7 @@ class Run:
         import numpy as np
 
         from v4jax.generate.cache import split_layers
-        from v4jax.generate.decode import DecodeConfig
+        from v4jax.generate.steps import DecodeConfig
         from v4jax.model.init import init_params
 
         self.cfg = get_model()
@@ -124,7 +124,7 @@ class Run:
 
     def prefill(self, until: int) -> None:
         """Prefills up to `until` tokens of the text, in chunks (v4jax/generate/decode.py)."""
-        from v4jax.generate.decode import prefill
+        from v4jax.generate.steps import prefill
 
         start, first = time.perf_counter(), self.done
         while self.done < until:
@@ -154,7 +154,8 @@ class Run:
 
     def decode(self, tokens: int) -> float:
         """Seconds a token."""
-        from v4jax.generate.decode import State, decode
+        from v4jax.generate.decode import decode
+        from v4jax.generate.steps import State
 
         start = time.perf_counter()
         (completion,), cache = decode(

@@ -37,8 +37,9 @@ def main():
     simulate_devices(1)
     import v4jax
     from v4jax.generate.cache import split_layers
-    from v4jax.generate.decode import DecodeConfig, generate
+    from v4jax.generate.decode import generate
     from v4jax.generate.sampling import Sampling
+    from v4jax.generate.steps import DecodeConfig
     from v4jax.tokenizer import load_tokenizer
 
     cfg, params = v4jax.load(arguments.checkpoint)

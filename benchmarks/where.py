@@ -114,7 +114,7 @@ def decode(arguments) -> None:
 
     import v4jax
     from v4jax.generate.cache import split_layers
-    from v4jax.generate.decode import STEPS, DecodeConfig, advance, prefill
+    from v4jax.generate.steps import STEPS, DecodeConfig, advance, prefill
 
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(folder, models()["small"])

@@ -3,8 +3,7 @@
 XLA's own partitioning of this gather makes the whole table on every device, so the collectives are
 written out here.
 
-Letters: B sequences of the batch, S positions, V vocabulary, D hidden; lower case = this device's
-share.
+Shapes: B batch, S positions, V vocabulary, D hidden; lower case = this device's share.
 """
 
 import jax

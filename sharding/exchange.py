@@ -10,8 +10,8 @@ Example, 2 devices, C = 4, rows sent [[3, 1], [2, 2]] ([sender][receiver]): the 
 holds rows 0-2 of sender 0, then two rows of sender 1. Round 0 moves three rows of sender 0 and one
 of sender 1; round 1 moves the last row.
 
-Letters: T tokens of this device, K active experts, N = T*K assignments, Q rows of one round, D
-hidden, E experts, e experts of this device, S senders, Z receivers.
+Shapes: T tokens of this device, K active experts, A assignments (T*K), Q rows of one round, D
+hidden, E experts, P senders, Z receivers; lower case = this device's share.
 
 Next file to read: sharding/params.py.
 """
@@ -39,20 +39,20 @@ class Route(NamedTuple):
     """Who sends what to whom, in one group of devices that together hold all experts.
 
     Attributes:
-      assignment_N: int32, the assignment in each row; rows are sorted by expert.
-      token_N: int32, the token in each row.
+      assignment_A: int32, the assignment in each row; rows are sorted by expert.
+      token_A: int32, the token in each row.
       slot_TK: int32, the row of each assignment.
-      count_SE: int32, rows that each device of the group sends to each expert.
+      count_PE: int32, rows that each device of the group sends to each expert.
     """
 
-    assignment_N: jax.Array
-    token_N: jax.Array
+    assignment_A: jax.Array
+    token_A: jax.Array
     slot_TK: jax.Array
-    count_SE: jax.Array
+    count_PE: jax.Array
 
 
 class Window(NamedTuple):
-    """The moves of one round between all devices of the group, int32 [S,Z].
+    """The moves of one round between all devices of the group, int32 [P,Z].
 
     A sender's `size` rows from `source` on land at `target` of the receiver.
     """
@@ -72,13 +72,13 @@ def route(index_TK: jax.Array, experts: int, holders: tuple[str, ...]) -> Route:
     The devices along `holders` hold equal, contiguous shares of the experts.
     """
     tokens, active = index_TK.shape
-    index_N = index_TK.reshape(-1)
-    iota_N = vary_like(jnp.arange(tokens * active, dtype=jnp.int32), index_N)
-    rank_N, count_E = ranks(index_N, experts)
-    slot_N = _before(count_E, 0)[index_N] + rank_N
-    order_N = jnp.zeros_like(iota_N).at[slot_N].set(iota_N, unique_indices=True)
+    index_A = index_TK.reshape(-1)
+    iota_A = vary_like(jnp.arange(tokens * active, dtype=jnp.int32), index_A)
+    rank_A, count_E = ranks(index_A, experts)
+    slot_A = _before(count_E, 0)[index_A] + rank_A
+    order_A = jnp.zeros_like(iota_A).at[slot_A].set(iota_A, unique_indices=True)
     return Route(
-        order_N, order_N // active, slot_N.reshape(tokens, active), lax.all_gather(count_E, holders)
+        order_A, order_A // active, slot_A.reshape(tokens, active), lax.all_gather(count_E, holders)
     )
 
 
@@ -93,9 +93,9 @@ def rounds_needed(path: Route, rows: int) -> jax.Array:
 
 
 def _sent(path: Route) -> jax.Array:
-    """Rows that each device sends to each, [S,Z]."""
-    senders, experts = path.count_SE.shape
-    return path.count_SE.reshape(senders, senders, experts // senders).sum(-1)
+    """Rows that each device sends to each, [P,Z]."""
+    senders, experts = path.count_PE.shape
+    return path.count_PE.reshape(senders, senders, experts // senders).sum(-1)
 
 
 def _before(count: jax.Array, axis: int) -> jax.Array:
@@ -105,11 +105,11 @@ def _before(count: jax.Array, axis: int) -> jax.Array:
 
 def window(path: Route, turn: jax.Array | int, rows: int) -> Window:
     """The moves of round `turn`."""
-    sent_SZ = _sent(path)
-    place_SZ = _before(sent_SZ, 0)  # sender's first row in the receiver's queue
-    first = jnp.clip(place_SZ, turn * rows, (turn + 1) * rows)
-    last = jnp.clip(place_SZ + sent_SZ, turn * rows, (turn + 1) * rows)
-    return Window(_before(sent_SZ, 1) + first - place_SZ, last - first, first - turn * rows)
+    sent_PZ = _sent(path)
+    place_PZ = _before(sent_PZ, 0)  # sender's first row in the receiver's queue
+    first = jnp.clip(place_PZ, turn * rows, (turn + 1) * rows)
+    last = jnp.clip(place_PZ + sent_PZ, turn * rows, (turn + 1) * rows)
+    return Window(_before(sent_PZ, 1) + first - place_PZ, last - first, first - turn * rows)
 
 
 def expert_of_rows(
@@ -119,35 +119,35 @@ def expert_of_rows(
 
     This needs no exchange: every sender's rows are sorted by expert, and all counts are known.
     """
-    senders, experts = path.count_SE.shape
+    senders, experts = path.count_PE.shape
     here = experts // senders
-    mine_Se = lax.dynamic_slice_in_dim(path.count_SE, lax.axis_index(holders) * here, here, axis=1)
-    ends = jnp.cumsum(mine_Se.reshape(-1))
+    mine_Pe = lax.dynamic_slice_in_dim(path.count_PE, lax.axis_index(holders) * here, here, axis=1)
+    ends = jnp.cumsum(mine_Pe.reshape(-1))
     place_Q = turn * rows + vary_like(jnp.arange(rows, dtype=jnp.int32), ends)
     segment_Q = jnp.searchsorted(ends, place_Q, side="right").astype(jnp.int32)
     return jnp.where(place_Q < ends[-1], segment_Q % here, -1)
 
 
-def exchange(x_ND: jax.Array, rows: int, moves: Window, holders: tuple[str, ...]) -> jax.Array:
+def exchange(x_AD: jax.Array, rows: int, moves: Window, holders: tuple[str, ...]) -> jax.Array:
     """The rows that land on this device by `moves`, [rows,D]; zeros where none lands.
 
     XLA:CPU cannot run a ragged all-to-all. There every device gathers all rows and takes its own,
     with the same result.
     """
-    moves = Window(*(vary_like(a, x_ND) for a in moves))
+    moves = Window(*(vary_like(a, x_AD) for a in moves))
     return lax.platform_dependent(
-        x_ND,
+        x_AD,
         moves,
         cpu=functools.partial(_exchange_by_gather, rows=rows, holders=holders),
         default=functools.partial(_exchange_ragged, rows=rows, holders=holders),
     )
 
 
-def _exchange_ragged(x_ND, moves: Window, rows, holders):
+def _exchange_ragged(x_AD, moves: Window, rows, holders):
     me = lax.axis_index(holders)
-    zeros = vary_like(jnp.zeros((rows, x_ND.shape[1]), x_ND.dtype), x_ND)
+    zeros = vary_like(jnp.zeros((rows, x_AD.shape[1]), x_AD.dtype), x_AD)
     return lax.ragged_all_to_all(
-        x_ND,
+        x_AD,
         zeros,
         moves.source[me],
         moves.size[me],
@@ -157,20 +157,20 @@ def _exchange_ragged(x_ND, moves: Window, rows, holders):
     )
 
 
-def _exchange_by_gather(x_ND, moves: Window, rows, holders):
+def _exchange_by_gather(x_AD, moves: Window, rows, holders):
     me = lax.axis_index(holders)
     # Rows are the same in every round. Without a barrier XLA would gather those of further rounds
     # before their loop, whether or not it runs.
-    x_ND, moves = lax.optimization_barrier((x_ND, moves))
-    x_SND = lax.all_gather(x_ND, holders)
-    offset_SQ = (
-        vary_like(jnp.arange(rows, dtype=jnp.int32), x_ND)[None] - moves.target[:, me][:, None]
+    x_AD, moves = lax.optimization_barrier((x_AD, moves))
+    x_PAD = lax.all_gather(x_AD, holders)
+    offset_PQ = (
+        vary_like(jnp.arange(rows, dtype=jnp.int32), x_AD)[None] - moves.target[:, me][:, None]
     )
-    lands_SQ = (offset_SQ >= 0) & (offset_SQ < moves.size[:, me][:, None])
-    sender_Q = jnp.argmax(lands_SQ, axis=0)
-    row_Q = moves.source[sender_Q, me] + jnp.take_along_axis(offset_SQ, sender_Q[None], axis=0)[0]
-    found_QD = x_SND[sender_Q, jnp.clip(row_Q, 0, x_ND.shape[0] - 1)]
-    return jnp.where(lands_SQ.any(0)[:, None], found_QD, 0)
+    lands_PQ = (offset_PQ >= 0) & (offset_PQ < moves.size[:, me][:, None])
+    sender_Q = jnp.argmax(lands_PQ, axis=0)
+    row_Q = moves.source[sender_Q, me] + jnp.take_along_axis(offset_PQ, sender_Q[None], axis=0)[0]
+    found_QD = x_PAD[sender_Q, jnp.clip(row_Q, 0, x_AD.shape[0] - 1)]
+    return jnp.where(lands_PQ.any(0)[:, None], found_QD, 0)
 
 
 Round = Callable[[jax.Array | int, Any, Any], jax.Array]

@@ -18,9 +18,9 @@ With n devices in a group that holds all experts:
 
 The experts' hidden width may be cut too; the partial sums are then added.
 
-Letters: B sequences of the batch, S positions, T = B*S tokens, K active experts, N = T*K
-assignments, P rows in blocks, Q rows of one round of the exchange, D hidden, E experts (in what
-runs on one device, those of that device); lower case = this device's share.
+Shapes: B batch, S positions, T tokens (B*S), K active experts, A assignments (T*K), P rows in
+blocks, Q rows of one round of the exchange, D hidden, E experts (those of this device, in what runs
+on one device); lower case = this device's share.
 
 Next file to read: sharding/counting.py.
 """
@@ -207,12 +207,12 @@ def _run_exchanged(run, weights, num_experts, holders, x_bsd, index_bsk, gate_bs
 
 def _one_round(run, holders, rows, turn, path: Route, inputs) -> jax.Array:
     """One round of the exchange: rows travel, experts run, results return and are summed."""
-    weights, x_TD, gate_N1 = inputs
-    moves, every = window(path, turn, rows), jnp.ones_like(path.token_N, bool)
-    x_ND = _spread(x_TD, path.token_N, every, path.slot_TK)
-    x_QD = exchange(x_ND, rows, moves, holders)
+    weights, x_TD, gate_A1 = inputs
+    moves, every = window(path, turn, rows), jnp.ones_like(path.token_A, bool)
+    x_AD = _spread(x_TD, path.token_A, every, path.slot_TK)
+    x_QD = exchange(x_AD, rows, moves, holders)
     gate_Q1 = exchange(
-        _spread(gate_N1, path.assignment_N, every, path.slot_TK.reshape(-1, 1)),
+        _spread(gate_A1, path.assignment_A, every, path.slot_TK.reshape(-1, 1)),
         rows,
         moves,
         holders,
@@ -220,8 +220,8 @@ def _one_round(run, holders, rows, turn, path: Route, inputs) -> jax.Array:
     index_Q = expert_of_rows(path, turn, rows, holders)
     here = jax.tree.leaves(weights)[0].shape[0]  # every row that arrived is for one of these
     y_QD = run(weights, here, x_QD[None], index_Q[None, :, None], gate_Q1[None])[0]
-    y_ND = exchange(y_QD, x_ND.shape[0], moves.back(), holders)
-    return _collect(y_ND, path.token_N, every, path.slot_TK)
+    y_AD = exchange(y_QD, x_AD.shape[0], moves.back(), holders)
+    return _collect(y_AD, path.token_A, every, path.slot_TK)
 
 
 def _block_size(assignments: int, num_experts: int, share: float) -> int:
@@ -238,7 +238,7 @@ class _Plan(NamedTuple):
     Attributes:
       row: int32 [P], the assignment in each row, 0 in filler.
       used: bool [P], whether the row holds an assignment.
-      slot: int32 [N], the row of each assignment; P or more for those of other devices.
+      slot: int32 [A], the row of each assignment; P or more for those of other devices.
       groups: which rows belong to which expert.
     """
 
@@ -248,30 +248,30 @@ class _Plan(NamedTuple):
     groups: Groups
 
 
-def _plan(index_N: jax.Array, num_experts: int, block: int) -> _Plan:
+def _plan(index_A: jax.Array, num_experts: int, block: int) -> _Plan:
     """Sorts assignments by expert, stably, and lays out each expert's in whole blocks."""
-    n = index_N.shape[0]
+    n = index_A.shape[0]
     blocks = -(-(-(-n // block) + num_experts) // AT_ONCE) * AT_ONCE
-    rank_N, count_E = ranks(index_N, num_experts)
+    rank_A, count_E = ranks(index_A, num_experts)
     sizes_E = -(-count_E // block) * block
     ends_E = jnp.cumsum(sizes_E)
-    first_row = vary_like(jnp.arange(blocks, dtype=jnp.int32), index_N) * block
+    first_row = vary_like(jnp.arange(blocks, dtype=jnp.int32), index_A) * block
     expert_of_block = jnp.minimum(
         jnp.searchsorted(ends_E, first_row, side="right"), num_experts - 1
     ).astype(jnp.int32)
 
-    iota_N = vary_like(jnp.arange(n, dtype=jnp.int32), index_N)
-    inside_N = (index_N >= 0) & (index_N < num_experts)
-    row_N = (ends_E - sizes_E)[jnp.clip(index_N, 0, num_experts - 1)] + rank_N
+    iota_A = vary_like(jnp.arange(n, dtype=jnp.int32), index_A)
+    inside_A = (index_A >= 0) & (index_A < num_experts)
+    row_A = (ends_E - sizes_E)[jnp.clip(index_A, 0, num_experts - 1)] + rank_A
     # Assignments of other devices get distinct rows past the end, where the scatter drops them.
-    slot_N = jnp.where(inside_N, row_N, blocks * block + iota_N)
-    assignment_P = vary_like(jnp.full(blocks * block, n, jnp.int32), index_N)
-    assignment_P = assignment_P.at[slot_N].set(iota_N, mode="drop", unique_indices=True)
+    slot_A = jnp.where(inside_A, row_A, blocks * block + iota_A)
+    assignment_P = vary_like(jnp.full(blocks * block, n, jnp.int32), index_A)
+    assignment_P = assignment_P.at[slot_A].set(iota_A, mode="drop", unique_indices=True)
     used_P = assignment_P < n
     return _Plan(
         jnp.where(used_P, assignment_P, 0),
         used_P,
-        slot_N,
+        slot_A,
         Groups(sizes_E, expert_of_block, ends_E[-1] // block),
     )
 

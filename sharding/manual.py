@@ -3,7 +3,7 @@
 One mesh axis ("context") may cut a sequence into contiguous shards of equal length; `axis` None
 means that the sequence is whole (docs/equations.md#context-parallelism).
 
-Letters: b this device's share of the batch, s of the sequence.
+Shapes: B batch, S positions; lower case = this device's share.
 
 Next file to read: sharding/experts.py.
 """

@@ -11,7 +11,7 @@ A tensor [..., A, Z] is a stack of matrices; stacks of one shape that lie alike 
 Whole matrices that several devices still have in common are joined once more and shared out as
 copies are. If they are fewer than the devices, every device works on all of them.
 
-Letters: N matrices of a stack, A rows, Z columns.
+Shapes: M matrices of a stack, A rows, Z columns.
 
 Next file to read: v4jax/train/muon.py.
 """
@@ -43,7 +43,7 @@ def on_whole_matrices(
     """f(x) for each array [..., A, Z], where f treats every matrix by itself. Not differentiable.
 
     Args:
-      f: stack [N, A, Z] -> stack of the same shape.
+      f: stack [M, A, Z] -> stack of the same shape.
       arrays: stacks, of any shape with two or more axes.
       specs: how each array lies on the ambient mesh. None: all are whole, and nothing moves.
     """

@@ -1,4 +1,4 @@
-"""Commands run in processes of their own, with this checkout importable."""
+"""Runs commands in processes of their own, with this checkout importable."""
 
 import os
 import pathlib
@@ -13,12 +13,15 @@ MINUTE = 60
 
 
 def environment() -> dict[str, str]:
-    """That of a fresh process in which this checkout is importable."""
+    """The environment of a fresh process that can import this checkout."""
     return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 
 def programs_compiled_here() -> dict[str, str]:
-    """For a process that compiles what this one has: it reads the programs, and writes none of its own, which it might leave half written."""
+    """The environment of a process that compiles what this one has compiled.
+
+    It reads the programs and writes none: a killed process would leave half an entry.
+    """
     return {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9",

@@ -1,12 +1,17 @@
-"""8 simulated CPU devices, strict promotion, warnings as errors (pyproject.toml), small compiles, each made once."""
+"""The setup of all tests: 8 simulated CPU devices, strict promotion, quick compiles, each made
+once.
+
+pyproject.toml makes warnings errors.
+"""
 
 import gc
 import os
 from importlib.metadata import version
 
-# Before jax starts. Tiny models need no LLVM optimisation; tests spend their time compiling. A fusion made by the older
-# emitters compiles a third faster; the newest jaxlib has no others than the newer ones and does not know the flag.
-# One LLVM module a program: the workers have no cores to spare for more.
+# These are set before jax starts. Tiny models need no LLVM optimisation; tests spend their time
+# compiling. The older emitters compile a fusion a third faster; the newest jaxlib has only the
+# newer ones and does not know the flag. One LLVM module a program: the workers have no cores to
+# spare for more.
 FLAGS = [
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
@@ -23,9 +28,8 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-gc.set_threshold(
-    200_000, 20, 50
-)  # tracing makes millions of small objects, and looking for cycles among them is a tenth of its time
+# Tracing makes millions of small objects; searching them for cycles is a tenth of its time.
+gc.set_threshold(200_000, 20, 50)
 
 LONGEST = [
     "test_stability",
@@ -46,11 +50,11 @@ LONGEST = [
     "test_stages",
     "test_decode_mesh",
 ]
-"""Files that take longest, which begin first, so that two workers end together."""
+"""Files that take longest. They begin first, so that two workers end together."""
 
 
 def pytest_configure(config):
-    # xdist would put files of many tests first, which are the quick ones.
+    # xdist would put files of many tests first, and those are the quick ones.
     config.option.loadscopereorder = False
 
 
@@ -61,6 +65,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
-    """Runs that are killed and go on compile the same step again. Not shared with processes that tests start: a killed one leaves half an entry."""
+    """Keeps compiled programs, since runs that are killed and resumed compile the same step again.
+
+    Processes that tests start do not share them: a killed one leaves half an entry.
+    """
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -1,4 +1,4 @@
-"""A small model, its tensors under official names, and a checkpoint of them: what tests of exports share."""
+"""Shared by tests of exports: a small model, its tensors by official name, their checkpoint."""
 
 import json
 
@@ -27,7 +27,7 @@ def assert_same(got, expected):
 
 
 def write(directory, tensors=TENSORS, raw=None):
-    """A one-file checkpoint written without `export`."""
+    """Writes a one-file checkpoint without `export`."""
     directory.mkdir(exist_ok=True)
     save_file(
         {name: np.ascontiguousarray(x) for name, x in tensors.items()},

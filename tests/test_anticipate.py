@@ -1,4 +1,4 @@
-"""Experts chosen ahead: whose weights choose, what the choice changes and what it does not."""
+"""Experts chosen ahead: whose weights choose, what the choice changes, and what it does not."""
 
 import functools
 
@@ -48,7 +48,7 @@ def feed_of(lag, data, ahead=None):
 
 @pytest.mark.parametrize("lag", [1, 3])
 def test_the_weights_of_lag_steps_before_choose(lag):
-    """On from step 5 to 11; weights of step t are called t, and so are batches."""
+    """The queue runs from step 5 to 11; weights of step t are called t, and so are batches."""
     feed = feed_of(lag, iter(range(1, 99)))
     for t in range(1, 20):
         on = 5 <= t <= 11
@@ -100,10 +100,7 @@ def test_indices_choose_and_current_weights_weigh(chosen_by):
     plain, (_, routing) = run(new, None)
     own, (_, same) = run(new, by_new)
     assert own == plain  # what the weights would choose anyway
-    for (
-        group,
-        blocks,
-    ) in same.items():  # and the look inside that was asked for has a value for each layer
+    for group, blocks in same.items():  # the diagnostics have a value for each layer
         for route in blocks.values():
             assert all(
                 value.shape == route.balance.shape and jnp.isfinite(value).all()
@@ -123,7 +120,7 @@ def test_indices_choose_and_current_weights_weigh(chosen_by):
             # In MTP the last token of each row does not count.
             assert np.abs(load - counts).sum() <= (2 * 4 if group == "mtp" else 0)
             assert (load != np.asarray(routing[group][block].load_E).reshape(-1, 8)).any()
-    assert set(by_old) == set(routing) - {"layers_0_0"}  # whose experts a table chooses
+    assert set(by_old) == set(routing) - {"layers_0_0"}  # a table chooses this layer's experts
 
 
 @pytest.mark.slow

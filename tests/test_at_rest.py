@@ -1,6 +1,6 @@
 """Values and gradients stay right where something is zero, tiny or huge.
 
-Matrices at rest, empty batches, scores next to nothing, squares that float32 cannot hold.
+Such as matrices at rest, empty batches, scores next to nothing, squares that float32 cannot hold.
 """
 
 import itertools
@@ -53,7 +53,7 @@ def rms(x) -> np.ndarray:
 
 @pytest.mark.parametrize("mu, steps", [(0.5, 200), (0.95, 2000)])
 def test_a_matrix_without_gradients_moves_on_and_comes_to_rest(mu, steps):
-    """As an expert that gets no token: its momentum decays until float32 has no smaller number."""
+    """An expert without tokens is such a matrix: its momentum decays until float32 underflows."""
     muon = scale_by_muon(mu)
     g = 1e-4 * jax.random.normal(jax.random.key(0), (16, 32))
     _, state = muon.update(g, muon.init(g))
@@ -65,7 +65,7 @@ def test_a_matrix_without_gradients_moves_on_and_comes_to_rest(mu, steps):
     _, outs = jax.jit(lambda state: jax.lax.scan(rest, state, length=steps))(state)
     outs = np.asarray(outs)
     assert np.isfinite(outs).all() and not outs[-1].any()
-    # Steps until the least entries are no normal numbers any more.
+    # Steps until the least entries become subnormal.
     normal = int(math.log(LEAST / 1e-9) / math.log(mu))
     np.testing.assert_allclose(rms(outs[:normal]), 0.18, rtol=0.03)
     np.testing.assert_allclose(
@@ -74,7 +74,7 @@ def test_a_matrix_without_gradients_moves_on_and_comes_to_rest(mu, steps):
 
 
 def test_the_size_of_a_matrix_does_not_matter():
-    """From the least normal number to the largest; neighbours in a stack have no part in it."""
+    """Sizes go from the least normal number to the largest; neighbours in a stack play no part."""
     signs = np.where(np.random.default_rng(0).normal(size=(16, 24)) > 0, 1, -1).astype(np.float32)
     mixed = np.random.default_rng(1).normal(size=(16, 24)).astype(np.float32)
     mixed /= np.abs(mixed).max()
@@ -88,12 +88,12 @@ def test_the_size_of_a_matrix_does_not_matter():
     for matrix, one in ((signs, got[1:10]), (mixed, got[10:])):
         want = reference.hybrid_newton_schulz(matrix)
         np.testing.assert_allclose(one, np.broadcast_to(want, one.shape), atol=2e-6)
-    # No normal number: XLA may take it for 0.
+    # A subnormal number, which XLA may take for 0.
     assert np.isfinite(newton_schulz(jnp.full((3, 4), 1e-40))).all()
 
 
 def test_matrices_at_rest_beside_others_on_a_mesh():
-    """One is zero, one zero but for the part of one device, one tiny, one huge."""
+    """One matrix is zero, one zero except on one device, one tiny, one huge."""
     mesh, spec = (
         make_mesh(parse_mesh("fsdp=2,expert=2,tensor=2")),
         P(None, "expert", "fsdp", "tensor"),
@@ -135,7 +135,7 @@ def test_adam_never_steps_further_than_it_can(size):
 
 
 def test_the_optimizer_state_is_that_of_optax():
-    """Checkpoints of runs from before Adam's step was bounded go on."""
+    """Runs from before Adam's step was bounded still resume."""
     params = {"embed": {"weight": jnp.ones((2, 3))}}
     state = optimizer(lambda step: 0.1).init(params).inner_states["adamw"].inner_state
     assert jax.tree.structure(state) == jax.tree.structure(
@@ -182,7 +182,7 @@ def test_norms_that_scatter_from_nothing_to_the_largest_are_compared():
 def test_gates_of_experts_that_all_score_next_to_nothing(logit):
     """Weights are those of exp(logit / 2), with the gradient w_i (delta_ij - w_j) / 2.
 
-    So are the shares of the balance loss.
+    The same holds for the shares of the balance loss.
     """
     logits = jnp.asarray([[[logit, logit - 2, logit - 3, logit - 1]]])
     index, scale = jnp.asarray([[[0, 1]]]), 1.5
@@ -221,7 +221,7 @@ def test_gates_of_experts_without_any_score_are_equal():
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-20])
 def test_norms_of_rows_of_zeros(eps):
-    """0, with the gradient ct * weight / sqrt(eps)."""
+    """The value is 0, with the gradient ct * weight / sqrt(eps)."""
     ct, weight = jnp.arange(1.0, 5), jnp.asarray([1.0, -2, 0.5, 3])
     got, pull = jax.vjp(lambda x, weight: rms_norm(x, eps, weight), jnp.zeros((1, 4)), weight)
     slope, weight_slope = pull(ct[None])
@@ -242,7 +242,7 @@ def test_an_eps_whose_gradients_overflow_is_refused(name):
 
 
 def test_mixing_matrices_of_the_furthest_logits():
-    """All on one target, as far as float32 goes: columns sum to 1, gradients are finite."""
+    """All mass is on one target, as far as float32 goes: columns sum to 1, gradients are finite."""
     logits = jnp.full((4, 4, 1), -1e30).at[:, 0].set(1e30)
     comb, pull = jax.vjp(lambda logits: sinkhorn(logits, 20, 1e-6), logits)
     np.testing.assert_allclose(comb.sum(0), 1, atol=1e-5)
@@ -260,9 +260,9 @@ def test_the_indexers_loss_of_queries_that_see_nothing_is_0(mass):
 
 @pytest.fixture(scope="module")
 def gradients():
-    """A function of (params, batch) that gives (loss, metrics, gradients), params, a batch.
+    """(params, batch) -> (loss, metrics, gradients) of a small model; also params and a batch.
 
-    A small model with the eps of a newer release, its indexer taught; compiled once.
+    It has the eps of a newer release, and its indexer learns. It compiles once.
     """
     cfg = small_config(
         vocab_size=64,
@@ -299,7 +299,7 @@ def gradients():
 
 @pytest.mark.parametrize("empty", ["segment_ids", "loss_mask"])
 def test_a_batch_without_a_token_to_learn_teaches_the_main_model_nothing(gradients, empty):
-    """All padding, or conversations whose answers were cut off.
+    """The rows are all padding, or conversations whose answers were cut off.
 
     Balance and indexer still count tokens that are not padding.
     """
@@ -315,7 +315,7 @@ def test_a_batch_without_a_token_to_learn_teaches_the_main_model_nothing(gradien
 
 
 def test_a_model_of_zeros_guesses_blindly(gradients):
-    """Every norm, gate and softmax of nothing: the loss of equal chances, finite gradients."""
+    """Norms, gates and softmaxes of nothing give the loss of equal chances and finite gradients."""
     run, params, batch = gradients
     zeros = jax.tree.map(jnp.zeros_like, params) | {"router": params["router"]}
     _, metrics, grads = run(zeros, batch)
@@ -338,7 +338,7 @@ def test_blocks_of_zeros_round_to_zeros_and_what_is_not_finite_stays_so():
 def test_sampling_from_what_filters_leave_of_impossible_tokens():
     """The only possible token is taken, with probability 1.
 
-    Where none is possible its probability is NaN, which decoding refuses.
+    If none is possible its probability is NaN, which decoding refuses.
     """
     logits = jnp.full((2, 6), -jnp.inf).at[0, 4].set(-1e30)
     sampling = Sampling(temperature=1.0, top_k=3, top_p=0.9, min_p=0.1)

@@ -60,7 +60,7 @@ def test_a_loop_counts_as_often_as_it_runs():
 
 
 def test_a_collective_spread_over_fusions_counts_once():
-    """As XLA:TPU writes a gather that starts before a loop, goes on beside the products in it, and is done behind it."""
+    """XLA:TPU writes so a gather that starts before a loop, runs beside it and ends after it."""
     gather = (
         "f32[8,4]{1,0} all-gather(%param_0), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, "
         "dimensions={0}, "
@@ -70,7 +70,8 @@ def test_a_collective_spread_over_fusions_counts_once():
 %start (param_0: f32[1,4]) -> (f32[8,4]) {{
   %param_0 = f32[1,4]{{1,0}} parameter(0)
   %all-gather.1 = {gather}
-  ROOT %custom-call.1 = (f32[8,4]{{1,0}}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+  ROOT %custom-call.1 = (f32[8,4]{{1,0}}) custom-call(%all-gather.1), \
+custom_call_target="AsyncCollectiveStart"
 }}
 %beside (param_0: f32[1,4]) -> f32[8,4] {{
   %param_0 = f32[1,4]{{1,0}} parameter(0)
@@ -84,12 +85,14 @@ def test_a_collective_spread_over_fusions_counts_once():
 %done (param_0: f32[1,4]) -> f32[8,4] {{
   %param_0 = f32[1,4]{{1,0}} parameter(0)
   %all-gather.3 = {gather}
-  ROOT %custom-call.2 = f32[8,4]{{1,0}} custom-call(%all-gather.3), custom_call_target="AsyncCollectiveDone"
+  ROOT %custom-call.2 = f32[8,4]{{1,0}} custom-call(%all-gather.3), \
+custom_call_target="AsyncCollectiveDone"
 }}
 ENTRY %main (x: f32[1,4]) -> f32[8,4] {{
   %x = f32[1,4]{{1,0}} parameter(0)
   %fusion.1 = (f32[8,4]{{1,0}}) fusion(%x), kind=kCustom, calls=%start
-  %while.1 = f32[1,4]{{1,0}} while(%x), condition=%condition, body=%body, backend_config={{"known_trip_count":{{"n":"10"}}}}
+  %while.1 = f32[1,4]{{1,0}} while(%x), condition=%condition, body=%body, \
+backend_config={{"known_trip_count":{{"n":"10"}}}}
   ROOT %fusion.3 = f32[8,4]{{1,0}} fusion(%while.1), kind=kCustom, calls=%done
 }}
 """

@@ -84,8 +84,8 @@ def test_prompts_begin_with_one_bos(tmp_path):
     assert ids == [0, *CHAT.encode("<｜User｜>0?<｜Assistant｜></think>")]
 
 
-def test_only_the_tokenizers_file_adds_bos():
+def test_only_the_tokenizers_room_adds_bos():
     package = pathlib.Path(__file__).parent.parent / "v4jax"
-    users = {path.name for path in package.rglob("*.py") if ".bos_token_id" in path.read_text()}
-    others = {"model.py", "validation.py", "export.py"}  # keep, check and write it
-    assert users == {"tokenizer.py", *others}
+    files = [path for path in package.rglob("*.py") if ".bos_token_id" in path.read_text()]
+    others = {path.name for path in files if path.parent.name != "tokenizer"}
+    assert others == {"model.py", "validation.py", "export.py"}  # these keep, check and write it

@@ -1,4 +1,7 @@
-"""Rows continued from a cache give what one full forward gives: any chunks, any lengths in a batch, across every boundary."""
+"""Rows continued from a cache give what one full forward gives.
+
+This holds for any chunks, any lengths in a batch, across every boundary.
+"""
 
 import functools
 import re
@@ -12,7 +15,8 @@ from trees import small_config
 
 import v4jax
 from configs import models as models_of_configs
-from v4jax.cache.layer import SPARE_ROWS, ChunkSpan, CompressedKV, keep_rows
+from v4jax.cache.layer import SPARE_ROWS, ChunkSpan, CompressedKV
+from v4jax.cache.rows import keep_rows
 from v4jax.checkpoint.names import from_official
 from v4jax.context import Context
 from v4jax.cost import cost, deepseek_v32, gqa8
@@ -34,7 +38,7 @@ PATTERNS = {
 }
 LENGTH = 712
 TOLERANCE = 2e-4
-"""Issue 6; other chunks sum in another order."""
+"""The bar of issue 6; other chunks sum in another order."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,10 @@ def step(cfg, params, cache, tokens_BT, next_BT, count_B):
 
 
 def run(cfg, params, cache, tokens, counts, chunk):
-    """Continues every row by counts[b] tokens (of tokens[b], from where it stands), `chunk` at a time; logits of each row."""
+    """Continues every row by counts[b] tokens of tokens[b], `chunk` at a time.
+
+    Returns the logits of each row.
+    """
     done, out = np.zeros(len(counts), int), [[] for _ in counts]
     first = np.asarray(cache.length_B)
     while (done < counts).any():
@@ -127,7 +134,8 @@ def test_any_chunks_then_decoding_give_the_full_forward(models, pattern, chunk):
     check(got[0], logits[0], mtp[0], 0)
     if chunk != 64:
         return
-    # Decoding from just before every boundary: of windows (8 here), of CSA's and HCA's, and further in. One program for all.
+    # Decoding starts just before every boundary: of windows (8 here), of CSA's and HCA's, and
+    # further in. One program serves all.
     programs = step._cache_size()
     for start in (2, 126, 509, 699):
         _, cache = run(cfg, params, empty_cache(cfg, 1, LENGTH), tokens, np.array([start]), chunk)
@@ -138,7 +146,7 @@ def test_any_chunks_then_decoding_give_the_full_forward(models, pattern, chunk):
 
 @pytest.mark.parametrize("pattern", ["few", slow("flash"), slow("pairs")])
 def test_rows_of_different_lengths_are_rows_alone(models, pattern):
-    """Prefilled together in chunks that leave some rows idle, then decoded together."""
+    """Rows are prefilled together in chunks that leave some idle, then decoded together."""
     cfg, params, tokens, logits, mtp = models(pattern)
     rows = np.stack([tokens[0], np.roll(tokens[0], 100), tokens[0]])
     counts = np.array([3, 300, 131])
@@ -156,7 +164,9 @@ def test_rows_of_different_lengths_are_rows_alone(models, pattern):
 
 @pytest.mark.slow
 def test_long_rows_are_scored_in_blocks(models, monkeypatch):
-    """Blocks that do not divide the cache, searched by way of maxima, at lengths the other tests have checked."""
+    """Blocks do not divide the cache, which is searched by maxima, at lengths the other tests
+    check.
+    """
     cfg, params, tokens, logits, mtp = models("flash")
     monkeypatch.setattr(indexer, "SCORE_BLOCK", 80)
     monkeypatch.setattr(indexer, "GROUP", 4)
@@ -169,7 +179,10 @@ def test_long_rows_are_scored_in_blocks(models, monkeypatch):
 
 
 def test_the_best_slots_are_those_of_a_full_search(monkeypatch):
-    """Scores of a few values only, so that most are ties; rows that see everything, less than k slots, and nothing."""
+    """The scores take few values, so that most tie.
+
+    Rows see everything, less than k slots, and nothing.
+    """
     monkeypatch.setattr(
         indexer, "SCORE_BLOCK", 12
     )  # 48 for so few queries: two blocks that overlap
@@ -193,7 +206,10 @@ def test_the_best_slots_are_those_of_a_full_search(monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 3, SPARE_ROWS])
 def test_a_few_rows_are_kept_as_many_are(rows):
-    """Written one by one or with a new ring: the same ring, across its end and where some or all rows of a chunk are not real."""
+    """A ring written row by row equals a new ring.
+
+    Also across its end, and where some or all rows of a chunk are not real.
+    """
     rng = np.random.default_rng(0)
     ring = jnp.asarray(rng.standard_normal((2, 4, 12, 5)), jnp.float32)
     x = jnp.asarray(rng.standard_normal((4, rows, 5)), jnp.float32)
@@ -208,7 +224,7 @@ def test_a_few_rows_are_kept_as_many_are(rows):
     before = ring.shape[2] - SPARE_ROWS
     for b, count in enumerate(
         np.asarray(span.count_B)
-    ):  # the rows that a token behind them sees, and the real ones
+    ):  # the rows that a later token sees, and the real ones
         np.testing.assert_array_equal(
             few_before(before)[b, : before + count], many_before(before)[b, : before + count]
         )
@@ -216,7 +232,7 @@ def test_a_few_rows_are_kept_as_many_are(rows):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_step_copies_no_cache(batch):
-    """A token writes a row of each array of the cache: the compiled program copies none of them."""
+    """A token writes a row of each array of the cache; the compiled program copies none of them."""
     cfg, params = weights_of("few")
     params, cache = split_layers(cfg, params), empty_cache(cfg, batch, 2**14)
     one = functools.partial(jax.jit, donate_argnums=1)(
@@ -233,13 +249,17 @@ def test_a_step_copies_no_cache(batch):
     }
     leaves = {leaf.shape for leaf in jax.tree.leaves(cache)}
     assert copied and not copied & leaves
-    # What grows with the tokens is not turned around either.
+    # No array that grows with the tokens is transposed either.
     entries = {tuple(sorted(shape)) for shape in leaves if 2**14 // 4 in shape}
     assert len(entries) == 2 and not {tuple(sorted(shape)) for shape in copied} & entries
 
 
 def test_packed_storage_changes_nothing():
-    """bfloat16, quant="official": what fp8 and MXFP4 hold is what the model computed with; states are equal bit for bit."""
+    """With quant="official" in bfloat16, fp8 and MXFP4 hold the numbers that the model computed
+    with.
+
+    States are equal bit for bit.
+    """
     cfg = small_config(
         compress_ratios=(4, 128, 0),
         num_hidden_layers=2,
@@ -279,7 +299,11 @@ def test_packed_storage_changes_nothing():
 
 @pytest.mark.parametrize(("name", "most"), [("flash", 0.074), ("pro", 0.106)])
 def test_a_million_tokens_take_the_bytes_the_report_says(name, most):
-    """The real pytree of the full model, without computing it: official storage beside DeepSeek-V3.2 and a bf16 GQA-8 model."""
+    """The full model's real pytree in official storage, beside DeepSeek-V3.2 and a bf16 GQA-8
+    model.
+
+    Nothing is computed.
+    """
     cfg, tokens = getattr(models_of_configs, name)(), 2**20
     cache = jax.eval_shape(lambda: empty_cache(cfg, 1, tokens, jnp.bfloat16, "official"))
     size = sum(

@@ -1,4 +1,4 @@
-"""Claims about runs that go on with other data: refused by name, and allowed when told to."""
+"""Claims about runs that resume with other data: refused by name, and allowed on request."""
 
 import dataclasses
 import hashlib
@@ -100,8 +100,10 @@ def config(folder, run_dir, **changes) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(config, folder of it and its text): what a run of two stages leaves of steps 2 and 4, one in
-    each stage, but for the weights' training."""
+    """(config, folder of it and its text): a run of two stages, with checkpoints of steps 2 and 4.
+
+    Each stage has one; the weights' training is left out.
+    """
     home = tmp_path_factory.mktemp("finished")
     text_in(home / "text")
     extra = Source(path=str(records_in(home / "r") / "a.jsonl"), format="jsonl", name="extra")
@@ -134,7 +136,7 @@ def position(cfg, step: int) -> pathlib.Path:
 
 
 def rewrite(path: pathlib.Path, text: str) -> None:
-    """Writes a file of a checkpoint as if it had always said so."""
+    """Writes a file of a checkpoint as if it had always been so."""
     path.write_text(text)
     write_sums(path.parent.parent)
 
@@ -160,7 +162,7 @@ def test_another_set_to_evaluate_on_under_an_old_name_is_refused(copied):
 
 
 def test_data_are_compared_with_the_checkpoint_that_the_run_will_resume_from(copied):
-    """A flipped byte makes the newest one damaged, not the data changed."""
+    """A flipped byte damages the newest checkpoint; it does not change the data."""
     edit(position(copied, 4), b'"held_out": 0.2', b'"held_out": 0.3')
     check_data(copied, BYTES)
     with pytest.raises(ValueError, match="checkpoints/4 is damaged: data/process_0.json"):
@@ -177,7 +179,7 @@ def test_data_are_compared_with_the_checkpoint_that_the_run_will_resume_from(cop
     ("change", "words"), [(dict(batch_size=4), "batch_size 2"), (dict(seq_len=16), "seq_len 32")]
 )
 def test_an_earlier_stage_that_changed_is_refused_before_anything_runs(copied, change, words):
-    """Of step 4, which belongs to the second stage; what that stage sets stays as it is."""
+    """The checkpoint of step 4 belongs to the second stage; what that stage sets stays as it is."""
     (stage,) = copied.stages
     stages = (dataclasses.replace(stage, batch_size=2),)
     cfg = dataclasses.replace(copied, stages=stages, **change)
@@ -201,7 +203,7 @@ def test_an_earlier_stage_that_was_allowed_to_change_begins_anew(copied, capsys)
         batch_size=4,
         data=dataclasses.replace(copied.data, allow_change=True),
     )
-    train(cfg)  # is at its end: takes up the checkpoint, and no step
+    train(cfg)  # resumes at its end, without a step
     assert (
         "was saved with batch_size 2, this run has 4 (stage 0 from a fresh position, should the "
         "run go back to it); allow_change: going on where it was" in capsys.readouterr().err
@@ -280,9 +282,7 @@ def test_a_run_goes_on_with_other_data_only_when_told_to(folder, tmp_path, capsy
     next(fresh)
     state = json.loads((run / "checkpoints" / "3" / "data" / "process_0.json").read_text())
     assert state["rows"] == through_json(fresh.get_state())["rows"]
-    check_data(
-        dataclasses.replace(cfg, steps=4), BYTES
-    )  # what it went on with is what it goes on with
+    check_data(dataclasses.replace(cfg, steps=4), BYTES)  # a resumed run keeps what it resumed with
 
 
 def test_of_an_older_checkpoint_it_is_said_what_cannot_be_checked(copied, capsys):

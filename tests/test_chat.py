@@ -1,4 +1,4 @@
-"""Claims about v4jax/chat: the text of a conversation to the letter, and answers read back from it."""
+"""Claims about v4jax/chat: a conversation's text to the letter, and answers read back from it."""
 
 import json
 import random
@@ -242,10 +242,8 @@ def test_quick_instructions(mode, think):
         ]
         assert encode_messages(asked, mode) == f"{B}{U}a<｜{task}｜>b{E}"
     titled = [says("user", "a"), says("assistant", "b", task="title"), says("assistant", "T")]
-    assert (
-        encode_messages(titled, mode)
-        == f"{B}{U}a{A}{think}{think.replace('<t', '</t') if mode == 'thinking' else ''}b{E}<｜title｜>T{E}"
-    )
+    end = think.replace("<t", "</t") if mode == "thinking" else ""
+    assert encode_messages(titled, mode) == f"{B}{U}a{A}{think}{end}b{E}<｜title｜>T{E}"
 
 
 def test_a_text_does_not_join_a_turn_with_a_task():

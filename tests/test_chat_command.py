@@ -1,4 +1,4 @@
-"""`v4jax chat`: the released encoding, a cache that is kept where the text only grew, bad input in one line."""
+"""`v4jax chat`: the released encoding, a cache reused while text grows, bad input in one line."""
 
 import io
 import json
@@ -11,15 +11,16 @@ from reference.weights import random_weights
 from trees import small_config
 
 import v4jax
-from v4jax import cli
 from v4jax.api import place_on
 from v4jax.cache.layer import SPARE_ROWS
 from v4jax.chat.encoding import encode_messages
 from v4jax.chat.tokens import CHAT_TOKENS, EOS
 from v4jax.checkpoint.names import from_official
-from v4jax.generate import chat, decode
-from v4jax.generate.decode import Completion, DecodeConfig, generate
+from v4jax.cli import main as cli
+from v4jax.generate import chat, steps
+from v4jax.generate.decode import Completion, generate
 from v4jax.generate.row import Row
+from v4jax.generate.steps import DecodeConfig
 from v4jax.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer(CHAT_TOKENS)
@@ -40,7 +41,7 @@ ROOM = 256
 def small_chunks():
     """One program for prompts of any length."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "PREFILL_CHUNK", 8)
+        patch.setattr(steps, "PREFILL_CHUNK", 8)
         yield
 
 
@@ -67,7 +68,7 @@ def talk(monkeypatch, text, *flags):
 
 
 class Script:
-    """In the place of a Row: answers with given texts, and keeps the prompts."""
+    """Stands for a Row: answers with given texts, and keeps the prompts."""
 
     def __init__(self, *texts):
         self.texts, self.prompts = list(texts), []
@@ -86,7 +87,10 @@ class Script:
 
 
 def test_a_kept_row_answers_as_a_fresh_one(params):
-    """Grown text, a few tokens taken back (twice: rings must not be trusted beyond what they still hold), and another beginning."""
+    """The text grows, loses a few tokens twice, and begins anew.
+
+    Rings must not be trusted beyond what they still hold.
+    """
     rng = np.random.default_rng(0)
     row = Row(CFG, params, DecodeConfig(), ROOM)
 
@@ -127,7 +131,10 @@ def test_a_row_on_a_mesh(params):
 
 
 def test_an_untrained_model_is_listened_to_politely(checkpoint, params, monkeypatch, capsys):
-    """Its answers do not parse; the second turn has them as text. The third finds no room, and the end is no failure."""
+    """The model's answers do not parse; the second turn has them as text.
+
+    The third turn does not fit, and the end is no failure.
+    """
     flags = (checkpoint, "--max-new-tokens", 12, "--cache-tokens", 140, "--system", "S", "--json")
     assert talk(monkeypatch, "hi\n\nagain\n" + 140 * "x" + "\n", *flags) == 0
     out, err = capsys.readouterr()
@@ -189,7 +196,10 @@ def test_thinking_is_marked_off_and_dropped_from_earlier_turns(checkpoint, monke
 
 
 def test_what_does_not_parse_is_kept_as_it_stands(checkpoint, monkeypatch, capsys):
-    """Special tokens are shown, and written to the history so that its ids are those that the cache holds."""
+    """Special tokens are shown, and written to the history.
+
+    So its ids are those that the cache holds.
+    """
     script = Script("a<think>b" + EOS, "fine" + EOS)
     monkeypatch.setattr(chat, "Row", script)
     assert talk(monkeypatch, "x\ny", checkpoint) == 0

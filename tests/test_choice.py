@@ -1,4 +1,4 @@
-"""generation_config.json: its end tokens end rows, its values are defaults, and flags win."""
+"""generation_config.json: its end tokens end rows, its values are defaults, flags win."""
 
 import argparse
 import io
@@ -11,16 +11,18 @@ from exports import CFG, PARAMS, write
 from trees import random_params, small_config
 
 import v4jax
-from v4jax import cli
-from v4jax.arguments import parser
 from v4jax.chat.tokens import CHAT_TOKENS, EOS
+from v4jax.cli import main as cli
+from v4jax.cli.commands import parser
+from v4jax.cli.train import sample
 from v4jax.convert import convert
 from v4jax.generate import chat, command
 from v4jax.generate.choice import cache_tokens, choice_of
 from v4jax.generate.decode import Completion
 from v4jax.generate.sampling import Sampling
 from v4jax.generation_config import with_end_tokens
-from v4jax.tokenizer import ByteTokenizer, disagreement
+from v4jax.tokenizer import ByteTokenizer
+from v4jax.tokenizer.checks import disagreement
 from v4jax.train import loop, prepare
 from v4jax.train.config import TrainConfig
 
@@ -41,7 +43,7 @@ def flags_of(directory, *flags):
 
 
 def choice(tmp_path, file, *flags):
-    """What a command does by a generation_config.json and flags."""
+    """What a command does with a generation_config.json and flags."""
     (tmp_path / "generation_config.json").write_text(json.dumps(file))
     return choice_of(flags_of(tmp_path, *flags))
 
@@ -282,7 +284,7 @@ def test_a_special_token_that_only_one_of_both_has_makes_no_other_model(name, tm
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Of a model whose greedy text depends on its prompt; with the tokenizer of a chat."""
+    """A model whose greedy text depends on its prompt, with the tokenizer of a chat."""
     folder = tmp_path_factory.mktemp("choice") / "model"
     params = jax.tree.map(
         lambda a: a if a.ndim < 2 or a.shape[-1] == 2 else a * np.float32(0.1), random_params(MODEL)
@@ -299,7 +301,7 @@ def test_generate_ends_at_all_of_them_and_shows_what_the_file_decides(
     asked = []
 
     def generate(cfg, params, prompts, max_new_tokens, *, stop, decoding, **_):
-        """In the place of the model: says `text`, until it is stopped."""
+        """Stands for the model: says `text`, until it is stopped."""
         asked.append((decoding.sampling, max_new_tokens))
         tokens = TOKENIZER.encode(text)
         end = next((n for n in range(1, len(tokens) + 1) if stop(0, tokens[:n])), None)
@@ -348,7 +350,7 @@ def test_generate_ends_at_all_of_them_and_shows_what_the_file_decides(
 def test_a_chat_ends_at_the_files_tokens_too_and_keeps_the_turn(
     checkpoint, monkeypatch, capsys, tmp_path
 ):
-    """An answer that ends with another token than the format's still is one of the format."""
+    """An answer that ends with another token than the format's still follows the format."""
     other, prompts, allowed = TOKENIZER.encode("~")[0], [], []
 
     class Script:
@@ -396,7 +398,7 @@ def test_the_sample_of_a_run_ends_at_them(tmp_path, monkeypatch):
         sample_prompt="x",
         sample_tokens=3,
     )
-    assert cli._sample(cfg) == {"sample": "xab"}
+    assert sample(cfg) == {"sample": "xab"}
     assert (tmp_path / "sample.txt").read_text() == "xab"
 
 

@@ -1,6 +1,6 @@
-"""What the repository cites exists: files, sections of documents, links, and the next file to read.
+"""What the repository cites exists: files, sections of documents, links, the next file to read.
 
-Read as text only. Of Python files docstrings and comments count, of Markdown files everything.
+Files are read as text only: docstrings and comments of Python files, all of Markdown files.
 """
 
 import ast
@@ -26,7 +26,7 @@ _PATH = re.compile(
 )
 _NEXT = re.compile(r"Next file to read:\s+(\S+?)[.,]?(?:\s|$)")
 _PLACEHOLDER = re.compile(r"(?:[A-Z]+|my)\.py")
-"""Stands for a file of the reader, as CONFIG.py and my.py do."""
+"""Matches placeholders for the reader's own files, such as CONFIG.py and my.py."""
 
 
 def sources() -> list[str]:
@@ -48,7 +48,7 @@ def files() -> frozenset[str]:
 
 @functools.cache
 def anchors() -> dict[str, frozenset[str]]:
-    """Markdown file -> what may stand behind a # in a link to it."""
+    """Markdown file -> the ids that may follow a # in a link to it."""
     return {name: anchors_of((ROOT / name).read_text()) for name in files() if name.endswith(".md")}
 
 
@@ -70,7 +70,7 @@ def anchors_of(text: str) -> frozenset[str]:
 
 
 def prose(name: str, text: str) -> str:
-    """What of a file is read as prose."""
+    """The prose of a file."""
     if not name.endswith(".py"):
         return text
     expressions = (node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr))
@@ -83,9 +83,9 @@ def prose(name: str, text: str) -> str:
 def faults(
     name: str, text: str, files: frozenset[str], anchors: Mapping[str, frozenset[str]]
 ) -> Iterator[str]:
-    """What the file called `name` cites in its prose `text` and is not there.
+    """What the prose `text` of the file `name` cites although it does not exist.
 
-    A path that begins with a folder of TOP is one from the root; any other Python or Markdown file
+    A path that begins with a folder of TOP starts from the root; any other Python or Markdown file
     may be cited by the end of its path.
     """
     text = _URL.sub("", text)
@@ -122,7 +122,7 @@ def _link_fault(
 
 @functools.cache
 def leads() -> dict[str, str]:
-    """File -> the one that its docstring says to read next, which may be named as a neighbour."""
+    """File -> the one that its docstring names as the next to read, maybe by its name alone."""
     found = {}
     for name in sources():
         if not name.endswith(".py"):
@@ -136,7 +136,7 @@ def leads() -> dict[str, str]:
 
 
 def chain(name: str, leads: Mapping[str, str]) -> list[str]:
-    """The files that one is led to from `name` on. One that is met again ends the list."""
+    """The files that `name` leads to, in order. One that is met again ends the list."""
     path = [name]
     while path[-1] in leads and path.count(path[-1]) == 1:
         path.append(leads[path[-1]])

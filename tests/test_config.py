@@ -29,7 +29,7 @@ def official():
 
 
 def transformers_style():
-    """What transformers 5.23 writes for `small_config`, as far as it differs from the official style."""
+    """The config.json that transformers 5.23 writes for `small_config`, where the styles differ."""
     cfg, raw = small_config(), official()
     for key in ("compress_ratios", "num_hash_layers", "rope_scaling", "swiglu_limit"):
         del raw[key]

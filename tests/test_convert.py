@@ -1,4 +1,4 @@
-"""Claims about v4jax/convert.py: every format both ways, bytes kept where numbers are, nothing half-written."""
+"""Claims about v4jax/convert.py: every format both ways, bytes kept, nothing half-written."""
 
 import contextlib
 import json
@@ -18,11 +18,11 @@ from safetensors import safe_open
 from trees import random_params, small_config
 
 import v4jax.convert
-from v4jax import cli
 from v4jax.checkpoint import load_safetensors, official_names, save_safetensors, to_official
 from v4jax.checkpoint.files import headers_of, read_tensor
 from v4jax.checkpoint.formats import FORMATS, decode
 from v4jax.checkpoint.load import open_safetensors
+from v4jax.cli import main as cli
 from v4jax.convert import compare, convert, open_checkpoint
 
 CFG = small_config(
@@ -34,7 +34,7 @@ EXPERT, DENSE = "layers.4.ffn.experts.3.w2.weight", "layers.4.attn.wo_b.weight"
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A checkpoint in each format, as others would release it: in several files, with files beside them."""
+    """A checkpoint in each format, as others release it: several files, with others beside them."""
     root = tmp_path_factory.mktemp("sources")
     for format in FORMATS:
         save_safetensors(CFG, PARAMS, root / format, dtype=format, max_file_bytes=1_000_000)
@@ -68,7 +68,7 @@ def test_release_to_store_to_release_is_byte_identical(sources, tmp_path, format
 
 
 def test_matrices_larger_than_a_chunk(sources, tmp_path, monkeypatch):
-    """As every real model's embedding is: 64 MB at a time, the last band shorter."""
+    """Every real model's embedding is read so: 64 MB at a time, the last band shorter."""
     from v4jax.checkpoint import stream
 
     monkeypatch.setattr(stream, "_CHUNK_BYTES", 9_000)
@@ -137,7 +137,7 @@ def test_what_is_stored_as_what(sources, dtype):
 @pytest.mark.parity
 @pytest.mark.parametrize("format", ["fp8", "official"])
 def test_loading_is_official_dequantisation(sources, format):
-    """Read with torch's own types: code times scale, MXFP4 by its table."""
+    """Reads with torch's own types: code times scale, MXFP4 by its table."""
     import torch
 
     expected = {}
@@ -240,10 +240,8 @@ def test_bad_requests_leave_nothing(sources, tmp_path):
 
 @pytest.mark.parametrize("format", ["safetensors", "orbax"])
 def test_a_killed_conversion_goes_on_where_it_was(sources, tmp_path, format):
-    code = (
-        "import v4jax.convert as c; c._GROUP_BYTES = "
-        "30_000; "
-    )  # or all of this small model would be one group
+    # With larger groups all of this small model is one.
+    code = "import v4jax.convert as c; c._GROUP_BYTES = 30_000; "
     code += (
         f"c.convert({str(sources / 'official')!r}, {str(tmp_path / 'out')!r}, {format!r}, "
         f"max_file_bytes=300_000)"
@@ -293,7 +291,10 @@ def test_another_conversion_to_the_same_place_waits_for_nobody(sources, tmp_path
 
 @contextlib.contextmanager
 def full_disk(limit: int):
-    """No file may become longer: what writing says then is what it says when a disk is full (OSError, its number apart)."""
+    """No file may become longer, so writing says what it says when a disk is full.
+
+    Only the number of the OSError differs.
+    """
     limits, before = (
         resource.getrlimit(resource.RLIMIT_FSIZE),
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
@@ -360,4 +361,4 @@ def test_logits_of_a_store_are_those_of_its_source(sources, tmp_path, caplog):
     source = open_safetensors(sources / "official")
     assert (
         decode(source.kinds[EXPERT], source.stored(EXPERT)).dtype == "bfloat16"
-    )  # which holds these numbers exactly
+    )  # float16 holds these numbers exactly

@@ -144,7 +144,7 @@ def test_flops_grow_by_the_indexer_and_the_dense_entries_alone():
 
 
 def test_flops_of_one_token_by_hand():
-    """12 tokens of the small model: window 8, 3 entries, of which CSA would select up to 4; no HCA entry."""
+    """12 tokens of the small model: window 8, 3 entries, no HCA entry. CSA would select up to 4."""
     cost = parts(model_cost(small_config(), 12))
     projections = 48 * 20 + 20 * 144 + 48 * 24 + 3 * 8 * 48 + 3 * 48 * 8
     assert cost["attention SWA"].flops == 2 * (2 * projections + 4 * 6 * 24 * 8)

@@ -21,7 +21,10 @@ SIZES = dict(seq_len=16, batch_size=4, vocab_size=258)
 
 
 def text_of(i: int) -> str:
-    """Between 0 and about 400 characters of 1 to 4 bytes, different for each i; some fill rows of 16 exactly."""
+    """Text of 0 to about 400 characters of 1 to 4 bytes, different for each i.
+
+    Some texts fill rows of 16 exactly.
+    """
     return f"#{i} " + "aé深🐋"[i % 4] * (i * 7 % 100) if i % 5 else "x" * (16 * (i // 5) + 14)
 
 
@@ -169,7 +172,8 @@ def test_batches_hold_int32_tokens_and_segments_counted_from_one(cfg):
         assert all(array.shape == (4, 16) and array.dtype == np.int32 for array in batch.values())
         steps = np.diff(batch["segment_ids"], axis=1)
         assert (batch["segment_ids"][:, 0] == 1).all() and np.isin(steps, (0, 1)).all()
-        # A segment begins with bos unless it goes on with a document cut before, and ends after eos or a cut piece.
+        # A segment begins with bos unless it continues a document cut before; it ends after eos or
+        # a cut piece.
         assert (batch["segment_ids"][batch["tokens"] == 0] > 0).all()
         assert (steps[batch["tokens"][:, :-1] == 1] == 1).all()
 
@@ -227,7 +231,7 @@ def test_batches_depend_on_the_seed_only(cfg):
 
 
 def test_batches_are_the_same_on_every_machine(cfg):
-    # A change of this number means that runs saved before it cannot go on bit-exactly.
+    # If this number changes, saved runs cannot resume bit-exactly.
     digest = hashlib.sha256()
     for batch in itertools.islice(train_batches(cfg, BYTES, **SIZES), 20):
         digest.update(
@@ -272,7 +276,8 @@ def test_sizes_are_checked_before_anything_is_read(batches, change, text):
 
 
 def test_resume_from_any_step_is_exact_also_through_json(cfg):
-    # 60 steps x 4 rows pass many states with an empty remainder, which grain alone restores wrongly from JSON.
+    # 60 steps x 4 rows pass many states with an empty remainder, which grain alone restores wrongly
+    # from JSON.
     iterator, states, batches = train_batches(cfg, BYTES, **SIZES), [], []
     for _ in range(60):
         states.append(json.dumps(iterator.get_state()))
@@ -314,7 +319,7 @@ def test_asynchronous_save_keeps_the_position_of_the_call(cfg, tmp_path):
 
 
 def test_other_processes_resume_from_the_rows_that_all_have_saved(cfg, tmp_path):
-    # Three processes, two of which hold the same row, wrote; now two, then one, go on.
+    # Three processes wrote, two of which hold the same row; now two resume, then one.
     whole, before = train_batches(cfg, BYTES, **SIZES), tmp_path / "data"
     before.mkdir()
     for i, rows in enumerate(([0, 2], [2, 3], [1])):

@@ -1,4 +1,4 @@
-"""Rows continued on a mesh give what one full forward gives, and a cache that is cut along the sequence stays where it is."""
+"""Rows continued on a mesh give what one full forward gives; a cut cache stays where it is."""
 
 import functools
 import re
@@ -17,7 +17,8 @@ from sharding.rules import layout_for
 from v4jax.checkpoint.names import from_official
 from v4jax.context import Context
 from v4jax.generate.cache import decoding_rules, empty_cache, extend, logits_of, split_layers
-from v4jax.generate.decode import DecodeConfig, generate
+from v4jax.generate.decode import generate
+from v4jax.generate.steps import DecodeConfig
 from v4jax.model import indexer
 from v4jax.parameter_tree import abstract_params, param_axes
 
@@ -39,12 +40,13 @@ CFG = small_config(
 )
 CHUNK, LENGTH, ROOM = 150, 451, 1024
 SLOTS = ROOM // 4
-"""Of CSA. No other axis of the model is so long, or a half, a quarter or an eighth of it."""
+"""Entries of CSA. No other axis of the model is as long, or a half, a quarter or an eighth of it.
+"""
 
 
 @pytest.fixture(scope="module")
 def model():
-    """(parameters, tokens of two rows, their logits by one full forward)"""
+    """(parameters, tokens of two rows, their logits by one full forward)."""
     params = jax.tree.map(jnp.asarray, from_official(CFG, random_weights(CFG, 0)))
     tokens = np.random.default_rng(0).integers(0, CFG.vocab_size, (8, LENGTH))
     return params, tokens, np.asarray(v4jax.forward(CFG, params, jnp.asarray(tokens)).logits)
@@ -81,7 +83,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
     ],
 )
 def test_rows_continued_on_a_mesh_are_those_of_one_device(model, mesh, layout, monkeypatch):
-    """Three chunks and one token. Scores come in blocks of 24 keys, which do not divide what devices hold."""
+    """Feeds three chunks and one token; scores come in blocks of 24 keys, which divide no share."""
     monkeypatch.setattr(indexer, "SCORE_BLOCK", 24)
     monkeypatch.setattr(indexer, "GROUP", 1)  # cp_ep, which does not cut index heads, searches
     params, tokens, expected = model
@@ -117,7 +119,9 @@ def test_rows_continued_on_a_mesh_are_those_of_one_device(model, mesh, layout, m
 
 
 def check_traffic(program: str, cache, parts: int) -> None:
-    """Every device holds its stretch of the entries, and what travels is the scores of the best of each, never a stretch."""
+    """Every device holds its slice of the entries; scores of the best of each travel, never a
+    slice.
+    """
     slots = cache.layers["layers_0_0"]["block_0"].entry.slots
     assert {shard.data.shape[2] for shard in slots.addressable_shards} == {SLOTS // parts}
     found = re.findall(
@@ -128,7 +132,7 @@ def check_traffic(program: str, cache, parts: int) -> None:
         "where are the scores of all?"
     )
     for shape, kind in sizes:
-        # What index heads on other devices score of a stretch is added, a number a key: no rows.
+        # The index heads of other devices add their scores of a slice, a number a key: no rows.
         assert SLOTS not in shape and (
             SLOTS // parts not in shape or (kind == "all-reduce" and np.prod(shape) <= 2 * SLOTS)
         ), (shape, kind)
@@ -137,7 +141,7 @@ def check_traffic(program: str, cache, parts: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("speculative", [False, True])
 def test_generate_on_a_cut_cache(model, speculative):
-    """Of one row there is nothing to cut but its cache."""
+    """One row leaves only its cache to cut."""
     params, tokens, _ = model
     prompt = tokens[0, :130].tolist()
 

@@ -1,4 +1,4 @@
-"""The estimate of a layout: exact where it can be, near the compiled program elsewhere, and consistent with itself."""
+"""The estimate of a layout: exact where it can be, else near the compiled program; consistent."""
 
 import collections
 import dataclasses
@@ -65,7 +65,9 @@ def test_weights_and_optimizer_are_exact(mesh, layout):
     ],
 )
 def test_estimated_muon_is_the_program(mesh, layout):
-    """Whole matrices a device works on and what it sends for them, beside a trace of the program."""
+    """The whole matrices that a device works on, and what it sends for them, beside a traced
+    program.
+    """
     sizes = parse_mesh(mesh)
     rules, mesh = layout_for(layout, sizes), make_mesh(sizes)
     weights = [weight for weight in weights_of(CFG.model) if weight.optimizer == "muon"]
@@ -115,9 +117,10 @@ def moves(jaxpr):
 
 def test_full_models_have_their_parameters_and_flops():
     found = estimate(full(flash, "fsdp=8,expert=16"), V5P)
-    # 291B weights with MTP, float32, each once; half a matrix more than momentum for AdamW's two moments of embedding and head.
+    # 291B weights with MTP, float32, each once; half a matrix more than momentum for AdamW's two
+    # moments of embedding and head.
     assert found.memory["weights"] * 128 == pytest.approx(4 * 291e9, rel=0.01)
-    # Rematerialised, so 4/3 of the model's FLOPs at least.
+    # Rematerialised, so at least 4/3 of the model's FLOPs.
     executed = 128 * sum(flops for part, (flops, *_) in found.parts.items() if part != "optimizer")
     counted = found.mfu * found.step_seconds * V5P.bf16_flops * 128
     assert 1.3 < executed / counted < 2
@@ -146,7 +149,8 @@ def test_decoding_reads_caches_and_weights():
     found, released = estimate(cfg, V5P, "decode"), estimate(cfg, V5P, "decode", released=True)
     assert found.bound == "memory traffic" and found.memory["gradients"] == 0
     assert released.memory["weights"] < 0.5 * found.memory["weights"]
-    # v4jax cost configs/flash.py: one row's caches; rings are longer by the rows that may be taken back.
+    # v4jax cost configs/flash.py: one row's caches. Rings are longer by the rows that may be taken
+    # back.
     assert released.memory["caches"] == pytest.approx(3.69e9, rel=0.01)
     # 512 + 128 numbers in bf16 instead of 583 + 68 bytes.
     assert found.memory["caches"] == pytest.approx(released.memory["caches"] * 1280 / 651, rel=0.01)
@@ -156,7 +160,8 @@ def test_time_of_an_exchange():
     sizes = parse_mesh("fsdp=4,expert=8,tensor=2")
     h100 = dataclasses.replace(hardware_of("h100"), network=1.0, latency=0.0)
     seconds = functools.partial(exchange_time, device=h100, sizes=sizes)
-    # tensor pairs and groups of 4 experts lie within a node of 8; fsdp groups have one device a node.
+    # Tensor pairs and groups of 4 experts lie within a node of 8; fsdp groups have one device a
+    # node.
     assert seconds(1e9, 1, ("tensor",), "all-reduce") == pytest.approx(1e9 / 450e9)
     assert seconds(3e9, 1, ("fsdp",), "all-gather") == pytest.approx(3e9 / 50e9)
     # 8 experts on two nodes: of 7/8 of the rows sent, 4/8 go to the other node and 3/8 stay.
@@ -216,7 +221,10 @@ def test_an_estimated_look_warns():
 
 
 def test_operands_in_fp8_are_made_first():
-    """One layer's, counted by hand: what enters and leaves its products, a byte each for either pass, and its matrices."""
+    """One layer's bytes, counted by hand.
+
+    They are what enters and leaves its products, a byte each for either pass, and its matrices.
+    """
     tiny = CFG.model.replace(
         num_hidden_layers=1, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(0,)
     )

@@ -1,4 +1,7 @@
-"""The model is the report's equations: against the plain NumPy restatement, and packed rows against documents alone."""
+"""The model is the report's equations, and packed rows are their documents alone.
+
+The judge is the plain NumPy restatement.
+"""
 
 import collections
 import functools
@@ -60,7 +63,7 @@ def test_logits_are_those_of_the_equations(model, seq):
     tokens = tokens_of(cfg, (2, seq))
     expected = transformer.forward(cfg, weights, tokens)
     got = v4jax.forward(cfg, params, jnp.asarray(tokens))
-    # Issue 2 asks for 2e-4; float32 against float64 at logits of order 1 leaves about 1e-5.
+    # Issue 2 asks for 2e-4. float32 against float64 at logits of order 1 leaves about 1e-5.
     np.testing.assert_allclose(got.logits, expected.logits, atol=5e-5)
     np.testing.assert_allclose(got.mtp_logits[:, :-1], expected.mtp_logits[:, :-1], atol=5e-5)
     loads = [np.asarray(load) for load in in_order(cfg, got.aux)]
@@ -86,7 +89,10 @@ def loss_and_gradient(cfg, params, batch):
 
 
 def test_packed_documents_equal_documents_alone():
-    """Logits, loss, loads and all gradients; documents shorter than a CSA window, unaligned, and longer than an HCA window."""
+    """Logits, loss, loads and all gradients agree.
+
+    Documents are shorter than a CSA window, unaligned, and longer than an HCA window.
+    """
     cfg = small_config(compress_ratios=(0, 4, 128, 0), num_hidden_layers=3, num_hash_layers=1)
     weights = random_weights(cfg, 1)
     params = jax.tree.map(jnp.asarray, from_official(cfg, weights))
@@ -94,7 +100,8 @@ def test_packed_documents_equal_documents_alone():
     row = tokens_of(cfg, (1, 180), 2)
     segments = np.repeat([1, 2, 3, 4, 0], [*lengths, 180 - sum(lengths)])[None].astype(np.int32)
     starts = np.cumsum([0, *lengths])[:-1]
-    # One row per document, padded on the right, is a document alone: nothing that follows can reach it.
+    # A document alone is a row padded on the right: nothing after it can reach it. Rows of padding
+    # make the packed batch as large, so that both are one program.
     alone = np.zeros((4, 180), np.int64)
     alone_segments = np.zeros((4, 180), np.int32)
     for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
@@ -131,7 +138,8 @@ def test_packed_documents_equal_documents_alone():
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(other_grads), strict=True
     ):
-        # Sums run in another order: relative to the tensor's norm; 1e-7 absolute for gradients that are zero but for rounding.
+        # Sums run in another order: relative to the tensor's norm, and 1e-7 absolute for gradients
+        # that are zero but for rounding.
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 1e-7, jax.tree_util.keystr(path)
 
 
@@ -162,8 +170,10 @@ def loss_in_form(name):
     "form", ["chunked", pytest.param("gathered", marks=pytest.mark.slow), "in blocks"]
 )
 def test_chunks_and_gathered_entries_change_nothing(form):
-    """Queries in small chunks, CSA by gathering instead of masking, index scores of only the slots a chunk sees: same loss, same
-    gradients."""
+    """The same loss and gradients with queries in small chunks, CSA by gathering, not masking.
+
+    Index scores are those of the entries that a chunk sees.
+    """
     (value, grads), (other_value, other_grads) = map(loss_in_form, ("whole", form))
     assert float(other_value) == pytest.approx(float(value), rel=1e-6)
     for (path, a), b in zip(
@@ -174,7 +184,10 @@ def test_chunks_and_gathered_entries_change_nothing(form):
 
 @pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradients_of_mtp_are_whole_before_the_layers_go_on(monkeypatch, remat):
-    """A barrier that holds all of them and what flows back into the layers; nothing else differs from the module's own gradient."""
+    """A barrier waits for all of MTP's gradients and for what flows back into the layers.
+
+    Nothing else differs from the module's own gradient.
+    """
     cfg = small_config(compress_ratios=(4, 4, 0), num_hidden_layers=2, num_hash_layers=0)
     params = jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 2)))
     batch = {"tokens": jnp.asarray(tokens_of(cfg, (2, 20), 3))}
@@ -201,13 +214,13 @@ def test_gradients_of_mtp_are_whole_before_the_layers_go_on(monkeypatch, remat):
         jax.tree.leaves(jax.jit(lambda p: grad(p))(params)),
         strict=True,
     ):
-        # What is fused with what differs: rounding, relative to the tensor's norm.
+        # Fusions differ, so rounding does: relative to the tensor's norm.
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-7, jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_index_scores_head_by_head_are_those_of_all_heads(batch):
-    """Values and gradients; the sum over heads runs in another order."""
+    """Values and gradients agree; the sum over heads runs in another order."""
     rng = np.random.default_rng(batch)
     shapes = (batch, 9, 5, 8), (batch, 9, 5), (batch, 20, 8)
     args = [jnp.asarray(rng.normal(size=shape).astype(np.float32)) for shape in shapes]
@@ -234,7 +247,10 @@ def test_the_smaller_index_wins_a_tie():
     [(7, 7, 9), (33, 5, 3), (100, 1, 9), (500, 3, 2), (1000, 128, 20), (4100, 16, 300)],
 )
 def test_the_best_of_groups_are_those_of_top_k(slots, k, kinds):
-    """Ties and rows with fewer visible slots than k included; slots that are no multiple of a group or a word; gradients too."""
+    """Also with ties and with rows that see fewer than k entries; gradients too.
+
+    The number of entries is no multiple of a group or a word.
+    """
     from v4jax.model.indexer import best_of
 
     rng = np.random.default_rng(slots)

@@ -1,4 +1,7 @@
-"""The examples run: the loop and the notebook on the 8 simulated devices of the tests. See also tests/test_own_layout.py."""
+"""The examples run: the loop and the notebook, on the tests' 8 simulated devices.
+
+See also tests/test_own_layout.py.
+"""
 
 import contextlib
 import io
@@ -47,7 +50,7 @@ def test_the_notebook_shows_the_loss_of_one_device(notebook):
 
 
 def test_the_notebook_draws_every_shard(notebook):
-    """Embedding and queries in four parts, experts in four on the axes drawn, the gate in two."""
+    """Embedding and queries lie in four parts, experts in four on these axes, the gate in two."""
     _, _, pictures = notebook
     assert [len(panel.patches) for panel in pictures[0].axes] == [4, 4, 4, 2]
 

@@ -1,4 +1,4 @@
-"""Experts by exchange of routed tokens: the same numbers as on one device, however uneven the load."""
+"""Experts that exchange routed tokens give the numbers of one device, however uneven the load."""
 
 import functools
 import re
@@ -103,7 +103,7 @@ def test_matrices_travel_in_the_compute_dtype_and_their_gradients_in_float32(lay
 
 
 def test_other_weights_are_held_where_they_lie_before_they_are_gathered():
-    """So that XLA casts the pieces, not the whole."""
+    """XLA then casts the pieces, not the whole."""
     sizes = parse_mesh("fsdp=2,expert=2")
     rules, names = layout_for("pod", sizes), ("embed", "q_lora")
     with jax.set_mesh(make_mesh(sizes)):
@@ -121,7 +121,10 @@ def test_other_weights_are_held_where_they_lie_before_they_are_gathered():
 
 
 def test_every_row_lands_once_and_comes_home():
-    """Rounds of 4 rows on 4 devices with uneven queues: each row lands on its expert's device, in one round, and returns."""
+    """Each row reaches its expert's device, in one round, and returns.
+
+    Rounds of 4 rows run on 4 devices with uneven queues.
+    """
     sizes = parse_mesh("expert=4")
     holders, tokens, rows = ("expert",), 5, 4
     index = (
@@ -130,7 +133,7 @@ def test_every_row_lands_once_and_comes_home():
 
     def local(index_sTK, turn):
         path = route(index_sTK[0], E, holders)
-        names = (jax.lax.axis_index(holders) * 100 + path.assignment_N + 1).astype(jnp.float32)[
+        names = (jax.lax.axis_index(holders) * 100 + path.assignment_A + 1).astype(jnp.float32)[
             :, None
         ]
         moves = window(path, turn, rows)

@@ -1,5 +1,8 @@
-"""Claims about quant="official": the numbers of the storage formats bit for bit, gradients straight through, the whole forward
-pass as the plain restatement rounds it."""
+"""Claims about quant="official".
+
+The numbers are those of the storage formats bit for bit, gradients go straight through, and the
+whole forward pass rounds as the plain restatement does.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,7 @@ from v4jax.train.loss import loss_and_routing
 
 
 def random(shape, seed=0):
-    """Rows of very different sizes, one of nothing, and one of numbers halfway between codes."""
+    """Rows of very different sizes, one of zeros, and one of numbers halfway between codes."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=shape).astype(np.float32) * np.exp2(
         rng.integers(-30, 30, (shape[0], 1))
@@ -71,7 +74,7 @@ def test_mxfp4_survives_the_way_to_fp8():
 
 
 def test_rounding_twice_is_rounding_once():
-    """So a model read from an official file, whose weights are rounded already, stays what it is."""
+    """A model read from an official file, whose weights are already rounded, stays what it is."""
     x = jnp.asarray(random((160, 288)))
     for rounded in (fake.fp8_weight, fake.mxfp4_weight, fake.fp8_input):
         np.testing.assert_array_equal(rounded(rounded(x)), rounded(x))
@@ -91,7 +94,7 @@ def test_hadamard_keeps_products():
 
 
 def test_gradients_pass_straight_through():
-    """d f(round(x)) / dx is f'(round(x)): the rounding counts as the identity, in the input and in the weight."""
+    """d f(round(x)) / dx is f'(round(x)): rounding counts as the identity, in input and weight."""
     rng = np.random.default_rng(1)
     x, w, ct = (
         jnp.asarray(rng.normal(size=shape).astype(np.float32))
@@ -118,14 +121,17 @@ SIZES = dict(
     index_head_dim=32,
     num_hash_layers=0,
 )
-"""Every block size is exceeded by every axis it cuts, with a rest."""
+"""Every axis exceeds the block size that cuts it, with a rest."""
 
 
 @pytest.mark.parametrize("ratio", [0, 4, 128])
 def test_the_forward_pass_is_that_of_the_served_model(ratio):
-    """One layer of each kind and MTP. Where float32 and float64 fall on two sides of a middle, one number of hundreds moves by a
-    step (1% of a logit), so nearly all positions are compared closely and the rest loosely. Without any rounding all
-    positions differ by 5% or more."""
+    """The model has one layer of each kind and MTP.
+
+    Where float32 and float64 fall on two sides of a middle, one number of hundreds moves by a step
+    (1% of a logit). So nearly all positions are compared closely and the rest loosely. Without any
+    rounding all positions differ by 5% or more.
+    """
     cfg = small_config(**SIZES, num_hidden_layers=1, compress_ratios=(ratio, 0))
     weights = random_weights(cfg, 0)
     params = jax.tree.map(jnp.asarray, from_official(cfg, weights))
@@ -163,7 +169,7 @@ def test_sizes_that_do_not_fit_are_refused():
 
 @pytest.mark.slow
 def test_blocks_are_the_same_on_a_mesh():
-    """Matrices and hidden activations that are cut over devices are rounded as whole ones; forward and gradients."""
+    """Cut matrices and cut hidden activations round as whole ones, forward and backward."""
     cfg = small_config(
         vocab_size=96,
         hidden_size=64,

@@ -86,7 +86,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path):
 
 
 def test_each_real_file_is_read_once_under_the_name_that_tells_most(tmp_path):
-    """As in the cache of the Hub, where a snapshot's names are links to blobs."""
+    """The Hub's cache is like this: a snapshot's names are links to blobs."""
     for i in range(3):
         blob = tmp_path / "blobs" / f"{i}{i}"
         blob.parent.mkdir(exist_ok=True)
@@ -158,7 +158,7 @@ def test_each_source_has_a_line_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_records_without_text_are_counted_in_every_run(tmp_path, cached):
-    """Also in one that finds the tokens made, in this process or in a cache."""
+    """Also in a process that finds the tokens already made, in this process or in a cache."""
     (tmp_path / "x.jsonl").write_bytes(lines("a", "", "b", ""))
     one = source(tmp_path / "x.jsonl")
     cfg = DataConfig(mixture=(one,), cache=str(tmp_path / "cache") if cached else "")

@@ -1,4 +1,7 @@
-"""Generation: sampling, stops and streaming; greedy as transformers does it; bad input is in test_run.py."""
+"""Generation: sampling, stops, streaming; greedy text is transformers' own.
+
+Bad input is in test_run.py.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +12,9 @@ from trees import small_config
 
 import v4jax
 from v4jax.checkpoint.names import from_official
-from v4jax.generate.decode import DecodeConfig, generate
+from v4jax.generate.decode import generate
 from v4jax.generate.sampling import Sampling, shaped_logits
+from v4jax.generate.steps import DecodeConfig
 from v4jax.generate.text import TextStop
 from v4jax.tokenizer import ByteTokenizer
 
@@ -36,7 +40,7 @@ def never(*_):
 
 
 def test_greedy_is_the_argmax_and_log_probs_are_the_forwards(model):
-    """Two prompts of different lengths, together, past a window of every kind."""
+    """Two prompts of different lengths run together, past a window of every kind."""
     cfg, params = model
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, cfg.vocab_size, n).tolist() for n in (125, 3)]
@@ -107,7 +111,7 @@ def test_what_a_sequence_samples_depends_on_its_seed_alone(model):
 
 @pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.2])
 def test_speculation_changes_no_token(model, temperature):
-    """Across windows of both ratios, rows of different lengths; drafts of both fates."""
+    """Rows of different lengths cross windows of both ratios; drafts are kept and rejected."""
     cfg, params = model
     prompts = [
         np.random.default_rng(7).integers(0, cfg.vocab_size, n).tolist() for n in (118, 1, 9)
@@ -122,14 +126,14 @@ def test_speculation_changes_no_token(model, temperature):
 
 
 def cut(tokens, ends):
-    """Up to the first of the ends, that one included."""
+    """The row up to the first of the ends, which is included."""
     return tokens[: next((n for n, token in enumerate(tokens, 1) if token in ends), len(tokens))]
 
 
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("speculative", [False, True])
 def test_a_row_ends_at_the_first_of_all_end_tokens(model, speculative, order):
-    """Neither their order nor repetition matters. The programs are those of the test above."""
+    """Neither order nor repetition matters. The programs are those of the test above."""
     cfg, params = model
     prompts = [
         np.random.default_rng(7).integers(0, cfg.vocab_size, n).tolist() for n in (118, 1, 9)
@@ -149,7 +153,7 @@ def test_a_row_ends_at_the_first_of_all_end_tokens(model, speculative, order):
 
 @pytest.mark.slow
 def test_accepted_drafts_are_taken(model):
-    """A head of few columns makes MTP agree often: what stays must be as good as what is taken back."""
+    """A head of few columns makes MTP agree often: kept drafts must be as good as rejected ones."""
     cfg, params = model
     params = params | {
         "head": {
@@ -187,7 +191,7 @@ def test_filters_keep_what_they_say():
     assert kept(top_p=0.69) == [0, 1] and kept(top_p=0.71) == [0, 1, 2] and kept(top_p=0.1) == [0]
     assert kept(min_p=0.4) == [0, 1, 2] and kept(min_p=1.0) == [0]
     assert kept(top_k=4, min_p=0.4) == [0, 1, 2]
-    # After top-k 2 the probabilities are 4/7 and 3/7: 0.5 is reached by the first alone.
+    # After top-k 2 the probabilities are 4/7 and 3/7: the first alone reaches 0.5.
     assert kept(top_k=2, top_p=0.5) == [0]
 
 

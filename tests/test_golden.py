@@ -24,7 +24,7 @@ def test_logits_and_every_gradient(name):
     cfg = small_config(**make.PATTERNS[name])
     golden = np.load(FOLDER / f"{name}.npz")
     weights = random_weights(cfg, 0)
-    # transformers has no MTP, and what is not there takes no time.
+    # transformers has no MTP, and what is absent takes no time.
     cfg = cfg.replace(num_nextn_predict_layers=0, compress_ratios=cfg.compress_ratios[:-1])
     weights = {key: value for key, value in weights.items() if not key.startswith("mtp.")}
     params = jax.tree.map(jnp.asarray, from_official(cfg, weights))

@@ -1,4 +1,7 @@
-"""Compiled for GPUs that are not there (extra `gpu`): experts' tokens travel by a ragged all-to-all, and only as needed."""
+"""Programs compiled for GPUs that are not there (extra `gpu`).
+
+Experts' tokens travel by a ragged all-to-all, and only as needed.
+"""
 
 import dataclasses
 import importlib.util
@@ -49,7 +52,10 @@ def test_a_step_compiles_for_two_hosts_of_h100():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_kernels_compile(dtype):
-    """In widths of which some are no multiple of a whole tile. Their numbers: test_parts.py, and benchmarks/gpu.py on a GPU."""
+    """The kernels compile at widths of which some are no multiple of a whole tile.
+
+    Their numbers: test_parts.py, and benchmarks/gpu.py on a GPU.
+    """
     mesh = topology_mesh("h100:1", {"data": 1})
 
     def array(dtype, *shape):

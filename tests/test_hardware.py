@@ -1,4 +1,4 @@
-"""Hardware profiles: one data file, a source for every figure, one line for what it does not know."""
+"""Hardware profiles: one data file, a source for every figure, one line for what is unknown."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""--help: every flag of every command has a text of its own, and every choice stands in it."""
+"""--help: every flag of every command has a text of its own, which names every choice."""
 
 import argparse
 import dataclasses
@@ -10,9 +10,9 @@ import tyro
 from trees import small_config
 
 from sharding.rules import LAYOUTS
-from v4jax.arguments import COMMANDS, parser
 from v4jax.chat.encoding import MODES
 from v4jax.checkpoint.formats import FORMATS as EXPORTS
+from v4jax.cli.commands import COMMANDS, parser
 from v4jax.data.config import FORMATS, Source
 from v4jax.train.config import TrainConfig
 from v4jax.train.stages import Stage
@@ -31,7 +31,7 @@ ALLOWED = {
     "data.chat.too_long": ("error", "drop", "cut"),
     "data.chat.release": ("v4", "0731"),
 }
-"""Fields of a TrainConfig that take one of a few strings, and these."""
+"""Fields of a TrainConfig that take one of a few strings, and those strings."""
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:

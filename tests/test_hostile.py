@@ -1,4 +1,7 @@
-"""Claim: 2,100 ways to break a checkpoint each end in a ValueError that names it, in load, convert and compare: no crash, no hang, no silence."""
+"""2,100 ways to break a checkpoint each end in a ValueError that names it.
+
+The claim holds for load, convert and compare: no crash, no hang, no silence.
+"""
 
 import contextlib
 import functools
@@ -28,12 +31,15 @@ CFG = small_config(
 )
 MUTATIONS, PARTS = 2100, 10
 SECONDS = 20
-"""After which a mutation counts as a hang; the usual one takes 10 ms."""
+"""Seconds after which a mutation counts as a hang; the usual one takes 10 ms."""
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Sound checkpoints: an instruct release in pieces with an index, a -Base release and float32 in one file."""
+    """Sound checkpoints.
+
+    They are an instruct release in pieces with an index, a -Base release, and float32 in one file.
+    """
     root = tmp_path_factory.mktemp("sound")
     for name, dtype, size in (
         ("pieces", "official", 60_000),
@@ -54,7 +60,7 @@ def weights(rng, folder):
 
 
 def replace(path: pathlib.Path, data: bytes | str):
-    """The folder's files are links to the sound ones, so a file is never written in place."""
+    """Replaces a file; files are links to the sound ones, so none is written in place."""
     path.unlink(missing_ok=True)
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
 
@@ -71,7 +77,10 @@ def put(path, head: bytes | dict, data: bytes):
 
 
 def edit(change):
-    """A mutation that changes the entry of one tensor, `change(rng, entry, header, name, size of the data)`."""
+    """A mutation that changes the entry of one tensor.
+
+    It calls `change(rng, entry, header, name, size of the data)`.
+    """
 
     def mutate(rng, folder):
         path = weights(rng, folder)
@@ -133,7 +142,7 @@ def index(change):
 
 
 def on(name, action):
-    """A mutation of a whole file; of any weights for name None."""
+    """A mutation of a whole file; of any weights if name is None."""
 
     def mutate(rng, folder):
         path = weights(rng, folder) if name is None else folder / name
@@ -144,7 +153,7 @@ def on(name, action):
 
 
 def outside(rng, path):
-    """A link to a sound file of the same name, elsewhere."""
+    """Links to a sound file of the same name elsewhere."""
     real = path.parent.parent / "elsewhere" / path.name
     real.parent.mkdir(exist_ok=True)
     real.write_bytes((path.parent.parent / "copy" / path.name).read_bytes())
@@ -314,7 +323,7 @@ def in_two_files(rng, folder):
 
 
 class Harmful:
-    """What a pickle may do when it is opened."""
+    """Stands for what a pickle may do when it is opened."""
 
     def __reduce__(self):
         return pathlib.Path.touch, (pathlib.Path("/tmp/v4jax-pickle-was-opened"),)
@@ -515,9 +524,12 @@ SEEN_WHEN_READ = {
     "expert 3",
     "expert -1",
 }
-"""Headers are sound, so a store is begun before the harm is met, which takes a second: once each will do."""
+"""Mutations with sound headers: a store begins before the harm is met, which takes a second.
+
+So each runs once.
+"""
 ONLY_CONVERT_SEES = {"tokenizer outside"}
-"""It copies the tokenizer."""
+"""`convert` copies the tokenizer."""
 
 
 # ---- the claim -----------------------------------------------------------------------------------
@@ -538,7 +550,10 @@ def in_time(what):
 
 
 def mutated(sources, root, seed):
-    """(name of the mutation and its seed, the broken folder): links to the sound files, of which some are then replaced."""
+    """(name of the mutation and its seed, the broken folder).
+
+    The folder links to the sound files; some links are replaced.
+    """
     rng = np.random.default_rng(seed)
     kind = list(ANY)[seed % len(ANY)]
     source = sources / ("pieces", "base", "plain")[seed // len(ANY) % 3]

@@ -1,4 +1,4 @@
-"""Claims about going on with the same data: what is noted, what is refused, what is allowed."""
+"""Claims about resuming with the same data: what is noted, what is refused, what is allowed."""
 
 import dataclasses
 import gzip
@@ -174,7 +174,7 @@ def test_a_text_edited_at_equal_size_and_time_is_a_difference(
 
 
 def test_an_edit_between_the_samples_is_a_difference_too(folder, records):
-    """Samples are what is cheap before anything is read; whatever is read anyway goes in whole."""
+    """Samples are cheap checks before anything is read; what is read anyway is checked whole."""
     (folder / "big.txt").write_text("x" * 300_000 + "cat" + "y" * 700_000)
     lines = [json.dumps({"text": "x" * 300_000 + "cat"}), json.dumps({"text": "y" * 700_000})]
     (records / "c.jsonl").write_text("\n".join(lines))
@@ -252,7 +252,7 @@ def test_tokens_in_memory_of_a_file_edited_at_equal_size_and_time_are_made_again
 def test_two_jobs_that_find_a_cache_outdated_keep_the_new_one(
     records, tmp_path, capsys, monkeypatch
 ):
-    """The slower one puts nothing aside, whether the new cache is there already or not yet."""
+    """The slower process puts nothing aside, whether the new cache is there already or not yet."""
     cfg = DataConfig(source=str(records), format="jsonl", cache=str(tmp_path / "cache"))
     open_store(cfg, cfg.sources[0], BYTES)
     edit(records / "a.jsonl", b"cat", b"dog")
@@ -278,12 +278,15 @@ def test_two_jobs_that_find_a_cache_outdated_keep_the_new_one(
     real(tmp_path / "cache" / "gone", store._Fault("damaged", "x"), Listings()[cfg.sources[0]])
 
 
-# ---- one look for a run --------------------------------------------------------------------------
+# ---- one reading for a run -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["text", "jsonl", "cache"])
 def test_a_run_looks_up_samples_and_reads_its_files_once(records, tmp_path, monkeypatch, form):
-    """Whatever opens them: settings, the cache, each stage's batches, evaluation, the lines said."""
+    """Each file is hashed once, whatever opens it.
+
+    Settings, the cache, each stage's batches, evaluation and the printed lines do.
+    """
     calls = []
     for module, name in (
         (listing, "find_files"),
@@ -354,7 +357,7 @@ def test_an_older_mixture_goes_on_where_its_pieces_are_the_same(tmp_path):
 
 
 def test_an_older_mixture_whose_pieces_are_cut_otherwise_now_hears_why_and_how_to_go_on(tmp_path):
-    """Each text is a row and a token long: that token was a piece of its own."""
+    """Each text is a row and a token long; the last token was a piece of its own."""
     cfg, state = older_mixture(tmp_path, "x" * (SIZES["seq_len"] + 1 - 3))
     ours = train_batches(cfg, CHAT, **SIZES).get_state()["settings"]
     pieces, _ = open_pieces(cfg, cfg.sources[0], CHAT, SIZES["seq_len"], "train")

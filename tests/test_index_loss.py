@@ -1,4 +1,7 @@
-"""The indexer's loss is the equation (against the plain restatement), teaches the indexer alone, and is the same on any mesh."""
+"""The indexer's loss is the equation, teaches the indexer alone, and is the same on any mesh.
+
+The judge is the plain restatement.
+"""
 
 import functools
 
@@ -52,7 +55,7 @@ def run(cfg, params, batch, sparse):
 
 
 def expected_loss(tokens_BS, segments_BS, dense):
-    """Mean over queries of the one CSA layer, each document alone."""
+    """The reference's mean over queries of the one CSA layer, each document alone."""
     weights = {name: np.asarray(w, np.float64) for name, w in WEIGHTS.items()}
     found = []
     for tokens_S, segments_S in zip(tokens_BS, segments_BS, strict=True):
@@ -73,7 +76,7 @@ def expected_loss(tokens_BS, segments_BS, dense):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("form", ["dense", "sparse", "gathered"])
 def test_the_loss_is_the_equation(form, packed, monkeypatch):
-    """In small chunks, so that the last one is filled up with rows that must not count."""
+    """Chunks are small, so that the last one is filled up with rows that must not count."""
     monkeypatch.setattr(attention, "CHUNK_BYTES", 2**13)
     monkeypatch.setattr(attention, "GATHER_FROM", 1 if form == "gathered" else 10**9)
     metrics_of.clear_cache()
@@ -89,7 +92,7 @@ def test_the_loss_is_the_equation(form, packed, monkeypatch):
 
 
 def test_where_everything_is_chosen_both_losses_agree():
-    """Rows of 4 * topk tokens have topk entries: all are chosen."""
+    """Rows of 4 * topk tokens have topk entries, so all are chosen."""
     batch = {"tokens": jnp.asarray(TOKENS[:, :16])}
     run.clear_cache()
     dense, sparse = (
@@ -141,7 +144,10 @@ def test_no_array_is_quadratic_in_the_length(monkeypatch):
 )
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh, layout, dense):
-    """Heads are added up across devices before the mass is normalised; the mean is over the queries of all."""
+    """Heads are added across devices before the mass is normalised.
+
+    The mean is over the queries of all devices.
+    """
     params = jax.tree.map(jnp.asarray, from_official(MODEL, random_weights(MODEL, 0)))
     batch = jax.tree.map(jnp.asarray, batch_of())
 

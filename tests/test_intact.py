@@ -1,4 +1,4 @@
-"""Nothing is ever lost: damaged checkpoints are noticed, SIGTERM saves, a full disk and another model are errors in words."""
+"""Nothing is lost: damage is noticed, SIGTERM saves, a full disk or another model is an error."""
 
 import dataclasses
 import json
@@ -16,9 +16,9 @@ from commands import programs_compiled_here
 from trees import random_params, small_config
 
 import v4jax
-from v4jax import cli
 from v4jax.checkpoint.checksums import damage, write_sums
 from v4jax.checkpoint.store import Store
+from v4jax.cli import main as cli
 from v4jax.data.config import DataConfig
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
@@ -164,7 +164,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(
 def test_a_checkpoint_that_nothing_proves_is_used_only_where_there_is_no_other(
     whole, tmp_path, caplog
 ):
-    """As when the process was killed between Orbax's last rename and the checksums."""
+    """The process was killed between Orbax's last rename and the checksums."""
     cfg = copy_of(whole, tmp_path)
     checkpoints = pathlib.Path(cfg.run_dir) / "checkpoints"
     (checkpoints / "6" / "checksums.json").unlink()
@@ -247,7 +247,10 @@ train(config({text!r}, {run!r}, keep=9))
 
 
 def test_a_full_disk_is_an_error_and_the_checkpoints_before_it_stay(whole, text_folder, tmp_path):
-    """In a process of its own: Orbax leaves threads and tasks of a failed save behind, whose complaints would meet other tests."""
+    """Saves in a process of its own, since Orbax leaves threads and tasks of a failed save behind.
+
+    Their complaints would meet other tests.
+    """
     cfg = dataclasses.replace(whole, run_dir=str(tmp_path / "run"))
     script = tmp_path / "full_disk.py"
     script.write_text(FULL_DISK.format(text=str(text_folder), run=cfg.run_dir))
@@ -269,7 +272,10 @@ def test_a_full_disk_is_an_error_and_the_checkpoints_before_it_stay(whole, text_
 
 
 def test_what_stands_beside_the_weights_goes_along(text_folder, tmp_path):
-    """From a release through training to its export: config.json, but for the precision, and generation_config.json."""
+    """A release is trained and exported with its config.json, but for the precision.
+
+    So is generation_config.json.
+    """
     source = tmp_path / "source"
     v4jax.save_safetensors(MODEL, random_params(MODEL), source, dtype="official")
     raw = json.loads((source / "config.json").read_text()) | {
@@ -326,7 +332,8 @@ def test_a_run_may_start_from_any_checkpoint(whole, text_folder, tmp_path):
 CONFIG = """
 from test_intact import config
 def get_config():
-    return config({text!r}, {run!r}, steps=100000, checkpoint_every=50000, eval_batches=0, log_every=1, mesh={mesh!r})
+    plan = dict(steps=100000, checkpoint_every=50000, eval_batches=0, log_every=1)
+    return config({text!r}, {run!r}, **plan, mesh={mesh!r})
 """
 
 

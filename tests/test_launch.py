@@ -1,4 +1,4 @@
-"""The launcher, and what starts a job."""
+"""The launcher, and how a job starts."""
 
 import re
 import signal
@@ -10,7 +10,7 @@ import pytest
 from commands import MINUTE, environment, launched, python, run
 
 from sharding import processes
-from v4jax import cli
+from v4jax.cli import main as cli
 from v4jax.launch import _free_port, launch
 
 # ---- the launcher, with commands that know nothing of JAX ----------------------------------------

@@ -1,4 +1,4 @@
-"""`v4jax layout`: full-size models lower on hundreds of devices that do not exist, with every large weight cut."""
+"""`v4jax layout`: full-size models lower on hundreds of absent devices, with large weights cut."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from test_mesh import CFG
 
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import layout_for
-from v4jax import cli
+from v4jax.cli import main as cli
 from v4jax.generate.cache import cache_shardings, decoding_rules, empty_cache
 from v4jax.planner import report_layout
 from v4jax.planner.estimate import estimate
@@ -39,7 +39,8 @@ def test_full_models_lower_on_512_devices(name, parameters):
     mesh = "slice=2,fsdp=4,context=2,expert=16,tensor=2"
     out = run(f"configs/{name}.py", "--mesh", mesh, "--layout", "pod", "--lower-only", "--json")
     report = json.loads(out)
-    # Weights and momentum, float32, held once in each of the two slices; tables, AdamW's second moment and norms are the rest.
+    # Weights and momentum, float32, are held once in each of the two slices; tables, AdamW's second
+    # moment and norms are the rest.
     assert 8 * parameters / 256 < report["state_bytes"] < 1.15 * 8 * parameters / 256
     dense = [row for row in report["largest"] if "/experts/" not in row[0]]
     assert all(size < 64e6 for _, _, size in dense), dense
@@ -50,7 +51,8 @@ def test_full_models_lower_on_512_devices(name, parameters):
 def test_a_small_step_reports_what_it_sends():
     report = report_layout(dataclasses.replace(CFG, mesh="fsdp=2,expert=4"))
     sent = {(axes, kind): size for axes, kind, _, size in report.collectives}
-    # Tokens to the devices that hold experts and back; weights gathered over fsdp, gradients scattered.
+    # Tokens travel to the devices that hold experts and back; weights are gathered over fsdp,
+    # gradients scattered.
     for key in (
         ("expert", "all-gather"),
         ("expert", "reduce-scatter"),
@@ -62,7 +64,7 @@ def test_a_small_step_reports_what_it_sends():
     assert report.temporary_bytes > 0 and report.compile_seconds > 0
     assert "P(" in report.largest[0][1] and report.largest[0][2] >= report.largest[-1][2]
     assert all(len(row) == 4 for row in report.rows())
-    # The estimate of the same layout, for simulated devices.
+    # This is the estimate of the same layout, for simulated devices.
     predicted = estimate(dataclasses.replace(CFG, mesh="fsdp=2,expert=4"), hardware_of("cpu"))
     assert predicted.memory["weights"] + predicted.memory["optimizer"] == pytest.approx(
         report.state_bytes, rel=1e-3
@@ -114,7 +116,7 @@ def test_a_step_of_decoding_sends_what_the_estimate_says(mesh, layout):
 
 @pytest.mark.slow
 def test_the_best_of_a_search_is_compiled():
-    """On simulated devices, of which the command makes as many as it searches on."""
+    """The command makes as many simulated devices as it searches on."""
     out = run(
         "configs/demo.py",
         "--search",

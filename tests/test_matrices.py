@@ -1,4 +1,7 @@
-"""Orthogonalising cut matrices: the result of one device, each matrix worked on once, every byte moved there and back."""
+"""Orthogonalising cut matrices gives the result of one device.
+
+Each matrix is worked on once, and every byte moves there and back.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +52,7 @@ def test_cut_matrices_are_orthogonalised_once(shape, spec, seen):
 
 
 def test_stacks_with_too_few_matrices_are_shared_out_together():
-    """Six arrays of one or two matrices, cut or whole: 8 matrices on 8 devices."""
+    """Six arrays of one or two matrices, cut or whole, are 8 matrices on 8 devices."""
     mesh = make_mesh(parse_mesh("fsdp=2,expert=2,tensor=2"))
     specs = [
         P(None, "fsdp", None),
@@ -119,7 +122,7 @@ def test_cut_matrices_move_by_all_to_all_only(mesh, shapes, specs, each):
 
 
 def test_small_stacks_of_one_shape_are_one(monkeypatch):
-    """Whole and cut arrays; those that are too large together are not joined."""
+    """Whole and cut arrays join, unless they are too large together."""
     monkeypatch.setattr("sharding.matrices.TOGETHER", 4 * 4 * 16 * 24)  # four matrices
     keys = jax.random.split(jax.random.key(0), 5)
     xs = [

@@ -1,4 +1,7 @@
-"""A step on 8 devices is the step on one: loss, gradients through the optimizer, router bias and loads."""
+"""A step on 8 devices is the step on one.
+
+Loss, gradients through the optimizer, router bias and loads agree.
+"""
 
 import dataclasses
 import functools
@@ -74,7 +77,8 @@ def run(model: ModelConfig, mesh: str, layout: str | AxisRules = "full"):
     device_mesh = make_mesh(sizes)
     with jax.set_mesh(device_mesh):
         places = state_shardings(cfg, rules, device_mesh)
-        # Weights of trained scale: AdamW's eps of 1e-20 would turn gradients that are rounding noise into full steps.
+        # Weights have trained scale: AdamW's eps of 1e-20 would turn gradients that are rounding
+        # noise into full steps.
         params = from_official(model, random_weights(model, 0))
         fresh = jax.jit(functools.partial(state_from, cfg), out_shardings=places)
         state: TrainState = fresh(params)
@@ -91,7 +95,10 @@ def run(model: ModelConfig, mesh: str, layout: str | AxisRules = "full"):
 
 
 def gradients(optimizer) -> dict:
-    """Path of a parameter -> its gradient of the first step: Muon's momentum is G then, AdamW's first moment 0.1 G."""
+    """Path of a parameter -> its gradient of the first step.
+
+    Muon's momentum is G then, AdamW's first moment 0.1 G.
+    """
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(optimizer):
         fields = {str(getattr(key, "name", "")) for key in path}
@@ -141,9 +148,11 @@ def check_step(model: ModelConfig, mesh: str, layout: str | AxisRules):
     weights, expected_weights = (flatten_dict(s.params) for s in (state, expected_state))
     skipped = 0
     for path, expected in expected_weights.items():
-        # In the first layer all streams are equal, so comb's gradient is 0 but for rounding, and AdamW, whose eps is 1e-20, makes
-        # a full step of it in a random direction: such entries of its parameters say nothing. Muon's are all compared; Newton-Schulz brings the
-        # gradient's small singular values, and their rounding, to the size of the large ones (1.2e-5 in mHC's fn on jax 0.12 with AVX-512).
+        # In the first layer all streams are equal, so comb's gradient is 0 but for rounding. AdamW,
+        # whose eps is 1e-20, makes a full step of it in a random direction, so such entries of its
+        # parameters say nothing. Muon's are all compared; Newton-Schulz brings the gradient's small
+        # singular values, and their rounding, to the size of the large ones (1.2e-5 in mHC's fn on
+        # jax 0.12 with AVX-512).
         said, relative = np.ones(expected.shape, bool), 2e-5
         if optimizer_of(path) == "adamw":
             said, relative = (
@@ -159,7 +168,10 @@ def check_step(model: ModelConfig, mesh: str, layout: str | AxisRules):
 
 
 def check_traffic(text: str, model: ModelConfig, mesh: str, layout: str | AxisRules):
-    """What must not travel does not: expert weights over axes that hold them, logits, router scores; tokens only as needed."""
+    """Expert weights do not travel over axes that hold them, nor logits or router scores.
+
+    Tokens travel only as needed.
+    """
     sizes = parse_mesh(mesh)
     rules, found = layout_for(layout, sizes), collectives(text, make_mesh(sizes))
     assert any(
@@ -193,7 +205,7 @@ def check_traffic(text: str, model: ModelConfig, mesh: str, layout: str | AxisRu
     ],
 )
 def test_the_full_layout_on_fewer_axes_is_the_small_layout(layout, axes):
-    """So the meshes above, run with one layout each, speak for `full` too."""
+    """The meshes above, run with one layout each, thus speak for `full` too."""
     small, full = LAYOUTS[layout], LAYOUTS["full"]
     for name, where in small.table:
         assert where == tuple(

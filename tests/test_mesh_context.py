@@ -1,4 +1,7 @@
-"""As test_mesh.py, where devices cut the sequence, and in a layout that no name has: two files, so that two workers share them."""
+"""A step equals that of one device where devices cut the sequence, and in an unnamed layout.
+
+It is a file beside test_mesh.py, so that two workers share the meshes.
+"""
 
 import pytest
 from test_mesh import MODEL, check_step

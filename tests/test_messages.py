@@ -1,4 +1,4 @@
-"""Claims about messages of data sets: each spelling has one meaning, none is lost or misread."""
+"""Claims about messages of data sets: each spelling has one meaning; none is lost or misread."""
 
 import dataclasses
 import json
@@ -333,7 +333,7 @@ def test_a_call_without_parameters_may_have_no_arguments():
     assert '"arguments"' not in encode_messages([ASK, calls({})])
     for arguments in ("", None, "{}"):
         assert tokens([ASK, calls(arguments)]) == wanted
-    # The encoder stays as released: what is no JSON text is one parameter.
+    # The encoder stays as released: text that is no JSON is one parameter.
     assert 'name="arguments"' in encode_messages([ASK, calls("")])
     assert tokens([ASK, answer("", tool_calls=[{"function": {"name": "look"}}])]) == wanted
 
@@ -463,7 +463,7 @@ def test_keys_beside_the_messages_that_change_the_text_are_refused(tmp_path, rec
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_other_keys_beside_the_messages_are_named_once_a_source(tmp_path, cached):
-    """Those that say nothing of the text, and those that say what a message says."""
+    """Keys that do not concern the text, and keys that repeat a message."""
     more = {"id": 7, "prompt": ASK["content"], "system": "", "tools": [TOOL], "metadata": {"a": 1}}
     cfg, source = chat_file(tmp_path / "x.jsonl", {"source": "web"}, more, {"id": None})
     if cached:

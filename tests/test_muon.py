@@ -1,4 +1,7 @@
-"""Muon is Algorithm 1, for every matrix the checkpoint stores as one; the rest is AdamW; the schedule is the report's."""
+"""Muon is Algorithm 1, for every matrix that the checkpoint stores as one; the rest is AdamW.
+
+The schedule is the report's.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +67,10 @@ def test_singular_values_become_one_and_updates_have_rms_018(shape):
 
 @pytest.mark.parametrize("shape", SHAPES.values())
 def test_a_step_moves_a_matrix_by_018_times_the_learning_rate(shape):
-    """Root mean square of the whole update, momentum and learning rate included; weight decay off, since it adds its own."""
+    """Root mean square of the whole update, with momentum and learning rate.
+
+    Weight decay is off, since it adds its own.
+    """
     path = PLACES["square"]
     params = unflatten_dict({path: jnp.zeros(shape)})
     tx = optimizer(lambda step: 0.01, weight_decay=0.0)

@@ -28,7 +28,7 @@ CONFIGS = {
     "window_only": small_config(num_hidden_layers=1, compress_ratios=(0, 0), num_hash_layers=1),
 }
 
-# The list of docs/equations.md#checkpoint-names, written out a second time.
+# This is the list of docs/equations.md#checkpoint-names, written out a second time.
 BLOCK = {
     *("attn_norm.weight", "ffn_norm.weight"),
     *(f"hc_{site}_{part}" for site in ("attn", "ffn") for part in ("fn", "base", "scale")),
@@ -200,7 +200,7 @@ def test_official_orientation():
 
 
 def test_every_matrix_is_transposed_and_nothing_else(cfg):
-    """Of two-dimensional tensors only the embedding, ape and the hash tables are stored as in files."""
+    """Only the embedding, ape and the hash tables are 2-D tensors stored as in files."""
     shapes = official_shapes(cfg)
     for name, slot in official_names(cfg).items():
         as_stored = name == "embed.weight" or name.endswith((".ape", ".tid2eid"))

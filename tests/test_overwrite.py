@@ -1,4 +1,4 @@
-"""Where an export is written: whole or not at all, and never over what is not an export."""
+"""An export is written whole or not at all, and never over what is not an export."""
 
 import pytest
 from exports import CFG, GATE, PARAMS, assert_same

@@ -1,4 +1,4 @@
-"""A layout of the user's own: made and checked like the named ones, and taken wherever a name is."""
+"""A user's own layout: made and checked like the named ones, and accepted wherever a name is."""
 
 import ast
 import dataclasses
@@ -16,7 +16,9 @@ import v4jax
 from sharding.axes import ARRAYS, LOGICAL_AXES
 from sharding.params import named_shardings
 from sharding.rules import LAYOUTS, AxisRules, layout, layout_for
-from v4jax import api, cli
+from v4jax import api
+from v4jax.cli import main as cli
+from v4jax.cli.train import sample
 from v4jax.data.config import DataConfig
 from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.planner.command import Request, examine, look_for
@@ -260,7 +262,7 @@ def test_a_bad_layout_of_a_file_is_one_line_of_every_command(file, capsys, comma
 
 @pytest.mark.parametrize("command", PLANS)
 def test_an_unknown_name_of_a_layout_is_one_line_before_anything_is_planned(capsys, command):
-    """The other commands look a name up with the checkpoint's mesh."""
+    """The other commands resolve a layout's name with the checkpoint's mesh."""
     demo = ROOT / "configs/demo.py"
     assert cli.main(command.format(demo=demo, text="ful").split()) == 2
     said = capsys.readouterr()
@@ -324,7 +326,7 @@ TINY = small_config(
 
 
 def test_values_in_it_are_those_of_one_device():
-    """A whole training step: tests/test_mesh.py."""
+    """The whole training step is in tests/test_mesh.py."""
     params, tokens = random_params(TINY), jnp.arange(64).reshape(4, 16)
     one = v4jax.forward(TINY, params, tokens).logits
     mesh, rules = api.place_on("fsdp=2,expert=2", read_layout(f"{EXAMPLE}:mine"))
@@ -336,7 +338,7 @@ def test_values_in_it_are_those_of_one_device():
 
 @pytest.mark.slow
 def test_a_run_samples_exports_resumes_and_is_scored_in_it(tmp_path, capsys):
-    """Two steps in it, the third in another: the losses of three steps on one device."""
+    """Two steps in it and one in another layout have the losses of three steps on one device."""
     (tmp_path / "text").mkdir()
     for i in range(8):
         (tmp_path / f"text/{i}.txt").write_text(f"document {i}: the cat sat on the mat. " * 20)
@@ -371,7 +373,7 @@ def test_a_run_samples_exports_resumes_and_is_scored_in_it(tmp_path, capsys):
     one, own = ([line["loss"] for line in read_metrics(tmp_path / run)] for run in ("one", "own"))
     assert len(one) == 3 and own == pytest.approx(one, rel=1e-5)
     asks = dataclasses.replace(ours, sample_prompt="the", sample_tokens=2)
-    assert cli._sample(asks)["sample"].startswith("the")
+    assert sample(asks)["sample"].startswith("the")
 
     np.save(tmp_path / "tokens.npy", np.arange(16).reshape(2, 8))
     score = f"score {tmp_path}/own/export --tokens {tmp_path}/tokens.npy --out {tmp_path}"

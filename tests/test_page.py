@@ -1,4 +1,7 @@
-"""The report page: one file, no network, and in a browser the same numbers as Python, at the asked lengths and at others."""
+"""The report page: one file, no network, and in a browser the same numbers as in Python.
+
+This holds at the requested lengths and at others.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,7 @@
-"""Against transformers 5, live: logits and gradients of the same weights, and files in both directions (extra `parity`)."""
+"""Against transformers 5, live: logits and gradients of the same weights, and files both ways.
+
+It needs the extra `parity`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +59,9 @@ def test_logits_gradients_and_files(pair, tmp_path):
             expected = peer(torch.tensor(tokens)).logits.numpy()
         got = np.asarray(v4jax.forward(cfg, params, jnp.asarray(tokens)).logits)
         if np.abs(got - expected).max() > 2e-4:
-            # Two scores of a top-k closer than float32 resolves, decided differently: then float64 is the judge. Seen once
-            # (flash, S 300), where transformers is 0.36 away from float64 and v4jax 5e-6.
+            # Two scores of a top-k closer than float32 resolves are decided differently; then
+            # float64 is the judge. It happened once (flash, S 300), where transformers is 0.36 away
+            # from float64 and v4jax 5e-6.
             expected = transformer.forward(cfg, random_weights(cfg, 0), tokens).logits
         np.testing.assert_allclose(got, expected, atol=2e-4)
 
@@ -80,7 +84,7 @@ def test_logits_gradients_and_files(pair, tmp_path):
     ):
         np.testing.assert_array_equal(a, b, jax.tree_util.keystr(path))
 
-    # Their gradients, under official names: written by save_pretrained in the weights' places.
+    # save_pretrained writes their gradients under official names, in the places of the weights.
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.copy_(

@@ -35,14 +35,17 @@ LIMIT = 2.0
 
 
 def close(got, expected, tolerance=2e-6):
-    """Sums of the same products in another order."""
+    """The tolerance is that of sums of the same products in another order."""
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, float(np.abs(b).max())))
 
 
 @pytest.mark.parametrize("sizes", [(0, 0, 32, 0), (8, 8, 8, 8), (24, 0, 0, 8)])
 def test_grouped_experts_are_a_loop_over_rows(sizes):
-    """The block loop, and the products of TPU and NVIDIA, however uneven the load, with rows of weight 0 and blocks that are not in use."""
+    """The block loop and the products of TPU and NVIDIA agree, however uneven the load.
+
+    Some rows have weight 0, and some blocks are not in use.
+    """
     keys = iter(jax.random.split(jax.random.key(0), 9))
 
     def normal(*shape):
@@ -123,7 +126,10 @@ def test_expand_has_the_gradient_of_its_formula():
 
 
 def test_sinkhorn_is_doubly_stochastic():
-    """Columns are divided last: exact but for eps; rows are as near as 20 iterations bring logits of this scale."""
+    """Columns are divided last, so they are exact but for eps.
+
+    Rows are as near as 20 iterations bring logits of this scale.
+    """
     comb = sinkhorn(jax.random.normal(jax.random.key(0), (4, 4, 100)), 20, 1e-6)
     np.testing.assert_allclose(comb.sum(0), 1, atol=1e-5)
     np.testing.assert_allclose(comb.sum(1), 1, atol=1e-4)
@@ -140,7 +146,7 @@ def test_sinkhorn_has_values_and_gradient_of_its_divisions(eps):
             comb = comb / (comb.sum(0, keepdims=True) + eps)
         return comb
 
-    # Of the second half, columns are nearly empty.
+    # The second half has nearly empty columns.
     logits = (
         3 * jax.random.normal(jax.random.key(0), (4, 4, 20))
         - 20 * jnp.eye(4)[0][None, :, None] * (jnp.arange(20) > 9)[None, None]
@@ -153,7 +159,7 @@ def test_sinkhorn_has_values_and_gradient_of_its_divisions(eps):
 
 @pytest.mark.parametrize("mesh", ["context=4,expert=2", "data=2,context=2,tensor=2"])
 def test_mixing_matrices_are_balanced_where_their_tokens_lie(mesh):
-    """Values and gradient of one device, and nothing is sent, with rows and sequence cut."""
+    """Values and gradient are those of one device; nothing is sent. Rows and sequence are cut."""
     sizes = parse_mesh(mesh)
     rules, mesh = layout_for("full", sizes), make_mesh(sizes)
     logits, ct = (
@@ -208,7 +214,7 @@ def test_rotate_has_the_gradient_of_complex_products(inverse):
 
 
 def test_the_mask_of_the_largest_at_its_extremes():
-    """Negative scores, two zeros, infinities, and all entries."""
+    """The scores are negative, two zeros, infinities; or all entries are chosen."""
     score = jnp.array([[[-3.0, 0.0, -0.0, -jnp.inf, 2.5, jnp.inf, -1e-40, 2.5]]])
     order = np.argsort(-np.asarray(score[0, 0]), kind="stable")  # 0 and -0 are a tie
     for k in range(1, 9):
@@ -230,7 +236,10 @@ def test_router_gradient_is_finite_at_any_logit():
 
 @pytest.mark.parametrize("experts", [3, 4])  # w2 takes two at a time if they are even
 def test_all_experts_on_a_few_rows_are_each_row_s_own_experts(experts):
-    """Batches of products against a loop over rows and their experts; 5e-6: they add 20 numbers in another order."""
+    """Batches of products agree with a loop over rows and their experts.
+
+    5e-6: they add 20 numbers in another order.
+    """
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -284,7 +293,8 @@ def test_embedding_lookup_never_gathers_the_table(mesh, layout, capfd):
         got, gradient = step(jax.device_put(table, place), jax.device_put(ct, everywhere))
     np.testing.assert_array_equal(got, want)
     close(gradient, pull(ct)[0])
-    # Not gathered whole; nor does XLA say, as it does on stderr, that it copies what it cannot partition.
+    # The table is not gathered whole; nor does XLA say, as it does on stderr, that it copies what
+    # it cannot partition.
     assert not [
         one
         for one in collectives(step.as_text(), device_mesh)

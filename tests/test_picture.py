@@ -1,4 +1,4 @@
-"""`v4jax plot`: one page that needs nothing else, of any run that has begun."""
+"""`v4jax plot`: one page that needs nothing else, for any run that has begun."""
 
 import base64
 import json
@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from v4jax import cli
+from v4jax.cli import main as cli
 
 LAYER_NAMES = (
     "load_max",
@@ -26,7 +26,10 @@ LAYER_NAMES = (
 
 
 def run_of(folder, steps: int, looks: bool = True, cut: bool = False):
-    """A run's metrics: a rollback at step 30, values that were not finite, and a last line cut short by a crash."""
+    """A run's metrics, with a rollback at step 30 and values that were not finite.
+
+    A crash cut the last line short.
+    """
     folder.mkdir()
     lines = []
     for step in range(1, steps + 1):

@@ -43,7 +43,7 @@ def conversation(content):
 
 
 def write(folder, form, records):
-    """Two good records, then those given (bytes: as they are); the path and the third's place."""
+    """Writes two good records, then those given (bytes as they are); path and the third's place."""
     column = "messages" if form.startswith("chat") else "text"
     good = conversation("ok") if form.startswith("chat") else "ok"
     rows = [
@@ -126,7 +126,7 @@ def test_faults_of_parquet_rows_have_their_place(tmp_path):
 
 
 class Fails(ByteTokenizer):
-    """Breaks, as no tokenizer should, at one text."""
+    """A tokenizer that breaks at one text."""
 
     def encode(self, text):
         if "bad" in text:
@@ -180,7 +180,7 @@ def test_a_conversation_that_is_too_long_has_its_place(tmp_path):
 
 
 def test_a_document_that_is_lost_or_changed_while_a_run_reads_it_is_a_failure_of_the_run(tmp_path):
-    """Exit code 1, not 2: it was good when the run began."""
+    """The exit code is 1, not 2: the source was good when the run began."""
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text("some text")
     batches = train_batches(DataConfig(source=str(tmp_path)), CHAT, **SIZES)

@@ -1,4 +1,7 @@
-"""Beginnings of prompts on disk: what is read gives what is computed; damage, broken writes, limits and other weights are survived."""
+"""Beginnings of prompts on disk: what is read gives what is computed.
+
+The store survives damage, broken writes, limits and other weights.
+"""
 
 import os
 
@@ -11,9 +14,10 @@ from test_generate import SMALL, never
 from trees import small_config
 
 from v4jax.checkpoint.names import from_official
-from v4jax.generate import decode, prefix
-from v4jax.generate.decode import DecodeConfig, generate
+from v4jax.generate import prefix, steps
+from v4jax.generate.decode import generate
 from v4jax.generate.prefix import PrefixStore
+from v4jax.generate.steps import DecodeConfig
 
 SETTING = DecodeConfig(
     speculative=True
@@ -29,17 +33,17 @@ def model():
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr(prefix, "STRETCH", 128)
-    monkeypatch.setattr(decode, "PREFILL_CHUNK", 128)
+    monkeypatch.setattr(steps, "PREFILL_CHUNK", 128)
 
 
 @pytest.fixture(scope="module")
 def expected(model):
-    """Prompts (the second shares 150 tokens with the first), and what follows them without a store."""
+    """Prompts and what follows them without a store; the second shares 150 tokens of the first."""
     first = np.random.default_rng(3).integers(0, 97, 300).tolist()
     prompts = [first, [*first[:150], *first[:60]], first[:128]]
-    chunk, decode.PREFILL_CHUNK = decode.PREFILL_CHUNK, 128
+    chunk, steps.PREFILL_CHUNK = steps.PREFILL_CHUNK, 128
     found = [run(model, prompt) for prompt in prompts]
-    decode.PREFILL_CHUNK = chunk
+    steps.PREFILL_CHUNK = chunk
     return list(zip(prompts, found, strict=True))
 
 
@@ -65,7 +69,10 @@ def same(got, expected):
 
 
 def test_what_is_shared_is_computed_once(model, expected, tmp_path):
-    """300 tokens are two stretches; 150 shared ones are one; 128 alone are none, since what follows them is not known."""
+    """300 tokens are two spans; 150 shared ones are one.
+
+    128 alone are none, since what follows them is not known.
+    """
     store = open_store(model, tmp_path)
     for (prompt, completion), reused, kept in zip(
         [*expected, expected[0]], (0, 128, 0, 256), (256, 0, 0, 0), strict=True
@@ -150,7 +157,7 @@ def test_what_cannot_be_read_is_computed_again(model, expected, tmp_path, monkey
 
 
 def test_the_least_recently_used_go_first(model, expected, tmp_path):
-    """Room for two files: the first stretch of a chain in use outlives its second, and everything older."""
+    """The limit is two files: the first span of a chain in use outlives its second and old ones."""
     (prompt, _), (other, _), *_ = expected
     run(model, prompt, open_store(model, tmp_path))
     size = next(tmp_path.iterdir()).stat().st_size

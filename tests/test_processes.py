@@ -20,8 +20,8 @@ import v4jax
 from sharding import processes
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import layout_for
-from v4jax import cli
 from v4jax.checkpoint.names import to_official
+from v4jax.cli import main as cli
 from v4jax.config import ModelConfig, RopeScaling
 from v4jax.context import Context
 from v4jax.data.config import DataConfig
@@ -69,7 +69,9 @@ def global_batch() -> dict[str, np.ndarray]:
 
 
 def losses_and_tensors() -> dict[str, np.ndarray]:
-    """What the job and this process both compute: on each mesh the loss, and the batch as the devices hold it."""
+    """Computes, in the job and in this process, the loss on each mesh, and the batch on the
+    devices.
+    """
     found, model = {}, MODEL.replace(num_nextn_predict_layers=0, compress_ratios=(4,))
     params = jax.tree.map(
         lambda a: a if a.ndim < 2 or a.shape[-1] == 2 else a * 0.1, random_params(model)
@@ -179,7 +181,7 @@ def train_config(text: str, run: str) -> TrainConfig:
 
 
 def train_in_two(folder: pathlib.Path, name: str) -> list[str]:
-    """Command of a run in 2 processes of 4 devices; what one such run has compiled the next need not."""
+    """The command of a run in 2 processes of 4 devices; it reads what an earlier one compiled."""
     path = folder / f"{name}.py"
     path.write_text(CONFIG.format(text=str(folder / "text"), run=str(folder / name)))
     train = [sys.executable, "-m", "v4jax", "train", str(path)]
@@ -258,7 +260,8 @@ def compare(run: pathlib.Path, whole: pathlib.Path) -> None:
     )  # put together from shards of two processes
     weights, expected = to_official(cfg, v4jax.load(run / "export")[1]), to_official(cfg, exported)
     for name, value in expected.items():
-        # AdamW makes full steps of gradients that are rounding noise (tests/test_mesh.py), so not hc_*.
+        # AdamW makes full steps of gradients that are rounding noise (tests/test_mesh.py), so hc_*
+        # is left out.
         if name.endswith(".weight"):
             assert np.linalg.norm(weights[name] - value) <= 1e-4 * np.linalg.norm(value), name
 
@@ -324,7 +327,8 @@ def test_two_processes_score_and_generate_as_one(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_without_a_launcher_the_others_notice_too(lost):
-    # As on a cluster: nobody kills the rest. The coordinator's loss shows at once, another's after HEARTBEAT_SECONDS.
+    # On a cluster too, nobody kills the rest. The coordinator's loss shows at once, another's after
+    # HEARTBEAT_SECONDS.
     address = f"127.0.0.1:{_free_port()}"
     code = python("""
         import time

@@ -1,4 +1,7 @@
-"""What the whole model promises: no quadratic array, remat and scan change nothing, bfloat16 stays near, cut sequences agree."""
+"""What the whole model promises.
+
+No array is quadratic, remat and scan change nothing, bfloat16 stays near, cut sequences agree.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +48,10 @@ def shapes(jaxpr):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_float32_products_are_float32_on_every_platform(dtype):
-    """TPUs round the operands of a product to bfloat16, and GPUs to TF32, unless it asks for more: router, mHC, compressors."""
+    """TPUs round the operands of a product to bfloat16, and GPUs to TF32, unless it asks for more.
+
+    Router, mHC and compressors ask.
+    """
     train_indexer = SparseMode(train_indexer=True)
 
     def loss(params, tokens):
@@ -75,7 +81,7 @@ def test_float32_products_are_float32_on_every_platform(dtype):
 
 
 def test_no_array_is_quadratic_in_the_length(monkeypatch):
-    """Nothing has two axes that grow with the sequence, and nothing is larger than a few rows' worth of activations."""
+    """No array has two axes that grow with the sequence, or more than a few rows' activations."""
     monkeypatch.setattr(attention, "CHUNK_BYTES", 2**16)
     seq = 1432  # no other size of the model, and neither is a quarter of it
     tokens = jax.ShapeDtypeStruct((2, seq), jnp.int32)
@@ -89,7 +95,7 @@ def test_no_array_is_quadratic_in_the_length(monkeypatch):
         assert sum(size >= seq // 4 for size in shape) <= 1, shape
         assert np.prod(shape, dtype=float) <= 2 * seq * 19 * 16, (
             shape
-        )  # the largest: what 19 Sinkhorn steps of 4 x 4 keep
+        )  # 19 Sinkhorn steps of 4 x 4 keep the most
 
 
 def test_remat_changes_nothing(params):
@@ -107,12 +113,16 @@ def test_remat_changes_nothing(params):
     for a, b in zip(
         *(map(np.asarray, jax.tree.leaves(tree)) for tree in (grads, grads_again)), strict=True
     ):
-        # The same sums, fused differently.
+        # The same sums are fused differently.
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-8 * b.size**0.5
 
 
 def test_bfloat16_stays_near_float32(params):
-    """8 bits of mantissa are 0.4% an operation; routers may then choose other experts for a few tokens, so quantiles count."""
+    """8 bits of mantissa are 0.4% an operation, and routers may choose other experts for a few
+    tokens.
+
+    So quantiles count.
+    """
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, 40)), jnp.int32)
     exact = forward(MODEL, params, tokens, dtype=jnp.float32)
     rough = forward(MODEL, params, tokens, dtype=jnp.bfloat16)
@@ -125,7 +135,7 @@ def test_bfloat16_stays_near_float32(params):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_cut_sequence_has_the_logits_of_a_whole_one(params, packed):
-    """17 rows a device: windows of 4, 8 and 128 rows all straddle devices, some of them several."""
+    """Windows of 4, 8 and 128 rows straddle devices of 17 rows, some of them several."""
     rng = np.random.default_rng(1)
     tokens = jnp.asarray(rng.integers(0, 96, (2, 136)), jnp.int32)
     segments = (

@@ -1,4 +1,4 @@
-"""A user's config: it finds its neighbours, shadows nothing, and what is wrong in it is one line."""
+"""A user's config: it finds its neighbours, shadows nothing, and its errors are one line."""
 
 import fnmatch
 import json
@@ -9,7 +9,7 @@ import tomllib
 import pytest
 from commands import ROOT, run
 
-from v4jax import cli
+from v4jax.cli import main as cli
 from v4jax.python_files import call
 
 GOOD = """
@@ -88,7 +88,7 @@ def test_packages_that_a_config_finds_by_a_path_of_its_own_are_forgotten_too(tmp
 
 
 def test_what_is_installed_near_a_config_stays_the_same_module(tmp_path, monkeypatch):
-    """As in a checkout with its environment in it: a second import would make other classes."""
+    """The config is in a checkout with its environment; a second import would make new classes."""
     site = write(tmp_path / "env" / "site", installed_one="class Kind: pass")
     write(site / "installed_package", inner="class Kind: pass")
     monkeypatch.setattr(sys, "path", [*sys.path, str(site)])

@@ -1,4 +1,7 @@
-"""Claims about v4jax/quant: the codes and scales of official kernels, bit for bit, against arithmetic on one number at a time."""
+"""Claims about v4jax/quant: codes and scales are those of the official kernels, bit for bit.
+
+The judge is arithmetic on one number at a time.
+"""
 
 import math
 
@@ -16,7 +19,7 @@ E4M3 = (
 
 
 def nearest_even(x: float, values) -> int:
-    """Code of the value nearest to |x|; of two as near, the one with an even code."""
+    """Code of the value nearest to |x|; of two equally near, the one with an even code."""
     return min(range(len(values)), key=lambda code: (abs(abs(x) - values[code]), code % 2))
 
 
@@ -31,7 +34,7 @@ def random(shape, seed=0):
     x = rng.normal(size=shape).astype(np.float32) * np.exp2(
         rng.integers(-30, 30, (shape[0], 1))
     ).astype(np.float32)
-    x[0] = 0  # a row of nothing, and one of numbers halfway between codes
+    x[0] = 0  # a row of zeros, and one of numbers halfway between codes
     x[1] = np.resize(
         np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.25, -2.5, -5.0, 6.0], np.float32),
         shape[1],
@@ -162,7 +165,10 @@ def test_fp8_codes_are_those_of_a_cast():
 
 
 def test_mxfp4_of_bfloat16_bits_is_that_of_the_numbers():
-    """Every finite bfloat16, in blocks of all sizes and of one size; with the scale that follows, and with every scale there is."""
+    """Blocks hold every finite bfloat16, of all sizes and of one size.
+
+    The scale is the one that follows from the block, or each of all scales.
+    """
     every = np.arange(2**16, dtype=np.uint16).view(mxfp4.BFLOAT16)
     every = every[np.isfinite(every.astype(np.float32))]
     by_size = every[np.argsort(np.abs(every.astype(np.float32)), kind="stable")]

@@ -1,8 +1,9 @@
-"""The plain restatement in tests/reference agrees with transformers 5, live; run with `-m parity`.
+"""The plain restatement in tests/reference agrees with transformers 5, live; run `-m parity`.
 
-Weights go the way a user's do: official names in a safetensors file, read by transformers. float32 models must agree to
-1e-4. Then every float32 of the transformers module is widened to float64, so that what is left is the difference of the
-equations: 1e-10, small enough to see where each 1e-6 epsilon stands. transformers has no MTP, but the parts of one.
+Weights go the way a user's do: official names in a safetensors file, read by transformers. float32
+models must agree to 1e-4. Then every float32 of the transformers module is widened to float64, so
+that only the difference of the equations is left: 1e-10, small enough to tell where each 1e-6
+epsilon is. transformers has no MTP, but its parts.
 """
 
 import json
@@ -37,7 +38,7 @@ PLAIN = dict(
     index_head_dim=16,
     index_topk=6,
     compress_rope_theta=160000.0,
-    max_position_embeddings=768,  # YARN.factor * YARN.original_max_position_embeddings, or transformers warns
+    max_position_embeddings=768,  # factor * original length of YARN, or transformers warns
 )
 ODD = PLAIN | dict(
     vocab_size=53,
@@ -99,7 +100,10 @@ def one_thread():
 
 
 def peer(cfg: ModelConfig, weights: dict, path):
-    """The transformers model, float32, that reads `weights` from official files; every tensor it has must be found."""
+    """The float32 transformers model that reads `weights` from official files.
+
+    Every tensor it has must be found.
+    """
     import torch
     from safetensors.numpy import save_file
     from transformers import AutoModelForCausalLM
@@ -130,7 +134,7 @@ def random_tokens(cfg: ModelConfig, length: int, rows: int = 2) -> np.ndarray:
 
 
 def widen(model, cfg: ModelConfig, monkeypatch):
-    """The model with float64 in place of every float32 of its module, rotary tables of float32 accuracy included."""
+    """The model with float64 for every float32 of its module, rotary tables included."""
     import torch
     from transformers.models.deepseek_v4 import modeling_deepseek_v4 as module
 
@@ -190,7 +194,10 @@ def test_each_epsilon_stands_where_transformers_has_it(name, tmp_path, monkeypat
 
 
 def test_index_scores_agree_in_float64(tmp_path, monkeypatch):
-    """Their scale changes no selection, hence no logit, so the scores themselves are compared, on the peer's inputs."""
+    """The scores themselves are compared, on the peer's inputs.
+
+    Their scale changes no selection, and hence no logit.
+    """
     cfg = CONFIGS["flash-like odd yarn"]
     weights = random_weights(cfg, seed=5)
     model = widen(peer(cfg, weights, tmp_path), cfg, monkeypatch)
@@ -205,8 +212,11 @@ def test_index_scores_agree_in_float64(tmp_path, monkeypatch):
 
 
 def test_mtp_agrees_with_the_same_block_in_transformers(tmp_path, monkeypatch):
-    """A one-layer transformers model holding mtp.0's block, collapse and norm; only the line that joins embedding and
-    streams (official MTPBlock: e_proj(enorm(embed)) on each stream + h_proj(hnorm(stream))) is written here again."""
+    """A one-layer transformers model that holds mtp.0's block, collapse and norm.
+
+    Only the line that joins embedding and streams is written here again (official MTPBlock:
+    e_proj(enorm(embed)) on each stream + h_proj(hnorm(stream))).
+    """
     import torch
 
     cfg = CONFIGS["flash-like odd yarn"]
@@ -272,7 +282,7 @@ def test_next_token_loss_agrees(tmp_path):
 
 
 def test_what_transformers_saves_are_these_names_and_shapes(tmp_path):
-    """save_pretrained writes the same tensors; only the prefix `model.` and four spellings differ."""
+    """save_pretrained writes the same tensors, with the prefix `model.` and four new spellings."""
     from safetensors.numpy import load_file
 
     cfg = CONFIGS["flash-like"]

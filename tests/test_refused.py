@@ -1,4 +1,4 @@
-"""Checkpoints that load refuses: one line that names the file or tensor, before any tensor is read."""
+"""load refuses broken checkpoints in one line that names the file or tensor, reading no tensor."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl and --json results are JSON whatever a run measures: null for not finite."""
+"""metrics.jsonl and --json results are JSON whatever a run measures; null if not finite."""
 
 import json
 import math
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from trees import small_config
 
-from v4jax import cli
 from v4jax.checkpoint.atomic import json_text
+from v4jax.cli.printing import print_result
 from v4jax.data.config import DataConfig
 from v4jax.train import report
 from v4jax.train.config import TrainConfig
@@ -43,7 +43,7 @@ def test_numbers_that_are_not_finite_are_null():
 
 
 def test_a_result_on_the_command_line_is_json(capsys):
-    cli._print({"mean_nll": math.nan, "log_probs": [-math.inf, -0.5]}, True)
+    print_result({"mean_nll": math.nan, "log_probs": [-math.inf, -0.5]}, True)
     assert strict(capsys.readouterr().out) == {"mean_nll": None, "log_probs": [None, -0.5]}
 
 

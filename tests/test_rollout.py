@@ -1,4 +1,7 @@
-"""Samples for reinforcement learning: log probabilities of the training forward, and a batch that goes on where it was killed."""
+"""Samples for reinforcement learning: log probabilities are those of the training forward.
+
+A killed batch continues where it stopped.
+"""
 
 import dataclasses
 import json
@@ -14,9 +17,9 @@ from trees import small_config
 import v4jax
 from v4jax.checkpoint.names import from_official
 from v4jax.generate import rollout as module
-from v4jax.generate.decode import DecodeConfig
 from v4jax.generate.rollout import Plan, rollout
 from v4jax.generate.sampling import Sampling
+from v4jax.generate.steps import DecodeConfig
 
 PROMPTS = [[3, 5, 7], [9], list(range(20, 31))]
 PLAN = Plan(samples=2, max_new_tokens=10, rows=4, stop_tokens=(4,), seed=11)
@@ -33,7 +36,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory):
-    """What comes of an uninterrupted batch, and its log."""
+    """The result of an uninterrupted batch, and its log."""
     log = tmp_path_factory.mktemp("rollout") / "log.jsonl"
     return rollout(*model, PROMPTS, PLAN, log, decoding=WARM), log
 
@@ -74,7 +77,10 @@ def test_samples_end_at_every_end_token_of_the_model(model, whole, tmp_path):
 
 
 def test_an_interrupted_batch_goes_on_where_it_was(model, whole, tmp_path, monkeypatch):
-    """Killed at its 9th, then at its 5th line, each time with a line half written; then read alone."""
+    """The batch is killed at its 9th, then at its 5th line, each time with half a line written.
+
+    Then it is read alone.
+    """
     samples, _ = whole
     log, write, written = tmp_path / "runs" / "log.jsonl", module._Log.write, []
 

@@ -1,4 +1,7 @@
-"""A whole run through the public commands: train, stop, resume, score, convert, generate; and bad input, one line each."""
+"""A whole run through the public commands: train, stop, resume, score, convert, generate.
+
+Bad input is one line each.
+"""
 
 import dataclasses
 import hashlib
@@ -15,8 +18,9 @@ import pytest
 from trees import random_params, small_config
 
 import v4jax
-from v4jax import cli
 from v4jax.checkpoint.store import Store
+from v4jax.cli import main as cli
+from v4jax.cli.train import sample
 from v4jax.data.config import DataConfig
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
@@ -74,7 +78,7 @@ def test_a_run_learns_and_leaves_everything_behind(finished):
     assert summary["held_out_nll"] < summary["unigram_nll"]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").iterdir())
-    assert cli._sample(cfg)["sample"] == (run / "sample.txt").read_text()
+    assert sample(cfg)["sample"] == (run / "sample.txt").read_text()
     assert (run / "sample.txt").read_text().startswith("the")
     exported_cfg, exported = v4jax.load(run / "export")
     assert exported_cfg == cfg.model
@@ -262,8 +266,9 @@ from v4jax.data.config import DataConfig
 from v4jax.train.config import TrainConfig
 from v4jax.config import ModelConfig
 def get_config():
-    return TrainConfig(model=ModelConfig.from_json({model!r}), data=DataConfig(source={text!r}), run_dir={run!r}, steps=2,
-                       batch_size=4, seq_len=16, learning_rate=1e-3, warmup_steps=1)
+    model, data = ModelConfig.from_json({model!r}), DataConfig(source={text!r})
+    return TrainConfig(model=model, data=data, run_dir={run!r}, steps=2, batch_size=4, seq_len=16,
+                       learning_rate=1e-3, warmup_steps=1)
 """
 
 
@@ -386,7 +391,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 
 
 def test_a_reader_that_leaves_ends_a_command_quietly():
-    """As in `v4jax cost configs/flash.py | head -0`."""
+    """The case of `v4jax cost configs/flash.py | head -0`."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(

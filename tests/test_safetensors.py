@@ -21,7 +21,7 @@ from v4jax.config import ModelConfig
 
 
 def rounded(tree):
-    """The tree as a bfloat16 file holds it."""
+    """The tree as a bfloat16 file stores it."""
     kept = ("hc_attn", "hc_ffn", "hc_head", "attn_sink", "ape", "bias", "tid2eid")
     flat = flatten_dict(tree)
     return unflatten_dict(

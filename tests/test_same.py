@@ -1,4 +1,7 @@
-"""Runs of the same seed, mesh and version are the same, bit for bit; the router's bias follows the loads of the whole batch."""
+"""Runs of the same seed, mesh and version are the same, bit for bit.
+
+The router's bias follows the loads of the whole batch.
+"""
 
 import dataclasses
 
@@ -112,12 +115,12 @@ def test_two_runs_are_the_same(mesh, tmp_path):
 
 @pytest.mark.parametrize("mesh", ["data=2,expert=2,tensor=2"])
 def test_the_bias_follows_the_loads_of_the_whole_batch(mesh):
-    """Each row repeats one word of its own, so that every device sees other experts busy than the batch as a whole has."""
+    """Each row repeats one word, so the busy experts of a device differ from the whole batch's."""
     tokens = np.repeat(np.arange(4, dtype=np.int32)[:, None] * 50, 24, axis=1)
     batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens)}
 
     def program(mesh):
-        """The bias after a step. What nobody asks for, gradients and optimizer, is not compiled."""
+        """The bias after a step. Unused outputs, gradients and optimizer, are not compiled."""
         sizes = parse_mesh(mesh)
         rules, device_mesh = layout_for("full", sizes) if mesh else AxisRules(), make_mesh(sizes)
         with jax.set_mesh(device_mesh):

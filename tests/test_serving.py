@@ -1,4 +1,7 @@
-"""Claim: transformers opens what v4jax exports and says the same (extra `parity`); logits do not depend on the form of a checkpoint."""
+"""transformers opens what v4jax exports and says the same (extra `parity`).
+
+Logits do not depend on the form of a checkpoint.
+"""
 
 import json
 import pathlib
@@ -11,7 +14,7 @@ import pytest
 from trees import random_params, small_config
 
 import v4jax
-from v4jax import cli
+from v4jax.cli import main as cli
 from v4jax.convert import convert
 from v4jax.data.config import DataConfig, tokenizer_of
 
@@ -62,7 +65,7 @@ def test_the_script_of_the_page_generates_what_v4jax_generates(export, capsys):
 @pytest.mark.parity
 @pytest.mark.filterwarnings("default")  # torch and transformers warn about themselves
 def test_logits_through_the_store_and_back_are_the_same_bits(export, tmp_path):
-    """The file's own logits beside those of store and export, of transformers and of v4jax."""
+    """The file's own logits beside those of store and export, by transformers and by v4jax."""
     import torch
     from transformers import DeepseekV4ForCausalLM
 

@@ -1,4 +1,4 @@
-"""Claims about conversations as training data: which tokens are learned, how rows are packed, what a run does with them."""
+"""Conversations as training data: what is learned, how rows are packed, what a run does."""
 
 import dataclasses
 import itertools
@@ -43,7 +43,7 @@ def text_of(ids):
 
 
 def learned(record, **chat):
-    """The learned stretches of a record, as text."""
+    """The learned spans of a record, as text."""
     ids, marks = conversation_tokens(record, "messages", ChatFormat(**chat), CHAT)
     groups = itertools.groupby(zip(ids, marks, strict=True), key=lambda pair: pair[1])
     return [text_of(i for i, _ in run) for mark, run in groups if mark]
@@ -109,7 +109,8 @@ def test_a_record_has_its_own_mode_and_tools():
 
 
 def test_tokens_are_those_of_the_whole_text(tmp_path):
-    # Merges must not be hidden by encoding span by span: a tokenizer that merges, with the special tokens.
+    # Encoding span by span must not hide merges, so the tokenizer merges and has the special
+    # tokens.
     from test_tokenizer import small_bpe
 
     from v4jax.tokenizer import BOS_TOKEN, EOS_TOKEN, load_tokenizer
@@ -262,7 +263,7 @@ def asked_for(prompt, **answer):
 
 
 def rows_of(cfg, count, **sizes):
-    """The rows of so many training batches, of one row each: (tokens, segments, mask)."""
+    """The rows of `count` training batches of one row each: (tokens, segments, mask)."""
     batches = itertools.islice(
         train_batches(cfg, CHAT, **(SIZES | sizes | {"batch_size": 1})), count
     )
@@ -323,7 +324,7 @@ def test_a_held_out_part_of_which_nothing_is_learned_is_refused():
 
 
 def test_advice_for_a_part_without_conversations_helps_that_part():
-    """A larger held_out leaves less to train on; it changes nothing where all is evaluated on."""
+    """A larger held_out leaves less to train on; it changes nothing where evaluation takes all."""
     cfg = DataConfig(
         source="x", format="chat", packing="best_fit", held_out=0.1, chat=ChatFormat(too_long="cut")
     )
@@ -418,7 +419,7 @@ def test_the_split_does_not_depend_on_the_length_of_rows(tmp_path):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_no_row_is_without_a_token_to_learn(tmp_path, seed):
-    """So that no batch is, of any number of rows: a step on it would only decay the weights."""
+    """Then no batch is, with any number of rows: a step on it would only decay the weights."""
     rng = np.random.default_rng(seed)
     records = [
         asked_for(

@@ -1,4 +1,7 @@
-"""The documentation site: what its hook does with links. `make docs` builds it, and a broken link is an error there."""
+"""The documentation site: what its hook does with links.
+
+`make docs` builds the site, and a broken link is an error there.
+"""
 
 import runpy
 
@@ -31,7 +34,7 @@ def test_a_link_leads_to_a_page_the_repository_or_nowhere(rewrite, link, without
 
 
 def test_links_are_read_from_where_the_file_stands(rewrite):
-    """A page of api/ goes up one folder, and a file outside docs/ comes from its own."""
+    """A page of api/ goes up one folder; a file outside docs/ starts from its own."""
     assert rewrite("[a](../data.md)", "docs/api/x.md", "api/x.md", None) == "[a](../data.md)"
     text = "[a](../docs/data.md), [b](train_step.py), [c](../CONTRIBUTING.md)"
     page = rewrite(text, "benchmarks/README.md", "performance.md", None)

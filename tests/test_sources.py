@@ -218,7 +218,7 @@ def test_tokens_come_in_the_ratio_of_the_weights_in_every_row(mixture):
         ):
             share[row] += len(ids) * np.array([token in ids for token in BYTES.encode("abc")])
     share /= share.sum(1, keepdims=True)
-    # A row reads about 30 documents of b, so that its share of 0.3 has a deviation of some 0.05.
+    # A row reads about 30 documents of b, so its share of 0.3 has a deviation of some 0.05.
     np.testing.assert_allclose(share, [[0.6, 0.3, 0.1]] * 4, atol=0.11)
     np.testing.assert_allclose(share.mean(0), [0.6, 0.3, 0.1], atol=0.04)
 

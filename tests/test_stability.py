@@ -1,4 +1,4 @@
-"""Spikes are found, gone back behind and survived; what is remembered of them outlives the process."""
+"""Spikes are found, undone and survived; the memory of them outlives the process."""
 
 import contextlib
 import dataclasses
@@ -61,7 +61,7 @@ KEPT = (
 
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory):
-    """Each letter is followed by one of three, at random: soon learnt, and a floor of ln 3 nats."""
+    """One of three letters follows each, at random: soon learnt, with a floor of ln 3 nats."""
     folder, rng = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
     for i in range(40):
         letters = itertools.accumulate(
@@ -78,8 +78,10 @@ def compiled():
 
 
 class Harmed:
-    """Stands for the jitted step: makes noise of some batches, inflates the updates of others, and
-    at others puts a NaN into two weights; all are known by their first row."""
+    """Stands for the jitted step and harms batches, which are known by their first row.
+
+    Some become noise, the updates of some are inflated, and some put a NaN into two weights.
+    """
 
     def __init__(self, key, real, compiled, noise=(), inflate=(), poison=()):
         self.key, self.real, self.compiled = key, real, compiled
@@ -119,7 +121,7 @@ class Harmed:
 
 @pytest.fixture
 def train(monkeypatch, compiled):
-    """train(cfg, noise=, inflate=): a run with harm done at those batches."""
+    """train(cfg, noise=, inflate=): a run with those batches harmed."""
     real = loop.compile_step
 
     def run(cfg, **harm):
@@ -195,7 +197,7 @@ def clean(text_folder, tmp_path_factory, compiled):
 def test_what_counts_as_a_spike():
     history = LossHistory()
     for i in range(16):
-        assert spike(GUARD, history, 1e9, 1.0) is None or i >= 4  # too few steps to say
+        assert spike(GUARD, history, 1e9, 1.0) is None or i >= 4  # too few steps to tell
         history = remember(GUARD, history, 4 + 0.01 * (-1) ** i, 1.0)
     assert spike(GUARD, history, 4.4, 1.0) is None and spike(GUARD, history, 3.0, 1e-9) is None
     assert spike(GUARD, history, 4.6, 1.0) == "loss is 4.6, above 4.5"
@@ -241,7 +243,10 @@ def test_batches_are_counted_past_what_was_skipped():
     ids=["one device", "eight devices"],
 )
 def test_spikes_are_survived(clean, train, tmp_path, mesh):
-    """A batch of noise at step 18, and an update 100 times too long at step 32, which shows at 33: the end is that of a clean run."""
+    """Noise at step 18 and an update 100 times too long at step 32 do not change how the run ends.
+
+    The update shows at step 33.
+    """
     cfg = dataclasses.replace(
         clean[0], run_dir=str(tmp_path / "run"), mesh=mesh, stability=AHEAD if mesh else GUARD
     )
@@ -267,7 +272,7 @@ def test_spikes_are_survived(clean, train, tmp_path, mesh):
 
 @pytest.mark.slow
 def test_without_rollbacks_the_harm_stays(clean, train, tmp_path):
-    """So the test above can fail."""
+    """Hence the test above can fail."""
     off = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), stability=StabilityConfig())
     order = rows(off, 40)
     summary = train(off, noise=order[17:18], inflate=order[31:32])
@@ -278,8 +283,12 @@ def test_without_rollbacks_the_harm_stays(clean, train, tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_that_was_already_bad_is_left_behind(clean, train, tmp_path, monkeypatch):
-    """The update of step 10 does the harm, which step 11 shows: the checkpoint of step 10 is no good. Killed and resumed on the way,
-    before the next checkpoint and just after it, with batches drawn ahead and their experts chosen, it ends with the same bits."""
+    """The update of step 10 does the harm, which step 11 shows, so the checkpoint of step 10 is
+    bad.
+
+    The run is killed and resumed on the way, before the next checkpoint and just after it, with
+    batches drawn ahead and their experts chosen. It ends with the same bits.
+    """
     whole = dataclasses.replace(
         clean[0],
         run_dir=str(tmp_path / "whole"),
@@ -327,7 +336,7 @@ def test_a_checkpoint_that_was_already_bad_is_left_behind(clean, train, tmp_path
 
 
 def test_rollbacks_are_bounded(clean, train, tmp_path):
-    """Noise without end is no accident: the run stops, and what it had is there."""
+    """Endless noise is no accident: the run stops, and what it had is there."""
     cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), eval_batches=0)
     with pytest.raises(
         TrainingFailed, match=r"step 26: loss is .* after 3 rollback\(s\); last checkpoint: 25"
@@ -348,7 +357,7 @@ NAN = r"params/embed/weight, params/head/weight are not finite"
 
 @pytest.mark.parametrize("mesh", ["", pytest.param("fsdp=2,expert=2", marks=pytest.mark.slow)])
 def test_a_state_that_is_not_finite_is_neither_saved_nor_evaluated(clean, train, tmp_path, mesh):
-    """The update of step 10 makes the NaN, which no loss has shown when both are due."""
+    """The update of step 10 makes the NaN, which no loss shows before both are due."""
     changes = dict(mesh=mesh, stability=StabilityConfig(), eval_every=10)
     cfg = dataclasses.replace(clean[0], run_dir=str(tmp_path / "run"), **changes)
     with pytest.raises(TrainingFailed, match=rf"step 10: {NAN}; last checkpoint: 5$"):
@@ -380,7 +389,7 @@ def test_a_run_goes_back_behind_a_state_that_is_not_finite(clean, train, tmp_pat
 
 
 def test_weights_and_checkpoints_that_are_not_finite_are_refused(clean, train, tmp_path):
-    """Before a step is taken. Given weights leave no run behind; a checkpoint names the way out."""
+    """The refusal comes before a step. Given weights leave no run; a checkpoint names a way out."""
     model, weights = v4jax.load(clean[0].run_dir)
     weights["head"]["weight"] = weights["head"]["weight"].at[1, 2].set(jnp.inf)
     v4jax.save_safetensors(model, weights, tmp_path / "given", dtype="float32")
@@ -392,7 +401,7 @@ def test_weights_and_checkpoints_that_are_not_finite_are_refused(clean, train, t
 
     cfg = dataclasses.replace(cfg, init_from="")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "not_finite", lambda state: None)  # as versions did that did not look
+        patch.setattr(loop, "not_finite", lambda state: None)  # older versions did not check
         train(cfg, poison=rows(cfg, 10)[9:])
     with pytest.raises(ValueError, match=rf"checkpoints/10: {NAN}; remove this folder to resume"):
         train(dataclasses.replace(cfg, steps=12))
@@ -416,7 +425,10 @@ def test_settings_that_cannot_work_are_refused(clean, changes, words):
 
 
 def test_a_spike_soon_after_a_change_of_stage_goes_back_before_it(train, text_folder, tmp_path):
-    """Checkpoint of step 9; the batch grows from step 11 on; a spike there once five steps of it are known."""
+    """The checkpoint is of step 9, the batch grows from step 11, and a spike follows.
+
+    It comes once five steps of the new batch are known.
+    """
     cfg = config(
         text_folder,
         tmp_path / "run",
@@ -450,8 +462,12 @@ def test_a_spike_soon_after_a_change_of_stage_goes_back_before_it(train, text_fo
 def test_a_run_ended_after_going_back_across_a_change_of_stage_goes_on_past_the_skipped_batches(
     train, text_folder, tmp_path, monkeypatch
 ):
-    """As above, experts chosen ahead from step 10 to step 19. One of two runs is asked to end at step 10, where it still is in the first stage
-    but has drawn from both streams: it must come to the same weights, and so neither meet the noise again nor lose what it drew."""
+    """As above, with experts chosen ahead from step 10 to step 19.
+
+    One of two runs is asked to end at step 10, where it still is in the first stage but has drawn
+    from both streams. It must come to the same weights: it neither meets the noise again nor loses
+    what it drew.
+    """
     cfg = config(
         text_folder,
         tmp_path / "run",

@@ -1,4 +1,7 @@
-"""A run in stages: the plan, its refusals, what each stage trains and leaves alone, and that a killed run continues in any stage."""
+"""A run in stages: the plan, its refusals, what each stage trains and what it does not touch.
+
+A killed run continues in any stage.
+"""
 
 import dataclasses
 import json
@@ -183,7 +186,7 @@ def test_the_indexer_learns_alone_and_metrics_say_so(finished):
 
 
 def test_a_run_killed_in_any_stage_continues_bit_for_bit(finished, folder, tmp_path, monkeypatch):
-    """Inside the second stage, exactly at a change of batch, and exactly at a change of attention."""
+    """The run dies inside the second stage, at a change of batch, and at a change of attention."""
     cfg = config(folder, tmp_path / "run")
     save, deaths = Store.save, [4, 6, 16]
 
@@ -211,7 +214,7 @@ def test_a_run_whose_past_was_changed_is_refused(finished):
 
 
 def test_a_plan_names_the_peak_of_the_learning_rate():
-    """The first and the last step of one stage are far below it."""
+    """The first and the last step of a stage are far below the limit."""
     (stage,) = plan(get_config())
     first, peak, last = stage.learning_rate
     assert peak == pytest.approx(get_config().learning_rate)

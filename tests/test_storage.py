@@ -11,17 +11,18 @@ from exports import CFG, PARAMS, write
 from trees import small_config
 
 import v4jax
-from v4jax import cli
 from v4jax.api import load_onto
-from v4jax.arguments import NEW_FILE, PATH, parser
 from v4jax.checkpoint.export import carried_files
 from v4jax.checkpoint.load import load_safetensors, open_safetensors, read_config
 from v4jax.checkpoint.store import Store, check_config, is_run, write_config
+from v4jax.cli import main as cli
+from v4jax.cli.arguments import NEW_FILE, PATH
+from v4jax.cli.commands import parser
 from v4jax.convert import compare, convert, open_checkpoint
 from v4jax.data.config import DataConfig, Source, tokenizer_of
-from v4jax.generate.decode import DecodeConfig
 from v4jax.generate.prefix import check_store
 from v4jax.generate.rollout import Plan, rollout
+from v4jax.generate.steps import DecodeConfig
 from v4jax.planner.hardware import hardware_of, target_of
 from v4jax.score import read_tokens, score
 from v4jax.storage import file_to_write, folder_to_fill, local_path, path_of_checkpoints
@@ -52,7 +53,7 @@ def run_of(**changes):
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
-    """Each test runs in a folder of its own, where a path that was misread would show."""
+    """Each test runs in its own folder, where a misread path would show."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)

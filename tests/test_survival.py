@@ -1,4 +1,7 @@
-"""Claims about whole runs: killed at any moment, moved to other devices, layouts and process counts, they go on as if nothing had been."""
+"""Whole runs that are killed or moved continue as if nothing had been.
+
+They are killed at any moment, and moved to other devices, layouts and process counts.
+"""
 
 import collections
 import json
@@ -31,7 +34,7 @@ def get_config():
 def job(
     tmp_path, name: str, code: str, *arguments: str, processes: int = 1, **environment: str
 ) -> subprocess.Popen:
-    """A fresh process, or several, that trains what `code` configures; one device each."""
+    """One fresh process or several that train what `code` configures; one device each."""
     file = tmp_path / f"{name}.py"
     file.write_text(code)
     command = [sys.executable, "-m", "v4jax", "train", str(file), *arguments]
@@ -64,7 +67,7 @@ def finished(process: subprocess.Popen) -> None:
 
 
 def lines_of(run: pathlib.Path) -> list[dict]:
-    """Whole lines of metrics.jsonl, which may be being written."""
+    """The whole lines of metrics.jsonl, which a process may be writing."""
     path = run / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
@@ -73,7 +76,10 @@ def lines_of(run: pathlib.Path) -> list[dict]:
 def kill_at_a_random_moment(
     process, run, dice: random.Random, during_a_save: bool
 ) -> dict[int, float]:
-    """Waits until this process has taken some steps, then for a moment or for a save to begin; gives the losses written until then."""
+    """Waits until this process has taken some steps, and then for a moment or for a save to begin.
+
+    Returns the losses written until then.
+    """
     begun, steps, deadline = len(lines_of(run)), dice.randint(1, 10), time.time() + 200
     while (
         len(lines_of(run)) == begun and process.poll() is None and time.time() < deadline
@@ -113,7 +119,7 @@ def test_killed_twenty_times_every_loss_is_that_of_the_run_left_alone(text_folde
         for step, loss in found.items():
             seen[step].add(loss)
     last = max(seen) + 3
-    assert max(seen) > KILLS  # checkpoints were gone on from
+    assert max(seen) > KILLS  # runs resumed from checkpoints
     finished(job(tmp_path, "killed", code, "--steps", str(last), **cache))
     finished(
         job(

@@ -1,4 +1,4 @@
-"""Claims about v4jax/tokenizer.py."""
+"""Claims about v4jax/tokenizer/."""
 
 import builtins
 import json
@@ -15,8 +15,8 @@ from v4jax.tokenizer import (
     document_ids,
     load_tokenizer,
     prompt_ids,
-    require_tokens,
 )
+from v4jax.tokenizer.checks import require_tokens
 
 TEXTS = [
     "",

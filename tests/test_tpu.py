@@ -1,4 +1,7 @@
-"""Compiled for TPU chips that are not there (extra `tpu`): the ragged all-to-all is one, and XLA warns of nothing."""
+"""Programs compiled for TPU chips that are not there (extra `tpu`).
+
+The ragged all-to-all is one, and XLA warns of nothing.
+"""
 
 import dataclasses
 import importlib.util
@@ -20,7 +23,8 @@ pytestmark = [
 
 
 def test_experts_by_exchange_send_what_they_must(capfd):
-    # Rows as wide as V4-Flash's: a TPU moves whole lanes, so narrow rows would weigh more than they hold.
+    # Rows are as wide as V4-Flash's: a TPU moves whole lanes, so narrow rows would weigh more than
+    # they hold.
     model = CFG.model.replace(hidden_size=4096)
     cfg = dataclasses.replace(
         CFG, model=model, mesh="fsdp=2,expert=2,tensor=2", layout="pod", dtype="bfloat16"
@@ -31,7 +35,7 @@ def test_experts_by_exchange_send_what_they_must(capfd):
     assert ("expert", "ragged-all-to-all") in kinds
     sent, least = report.expert_bytes
     assert least <= sent <= 1.25 * least
-    # XLA says so on stderr when it cannot partition a lookup and copies its table to every device.
+    # XLA says on stderr when it cannot partition a lookup and copies its table to every device.
     assert "rematerialization" not in capfd.readouterr().err
 
 

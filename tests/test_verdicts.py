@@ -1,4 +1,7 @@
-"""What one process of a job finds wrong, all refuse with one line, and soon: none waits for a process that has gone."""
+"""What one process of a job finds wrong, all refuse with one line, and soon.
+
+None waits for a process that has gone.
+"""
 
 import contextlib
 import dataclasses
@@ -18,7 +21,8 @@ from sharding.rules import layout_for
 from v4jax.chat.tokens import CHAT_TOKENS
 from v4jax.checkpoint.store import Store
 from v4jax.data.config import DataConfig, Source
-from v4jax.tokenizer import ByteTokenizer, tokens_in
+from v4jax.tokenizer import ByteTokenizer
+from v4jax.tokenizer.table import tokens_in
 from v4jax.train import loop
 from v4jax.train.config import TrainConfig
 from v4jax.train.finite import not_finite
@@ -155,8 +159,11 @@ def with_nan(state, place: tuple[int, int]):
 
 @pytest.fixture
 def rolling_back(tmp_path):
-    """(store, function that saves the first state as a step's, whole or with a NaN; function that
-    goes back after a spike at step 10)."""
+    """(store, a function that saves, a function that rolls back).
+
+    The first saves the initial state as a step's, whole or with a NaN. The second rolls back after
+    a spike at step 10.
+    """
     cfg = config(tmp_path, steps=40, stability=StabilityConfig(rollbacks=2))
     with on_mesh(cfg) as (_, shardings), Store(tmp_path / "run") as store:
         state = init_state(cfg, shardings)
@@ -173,7 +180,7 @@ def rolling_back(tmp_path):
 
 
 def test_a_rollback_passes_over_a_checkpoint_that_is_not_finite(rolling_back, caplog):
-    """As versions saved them that did not look."""
+    """An older version, which did not check, saved the checkpoint."""
     _, save, back = rolling_back
     save(4, whole=True)
     save(8, whole=False)
@@ -215,11 +222,11 @@ WORKER = """
 
 
 class Reached(Exception):
-    """The run was about to read its first state."""
+    """The run is about to read its first state."""
 
 
 def verdict(call, *arguments) -> str:
-    """What the call raises, in words; "" for nothing."""
+    """The message of what the call raises; "" for nothing."""
     try:
         call(*arguments)
     except (ValueError, Reached, TrainingFailed) as error:
@@ -262,7 +269,7 @@ def verdicts(home: pathlib.Path) -> dict[str, object]:
 
 
 def resumed(home: pathlib.Path, cfg: TrainConfig, second: bool) -> dict[str, object]:
-    """What is found of one checkpoint, whose data the second process has changed."""
+    """What a process finds of one checkpoint, whose data the second process has changed."""
     source = str(home / "other/text") if second else str(home / "text")
     other = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, source=source))
     allowed = dataclasses.replace(other, data=dataclasses.replace(other.data, allow_change=True))

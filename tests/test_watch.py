@@ -1,4 +1,4 @@
-"""What is watched is what NumPy finds; a look does not change the step."""
+"""Diagnostics are what NumPy finds, and measuring them does not change the step."""
 
 import functools
 import math
@@ -65,7 +65,7 @@ def test_a_look_at_a_sublayer():
 
 
 def test_layers_stand_in_order_and_groups_hold_all():
-    """Flash's pattern in small: 2 hash-routed layers... then pairs; the MTP layer comes last."""
+    """Flash's pattern in small: 2 hash-routed layers, then pairs; the MTP layer comes last."""
     params = random_params(MODEL)
     router, trained = params.pop("router"), params
     diagnostics = measure(

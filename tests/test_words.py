@@ -1,6 +1,6 @@
 """Names that gave way to the field's words do not come back (docs/glossary.md).
 
-Classes, functions, parameters and fields are looked at; local names and prose are not.
+The test reads classes, functions, parameters and fields, not local names and prose.
 """
 
 import ast
@@ -11,8 +11,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 EVERYWHERE = ("sharding", "v4jax")
-# Retired name: (what it is called now, the rooms it is retired in). Some words mean something else in
-# other rooms, and stay there.
+# Retired name: (what it is called now, the rooms it is retired in). Some words mean something else
+# in other rooms, and stay there.
 RETIRED = {
     "Ask": ("Collect", EVERYWHERE),
     "ask": ("collect", EVERYWHERE),

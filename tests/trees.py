@@ -1,4 +1,4 @@
-"""Small models for tests: a configuration, and random parameter trees of any, stated without the model's code."""
+"""Small models for tests: a configuration, and random parameter trees, without the model's code."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from v4jax.config import CSA, HCA, WINDOW_ONLY, LayerKind, ModelConfig, RopeScal
 
 
 def small_config(**changes) -> ModelConfig:
-    """Seven layers of Flash's pattern with sizes that are no powers of two; change any field."""
+    """Seven layers of Flash's pattern, with sizes that are no powers of two; change any field."""
     fields = dict(
         vocab_size=97,
         hidden_size=48,
@@ -33,7 +33,10 @@ def small_config(**changes) -> ModelConfig:
 
 
 def random_params(cfg: ModelConfig, seed: int = 0) -> dict:
-    """A parameter tree of random float32 NumPy arrays, norms near 1, and hash tables without repeats."""
+    """A parameter tree of random float32 NumPy arrays.
+
+    Norms are near 1, and hash tables have no repeats.
+    """
     rng = np.random.default_rng(seed)
 
     def random(*shape):

@@ -1,5 +1,5 @@
 """Makes `python -m v4jax` the same as `v4jax`."""
 
-from v4jax.cli import entry
+from v4jax.cli.main import entry
 
 entry()

@@ -1,5 +1,6 @@
 """What one call of the model needs beside its configuration, weights and inputs.
 
+Shapes: B batch, S positions, K active experts.
 Next file to read: v4jax/model/weights.py.
 """
 

@@ -5,7 +5,7 @@ beside the target until it is whole. So a target is never half a checkpoint, and
 was killed goes on where it was when it is called again. A store made from low-precision files keeps
 their scales, so that converting back gives the same bytes.
 
-Next file to read: v4jax/cli.py.
+Next file to read: v4jax/cli/main.py.
 """
 
 import concurrent.futures

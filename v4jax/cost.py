@@ -11,7 +11,7 @@ FLOPs are two per multiplication of a matrix product: of weights, of attention a
 over the entries that a query really uses (docs/equations.md#trap-46), and of the mixing of residual
 streams. Norms, rotary embedding, softmax, Sinkhorn and pooling are left out.
 
-Letters: D hidden, N heads, H head dim, G output groups, O output rank, I index heads, S tokens of
+Axes: D hidden, N heads, H head dim, G output groups, O output rank, I index heads, S positions of
 the sequence.
 
 Next file to read: v4jax/checkpoint/names.py.

@@ -5,7 +5,7 @@ a config named like an installed module shadows nothing. As members of their fol
 first: in a folder called configs, `from configs import models` means the file beside the importing
 one, not the one installed with v4jax.
 
-Next file to read: v4jax/cli.py.
+Next file to read: v4jax/cli/main.py.
 """
 
 import contextlib

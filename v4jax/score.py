@@ -1,6 +1,6 @@
 """Scores a file of tokens: logits, MTP logits and per-token loss of every row, on any mesh.
 
-Next file to read: v4jax/cli.py.
+Next file to read: v4jax/cli/main.py.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""Makes tests/golden/*.npz from transformers 5, so that the default suite compares with it without torch.
+"""Makes tests/golden/*.npz from transformers 5, so that the default suite needs no torch.
 
     python tests/golden/make.py        needs the extra `parity`
 
-Weights are not stored: reference.weights.random_weights(cfg, 0) makes them again. Of each gradient, its norm and its product with
-a fixed random direction are kept.
+Weights are not stored: reference.weights.random_weights(cfg, 0) makes them again. Of each gradient,
+the file keeps its norm and its product with a fixed random direction.
 """
 
 import pathlib

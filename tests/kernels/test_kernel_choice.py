@@ -1,4 +1,4 @@
-"""Names of implementations are checked where they are written, in one line that says what is allowed."""
+"""Names of implementations are checked where they are written; one line says what is allowed."""
 
 import dataclasses
 

@@ -1,9 +1,11 @@
-"""Attention of the three kinds, restated: one key-value head, window plus compressed entries, sink, grouped output.
+"""Attention of the three kinds, restated.
 
-Plain NumPy from docs/equations.md#attention and traps 8 to 14, one document, one query at a time.
-All arithmetic is float64.
-Legend: S tokens, T keys of one query, C entries, D hidden, N heads, H head dim, Q query rank, G output groups,
-O output rank.
+One key-value head, window plus compressed entries, sink, grouped output. Plain NumPy from
+docs/equations.md#attention and traps 8 to 14, one document, one query at a time. All arithmetic is
+float64.
+
+Legend: S tokens, T keys of one query, C entries, D hidden, N heads, H head dim, Q query rank, G
+output groups, O output rank.
 Next file to read: moe.py.
 """
 
@@ -17,7 +19,10 @@ from . import compressor, hyper, indexer, low, rotary
 def attention(
     cfg: ModelConfig, weights: dict, name: str, compress_ratio: int, x_SD: np.ndarray
 ) -> np.ndarray:
-    """The attention sublayer on one document at positions 0..S-1, [S, D]; name is for example "layers.3.attn"."""
+    """The attention sublayer on one document at positions 0..S-1, [S, D].
+
+    `name` is for example "layers.3.attn".
+    """
     positions, freqs = np.arange(len(x_SD)), rotary.frequencies(cfg, compress_ratio)
     qr_SQ, q_SNH, kv_SH, entries_CH = projections(cfg, weights, name, compress_ratio, x_SD)
     seen = seen_entries(cfg, weights, name, compress_ratio, x_SD, qr_SQ)
@@ -29,14 +34,17 @@ def attention(
         ]  # the token itself is one of the window's
         keys_TH = np.concatenate([window_TH, entries_CH[seen[t]]])
         o_SNH[t] = attend(q_SNH[t], keys_TH, weights[f"{name}.attn_sink"])
-    # Keys are values, so values came in rotated by their own position; turning the output back by the query's
-    # position leaves a function of the distance (trap 8).
+    # Keys are values, so values are rotated by their own position. Rotating the output back by the
+    # query's position leaves a function of the distance (trap 8).
     o_SNH = rotary.rotate(o_SNH, positions, freqs, inverse=True)
     return grouped_output(cfg, weights, name, o_SNH)
 
 
 def projections(cfg, weights, name, compress_ratio, x_SD) -> tuple[np.ndarray, ...]:
-    """Query latent [S, Q], queries [S, N, H], window keys [S, H] and entries [C, H], normalised and rotated."""
+    """Query latent [S, Q], queries [S, N, H], window keys [S, H] and entries [C, H].
+
+    All are normalised and rotated.
+    """
     positions = np.arange(len(x_SD))
     freqs = rotary.frequencies(cfg, compress_ratio)
     qr_SQ = hyper.rms_norm(
@@ -67,7 +75,10 @@ def projections(cfg, weights, name, compress_ratio, x_SD) -> tuple[np.ndarray, .
 
 
 def seen_entries(cfg, weights, name, compress_ratio, x_SD, qr_SQ) -> list[np.ndarray]:
-    """For each query the indices of the entries it attends to: none (SWA), the indexer's (CSA), all visible (HCA)."""
+    """For each query the indices of the entries it attends to.
+
+    They are none (SWA), the indexer's (CSA), or all visible ones (HCA).
+    """
     if compress_ratio == WINDOW_ONLY:
         return [np.arange(0)] * len(x_SD)
     if compress_ratio == CSA:
@@ -76,7 +87,10 @@ def seen_entries(cfg, weights, name, compress_ratio, x_SD, qr_SQ) -> list[np.nda
 
 
 def attend(q_NH: np.ndarray, keys_TH: np.ndarray, sink_N: np.ndarray) -> np.ndarray:
-    """sum_j p_j kv_j, [N, H], p = exp(q.kv_j * H^-0.5) / (exp(sink) + sum_j exp(...)); the sink has no value."""
+    """sum_j p_j kv_j, [N, H], with p = exp(q.kv_j * H^-0.5) / (exp(sink) + sum_j exp(...)).
+
+    The sink has no value.
+    """
     logits_NT = q_NH @ keys_TH.T * keys_TH.shape[1] ** -0.5
     top_N = np.maximum(logits_NT.max(axis=1), sink_N)
     mass_NT = np.exp(logits_NT - top_N[:, None])
@@ -84,7 +98,9 @@ def attend(q_NH: np.ndarray, keys_TH: np.ndarray, sink_N: np.ndarray) -> np.ndar
 
 
 def grouped_output(cfg: ModelConfig, weights: dict, name: str, o_SNH: np.ndarray) -> np.ndarray:
-    """Each group of N/G neighbouring heads through its own O rows of wo_a, then all through wo_b, [S, D]."""
+    """The output [S, D]: groups of N/G neighbouring heads by O rows of wo_a each, then wo_b for
+    all.
+    """
     heads, rank = cfg.num_attention_heads // cfg.o_groups, cfg.o_lora_rank
     wo_a = weights[f"{name}.wo_a.weight"]  # [G*O, (N/G)*H], group-major
     parts = []
@@ -99,9 +115,9 @@ def index_loss(
 ) -> np.ndarray:
     """KL of the indexer and of choosing blindly, [queries that see an entry, 2].
 
-    The equation: docs/equations.md#indexer-loss.
-    C = all visible entries (dense) or the chosen ones. Z_h = exp(a_h) + sum of exp over the window + sum of exp over C;
-    P[j] = sum_h exp(c[h, j]) / Z_h, divided by its sum; KL( P || softmax over C of I ).
+    The equation: docs/equations.md#indexer-loss. C = all visible entries (dense) or the chosen
+    ones. Z_h = exp(a_h) + sum of exp over the window + sum of exp over C; P[j] = sum_h exp(c[h, j])
+    / Z_h, divided by its sum; KL( P || softmax over C of I ).
     """
     qr_SQ, q_SNH, kv_SH, entries_CH = projections(cfg, weights, name, CSA, x_SD)
     scores_SC = indexer.scores(cfg, weights, f"{name}.indexer", x_SD, qr_SQ)

@@ -1,7 +1,9 @@
-"""Compressed entries, restated: HCA pools 128 tokens into one, CSA pools 8 (4 of the window before, 4 of its own).
+"""Compressed entries, restated.
 
-Plain NumPy from docs/equations.md#compressor and traps 7 and 15 to 18, on one document. All
-arithmetic is float64.
+HCA pools 128 tokens into one entry; CSA pools 8, 4 of the window before and 4 of its own. Plain
+NumPy from docs/equations.md#compressor and traps 7 and 15 to 18, on one document. All arithmetic is
+float64.
+
 Legend: S tokens of the document, C entries, D hidden, H width of an entry, M compress ratio.
 Next file to read: indexer.py.
 """
@@ -14,7 +16,7 @@ from . import hyper, rotary
 
 
 def pool(gates: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """sum_j S_j * C_j, S the softmax over the rows, for each channel alone (trap 17); [rows, H] -> [H]."""
+    """sum_j S_j * C_j, [rows, H] -> [H]; S is the softmax over the rows, by channel (trap 17)."""
     shares = np.exp(gates - gates.max(axis=0))
     return (shares / shares.sum(axis=0) * values).sum(axis=0)
 
@@ -28,14 +30,20 @@ def visible(t: int, compress_ratio: int) -> int:
 
 
 def entry_positions(tokens: int, compress_ratio: int) -> np.ndarray:
-    """Rotary position m*w of each entry w, int [C]: its window's first token; an incomplete last window gives none."""
+    """Rotary position m*w of each entry w, int [C]: its window's first token.
+
+    An incomplete last window has no entry.
+    """
     return np.arange(tokens // compress_ratio) * compress_ratio
 
 
 def entries(
     cfg: ModelConfig, weights: dict, name: str, compress_ratio: int, x_SD: np.ndarray
 ) -> np.ndarray:
-    """The entries of one document, rotated, [C, H]; name is for example "layers.3.attn.compressor"."""
+    """The entries of one document, rotated, [C, H].
+
+    `name` is for example "layers.3.attn.compressor".
+    """
     kv = x_SD @ weights[f"{name}.wkv.weight"].T
     gate = x_SD @ weights[f"{name}.wgate.weight"].T
     pooled = {CSA: _pool_overlapping, HCA: _pool_apart}[compress_ratio](
@@ -57,10 +65,11 @@ def _pool_apart(kv: np.ndarray, gate: np.ndarray, ape: np.ndarray) -> np.ndarray
 
 
 def _pool_overlapping(kv: np.ndarray, gate: np.ndarray, ape: np.ndarray) -> np.ndarray:
-    """CSA: kv, gate [S, 2H], `ape` [4, 2H]; half a (first H channels) serves the NEXT window, half b its own.
+    """CSA: kv, gate [S, 2H], `ape` [4, 2H].
 
-    Entry 2 pools rows 4..7 with their a half and rows 8..11 with their b half, one softmax over the 8 rows.
-    Entry 0 has no predecessor (official: C = 0, Z = -inf, so weight 0): its own 4 rows alone.
+    Half a (the first H channels) serves the NEXT window, half b its own. Entry 2 pools rows 4..7
+    with their a half and rows 8..11 with their b half, one softmax over the 8 rows. Entry 0 has no
+    predecessor (official: C = 0, Z = -inf, so weight 0) and pools its own 4 rows alone.
     """
     m, width = len(ape), kv.shape[1] // 2
     pooled = np.zeros((len(kv) // m, width))

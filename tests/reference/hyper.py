@@ -1,6 +1,8 @@
-"""Manifold-constrained hyper-connections (mHC), restated: collapse of the streams, expansion, mixing, final collapse.
+"""Manifold-constrained hyper-connections (mHC), restated.
 
-Plain NumPy from docs/equations.md#mhc and traps 1 to 3. All arithmetic is float64.
+They collapse the streams, expand and mix them, and collapse them at the end. Plain NumPy from
+docs/equations.md#mhc and traps 1 to 3. All arithmetic is float64.
+
 Legend: S positions, X streams, D hidden.
 Next file to read: rotary.py.
 """
@@ -13,7 +15,10 @@ from v4jax.config import ModelConfig
 
 
 class Mix(NamedTuple):
-    """One site's weights for each token: pre collapses, post expands, comb mixes; comb[j, k] carries stream j to k."""
+    """One site's weights for each token: pre collapses, post expands, comb mixes.
+
+    comb[j, k] carries stream j to k.
+    """
 
     pre_SX: np.ndarray
     post_SX: np.ndarray
@@ -37,9 +42,10 @@ def project(cfg: ModelConfig, fn: np.ndarray, streams_SXD: np.ndarray) -> np.nda
 
 
 def sinkhorn(cfg: ModelConfig, logits_SXX: np.ndarray) -> np.ndarray:
-    """Nearly doubly stochastic matrices: softmax of rows + eps, columns, then (iterations - 1) x (rows, columns).
+    """Nearly doubly stochastic matrices.
 
-    Rows sum over the last axis, columns over the one before; hc_eps is in every denominator (trap 2).
+    They are the softmax of rows + eps, columns, then (iterations - 1) x (rows, columns). Rows sum
+    over the last axis, columns over the one before; hc_eps is in every denominator (trap 2).
     """
     comb = np.exp(logits_SXX - logits_SXX.max(axis=-1, keepdims=True))
     comb = comb / comb.sum(axis=-1, keepdims=True) + cfg.hc_eps
@@ -77,7 +83,10 @@ def expand(weights: Mix, output_SD: np.ndarray, streams_SXD: np.ndarray) -> np.n
 
 
 def head(cfg: ModelConfig, weights: dict, prefix: str, streams_SXD: np.ndarray) -> np.ndarray:
-    """The last collapse, [S, D]: weights sigmoid(mix * scale + base) + hc_eps; prefix "" or "mtp.0."."""
+    """The last collapse, [S, D], with weights sigmoid(mix * scale + base) + hc_eps.
+
+    `prefix` is "" or "mtp.0.".
+    """
     fn, base, scale = (weights[f"{prefix}hc_head_{part}"] for part in ("fn", "base", "scale"))
     return collapse(
         sigmoid(project(cfg, fn, streams_SXD) * scale[0] + base) + cfg.hc_eps, streams_SXD

@@ -16,9 +16,10 @@ from . import compressor, low, rotary
 def scores(
     cfg: ModelConfig, weights: dict, name: str, x_SD: np.ndarray, qr_SQ: np.ndarray
 ) -> np.ndarray:
-    """I[t, s] = sum_h w[t, h] relu(q[t, h] . K[s]), [S, C], before any mask; name "layers.3.attn.indexer".
+    """I[t, s] = sum_h w[t, h] relu(q[t, h] . K[s]), [S, C], before any mask.
 
-    `qr_SQ` is the query latent after its norm, the one the attention itself uses (trap 21).
+    `name` is for example "layers.3.attn.indexer". `qr_SQ` is the query latent after its norm, the
+    one that attention itself uses (trap 21).
     """
     heads, dim = cfg.index_n_heads, cfg.index_head_dim
     keys_CJ = low.index(weights, compressor.entries(cfg, weights, f"{name}.compressor", CSA, x_SD))
@@ -33,12 +34,15 @@ def scores(
 
 
 def top_k(scores_C: np.ndarray, k: int) -> np.ndarray:
-    """The indices of the k largest scores (all, if fewer), ascending; among equals the smallest index wins."""
+    """The indices of the k largest scores (all, if fewer), ascending.
+
+    Among equals the smallest index wins.
+    """
     return np.sort(np.argsort(-scores_C, kind="stable")[:k])
 
 
 def selected(cfg: ModelConfig, scores_SC: np.ndarray) -> list[np.ndarray]:
-    """For each query the set of its at most index_topk entries, chosen among the visible ones only."""
+    """For each query the set of its at most index_topk entries, among the visible ones only."""
     return [
         top_k(scores_C[: compressor.visible(t, CSA)], cfg.index_topk)
         for t, scores_C in enumerate(scores_SC)

@@ -1,6 +1,8 @@
-"""The training loss, restated: next token + 0.3 * MTP + 1e-4 * balance, with labels that stay inside their document.
+"""The training loss, restated: next token + 0.3 * MTP + 1e-4 * balance.
 
-Plain NumPy from docs/equations.md#losses and trap 32. All arithmetic is float64.
+Labels stay inside their document. Plain NumPy from docs/equations.md#losses and trap 32. All
+arithmetic is float64.
+
 Legend: B rows, S positions, V vocabulary.
 Next file to read: muon.py.
 """
@@ -15,7 +17,7 @@ from .transformer import Output, documents
 
 
 class Loss(NamedTuple):
-    """total = next_token + mtp_weight * mtp + balance_weight * balance, and the parts without their weights."""
+    """total = next_token + mtp_weight * mtp + balance_weight * balance; parts are unweighted."""
 
     total: float
     next_token: float
@@ -33,9 +35,10 @@ def loss(
 ) -> Loss:
     """The loss of one batch. Without segment ids each row is one document.
 
-    The balance term is the sum over score-routed layers, MTP's included, of the mean over rows that hold a counted
-    token. Hash layers choose by table, so a balance loss on their gate would move what chooses nothing (Megatron-LM
-    leaves them out too); V3's report adds the term of each layer to the loss, hence a sum.
+    The balance term is the sum over score-routed layers, MTP's included, of the mean over rows that
+    hold a counted token. Hash layers choose by table, so a balance loss on their gate would move
+    what chooses nothing (Megatron-LM leaves them out too). V3's report adds the term of each layer
+    to the loss, hence a sum.
     """
     tokens_BS = np.asarray(tokens_BS)
     segments_BS = np.ones_like(tokens_BS) if segment_ids_BS is None else np.asarray(segment_ids_BS)
@@ -55,9 +58,12 @@ def loss(
 def mean_nll(
     logits_BSV: np.ndarray, tokens_BS: np.ndarray, segments_BS: np.ndarray, ahead: int
 ) -> float:
-    """Mean of -log p(token t+ahead | position t) over the positions whose label is in the same document; 0 if none.
+    """Mean of -log p(token t+ahead | position t) over positions with a label in the same document.
 
-    Example, ahead=2, segments 1 1 1 2 2 0 0 0: only position 0 counts. Segment 0 is padding and counts nowhere.
+    It is 0 if there are none.
+
+    Example, ahead=2, segments 1 1 1 2 2 0 0 0: only position 0 counts. Segment 0 is padding and
+    counts nowhere.
     """
     total, count = 0.0, 0
     for logits_SV, tokens_S, segments_S in zip(logits_BSV, tokens_BS, segments_BS, strict=True):

@@ -1,10 +1,10 @@
 """Low precision, restated: which numbers the served model rounds, and to what.
 
-The specification is docs/equations.md#low-precision.
+The specification is docs/equations.md#low-precision. `served(weights)` rounds the matrices as files
+store them and marks the dictionary. The modules here then round what enters such a matrix,
+keys/values, and the indexer's queries and keys. Unmarked weights compute in full precision. Plain
+NumPy: the nearest number is looked up in a list of all of them. All arithmetic is float64.
 
-`served(weights)` rounds the matrices as files store them and marks the dictionary; the modules here then round what enters
-such a matrix, keys/values, and the indexer's queries and keys. Unmarked weights compute in full precision. Plain NumPy: the
-nearest number is looked up in a list of all of them. All arithmetic is float64.
 Legend: O output features, I input features, H head dim.
 Next file to read: attention.py.
 """
@@ -22,7 +22,7 @@ _MATRIX = r"attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)|shared_experts\.w[123]
 
 
 class Served(dict):
-    """Weights by official name, rounded already."""
+    """Weights by official name, already rounded."""
 
 
 def served(weights: dict) -> Served:
@@ -44,7 +44,7 @@ def linear(weights: dict, name: str, x: np.ndarray) -> np.ndarray:
 
 
 def keys(cfg, weights: dict, kv: np.ndarray) -> np.ndarray:
-    """Rotated keys/values [., H]: fp8 in blocks of 64 without the rope dims, which stay."""
+    """Rotated keys/values [., H] in fp8, blocks of 64; the rope dims stay as they are."""
     if not isinstance(weights, Served):
         return kv
     plain = cfg.head_dim - cfg.qk_rope_head_dim
@@ -52,7 +52,7 @@ def keys(cfg, weights: dict, kv: np.ndarray) -> np.ndarray:
 
 
 def index(weights: dict, x: np.ndarray) -> np.ndarray:
-    """Queries or keys of the indexer [., J]: Hadamard rotation over sqrt(J), then MXFP4 in blocks of 32."""
+    """The indexer's queries or keys [., J]: Hadamard rotation over sqrt(J), MXFP4 in 1 x 32."""
     if not isinstance(weights, Served):
         return x
     dim = x.shape[-1]
@@ -62,7 +62,10 @@ def index(weights: dict, x: np.ndarray) -> np.ndarray:
 
 
 def rounded(x: np.ndarray, rows: int, columns: int, values: np.ndarray, least: float) -> np.ndarray:
-    """Each block of rows x columns: scale 2^ceil(log2(max |x| / largest)), nearest of `values` times it, ties to even."""
+    """Rounds each block of rows x columns to the nearest of `values` times its scale.
+
+    The scale is 2^ceil(log2(max |x| / largest)); ties go to even.
+    """
     result = np.empty(x.shape)
     middles = (values[1:] + values[:-1]) / 2
     for r, c in np.ndindex(-(-x.shape[0] // rows), -(-x.shape[1] // columns)):

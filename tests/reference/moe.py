@@ -1,7 +1,8 @@
-"""Mixture of experts, restated: hash and score routing, clamped experts, balance loss, load counts; token by token.
+"""Mixture of experts, restated, token by token.
 
-Plain NumPy from docs/equations.md#moe, docs/equations.md#losses and traps 23 to 30. All
-arithmetic is float64.
+Hash and score routing, clamped experts, balance loss, load counts. Plain NumPy from
+docs/equations.md#moe, docs/equations.md#losses and traps 23 to 30. All arithmetic is float64.
+
 Legend: S tokens, D hidden, E experts, K active experts.
 Next file to read: loss.py.
 """
@@ -16,7 +17,7 @@ from . import hyper, low
 
 
 class Routing(NamedTuple):
-    """What one layer's router decided: unbiased scores, float64 [S, E], and the chosen experts, int64 [S, K]."""
+    """One layer's routing: unbiased scores, float64 [S, E]; the chosen experts, int64 [S, K]."""
 
     scores_SE: np.ndarray
     chosen_SK: np.ndarray
@@ -25,10 +26,10 @@ class Routing(NamedTuple):
 def moe(
     cfg: ModelConfig, weights: dict, name: str, x_SD: np.ndarray, tokens_S: np.ndarray
 ) -> tuple[np.ndarray, Routing]:
-    """sum_i w_i expert_i(x) + shared(x), [S, D], and the routing; name is for example "layers.3.ffn".
+    """sum_i w_i expert_i(x) + shared(x), [S, D], and the routing.
 
-    w = s[chosen] / sum(s[chosen]) * routed_scaling_factor from scores without bias, for hash layers
-    too (trap 23).
+    `name` is for example "layers.3.ffn". w = s[chosen] / sum(s[chosen]) * routed_scaling_factor,
+    from scores without bias, for hash layers too (trap 23).
     """
     routing = route(cfg, weights, name, x_SD, tokens_S)
     result = expert(cfg, weights, f"{name}.shared_experts", x_SD)
@@ -43,7 +44,10 @@ def moe(
 def route(
     cfg: ModelConfig, weights: dict, name: str, x_SD: np.ndarray, tokens_S: np.ndarray
 ) -> Routing:
-    """s = sqrt(softplus(x @ gate.T)); experts by the token's row of the table, or the top k of s + bias."""
+    """s = sqrt(softplus(x @ gate.T)), and the chosen experts.
+
+    They are those of the token's row of the table, or the top k of s + bias.
+    """
     scores_SE = np.sqrt(np.logaddexp(0, x_SD @ weights[f"{name}.gate.weight"].T))
     if f"{name}.gate.tid2eid" in weights:
         return Routing(scores_SE, weights[f"{name}.gate.tid2eid"][tokens_S].astype(np.int64))
@@ -66,7 +70,10 @@ def expert(
 
 
 def load(routing: Routing, counted_S: np.ndarray) -> np.ndarray:
-    """How many of the counted tokens chose each expert, int64 [E]; `counted_S` is a boolean mask."""
+    """How many of the counted tokens chose each expert, int64 [E].
+
+    `counted_S` is a boolean mask.
+    """
     experts = routing.scores_SE.shape[1]
     return np.bincount(routing.chosen_SK[counted_S].reshape(-1), minlength=experts)
 

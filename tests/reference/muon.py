@@ -10,7 +10,10 @@ _EXACT = (2.0, -1.5, 0.5)  # 2 steps: settle at 1
 
 
 def hybrid_newton_schulz(g: np.ndarray) -> np.ndarray:
-    """g divided by its Frobenius norm, then 8 + 2 steps of x <- a x + b (x x^T) x + c (x x^T)^2 x; 0 stays 0."""
+    """g over its Frobenius norm, then 8 + 2 steps of x <- a x + b (x x^T) x + c (x x^T)^2 x.
+
+    0 stays 0.
+    """
     norm = np.sqrt((np.asarray(g, np.float64) ** 2).sum())
     if norm == 0:
         return np.zeros_like(g, np.float64)
@@ -24,10 +27,10 @@ def hybrid_newton_schulz(g: np.ndarray) -> np.ndarray:
 def muon(
     w, m, g, lr: float, mu: float = 0.95, weight_decay: float = 0.1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One step for the matrix w with momentum m and gradient g, all of one 2-D shape; returns the new (w, m).
+    """One Muon step for the matrix w with momentum m and gradient g, all of one 2-D shape.
 
-    M = mu*M + G; O = HNS(mu*M + G) * sqrt(max(rows, cols)) * 0.18; W = W*(1 - lr*wd) - lr*O. The momentum starts at 0
-    and is no average: no (1 - mu), no bias correction.
+    Returns the new (w, m). M = mu*M + G; O = HNS(mu*M + G) * sqrt(max(rows, cols)) * 0.18; W = W*(1
+    - lr*wd) - lr*O. The momentum starts at 0 and is no average: no (1 - mu), no bias correction.
     """
     m = mu * np.asarray(m, np.float64) + g
     o = hybrid_newton_schulz(mu * m + g) * np.sqrt(max(w.shape)) * 0.18
@@ -37,7 +40,8 @@ def muon(
 def adamw(w, m, v, g, step: int, lr: float, b1=0.9, b2=0.95, eps=1e-20, weight_decay=0.1):
     """One AdamW step with decoupled decay; step counts from 1; returns the new (w, m, v).
 
-    m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; W = W*(1 - lr*wd) - lr * (m/(1-b1^step)) / (sqrt(v/(1-b2^step)) + eps).
+    m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; W = W*(1 - lr*wd) - lr * (m/(1-b1^step)) /
+    (sqrt(v/(1-b2^step)) + eps).
     """
     g = np.asarray(g, np.float64)
     m = b1 * np.asarray(m, np.float64) + (1 - b1) * g

@@ -1,6 +1,7 @@
-"""Rotary embedding, restated: frequencies with YaRN, interleaved pairs as complex numbers, and the rotation back.
+"""Rotary embedding, restated: frequencies with YaRN, pairs as complex numbers, and back.
 
 Plain NumPy from docs/equations.md#rotary; slow on purpose. All arithmetic is float64.
+
 Legend: S positions, R rope dims, H head dim.
 Next file to read: compressor.py.
 """
@@ -15,8 +16,9 @@ from v4jax.config import WINDOW_ONLY, ModelConfig
 def frequencies(cfg: ModelConfig, compress_ratio: int) -> np.ndarray:
     """Radians per position of each pair, float64 [R/2], of a layer with this compress ratio.
 
-    Window-only layers and MTP: rope_theta, never YaRN. CSA and HCA layers, everywhere in them: compress_rope_theta
-    with YaRN, at every length (trap 5) and without a factor on cos and sin (trap 4).
+    Window-only layers and MTP: rope_theta, never YaRN. CSA and HCA layers, everywhere in them:
+    compress_rope_theta with YaRN, at every length (trap 5) and without a factor on cos and sin
+    (trap 4).
     """
     theta = cfg.rope_theta if compress_ratio == WINDOW_ONLY else cfg.compress_rope_theta
     dims = cfg.qk_rope_head_dim
@@ -46,10 +48,10 @@ def frequencies(cfg: ModelConfig, compress_ratio: int) -> np.ndarray:
 def rotate(
     x: np.ndarray, positions_S: np.ndarray, frequencies: np.ndarray, inverse: bool = False
 ) -> np.ndarray:
-    """x [S, ..., H] with its LAST R dims turned by position * frequency; `inverse` turns them back.
+    """x [S, ..., H] with its LAST R dims rotated by position * frequency.
 
-    Pair i is dims (2i, 2i+1) of the rotary part (trap 9): the complex number x[2i] + i x[2i+1] times
-    e^(+-i angle).
+    `inverse` rotates them back. Pair i is dims (2i, 2i+1) of the rotary part (trap 9): the complex
+    number x[2i] + i x[2i+1] times e^(+-i angle).
     """
     dims = 2 * len(frequencies)
     result = np.array(x, dtype=np.float64)

@@ -1,11 +1,13 @@
-"""The whole model, restated: forward(cfg, weights, tokens) -> logits, MTP logits, expert loads, balance losses.
+"""The whole model, restated: forward(cfg, weights, tokens) -> logits, MTP logits, routing.
 
 Plain NumPy from docs/equations.md, sections 2 to 9; the oracle of the tests, written from the
-equations, slow on purpose. `weights` maps official tensor names (docs/equations.md#checkpoint-names)
-to arrays in official orientation, matrices [out, in]. Packed rows are cut into documents and each
-document runs ALONE from position 0, so that "packed equals separate" holds here by construction. All
-arithmetic is float64.
-Legend: B rows, S positions, X streams, D hidden, E experts, K active experts, V vocabulary, L main layers.
+equations, slow on purpose. `weights` maps official tensor names
+(docs/equations.md#checkpoint-names) to arrays in official orientation, matrices [out, in]. Packed
+rows are cut into documents and each document runs ALONE from position 0, so "packed equals
+separate" holds here by construction. All arithmetic is float64.
+
+Legend: B rows, S positions, X streams, D hidden, E experts, K active experts, V vocabulary, L main
+layers.
 Next file to read: hyper.py.
 """
 
@@ -19,10 +21,12 @@ from . import attention, hyper, low, moe
 
 
 class Output(NamedTuple):
-    """What a forward pass gives. Lists have one item per main layer and then one for MTP, if there is MTP.
+    """What a forward pass gives. Lists have one item per main layer, and a last one for MTP, if
+    any.
 
-    Tokens of segment 0 (padding) are in no load and no balance; the MTP layer's leave out each document's last position
-    too, which has no next token. `routing` (with rows put together again, [B*S, .]) lets a test count otherwise.
+    No load and no balance counts tokens of segment 0 (padding). The MTP layer's also leave out each
+    document's last position, which has no next token. `routing` (with rows put together again,
+    [B*S, .]) lets a test count otherwise.
     """
 
     logits: np.ndarray  # float64 [B, S, V]
@@ -33,7 +37,7 @@ class Output(NamedTuple):
 
 
 class Document(NamedTuple):
-    """One document's results: logits [S, V], MTP logits [S, V] or None, routing per layer (MTP last)."""
+    """One document's logits [S, V], MTP logits [S, V] or None, and routing per layer (MTP last)."""
 
     logits: np.ndarray
     mtp_logits: np.ndarray | None
@@ -41,7 +45,9 @@ class Document(NamedTuple):
 
 
 def forward(cfg: ModelConfig, weights: dict, tokens_BS, segment_ids_BS=None) -> Output:
-    """The model on a batch of rows; without segment ids each row is one document. `low.served(weights)` makes it the served one.
+    """The model on a batch of rows; without segment ids each row is one document.
+
+    `low.served(weights)` makes it the served model.
 
     Raises:
       ValueError: a token id outside the vocabulary.
@@ -83,13 +89,16 @@ def forward(cfg: ModelConfig, weights: dict, tokens_BS, segment_ids_BS=None) -> 
 
 
 def documents(segments_S: np.ndarray) -> list[tuple[int, int]]:
-    """(start, stop) of each maximal run of equal segment ids. Example: 1 1 2 0 0 -> (0, 2), (2, 3), (3, 5)."""
+    """(start, stop) of each maximal run of equal segment ids.
+
+    Example: 1 1 2 0 0 -> (0, 2), (2, 3), (3, 5).
+    """
     starts = [s for s in range(len(segments_S)) if s == 0 or segments_S[s] != segments_S[s - 1]]
     return list(zip(starts, starts[1:] + [len(segments_S)], strict=True))
 
 
 def _row(cfg, weights, tokens_S, segments_S) -> Document:
-    """One packed row: its documents, each alone, side by side again."""
+    """One packed row: its documents run alone, and their results are joined."""
     parts = [
         forward_document(cfg, weights, tokens_S[start:stop])
         for start, stop in documents(segments_S)
@@ -157,8 +166,8 @@ def mtp(
          token id 0, so its value means nothing.
       2. The embedding and the head are the main model's: no mtp.0.embed, no mtp.0.head.
       3. The streams are those after the last block, BEFORE hc_head and the final norm.
-      4. The embedding, through enorm and e_proj, is copied to every stream; each stream goes by itself
-         through hnorm (mean over D, not over X*D) and h_proj. No hyper-connection mixes here.
+      4. The embedding, through enorm and e_proj, is copied to every stream; each stream goes by
+         itself through hnorm (mean over D, not over X*D) and h_proj. No mHC mixing here.
       5. The block has its own hc sites and norms, window attention with rope_theta and no YaRN,
          gate.bias and no table.
       6. Its own collapse and its own final norm, then the shared head.

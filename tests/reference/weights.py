@@ -1,7 +1,8 @@
-"""Random weights under official names, at the scale of trained ones, for the tests that compare with this restatement.
+"""Random weights under official names, at the scale of trained ones.
 
-Small random models pass where real weights fail (trap 45): norms around 1, sinks, biases, `ape`, mHC
-base and scale away from 0, gates that tell experts apart, expert inputs that reach the clamp.
+Small random models pass where real weights fail (trap 45): norms around 1, sinks, biases, `ape`,
+mHC base and scale away from 0, gates that tell experts apart, expert inputs that reach the clamp.
+
 Legend: as in transformer.py.
 """
 
@@ -76,7 +77,10 @@ def _compressor_shapes(name, compress_ratio, hidden, width):
 
 
 def random_weights(cfg: ModelConfig, seed: int) -> dict[str, np.ndarray]:
-    """float32 arrays (tid2eid int64, k distinct experts per token) whose activations are of unit scale."""
+    """float32 arrays with activations of unit scale.
+
+    tid2eid is int64, with k distinct experts per token.
+    """
     rng = np.random.default_rng(seed)
     return {name: _random(cfg, rng, name, shape) for name, shape in shapes(cfg).items()}
 

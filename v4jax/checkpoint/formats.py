@@ -4,7 +4,7 @@ A whole checkpoint has one of four formats: "float32"; "bfloat16"; "official", t
 releases (fp8 matrices, MXFP4 experts, ue8m0 scales); "fp8", that of -Base releases (experts in fp8
 too, float32 scales). See docs/equations.md#low-precision.
 
-Legend: O output features, I input features.
+Shapes: O output features, I input features.
 
 Next file to read: v4jax/checkpoint/files.py.
 """

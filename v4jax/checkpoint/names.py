@@ -8,7 +8,7 @@ Example: layers.4.ffn.experts.7.w1.weight of V4-Flash is
 tree["layers_3_42"]["block_1"]["ffn"]["experts"]["w1"][0, 7].T: layer 4 is the second block of the
 pattern that starts at layer 3, in its first repetition.
 
-Shapes: V token ids, K experts of a token.
+Shapes: V vocabulary, K experts of a token.
 Next file to read: v4jax/checkpoint/load.py.
 """
 

@@ -1,6 +1,6 @@
 """Files of text as documents: found, checked, and split into training and held-out ones.
 
-Axes: D documents.
+Axes: M documents.
 
 Next file to read: v4jax/data/records.py.
 """
@@ -82,16 +82,16 @@ def split_documents(
     Raises:
       ValueError: fewer than two documents.
     """
-    held_D = held_out_of([name_hash(document) for document in documents], cfg.held_out)
+    held_M = held_out_of([name_hash(document) for document in documents], cfg.held_out)
     sides = [
-        [document for document, held in zip(documents, held_D, strict=True) if held == side]
+        [document for document, held in zip(documents, held_M, strict=True) if held == side]
         for side in (False, True)
     ]
     return sides[0], sides[1]
 
 
 def held_out_of(hashes: Sequence[float], share: float) -> np.ndarray:
-    """Which documents are held out, bool [D]: those whose hash is below `share`.
+    """Which documents are held out, bool [M]: those whose hash is below `share`.
 
     With few documents, one side may be empty by chance. Then the lowest hash is held out, or the
     highest is trained on.
@@ -105,9 +105,9 @@ def held_out_of(hashes: Sequence[float], share: float) -> np.ndarray:
         )
     order = np.argsort(hashes, kind="stable")
     below = min(max(int(np.sum(np.asarray(hashes) < share)), 1), len(hashes) - 1)
-    held_D = np.zeros(len(hashes), bool)
-    held_D[order[:below]] = True
-    return held_D
+    held_M = np.zeros(len(hashes), bool)
+    held_M[order[:below]] = True
+    return held_M
 
 
 def _read_through(path: pathlib.Path) -> tuple[int, int, str]:

@@ -1,6 +1,6 @@
 """Pieces of documents as tokens, read on demand from files or from a store.
 
-Axes: D documents, T tokens of one piece.
+Axes: M documents, T tokens of one piece.
 
 Next file to read: v4jax/data/summary.py.
 """
@@ -66,17 +66,17 @@ def open_pieces(
         return _read_in_place(cfg, source, tokenizer, seq_len, part, documents)
     store = open_store(cfg, source, tokenizer, listings)
     if source.format == "chat":
-        chosen_D = used_conversations(cfg, source, store, seq_len, part)
+        chosen_M = used_conversations(cfg, source, store, seq_len, part)
     elif part == "all":
-        chosen_D = np.ones(len(store.ends), bool)
+        chosen_M = np.ones(len(store.ends), bool)
     else:
         with at(source.path):
-            chosen_D = held_out_of(store.hashes, cfg.held_out) == (part == "held_out")
+            chosen_M = held_out_of(store.hashes, cfg.held_out) == (part == "held_out")
     step = seq_len if cfg.packing == "best_fit" else READ_ROWS * seq_len
     pieces = StoredPieces(
-        store, np.flatnonzero(chosen_D), step, cfg.masked, first_only=source.format == "chat"
+        store, np.flatnonzero(chosen_M), step, cfg.masked, first_only=source.format == "chat"
     )
-    mark = f"{store.fingerprint}-{zlib.crc32(chosen_D.tobytes()):08x}"
+    mark = f"{store.fingerprint}-{zlib.crc32(chosen_M.tobytes()):08x}"
     mark = f"{mark}-{pieces.lone}" if pieces.lone else mark
     return pieces, Mark(mark, mark)
 
@@ -126,9 +126,9 @@ class StoredPieces:
         self._stops = np.asarray(store.ends)[documents]
         if first_only:
             self._stops = np.minimum(self._stops, self._begins + step)
-        lone_D = masked & ((self._stops - self._begins) % step == 1)
-        self._stops = self._stops - lone_D
-        self.lone = int(lone_D.sum())
+        lone_M = masked & ((self._stops - self._begins) % step == 1)
+        self._stops = self._stops - lone_M
+        self.lone = int(lone_M.sum())
         self._ends = np.cumsum(-(-(self._stops - self._begins) // step))
 
     def __len__(self) -> int:

@@ -4,7 +4,7 @@ A conversation without anything to learn is left out: a step on such rows would 
 weights. The split does not depend on the length of rows, so no stage of a run trains on what
 another one holds out.
 
-Axes: D conversations.
+Axes: M conversations.
 
 Next file to read: v4jax/data/pieces.py.
 """
@@ -28,7 +28,7 @@ _ADVICE = {
 def used_conversations(
     cfg: DataConfig, source: Source, store: TokenStore, seq_len: int, part: str
 ) -> np.ndarray:
-    """Which conversations of a source are used in `part`, bool [D].
+    """Which conversations of a source are used in `part`, bool [M].
 
     Args:
       part: "train", "held_out" or "all".
@@ -36,22 +36,22 @@ def used_conversations(
     Raises:
       ValueError: one is too long and chat.too_long is "error", or none is left.
     """
-    learnable_D = _learned_within(store, _sizes(store))
-    left_out = _left_out(cfg, source, store, learnable_D, seq_len)
-    chosen_D = learnable_D.copy()
-    if part != "all" and learnable_D.any():
+    learnable_M = _learned_within(store, _sizes(store))
+    left_out = _left_out(cfg, source, store, learnable_M, seq_len)
+    chosen_M = learnable_M.copy()
+    if part != "all" and learnable_M.any():
         with at(source.path):
-            held_D = held_out_of(np.asarray(store.hashes)[learnable_D], cfg.held_out)
-        chosen_D[learnable_D] = held_D == (part == "held_out")
-    used_D = chosen_D & ~np.any(list(left_out.values()), axis=0)
-    if not used_D.any():
+            held_M = held_out_of(np.asarray(store.hashes)[learnable_M], cfg.held_out)
+        chosen_M[learnable_M] = held_M == (part == "held_out")
+    used_M = chosen_M & ~np.any(list(left_out.values()), axis=0)
+    if not used_M.any():
         purpose = "to train on" if part == "train" else "to evaluate on"
-        why = _counted(left_out, chosen_D | ~learnable_D)
-        advice = _ADVICE[part] if learnable_D.any() else "see weight of messages and train_on"
+        why = _counted(left_out, chosen_M | ~learnable_M)
+        advice = _ADVICE[part] if learnable_M.any() else "see weight of messages and train_on"
         raise ValueError(
             f"source: no conversation of {source.path} is left {purpose}: {why}; {advice}"
         )
-    return used_D
+    return used_M
 
 
 def unused_conversations(cfg: DataConfig, source: Source, store: TokenStore, seq_len: int) -> str:
@@ -60,57 +60,57 @@ def unused_conversations(cfg: DataConfig, source: Source, store: TokenStore, seq
     Raises:
       ValueError: one is too long and chat.too_long is "error".
     """
-    sizes_D = _sizes(store)
-    left_out = _left_out(cfg, source, store, _learned_within(store, sizes_D), seq_len)
-    gone_D = np.any(list(left_out.values()), axis=0)
-    cut = int((sizes_D > seq_len)[~gone_D].sum())
+    sizes_M = _sizes(store)
+    left_out = _left_out(cfg, source, store, _learned_within(store, sizes_M), seq_len)
+    gone_M = np.any(list(left_out.values()), axis=0)
+    cut = int((sizes_M > seq_len)[~gone_M].sum())
     said = []
-    if gone_D.any():
-        why = _counted(left_out, gone_D)
-        said.append(f"{gone_D.sum()} of {len(gone_D)} conversations are left out ({why})")
+    if gone_M.any():
+        why = _counted(left_out, gone_M)
+        said.append(f"{gone_M.sum()} of {len(gone_M)} conversations are left out ({why})")
     if cut:
-        said.append(f"{cut} of {len(gone_D)} conversations are cut to seq_len={seq_len}")
+        said.append(f"{cut} of {len(gone_M)} conversations are cut to seq_len={seq_len}")
     return ", ".join(said)
 
 
 def _left_out(
-    cfg: DataConfig, source: Source, store: TokenStore, learnable_D: np.ndarray, seq_len: int
+    cfg: DataConfig, source: Source, store: TokenStore, learnable_M: np.ndarray, seq_len: int
 ) -> dict[str, np.ndarray]:
-    """Reason -> which conversations it leaves out, bool [D]; each has at most one reason."""
-    sizes_D = _sizes(store)
-    long_D = learnable_D & (sizes_D > seq_len)
-    if cfg.chat.too_long == "error" and long_D.any():
-        longest = int(np.argmax(np.where(long_D, sizes_D, 0)))
+    """Reason -> which conversations it leaves out, bool [M]; each has at most one reason."""
+    sizes_M = _sizes(store)
+    long_M = learnable_M & (sizes_M > seq_len)
+    if cfg.chat.too_long == "error" and long_M.any():
+        longest = int(np.argmax(np.where(long_M, sizes_M, 0)))
         raise ValueError(
-            f"{place_of(source, longest)}: this conversation has {sizes_D[longest]} tokens, and a "
+            f"{place_of(source, longest)}: this conversation has {sizes_M[longest]} tokens, and a "
             f"row holds {seq_len}; raise seq_len, or set chat.too_long to drop or cut"
         )
-    reasons = {"without a token to learn (weight, train_on)": ~learnable_D}
+    reasons = {"without a token to learn (weight, train_on)": ~learnable_M}
     if cfg.chat.too_long == "drop":
-        return reasons | {f"longer than seq_len={seq_len}": long_D}
-    beyond_D = learnable_D & ~_learned_within(store, np.minimum(sizes_D, seq_len))
-    return reasons | {f"without a token to learn once cut to seq_len={seq_len}": beyond_D}
+        return reasons | {f"longer than seq_len={seq_len}": long_M}
+    beyond_M = learnable_M & ~_learned_within(store, np.minimum(sizes_M, seq_len))
+    return reasons | {f"without a token to learn once cut to seq_len={seq_len}": beyond_M}
 
 
-def _counted(left_out: dict[str, np.ndarray], among_D: np.ndarray) -> str:
-    """How many conversations among `among_D` each reason leaves out, in words."""
-    counts = {reason: int((which_D & among_D).sum()) for reason, which_D in left_out.items()}
+def _counted(left_out: dict[str, np.ndarray], among_M: np.ndarray) -> str:
+    """How many conversations among `among_M` each reason leaves out, in words."""
+    counts = {reason: int((which_M & among_M).sum()) for reason, which_M in left_out.items()}
     return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
 
 
 def _sizes(store: TokenStore) -> np.ndarray:
-    """Tokens of each conversation, [D]."""
+    """Tokens of each conversation, [M]."""
     return np.diff(store.ends, prepend=0)
 
 
-def _learned_within(store: TokenStore, first_D: np.ndarray) -> np.ndarray:
-    """Whether any of the first first_D tokens of each conversation is learned, bool [D].
+def _learned_within(store: TokenStore, first_M: np.ndarray) -> np.ndarray:
+    """Whether any of the first first_M tokens of each conversation is learned, bool [M].
 
     The very first token has no predecessor and is never learned.
     """
-    begins_D = np.concatenate([[0], store.ends[:-1]])
+    begins_M = np.concatenate([[0], store.ends[:-1]])
     # reduceat takes the maximum from each bound to the next; every other one is wanted. The last
     # one reaches to the end by itself.
-    bounds = np.stack([begins_D + 1, begins_D + first_D], axis=1).ravel()
+    bounds = np.stack([begins_M + 1, begins_M + first_M], axis=1).ravel()
     bounds = bounds[:-1] if bounds[-1] == len(store.learned) else bounds
     return np.maximum.reduceat(store.learned, bounds)[::2] > 0

@@ -1,6 +1,6 @@
 """Documents as tokens, made once and kept in memory or in a memory-mapped cache on disk.
 
-Axes: N tokens of all documents, D documents, T tokens of one document.
+Axes: M documents, T tokens of one document or of all.
 
 Next file to read: v4jax/data/identity.py.
 """
@@ -30,7 +30,9 @@ from v4jax.data.listing import Listing, Listings
 from v4jax.data.records import read_records, read_texts
 from v4jax.stderr import say
 from v4jax.storage import local_path
-from v4jax.tokenizer import Tokenizer, document_ids, require_tokens, without_marks
+from v4jax.tokenizer import Tokenizer, document_ids
+from v4jax.tokenizer.checks import require_tokens
+from v4jax.tokenizer.documents import without_marks
 
 _VERSION = 2
 _SOURCES = "sources.json"
@@ -44,10 +46,10 @@ class TokenStore(NamedTuple):
     """Tokens of documents, one after another.
 
     Attributes:
-      tokens: int32 [N].
-      learned: uint8 [N], 1 on tokens to be learned.
-      ends: int64 [D], where each document ends.
-      hashes: float64 [D], in [0, 1), of each document's name or content; they decide the split.
+      tokens: int32 [T].
+      learned: uint8 [T], 1 on tokens to be learned.
+      ends: int64 [M], where each document ends.
+      hashes: float64 [M], in [0, 1), of each document's name or content; they decide the split.
       fingerprint: equal for equal content.
       empty: how many records were left out for their empty text; 0 if an older cache did not count.
       unread: keys of conversations that are not read (checks.unread_keys), some if there are many.

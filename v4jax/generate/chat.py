@@ -2,7 +2,7 @@
 
 Each answer is parsed back into a message of the history.
 
-Next file to read: v4jax/cli.py.
+Next file to read: v4jax/cli/main.py.
 """
 
 import functools
@@ -18,12 +18,14 @@ from v4jax.chat.encoding import Message, encode_messages
 from v4jax.chat.parse import parse_message
 from v4jax.chat.tokens import BOS, CHAT_TOKENS, END_THINK, EOS
 from v4jax.generate.choice import Choice, cache_tokens, model_and_choice
-from v4jax.generate.decode import DecodeConfig, check_request
+from v4jax.generate.request import check_request
 from v4jax.generate.row import Row
+from v4jax.generate.steps import DecodeConfig
 from v4jax.generate.text import TextStop
 from v4jax.stderr import say
 from v4jax.storage import folder_of_checkpoint
-from v4jax.tokenizer import Tokenizer, disagreement, load_tokenizer, prompt_ids, require_tokens
+from v4jax.tokenizer import Tokenizer, load_tokenizer, prompt_ids
+from v4jax.tokenizer.checks import disagreement, require_tokens
 
 REASONING, ANSWER = "[reasoning]\n", "\n[answer]\n"
 """Headings on the terminal in thinking mode."""

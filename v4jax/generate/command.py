@@ -1,6 +1,6 @@
 """Runs `v4jax generate`: checks the flags, loads, continues the prompt, returns or streams text.
 
-The flags are declared in v4jax/arguments.py.
+The flags are declared in v4jax/cli/generate.py.
 
 Next file to read: v4jax/generate/decode.py.
 """
@@ -12,12 +12,15 @@ import jax
 from sharding.processes import is_first
 from v4jax.api import load, place_on
 from v4jax.generate.choice import cache_tokens, model_and_choice
-from v4jax.generate.decode import Completion, DecodeConfig, check_request, generate
+from v4jax.generate.decode import Completion, generate
 from v4jax.generate.prefix import PrefixStore, check_store
+from v4jax.generate.request import check_request
+from v4jax.generate.steps import DecodeConfig
 from v4jax.generate.text import TextStop
 from v4jax.stderr import say
 from v4jax.storage import folder_of_checkpoint
-from v4jax.tokenizer import check_tokens, disagreement, load_tokenizer, prompt_ids
+from v4jax.tokenizer import check_tokens, load_tokenizer, prompt_ids
+from v4jax.tokenizer.checks import disagreement
 
 
 def run(flags) -> dict | None:

@@ -26,8 +26,10 @@ import numpy as np
 
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import split_layers
-from v4jax.generate.decode import Completion, DecodeConfig, check_request, generate
+from v4jax.generate.decode import Completion, generate
 from v4jax.generate.prefix import PrefixStore, digest
+from v4jax.generate.request import check_request
+from v4jax.generate.steps import DecodeConfig
 from v4jax.storage import folder_to_fill, local_path
 from v4jax.tokenizer import check_tokens
 

@@ -22,7 +22,9 @@ import numpy as np
 from v4jax.cache.layer import SPARE_ROWS
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import Cache, decoding_rules, split_layers
-from v4jax.generate.decode import Completion, DecodeConfig, StopRule, check_request, decode, prefill
+from v4jax.generate.decode import Completion, StopRule, decode
+from v4jax.generate.request import check_request
+from v4jax.generate.steps import DecodeConfig, prefill
 
 
 class Row:

@@ -31,17 +31,9 @@ import jax.numpy as jnp
 
 from sharding.manual import first_row, vary_like, with_rows_before
 from sharding.rules import AxisRules
-from v4jax.cache.layer import (
-    SPARE_ROWS,
-    CacheView,
-    CompressedKV,
-    LayerCache,
-    all_rows,
-    chosen_rows,
-    slots_spec,
-    window_rows,
-)
+from v4jax.cache.layer import SPARE_ROWS, CacheView, CompressedKV, LayerCache
 from v4jax.cache.quantized import as_kept
+from v4jax.cache.rows import all_rows, chosen_rows, slots_spec, window_rows
 from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 from v4jax.context import SparseMode
 from v4jax.kernels.matmul import dense, precision_of

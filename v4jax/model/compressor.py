@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from sharding.manual import first_row, vary_like, with_rows_before
 from sharding.rules import AxisRules
-from v4jax.cache.layer import CacheView, CompressedKV, fill_slots, keep_rows, tail_rows
+from v4jax.cache.layer import CacheView, CompressedKV, tail_rows
+from v4jax.cache.rows import fill_slots, keep_rows
 from v4jax.config import CSA
 from v4jax.kernels.matmul import dense
 from v4jax.model.norm import RMSNorm

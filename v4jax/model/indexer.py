@@ -25,7 +25,8 @@ import jax.numpy as jnp
 
 from sharding.counting import running_sum
 from sharding.manual import vary_like
-from v4jax.cache.layer import CacheView, CompressedKV, all_rows, slot_count, some_rows
+from v4jax.cache.layer import CacheView, CompressedKV, slot_count
+from v4jax.cache.rows import all_rows, some_rows
 from v4jax.config import CSA
 from v4jax.kernels.matmul import dense, precision_of
 from v4jax.model.compressor import Compressor
@@ -203,10 +204,13 @@ def index_loss(
     score_BTC = jnp.where(seen_BTC, score_BTC, jnp.finfo(jnp.float32).min)
     log_q_BTC = jnp.where(seen_BTC, jax.nn.log_softmax(score_BTC), 0)
     number_BT = jnp.broadcast_to(seen_BTC, p_BTC.shape).sum(-1)
-    counts_BT = (p_BTC.sum(-1) > 0) & real_T[None]
+    counts_BT = (number_BT > 0) & real_T[None]
+    # Queries that give the entries no mass in float32 count, with a loss of 0: how many queries
+    # count depends on the documents alone.
+    learns_BT = counts_BT & (p_BTC.sum(-1) > 0)
 
     def total(each_BT):
-        return jnp.sum(jnp.where(counts_BT, each_BT, 0))
+        return jnp.sum(jnp.where(learns_BT, each_BT, 0))
 
     entropy_BT = jnp.sum(p_BTC * jnp.log(jnp.maximum(p_BTC, tiny)), axis=-1)
     uniform_BT = entropy_BT + jnp.log(jnp.maximum(number_BT, 1).astype(jnp.float32))

@@ -74,6 +74,20 @@ def merge(first: Diagnostics, second: Diagnostics) -> Diagnostics:
     return second._replace(**larger, **means)
 
 
+def over_batches(found_M: Diagnostics) -> Diagnostics:
+    """Joins micro-batches [M,...] of equally many tokens: means of means, largest of maxima.
+
+    gate_range is the largest of a micro-batch.
+    """
+    means = {name: getattr(found_M, name).mean(0) for name in ("pre", "post", "comb_off")}
+    largest = {
+        name: getattr(found_M, name).max(0)
+        for name in ("gate_range", "comb_norm", "out_max", "stream_max")
+    }
+    rms = jnp.sqrt(jnp.mean(found_M.stream_rms**2, axis=0))
+    return Diagnostics(**means, **largest, stream_rms=rms)
+
+
 def spectral_norm(comb_BSJK: jax.Array) -> jax.Array:
     """Largest singular value of each matrix of positive numbers [...,X,X], by the power method.
 

@@ -2,7 +2,7 @@
 
 The devices need not exist. Weights are never made: the step is lowered from shapes and shardings.
 
-Letters: B sequences of the batch.
+Shapes: B batch.
 
 Next file to read: sharding/audit.py.
 """
@@ -25,7 +25,7 @@ from sharding.rules import AxisRules, layout_for
 from sharding.targets import topology_mesh
 from v4jax.checkpoint.names import leaf_dtypes
 from v4jax.generate.cache import cache_shardings, decoding_rules, empty_cache, split_layers
-from v4jax.generate.decode import DecodeConfig, State, advance
+from v4jax.generate.steps import DecodeConfig, State, advance
 from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import batch_sharding, check_batch, compile_step, state_from, state_shardings

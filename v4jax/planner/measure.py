@@ -5,7 +5,7 @@
 All simulated devices share the cores, so the figures are of all of them together (`shared`). They
 are rates that were reached, so no share is taken off them.
 
-Letters: A rows, B columns of a matrix.
+Shapes: A rows, Z columns of a matrix.
 
 Next file to read: v4jax/planner/hardware.py.
 """
@@ -31,8 +31,8 @@ def measure(devices: int = 8) -> dict[str, Any]:
     """An entry like those of hardware.json, with `shared` set. It takes seconds."""
     mesh = make_mesh(parse_mesh(f"data={devices}"))
     with jax.set_mesh(mesh):
-        product = _seconds(_everywhere(mesh, lambda a_AB: a_AB @ a_AB), (devices * SIDE, SIDE))
-        copied = _seconds(_everywhere(mesh, lambda a_AB: a_AB + 1), (devices * 4 * SIDE, SIDE))
+        product = _seconds(_everywhere(mesh, lambda a_AZ: a_AZ @ a_AZ), (devices * SIDE, SIDE))
+        copied = _seconds(_everywhere(mesh, lambda a_AZ: a_AZ + 1), (devices * 4 * SIDE, SIDE))
         moved = _seconds(_everywhere(mesh, _exchange), (devices * 4 * SIDE, SIDE))
         started = _seconds(_everywhere(mesh, _many_sums), (devices * 8, 8)) / _SUMS
     whole = devices * 4 * SIDE * SIDE * 4
@@ -63,13 +63,13 @@ def measure(devices: int = 8) -> dict[str, Any]:
 _SUMS = 20
 
 
-def _many_sums(a_AB):
+def _many_sums(a_AZ):
     """A chain of small exchanges, each of which waits for the one before."""
-    return lax.fori_loop(0, _SUMS, lambda _, a_AB: lax.pmean(a_AB, "data") + 1, a_AB)
+    return lax.fori_loop(0, _SUMS, lambda _, a_AZ: lax.pmean(a_AZ, "data") + 1, a_AZ)
 
 
-def _exchange(a_AB):
-    return lax.all_to_all(a_AB, "data", 0, 0, tiled=True)
+def _exchange(a_AZ):
+    return lax.all_to_all(a_AZ, "data", 0, 0, tiled=True)
 
 
 def _everywhere(mesh, f: Callable) -> Callable:
@@ -87,10 +87,10 @@ def _everywhere(mesh, f: Callable) -> Callable:
 
 def _seconds(f: Callable, shape: tuple[int, int], times: int = 5) -> float:
     """Seconds of the fastest run, after one to warm up."""
-    a_AB = jnp.ones(shape, jnp.float32)
+    a_AZ = jnp.ones(shape, jnp.float32)
     took = []
     for _ in range(times + 1):
         start = time.perf_counter()
-        jax.block_until_ready(f(a_AB))
+        jax.block_until_ready(f(a_AZ))
         took.append(time.perf_counter() - start)
     return min(took[1:])

@@ -17,7 +17,7 @@ from typing import Any
 from sharding.mesh import parse_mesh
 from sharding.rules import layout_for
 from v4jax.cost import cost
-from v4jax.planner.command import Request, Result, Searched
+from v4jax.planner.command import Comparison, Request, Result, Searched
 from v4jax.planner.estimate import platform_of, terms_of
 from v4jax.planner.hardware import Hardware, target_of
 from v4jax.planner.memory import MEMORY, WORKING
@@ -32,13 +32,15 @@ _STEPS = 7
 """How many numbers of rows the slider offers, each twice the one before."""
 
 
-def report(path: str, cfg: TrainConfig, request: Request, result: Result | Searched) -> None:
+def report(
+    path: str, cfg: TrainConfig, request: Request, result: Result | Searched | Comparison
+) -> None:
     """Writes the page of one layout, or of the best layout of a search, to `path`.
 
     Raises:
       ValueError: a comparison, which has no page.
     """
-    path = local_path(path, "path")
+    file = local_path(path, "path")
     if isinstance(result, Searched):
         best = result.found.ranked[0]
         cfg = as_estimated(cfg, best)
@@ -50,7 +52,7 @@ def report(path: str, cfg: TrainConfig, request: Request, result: Result | Searc
     hardware = target_of(request.target, result.estimate.devices).hardware
     data = page_data(cfg, hardware, result, request)
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    path.write_text(TEMPLATE.read_text().replace(">DATA<", f">{text}<"))
+    file.write_text(TEMPLATE.read_text().replace(">DATA<", f">{text}<"))
 
 
 def page_data(

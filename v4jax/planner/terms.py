@@ -7,7 +7,7 @@ Every figure of a layout (FLOPs, bytes of memory traffic, bytes sent, bytes held
 Python and the report page (page.html) work from one table of them, so the page's sliders need no
 model of their own.
 
-Letters: B rows of the global batch, S tokens a row.
+Axes: B batch (rows of all devices), S positions of a row.
 
 Next file to read: v4jax/planner/muon.py.
 """

@@ -1,6 +1,6 @@
 """MXFP4: e2m1 numbers, two per byte, one power-of-two scale per 32: routed experts of releases.
 
-Shapes: O output features, I input features, H = I / 2 bytes, Q = I / 32 blocks.
+Shapes: O output features, I input features, W bytes (I / 2), Q blocks (I / 32).
 Next file to read: v4jax/checkpoint/names.py.
 """
 
@@ -34,18 +34,18 @@ def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def pack(code_OI: np.ndarray) -> np.ndarray:
-    """Codes 0 to 15, uint8 [O, I] -> int8 [O, H]; the even column is in the low nibble.
+    """Codes 0 to 15, uint8 [O, I] -> int8 [O, W]; the even column is in the low nibble.
 
     This is the order of the official convert.py.
     """
     return (code_OI[:, 0::2] | (code_OI[:, 1::2] << np.uint8(4))).view(np.int8)
 
 
-def unpack(packed_OH: np.ndarray) -> np.ndarray:
-    """int8 [O, H] -> codes 0 to 15, uint8 [O, I]."""
-    byte_OH = packed_OH.view(np.uint8)
-    return np.stack([byte_OH & np.uint8(15), byte_OH >> np.uint8(4)], axis=-1).reshape(
-        len(byte_OH), -1
+def unpack(packed_OW: np.ndarray) -> np.ndarray:
+    """int8 [O, W] -> codes 0 to 15, uint8 [O, I]."""
+    byte_OW = packed_OW.view(np.uint8)
+    return np.stack([byte_OW & np.uint8(15), byte_OW >> np.uint8(4)], axis=-1).reshape(
+        len(byte_OW), -1
     )
 
 
@@ -56,7 +56,7 @@ def block_scale(x_OI: np.ndarray) -> np.ndarray:
 
 
 def quantise(x_OI: np.ndarray, scale_OQ: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(int8 [O, H], scale float32 [O, Q]): x / scale, saturated at 6, rounded to nearest even.
+    """(int8 [O, W], scale float32 [O, Q]): x / scale, saturated at 6, rounded to nearest even.
 
     Args:
       x_OI: float32 or bfloat16.
@@ -66,7 +66,7 @@ def quantise(x_OI: np.ndarray, scale_OQ: np.ndarray | None = None) -> tuple[np.n
       ValueError: x is not finite, or I is not a multiple of 32.
     """
     rows, blocks = scale_shape(x_OI.shape)
-    packed_OH, found_OQ = (
+    packed_OW, found_OQ = (
         np.empty((rows, x_OI.shape[1] // 2), np.int8),
         np.empty((rows, blocks), np.float32),
     )
@@ -74,10 +74,10 @@ def quantise(x_OI: np.ndarray, scale_OQ: np.ndarray | None = None) -> tuple[np.n
     for some in (slice(row, row + band) for row in range(0, rows, band)):
         x, scale = x_OI[some], None if scale_OQ is None else scale_OQ[some]
         found = _quantise_bits(x, scale) if x.dtype == BFLOAT16 and x.size else None
-        packed_OH[some], found_OQ[some] = found or _quantise_numbers(
+        packed_OW[some], found_OQ[some] = found or _quantise_numbers(
             x.astype(np.float32, copy=False), scale
         )
-    return packed_OH, found_OQ
+    return packed_OW, found_OQ
 
 
 def _quantise_numbers(x: np.ndarray, scale: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +161,7 @@ def _code_table() -> np.ndarray:
 _CODE = _code_table()
 
 
-def dequantise(packed_OH: np.ndarray, scale_OQ: np.ndarray) -> np.ndarray:
+def dequantise(packed_OW: np.ndarray, scale_OQ: np.ndarray) -> np.ndarray:
     """bfloat16 [O, I]: code times its block's scale, exact.
 
     Args:
@@ -170,15 +170,15 @@ def dequantise(packed_OH: np.ndarray, scale_OQ: np.ndarray) -> np.ndarray:
     Raises:
       ValueError: a product that bfloat16 cannot hold, or a scale that is no power of two.
     """
-    rows, half = packed_OH.shape
+    rows, half = packed_OW.shape
     _, blocks = scale_shape((rows, 2 * half))
     high_OQ1 = (to_ue8m0(scale_OQ).astype(np.uint16) << np.uint16(8))[..., None]
-    x_OH = np.empty((rows, half), np.uint32)
+    x_OW = np.empty((rows, half), np.uint32)
     band = max(1, _BAND // max(1, 2 * half))
     for some in (slice(row, row + band) for row in range(0, rows, band)):
-        byte = packed_OH[some].view(np.uint8).reshape(-1, blocks, BLOCK // 2)
-        np.take(_PAIR, (byte | high_OQ1[some]).reshape(-1, half), mode="wrap", out=x_OH[some])
-    x_OI = x_OH.view(BFLOAT16)
+        byte = packed_OW[some].view(np.uint8).reshape(-1, blocks, BLOCK // 2)
+        np.take(_PAIR, (byte | high_OQ1[some]).reshape(-1, half), mode="wrap", out=x_OW[some])
+    x_OI = x_OW.view(BFLOAT16)
     if scale_OQ.size and scale_OQ.max() > np.finfo(np.float32).max / LARGEST:
         check_finite(x_OI)
     return x_OI

@@ -23,10 +23,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sharding.micro_batches import join_rows
 from sharding.rules import AxisRules
 from v4jax.context import Collect, Context
 from v4jax.model.forward import apply
 from v4jax.train.config import TrainConfig
+from v4jax.train.gradients import split_batch
 from v4jax.train.step import TrainState, batch_sharding, compiled_together
 
 Chosen = dict[str, dict[str, jax.Array]]
@@ -39,10 +41,20 @@ Only score-routed layers appear.
 def choose_experts(
     cfg: TrainConfig, rules: AxisRules, params, batch: Mapping[str, jax.Array]
 ) -> Chosen:
-    """The experts that `params` (the public dict) choose for a batch.
+    """The experts that `params` (the public dict) choose for a batch, by micro-batches as a step.
 
     Under jit, XLA drops all work that no index depends on.
     """
+    count = cfg.gradient_accumulation
+    if count == 1:
+        return _choose(cfg, rules, params, batch)
+    chosen_M = jax.lax.map(
+        functools.partial(_choose, cfg, rules, params), split_batch(rules, batch, count)
+    )
+    return jax.tree.map(lambda x: join_rows(rules, x, axis=x.ndim - 4), chosen_M)
+
+
+def _choose(cfg: TrainConfig, rules: AxisRules, params, batch: Mapping[str, jax.Array]) -> Chosen:
     hidden = apply(
         cfg.model,
         params,

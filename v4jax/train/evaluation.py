@@ -3,9 +3,11 @@
 Next file to read: v4jax/train/loop.py.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sharding.rules import AxisRules
@@ -14,6 +16,7 @@ from v4jax.data.listing import Listings
 from v4jax.data.rows import Batch
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_sets
+from v4jax.train.gradients import split_batch
 from v4jax.train.loss import loss_and_routing
 from v4jax.train.losses.next_token import targets
 
@@ -47,20 +50,25 @@ def evaluator(cfg: TrainConfig, rules: AxisRules, put: Callable) -> Callable:
       put: places a batch on the mesh.
     """
 
+    ctx = Context(
+        rules=rules,
+        dtype=cfg.dtype,
+        quant=cfg.quant,
+        sparse=SparseMode(dense=cfg.attention != "sparse"),
+    )
+
+    def rows_nll(params, batch):
+        _, (metrics, _) = loss_and_routing(cfg.model, params, batch, ctx)
+        return metrics["nll"], targets(batch, 1)[1].sum()
+
     @jax.jit
     def nll(params, batch):
-        _, (metrics, _) = loss_and_routing(
-            cfg.model,
-            params,
-            batch,
-            Context(
-                rules=rules,
-                dtype=cfg.dtype,
-                quant=cfg.quant,
-                sparse=SparseMode(dense=cfg.attention != "sparse"),
-            ),
-        )
-        return metrics["nll"], targets(batch, 1)[1].sum()
+        count = cfg.gradient_accumulation
+        if count == 1:
+            return rows_nll(params, batch)
+        parts = split_batch(rules, batch, count)
+        nll_M, counts_M = jax.lax.map(functools.partial(rows_nll, params), parts)
+        return jnp.sum(nll_M * counts_M) / jnp.maximum(counts_M.sum(), 1), counts_M.sum()
 
     def evaluate(params, batches: Iterable[Batch]) -> float:
         # One at a time: on CPU two independent programs of several processes must not overlap

@@ -13,7 +13,8 @@ from v4jax.api import load_onto
 from v4jax.checkpoint.store import is_run
 from v4jax.config import ModelConfig
 from v4jax.storage import local_path
-from v4jax.tokenizer import Tokenizer, token_table, tokens_in
+from v4jax.tokenizer import Tokenizer
+from v4jax.tokenizer.table import token_table, tokens_in
 from v4jax.train.config import TrainConfig
 from v4jax.train.finite import not_finite
 from v4jax.train.step import TrainState, init_state, state_from

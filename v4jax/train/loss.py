@@ -5,7 +5,7 @@ Next file to read: v4jax/train/balance.py.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.context import Context
 from v4jax.model.forward import apply
+from v4jax.train.losses.indexer import captured
+from v4jax.train.losses.term import Batch
 from v4jax.train.losses.weights import LossWeights
 
 
@@ -26,6 +28,7 @@ def loss_and_routing(
     weights: LossWeights = LossWeights(),
     remat: bool = False,
     chosen=None,
+    share: Sequence[jax.Array] | None = None,
 ):
     """(loss, (metrics, routing)) of a batch.
 
@@ -33,17 +36,31 @@ def loss_and_routing(
 
     Terms that do not apply are left out (v4jax/train/losses). Arguments are those of `loss`; `ctx`
     and `chosen` go to the model.
+
+    Args:
+      share: this batch's share of each term in a larger batch (`counts_of`), float32 scalars. Loss
+        and metrics are then summands of the larger batch's. None: 1 each.
     """
     hidden = apply(
         cfg, params, batch["tokens"], batch.get("segment_ids"), ctx=ctx, remat=remat, chosen=chosen
     )
     total, metrics = jnp.zeros(()), {}
-    for weight, term in weights.terms():
-        value, measured = term(hidden, batch, ctx)
-        metrics |= measured
+    for n, (weight, term) in enumerate(weights.terms()):
+        value, measured = term.mean(hidden, batch, ctx)
+        if share is not None:
+            value, measured = jax.tree.map(lambda x, n=n: share[n] * x, (value, measured))
+        for name, number in measured.items():
+            metrics[name] = metrics[name] + number if name in metrics else number
         if value is not None:
             total = total + weight * value
+    if share is None:
+        metrics |= captured(metrics)
     return total, (metrics | {"loss": total}, hidden.routing)
+
+
+def counts_of(cfg: ModelConfig, batch: Batch, weights: LossWeights) -> list[jax.Array]:
+    """What each term of `weights` counts in a batch, float32 scalars."""
+    return [term.count(cfg, batch) for _, term in weights.terms()]
 
 
 @functools.partial(

@@ -25,7 +25,8 @@ from v4jax.data.store import prepare_cache
 from v4jax.data.summary import unread_lines, unused_lines
 from v4jax.stderr import say
 from v4jax.storage import folder_to_fill, path_of_checkpoints
-from v4jax.tokenizer import Tokenizer, disagreement
+from v4jax.tokenizer import Tokenizer
+from v4jax.tokenizer.checks import disagreement
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import train_batches
 from v4jax.train.evaluation import evaluation_sets

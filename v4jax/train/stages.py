@@ -26,6 +26,8 @@ class Stage:
     """Steps done when the stage begins: above the stage before, below the run's steps."""
     batch_size: int | None = None
     """Rows a step from then on; None: unchanged."""
+    gradient_accumulation: int | None = None
+    """Micro-batches a step from then on; None: unchanged."""
     seq_len: int | None = None
     """Tokens a row from then on; None: unchanged."""
     attention: str | None = None
@@ -80,7 +82,8 @@ def stage_at(cfg, done: int):
     changes: dict[str, Any] = {}
     weights = cfg.loss
     for stage in cfg.stages[: number_at(cfg, done)]:
-        fields = {name: getattr(stage, name) for name in ("batch_size", "seq_len", "attention")}
+        names = ("batch_size", "gradient_accumulation", "seq_len", "attention")
+        fields = {name: getattr(stage, name) for name in names}
         changes |= {name: value for name, value in fields.items() if value is not None}
         weights = weights if stage.mtp is None else dataclasses.replace(weights, mtp=stage.mtp)
     return dataclasses.replace(cfg, stages=(), loss=weights, **changes) if cfg.stages else cfg

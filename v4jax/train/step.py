@@ -23,7 +23,7 @@ from v4jax.model.init import init_params
 from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.train.balance import load_metrics, update_bias
 from v4jax.train.config import TrainConfig
-from v4jax.train.loss import loss_and_routing
+from v4jax.train.gradients import gradients
 from v4jax.train.muon import clip_apart, freeze, global_norm, is_index, optimizer
 from v4jax.train.schedule import learning_rate
 from v4jax.train.watch import watched
@@ -131,14 +131,7 @@ def train_step(
         rules=rules, dtype=cfg.dtype, quant=cfg.quant, sparse=sparse, collect=Collect(watch=watch)
     )
 
-    def objective(params):
-        public = dict(params) | {"router": state.router}
-        loss, aux = loss_and_routing(
-            cfg.model, public, batch, ctx, weights=cfg.loss, remat=cfg.remat, chosen=chosen
-        )
-        return (cfg.loss.index * aux[0]["index_kl"] if alone else loss), aux
-
-    grads, (metrics, routing) = jax.grad(objective, has_aux=True)(state.params)
+    grads, metrics, routing = gradients(cfg, ctx, state.params, state.router, batch, chosen)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer_of(cfg, rules).update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -191,14 +184,20 @@ def batch_sharding(rules: AxisRules, mesh: Mesh) -> NamedSharding:
 
 
 def check_batch(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> None:
-    """Raises ValueError if batch_size or seq_len does not divide over the mesh axes that cut it."""
-    for field, name in (("batch_size", "act_batch"), ("seq_len", "act_seq")):
+    """Raises ValueError if batch_size or seq_len does not divide over what cuts it.
+
+    These are the mesh axes and, for batch_size, gradient_accumulation too.
+    """
+    count = cfg.gradient_accumulation
+    for field, name, more in (("batch_size", "act_batch", count), ("seq_len", "act_seq", 1)):
         axes = rules.mesh_axes(name)
-        parts = math.prod(sizes[axis] for axis in axes)
+        parts = math.prod(sizes[axis] for axis in axes) * more
         if (got := getattr(cfg, field)) % parts:
-            shown = " x ".join(f"{axis}={sizes[axis]}" for axis in axes)
+            factors = [f"{axis}={sizes[axis]}" for axis in axes]
+            factors += [f"gradient_accumulation={more}"] if more > 1 else []
             raise ValueError(
-                f"{field}: got {got}; must divide by the mesh axes that split it, {shown} = {parts}"
+                f"{field}: got {got}; must divide by what splits it, "
+                f"{' x '.join(factors)} = {parts}"
             )
 
 

@@ -11,12 +11,15 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from v4jax.config import CSA, ModelConfig
 from v4jax.context import Context
 from v4jax.model.indexer import IndexLoss
+from v4jax.model.segments import read_segments
 from v4jax.model.transformer import Hidden
+from v4jax.train.losses.term import Batch, Term
 
 
-def term(hidden: Hidden, batch: Mapping[str, jax.Array], ctx: Context):
+def mean(hidden: Hidden, batch: Batch, ctx: Context):
     """(loss, metrics of `index_metrics`); (None, {}) where the indexer does not train."""
     del batch
     if not ctx.sparse.train_indexer:
@@ -25,11 +28,25 @@ def term(hidden: Hidden, batch: Mapping[str, jax.Array], ctx: Context):
     return metrics["index_kl"], metrics
 
 
+def count(cfg: ModelConfig, batch: Batch) -> jax.Array:
+    """Number of queries that see an entry of a CSA layer."""
+    tokens_BS, segment_BS = batch["tokens"], batch.get("segment_ids")
+    position_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1])[None], tokens_BS.shape)
+    if segment_BS is None:
+        return jnp.sum(position_BS >= CSA - 1).astype(jnp.float32)
+    first_BS = read_segments(cfg, tokens_BS.shape[1], segment_BS).extent_2BS[0]
+    sees_BS = (position_BS - first_BS >= CSA - 1) & (segment_BS > 0)
+    return jnp.sum(sees_BS).astype(jnp.float32)
+
+
+TERM = Term(mean, count)
+
+
 def index_metrics(index: Mapping[str, Mapping[str, IndexLoss]]) -> dict[str, jax.Array]:
-    """index_kl, index_kl_uniform and index_captured, float32 scalars.
+    """index_kl and index_kl_uniform, float32 scalars.
 
     index_kl is the indexers' loss: the mean over queries, summed over CSA layers. index_kl_uniform
-    is the same for scores that are all equal. index_captured is 1 - index_kl / index_kl_uniform.
+    is the same for scores that are all equal.
     """
     layers = [loss for blocks in index.values() for loss in blocks.values()]
     kl, uniform = (
@@ -39,5 +56,12 @@ def index_metrics(index: Mapping[str, Mapping[str, IndexLoss]]) -> dict[str, jax
         )
         for name in ("kl", "uniform")
     )
-    captured = 1 - kl / jnp.maximum(uniform, jnp.finfo(jnp.float32).tiny)
-    return {"index_kl": kl, "index_kl_uniform": uniform, "index_captured": captured}
+    return {"index_kl": kl, "index_kl_uniform": uniform}
+
+
+def captured(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """index_captured, 1 - index_kl / index_kl_uniform; {} where the indexer does not train."""
+    if "index_kl" not in metrics:
+        return {}
+    uniform = jnp.maximum(metrics["index_kl_uniform"], jnp.finfo(jnp.float32).tiny)
+    return {"index_captured": 1 - metrics["index_kl"] / uniform}

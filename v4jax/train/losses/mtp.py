@@ -4,18 +4,28 @@ Equations: docs/equations.md#losses.
 Next file to read: v4jax/train/losses/balance.py.
 """
 
-from collections.abc import Mapping
-
 import jax
+import jax.numpy as jnp
 
+from v4jax.config import ModelConfig
 from v4jax.context import Context
 from v4jax.model.transformer import Hidden
-from v4jax.train.losses.next_token import mean_nll
+from v4jax.train.losses.next_token import mean_nll, targets
+from v4jax.train.losses.term import Batch, Term
 
 
-def term(hidden: Hidden, batch: Mapping[str, jax.Array], ctx: Context):
+def mean(hidden: Hidden, batch: Batch, ctx: Context):
     """(loss, {"mtp_nll": loss}) in nats per token; (None, {}) in a model without MTP."""
     if hidden.mtp_x_BSD is None:
         return None, {}
     nll = mean_nll(hidden.mtp_x_BSD, hidden.head_DV, batch, 2, ctx.rules)
     return nll, {"mtp_nll": nll}
+
+
+def count(cfg: ModelConfig, batch: Batch) -> jax.Array:
+    """Number of tokens with a token after the next to be learned."""
+    del cfg
+    return targets(batch, 2)[1].sum().astype(jnp.float32)
+
+
+TERM = Term(mean, count)

@@ -9,33 +9,39 @@ Next file to read: v4jax/train/losses/mtp.py.
 """
 
 import functools
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from sharding.manual import vary, vary_like
 from sharding.rules import AxisRules
+from v4jax.config import ModelConfig
 from v4jax.context import Context
 from v4jax.kernels.matmul import dense
 from v4jax.model.transformer import Hidden
+from v4jax.train.losses.term import Batch, Term
 
 LOGIT_BYTES = 2**27
 """Bytes of float32 logits that one device computes at a time."""
 
 
-def term(hidden: Hidden, batch: Mapping[str, jax.Array], ctx: Context):
+def mean(hidden: Hidden, batch: Batch, ctx: Context):
     """(loss, {"nll": loss}): nats per token."""
     nll = mean_nll(hidden.x_BSD, hidden.head_DV, batch, 1, ctx.rules)
     return nll, {"nll": nll}
 
 
+def count(cfg: ModelConfig, batch: Batch) -> jax.Array:
+    """Number of tokens with a next token to be learned."""
+    del cfg
+    return targets(batch, 1)[1].sum().astype(jnp.float32)
+
+
+TERM = Term(mean, count)
+
+
 def mean_nll(
-    x_BSD: jax.Array,
-    head_DV: jax.Array,
-    batch: Mapping[str, jax.Array],
-    ahead: int,
-    rules: AxisRules,
+    x_BSD: jax.Array, head_DV: jax.Array, batch: Batch, ahead: int, rules: AxisRules
 ) -> jax.Array:
     """Mean of -log softmax(x @ head)[token `ahead` positions later] over those that count."""
     label_BS, counts_BS = targets(batch, ahead)
@@ -43,7 +49,7 @@ def mean_nll(
     return jnp.sum(jnp.where(counts_BS, nll_BS, 0)) / jnp.maximum(counts_BS.sum(), 1)
 
 
-def targets(batch: Mapping[str, jax.Array], ahead: int) -> tuple[jax.Array, jax.Array]:
+def targets(batch: Batch, ahead: int) -> tuple[jax.Array, jax.Array]:
     """The token `ahead` positions later, int32 [B,S], and whether it counts, bool [B,S].
 
     It counts if it belongs to the same document, is no padding and is to be learned.

@@ -1,0 +1,110 @@
+"""What flags of several commands have in common, and how a bad command line ends.
+
+Next file to read: v4jax/cli/train.py.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import NoReturn
+
+from v4jax.storage import file_to_write, local_path
+
+CKPT = "a folder with config.json and safetensors, or a v4jax run"
+
+
+class BadInput(Exception):
+    """Bad input: its message is one line on stderr, and the exit code is 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises BadInput instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message}; see {self.prog} --help")
+
+
+def _checked(read: Callable) -> Callable[[str], str]:
+    """The argparse type of a path that `read` accepts (see v4jax/storage.py)."""
+
+    def path(text: str) -> str:
+        try:
+            return str(read(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return path
+
+
+PATH = _checked(local_path)
+NEW_FILE = _checked(file_to_write)
+
+
+def on_mesh(sub: argparse.ArgumentParser) -> None:
+    """Flags that place a model on devices."""
+    sub.add_argument(
+        "--mesh",
+        help="for example data=2,expert=4 (axes: slice, data, fsdp, context, expert, tensor)",
+    )
+    sub.add_argument(
+        "--layout",
+        metavar="NAME|FILE.py:NAME",
+        help="sharding layout, named or your own (default: full); needs --mesh",
+    )
+    sub.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="compute dtype (default float32)",
+    )
+
+
+def quant(sub: argparse.ArgumentParser) -> None:
+    """The flag that chooses the served model's numbers."""
+    sub.add_argument(
+        "--quant",
+        default="none",
+        choices=("none", "official"),
+        help="official: compute with the fp8 and MXFP4 numbers of the served model (default none)",
+    )
+
+
+def continues(sub: argparse.ArgumentParser, tokens: int) -> None:
+    """Flags of commands that add tokens, by default `tokens` of them."""
+    sub.set_defaults(default_new_tokens=tokens)
+    default = "default: the checkpoint's generation_config.json, else "
+    sub.add_argument(
+        "--max-new-tokens", type=int, help=f"tokens to add at most, 1 or more ({default}{tokens})"
+    )
+    sub.add_argument(
+        "--temperature", type=float, help=f"0 or more; 0 takes the likeliest token ({default}0)"
+    )
+    sub.add_argument(
+        "--top-p",
+        type=float,
+        help="sample from the likeliest tokens whose probabilities add up to this, above 0, at "
+        f"most 1 ({default}1: all)",
+    )
+    sub.add_argument(
+        "--top-k", type=int, help=f"sample from this number of likeliest tokens ({default}0: all)"
+    )
+    sub.add_argument(
+        "--min-p",
+        type=float,
+        help="sample from tokens at least this share as probable as the likeliest, 0 to 1 "
+        f"({default}0: all)",
+    )
+    quant(sub)
+    sub.add_argument(
+        "--cache",
+        default="dtype",
+        choices=("dtype", "official"),
+        help="format of the cache: dtype, that of --dtype (the default); official, the fp8 and "
+        "MXFP4 of the served model, with --quant official",
+    )
+    sub.add_argument(
+        "--cache-tokens",
+        type=int,
+        help="tokens that fit in the cache (default: what --max-new-tokens needs; 4096 for chat, "
+        "or if the limit is the file's)",
+    )
+    on_mesh(sub)

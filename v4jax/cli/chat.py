@@ -1,0 +1,42 @@
+"""`v4jax chat`: a conversation on the terminal.
+
+Next file to read: v4jax/generate/chat.py.
+"""
+
+import argparse
+
+from v4jax.cli.arguments import PATH, continues
+from v4jax.cli.start import start
+
+
+def declare(sub: argparse.ArgumentParser) -> None:
+    """Declares the checkpoint, the conversation, and how tokens are chosen."""
+    sub.add_argument(
+        "checkpoint", type=PATH, help="with the tokenizer of a DeepSeek-V4 release, or 'byte-chat'"
+    )
+    sub.add_argument(
+        "--thinking",
+        default="chat",
+        choices=("chat", "thinking"),
+        help="thinking: reason before each answer (default chat)",
+    )
+    sub.add_argument(
+        "--effort", help="effort of thinking: high or max; with --release 0731: low, high or max"
+    )
+    sub.add_argument(
+        "--release",
+        default="v4",
+        choices=("v4", "0731"),
+        help="release whose wording asks for the effort (default v4)",
+    )
+    sub.add_argument("--system", metavar="TEXT", help="system message that opens the conversation")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the sampled tokens (default 0)")
+    continues(sub, 512)
+
+
+def run(arguments: argparse.Namespace, _: list[str]) -> dict | None:
+    """Answers each line of input."""
+    start(arguments.mesh)
+    from v4jax.generate import chat
+
+    return chat.run(arguments)

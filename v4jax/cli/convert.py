@@ -1,0 +1,67 @@
+"""`v4jax convert`: from one format of a checkpoint to another.
+
+Next file to read: v4jax/convert.py.
+"""
+
+import argparse
+import pathlib
+
+from v4jax.cli.arguments import CKPT, PATH
+
+
+def declare(sub: argparse.ArgumentParser) -> None:
+    """Declares where from, where to, and the format."""
+    sub.add_argument("source", type=PATH, help=CKPT)
+    sub.add_argument(
+        "target",
+        type=PATH,
+        help="folder to write: new or empty; an unfinished conversion of SOURCE to it goes on",
+    )
+    sub.add_argument(
+        "--format",
+        choices=("orbax", "safetensors"),
+        default="safetensors",
+        help="safetensors with official names (the default), or orbax, the v4jax store",
+    )
+    sub.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "fp8", "official"),
+        help="precision on disk (default float32); official: fp8, and MXFP4 for the experts",
+    )
+    sub.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare TARGET with SOURCE tensor by tensor; TARGET is made first if it is missing",
+    )
+    sub.add_argument(
+        "--max-file-bytes",
+        type=int,
+        default=5 * 10**9,
+        help="largest safetensors file in bytes (default 5 * 10**9)",
+    )
+    sub.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        help="tensors or files converted at a time (default 2); each needs memory for one tensor",
+    )
+
+
+def run(arguments: argparse.Namespace, _: list[str]) -> dict:
+    """Converts, or compares, or both."""
+    from sharding.mesh import keep_freed_memory
+    from v4jax.convert import compare, convert
+
+    keep_freed_memory(one_heap=True)
+    result = {}
+    if not arguments.verify or not pathlib.Path(arguments.target).exists():
+        result = convert(
+            arguments.source,
+            arguments.target,
+            arguments.format,
+            arguments.dtype,
+            arguments.max_file_bytes,
+            arguments.workers,
+        )
+    return result | compare(arguments.source, arguments.target) if arguments.verify else result

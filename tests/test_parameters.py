@@ -148,7 +148,7 @@ WORDS = {
     for word in re.split(r"[/.]", text)
     if word.isidentifier()
 } - {"scale", "router"} | {"hc"}
-"""Words of parameters' names, less those that are also a collection (router) and a suffix in files."""
+"""Words of parameters' names, less those that also mean a collection or a file's suffix."""
 FREE = ("v4jax/parameters.py", "v4jax/parameter_tree.py", "v4jax/checkpoint/load.py")
 """The table, its readers by name, and what reads the names of a file that may be anything."""
 

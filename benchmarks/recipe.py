@@ -31,6 +31,7 @@ from configs import demo
 from sharding.mesh import simulate_devices
 from v4jax.data.config import DataConfig
 from v4jax.model.init import init_params
+from v4jax.parameter_tree import spec_of
 from v4jax.train import loop
 from v4jax.train.config import TrainConfig
 from v4jax.train.report import read_metrics
@@ -95,12 +96,11 @@ def also_with_a_new_indexer(evaluator, held_out: list[float]):
         def both(params, batches):
             new = init_params(cfg.model, jax.random.key(cfg.seed + 1))
 
-            def is_index(path):
-                return "indexer" in jax.tree_util.keystr(path)
+            def choose(path, old, new):
+                part = spec_of(tuple(key.key for key in path)).part
+                return new if part == "indexer" else old
 
-            mixed = jax.tree_util.tree_map_with_path(
-                lambda path, a, b: b if is_index(path) else a, params, new
-            )
+            mixed = jax.tree_util.tree_map_with_path(choose, params, new)
             held_out.append(evaluate(mixed, batches))
             return evaluate(params, batches)
 
@@ -117,7 +117,7 @@ def run(name: str, seed: int) -> dict:
     """
     optimizer = mock.patch(
         "v4jax.train.muon.optimizer_of",
-        lambda path, trains_index=False: "frozen" if "indexer" in path else "adamw",
+        lambda path, trains_index=False: "frozen" if spec_of(path).part == "indexer" else "adamw",
     )
     start, new_indexer = time.perf_counter(), []
     evaluator = mock.patch.object(

@@ -146,15 +146,20 @@ def test_the_optimizer_state_is_that_of_optax():
 
 @pytest.mark.parametrize("size", [0, 1e-30, 1e-10, 1.0, 1e18, 1e25, 1e36])
 def test_gradients_are_clipped_whatever_their_size(size):
-    grads = {"a": jnp.full((3, 4), size, jnp.float32), "indexer": jnp.full(9, size, jnp.float32)}
+    main, index = jnp.full((3, 4), size, jnp.float32), jnp.full(9, size, jnp.float32)
+    attention = {"wq_a": main, "indexer": {"wq_b": index}}
+    grads = {"layers_2_4": {"block_0": {"attn": attention}}}
     clip = clip_apart(2.0)
     clipped, _ = jax.jit(clip.update)(grads, clip.init(grads))
-    for name, count in (("a", 12), ("indexer", 9)):
-        want = min(size, 2 / math.sqrt(count))
-        np.testing.assert_allclose(clipped[name], np.full(grads[name].shape, want), rtol=1e-6)
+    clipped = clipped["layers_2_4"]["block_0"]["attn"]
+    for given, got in ((main, clipped["wq_a"]), (index, clipped["indexer"]["wq_b"])):
+        want = min(size, 2 / math.sqrt(given.size))
+        np.testing.assert_allclose(got, np.full(given.shape, want), rtol=1e-6)
     if size != 1e-30:  # its square is 0, and so is the norm that is shown
         assert float(global_norm(grads)) == pytest.approx(size * math.sqrt(21), rel=1e-6)
-        assert float(rms_by_group({"embed": grads["a"]})["embed"]) == pytest.approx(size, rel=1e-6)
+        assert float(rms_by_group({"embed": {"weight": main}})["embed"]) == pytest.approx(
+            size, rel=1e-6
+        )
 
 
 def test_a_gradient_that_is_not_finite_has_no_finite_norm():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from reference import muon as reference
 from trees import random_params, small_config
 
@@ -16,40 +17,43 @@ from v4jax.train.balance import update_bias
 from v4jax.train.muon import clip_apart, newton_schulz, optimizer, optimizer_of
 from v4jax.train.schedule import learning_rate
 
+ATTENTION = ("layers_0_1", "block_0", "attn")
 SHAPES = {"square": (24, 24), "tall": (40, 16), "wide": (16, 40), "experts": (2, 3, 24, 16)}
+PLACES = {
+    "square": (*ATTENTION, "wq_a"),
+    "tall": (*ATTENTION, "wq_b"),
+    "wide": (*ATTENTION, "wkv"),
+    "experts": ("layers_0_1", "block_0", "ffn", "experts", "w1"),
+}
+SINK = (*ATTENTION, "attn_sink")
 
 
 def test_several_steps_equal_the_plain_restatement():
     rng = np.random.default_rng(0)
-    params = {
-        name: {"wq_a": rng.normal(size=shape).astype(np.float32)} for name, shape in SHAPES.items()
-    }
-    params["a"] = {"attn_sink": rng.normal(size=7).astype(np.float32)}
+    flat = {path: rng.normal(size=SHAPES[name]).astype(np.float32) for name, path in PLACES.items()}
+    flat[SINK] = rng.normal(size=7).astype(np.float32)
+    got = unflatten_dict(flat)
     tx = optimizer(lambda step: 0.01)
-    state = tx.init(params)
+    state = tx.init(got)
     update = jax.jit(tx.update)
-    got = params
-    expected = {
-        name: value["wq_a"].astype(np.float64) for name, value in params.items() if name != "a"
-    }
-    momentum = {name: np.zeros_like(value) for name, value in expected.items()}
-    vector, m, v = params["a"]["attn_sink"].astype(np.float64), np.zeros(7), np.zeros(7)
+    expected = {path: flat[path].astype(np.float64) for path in PLACES.values()}
+    momentum = {path: np.zeros_like(value) for path, value in expected.items()}
+    vector, m, v = flat[SINK].astype(np.float64), np.zeros(7), np.zeros(7)
     for step in range(1, 6):
-        grads = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
-        updates, state = update(grads, state, got)
+        grads = {path: rng.normal(size=p.shape).astype(np.float32) for path, p in flat.items()}
+        updates, state = update(unflatten_dict(grads), state, got)
         got = jax.tree.map(jnp.add, got, updates)
-        for name, w in expected.items():
-            g = grads[name]["wq_a"].astype(np.float64)
+        for path, w in expected.items():
+            g = grads[path].astype(np.float64)
             for index in np.ndindex(w.shape[:-2]):
-                w[index], momentum[name][index] = reference.muon(
-                    w[index], momentum[name][index], g[index], lr=0.01
+                w[index], momentum[path][index] = reference.muon(
+                    w[index], momentum[path][index], g[index], lr=0.01
                 )
-        vector, m, v = reference.adamw(
-            vector, m, v, grads["a"]["attn_sink"].astype(np.float64), step, lr=0.01
-        )
-    for name, w in expected.items():
-        np.testing.assert_allclose(got[name]["wq_a"], w, atol=1e-6)
-    np.testing.assert_allclose(got["a"]["attn_sink"], vector, atol=1e-6)
+        vector, m, v = reference.adamw(vector, m, v, grads[SINK].astype(np.float64), step, lr=0.01)
+    got = flatten_dict(got)
+    for path, w in expected.items():
+        np.testing.assert_allclose(got[path], w, atol=1e-6)
+    np.testing.assert_allclose(got[SINK], vector, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values())
@@ -67,14 +71,14 @@ def test_a_step_moves_a_matrix_by_018_times_the_learning_rate(shape):
 
     Weight decay is off, since it adds its own.
     """
-    params = {"wq_a": jnp.zeros(shape)}
+    path = PLACES["square"]
+    params = unflatten_dict({path: jnp.zeros(shape)})
     tx = optimizer(lambda step: 0.01, weight_decay=0.0)
     state = tx.init(params)
     for seed in range(2):
-        updates, state = tx.update(
-            {"wq_a": jax.random.normal(jax.random.key(seed), shape)}, state, params
-        )
-        for matrix in np.asarray(updates["wq_a"]).reshape(-1, *shape[-2:]):
+        grads = unflatten_dict({path: jax.random.normal(jax.random.key(seed), shape)})
+        updates, state = tx.update(grads, state, params)
+        for matrix in np.asarray(flatten_dict(updates)[path]).reshape(-1, *shape[-2:]):
             assert np.sqrt(np.mean(matrix**2)) == pytest.approx(0.18 * 0.01, rel=0.01)
 
 
@@ -94,16 +98,28 @@ def test_every_parameter_gets_the_optimizer_of_its_official_tensor():
         ), name
 
 
+def test_no_optimizer_moves_what_the_router_keeps():
+    with pytest.raises(ValueError, match="router/mtp/block/ffn/bias: no optimizer"):
+        optimizer_of(("router", "mtp", "block", "ffn", "bias"))
+
+
 def test_clipping_the_indexer_leaves_the_main_model_alone():
-    grads = {"a": {"wq_a": jnp.full((2, 2), 3.0)}, "indexer": {"wq_b": jnp.full((2, 2), 0.1)}}
-    small, large = (grads | {"indexer": {"wq_b": jnp.full((2, 2), x)}} for x in (0.1, 1e6))
+    main = {"wq_a": jnp.full((2, 2), 3.0)}
+
+    def grads(index):
+        attention = main if index is None else main | {"indexer": {"wq_b": index}}
+        return {"layers_2_4": {"block_0": {"attn": attention}}}
+
     clip = clip_apart(2.0)
-    for given, index in ((small, 0.1), (large, 1.0)):
+    for size, index in ((0.1, 0.1), (1e6, 1.0)):
+        given = grads(jnp.full((2, 2), size))
         clipped, _ = clip.update(given, clip.init(given))
-        np.testing.assert_allclose(clipped["a"]["wq_a"], 1.0, rtol=1e-6)
-        np.testing.assert_allclose(clipped["indexer"]["wq_b"], index, rtol=1e-6)
-    plain, _ = clip.update({"a": grads["a"]}, clip.init(grads))  # a model without an indexer
-    np.testing.assert_allclose(plain["a"]["wq_a"], 1.0, rtol=1e-6)
+        attention = clipped["layers_2_4"]["block_0"]["attn"]
+        np.testing.assert_allclose(attention["wq_a"], 1.0, rtol=1e-6)
+        np.testing.assert_allclose(attention["indexer"]["wq_b"], index, rtol=1e-6)
+    given = grads(None)  # a model without an indexer
+    plain, _ = clip.update(given, clip.init(given))
+    np.testing.assert_allclose(plain["layers_2_4"]["block_0"]["attn"]["wq_a"], 1.0, rtol=1e-6)
 
 
 def test_schedule_warms_up_stays_and_falls_to_a_tenth():

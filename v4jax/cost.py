@@ -14,7 +14,7 @@ streams. Norms, rotary embedding, softmax, Sinkhorn and pooling are left out.
 Axes: D hidden, N heads, H head dim, G output groups, O output rank, I index heads, S positions of
 the sequence.
 
-Next file to read: v4jax/checkpoint/names.py.
+Next file to read: v4jax/parameters.py.
 """
 
 import collections

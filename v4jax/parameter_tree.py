@@ -2,7 +2,7 @@
 
 Nothing is traced or computed, so this is quick for models of any size.
 
-Next file to read: v4jax/model/weights.py.
+Next file to read: v4jax/checkpoint/names.py.
 """
 
 import functools

@@ -9,6 +9,8 @@ Linen is a thin shell here: modules name weights and hand them to pure functions
 Next file to read: v4jax/model/hyper.py.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -43,8 +45,7 @@ class Weights(nn.Module):
           ratio: the compress ratio, where the shape depends on it.
         """
         spec = self.spec(name)
-        init = nn.with_logical_partitioning(spec.init(self.cfg), spec.axes)
-        return self.param(name, init, spec.size(self.cfg, ratio), jnp.float32)
+        return self.param(name, self._init(spec), spec.size(self.cfg, ratio), jnp.float32)
 
     def weight(self, name: str, ratio: int = WINDOW_ONLY) -> jax.Array:
         """Declares a weight and returns it as products use it, gathered over FSDP axes.
@@ -62,14 +63,17 @@ class Weights(nn.Module):
     def router_state(self, name: str) -> jax.Array:
         """Declares what the router keeps, in the collection "router", and returns it in float32."""
         spec = spec_of(("router", *self.path, name))
-        init = nn.with_logical_partitioning(spec.init(self.cfg), spec.axes)
 
         def fresh() -> jax.Array:
             # A key that nothing needs would change the keys of other weights.
             key = None if spec.init is zeros else self.make_rng("params")
-            return init(key, spec.size(self.cfg), jnp.float32)
+            return self._init(spec)(key, spec.size(self.cfg), jnp.float32)
 
         return self.variable("router", name, fresh).value
+
+    def _init(self, spec: ParamSpec) -> Any:
+        """The initializer, whose values carry their logical axes."""
+        return nn.with_logical_partitioning(spec.init(self.cfg), spec.axes)
 
     def act_quant(self, x: jax.Array) -> jax.Array:
         """`x` as input of a low-precision matrix: rounded to fp8 under quant="official"."""

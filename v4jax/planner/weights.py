@@ -130,8 +130,8 @@ def _cut_of(weight: Weight, rules: AxisRules, items: tuple[tuple[str, int], ...]
     # gathered over such axes.
     held = [
         axis
-        for part, name in zip(parts, weight.axes, strict=True)
-        if name == "experts"
+        for part, logical in zip(parts, weight.axes, strict=True)
+        if logical == "experts"
         for axis in part
     ]
     tokens = tuple(axis for axis in flat if axis in split and axis not in held)

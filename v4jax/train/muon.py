@@ -158,6 +158,8 @@ def optimizer(
       mu: Muon's momentum, in [0, 1).
       specs: as for scale_by_muon.
       index_schedule: the indexer's learning rate; None: the indexer does not change.
+
+    Its `init` raises ValueError for a parameter that v4jax/parameters.py does not have.
     """
 
     def pair(schedule):

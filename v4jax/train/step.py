@@ -1,7 +1,7 @@
 """One training step (loss, gradients, clipping, optimizer, router bias) and where its state lives.
 
 Axes: B batch, S positions.
-Next file to read: v4jax/checkpoint/names.py.
+Next file to read: v4jax/parameters.py.
 """
 
 import dataclasses

@@ -22,7 +22,7 @@ from v4jax.train.losses.term import Batch, Term
 def mean(hidden: Hidden, batch: Batch, ctx: Context):
     """(loss, {"balance": loss}): the sum over the main layers."""
     del batch, ctx
-    groups = [blocks for name, blocks in hidden.routing.items() if name != "mtp"]
+    groups = [blocks for group, blocks in hidden.routing.items() if group != "mtp"]
     return _sum(groups)
 
 

@@ -62,7 +62,7 @@ def step(rules, params, cache, tokens_BT):
         jnp.full(len(tokens_BT), tokens_BT.shape[1], jnp.int32),
         Context(rules=rules),
     )
-    return logits_of(params, chunk.x_BTD, rules), cache
+    return logits_of(params, chunk.x_BTD, Context(rules=rules)), cache
 
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)

@@ -26,9 +26,7 @@ from v4jax.kernels.expert_ffn import (
     expert_ffn,
     pays_every_expert,
 )
-from v4jax.kernels.matmul import dense
 from v4jax.model.hyper import balanced
-from v4jax.model.rotary import Rotation, rotate
 from v4jax.model.router import router_scores
 
 LIMIT = 2.0
@@ -94,17 +92,6 @@ def test_grouped_experts_are_a_loop_over_rows(sizes):
         )
 
 
-@pytest.mark.parametrize("shape, width", [((7, 12), 5), ((7, 5), 12), ((2, 3, 6), 6)])
-def test_dense_has_the_gradient_of_a_matmul(shape, width):
-    x, w = (
-        jax.random.normal(jax.random.key(0), shape),
-        jax.random.normal(jax.random.key(1), (shape[-1], width)),
-    )
-    value, pull = jax.vjp(lambda x, w: x @ w, x, w)
-    got, got_pull = jax.vjp(dense, x, w)
-    close((got, got_pull(value)), (value, pull(value)))
-
-
 @pytest.mark.parametrize("mesh", ["context=4,expert=2", "data=2,context=2,tensor=2"])
 def test_mixing_matrices_are_balanced_where_their_tokens_lie(mesh):
     """Values and gradient are those of one device; nothing is sent. Rows and sequence are cut."""
@@ -125,30 +112,6 @@ def test_mixing_matrices_are_balanced_where_their_tokens_lie(mesh):
         program = jax.jit(functools.partial(both, rules)).lower(*cut).compile()
         close(program(*cut), both(AxisRules(), logits, ct))
     assert not collectives(program.as_text(), mesh)
-
-
-@pytest.mark.parametrize("inverse", [False, True])
-def test_rotate_has_the_gradient_of_complex_products(inverse):
-    x, angle = (
-        jax.random.normal(jax.random.key(0), (2, 5, 3, 10)),
-        jax.random.normal(jax.random.key(1), (1, 5, 1, 2)),
-    )
-
-    def product(x):
-        pairs = x[..., 6:].reshape(2, 5, 3, 2, 2)
-        turned = jax.lax.complex(pairs[..., 0], pairs[..., 1]) * jnp.exp(
-            1j * (-angle if inverse else angle)
-        )
-        return jnp.concatenate(
-            (x[..., :6], jnp.stack((turned.real, turned.imag), -1).reshape(2, 5, 3, 4)), axis=-1
-        )
-
-    value, pull = jax.vjp(product, x)
-    got, got_pull = jax.vjp(
-        lambda x: rotate(x, Rotation(jnp.cos(angle), jnp.sin(angle)), inverse), x
-    )
-    ct = jax.random.normal(jax.random.key(2), value.shape)
-    close((got, got_pull(ct)), (value, pull(ct)))
 
 
 def test_router_gradient_is_finite_at_any_logit():

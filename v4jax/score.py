@@ -13,6 +13,7 @@ import numpy as np
 from sharding.processes import gather, is_first
 from v4jax.api import load, place_on
 from v4jax.config import ModelConfig
+from v4jax.kernels.choice import kernels_from
 from v4jax.model.forward import forward
 from v4jax.quant.fake import check_quant
 from v4jax.storage import file_to_write, local_path
@@ -48,7 +49,14 @@ def read_tokens(path, vocab_size: int) -> np.ndarray:
 
 
 def score(
-    checkpoint, tokens_path, out_path, mesh=None, layout=None, dtype="float32", quant="none"
+    checkpoint,
+    tokens_path,
+    out_path,
+    mesh=None,
+    layout=None,
+    dtype="float32",
+    quant="none",
+    kernels="",
 ) -> dict:
     """Writes logits, MTP logits and per-token loss of a file of tokens to an .npz file.
 
@@ -57,10 +65,11 @@ def score(
     writes.
 
     Raises:
-      ValueError: bad tokens, checkpoint, mesh or quant; nothing is written then.
+      ValueError: bad tokens, checkpoint, mesh, quant or kernels; nothing is written then.
     """
     checkpoint = local_path(checkpoint, "checkpoint")
     out = file_to_write(out_path, "out")
+    kernels_from(kernels)
     if checkpoint.is_dir():  # so bad tokens are refused before a large checkpoint is read
         model = ModelConfig.from_json(checkpoint)
         check_quant(model, quant)
@@ -74,7 +83,7 @@ def score(
         for start in range(0, len(tokens), step):
             rows = tokens[start : start + step]
             padded = np.pad(rows, ((0, step - len(rows)), (0, 0)))
-            output = forward(cfg, params, padded, quant=quant, rules=rules)
+            output = forward(cfg, params, padded, quant=quant, rules=rules, kernels=kernels)
             logits = gather(output.logits)[: len(rows)]
             parts["logits"].append(logits)
             parts["nll"].append(_nll(logits, rows))

@@ -4,15 +4,17 @@ import dataclasses
 
 import pytest
 
-from v4jax.kernels import index_scores, pooling, sinkhorn, streams, top_k
+from v4jax.kernels import index_scores, matmul, pooling, rotate, sinkhorn, streams, top_k
 from v4jax.kernels.choice import NAMES, Kernels, kernels_from
 
 OPS = {
     "index_scores": index_scores,
+    "top_k": top_k,
     "pooling": pooling,
     "sinkhorn": sinkhorn,
     "streams": streams,
-    "top_k": top_k,
+    "matmul": matmul,
+    "rotate": rotate,
 }
 
 

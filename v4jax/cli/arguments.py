@@ -58,13 +58,20 @@ def on_mesh(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def quant(sub: argparse.ArgumentParser) -> None:
-    """The flag that chooses the served model's numbers."""
+def numbers(sub: argparse.ArgumentParser) -> None:
+    """The flags that choose the served model's numbers, and what computes them."""
     sub.add_argument(
         "--quant",
         default="none",
         choices=("none", "official"),
         help="official: compute with the fp8 and MXFP4 numbers of the served model (default none)",
+    )
+    sub.add_argument(
+        "--kernels",
+        default="",
+        metavar="NAMES",
+        help="implementations of ops: reference, or pairs such as top_k=bisection,matmul=reference "
+        "(default: the best of the platform)",
     )
 
 
@@ -93,7 +100,7 @@ def continues(sub: argparse.ArgumentParser, tokens: int) -> None:
         help="sample from tokens at least this share as probable as the likeliest, 0 to 1 "
         f"({default}0: all)",
     )
-    quant(sub)
+    numbers(sub)
     sub.add_argument(
         "--cache",
         default="dtype",

@@ -5,7 +5,7 @@ Next file to read: v4jax/score.py.
 
 import argparse
 
-from v4jax.cli.arguments import CKPT, NEW_FILE, PATH, on_mesh, quant
+from v4jax.cli.arguments import CKPT, NEW_FILE, PATH, numbers, on_mesh
 from v4jax.cli.start import start
 
 
@@ -14,7 +14,7 @@ def declare(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint", type=PATH, help=CKPT)
     sub.add_argument("--tokens", required=True, type=PATH, help=".npy file, integers [B, S]")
     sub.add_argument("--out", required=True, type=NEW_FILE, help=".npz file to write")
-    quant(sub)
+    numbers(sub)
     on_mesh(sub)
 
 
@@ -32,5 +32,6 @@ def run(arguments: argparse.Namespace, _: list[str]) -> dict | None:
         arguments.layout,
         arguments.dtype,
         arguments.quant,
+        arguments.kernels,
     )
     return result if is_first() else None

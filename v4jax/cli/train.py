@@ -85,7 +85,12 @@ def sample(cfg: TrainConfig) -> dict:
             [prompt],
             cfg.sample_tokens,
             seeds=[cfg.seed],
-            decoding=DecodeConfig(rules=rules, dtype=cfg.dtype, sampling=Sampling(temperature=0.7)),
+            decoding=DecodeConfig(
+                rules=rules,
+                dtype=cfg.dtype,
+                sampling=Sampling(temperature=0.7),
+                kernels=cfg.kernels,
+            ),
         )
     stop = TextStop(model.eos_token_ids, tokenizer=tokenizer)
     text = cfg.sample_prompt + stop.text(completion.tokens)

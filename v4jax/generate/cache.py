@@ -245,7 +245,7 @@ def draft(
     return x_BTD, cache._replace(mtp=view.cache)
 
 
-def logits_of(params, x_BTD: jax.Array, rules: AxisRules = AxisRules()) -> jax.Array:
+def logits_of(params, x_BTD: jax.Array, ctx: Context = Context()) -> jax.Array:
     """Logits of hidden states x_BTD, float32 [B,T,V]."""
-    head_DV = rules.gather(params["head"]["weight"].astype(x_BTD.dtype), ("embed", "vocab"))
-    return project_logits(rules, x_BTD, head_DV)
+    head_DV = ctx.rules.gather(params["head"]["weight"].astype(x_BTD.dtype), ("embed", "vocab"))
+    return project_logits(ctx, x_BTD, head_DV)

@@ -53,7 +53,11 @@ def run(flags) -> dict | None:
     history = [] if flags.system is None else [{"role": "system", "content": flags.system}]
     cfg, choice = model_and_choice(flags)
     decoding = DecodeConfig(
-        dtype=flags.dtype, quant=flags.quant, storage=flags.cache, sampling=choice.sampling
+        dtype=flags.dtype,
+        quant=flags.quant,
+        storage=flags.cache,
+        sampling=choice.sampling,
+        kernels=flags.kernels,
     )
     capacity = cache_tokens(flags, cfg)
     shortest = _ids(flags, tokenizer, [*history, {"role": "user", "content": ""}])

@@ -45,6 +45,7 @@ def run(flags) -> dict | None:
         storage=flags.cache,
         sampling=choice.sampling,
         speculative=flags.speculative,
+        kernels=flags.kernels,
     )
     prompts, seeds = [prompt] * flags.samples, list(range(flags.seed, flags.seed + flags.samples))
     capacity = cache_tokens(flags, model, len(prompt))

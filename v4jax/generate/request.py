@@ -10,6 +10,7 @@ import numpy as np
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import check_storage
 from v4jax.generate.steps import DecodeConfig
+from v4jax.kernels.choice import kernels_from
 from v4jax.quant.fake import check_quant
 from v4jax.tokenizer import check_tokens
 
@@ -34,6 +35,7 @@ def check_request(
     """Raises ValueError for a request that `generate` cannot serve."""
     check_storage(decoding.storage, decoding.quant)
     check_quant(cfg, decoding.quant)
+    kernels_from(decoding.kernels)
     if decoding.speculative and not cfg.num_nextn_predict_layers:
         raise ValueError("speculative: the model has no MTP layer to draft with")
     if not len(prompts) or not all(len(prompt) for prompt in prompts):

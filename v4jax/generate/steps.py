@@ -19,6 +19,7 @@ from v4jax.config import ModelConfig
 from v4jax.context import Context
 from v4jax.generate.cache import Cache, draft, empty_cache, extend, logits_of
 from v4jax.generate.sampling import Sampling, choose_token
+from v4jax.kernels.choice import kernels_from
 
 PREFILL_CHUNK = 512
 """Tokens of each prompt that run at once."""
@@ -38,6 +39,7 @@ class DecodeConfig(NamedTuple):
       storage: format of the cache, "dtype" or "official".
       speculative: draft with MTP.
       steps: decoding steps per call.
+      kernels: implementations of ops, as kernels_from reads them (v4jax/kernels/choice.py).
     """
 
     rules: AxisRules = AxisRules()
@@ -47,11 +49,13 @@ class DecodeConfig(NamedTuple):
     sampling: Sampling = Sampling()
     speculative: bool = False
     steps: int = STEPS
+    kernels: str = ""
 
     @property
     def ctx(self) -> Context:
         """What the network needs."""
-        return Context(rules=self.rules, dtype=self.dtype, quant=self.quant)
+        kernels = kernels_from(self.kernels)
+        return Context(rules=self.rules, dtype=self.dtype, quant=self.quant, kernels=kernels)
 
     @property
     def formats(self) -> list:
@@ -161,7 +165,7 @@ def _continue(cfg, decoding: DecodeConfig, params, cache, tokens_BU, left_B, las
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _first(cfg, decoding: DecodeConfig, params, cache, last, seed_B):
     x_BD, streams_BXD = last
-    logits_BV = logits_of(params, x_BD[:, None], decoding.rules)[:, 0]
+    logits_BV = logits_of(params, x_BD[:, None], decoding.ctx)[:, 0]
     token_B, score_B = choose_token(decoding.sampling, logits_BV, seed_B, cache.length_B)
     output = StepOutput(
         token_B[None, :, None], score_B[None, :, None], jnp.ones_like(token_B)[None]
@@ -198,7 +202,7 @@ def _step(
     chunk, cache = extend(
         cfg, params, state.cache, tokens_BN, size * active_B.astype(jnp.int32), decoding.ctx
     )
-    logits_BNV = logits_of(params, chunk.x_BTD, decoding.rules)
+    logits_BNV = logits_of(params, chunk.x_BTD, decoding.ctx)
     chosen = [
         choose_token(decoding.sampling, logits_BNV[:, n], seed_B, start_B + 1 + n)
         for n in range(size)
@@ -225,7 +229,7 @@ def _draft(
     """Chooses MTP's token after the last real one of `next_BT`."""
     x_BTD, cache = draft(cfg, params, cache, streams_BTXD, next_BT, span, decoding.ctx)
     x_BD = _at(x_BTD, jnp.maximum(span.count_B - 1, 0))
-    logits_BV = logits_of(params, x_BD[:, None], decoding.rules)[:, 0]
+    logits_BV = logits_of(params, x_BD[:, None], decoding.ctx)[:, 0]
     return choose_token(decoding.sampling, logits_BV, seed_B, span.start_B + span.count_B + 1)[
         0
     ], cache

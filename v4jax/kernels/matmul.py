@@ -1,4 +1,4 @@
-"""x @ w with its gradient written out.
+"""x @ w, with its gradient by autodiff or written out.
 
 Autodiff computes ct^T x and transposes the result. For that XLA:CPU computes whatever made ct one
 number at a time, in transposed order, which is slow. x^T ct has the same numbers without that;
@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from v4jax.kernels.choice import pick
+
 
 def precision_of(x: jax.Array) -> lax.Precision | None:
     """Precision of a product with x: full for float32, otherwise the platform's own.
@@ -24,10 +26,38 @@ def precision_of(x: jax.Array) -> lax.Precision | None:
     return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dense(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-    """x [..., A] @ w [A, Z], in `out_dtype` (default: the dtype of x)."""
+def dense(
+    x: jax.Array,
+    w: jax.Array,
+    out_dtype: jnp.dtype | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """x @ w.
+
+    Args:
+      x: [..., A].
+      w: [A, Z], in the dtype of x.
+      out_dtype: dtype of the result; None: that of x.
+      implementation: "reference" or "written_gradient"; None: "written_gradient".
+
+    Returns:
+      [..., Z].
+
+    Raises:
+      ValueError: an unknown implementation.
+    """
+    return pick("matmul", IMPLEMENTATIONS, implementation, "written_gradient")(x, w, out_dtype)
+
+
+def reference(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None) -> jax.Array:
+    """The product, whose gradient is autodiff's."""
     return _dot(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def written_gradient(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None) -> jax.Array:
+    """The same product; its gradient is written out."""
+    return reference(x, w, out_dtype)
 
 
 def _dot(a, b, dimensions, **options):
@@ -35,7 +65,7 @@ def _dot(a, b, dimensions, **options):
 
 
 def _fwd(x, w, out_dtype):
-    return dense(x, w, out_dtype), (x, w)
+    return reference(x, w, out_dtype), (x, w)
 
 
 def _bwd(out_dtype, saved, ct):
@@ -49,4 +79,6 @@ def _bwd(out_dtype, saved, ct):
     return ct_x, lax.optimization_barrier(_dot(ct, x, ((rows, rows), ((), ())))).T
 
 
-dense.defvjp(_fwd, _bwd)
+written_gradient.defvjp(_fwd, _bwd)
+
+IMPLEMENTATIONS = {"reference": reference, "written_gradient": written_gradient}

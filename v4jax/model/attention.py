@@ -38,12 +38,11 @@ from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 from v4jax.context import SparseMode
 from v4jax.kernels.index_scores import index_scores
 from v4jax.kernels.index_search import best_slots, may_search
-from v4jax.kernels.matmul import dense, precision_of
+from v4jax.kernels.matmul import precision_of
 from v4jax.kernels.top_k import FEW_QUERIES, top_k, top_k_mask
 from v4jax.model.compressor import Compressor
 from v4jax.model.indexer import Indexer, IndexInputs, IndexLoss, index_loss, key_reader
 from v4jax.model.norm import RMSNorm, rms_norm
-from v4jax.model.rotary import rotate
 from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
 from v4jax.model.windows import CompressionWindows, whole_windows
@@ -540,11 +539,12 @@ class Attention(Weights):
         windows = segments.windows.get(self.ratio)
 
         low_BSD = self.act_quant(x_BSD)
-        qr_BSQ = RMSNorm(self.ctx, cfg, name="q_norm")(dense(low_BSD, wq_a))
-        q_BSNH = dense(self.act_quant(qr_BSQ), wq_b).reshape(*x_BSD.shape[:2], heads, dim)
+        qr_BSQ = RMSNorm(self.ctx, cfg, name="q_norm")(self.dense(low_BSD, wq_a))
+        q_BSNH = self.dense(self.act_quant(qr_BSQ), wq_b).reshape(*x_BSD.shape[:2], heads, dim)
         q_BSNH = self.ctx.rules.constrain(q_BSNH, "act_batch", "act_seq", "act_heads", None)
-        q_BSNH = rotate(rms_norm(q_BSNH, cfg.rms_norm_eps), rope.heads())
-        kv_BSH = rotate(RMSNorm(self.ctx, cfg, name="kv_norm")(dense(low_BSD, wkv)), rope)
+        q_BSNH = self.rotate(rms_norm(q_BSNH, cfg.rms_norm_eps), rope.heads())
+        kv_BSH = RMSNorm(self.ctx, cfg, name="kv_norm")(self.dense(low_BSD, wkv))
+        kv_BSH = self.rotate(kv_BSH, rope)
         kv_BSH = fp8_keys(kv_BSH, cfg.qk_rope_head_dim) if self.ctx.quant == "official" else kv_BSH
         entry_BCH = index = past = entry_kept = index_kept = None
         if self.ratio != WINDOW_ONLY:
@@ -586,8 +586,9 @@ class Attention(Weights):
         )
         # Keys are values, so each value is rotated by its own position. Rotating the sum back by
         # the query's position leaves relative angles.
-        out_BSNH = rotate(out_BSNH, rope.heads(), inverse=True)
-        return dense(self.act_quant(_narrow(out_BSNH, wo_a, cfg.o_groups)), wo_b), view, loss
+        out_BSNH = self.rotate(out_BSNH, rope.heads(), inverse=True)
+        low_BSD = self.act_quant(_narrow(out_BSNH, wo_a, cfg.o_groups))
+        return self.dense(low_BSD, wo_b), view, loss
 
 
 def _continue(cfg: ModelConfig, kv_BSH: jax.Array, view: CacheView) -> tuple[WindowKV, jax.Array]:

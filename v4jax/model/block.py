@@ -47,7 +47,7 @@ class Block(Weights):
             y_BSD, view, loss = Attention(ctx, cfg, self.kind.compress_ratio, name="attn")(
                 u_BSD, segments, view
             )
-            x_BSXD = self._place(expand(y_BSD, x_BSXD, *mix))
+            x_BSXD = self._place(expand(y_BSD, x_BSXD, *mix, ctx.kernels.streams))
             diagnostics = measure(pre_BSX, mix, y_BSD, x_BSXD) if ctx.collect.watch else None
         with jax.named_scope("experts"):
             u_BSD, pre_BSX, mix = HyperConnection(ctx, cfg, name="hc_ffn")(x_BSXD)
@@ -55,7 +55,7 @@ class Block(Weights):
             y_BSD, routing = MoE(ctx, cfg, self.kind.hash_routed, name="ffn")(
                 u_BSD, tokens_BS, segments
             )
-            x_BSXD = self._place(expand(y_BSD, x_BSXD, *mix))
+            x_BSXD = self._place(expand(y_BSD, x_BSXD, *mix, ctx.kernels.streams))
             if diagnostics is not None:
                 routing = routing._replace(
                     diagnostics=merge(diagnostics, measure(pre_BSX, mix, y_BSD, x_BSXD))

@@ -22,24 +22,22 @@ from sharding.rules import AxisRules
 from v4jax.cache.layer import CacheView, CompressedKV, tail_rows
 from v4jax.cache.rows import fill_slots, keep_rows
 from v4jax.config import CSA
-from v4jax.kernels.matmul import dense
+from v4jax.context import Context
 from v4jax.kernels.pooling import Gated, pooling
 from v4jax.model.norm import RMSNorm
-from v4jax.model.rotary import rotate
 from v4jax.model.weights import Weights
 from v4jax.model.windows import CompressionWindows
 from v4jax.quant.fake import fp8_keys, mxfp4_rotated
 
 
 def pool(
-    rules: AxisRules,
+    ctx: Context,
     c_BSH: jax.Array,
     z_BSH: jax.Array,
     ape_MH: jax.Array,
     windows: CompressionWindows,
     ratio: int,
     continued: bool = False,
-    kernel: str | None = None,
 ) -> jax.Array:
     """Pools windows: entry = sum over tokens of softmax(z + ape) * c, per channel.
 
@@ -51,12 +49,11 @@ def pool(
       ape_MH: float32, bias of a token's place in its window.
       windows: where each window begins and whether it overlaps one before it.
       continued: windows may begin anywhere in the rows (see segments.read_span).
-      kernel: implementation of `pooling` (v4jax/kernels/pooling.py).
 
     Returns:
       float32 [B,C,H]; for CSA, H is half of the projections' width.
     """
-    batch, seq = "act_batch", "act_seq"
+    rules, kernel, batch, seq = ctx.rules, ctx.kernels.pooling, "act_batch", "act_seq"
     # Windows follow each other without gaps in every shard if each row is one document and each
     # shard is whole windows.
     shards = rules.shards(seq)
@@ -129,12 +126,12 @@ class Compressor(Weights):
             norm(jnp.zeros((1, self.head_dim), self.ctx.dtype))
             return None, view
         x32 = x_BSD.astype(jnp.float32)
-        c_BSH, z_BSH = dense(x32, wkv), dense(x32, wgate)
+        c_BSH, z_BSH = self.dense(x32, wkv), self.dense(x32, wgate)
         if view is None:
-            entry = pool(self.ctx.rules, c_BSH, z_BSH, ape, windows, self.ratio)
+            entry = pool(self.ctx, c_BSH, z_BSH, ape, windows, self.ratio)
         else:
-            entry, view = _continue(self.ctx.rules, view, c_BSH, z_BSH, ape, windows, self.ratio)
-        entry = rotate(norm(entry.astype(self.ctx.dtype)), windows.rope)
+            entry, view = _continue(self.ctx, view, c_BSH, z_BSH, ape, windows, self.ratio)
+        entry = self.rotate(norm(entry.astype(self.ctx.dtype)), windows.rope)
         if self.ctx.quant == "official":
             entry = (
                 mxfp4_rotated(entry) if self.index else fp8_keys(entry, self.cfg.qk_rope_head_dim)
@@ -143,7 +140,7 @@ class Compressor(Weights):
 
 
 def _continue(
-    rules: AxisRules,
+    ctx: Context,
     view: CacheView,
     c_BSH: jax.Array,
     z_BSH: jax.Array,
@@ -158,7 +155,7 @@ def _continue(
 
     def pooled():
         return pool(
-            rules,
+            ctx,
             longer_c(tail_rows(ratio)),
             longer_z(tail_rows(ratio)),
             ape_MH,
@@ -167,7 +164,7 @@ def _continue(
             True,
         )
 
-    if rules or c_BSH.shape[1] >= ratio:
+    if ctx.rules or c_BSH.shape[1] >= ratio:
         entry_BCH = pooled()
     else:
         # In decoding, one step in `ratio` closes a window. In the other steps no query sees what

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.context import Context
+from v4jax.kernels.choice import kernels_from
 from v4jax.model.router import Routing
 from v4jax.model.segments import read_segments
 from v4jax.model.transformer import Hidden, Transformer, project_logits
@@ -84,10 +85,11 @@ def forward(
     rules: AxisRules = AxisRules(),
     dtype: jnp.dtype | None = None,
     remat: bool = False,
+    kernels: str = "",
 ) -> Output:
     """Logits of every position, differentiable in params.
 
-    Under jit, cfg, quant, rules, dtype and remat must be static.
+    Under jit, cfg, quant, rules, dtype, remat and kernels must be static.
 
     Args:
       params: the nested dict of `v4jax.load` or `init_params`.
@@ -99,10 +101,12 @@ def forward(
         (v4jax/quant/fake.py).
       rules: layout, for the ambient mesh (jax.set_mesh).
       dtype: compute dtype; by default that of the embedding.
+      kernels: implementations of ops, as kernels_from reads them (v4jax/kernels/choice.py); empty:
+        the best of the platform.
 
     Raises:
-      ValueError: shapes that do not fit, or a quant that does not exist or does not fit the model's
-        sizes.
+      ValueError: shapes that do not fit, a quant that does not exist or does not fit the model's
+        sizes, or kernels that do not exist.
     """
     if (
         tokens_BS.ndim != 2
@@ -117,15 +121,15 @@ def forward(
             f"segment_ids: got {segment_ids_BS.shape}; must be as tokens, {tokens_BS.shape}"
         )
     dtype = params["embed"]["weight"].dtype if dtype is None else dtype
-    ctx = Context(rules=rules, dtype=dtype, quant=quant)
+    ctx = Context(rules=rules, dtype=dtype, quant=quant, kernels=kernels_from(kernels))
     return _forward(cfg, params, tokens_BS, segment_ids_BS, ctx, remat)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def _forward(cfg, params, tokens_BS, segment_BS, ctx: Context, remat: bool) -> Output:
     hidden = apply(cfg, params, tokens_BS, segment_BS, ctx=ctx, remat=remat)
-    logits = project_logits(ctx.rules, hidden.x_BSD, hidden.head_DV)
+    logits = project_logits(ctx, hidden.x_BSD, hidden.head_DV)
     mtp_logits = None
     if hidden.mtp_x_BSD is not None:
-        mtp_logits = project_logits(ctx.rules, hidden.mtp_x_BSD, hidden.head_DV)
+        mtp_logits = project_logits(ctx, hidden.mtp_x_BSD, hidden.head_DV)
     return Output(logits, mtp_logits, hidden.routing)

@@ -4,8 +4,8 @@ A site collapses the streams to a sublayer's input and expands its output to all
 doubly stochastic matrix mixes. Everything is float32 (docs/equations.md#mhc, report 2.2, official
 `hc_pre`, `hc_post`, `hc_split_sinkhorn`).
 
-Shapes: B batch, S positions, X streams (J source, K target), D hidden, P = X*X logits of
-a matrix, M = (2+X)*X mixing weights; lower case = this device's share.
+Shapes: B batch, S positions, X streams (J source, K target), D hidden, T tokens, P = X*X
+logits of a matrix, M = (2+X)*X mixing weights; lower case = this device's share.
 Next file to read: sharding/rules.py.
 """
 
@@ -18,6 +18,8 @@ import jax.numpy as jnp
 
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
+from v4jax.context import Context
+from v4jax.kernels.choice import Kernels
 from v4jax.kernels.matmul import dense
 from v4jax.kernels.sinkhorn import sinkhorn
 from v4jax.kernels.streams import collapse
@@ -36,18 +38,28 @@ class Mix(NamedTuple):
     comb: jax.Array
 
 
-def mixing_logits(x_BSXD: jax.Array, fn: jax.Array, eps: float) -> jax.Array:
+def mixing_logits(
+    x_BSXD: jax.Array, fn: jax.Array, eps: float, kernels: Kernels = Kernels()
+) -> jax.Array:
     """(vec(x) @ fn) * rsqrt(mean(vec(x)^2) + eps), float32 [B,S,M]."""
     x = x_BSXD.astype(jnp.float32).reshape(*x_BSXD.shape[:2], -1)
-    return dense(x, fn) * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    logits = dense(x, fn, implementation=kernels.matmul)
+    return logits * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def balanced(rules: AxisRules, iterations: int, eps: float, logits_BSP: jax.Array) -> jax.Array:
+def balanced(
+    rules: AxisRules,
+    iterations: int,
+    eps: float,
+    logits_BSP: jax.Array,
+    implementation: str | None = None,
+) -> jax.Array:
     """comb of every token [B,S,X,X]: `sinkhorn` of its P = X*X logits."""
 
     def local(logits_bsP):
         n, tokens = math.isqrt(logits_bsP.shape[-1]), logits_bsP.shape[:2]
-        comb = sinkhorn(logits_bsP.reshape(-1, n * n).T.reshape(n, n, -1), iterations, eps)
+        logits_XXT = logits_bsP.reshape(-1, n * n).T.reshape(n, n, -1)
+        comb = sinkhorn(logits_XXT, iterations, eps, implementation)
         return comb.reshape(n * n, -1).T.reshape(*tokens, n, n)
 
     if not rules:
@@ -59,15 +71,16 @@ def balanced(rules: AxisRules, iterations: int, eps: float, logits_BSP: jax.Arra
 
 
 def _stream_weights(
-    rules: AxisRules, cfg: ModelConfig, x_BSXD, fn, base, scale
+    ctx: Context, cfg: ModelConfig, x_BSXD, fn, base, scale
 ) -> tuple[jax.Array, Mix]:
     """(pre [B,S,X], Mix) of the streams (docs/equations.md#mhc)."""
     n, base = cfg.hc_mult, base[None, None]
-    mix = mixing_logits(x_BSXD, fn, cfg.rms_norm_eps)
+    mix = mixing_logits(x_BSXD, fn, cfg.rms_norm_eps, ctx.kernels)
     pre = jax.nn.sigmoid(mix[..., :n] * scale[0] + base[..., :n]) + cfg.hc_eps
     post = 2 * jax.nn.sigmoid(mix[..., n : 2 * n] * scale[1] + base[..., n : 2 * n])
     logits = mix[..., 2 * n :] * scale[2] + base[..., 2 * n :]
-    return pre, Mix(post, balanced(rules, cfg.hc_sinkhorn_iters, cfg.hc_eps, logits))
+    comb = balanced(ctx.rules, cfg.hc_sinkhorn_iters, cfg.hc_eps, logits, ctx.kernels.sinkhorn)
+    return pre, Mix(post, comb)
 
 
 class HyperConnection(Weights):
@@ -79,8 +92,8 @@ class HyperConnection(Weights):
         fn = self.weight("fn")
         base = self.weight("base")
         scale = self.weight("scale")
-        pre, mix = _stream_weights(self.ctx.rules, self.cfg, x_BSXD, fn, base, scale)
-        return collapse(pre, x_BSXD), pre, mix
+        pre, mix = _stream_weights(self.ctx, self.cfg, x_BSXD, fn, base, scale)
+        return collapse(pre, x_BSXD, self.ctx.kernels.streams), pre, mix
 
 
 class HyperHead(Weights):
@@ -91,7 +104,6 @@ class HyperHead(Weights):
         fn = self.weight("fn")
         base = self.weight("base")
         scale = self.weight("scale")
-        logits = mixing_logits(x_BSXD, fn, self.cfg.rms_norm_eps)
-        return collapse(
-            jax.nn.sigmoid(logits * scale[0] + base[None, None]) + self.cfg.hc_eps, x_BSXD
-        )
+        logits = mixing_logits(x_BSXD, fn, self.cfg.rms_norm_eps, self.ctx.kernels)
+        pre = jax.nn.sigmoid(logits * scale[0] + base[None, None]) + self.cfg.hc_eps
+        return collapse(pre, x_BSXD, self.ctx.kernels.streams)

@@ -24,9 +24,8 @@ from v4jax.cache.layer import CacheView, CompressedKV, slot_count
 from v4jax.cache.rows import all_rows, some_rows
 from v4jax.config import CSA
 from v4jax.kernels.index_scores import KeyReader
-from v4jax.kernels.matmul import dense
+from v4jax.kernels.rotate import Rotation
 from v4jax.model.compressor import Compressor
-from v4jax.model.rotary import Rotation, rotate
 from v4jax.model.weights import Weights
 from v4jax.model.windows import CompressionWindows
 from v4jax.quant.fake import mxfp4_rotated
@@ -140,9 +139,9 @@ class Indexer(Weights):
         key_BCJ, view = compressor(x_BSD, windows if needed else None, view)
         if not needed:
             return None, view
-        q_BSIJ = dense(self.act_quant(qr_BSQ), wq_b).reshape(*qr_BSQ.shape[:2], heads, dim)
-        w_BSI = dense(x_BSD, weights_proj).astype(jnp.float32) * (dim**-0.5 * heads**-0.5)
-        q_BSIJ = rotate(q_BSIJ, rope.heads())
+        q_BSIJ = self.dense(self.act_quant(qr_BSQ), wq_b).reshape(*qr_BSQ.shape[:2], heads, dim)
+        w_BSI = self.dense(x_BSD, weights_proj).astype(jnp.float32) * (dim**-0.5 * heads**-0.5)
+        q_BSIJ = self.rotate(q_BSIJ, rope.heads())
         q_BSIJ = mxfp4_rotated(q_BSIJ) if self.ctx.quant == "official" else q_BSIJ
         index = IndexInputs(q_BSIJ, w_BSI, key_BCJ)
         return (index if self.ctx.sparse.train_indexer else jax.lax.stop_gradient(index)), view

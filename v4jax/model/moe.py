@@ -23,7 +23,6 @@ from v4jax.kernels.expert_ffn import (
     expert_ffn,
     pays_every_expert,
 )
-from v4jax.kernels.matmul import dense
 from v4jax.model.balance import balance_loss, expert_share
 from v4jax.model.router import Routing, choose, gate_weights, router_scores, times_chosen
 from v4jax.model.segments import Segments
@@ -46,7 +45,7 @@ class MoE(Weights):
     ) -> tuple[jax.Array, Routing]:
         cfg, experts, active = self.cfg, self.cfg.n_routed_experts, self.cfg.num_experts_per_tok
         gate_DE = self.weight("gate")
-        score_BSE = router_scores(x_BSD, gate_DE)
+        score_BSE = router_scores(x_BSD, gate_DE, self.ctx.kernels.matmul)
         if self.hash_routed:
             table_VK = self.router_state("tid2eid")
             index_BSK = jax.lax.stop_gradient(table_VK)[tokens_BS].astype(jnp.int32)
@@ -125,8 +124,8 @@ class SharedExpert(Weights):
         w1 = self.weight("w1")
         w3 = self.weight("w3")
         w2 = self.weight("w2")
-        h = clamped_swiglu(dense(x_BSD, w1), dense(x_BSD, w3), self.cfg.swiglu_limit)
+        h = clamped_swiglu(self.dense(x_BSD, w1), self.dense(x_BSD, w3), self.cfg.swiglu_limit)
         h = self.act_quant(
             self.ctx.rules.constrain(h.astype(x_BSD.dtype), "act_batch", "act_seq", "act_hidden")
         )
-        return dense(h, w2)
+        return self.dense(h, w2)

@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 
 from v4jax.cache.layer import CacheView
-from v4jax.kernels.matmul import dense
 from v4jax.model.block import Block
 from v4jax.model.hyper import HyperHead
 from v4jax.model.norm import RMSNorm
@@ -46,9 +45,8 @@ class MTP(Weights):
         h_proj = self.weight("h_proj")
         e_BSD = RMSNorm(ctx, cfg, name="enorm")(next_BSD)
         h_BSXD = RMSNorm(ctx, cfg, name="hnorm")(x_BSXD)
-        x_BSXD = dense(self.act_quant(e_BSD), e_proj)[:, :, None] + dense(
-            self.act_quant(h_BSXD), h_proj
-        )
+        next_BSD = self.dense(self.act_quant(e_BSD), e_proj)
+        x_BSXD = next_BSD[:, :, None] + self.dense(self.act_quant(h_BSXD), h_proj)
         x_BSXD, routing, view, _ = Block(ctx, cfg, MTP_KIND, name="block")(
             x_BSXD, next_BS, segments, view
         )

@@ -1,33 +1,22 @@
-"""Rotary positions: interleaved pairs in the last dims of a head, plain or with YaRN, in float32.
+"""Rotary positions: the angles of a head's pairs, plain or with YaRN.
 
 There are two tables (docs/equations.md#rotary). Layers of compress ratio 0 and MTP use rope_theta
 without YaRN. CSA and HCA layers use compress_rope_theta with YaRN, for queries, window keys,
 entries and indexer. cos and sin are never scaled: the attention factor is 1.
+v4jax/kernels/rotate.py applies them.
 
-Shapes: R rope dims, H head dim; `...` any leading axes.
+Shapes: R rope dims; `...` any leading axes.
 Next file to read: v4jax/model/compressor.py.
 """
 
-import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from v4jax.config import ModelConfig, RopeScaling
-
-
-class Rotation(NamedTuple):
-    """cos and sin of every pair's angle, float32 [..., R/2]."""
-
-    cos: jax.Array
-    sin: jax.Array
-
-    def heads(self) -> "Rotation":
-        """The same rotation with an axis for heads before the last."""
-        return Rotation(self.cos[..., None, :], self.sin[..., None, :])
+from v4jax.kernels.rotate import Rotation
 
 
 def frequencies(cfg: ModelConfig, compressed: bool) -> np.ndarray:
@@ -62,28 +51,3 @@ def rotation(cfg: ModelConfig, compressed: bool, positions: jax.Array) -> Rotati
     """Rotation at integer `positions` [...]: cos and sin are [..., R/2]."""
     angles = jnp.multiply.outer(positions.astype(jnp.float32), frequencies(cfg, compressed))
     return Rotation(jnp.cos(angles), jnp.sin(angles))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rotate(x: jax.Array, rope: Rotation, inverse: bool = False) -> jax.Array:
-    """x with pairs (2i, 2i+1) of its last R dims rotated, in float32; other dims are unchanged.
-
-    The gradient is the inverse rotation (autodiff would pad and add every slice); angles get none.
-
-    Args:
-      x: [..., H] with H >= R.
-      rope: broadcastable to [..., R/2].
-      inverse: rotate by the negative angle, as for the attention output.
-    """
-    width = 2 * rope.cos.shape[-1]
-    passed, turned = x[..., :-width], x[..., -width:].astype(jnp.float32)
-    even, odd = turned[..., 0::2], turned[..., 1::2]
-    sin = -rope.sin if inverse else rope.sin
-    turned = jnp.stack((even * rope.cos - odd * sin, odd * rope.cos + even * sin), axis=-1)
-    return jnp.concatenate((passed, turned.reshape(*x.shape[:-1], width).astype(x.dtype)), axis=-1)
-
-
-rotate.defvjp(
-    lambda x, rope, inverse: (rotate(x, rope, inverse), rope),
-    lambda inverse, rope, ct: (rotate(ct, rope, not inverse), None),
-)

@@ -35,9 +35,11 @@ class Routing(NamedTuple):
     diagnostics: Diagnostics | None = None
 
 
-def router_scores(x_BSD: jax.Array, gate_DE: jax.Array) -> jax.Array:
+def router_scores(
+    x_BSD: jax.Array, gate_DE: jax.Array, implementation: str | None = None
+) -> jax.Array:
     """sqrt(softplus(x @ gate)), float32 [B,S,E]."""
-    logit = dense(x_BSD.astype(jnp.float32), gate_DE)
+    logit = dense(x_BSD.astype(jnp.float32), gate_DE, implementation=implementation)
     # Below -20, softplus(z) is exp(z) to float32 precision, and its root is exp(z / 2). The split
     # keeps the gradient of the root finite at any logit. The clip at -160 keeps every score above
     # 0, or a token whose experts all score 0 would have no weights.

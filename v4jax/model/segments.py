@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from v4jax.cache.layer import ChunkSpan, tail_rows
 from v4jax.config import WINDOW_ONLY, ModelConfig
-from v4jax.model.rotary import Rotation, rotation
+from v4jax.kernels.rotate import Rotation
+from v4jax.model.rotary import rotation
 from v4jax.model.windows import CompressionWindows, windows_of
 
 

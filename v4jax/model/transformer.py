@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from sharding.embedding import embed_lookup
-from sharding.rules import AxisRules
 from v4jax.cache.layer import CacheView
 from v4jax.config import LayerGroup
+from v4jax.context import Context
 from v4jax.kernels.matmul import dense
 from v4jax.model.block import Pattern, stack
 from v4jax.model.hyper import HyperHead
@@ -136,7 +136,7 @@ class Head(Weights):
         return self.weight("weight")
 
 
-def project_logits(rules: AxisRules, x_BSD: jax.Array, head_DV: jax.Array) -> jax.Array:
+def project_logits(ctx: Context, x_BSD: jax.Array, head_DV: jax.Array) -> jax.Array:
     """Logits x @ head, float32 [B,S,V]."""
-    logits = dense(x_BSD, head_DV, jnp.float32)
-    return rules.constrain(logits, "act_batch", "act_seq", "act_vocab")
+    logits = dense(x_BSD, head_DV, jnp.float32, ctx.kernels.matmul)
+    return ctx.rules.constrain(logits, "act_batch", "act_seq", "act_vocab")

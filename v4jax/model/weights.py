@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from v4jax.config import WINDOW_ONLY, ModelConfig
 from v4jax.context import Context
 from v4jax.initializers import zeros
+from v4jax.kernels.matmul import dense
+from v4jax.kernels.rotate import Rotation, rotate
 from v4jax.parameter_tree import spec_of
 from v4jax.parameters import ParamSpec
 from v4jax.quant.fake import fp8_input, fp8_weight
@@ -74,6 +76,14 @@ class Weights(nn.Module):
     def _init(self, spec: ParamSpec) -> Any:
         """The initializer, whose values carry their logical axes."""
         return nn.with_logical_partitioning(spec.init(self.cfg), spec.axes)
+
+    def dense(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """x @ w in the dtype of x, by the implementation that `ctx` names."""
+        return dense(x, w, implementation=self.ctx.kernels.matmul)
+
+    def rotate(self, x: jax.Array, rope: Rotation, inverse: bool = False) -> jax.Array:
+        """x rotated (v4jax/kernels/rotate.py), by the implementation that `ctx` names."""
+        return rotate(x, rope, inverse, self.ctx.kernels.rotate)
 
     def act_quant(self, x: jax.Array) -> jax.Array:
         """`x` as input of a low-precision matrix: rounded to fp8 under quant="official"."""

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.config import ModelConfig
-from v4jax.model.rotary import Rotation, rotation
+from v4jax.kernels.rotate import Rotation
+from v4jax.model.rotary import rotation
 
 
 class CompressionWindows(NamedTuple):

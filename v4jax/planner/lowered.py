@@ -53,7 +53,9 @@ def lower_decode(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
         for dtype in (jnp.int32, jnp.bool, jnp.uint32)
     )
     with jax.set_mesh(mesh):
-        decoding = DecodeConfig(rules=decoding_rules(rules), dtype=cfg.dtype, steps=1)
+        decoding = DecodeConfig(
+            rules=decoding_rules(rules), dtype=cfg.dtype, steps=1, kernels=cfg.kernels
+        )
         cache = jax.eval_shape(
             lambda: empty_cache(
                 model, cfg.batch_size, cfg.seq_len, jnp.dtype(cfg.dtype), rules=decoding.rules

@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sharding.micro_batches import join_rows
 from sharding.rules import AxisRules
 from v4jax.context import Collect, Context
+from v4jax.kernels.choice import kernels_from
 from v4jax.model.forward import apply
 from v4jax.train.config import TrainConfig
 from v4jax.train.gradients import split_batch
@@ -60,7 +61,13 @@ def _choose(cfg: TrainConfig, rules: AxisRules, params, batch: Mapping[str, jax.
         params,
         batch["tokens"],
         batch.get("segment_ids"),
-        ctx=Context(rules=rules, dtype=cfg.dtype, quant=cfg.quant, collect=Collect(index=True)),
+        ctx=Context(
+            rules=rules,
+            dtype=cfg.dtype,
+            quant=cfg.quant,
+            collect=Collect(index=True),
+            kernels=kernels_from(cfg.kernels),
+        ),
     )
     found = {
         group: {

@@ -15,6 +15,7 @@ from sharding.rules import AxisRules, rules_of
 from v4jax.checkpoint.formats import FORMATS
 from v4jax.config import CSA, ModelConfig
 from v4jax.data.config import DataConfig
+from v4jax.kernels.choice import kernels_from
 from v4jax.python_files import read_layout
 from v4jax.quant.fake import check_quant
 from v4jax.storage import local_path
@@ -68,6 +69,9 @@ class TrainConfig:
     quant: str = "none"
     """none, or official: train with the fp8 and MXFP4 numbers that the served model computes
     with."""
+    kernels: str = ""
+    """Implementations of ops: reference, or pairs such as top_k=bisection,matmul=reference
+    (v4jax/kernels/README.md lists them); empty: the best of the platform."""
     remat: bool = True
     """Recompute each layer in the backward pass instead of keeping its activations."""
     attention: str = "sparse"
@@ -133,6 +137,7 @@ class TrainConfig:
                 local_path(getattr(self, name), name)
         parse_mesh(self.mesh)
         rules_of(self.layout)
+        kernels_from(self.kernels)
         _allow(self, "dtype", ("float32", "bfloat16"))
         _allow(self, "export", (*FORMATS, "none"))
         _allow(self, "attention", ("sparse", "dense", "indexer"))

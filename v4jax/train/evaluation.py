@@ -14,6 +14,7 @@ from sharding.rules import AxisRules
 from v4jax.context import Context, SparseMode
 from v4jax.data.listing import Listings
 from v4jax.data.rows import Batch
+from v4jax.kernels.choice import kernels_from
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_sets
 from v4jax.train.gradients import split_batch
@@ -55,6 +56,7 @@ def evaluator(cfg: TrainConfig, rules: AxisRules, put: Callable) -> Callable:
         dtype=cfg.dtype,
         quant=cfg.quant,
         sparse=SparseMode(dense=cfg.attention != "sparse"),
+        kernels=kernels_from(cfg.kernels),
     )
 
     def rows_nll(params, batch):

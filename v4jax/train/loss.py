@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.context import Context
+from v4jax.kernels.choice import kernels_from
 from v4jax.model.forward import apply
 from v4jax.train.losses.indexer import captured
 from v4jax.train.losses.term import Batch
@@ -64,7 +65,9 @@ def counts_of(cfg: ModelConfig, batch: Batch, weights: LossWeights) -> list[jax.
 
 
 @functools.partial(
-    jax.jit, static_argnums=0, static_argnames=("weights", "rules", "dtype", "remat", "quant")
+    jax.jit,
+    static_argnums=0,
+    static_argnames=("weights", "rules", "dtype", "remat", "quant", "kernels"),
 )
 def loss(
     cfg: ModelConfig,
@@ -76,6 +79,7 @@ def loss(
     dtype: jnp.dtype = jnp.float32,
     remat: bool = False,
     quant: str = "none",
+    kernels: str = "",
 ):
     """The training objective (docs/equations.md#losses); differentiable in params.
 
@@ -85,10 +89,12 @@ def loss(
         int [B,S], 1 on tokens to be learned. Labels are the row's own next tokens.
       quant: "official" computes with low-precision numbers (QAT); gradients pass straight through
         their rounding.
+      kernels: implementations of ops, as kernels_from reads them (v4jax/kernels/choice.py); empty:
+        the best of the platform.
 
     Returns:
       (loss, metrics): float32 scalars; metrics has loss, nll, mtp_nll (with MTP) and balance.
     """
-    ctx = Context(rules=rules, dtype=dtype, quant=quant)
+    ctx = Context(rules=rules, dtype=dtype, quant=quant, kernels=kernels_from(kernels))
     total, (metrics, _) = loss_and_routing(cfg, params, batch, ctx, weights=weights, remat=remat)
     return total, metrics

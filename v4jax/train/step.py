@@ -19,6 +19,7 @@ from sharding.params import named_shardings
 from sharding.processes import wait_for_all
 from sharding.rules import AxisRules
 from v4jax.context import Collect, Context, SparseMode
+from v4jax.kernels.choice import kernels_from
 from v4jax.model.init import init_params
 from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.train.balance import load_metrics, update_bias
@@ -128,7 +129,12 @@ def train_step(
 
     sparse, alone = sparse_mode(cfg), cfg.attention == "indexer"
     ctx = Context(
-        rules=rules, dtype=cfg.dtype, quant=cfg.quant, sparse=sparse, collect=Collect(watch=watch)
+        rules=rules,
+        dtype=cfg.dtype,
+        quant=cfg.quant,
+        sparse=sparse,
+        collect=Collect(watch=watch),
+        kernels=kernels_from(cfg.kernels),
     )
 
     grads, metrics, routing = gradients(cfg, ctx, state.params, state.router, batch, chosen)

@@ -18,7 +18,7 @@ def mean(hidden: Hidden, batch: Batch, ctx: Context):
     """(loss, {"mtp_nll": loss}) in nats per token; (None, {}) in a model without MTP."""
     if hidden.mtp_x_BSD is None:
         return None, {}
-    nll = mean_nll(hidden.mtp_x_BSD, hidden.head_DV, batch, 2, ctx.rules)
+    nll = mean_nll(hidden.mtp_x_BSD, hidden.head_DV, batch, 2, ctx)
     return nll, {"mtp_nll": nll}
 
 

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from sharding.manual import vary, vary_like
-from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.context import Context
 from v4jax.kernels.matmul import dense
@@ -27,7 +26,7 @@ LOGIT_BYTES = 2**27
 
 def mean(hidden: Hidden, batch: Batch, ctx: Context):
     """(loss, {"nll": loss}): nats per token."""
-    nll = mean_nll(hidden.x_BSD, hidden.head_DV, batch, 1, ctx.rules)
+    nll = mean_nll(hidden.x_BSD, hidden.head_DV, batch, 1, ctx)
     return nll, {"nll": nll}
 
 
@@ -41,11 +40,11 @@ TERM = Term(mean, count)
 
 
 def mean_nll(
-    x_BSD: jax.Array, head_DV: jax.Array, batch: Batch, ahead: int, rules: AxisRules
+    x_BSD: jax.Array, head_DV: jax.Array, batch: Batch, ahead: int, ctx: Context
 ) -> jax.Array:
     """Mean of -log softmax(x @ head)[token `ahead` positions later] over those that count."""
     label_BS, counts_BS = targets(batch, ahead)
-    nll_BS = token_nll(rules, x_BSD, head_DV, label_BS)
+    nll_BS = token_nll(ctx, x_BSD, head_DV, label_BS)
     return jnp.sum(jnp.where(counts_BS, nll_BS, 0)) / jnp.maximum(counts_BS.sum(), 1)
 
 
@@ -70,30 +69,30 @@ def targets(batch: Batch, ahead: int) -> tuple[jax.Array, jax.Array]:
     ) if "loss_mask" in batch else counts_BS
 
 
-def token_nll(
-    rules: AxisRules, x_BSD: jax.Array, head_DV: jax.Array, label_BS: jax.Array
-) -> jax.Array:
+def token_nll(ctx: Context, x_BSD: jax.Array, head_DV: jax.Array, label_BS: jax.Array) -> jax.Array:
     """-log softmax(x @ head)[label], float32 [B,S], from the logits of a few positions at a time.
 
     Where the vocabulary is cut, each device computes the logits of its own tokens of the
     vocabulary. The devices exchange only the maximum, the sum and the label's logit.
     """
+    rules, product = ctx.rules, ctx.kernels.matmul
     if not rules:
-        return _token_nll((), x_BSD, head_DV, label_BS)
+        return _token_nll((), product, x_BSD, head_DV, label_BS)
     words = rules.mesh_axes("vocab")
     tokens = rules.spec(("act_batch", "act_seq"))
     return jax.shard_map(
-        functools.partial(_token_nll, words),
+        functools.partial(_token_nll, words, product),
         in_specs=(rules.spec(("act_batch", "act_seq", None)), rules.spec((None, "vocab")), tokens),
         out_specs=tokens,
     )(x_BSD, head_DV, label_BS)
 
 
-def _token_nll(words: tuple[str, ...], x_BSD, head_DV, label_BS) -> jax.Array:
+def _token_nll(words: tuple[str, ...], product: str | None, x_BSD, head_DV, label_BS) -> jax.Array:
     """`token_nll` of one device's positions.
 
     Args:
       words: mesh axes that cut the vocabulary.
+      product: implementation of the head's product (v4jax/kernels/matmul.py).
       label_BS: ids in the whole vocabulary.
     """
     batch, seq, _ = x_BSD.shape
@@ -105,7 +104,7 @@ def _token_nll(words: tuple[str, ...], x_BSD, head_DV, label_BS) -> jax.Array:
     chunk = -(-seq // chunks)
 
     def nll(x_BSD, label_BS):
-        logits = dense(x_BSD, head_DV, jnp.float32)
+        logits = dense(x_BSD, head_DV, jnp.float32, product)
         peak = jax.lax.stop_gradient(logits).max(-1)
         peak = jax.lax.pmax(peak, words) if words else peak
         total = jnp.exp(logits - peak[..., None]).sum(-1)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sharding.processes import gather
+from sharding.process_rows import gather
 from sharding.rules import AxisRules
 from v4jax.cache.layer import ChunkSpan
 from v4jax.config import ModelConfig

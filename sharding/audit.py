@@ -9,10 +9,9 @@
 
 The body of a loop counts as often as it runs.
 
-Next file to read: v4jax/planner/notes.py.
+Next file to read: sharding/hlo_loops.py.
 """
 
-import itertools
 import math
 import re
 from typing import NamedTuple
@@ -20,7 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from sharding.exchange import FURTHER_ROUND
+from sharding.hlo_loops import calls_of, computations
+from sharding.replica_groups import groups_of
 
 KINDS = (
     "all-gather",
@@ -82,9 +82,9 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
     Raises:
       ValueError: a collective is in another loop, and the text does not say how often that runs.
     """
-    bodies = _computations(text)
+    bodies = computations(text)
     found = []
-    for name, calls in _calls(bodies).items():
+    for name, calls in calls_of(bodies).items():
         # XLA:TPU spreads a collective over the fusions that run beside it and writes it in each of
         # them. It counts where it starts.
         goes_on = not any(
@@ -98,7 +98,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
                 continue
             if calls is None:
                 raise ValueError(f"a loop of unknown length holds {line.strip()[:100]}")
-            groups = _groups(line, mesh.size)
+            groups = groups_of(line, mesh.size)
             if groups.shape[1] > 1:
                 moved = _moved(match[1], line)
                 # Operand or result has headroom; the other has the rows of an even load.
@@ -194,155 +194,3 @@ def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
     return tuple(
         axis for i, axis in enumerate(mesh.shape) if (places[..., i] != places[:, :1, i]).any()
     ) or ("?",)
-
-
-def _groups(line: str, devices: int) -> np.ndarray:
-    """The devices of each group of one collective, [groups, members], numbered along the mesh.
-
-    A permute gives pairs of source and target. XLA writes groups in four ways:
-
-        {{0,1},{2,3}}                     a list
-        {}                                one group of all devices
-        [2,4]<=[4,2]T(1,0)                rows of a transposed iota
-        mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(2)2}
-                                          along axes of a mesh over such an iota
-    """
-    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
-    if pairs:
-        return np.array(
-            [[int(i) for i in pair.split(",")] for pair in re.findall(r"(\d+,\d+)", pairs[1])]
-        )
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line)
-    if iota:
-        return _iota(iota[2]).reshape(_numbers(iota[1]))
-    along = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{('[^}]*)\}", line
-    )
-    if along:
-        return _along(along[1], _iota(along[2] or f"[{devices}]"), along[3])
-    listed = re.search(r"replica_groups=\{((?:\{[\d,]+\},?)*)\}", line)
-    if listed is None:
-        raise ValueError(f"groups of devices in a form that is not known: {line.strip()[:400]}")
-    rows = re.findall(r"\{([\d,]+)\}", listed[1])
-    return np.array([_numbers(row) for row in rows]) if rows else np.arange(devices)[None]
-
-
-def _along(mesh: str, places: np.ndarray, members: str) -> np.ndarray:
-    """Groups along some axes of a mesh.
-
-    'b':(2)2 is a part of axis b: the part of size 2 that follows a part of size 2.
-    """
-    names = re.findall(r"'(\w+)'=(\d+)", mesh)
-    parts = [
-        (name, int(before or 1), int(size or dict(names)[name]))
-        for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", members)
-    ]
-    shape, place_of = [], {}
-    for name, size in names:
-        cuts = {1, int(size)} | {
-            cut for part, before, here in parts if part == name for cut in (before, before * here)
-        }
-        for before, end in itertools.pairwise(sorted(cuts)):
-            place_of[name, before] = len(shape)
-            shape.append(end // before)
-    inner = [place_of[name, before] for name, before, size in parts if size > 1]
-    return np.moveaxis(places.reshape(shape), inner, range(-len(inner), 0)).reshape(
-        -1, math.prod(size for _, _, size in parts)
-    )
-
-
-def _iota(text: str) -> np.ndarray:
-    """The numbers 0, 1, ... as "[4,2]T(1,0)" orders them: shaped, then transposed."""
-    dims, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
-    places = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
-    return places.transpose(_numbers(order)) if order else places
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(i) for i in text.split(",")]
-
-
-def _computations(text: str) -> dict[str, list[str]]:
-    """Name -> lines of each computation of an HLO module; the entry is called "ENTRY"."""
-    bodies, name = {}, None
-    for line in text.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if head and not line.startswith(" "):
-            name = "ENTRY" if head[1] else head[2]
-            bodies[name] = []
-        elif name is not None:
-            bodies[name].append(line)
-    return bodies
-
-
-def _calls(bodies: dict[str, list[str]]) -> dict[str, int | None]:
-    """How often one run of the program runs each computation; None in a loop of unknown length."""
-    calls: dict[str, int | None] = {}
-
-    def visit(name: str, times: int | None):
-        calls[name] = (
-            None if times is None or calls.get(name, 0) is None else calls.get(name, 0) + times
-        )
-        for line in bodies[name]:
-            for role, inner in re.findall(
-                r"(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)",
-                line,
-            ):
-                if inner in bodies and role != "condition":
-                    trips = _trips(line, bodies) if role == "body" else 1
-                    visit(inner, None if trips is None or times is None else times * trips)
-            for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
-                for inner in re.findall(r"%?([\w.\-]+)", branches):
-                    visit(inner, times)
-
-    visit("ENTRY", 1)
-    return calls
-
-
-def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
-    """How often the body of a while instruction runs; None if the text does not say."""
-    if FURTHER_ROUND in line:
-        return 0
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
-        return int(known[1])
-    # XLA:TPU does not annotate loops that it makes itself, as for a product overlapped with its
-    # exchange. They count up from 0.
-    condition = "\n".join(bodies[re.search(r"condition=%?([\w.\-]+)", line)[1]])
-    limit = re.search(r"ROOT .* compare\(%([\w.\-]+), %([\w.\-]+)\), direction=LT", condition)
-    found = limit and re.search(rf"%{re.escape(limit[2])} = \S+ constant\((\d+)\)", condition)
-    if not found:
-        return None
-    counter = re.search(
-        rf"%{re.escape(limit[1])} = .*get-tuple-element\(.*\), index=(\d+)", condition
-    )
-    return -(
-        -int(found[1])
-        // (
-            _step(bodies[re.search(r"body=%?([\w.\-]+)", line)[1]], int(counter[1]))
-            if counter
-            else 1
-        )
-    )
-
-
-def _step(body: list[str], place: int) -> int:
-    """How much one run of a loop's body adds to the counter at `place` of its state.
-
-    1 if the text does not say.
-    """
-    (result,) = (line for line in body if "ROOT " in line)
-    name = re.findall(r"%([\w.\-]+)", result.split(" tuple(")[-1])[place]
-    added = next(
-        (
-            re.findall(r"%([\w.\-]+)", line.split(" add(")[1])[:2]
-            for line in body
-            if f"%{name} = " in line and " add(" in line
-        ),
-        [],
-    )
-    values = (
-        re.search(rf"%{re.escape(part)} = \S+ constant\((\d+)\)", line)
-        for part in added
-        for line in body
-    )
-    return next((int(value[1]) for value in values if value), 1)

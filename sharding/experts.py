@@ -22,7 +22,7 @@ Shapes: B batch, S positions, T tokens (B*S), K active experts, A assignments (T
 blocks, Q rows of one round of the exchange, D hidden, E experts (those of this device, in what runs
 on one device); lower case = this device's share.
 
-Next file to read: sharding/counting.py.
+Next file to read: sharding/expert_weights.py.
 """
 
 import functools
@@ -44,6 +44,7 @@ from sharding.exchange import (
     sum_rounds,
     window,
 )
+from sharding.expert_weights import whole_experts
 from sharding.manual import vary, vary_like
 from sharding.rules import AxisRules
 
@@ -110,7 +111,8 @@ def apply_experts(
 
     def local(weights, x_bsd, index_bsk, gate_bsk):
         weights = {
-            name: _whole(rules, tokens, weights[name], axes[name], x_bsd.dtype) for name in weights
+            name: whole_experts(rules, tokens, weights[name], axes[name], x_bsd.dtype)
+            for name in weights
         }
         x_bsd, gate_bsk = (vary(a, cut) for a in (x_bsd, gate_bsk))
         index_bsk = vary(index_bsk, cut)
@@ -133,43 +135,6 @@ def apply_experts(
         in_specs=({name: rules.spec(axes[name]) for name in weights}, act, act, act),
         out_specs=act,
     )(weights, x_BSD, index_BSK, gate_BSK)
-
-
-def _whole(
-    rules: AxisRules, tokens: tuple[str, ...], w: jax.Array, names: tuple[str, ...], dtype
-) -> jax.Array:
-    """This device's experts with their full width.
-
-    The weight is gathered over FSDP axes as numbers of `dtype`, and marked as used by every shard
-    of tokens.
-    """
-    for dim, name in enumerate(names):
-        gathered = tuple(
-            axis for axis in rules.mesh_axes(name) if axis in tokens and name != "experts"
-        )
-        if gathered:
-            w = _gathered(gathered, dim, dtype, w)
-    return vary(w, tokens + rules.mesh_axes("expert_hidden"))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _gathered(over: tuple[str, ...], dim: int, dtype, w: jax.Array) -> jax.Array:
-    """`w`, gathered as numbers of `dtype` and cast back.
-
-    Its gradient is summed in its own dtype, not in `dtype`.
-    """
-    return lax.all_gather(w.astype(dtype), over, axis=dim, tiled=True).astype(w.dtype)
-
-
-def _gathered_fwd(over, dim, dtype, w):
-    return _gathered(over, dim, dtype, w), None
-
-
-def _gathered_bwd(over, dim, dtype, _, ct):
-    return (lax.psum_scatter(ct, over, scatter_dimension=dim, tiled=True),)
-
-
-_gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
 def _run(expert, share, weights, num_experts, x_BSD, index_BSK, gate_BSK) -> jax.Array:
@@ -202,7 +167,9 @@ def _run_exchanged(run, weights, num_experts, holders, x_bsd, index_bsk, gate_bs
     rows = round_rows(index_TK.size)
     one = functools.partial(_one_round, run, holders, rows)
     inputs = (weights, x_bsd.reshape(-1, width), gate_bsk.reshape(-1, 1))
-    return sum_rounds(one, rounds_needed(path, rows), path, inputs).reshape(batch, seq, width)
+    y_td = sum_rounds(one, rounds_needed(path, rows), path, inputs)
+    # functools.partial hides from pyright what custom_vjp returns.
+    return y_td.reshape(batch, seq, width)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _one_round(run, holders, rows, turn, path: Route, inputs) -> jax.Array:

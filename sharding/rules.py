@@ -10,6 +10,7 @@ Next file to read: sharding/manual.py.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -166,12 +167,12 @@ def _layout(name: str, exchange: bool = False, **where) -> AxisRules:
     return AxisRules(tuple(found.items()), exchange, name)
 
 
-def _cut_weights(axes: str) -> dict[str, str]:
+def _cut_weights(axes: str) -> dict[str, Any]:
     """FSDP: `axes` cut the embedding side of every matrix, which is gathered layer by layer."""
     return dict.fromkeys(("embed", "expert_embed", "streams_embed", "q_lora_in", "group_in"), axes)
 
 
-_TENSOR = dict(
+_TENSOR: dict[str, Any] = dict(
     vocab="tensor",
     heads="tensor",
     sinks="tensor",

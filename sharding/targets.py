@@ -6,6 +6,7 @@ Next file to read: sharding/params.py.
 import importlib.util
 import math
 import os
+from typing import Any
 
 import jax
 import numpy as np
@@ -69,7 +70,7 @@ def topology_mesh(target: str, sizes: dict[str, int]) -> Mesh:
     return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def _tpus(target: str) -> list[jax.Device]:
+def _tpus(target: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(f"target {target!r} needs the extra `tpu`: pip install 'v4jax[tpu]'")
     # libtpu asks a metadata server unless it is told who it is, and locks itself to one process.
@@ -84,7 +85,7 @@ def _tpus(target: str) -> list[jax.Device]:
         raise ValueError(f"target: libtpu does not know {target!r}: {error}") from None
 
 
-def _gpus(target: str) -> list[jax.Device]:
+def _gpus(target: str) -> list[Any]:
     count = target.removeprefix("h100:")
     if not count.isdecimal() or int(count) < 1 or (int(count) > NODE and int(count) % NODE):
         raise ValueError(

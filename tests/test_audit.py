@@ -6,8 +6,9 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from sharding.audit import Collective, _groups, _moved, collectives, totals
+from sharding.audit import Collective, _moved, collectives, totals
 from sharding.mesh import make_mesh, parse_mesh
+from sharding.replica_groups import groups_of
 
 
 def compiled(f, mesh, spec, shape=(16, 8)):
@@ -136,12 +137,12 @@ def test_groups_in_every_form_that_xla_writes(written, groups):
         f"  %x = f32[8]{{0}} all-gather(%y), channel_id=1, replica_groups={written}, "
         f"dimensions={{0}}"
     )
-    assert _groups(line, 8).tolist() == groups
+    assert groups_of(line, 8).tolist() == groups
 
 
 def test_groups_in_another_form_are_refused():
     with pytest.raises(ValueError, match="not known"):
-        _groups("  %x = f32[8]{0} all-gather(%y), replica_groups=<new form>, dimensions={0}", 8)
+        groups_of("  %x = f32[8]{0} all-gather(%y), replica_groups=<new form>, dimensions={0}", 8)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from trees import small_config
 
 from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS
-from v4jax.data import listing, store
+from v4jax.data import listing, store, token_cache, tokenised
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.identity import differences, evaluation_differences, settings_of
 from v4jax.data.listing import Listings
@@ -257,7 +257,7 @@ def test_two_jobs_that_find_a_cache_outdated_keep_the_new_one(
     open_store(cfg, cfg.sources[0], BYTES)
     edit(records / "a.jsonl", b"cat", b"dog")
     (folder,) = (tmp_path / "cache").iterdir()
-    real, faster = store._put_aside, []
+    real, faster = store.put_aside, []
 
     def late(*args):
         if not faster:
@@ -265,7 +265,7 @@ def test_two_jobs_that_find_a_cache_outdated_keep_the_new_one(
             faster.append(open_store(cfg, cfg.sources[0], BYTES))
         real(*args)
 
-    monkeypatch.setattr(store, "_put_aside", late)
+    monkeypatch.setattr(store, "put_aside", late)
     ours = open_store(cfg, cfg.sources[0], BYTES)
     assert ours.fingerprint == faster[1].fingerprint
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [
@@ -273,9 +273,11 @@ def test_two_jobs_that_find_a_cache_outdated_keep_the_new_one(
         f"{folder.name}.outdated",
     ]
     assert capsys.readouterr().err.count("made again") == 1
-    fault = store._fault(folder, Listings()[cfg.sources[0]])
+    fault = token_cache.fault_in(folder, Listings()[cfg.sources[0]])
     assert fault is None
-    real(tmp_path / "cache" / "gone", store._Fault("damaged", "x"), Listings()[cfg.sources[0]])
+    real(
+        tmp_path / "cache" / "gone", token_cache._Fault("damaged", "x"), Listings()[cfg.sources[0]]
+    )
 
 
 # ---- one reading for a run -----------------------------------------------------------------------
@@ -292,8 +294,8 @@ def test_a_run_looks_up_samples_and_reads_its_files_once(records, tmp_path, monk
         (listing, "find_files"),
         (listing, "_mark"),
         (listing, "read_documents"),
-        (store, "damage"),
-        (store, "_tokenised"),
+        (token_cache, "damage"),
+        (tokenised, "_tokenised"),
     ):
         real = getattr(module, name)
         monkeypatch.setattr(

@@ -17,7 +17,7 @@ from commands import MINUTE, ROOT, environment, launched, python, run
 from trees import random_params
 
 import v4jax
-from sharding import processes
+from sharding import process_rows, processes
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import layout_for
 from v4jax.checkpoint.names import to_official
@@ -80,13 +80,13 @@ def losses_and_tensors() -> dict[str, np.ndarray]:
         processes.check_whole(mesh)
         with jax.set_mesh(mesh):
             sharding = batch_sharding(rules, mesh)
-            rows = processes.local_rows(sharding, (8, 24))
+            rows = process_rows.local_rows(sharding, (8, 24))
             batch = {
-                name: processes.from_rows(sharding, value[rows], rows, 8)
+                name: process_rows.from_rows(sharding, value[rows], rows, 8)
                 for name, value in global_batch().items()
             }
             found[f"{spec} rows of process {jax.process_index()}"] = np.array(rows)
-            found[f"{spec} batch"] = processes.gather(batch["tokens"])
+            found[f"{spec} batch"] = process_rows.gather(batch["tokens"])
             if spec in ("tensor=8", "context=8"):  # compiling a loss takes long
                 continue
             ctx = Context(rules=rules)
@@ -102,7 +102,7 @@ def losses_and_tensors() -> dict[str, np.ndarray]:
                 value.shape, jax.NamedSharding(mesh, spec), value.__getitem__
             )
             for index in ((), (1,), (1, 5), (0, 0)):
-                got = processes.gather(array, index)
+                got = process_rows.gather(array, index)
                 assert got.dtype == value.dtype and got.tobytes() == value[index].tobytes(), (
                     spec,
                     index,
@@ -112,7 +112,8 @@ def losses_and_tensors() -> dict[str, np.ndarray]:
 
 WORKER = """
     import sys, numpy, jax
-    from sharding.processes import is_first, start, wait_for_all
+    from sharding.agreement import wait_for_all
+    from sharding.processes import is_first, start
     start()
     import test_processes
     assert jax.process_count() == 2 and jax.local_device_count() == 4
@@ -330,7 +331,8 @@ def test_without_a_launcher_the_others_notice_too(lost):
     address = f"127.0.0.1:{_free_port()}"
     code = python("""
         import time
-        from sharding.processes import start, wait_for_all
+        from sharding.agreement import wait_for_all
+        from sharding.processes import start
         start()
         wait_for_all("up")
         print("up", flush=True)

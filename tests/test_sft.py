@@ -18,8 +18,9 @@ from v4jax.data.config import ChatFormat, DataConfig, Source
 from v4jax.data.conversations import conversation_tokens
 from v4jax.data.listing import Listings
 from v4jax.data.selection import used_conversations
-from v4jax.data.store import TokenStore, open_store
+from v4jax.data.store import open_store
 from v4jax.data.summary import unused_lines
+from v4jax.data.tokenised import TokenStore
 from v4jax.tokenizer import ByteTokenizer
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_batches, train_batches, unigram_loss

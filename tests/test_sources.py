@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS
-from v4jax.data import store
+from v4jax.data import token_cache, tokenised
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.mixture import SLOTS, Joined, shuffled
-from v4jax.data.store import _maybe_fim, open_store
+from v4jax.data.store import open_store
+from v4jax.data.tokenised import _maybe_fim
 from v4jax.tokenizer import ByteTokenizer
 from v4jax.train.data import held_out_batches, held_out_sets, train_batches
 
@@ -374,7 +375,7 @@ def cached(tmp_path):
 
 
 def forbid_reading(monkeypatch):
-    monkeypatch.setattr(store, "_tokenised", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(tokenised, "_tokenised", lambda *_: pytest.fail("tokenised again"))
 
 
 def test_a_cache_is_mapped_and_used_again(cached, tmp_path, monkeypatch):
@@ -405,7 +406,7 @@ def test_a_damaged_cache_is_noticed_and_made_again(cached, tmp_path, capsys, har
     if harm == "lost":
         tokens.unlink()
     elif harm == "no sums":
-        (folder / store.SUMS_FILE).unlink()
+        (folder / token_cache.SUMS_FILE).unlink()
     else:
         tokens.write_bytes(
             data[:40] + bytes([data[40] ^ 1]) + data[41:] if harm == "flip" else data[:-4]
@@ -417,29 +418,29 @@ def test_a_damaged_cache_is_noticed_and_made_again(cached, tmp_path, capsys, har
 
 
 def test_a_cache_that_was_not_finished_is_not_there(cached, tmp_path, monkeypatch):
-    real = store._tokenised
+    real = tokenised._tokenised
 
     def dies(*args):
         yield next(real(*args))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store, "_tokenised", dies)
+    monkeypatch.setattr(tokenised, "_tokenised", dies)
     with pytest.raises(KeyboardInterrupt):
         batches(cached, 1)
-    monkeypatch.setattr(store, "_tokenised", real)
+    monkeypatch.setattr(tokenised, "_tokenised", real)
     assert list((tmp_path / "cache").iterdir()) == []
     assert batches(cached, 1)
 
 
 def test_of_two_that_make_a_cache_one_is_first(cached, tmp_path, monkeypatch):
-    real = store.write_sums
+    real = token_cache.write_sums
 
     def other_was_faster(work):
         real(work)
         (target,) = [work.with_name(work.name[1:].rsplit(".", 1)[0])]
         shutil.copytree(work, target)
 
-    monkeypatch.setattr(store, "write_sums", other_was_faster)
+    monkeypatch.setattr(token_cache, "write_sums", other_was_faster)
     assert same(batches(cached, 5), batches(dataclasses.replace(cached, cache=""), 5))
     assert len(list((tmp_path / "cache").iterdir())) == 1
 

@@ -15,8 +15,8 @@ import pytest
 from commands import MINUTE, environment, launched
 from test_processes import MODEL
 
+from sharding.agreement import agreed, gather_text
 from sharding.mesh import make_mesh, parse_mesh
-from sharding.processes import agreed, gather_text
 from sharding.rules import layout_for
 from v4jax.chat.tokens import CHAT_TOKENS
 from v4jax.checkpoint.store import Store
@@ -211,7 +211,8 @@ def test_a_rollback_that_finds_only_damage_fails_the_run(rolling_back):
 
 WORKER = """
     import json, pathlib, sys, jax
-    from sharding.processes import start, wait_for_all
+    from sharding.agreement import wait_for_all
+    from sharding.processes import start
     start()
     import test_verdicts
     home = pathlib.Path(sys.argv[1])

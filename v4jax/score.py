@@ -10,7 +10,8 @@ import tempfile
 import jax
 import numpy as np
 
-from sharding.processes import gather, is_first
+from sharding.process_rows import gather
+from sharding.processes import is_first
 from v4jax.api import load, place_on
 from v4jax.config import ModelConfig
 from v4jax.kernels.choice import kernels_from

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from sharding.processes import gather, is_first
+from sharding.process_rows import gather
+from sharding.processes import is_first
 from v4jax.checkpoint.atomic import write_json
 from v4jax.checkpoint.config_json import config_json
 from v4jax.checkpoint.files import INDEX_FILE

@@ -26,7 +26,8 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from sharding.processes import anywhere, is_first, wait_for_all
+from sharding.agreement import anywhere, wait_for_all
+from sharding.processes import is_first
 from v4jax.checkpoint.checksums import NOT_NOTED, damage, write_sums
 from v4jax.storage import local_path, path_of_checkpoints
 

@@ -4,7 +4,7 @@ Next file to read: v4jax/data/tools.py.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from v4jax.chat.tokens import ASSISTANT, BOS, EOS, LATEST_REMINDER, TASKS, USER
 
@@ -29,7 +29,7 @@ def is_empty(value: Any) -> bool:
     return value is None or value in ("", [], {})
 
 
-def is_list_of_objects(value: Any) -> bool:
+def is_list_of_objects(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     """Whether a JSON value is a list of objects; an empty list counts."""
     return isinstance(value, list) and all(isinstance(part, dict) for part in value)
 

@@ -65,7 +65,7 @@ def require_zstd(path: pathlib.Path) -> None:
 def _zstd(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception]]:
     """(a function that makes a decompressor of one frame, the error it raises)."""
     try:
-        from compression import zstd  # Python >= 3.14
+        from compression import zstd  # pyright: ignore[reportMissingImports]  (Python >= 3.14)
 
         options = {zstd.DecompressionParameter.window_log_max: _WINDOW_BYTES.bit_length() - 1}
         return lambda: zstd.ZstdDecompressor(options=options), zstd.ZstdError

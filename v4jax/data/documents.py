@@ -16,7 +16,8 @@ import numpy as np
 
 from v4jax.data.compressed import open_data, plain_name
 from v4jax.data.config import DataConfig, Source
-from v4jax.data.files import Found, at, find_files, nothing_found
+from v4jax.data.files import Found, find_files, nothing_found
+from v4jax.data.places import at
 
 BYTE_ORDER_MARK = "\ufeff"
 """What some programs write before a text; no part of it."""
@@ -90,7 +91,7 @@ def split_documents(
     return sides[0], sides[1]
 
 
-def held_out_of(hashes: Sequence[float], share: float) -> np.ndarray:
+def held_out_of(hashes: Sequence[float] | np.ndarray, share: float) -> np.ndarray:
     """Which documents are held out, bool [M]: those whose hash is below `share`.
 
     With few documents, one side may be empty by chance. Then the lowest hash is held out, or the

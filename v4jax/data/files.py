@@ -1,39 +1,23 @@
 """The files of a source: which are read, and which are left out and why.
 
-Next file to read: v4jax/data/compressed.py.
+Next file to read: v4jax/data/file_faults.py.
 """
 
-import contextlib
 import fnmatch
 import heapq
-import json
 import os
 import pathlib
-import re
-import stat
 import sysconfig
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from v4jax.data.compressed import COMPRESSED, open_data, plain_name, require_zstd
+from v4jax.data.compressed import plain_name, require_zstd
 from v4jax.data.config import Source
+from v4jax.data.file_faults import DOT, EMPTY, SUFFIXES, fault_of
 from v4jax.storage import local_path
 
-_LINES = (".jsonl", ".ndjson", ".json")
-_SUFFIXES = {
-    "jsonl": _LINES,
-    "chat": _LINES,
-    "parquet": (".parquet",),
-    "arrayrecord": (".array_record", ".arrayrecord"),
-}
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_DOT, _EMPTY = "dot name", "empty"
-_SHARD = re.compile(r"-\d+-of-\d+$")
-_COMPRESSIBLE = ("text", "jsonl", "chat")
-_HEAD_BYTES = 4096
-"""More than a compressed file of no bytes takes."""
 _SHOWN = 3
-_JSON_LINE_BYTES = 64 * 2**20
 
 
 class Found(NamedTuple):
@@ -49,25 +33,6 @@ class Found(NamedTuple):
     files: list[tuple[str, pathlib.Path]]
     left_out: list[tuple[str, str]]
     excluded: int
-
-
-@contextlib.contextmanager
-def at(place: str) -> Iterator[None]:
-    """Puts a place in front of any error that the block finds in the data there, on one line.
-
-    Bad data raise ValueError, or RecursionError if they are nested too deep. Every other error is a
-    fault of the program or the machine; it keeps its type, and a note on its traceback names the
-    place.
-    """
-    try:
-        yield
-    except (ValueError, RecursionError) as error:
-        said = " ".join(str(error).split())
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{place}: {kind}{said}") from error
-    except Exception as error:
-        error.add_note(f"v4jax: the data at {place} led to this")
-        raise
 
 
 def find_files(source: Source) -> Found:
@@ -96,7 +61,7 @@ def find_files(source: Source) -> Found:
         if not fault and not _matches(tuple(name.split("/")), glob):
             excluded += 1
             continue
-        fault = fault or _fault(path, source)
+        fault = fault or fault_of(path, source)
         if fault:
             left_out.append((name, fault))
         else:
@@ -105,7 +70,7 @@ def find_files(source: Source) -> Found:
     left_out += again
     files.sort(key=lambda file: file[1])
     _refuse_twins(root, files)
-    left_out.sort(key=lambda one: (one[1] == _DOT, one[1] == _EMPTY, one[0]))
+    left_out.sort(key=lambda one: (one[1] == DOT, one[1] == EMPTY, one[0]))
     return Found(files, left_out, excluded)
 
 
@@ -134,13 +99,10 @@ def nothing_found(source: Source, found: Found) -> ValueError:
             f"source: {root} has no text in files matching {source.glob!r}; "
             f"expected UTF-8 text files{said}"
         )
-    *most, last = _SUFFIXES[source.format]
+    *most, last = SUFFIXES[source.format]
     suffixes = f"{', '.join(most)} or {last}" if most else last
     matching = "" if source.glob == "**/*" else f" matching {source.glob!r}"
     return ValueError(f"source: {root} holds no {suffixes} file{matching}{said}")
-
-
-# ---- walking -------------------------------------------------------------------------------------
 
 
 def _walk(root: pathlib.Path, glob: tuple[str, ...]) -> Iterator[tuple[str, pathlib.Path, str]]:
@@ -163,7 +125,7 @@ def _walk(root: pathlib.Path, glob: tuple[str, ...]) -> Iterator[tuple[str, path
         for entry in _entries(root / folder):
             name = f"{folder}/{entry.name}" if folder else entry.name
             if entry.name.startswith("."):
-                yield name + "/" * _is_folder(entry), root / name, _DOT
+                yield name + "/" * _is_folder(entry), root / name, DOT
             elif _is_folder(entry):
                 outside = not _matches(tuple(name.split("/")), glob, below=True)
                 heapq.heappush(queue, (outside, links + entry.is_symlink(), name))
@@ -219,9 +181,6 @@ def _stdlib_files() -> list[tuple[str, pathlib.Path]]:
     return [(path.relative_to(root).as_posix(), path) for path in sorted(paths) if path.is_file()]
 
 
-# ---- what is read --------------------------------------------------------------------------------
-
-
 def _unusable(source: Source, root: pathlib.Path) -> str:
     """What is wrong with a place that is no folder, as the end of an error message."""
     if not root.exists():
@@ -229,30 +188,6 @@ def _unusable(source: Source, root: pathlib.Path) -> str:
     if source.format == "text":
         return " is no folder; expected a folder of UTF-8 text files, or 'stdlib'"
     return " is no file and no folder"
-
-
-def _fault(path: pathlib.Path, source: Source) -> str:
-    """Why a file is left out; "" for one that is read."""
-    try:
-        state = path.stat()
-    except OSError:  # a link that leads nowhere, or to itself
-        return "a link to nothing"
-    if not stat.S_ISREG(state.st_mode):
-        return "no regular file"
-    compressed = source.format in _COMPRESSIBLE and path.suffix.lower() in COMPRESSED
-    inner = plain_name(path.name) if compressed else path.name
-    suffix = pathlib.PurePath(_SHARD.sub("", inner)).suffix.lower()
-    if source.format != "text" and suffix not in _SUFFIXES[source.format]:
-        return f"suffix {path.suffix!r}" if path.suffix else "no suffix"
-    if source.format == "text" and suffix in (".tar", ".tgz"):
-        return "an archive: unpack it"
-    if compressed and path.suffix.lower() == ".zst":
-        require_zstd(path)
-    if state.st_size == 0 or (compressed and state.st_size < _HEAD_BYTES and _is_empty(path)):
-        return _EMPTY
-    if source.format != "text" and suffix == ".json":
-        return _json_fault(path, source.column)
-    return ""
 
 
 def _each_once(
@@ -274,28 +209,6 @@ def _preference(file: tuple[str, pathlib.Path]) -> tuple[bool, bool, str]:
     """What sorts first the name that a file of several is read under."""
     name, path = file
     return not path.suffix, path.is_symlink(), name
-
-
-def _is_empty(path: pathlib.Path) -> bool:
-    with open_data(path) as file:
-        return not file.read(1)
-
-
-def _json_fault(path: pathlib.Path, column: str) -> str:
-    """Why a .json file is not read; "" if its first line shows that it has JSON lines."""
-    with open_data(path) as file:
-        line = file.readline(_JSON_LINE_BYTES)
-        while line and not line.strip():
-            line = file.readline(_JSON_LINE_BYTES)
-    if line.lstrip().startswith(b"["):
-        return f"a JSON array, not JSON lines: jq -c '.[]' {path.name} makes them"
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        return "not JSON lines"
-    return "" if column in record else f"its first line has no {column!r}"
 
 
 def _refuse_twins(root: pathlib.Path, files: list[tuple[str, pathlib.Path]]) -> None:

@@ -21,10 +21,11 @@ from v4jax.data.documents import (
     held_out_of,
     split_documents,
 )
-from v4jax.data.files import at
 from v4jax.data.listing import Listings
+from v4jax.data.places import at
 from v4jax.data.selection import used_conversations
-from v4jax.data.store import TokenStore, open_store
+from v4jax.data.store import open_store
+from v4jax.data.tokenised import TokenStore
 from v4jax.tokenizer import Tokenizer, document_ids
 
 READ_ROWS = 4

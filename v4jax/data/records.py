@@ -15,7 +15,8 @@ import grain
 from v4jax.data.checks import each_key_once
 from v4jax.data.compressed import open_data
 from v4jax.data.config import Source
-from v4jax.data.files import Found, at, find_files, nothing_found
+from v4jax.data.files import Found, find_files, nothing_found
+from v4jax.data.places import at
 
 
 def record_files(source: Source, found: Found | None = None) -> list[pathlib.Path]:
@@ -38,7 +39,7 @@ def read_records(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and place, record as a dict) of every record, in order; each has source.column.
 
-    Handle a record within `with at(place):` (v4jax/data/files.py), so that errors name its place.
+    Handle a record within `with at(place):` (v4jax/data/places.py), so that errors name its place.
 
     Raises:
       ValueError: a file that is not of the format, or a record without the column; names both.
@@ -153,7 +154,7 @@ def _array_records(path: pathlib.Path, column: str) -> Iterator[tuple[int, Any]]
     """(number, JSON bytes) of each record, or (number, {"": text}) if the record itself is text."""
     try:
         records = grain.sources.ArrayRecordDataSource([str(path)])
-        count = len(records)
+        count = len(records)  # pyright: ignore[reportArgumentType] (a base class has the length)
     except Exception as error:
         raise ValueError(
             f"{path}: not an ArrayRecord file: {' '.join(str(error).split())}"

@@ -13,9 +13,9 @@ import numpy as np
 
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.documents import held_out_of
-from v4jax.data.files import at
+from v4jax.data.places import at
 from v4jax.data.records import place_of
-from v4jax.data.store import TokenStore
+from v4jax.data.tokenised import TokenStore
 
 _ADVICE = {
     "train": "raise seq_len, or lower held_out",

@@ -119,4 +119,4 @@ def declared(messages: list[Message], tools: list[dict]) -> list[Message]:
         return [{"role": "system", "content": "", "tools": tools}, *messages]
     if messages[0].get("tools", tools) != tools:
         raise ValueError("got some in the record and others in message 0; allowed: one of them")
-    return [messages[0] | {"tools": tools}, *messages[1:]]
+    return [{**messages[0], "tools": tools}, *messages[1:]]

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sharding.processes import gather
+from sharding.process_rows import gather
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import Cache, decoding_rules, split_layers
 from v4jax.generate.prefix import PrefixStore

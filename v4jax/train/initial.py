@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 
-from sharding.processes import agreed
+from sharding.agreement import agreed
 from v4jax.api import load_onto
 from v4jax.checkpoint.store import is_run
 from v4jax.config import ModelConfig

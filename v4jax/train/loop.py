@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from sharding.processes import agreed, from_rows, is_first, local_rows, stop_requests
+from sharding.agreement import agreed
+from sharding.process_rows import from_rows, local_rows
+from sharding.processes import is_first, stop_requests
 from sharding.rules import AxisRules
 from v4jax.checkpoint.export import save_safetensors
 from v4jax.checkpoint.store import Store, newest_step

@@ -1,6 +1,6 @@
 """Before the first step: checks folders, mesh and data, then makes the cache and the run directory.
 
-If one process finds a fault, all refuse (sharding.processes.agreed), so none waits in vain.
+If one process finds a fault, all refuse (sharding.agreement.agreed), so none waits in vain.
 
 Next file to read: v4jax/train/loop.py.
 """
@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh, NamedSharding
 
+from sharding.agreement import agreed
 from sharding.mesh import make_mesh, parse_mesh
-from sharding.processes import agreed, check_whole, is_first, local_rows
+from sharding.process_rows import local_rows
+from sharding.processes import check_whole, is_first
 from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax.checkpoint.export import carried_files, kinds_for
 from v4jax.checkpoint.run_config import check_config, write_config

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from sharding.processes import agreed, anywhere, gather_text
+from sharding.agreement import agreed, anywhere, gather_text
 from sharding.rules import AxisRules
 from v4jax.checkpoint.json_item import JsonItem
 from v4jax.checkpoint.store import ABANDONED, DAMAGED, Store

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sharding.agreement import wait_for_all
 from sharding.params import named_shardings
-from sharding.processes import wait_for_all
 from sharding.rules import AxisRules
 from v4jax.context import Collect, Context, SparseMode
 from v4jax.kernels.choice import kernels_from

@@ -28,6 +28,9 @@ SMALL = dict(
     moe_intermediate_size=16,
 )
 
+CAPACITY = 138
+"""Tokens of a row in most tests: together with three rows and prompts above 64, one program."""
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -40,15 +43,14 @@ def never(*_):
 
 
 def test_greedy_is_the_argmax_and_log_probs_are_the_forwards(model):
-    """Two prompts of different lengths run together, past a window of every kind."""
+    """Prompts of different lengths run together, past a window of every kind."""
     cfg, params = model
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, cfg.vocab_size, n).tolist() for n in (125, 3)]
-    completions = generate(cfg, params, prompts, 6, stop=never)
+    prompts = [rng.integers(0, cfg.vocab_size, n).tolist() for n in (125, 3, 9)]
+    completions = generate(cfg, params, prompts, 6, stop=never, capacity=CAPACITY)
     for prompt, completion in zip(prompts, completions, strict=True):
-        row = np.zeros(
-            (1, 131), np.int32
-        )  # right padding changes nothing, and one length is one program
+        # Right padding changes nothing, and one length is one program.
+        row = np.zeros((1, 131), np.int32)
         row[0, : len(prompt) + 6] = prompt + completion.tokens
         logits = np.asarray(v4jax.forward(cfg, params, jnp.asarray(row)).logits)[
             0, len(prompt) - 1 :
@@ -65,18 +67,19 @@ def test_logits_that_are_no_numbers_are_said_and_not_given(model):
     cfg, params = model
     broken = params | {"norm": {"weight": params["norm"]["weight"].at[0].set(jnp.nan)}}
     with pytest.raises(ValueError, match="sequence 0: the model's logits are NaN at new token 0"):
-        generate(cfg, broken, [[3, 5, 7]], 2)
+        generate(cfg, broken, [[3] * 65], 2, rows=3, capacity=CAPACITY)
 
 
 def test_prompts_and_lengths_may_be_arrays(model):
-    rows = np.array([[3, 5, 7], [4, 5, 6]])
-    assert generate(*model, rows, np.int64(2), stop=never) == generate(
-        *model, rows.tolist(), [2, 2], stop=never
+    rows = np.arange(3 * 65).reshape(3, 65) % 97
+    same = dict(stop=never, capacity=CAPACITY)
+    assert generate(*model, rows, np.int64(2), **same) == generate(
+        *model, rows.tolist(), [2, 2, 2], **same
     )
     with pytest.raises(
-        ValueError, match=r"max_new_tokens: got 3 numbers; must be one, or one for each of 2 prompt"
+        ValueError, match=r"max_new_tokens: got 2 numbers; must be one, or one for each of 3 prompt"
     ):
-        generate(*model, rows, [1, 2, 3])
+        generate(*model, rows, [1, 2])
 
 
 @pytest.mark.slow

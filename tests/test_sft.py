@@ -535,9 +535,9 @@ def test_settings_that_do_not_fit_conversations_are_refused(cfg):
 def test_loss_is_over_learned_tokens_only():
     cfg = small_config(
         vocab_size=40,
-        num_hidden_layers=2,
-        compress_ratios=(0, 4, 0),
-        num_hash_layers=1,
+        num_hidden_layers=1,
+        compress_ratios=(0, 0),
+        num_hash_layers=0,
         hidden_size=32,
         moe_intermediate_size=16,
     )

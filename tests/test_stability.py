@@ -32,7 +32,7 @@ from v4jax.train.stages import Stage
 MODEL = small_config(
     vocab_size=260,
     num_hidden_layers=1,
-    compress_ratios=(4,),
+    compress_ratios=(0,),
     num_hash_layers=0,
     num_nextn_predict_layers=0,
     hidden_size=32,

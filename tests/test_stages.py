@@ -54,7 +54,7 @@ def config(folder, run_dir, **changes) -> TrainConfig:
         warmup_steps=2,
         log_every=1,
         eval_every=100,
-        eval_batches=1,
+        eval_batches=0,
         checkpoint_every=2,
         keep=20,
         remat=False,

@@ -34,7 +34,7 @@ class Gated(NamedTuple):
 
 
 def pooling(
-    own: Gated,
+    tokens: Gated,
     before: Gated | None,
     overlaps_BC: jax.Array,
     start_BC: jax.Array | None = None,
@@ -43,7 +43,7 @@ def pooling(
     """The entries of windows.
 
     Args:
-      own: tokens, which a window reads from its start on.
+      tokens: those which a window reads from its start on.
       before: CSA's other channels. These arrays begin one window earlier, so the same start leads
         to the window before. None in HCA.
       overlaps_BC: bool [B or 1,C], whether a window's document has a window before it.
@@ -64,14 +64,14 @@ def pooling(
         )
     best = "aligned" if start_BC is None else "reference"
     function = pick("pooling", IMPLEMENTATIONS, implementation, best)
-    return function(own, before, overlaps_BC, start_BC)
+    return function(tokens, before, overlaps_BC, start_BC)
 
 
-def _pool(tokens_of: Callable, own, before, overlaps_BC, start_BC) -> jax.Array:
+def _pool(tokens_of: Callable, tokens, before, overlaps_BC, start_BC) -> jax.Array:
     """`pooling`; tokens_of(x_BSH, start_BC, windows, size) gives the tokens of each window."""
-    size = own.ape_MH.shape[0]
+    size = tokens.ape_MH.shape[0]
     read = functools.partial(tokens_of, start_BC=start_BC, windows=overlaps_BC.shape[1], size=size)
-    c_BCMH, z_BCMH = read(own.c_BSH), read(own.z_BSH) + own.ape_MH[None, None]
+    c_BCMH, z_BCMH = read(tokens.c_BSH), read(tokens.z_BSH) + tokens.ape_MH[None, None]
     if before is not None:
         there = overlaps_BC[..., None, None]
         before_c = jnp.where(there, read(before.c_BSH), 0)

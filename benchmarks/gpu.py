@@ -2,11 +2,12 @@
 
     python benchmarks/gpu.py     # needs an NVIDIA GPU and jax[cuda13]; minutes, mostly compiling
 
-The kernels (v4jax/kernels/expert_ffn_gpu.py) are compared with the loop over blocks that CPUs run.
+The kernels (v4jax/kernels/expert_ffn/gpu.py) are compared with the loop over blocks that CPUs run.
 Loss and gradients of the demo's model in float32 on the GPU are compared with those on this
 machine's CPU. The error is the largest difference of an array over its largest number.
 """
 
+import functools
 import os
 import time
 
@@ -14,7 +15,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu")
 
 import pathlib
 import sys
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,11 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from configs import demo
 from sharding.experts import Groups
-from v4jax.kernels import expert_ffn as ffn
-from v4jax.kernels import expert_ffn_gpu
+from v4jax.kernels.expert_ffn import gpu
+from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights
+from v4jax.kernels.expert_ffn.op import expert_ffn
 from v4jax.model.init import init_params
 from v4jax.train.loss import loss_and_routing
-
-LOOP = mock.patch.object(expert_ffn_gpu, "suits", lambda *widths: False)
-"""Makes the experts take the loop over blocks."""
 
 
 def case(dtype, experts: int, width: int, hidden: int, size: int, blocks: int):
@@ -50,7 +48,7 @@ def case(dtype, experts: int, width: int, hidden: int, size: int, blocks: int):
     )
     keys = jax.random.split(jax.random.key(0), 6)
     shapes = (experts, width, hidden), (experts, width, hidden), (experts, hidden, width)
-    w = ffn.ExpertWeights(
+    w = ExpertWeights(
         *(
             jax.random.normal(key, shape) * shape[1] ** -0.5
             for key, shape in zip(keys, shapes, strict=True)
@@ -63,12 +61,15 @@ def case(dtype, experts: int, width: int, hidden: int, size: int, blocks: int):
     return w, x, gate, groups, ct
 
 
-def experts(w, x, gate, groups, ct):
+def experts(w, x, gate, groups, ct, implementation=None):
     """The experts' output and its gradients."""
     y, pull = jax.vjp(
-        lambda w, x, gate: ffn.expert_ffn(ffn.Activation(10.0), w, x, gate, groups), w, x, gate
+        lambda *args: expert_ffn(Activation(10.0), *args, groups, implementation), w, x, gate
     )
     return y, pull(ct)
+
+
+LOOP = functools.partial(experts, implementation="blocked")
 
 
 def difference(got, expected) -> float:
@@ -94,8 +95,7 @@ def kernels() -> None:
     for dtype in (jnp.float32, jnp.bfloat16):
         args = case(dtype, experts=8, width=160, hidden=96, size=32, blocks=40)
         got = jax.jit(experts)(*args)
-        with LOOP:
-            expected = jax.jit(lambda *args: experts(*args))(*args)
+        expected = jax.jit(LOOP)(*args)
         print(
             f"kernels against the loop, {dtype.__name__}: {difference(got, expected):.1e}",
             flush=True,
@@ -109,20 +109,17 @@ def kernels() -> None:
     def rate(times, taken):
         return f"{taken * 1e3:.1f} ms, {times * flops / taken / 1e12:.0f} TFLOP/s"
 
-    print("grouped_dot:", rate(1, seconds(jax.jit(expert_ffn_gpu.grouped_dot), x, one, groups)))
-    print(
-        "grouped_outer:", rate(1, seconds(jax.jit(expert_ffn_gpu.grouped_outer), x, hidden, groups))
-    )
+    print("grouped_dot:", rate(1, seconds(jax.jit(gpu.grouped_dot), x, one, groups)))
+    print("grouped_outer:", rate(1, seconds(jax.jit(gpu.grouped_outer), x, hidden, groups)))
     print(
         "experts, forward and backward, kernels:",
         rate(9, seconds(jax.jit(experts), w, x, gate, groups, ct)),
     )
-    with LOOP:
-        print(
-            "experts, forward and backward, loop:",
-            rate(9, seconds(jax.jit(lambda *args: experts(*args)), w, x, gate, groups, ct)),
-            flush=True,
-        )
+    print(
+        "experts, forward and backward, loop:",
+        rate(9, seconds(jax.jit(LOOP), w, x, gate, groups, ct)),
+        flush=True,
+    )
 
 
 def whole_model() -> None:

@@ -13,7 +13,8 @@ from sharding.exchange import exchange, expert_of_rows, round_rows, rounds_neede
 from sharding.experts import apply_experts
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules, layout_for
-from v4jax.kernels.expert_ffn import Activation, ExpertWeights, expert_ffn
+from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights
+from v4jax.kernels.expert_ffn.op import expert_ffn
 
 E, K, D, F, BATCH, SEQ = 8, 3, 8, 16, 8, 6
 INTO, OUT = (

@@ -14,7 +14,7 @@ from test_mesh import CFG
 
 from sharding.experts import Groups
 from sharding.targets import topology_mesh
-from v4jax.kernels import expert_ffn_gpu
+from v4jax.kernels.expert_ffn import gpu
 from v4jax.planner import report_layout
 
 pytestmark = [
@@ -54,7 +54,7 @@ def test_a_step_compiles_for_two_hosts_of_h100():
 def test_the_kernels_compile(dtype):
     """The kernels compile at widths of which some are no multiple of a whole tile.
 
-    Their numbers: test_parts.py, and benchmarks/gpu.py on a GPU.
+    Their numbers: tests/kernels/test_expert_ffn.py, and benchmarks/gpu.py on a GPU.
     """
     mesh = topology_mesh("h100:1", {"data": 1})
 
@@ -69,10 +69,7 @@ def test_the_kernels_compile(dtype):
             array(dtype, 40 * size, wide),
         )
         with jax.set_mesh(mesh):
-            for kernel, operands in (
-                (expert_ffn_gpu.grouped_dot, (x, w)),
-                (expert_ffn_gpu.grouped_outer, (x, ct)),
-            ):
+            for kernel, operands in ((gpu.grouped_dot, (x, w)), (gpu.grouped_outer, (x, ct))):
                 assert "triton" in jax.jit(kernel).lower(*operands, groups).compile().as_text()
 
 

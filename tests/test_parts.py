@@ -11,85 +11,11 @@ from trees import close
 
 from sharding.audit import collectives
 from sharding.embedding import embed_lookup
-from sharding.experts import Groups
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules, layout_for
 from v4jax.initializers import balanced_table
-from v4jax.kernels import expert_ffn as ffn
-from v4jax.kernels import expert_ffn_gpu
-from v4jax.kernels.expert_ffn import (
-    FEW_ROWS,
-    Activation,
-    ExpertWeights,
-    clamped_swiglu,
-    every_expert,
-    expert_ffn,
-    pays_every_expert,
-)
 from v4jax.model.hyper import balanced
 from v4jax.model.router import router_scores
-
-LIMIT = 2.0
-
-
-@pytest.mark.parametrize("sizes", [(0, 0, 32, 0), (8, 8, 8, 8), (24, 0, 0, 8)])
-def test_grouped_experts_are_a_loop_over_rows(sizes):
-    """The block loop and the products of TPU and NVIDIA agree, however uneven the load.
-
-    Some rows have weight 0, and some blocks are not in use.
-    """
-    keys = iter(jax.random.split(jax.random.key(0), 9))
-
-    def normal(*shape):
-        return jax.random.normal(next(keys), shape)
-
-    rows, block = 40, 8
-    w = ExpertWeights(normal(4, 6, 5), normal(4, 6, 5), normal(4, 5, 6))
-    x, ct, gate = normal(rows, 6), normal(rows, 6), normal(rows)
-    expert = np.repeat(np.arange(4), sizes)
-    used = (np.arange(rows) < len(expert)) & (np.arange(rows) % 5 > 0)
-    gate = jnp.where(used, gate, 0)
-    by_block = np.concatenate((expert[::block], np.full(rows // block, 3)))[: rows // block]
-    groups = Groups(
-        jnp.array(sizes, jnp.int32),
-        jnp.array(by_block, jnp.int32),
-        jnp.array(sum(sizes) // block, jnp.int32),
-    )
-
-    def plain(w, x, gate):
-        out = []
-        for i in range(rows):
-            own = ExpertWeights(*(m[by_block[i // block]] for m in w))
-            out.append((clamped_swiglu(x[i] @ own.w1, x[i] @ own.w3, LIMIT) * gate[i]) @ own.w2)
-        return jnp.stack(out)
-
-    value, pull = jax.vjp(plain, w, x, gate)
-    ct = jnp.where(used[:, None], ct, 0)
-    want = pull(ct)
-    got_value, got_pull = jax.vjp(
-        lambda w, x, gate: expert_ffn(Activation(LIMIT), w, x, gate, groups), w, x, gate
-    )
-    close(jnp.where(used[:, None], got_value, 0), value)
-    got = got_pull(ct)
-    close(
-        (got[0], got[1] * used[:, None], got[2] * used),
-        (want[0], want[1] * used[:, None], want[2] * used),
-    )
-    tpu = ffn._ragged_dot, functools.partial(ffn.grouped_outer, interpret=True)
-    for products in (
-        tpu,
-        [
-            functools.partial(f, interpret=True)
-            for f in (expert_ffn_gpu.grouped_dot, expert_ffn_gpu.grouped_outer)
-        ],
-    ):
-        y, h1, h3 = ffn._whole_forward(Activation(LIMIT), *products, w, x, gate, groups)
-        got = ffn._whole_backward(Activation(LIMIT), *products, w, x, gate, groups, h1, h3, ct)
-        close(jnp.where(used[:, None], y, 0), value)
-        close(
-            (got[0], got[1] * used[:, None], got[2] * used),
-            (want[0], want[1] * used[:, None], want[2] * used),
-        )
 
 
 @pytest.mark.parametrize("mesh", ["context=4,expert=2", "data=2,context=2,tensor=2"])
@@ -123,36 +49,6 @@ def test_router_gradient_is_finite_at_any_logit():
     middle = slice(2, -1)
     want = np.sqrt(np.logaddexp(0, np.asarray(logits[middle], np.float64)))
     np.testing.assert_allclose(score[middle], want, rtol=1e-5)
-
-
-@pytest.mark.parametrize("experts", [3, 4])  # w2 takes two at a time if they are even
-def test_all_experts_on_a_few_rows_are_each_row_s_own_experts(experts):
-    """Batches of products agree with a loop over rows and their experts.
-
-    5e-6: they add 20 numbers in another order.
-    """
-    rng = np.random.default_rng(0)
-
-    def normal(*shape):
-        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
-
-    w1, w3, w2 = normal(experts, 6, 5), normal(experts, 6, 5), normal(experts, 5, 6)
-    x, gate = normal(8, 6), jnp.asarray(rng.random((8, 2)), jnp.float32).at[3, 1].set(0)
-    index = jnp.asarray([rng.permutation(experts)[:2] for _ in range(8)])
-    joined = ExpertWeights(jnp.concatenate((w1, w3), axis=-1), None, w2)
-    got = every_expert(Activation(LIMIT), joined, x, index, gate)
-    for t in range(8):
-        parts = [
-            (clamped_swiglu(x[t] @ w1[e], x[t] @ w3[e], LIMIT) * g) @ w2[e]
-            for e, g in zip(index[t], gate[t], strict=True)
-        ]
-        np.testing.assert_allclose(got[t], sum(parts), rtol=5e-6, atol=5e-6)
-    assert pays_every_expert(joined, 2, 2) and not pays_every_expert(
-        joined, 1, 2
-    )  # one row leaves experts out
-    assert not pays_every_expert(joined, FEW_ROWS + 1, 2) and not pays_every_expert(
-        joined._replace(w3=w3), 8, 2
-    )
 
 
 def test_balanced_table_gives_every_expert_its_share():

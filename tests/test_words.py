@@ -73,11 +73,11 @@ MODULES = {
     "v4jax/checkpoint/text.py": "v4jax/checkpoint/atomic.py",
     "v4jax/model/dense.py": "v4jax/kernels/matmul.py",
     "v4jax/model/documents.py": "v4jax/model/segments.py",
-    "v4jax/model/grouped.py": "v4jax/kernels/expert_ffn.py",
-    "v4jax/model/outer.py": "v4jax/kernels/expert_ffn_grad_tpu.py",
+    "v4jax/model/grouped.py": "v4jax/kernels/expert_ffn",
+    "v4jax/model/outer.py": "v4jax/kernels/expert_ffn/grad_tpu.py",
     "v4jax/model/packed.py": "v4jax/cache/quantized.py",
     "v4jax/model/state.py": "v4jax/cache/layer.py",
-    "v4jax/model/triton.py": "v4jax/kernels/expert_ffn_gpu.py",
+    "v4jax/model/triton.py": "v4jax/kernels/expert_ffn/gpu.py",
 }
 FILES = sorted(
     path.relative_to(ROOT).as_posix() for top in EVERYWHERE for path in (ROOT / top).rglob("*.py")

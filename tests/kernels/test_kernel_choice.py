@@ -6,11 +6,13 @@ import pytest
 
 from v4jax.kernels import index_scores, matmul, pooling, rotate, sinkhorn, streams, top_k
 from v4jax.kernels.choice import NAMES, Kernels, kernels_from
+from v4jax.kernels.expert_ffn import op as expert_ffn
 
 OPS = {
     "index_scores": index_scores,
     "top_k": top_k,
     "pooling": pooling,
+    "expert_ffn": expert_ffn,
     "sinkhorn": sinkhorn,
     "streams": streams,
     "matmul": matmul,

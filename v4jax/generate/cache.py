@@ -92,7 +92,7 @@ def split_layers(
     Layers of short groups become arrays of their own, named by LayerGroup.layer. A scan over
     stacked layers would copy each layer's weights off the stack, with all experts, where a token
     needs a few. On one device w1 and w3 of the experts become one array, [E,D,2F], so that one
-    product computes both (v4jax/kernels/expert_ffn.py, `every_expert`).
+    product computes both (v4jax/kernels/expert_ffn/every_expert.py).
 
     Args:
       take: returns layer n of stacked layers.

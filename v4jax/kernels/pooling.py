@@ -43,7 +43,7 @@ def pooling(
     """The entries of windows.
 
     Args:
-      tokens: tokens, which a window reads from its start on.
+      tokens: those which a window reads from its start on.
       before: CSA's other channels. These arrays begin one window earlier, so the same start leads
         to the window before. None in HCA.
       overlaps_BC: bool [B or 1,C], whether a window's document has a window before it.

@@ -14,15 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from sharding.experts import Groups, apply_experts
-from v4jax.kernels.expert_ffn import (
-    JOINED_SHARE,
-    Activation,
-    ExpertWeights,
-    clamped_swiglu,
-    every_expert,
-    expert_ffn,
-    pays_every_expert,
-)
+from v4jax.kernels.expert_ffn.blocked import JOINED_SHARE
+from v4jax.kernels.expert_ffn.every_expert import every_expert, pays_every_expert
+from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights, clamped_swiglu
+from v4jax.kernels.expert_ffn.op import expert_ffn
 from v4jax.model.balance import balance_loss, expert_share
 from v4jax.model.router import Routing, choose, gate_weights, router_scores, times_chosen
 from v4jax.model.segments import Segments
@@ -95,7 +90,8 @@ class Experts(Weights):
             ExpertWeights(**{"w3": None} | weights),
         )
         rows, active = index_BSK.size // index_BSK.shape[-1], index_BSK.shape[-1]
-        if pays_every_expert(own, rows, active):
+        kernel = self.ctx.kernels.expert_ffn
+        if not self.ctx.rules and pays_every_expert(own, rows, active, kernel):
             flat = (
                 x_BSD.reshape(rows, hidden),
                 index_BSK.reshape(rows, active),
@@ -104,7 +100,8 @@ class Experts(Weights):
             return every_expert(form, own, *flat).reshape(x_BSD.shape)
 
         def expert(weights, x_PD, gate_P, groups: Groups):
-            return expert_ffn(form, ExpertWeights(**{"w3": None} | weights), x_PD, gate_P, groups)
+            own = ExpertWeights(**{"w3": None} | weights)
+            return expert_ffn(form, own, x_PD, gate_P, groups, kernel)
 
         apply = functools.partial(apply_experts, self.ctx.rules, expert, weights, axes)
         if own.w3 is not None:

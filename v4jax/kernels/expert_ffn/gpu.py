@@ -7,7 +7,7 @@ blocks it starts several kernels at each turn and asks the GPU whether to go on.
 slower (v4jax/kernels/README.md).
 
 Shapes: P rows in blocks, E experts, A and Z widths of the two factors.
-Next file to read: v4jax/kernels/expert_ffn.py.
+Next file to read: sharding/experts.py.
 """
 
 import jax

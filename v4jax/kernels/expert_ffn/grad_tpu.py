@@ -6,7 +6,7 @@ one expert each (sharding/experts.py), so the kernel only adds up blocks. For ea
 result, the grid walks through all blocks, which come in the order of their experts.
 
 Shapes: P rows in blocks, E experts, A and Z widths of the two factors.
-Next file to read: v4jax/kernels/expert_ffn.py.
+Next file to read: v4jax/kernels/expert_ffn/gpu.py.
 """
 
 import jax

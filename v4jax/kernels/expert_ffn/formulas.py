@@ -1,0 +1,84 @@
+"""The two formulas of the experts' feed-forward, which take the products as arguments.
+
+dot(x, w) multiplies rows by experts' matrices, outer(x, ct) is its gradient for these.
+
+Shapes: P rows, D hidden, F expert hidden, E experts.
+Next file to read: v4jax/kernels/expert_ffn/blocked.py.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from v4jax.kernels.matmul import precision_of
+from v4jax.quant.fake import fp8_input
+
+
+class ExpertWeights(NamedTuple):
+    """The experts' matrices w1, w3 [E,D,F] and w2 [E,F,D]; those of one expert have no axis E.
+
+    Joined (w3 None, forward only), w1 is both side by side, [E,D,2F].
+    """
+
+    w1: jax.Array
+    w3: jax.Array | None
+    w2: jax.Array
+
+
+class Activation(NamedTuple):
+    """How the hidden activation is made.
+
+    Attributes:
+      limit: swiglu_limit.
+      quant: "official" rounds it to fp8 before w2.
+    """
+
+    limit: float
+    quant: str = "none"
+
+
+def clamped_swiglu(h1: jax.Array, h3: jax.Array, limit: float) -> jax.Array:
+    """silu(min(h1, limit)) * clip(h3, -limit, limit), float32.
+
+    The clamp comes before silu (docs/equations.md#trap-29).
+    """
+    h1, h3 = h1.astype(jnp.float32), h3.astype(jnp.float32)
+    return jax.nn.silu(jnp.minimum(h1, limit)) * jnp.clip(h3, -limit, limit)
+
+
+def matmul(x, w):
+    """x @ w, batched where both have leading axes."""
+    return jnp.matmul(x, w, precision=precision_of(x))
+
+
+def gated(form: Activation, h1, h3, gate, axis: int = -1):
+    """The hidden activation; `axis` is the axis of its width, which `gate` lacks."""
+    gate = jnp.expand_dims(gate, axis)
+    # Rows that fill up a block have gate 0 and may hold anything on TPU: they are replaced, not
+    # multiplied by 0.
+    h = jnp.where(gate == 0, 0, clamped_swiglu(h1, h3, form.limit) * gate).astype(h1.dtype)
+    return (
+        jnp.moveaxis(fp8_input(jnp.moveaxis(h, axis, -1)), -1, axis)
+        if form.quant == "official"
+        else h
+    )
+
+
+def ffn(form, dot, w: ExpertWeights, x, gate_P):
+    """(y, h1, h3): the formula of the forward pass."""
+    if w.w3 is None:
+        h1, h3 = jnp.split(dot(x, w.w1), 2, axis=-1)
+        return dot(gated(form, h1, h3, gate_P), w.w2), h1, h3
+    h1, h3 = dot(x, w.w1), dot(x, w.w3)
+    return dot(gated(form, h1, h3, gate_P), w.w2), h1, h3
+
+
+def ffn_backward(form, dot, outer, w: ExpertWeights, x, gate_P, h1, h3, ct):
+    """(gradients of w, of x, of the gate): the formula of the backward pass."""
+    hidden, pull = jax.vjp(functools.partial(gated, form), h1, h3, gate_P)
+    ct_h1, ct_h3, ct_gate = pull(dot(ct, jnp.swapaxes(w.w2, -1, -2)))
+    ct_x = dot(ct_h1, jnp.swapaxes(w.w1, -1, -2)) + dot(ct_h3, jnp.swapaxes(w.w3, -1, -2))
+    ct_w = ExpertWeights(outer(x, ct_h1), outer(x, ct_h3), outer(hidden, ct))
+    return ct_w, ct_x, ct_gate

@@ -5,7 +5,7 @@ Gradients are summed in float32. Each term of the loss is a mean over what count
 batch: a micro-batch adds its share of it, known from the documents before any forward pass. So the
 result is that of one batch, whatever the micro-batches contain.
 
-Axes: B batch, S positions, M micro-batches, K active experts.
+Axes: B batch, S positions, M micro-batches, E experts.
 Next file to read: v4jax/train/step.py.
 """
 
@@ -81,7 +81,7 @@ def split_batch(rules: AxisRules, batch: Mapping[str, jax.Array], count: int):
 
 
 def _split_chosen(rules: AxisRules, chosen, count: int):
-    """Experts chosen beforehand, [L,B,S,K] or [B,S,K], for each micro-batch; None stays None."""
+    """Experts chosen beforehand for each micro-batch; None stays None."""
     return jax.tree.map(lambda x: split_rows(rules, x, count, axis=x.ndim - 3), chosen)
 
 

@@ -28,6 +28,7 @@ from sharding.rules import AxisRules
 from v4jax.model.segments import Collect
 from v4jax.model.transformer import apply
 from v4jax.train.config import TrainConfig
+from v4jax.train.stages import Batches
 from v4jax.train.step import TrainState, batch_sharding, compiled_together
 
 Chosen = dict[str, dict[str, jax.Array]]
@@ -90,7 +91,7 @@ class RoutedBatchQueue:
 
     def __init__(
         self,
-        data: Iterator,
+        data: Iterator | Batches,
         put: Callable,
         choose: Callable,
         lag: int,

@@ -2,7 +2,7 @@
 
 An initializer is called as initializer(key, shape, dtype), as those of JAX.
 
-Letters: V vocabulary, E experts, K experts of a token, R rounds of the deal.
+Axes: V vocabulary, E experts, K experts of a token, R rounds of the deal.
 Next file to read: v4jax/parameters.py.
 """
 

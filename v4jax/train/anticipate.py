@@ -10,7 +10,7 @@ start of the stage choose.
     step t:  draw batch t + lag, choose its experts with the weights of step t
              -> train on batch t with the experts chosen for it
 
-Shapes: L layers of a group, B batch, S positions, K active experts.
+Shapes: L layers of a group, M micro-batches, B batch, S positions, K active experts.
 Next file to read: v4jax/train/resume.py.
 """
 

@@ -1,5 +1,6 @@
 """The loss on sets that are never trained on: one mean over all predicted tokens of a set.
 
+Axes: M micro-batches.
 Next file to read: v4jax/train/loop.py.
 """
 

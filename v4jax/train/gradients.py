@@ -5,7 +5,7 @@ Gradients are summed in float32. Each term of the loss is a mean over what count
 batch: a micro-batch adds its share of it, known from the documents before any forward pass. So the
 result is that of one batch, whatever the micro-batches contain.
 
-Axes: B batch, S positions, M micro-batches, K active experts.
+Axes: B batch, S positions, M micro-batches, E experts, K active experts.
 Next file to read: v4jax/train/step.py.
 """
 

@@ -3,6 +3,7 @@
 It is two terms, because MTP's layer counts other tokens than the main layers: no document's last.
 
 Equations: docs/equations.md#losses.
+Shapes: B batch, S positions.
 Next file to read: v4jax/train/losses/indexer.py.
 """
 

@@ -3,6 +3,7 @@
 It has gradients for the indexer only.
 
 Equation: docs/equations.md#indexer-loss.
+Shapes: B batch, S positions.
 Next file to read: v4jax/train/losses/weights.py.
 """
 

@@ -1,6 +1,7 @@
 """The token after the next, as multi-token prediction (MTP) sees it.
 
 Equations: docs/equations.md#losses.
+Shapes: B batch, S positions, D hidden, V vocabulary.
 Next file to read: v4jax/train/losses/balance.py.
 """
 

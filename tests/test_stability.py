@@ -294,7 +294,7 @@ def test_a_checkpoint_that_was_already_bad_is_left_behind(clean, train, tmp_path
         steps=20,
         decay_steps=0,
         eval_batches=0,
-        stability=AHEAD,
+        stability=dataclasses.replace(AHEAD, norm_rise=4.0),
     )
     order = rows(whole, 20)
     train(whole, inflate=order[9:10])

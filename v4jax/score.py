@@ -75,7 +75,8 @@ def score(
         for start in range(0, len(tokens), step):
             rows = tokens[start : start + step]
             padded = np.pad(rows, ((0, step - len(rows)), (0, 0)))
-            output = forward(cfg, params, padded, quant=quant, rules=rules)
+            # A NumPy array will do for `forward`, on any mesh.
+            output = forward(cfg, params, padded, quant=quant, rules=rules)  # pyright: ignore[reportArgumentType]
             logits = gather(output.logits)[: len(rows)]
             parts["logits"].append(logits)
             parts["nll"].append(_nll(logits, rows))
@@ -104,5 +105,5 @@ def _nll(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 def _write_npz(out: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes an .npz file whole or not at all."""
     with tempfile.NamedTemporaryFile(dir=out.parent, suffix=".tmp", delete=False) as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType] (none is allow_pickle)
     os.replace(file.name, out)

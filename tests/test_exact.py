@@ -17,8 +17,7 @@ from trees import small_config
 
 import v4jax.model.transformer
 from v4jax.checkpoint.names import from_official
-from v4jax.kernels import index_scores
-from v4jax.model import attention
+from v4jax.kernels import attention, index_scores
 from v4jax.train.loss import loss_and_routing
 
 PATTERNS = {

@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 
-from v4jax.kernels import index_scores, matmul, pooling, rotate, sinkhorn, streams, top_k
+from v4jax.kernels import attention, index_scores, matmul, pooling, rotate, sinkhorn, streams, top_k
 from v4jax.kernels.choice import NAMES, Kernels, kernels_from
 from v4jax.kernels.expert_ffn import op as expert_ffn
 
 OPS = {
+    "attention": attention,
     "index_scores": index_scores,
     "top_k": top_k,
     "pooling": pooling,
@@ -25,7 +26,7 @@ def test_every_op_is_a_field():
     assert all(2 <= len(names) <= 5 and names[0] == "reference" for names in NAMES.values())
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", NAMES)
 def test_names_are_those_of_the_ops(op):
     assert NAMES[op] == tuple(OPS[op].IMPLEMENTATIONS)
 

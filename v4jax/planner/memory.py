@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 
 from sharding.exchange import HEADROOM
 from sharding.rules import AxisRules
-from v4jax.model.attention import CHUNK_BYTES
+from v4jax.kernels.attention import CHUNK_BYTES
 from v4jax.planner.muon import muon
 from v4jax.planner.terms import Term
 from v4jax.planner.weights import cut_of, weights_of

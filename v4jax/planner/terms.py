@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from sharding.rules import AxisRules
 from v4jax.config import CSA, HCA, ModelConfig
-from v4jax.model.attention import GATHER_FROM
+from v4jax.kernels.attention import GATHER_FROM
 
 
 class Term(NamedTuple):

@@ -32,9 +32,9 @@ from sharding.mesh import simulate_devices
 from v4jax.data.config import DataConfig
 from v4jax.model.init import init_params
 from v4jax.parameter_tree import spec_of
-from v4jax.train import loop
+from v4jax.train import loop, run_steps
 from v4jax.train.config import TrainConfig
-from v4jax.train.report import read_metrics
+from v4jax.train.metrics_file import read_metrics
 from v4jax.train.stages import Stage
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
@@ -121,7 +121,7 @@ def run(name: str, seed: int) -> dict:
     )
     start, new_indexer = time.perf_counter(), []
     evaluator = mock.patch.object(
-        loop, "evaluator", also_with_a_new_indexer(loop.evaluator, new_indexer)
+        run_steps, "evaluator", also_with_a_new_indexer(run_steps.evaluator, new_indexer)
     )
     cfg, plain = VARIANTS[name], contextlib.nullcontext()
     with (

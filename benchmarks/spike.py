@@ -19,7 +19,7 @@ import numpy as np
 from sharding.mesh import simulate_devices
 from v4jax.config import ModelConfig
 from v4jax.data.config import tokenizer_of
-from v4jax.train import loop
+from v4jax.train import loop, run_steps
 from v4jax.train.config import TrainConfig
 from v4jax.train.prepare import stage_batches
 from v4jax.train.stability import StabilityConfig
@@ -105,10 +105,10 @@ def main():
     )
     data = stage_batches(cfg, tokenizer_of(cfg.data), None)
     rows = [next(data)["tokens"][0] for _ in range(steps)]
-    real = loop.compile_step
+    real = run_steps.compile_step
     ends = {"clean": loop.train(cfg)}
     for name, stability in (("recovered", guard), ("not recovered", StabilityConfig())):
-        loop.compile_step = lambda *a, **kind: Harmed(
+        run_steps.compile_step = lambda *a, **kind: Harmed(
             real(*a, **kind), rows[steps // 3], rows[2 * steps // 3]
         )
         ends[name] = loop.train(

@@ -25,7 +25,8 @@ from v4jax.train.data import train_batches
 from v4jax.train.initial import check_source_tokens
 from v4jax.train.loop import train
 from v4jax.train.prepare import stage_batches
-from v4jax.train.resume import check_data, items_of
+from v4jax.train.resume import items_of
+from v4jax.train.same_data import check_data
 from v4jax.train.stability import LossHistory
 from v4jax.train.stages import Batches, Stage
 from v4jax.train.step import init_state, state_shardings

@@ -21,7 +21,7 @@ from v4jax.data.summary import unread_lines, unused_lines
 from v4jax.tokenizer import EOS_TOKEN, ByteTokenizer, HuggingFaceTokenizer
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_sets, train_batches
-from v4jax.train.resume import _changes
+from v4jax.train.same_data import _changes
 
 BYTES, CHAT = ByteTokenizer(), ByteTokenizer(CHAT_TOKENS + FIM_TOKENS)
 SIZES = dict(seq_len=32, batch_size=2, vocab_size=400)

@@ -29,7 +29,7 @@ from v4jax.planner.request import Request
 from v4jax.python_files import read_layout
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
-from v4jax.train.report import read_metrics
+from v4jax.train.metrics_file import read_metrics
 
 EXAMPLE = ROOT / "examples/own_layout.py"
 EP = {"act_batch": "slice data expert", "experts": "expert"}

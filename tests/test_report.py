@@ -12,7 +12,8 @@ from v4jax.cli.printing import print_result
 from v4jax.data.config import DataConfig
 from v4jax.train import report
 from v4jax.train.config import TrainConfig
-from v4jax.train.report import METRICS, Reporter, plot_losses, read_metrics
+from v4jax.train.metrics_file import METRICS, plot_losses, read_metrics
+from v4jax.train.report import Reporter
 from v4jax.train.stability import LossHistory
 
 

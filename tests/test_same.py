@@ -16,8 +16,8 @@ from v4jax.checkpoint.store import Store
 from v4jax.data.config import DataConfig, tokenizer_of
 from v4jax.train import loop
 from v4jax.train.config import TrainConfig
+from v4jax.train.metrics_file import read_metrics
 from v4jax.train.prepare import stage_batches
-from v4jax.train.report import read_metrics
 from v4jax.train.resume import start
 from v4jax.train.stages import Batches
 from v4jax.train.step import batch_sharding, init_state, state_shardings, train_step

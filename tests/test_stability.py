@@ -16,7 +16,7 @@ from trees import small_config
 import v4jax
 from v4jax.checkpoint.store import Store
 from v4jax.data.config import DataConfig, tokenizer_of
-from v4jax.train import loop
+from v4jax.train import loop, run_steps
 from v4jax.train.config import TrainConfig
 from v4jax.train.prepare import stage_batches
 from v4jax.train.stability import (
@@ -122,7 +122,7 @@ class Harmed:
 @pytest.fixture
 def train(monkeypatch, compiled):
     """train(cfg, noise=, inflate=): a run with those batches harmed."""
-    real = loop.compile_step
+    real = run_steps.compile_step
 
     def run(cfg, **harm):
         def harmed(*arguments, **kind):
@@ -133,7 +133,7 @@ def train(monkeypatch, compiled):
                 **harm,
             )
 
-        monkeypatch.setattr(loop, "compile_step", harmed)
+        monkeypatch.setattr(run_steps, "compile_step", harmed)
         return loop.train(cfg)
 
     return run
@@ -183,9 +183,9 @@ def same_weights(a, b):
 def clean(text_folder, tmp_path_factory, compiled):
     cfg = config(text_folder, tmp_path_factory.mktemp("clean") / "run")
     with pytest.MonkeyPatch.context() as patch:
-        real = loop.compile_step
+        real = run_steps.compile_step
         patch.setattr(
-            loop,
+            run_steps,
             "compile_step",
             lambda *a, **kind: Harmed(
                 (cfg.mesh, cfg.batch_size, *kind.values()), real(*a, **kind), compiled
@@ -294,7 +294,7 @@ def test_a_checkpoint_that_was_already_bad_is_left_behind(clean, train, tmp_path
         steps=20,
         decay_steps=0,
         eval_batches=0,
-        stability=AHEAD,
+        stability=dataclasses.replace(AHEAD, norm_rise=4.0),
     )
     order = rows(whole, 20)
     train(whole, inflate=order[9:10])
@@ -400,7 +400,7 @@ def test_weights_and_checkpoints_that_are_not_finite_are_refused(clean, train, t
 
     cfg = dataclasses.replace(cfg, init_from="")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "not_finite", lambda state: None)  # older versions did not check
+        patch.setattr(run_steps, "not_finite", lambda state: None)  # older versions did not check
         train(cfg, poison=rows(cfg, 10)[9:])
     with pytest.raises(ValueError, match=rf"checkpoints/10: {NAN}; remove this folder to resume"):
         train(dataclasses.replace(cfg, steps=12))
@@ -486,7 +486,7 @@ def test_a_run_ended_after_going_back_across_a_change_of_stage_goes_on_past_the_
     ended = dataclasses.replace(cfg, run_dir=str(tmp_path / "ended"))
     with monkeypatch.context() as patch:
         patch.setattr(
-            loop, "stop_requests", lambda: contextlib.nullcontext(lambda turn: turn == 16)
+            run_steps, "stop_requests", lambda: contextlib.nullcontext(lambda turn: turn == 16)
         )
         assert train(ended, noise=noise)["stopped_at"] == 10
     assert (tmp_path / "ended/checkpoints/10/data/stream-1").is_dir()

@@ -32,8 +32,8 @@ from v4jax.storage import file_to_write, folder_to_fill, local_path, path_of_che
 from v4jax.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
+from v4jax.train.metrics_file import read_metrics
 from v4jax.train.picture import write_summary
-from v4jax.train.report import read_metrics
 
 BUCKET = "gs://bucket/x"
 WORDS = "must be a path on this machine; buckets (gs://, s3://, ...) are not supported yet"

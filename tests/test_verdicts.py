@@ -28,7 +28,9 @@ from v4jax.train.config import TrainConfig
 from v4jax.train.finite import not_finite
 from v4jax.train.initial import check_source_tokens
 from v4jax.train.prepare import as_read, check_folders, stage_batches
-from v4jax.train.resume import check_data, go_back, items_of, start
+from v4jax.train.resume import items_of, start
+from v4jax.train.rollback import go_back
+from v4jax.train.same_data import check_data
 from v4jax.train.stability import LossHistory, StabilityConfig, TrainingFailed
 from v4jax.train.stages import Batches
 from v4jax.train.step import init_state, state_shardings

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 GRACE_SECONDS = 5
 """Seconds between asking a process to end, because another one failed, and killing it."""
@@ -137,7 +138,7 @@ class _Process:
             self._threads, (self._popen.stdout, self._popen.stderr), strict=True
         ):
             thread.join(timeout=2)
-            if not thread.is_alive():
+            if stream is not None and not thread.is_alive():
                 stream.close()
 
 
@@ -148,7 +149,7 @@ class _Forwarded:
     when: float = 0.0
 
     def __init__(self):
-        self.old: dict[int, object] = {}
+        self.old: dict[int, Any] = {}
 
 
 def _forward_signals(jobs: list[_Process]) -> _Forwarded:
@@ -171,7 +172,7 @@ def _wait(jobs: list[_Process], forwarded: _Forwarded) -> int:
         bad = [job for job in jobs if job.code]
         if bad and failed is None:
             # If two failed at once, report the one that says why, not one that was killed.
-            failed = min(bad, key=lambda job: (job.code > 128, job.index))
+            failed = min(bad, key=lambda job: ((job.code or 0) > 128, job.index))
             asked = time.monotonic()
             # Otherwise all have been asked already, and a second signal would interrupt what they
             # do about the first.
@@ -197,7 +198,7 @@ def _wait(jobs: list[_Process], forwarded: _Forwarded) -> int:
         file=sys.stderr,
         flush=True,
     )
-    return failed.code
+    return failed.code or 1
 
 
 def _environment(coordinator: str, processes: int, index: int, devices: int) -> dict[str, str]:

@@ -87,19 +87,17 @@ def _running(path: str | pathlib.Path, what: str = "") -> Iterator[types.ModuleT
     if path.suffix != ".py":
         raise ValueError(f"{path}: must be a Python file, with a name that ends in .py")
     file = path.resolve()
-    module = _new_module(f"_file_{file.stem}", file)
+    spec = importlib.util.spec_from_file_location(f"_file_{file.stem}", file)
+    assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"
+    module = importlib.util.module_from_spec(spec)
     with _importable(file.parent, module):
         try:
-            module.__spec__.loader.exec_module(module)
+            spec.loader.exec_module(module)
             yield module
         except _Refused:
             raise
         except (Exception, SystemExit) as error:
             raise ValueError(_line(error, path, file)) from error
-
-
-def _new_module(name: str, file: pathlib.Path) -> types.ModuleType:
-    return importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, file))
 
 
 @contextlib.contextmanager
@@ -165,7 +163,7 @@ def _is_found(name: str, path: list[str]) -> bool:
         sys.modules[name] = module
     if spec is None:
         return False
-    there = [spec.origin] if spec.origin else spec.submodule_search_locations
+    there = [spec.origin] if spec.origin else spec.submodule_search_locations or []
     return set(places) <= set(map(pathlib.Path, there))
 
 
@@ -180,7 +178,8 @@ def _package(folder: pathlib.Path) -> types.ModuleType | None:
     if known is not None and known.origin is not None:
         return None
     package = types.ModuleType(folder.name)
-    package.__path__ = [str(folder), *(known.submodule_search_locations if known else ())]
+    others = known.submodule_search_locations if known is not None else None
+    package.__path__ = [str(folder), *(others or ())]
     return package
 
 

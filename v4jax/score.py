@@ -6,6 +6,7 @@ Next file to read: v4jax/cli/main.py.
 import os
 import pathlib
 import tempfile
+from typing import Any
 
 import jax
 import numpy as np
@@ -84,7 +85,9 @@ def score(
         for start in range(0, len(tokens), step):
             rows = tokens[start : start + step]
             padded = np.pad(rows, ((0, step - len(rows)), (0, 0)))
-            output = forward(cfg, params, padded, quant=quant, rules=rules, kernels=kernels)
+            # A NumPy array will do for `forward`, on any mesh.
+            rows_BS: Any = padded
+            output = forward(cfg, params, rows_BS, quant=quant, rules=rules, kernels=kernels)
             logits = gather(output.logits)[: len(rows)]
             parts["logits"].append(logits)
             parts["nll"].append(_nll(logits, rows))
@@ -113,5 +116,5 @@ def _nll(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 def _write_npz(out: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes an .npz file whole or not at all."""
     with tempfile.NamedTemporaryFile(dir=out.parent, suffix=".tmp", delete=False) as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType] (none is allow_pickle)
     os.replace(file.name, out)

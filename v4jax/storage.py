@@ -34,7 +34,8 @@ def local_path(given: str | os.PathLike, what: str = "") -> pathlib.Path:
         that no file can have, the home of an unknown user, or something that is no path at all.
     """
     text = os.fspath(given) if isinstance(given, (str, os.PathLike)) else None
-    if fault := _fault(text):
+    fault = _fault(text)
+    if text is None or fault:
         got = _short(given if text is None else text)
         raise ValueError(f"{_prefix(what)}got {got}; {fault}")
     path = pathlib.Path(os.path.expanduser(text))

@@ -159,7 +159,7 @@ def _merged(messages: Sequence[Message]) -> list[dict]:
             turns.append(dict(message) | {"place": place})
             continue
         blocks = [_result(message, place)] if role == "tool" else _texts(message, place)
-        last = turns[-1] if turns else {"role": None}
+        last: dict[str, Any] = turns[-1] if turns else {"role": None}
         if last["role"] == "user" and (role == "tool" or last["task"] is None):
             last["blocks"] += blocks
         else:

@@ -8,7 +8,6 @@ Next file to read: v4jax/checkpoint/files.py.
 """
 
 import concurrent.futures
-import math
 import os
 import pathlib
 import zlib
@@ -24,14 +23,14 @@ def forget(fd: int, start: int = 0, size: int = 0) -> None:
         os.posix_fadvise(fd, start, size, os.POSIX_FADV_DONTNEED)
 
 
-def crc(file, once: bool = False, limit: float = math.inf) -> tuple[int, int]:
+def crc(file, once: bool = False, limit: int | None = None) -> tuple[int, int]:
     """(bytes, CRC-32) of the rest of a file opened unbuffered, or of its next `limit` bytes.
 
     once: the bytes will not be read again soon, so they leave the page cache.
     """
     size = found = 0
     buffer, start = memoryview(bytearray(_READ)), file.tell()
-    while count := file.readinto(buffer[: min(_READ, limit - size)]):
+    while count := file.readinto(buffer[: _READ if limit is None else min(_READ, limit - size)]):
         found = zlib.crc32(buffer[:count], found)
         if once:
             forget(file.fileno(), start + size, count)

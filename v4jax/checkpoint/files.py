@@ -11,7 +11,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -95,7 +95,7 @@ def read_tensor(header: Header, once: bool = False) -> np.ndarray:
     array = np.empty(header.shape, DTYPES[header.dtype])
     with open(header.path, "rb", buffering=0) as file:
         file.seek(header.start)
-        left = memoryview(array.reshape(-1).view(np.uint8))
+        left = array.reshape(-1).view(np.uint8).data
         while left and (count := file.readinto(left)):  # one call reads at most 2 GB
             left = left[count:]
         if left:
@@ -122,7 +122,8 @@ def write_file(
     Raises:
       OSError: the disk is full, or gives back other bytes than were written.
     """
-    table, end = {"__metadata__": {"format": "pt"}}, 0
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}

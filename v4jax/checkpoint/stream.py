@@ -78,7 +78,8 @@ class StoreWriter:
         slots = official_names(cfg)
         dtypes = leaf_dtypes(cfg, dtype)
         stacked = {slot.path: len(slot.index) for slot in slots.values()}
-        shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_params(cfg)).items()}
+        leaves: dict[Path, Any] = flatten_dict(abstract_params(cfg))
+        shapes = {path: leaf.shape for path, leaf in leaves.items()}
         self._path = path = directory / CHECKPOINTS / "0"
         if not path.exists():
             # This writes Orbax's own files. Full arrays replace these arrays below.
@@ -96,12 +97,14 @@ class StoreWriter:
                 )
         self._slots, self._leaves = slots, {}
         self._waiting, self._sums, self._lock = 0, {}, threading.Lock()
-        self._thread, self._putting = concurrent.futures.ThreadPoolExecutor(1), None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._putting: concurrent.futures.Future | None = None
         # No sync after each matrix: `_put` syncs many at once.
         context = ts.Context({"file_io_sync": False})
         for where, shape in shapes.items():
             found = ts.open(_spec(path, where)).result()
             # The placeholder that Orbax wrote has no crc32c codec.
+            assert found.codec is not None, "an array of zarr has codecs"
             begun = found.shape == shape and found.codec.to_json()["codecs"][-1]["name"] == "crc32c"
             fresh = {} if begun else create(shape, dtypes[where], stacked[where], compress)
             self._leaves[where] = ts.open(_spec(path, where) | fresh, context=context).result()
@@ -168,10 +171,11 @@ class StoreWriter:
                 self._waiting = 0
                 self._begin_put()
 
-    def _begin_put(self) -> None:
+    def _begin_put(self) -> concurrent.futures.Future:
         if self._putting is not None:  # all workers wait: none may write faster than the disk
             self._putting.result()
         self._putting = self._thread.submit(self._put)
+        return self._putting
 
     def _put(self) -> None:
         """Syncs what was written so far, and keeps its checksums."""
@@ -181,8 +185,7 @@ class StoreWriter:
 
     def finish(self) -> None:
         """Syncs all files and writes their checksums. Call it when everything is written."""
-        self._begin_put()
-        self._putting.result()
+        self._begin_put().result()
         for path in self._path.rglob("*"):
             if path.is_file() and path not in self._sums:
                 with open(path) as file:
@@ -199,7 +202,7 @@ class StoreWriter:
 
 
 def _sum(array: np.ndarray) -> str:
-    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)):08x}"
+    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"
 
 
 def _data_files(path: pathlib.Path) -> list[pathlib.Path]:

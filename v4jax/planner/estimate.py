@@ -21,7 +21,7 @@ from v4jax.planner.decode import decode_terms
 from v4jax.planner.hardware import Hardware
 from v4jax.planner.memory import held, largest_working_set, memory
 from v4jax.planner.roofline import bound_of, parts_of, sent_of
-from v4jax.planner.terms import Term, bases, constants_of
+from v4jax.planner.terms import Term, bases, constants_of, repeated
 from v4jax.planner.traffic import traffic
 from v4jax.planner.work import work
 from v4jax.train.config import TrainConfig
@@ -36,6 +36,7 @@ class Estimate:
 
     Attributes:
       what: "train" or "decode".
+      micro_batches: parts of the batch that run one after the other.
       memory: bytes by kind.
       working_set: the working set that the temporaries belong to.
       parts: part of the model -> (FLOPs, bytes of memory traffic, seconds).
@@ -53,6 +54,7 @@ class Estimate:
     devices: int
     seq: int
     batch: int
+    micro_batches: int
     memory: dict[str, float]
     hbm: float
     working_set: str
@@ -84,7 +86,7 @@ class Estimate:
         """A table for people."""
         rows = [
             ("estimate", self.what, f"{self.devices} devices", self.hardware),
-            ("mesh", self.mesh, self.layout, ""),
+            ("mesh", self.mesh, self.layout, _rows_at_once(self.batch, self.micro_batches)),
         ]
         rows += [
             ("memory", kind, gigabytes(size), "") for kind, size in self.memory.items() if size
@@ -156,7 +158,7 @@ def estimate(
     rules = layout_for(cfg.layout, sizes)
     devices = math.prod(sizes.values())
     terms = terms_of(cfg, rules, sizes, platform_of(hardware), what, released, fp8)
-    k = constants_of(cfg.model, rules, sizes)
+    k = constants_of(cfg.model, rules, sizes, micro_batches_of(cfg, what))
     values = bases(k, cfg.seq_len, cfg.batch_size)
     device = hardware.of_a_device(devices)
     parts = parts_of(terms, values, device, fp8)
@@ -178,6 +180,7 @@ def estimate(
         devices=devices,
         seq=cfg.seq_len,
         batch=cfg.batch_size,
+        micro_batches=k.micro_batches,
         memory=held(terms, values),
         hbm=device.hbm_bytes,
         working_set=largest_working_set(terms, values),
@@ -198,7 +201,8 @@ def memory_of(
     """Bytes that one device needs; the rest of the estimate is not computed."""
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes)
-    values = bases(constants_of(cfg.model, rules, sizes), cfg.seq_len, cfg.batch_size)
+    k = constants_of(cfg.model, rules, sizes, micro_batches_of(cfg, what))
+    values = bases(k, cfg.seq_len, cfg.batch_size)
     if what == "decode":
         return sum(
             held(decode_terms(cfg, rules, sizes, platform_of(hardware), released), values).values()
@@ -223,17 +227,23 @@ def terms_of(
     """All terms of one step of training or decoding."""
     if what == "decode":
         return decode_terms(cfg, rules, sizes, platform, released)
-    return (
-        work(cfg, rules, sizes, platform, fp8)
-        + traffic(cfg, rules, sizes, platform)
-        + memory(cfg, rules, sizes)
-    )
+    terms = work(cfg, rules, sizes, platform, fp8) + traffic(cfg, rules, sizes, platform)
+    return repeated(terms, cfg.gradient_accumulation) + memory(cfg, rules, sizes)
+
+
+def micro_batches_of(cfg: TrainConfig, what: str) -> int:
+    """How many parts a step works on one after the other; decoding has one."""
+    return cfg.gradient_accumulation if what == "train" else 1
 
 
 @functools.cache
 def _model_flops(model, seq: int, what: str) -> float:
     found = cost(model, seq)
     return found.train_flops if what == "train" else found.total.flops
+
+
+def _rows_at_once(batch: int, micro_batches: int) -> str:
+    return f"{micro_batches} x {batch // micro_batches} rows" if micro_batches > 1 else ""
 
 
 def gigabytes(size: float) -> str:

@@ -1,9 +1,9 @@
 """Searches layouts and meshes for a number of chips: estimates all, and rejects with a reason.
 
-Meshes are all factorings of the device count over the axes that a layout uses, as far as the model
-can be cut: `tensor` at most the output groups, `context` no shorter than a window. `slice` is left
-out. Layouts are ranked by estimated step time. The front is every layout that no other beats in
-both memory and time.
+Each gets the fewest micro-batches that fit. Meshes are all factorings of the device count over the
+axes that a layout uses, as far as the model can be cut: `tensor` at most the output groups,
+`context` no shorter than a window. `slice` is left out. Layouts are ranked by estimated step time.
+The front is every layout that no other beats in both memory and time.
 
 Next file to read: v4jax/planner/compiled.py.
 """
@@ -14,7 +14,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from sharding.rules import LAYOUTS, MESH_AXES, AxisRules
+from sharding.mesh import parse_mesh
+from sharding.rules import LAYOUTS, MESH_AXES, AxisRules, layout_for
 from v4jax.planner.estimate import USABLE, Estimate, estimate, gigabytes, memory_of
 from v4jax.planner.hardware import Hardware
 from v4jax.train.config import TrainConfig
@@ -54,14 +55,19 @@ class Found:
         rows += [
             (
                 f"{i + 1}.",
-                f"{e.layout}: {e.mesh}",
+                f"{e.layout}: {e.mesh}{_times(e)}",
                 f"{e.step_seconds:.3f} s, {e.bound}",
                 f"{gigabytes(e.memory_bytes)}, MFU {e.mfu:.1%}",
             )
             for i, e in enumerate(self.ranked[:SHOWN])
         ]
         return rows + [
-            ("front", f"{e.layout}: {e.mesh}", f"{e.step_seconds:.3f} s", gigabytes(e.memory_bytes))
+            (
+                "front",
+                f"{e.layout}: {e.mesh}{_times(e)}",
+                f"{e.step_seconds:.3f} s",
+                gigabytes(e.memory_bytes),
+            )
             for e in self.front[:SHOWN]
         ]
 
@@ -91,6 +97,10 @@ class Found:
         )
 
 
+def _times(found: Estimate) -> str:
+    return f", {found.micro_batches} micro-batches" if found.micro_batches > 1 else ""
+
+
 def search(
     cfg: TrainConfig,
     hardware: Hardware,
@@ -111,12 +121,13 @@ def search(
     for layout, mesh in candidates(cfg, devices, rejected):
         tried += 1
         one = dataclasses.replace(cfg, mesh=mesh, layout=layout)
+        has = USABLE * hardware.of_a_device(devices).hbm_bytes
         try:
-            need = memory_of(one, hardware, what, released)
+            one, need = least_micro_batches(one, hardware, has, what, released)
         except ValueError as error:
             rejected[_reason(str(error))] += 1
             continue
-        if need <= USABLE * hardware.of_a_device(devices).hbm_bytes:
+        if need <= has:
             fits.append(estimate(one, hardware, what, fp8, released))
             continue
         rejected["needs more memory than a device has"] += 1
@@ -129,10 +140,32 @@ def search(
     )
 
 
+def least_micro_batches(
+    cfg: TrainConfig, hardware: Hardware, has: float, what: str = "train", released: bool = False
+) -> tuple[TrainConfig, float]:
+    """(`cfg` with the fewest micro-batches that fit `has` bytes, the bytes that it then needs).
+
+    It is doubled from cfg.gradient_accumulation on. If nothing fits, it is the most micro-batches
+    that the rows of a device divide into.
+    """
+    sizes = parse_mesh(cfg.mesh)
+    shards = math.prod(sizes[axis] for axis in layout_for(cfg.layout, sizes).mesh_axes("act_batch"))
+    need = memory_of(cfg, hardware, what, released)
+    while what == "train" and need > has:
+        more = 2 * cfg.gradient_accumulation
+        if cfg.batch_size % (more * shards):
+            break
+        cfg = dataclasses.replace(cfg, gradient_accumulation=more)
+        need = memory_of(cfg, hardware, what, released)
+    return cfg, need
+
+
 def as_estimated(cfg: TrainConfig, found: Estimate) -> TrainConfig:
-    """`cfg` with the mesh and layout of one of its search's estimates."""
+    """`cfg` with the mesh, layout and micro-batches of one of its search's estimates."""
     layout = cfg.layout if found.layout == str(cfg.layout) else found.layout
-    return dataclasses.replace(cfg, mesh=found.mesh, layout=layout)
+    return dataclasses.replace(
+        cfg, mesh=found.mesh, layout=layout, gradient_accumulation=found.micro_batches
+    )
 
 
 def candidates(

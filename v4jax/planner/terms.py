@@ -65,25 +65,32 @@ def sent(
 
 
 class Constants(NamedTuple):
-    """What `bases` needs to know of model and mesh."""
+    """What `bases` needs to know of model, mesh and step."""
 
     batch_shards: int
     seq_shards: int
     topk: int
+    micro_batches: int = 1
     gather_from: int = GATHER_FROM
 
 
-def constants_of(cfg: ModelConfig, rules: AxisRules, sizes: Mapping[str, int]) -> Constants:
+def constants_of(
+    cfg: ModelConfig, rules: AxisRules, sizes: Mapping[str, int], micro_batches: int = 1
+) -> Constants:
     batch, seq = (
         math.prod(sizes[axis] for axis in rules.mesh_axes(name))
         for name in ("act_batch", "act_seq")
     )
-    return Constants(batch, seq, cfg.index_topk)
+    return Constants(batch, seq, cfg.index_topk, micro_batches)
 
 
 def bases(k: Constants, seq: int, batch: int) -> dict[str, float]:
-    """The value of each basis on one device. page.html repeats these lines in JavaScript."""
-    rows, tokens = batch / k.batch_shards, batch * seq / (k.batch_shards * k.seq_shards)
+    """The value of each basis on one device, for one micro-batch.
+
+    page.html repeats these lines in JavaScript.
+    """
+    rows = batch / (k.micro_batches * k.batch_shards)
+    tokens = rows * seq / k.seq_shards
     csa, hca = seq // CSA, seq // HCA
     choice = csa > k.topk
     used = k.topk if csa >= k.gather_from * k.topk else csa
@@ -100,6 +107,22 @@ def bases(k: Constants, seq: int, batch: int) -> dict[str, float]:
         "hca_used": tokens * hca,
         "hca_entries": rows * hca,
     }
+
+
+def repeated(terms: Iterable[Term], micro_batches: int) -> list[Term]:
+    """The terms of a step of micro-batches, from those of a step of one.
+
+    All but the optimizer's work, traffic and exchanges happen once a micro-batch.
+    """
+
+    def times(term: Term) -> Term:
+        if term.kind not in ("flops", "hbm", "sent") or term.part == "optimizer":
+            return term
+        return term._replace(
+            coefficient=micro_batches * term.coefficient, calls=micro_batches * term.calls
+        )
+
+    return [times(term) for term in terms]
 
 
 def total(terms: Iterable[Term], values: Mapping[str, float]) -> float:

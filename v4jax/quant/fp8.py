@@ -22,7 +22,8 @@ _IS_NAN = np.isnan(_VALUE)
 
 def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
     """Shape [P, Q] of the scales of a matrix [O, I]. Example: (130, 256) -> (2, 2)."""
-    return tuple(-(-size // BLOCK) for size in shape)
+    rows, columns = shape
+    return -(-rows // BLOCK), -(-columns // BLOCK)
 
 
 def block_scale(x_OI: np.ndarray) -> np.ndarray:
@@ -89,15 +90,14 @@ def dequantise(code_OI: np.ndarray, scale_PQ: np.ndarray) -> np.ndarray:
       ValueError: a NaN code (byte 127 or 255), or a product that float32 cannot hold.
     """
     check_codes(code_OI)
-    x_OI = np.empty(code_OI.shape, np.float32)
+    rows, width = code_OI.shape
+    x_OI = np.empty((rows, width), np.float32)
     with np.errstate(over="ignore"):
         # One band of blocks at a time stays in the cache.
         for row, scale_Q in zip(range(0, len(x_OI), BLOCK), scale_PQ, strict=True):
             band_OI = _VALUE[code_OI[row : row + BLOCK].view(np.uint8)]
             np.multiply(
-                band_OI,
-                np.repeat(scale_Q, BLOCK)[: x_OI.shape[1]][None],
-                out=x_OI[row : row + BLOCK],
+                band_OI, np.repeat(scale_Q, BLOCK)[:width][None], out=x_OI[row : row + BLOCK]
             )
     if scale_PQ.size and scale_PQ.max() * 2.0 > np.finfo(np.float32).max / LARGEST:
         check_finite(x_OI)

@@ -30,6 +30,7 @@ from v4jax.kernels.choice import kernels_from
 from v4jax.model.forward import apply
 from v4jax.train.config import TrainConfig
 from v4jax.train.gradients import split_batch
+from v4jax.train.stages import Batches
 from v4jax.train.step import TrainState, batch_sharding, compiled_together
 
 Chosen = dict[str, dict[str, jax.Array]]
@@ -105,7 +106,7 @@ class RoutedBatchQueue:
 
     def __init__(
         self,
-        data: Iterator,
+        data: Iterator | Batches,
         put: Callable,
         choose: Callable,
         lag: int,

@@ -7,32 +7,26 @@ In a job of several processes, each runs all of this and loads the rows of its o
 first writes and prints. All must do their joint work in the same order: steps, evaluation,
 checkpoints, export.
 
-Next file to read: v4jax/train/report.py.
+Next file to read: v4jax/train/run_steps.py.
 """
 
 import functools
 import itertools
-import math
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
 
 from sharding.agreement import agreed
-from sharding.process_rows import from_rows, local_rows
-from sharding.processes import is_first, stop_requests
-from sharding.rules import AxisRules
+from sharding.processes import is_first
 from v4jax.checkpoint.export import save_safetensors
 from v4jax.checkpoint.store import Store, newest_step
 from v4jax.data.listing import Listings
-from v4jax.train.anticipate import RoutedBatchQueue, compile_choice
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import unigram_loss
-from v4jax.train.evaluation import evaluation_sets, evaluator
-from v4jax.train.finite import not_finite
+from v4jax.train.evaluation import evaluation_sets
 from v4jax.train.initial import first_state
+from v4jax.train.metrics_file import plot_losses
 from v4jax.train.prepare import (
     as_read,
     check_folders,
@@ -44,12 +38,10 @@ from v4jax.train.prepare import (
     stage_batches,
     write_run,
 )
-from v4jax.train.report import Reporter, Silent, plot_losses
-from v4jax.train.resume import Begin, go_back, items_of, start
-from v4jax.train.stability import LossHistory, remember, spike
-from v4jax.train.stages import Batches, at_stage, number_at, stage_at, steps_left
-from v4jax.train.step import Steps, TrainState, batch_sharding, compile_step, state_shardings
-from v4jax.train.watch import plain
+from v4jax.train.report import Reporter, Silent
+from v4jax.train.resume import start
+from v4jax.train.run_steps import Job, run_steps
+from v4jax.train.step import batch_sharding, state_shardings
 
 UNIGRAM_BATCHES = 64
 """Training batches whose tokens the unigram model counts."""
@@ -90,201 +82,11 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
                 report.begin(begin.step)
                 if begin.changed:
                     report.event(begin.step, "data changed", changed=begin.changed)
-                job = _Job(cfg, rules, mesh, shardings, data, held_out, store, report)
-                state, last = _steps(job, begin)
+                job = Job(cfg, rules, mesh, shardings, data, held_out, store, report)
+                state, last = run_steps(job, begin)
         if last == cfg.steps:
             return _finish(cfg, run, tokenizer, listings, state)
     return {"run_dir": str(run), "steps": cfg.steps, "stopped_at": last} if is_first() else {}
-
-
-# ---- steps -------------------------------------------------------------------------------------
-
-
-class _Job(NamedTuple):
-    """What stays the same from the first step to the last."""
-
-    cfg: TrainConfig
-    rules: AxisRules
-    mesh: Mesh
-    shardings: TrainState
-    data: Batches
-    held_out: dict[str, list]
-    store: Store
-    report: Reporter | Silent
-
-
-class _Stage(NamedTuple):
-    """What stays the same from the first step of a stage to its last."""
-
-    number: int
-    take_step: Steps
-    queue: RoutedBatchQueue
-    evaluate: Callable
-
-
-class _Due(NamedTuple):
-    """What to do after a step. `read`: wait for its metrics; all the others need that."""
-
-    read: bool
-    log: bool
-    evaluate: bool
-    save: bool
-    last: bool
-
-
-def _steps(job: _Job, begin: Begin) -> tuple[TrainState, int]:
-    """(state, steps done) after training from `begin` to the last step, or to a request to stop."""
-    cfg = job.cfg
-    state, step, history, ahead, _ = begin
-    stage, stop = None, False
-    with stop_requests() as asked_to_stop:
-        # A rollback sets `step` back but never the turn, so processes agree on a turn to end at.
-        for turn in itertools.count(begin.step + 1):
-            if step == cfg.steps:
-                return state, step
-            if stage is None or stage.number != number_at(cfg, step):
-                stage, ahead = _begin_stage(job, step, ahead), None
-                history = at_stage(cfg, history, step)
-            step += 1
-            state, metrics, anticipated = _take_step(job, stage, state, step, history)
-            # Several processes learn of a request at one turn only, and that turn may spike.
-            stop = asked_to_stop(turn) or stop
-            due = _due(job, step, stop, first=turn == begin.step + 1)
-            inside = metrics.pop("watch", None)
-            if due.read:
-                metrics = {name: float(value) for name, value in metrics.items()}
-            why = _fault(job, due, state, history, metrics)
-            if why is not None:
-                state, step, history = _go_back(job, stage, state, step, history, metrics, why)
-                continue
-            if due.read:
-                history = remember(cfg.stability, history, metrics["loss"], metrics["grad_norm"])
-            if due.log:
-                job.report.step(step, metrics | _told(cfg, stage, anticipated))
-            if inside is not None:
-                job.report.inside(step, plain(jax.device_get(inside)))
-            _evaluate_and_save(job, stage, due, step, state, history)
-            if due.last:
-                return state, step
-
-
-def _begin_stage(job: _Job, step: int, ahead: Mapping[str, Any] | None) -> _Stage:
-    """What the steps after `step` run with.
-
-    Args:
-      ahead: batches that a checkpoint had drawn ahead (resume.Begin).
-    """
-    cfg, view = job.cfg, stage_at(job.cfg, step)
-    place = batch_sharding(job.rules, job.mesh)
-    compiled = functools.partial(compile_step, view, job.rules, job.shardings, job.mesh)
-    choose = compile_choice(view, job.rules, job.shardings, job.mesh)
-    queue = RoutedBatchQueue(
-        job.data, _putter(place, view), choose, cfg.stability.anticipate_lag, ahead
-    )
-    job.report.stage(step, view)
-    # Evaluation keeps the batch size and length of the first stage.
-    evaluate = evaluator(view, job.rules, _putter(place, cfg))
-    return _Stage(number_at(cfg, step), Steps(compiled), queue, evaluate)
-
-
-def _take_step(
-    job: _Job, stage: _Stage, state: TrainState, step: int, history: LossHistory
-) -> tuple[TrainState, dict[str, Any], bool]:
-    """(state, metrics, whether its experts were chosen ahead) of step number `step`."""
-    cfg = job.cfg
-    job.data.at(step - 1)
-    left = steps_left(cfg, step - 1)
-    batch, chosen = stage.queue.next(state.public, step <= history.anticipate_until, left)
-    watch = cfg.watch_every > 0 and step % cfg.watch_every == 0
-    state, metrics = stage.take_step(state, batch, chosen, watch=watch)
-    return state, metrics, chosen is not None
-
-
-def _due(job: _Job, step: int, stop: bool, first: bool) -> _Due:
-    """What to do after step number `step`.
-
-    Args:
-      stop: whether the job is asked to end.
-      first: whether this is the first step since the start.
-    """
-    cfg = job.cfg
-    end = step == cfg.steps
-    last = stop or end
-    log = step % cfg.log_every == 0 or first or last
-    evaluate = bool(job.held_out) and (step % cfg.eval_every == 0 or end)
-    save = step % cfg.checkpoint_every == 0 or last
-    read = log or evaluate or save or cfg.stability.rollbacks > 0
-    return _Due(read, log, evaluate, save, last)
-
-
-def _fault(
-    job: _Job, due: _Due, state: TrainState, history: LossHistory, metrics: Mapping[str, float]
-) -> str | None:
-    """Says why the run cannot go on after a step; None if it can, or its metrics are not read."""
-    if not due.read:
-        return None
-    why = spike(job.cfg.stability, history, metrics["loss"], metrics["grad_norm"])
-    if why is None and (due.save or due.evaluate):
-        why = not_finite(state)  # after the update: this is what would be saved
-    return why
-
-
-def _go_back(
-    job: _Job,
-    stage: _Stage,
-    state: TrainState,
-    step: int,
-    history: LossHistory,
-    metrics: Mapping[str, float],
-    why: str,
-) -> tuple[TrainState, int, LossHistory]:
-    """State, step and history to go on from, after a fault in step number `step`."""
-    drawn = history.batch(step) + len(stage.queue)
-    stage.queue.drop()
-    good = go_back(job.cfg, job.shardings, job.store, state, history, step, drawn, why)
-    trace = (*history.losses, metrics["loss"])
-    job.report.rollback(good.step, good.history, step, why, trace=trace)
-    return good.state, good.step, good.history
-
-
-def _told(cfg: TrainConfig, stage: _Stage, anticipated: bool) -> dict[str, float]:
-    """What a line of metrics adds about the run's mode, for runs that have more than one."""
-    told = {"anticipating": float(anticipated)} if cfg.stability.anticipate else {}
-    return told | ({"stage": stage.number} if cfg.stages else {})
-
-
-def _evaluate_and_save(
-    job: _Job, stage: _Stage, due: _Due, step: int, state: TrainState, history: LossHistory
-) -> None:
-    """Evaluates and saves as `due` says."""
-    held_out_nll = None
-    if due.evaluate:
-        nll = {
-            f"{name}_nll": stage.evaluate(state.public, batches)
-            for name, batches in job.held_out.items()
-        }
-        if math.isfinite(nll["held_out_nll"]):  # NaN cannot be ranked among the best
-            held_out_nll = nll["held_out_nll"]
-        job.report.evaluation(step, nll)
-    if due.save:
-        jax.block_until_ready(state)
-        items = items_of(state, history) | stage.queue.items() | {"data": job.data}
-        job.store.save(step, items, held_out_nll)
-
-
-def _putter(place: NamedSharding, view: TrainConfig) -> Callable:
-    """A function that makes a stage's global batch from this process's rows of it."""
-    rows = local_rows(place, (view.batch_size, view.seq_len))
-
-    def put(batch):
-        return {
-            name: from_rows(place, value, rows, view.batch_size) for name, value in batch.items()
-        }
-
-    return put
-
-
-# ---- end ---------------------------------------------------------------------------------------
 
 
 def _finish(

@@ -16,7 +16,7 @@ from typing import Any
 
 from v4jax.checkpoint.atomic import write_text
 from v4jax.storage import local_path
-from v4jax.train.report import METRICS, read_metrics, require_plots
+from v4jax.train.metrics_file import METRICS, read_metrics, require_plots
 
 PAGE = "summary.html"
 _STYLE = (

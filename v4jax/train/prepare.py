@@ -33,8 +33,8 @@ from v4jax.train.config import TrainConfig
 from v4jax.train.data import train_batches
 from v4jax.train.evaluation import evaluation_sets
 from v4jax.train.initial import check_source_model, check_source_tokens
-from v4jax.train.report import require_plots
-from v4jax.train.resume import check_data
+from v4jax.train.metrics_file import require_plots
+from v4jax.train.same_data import check_data
 from v4jax.train.stages import Batches, stage_at, starts
 from v4jax.train.step import check_batch
 

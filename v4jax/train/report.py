@@ -1,9 +1,8 @@
-"""What a run shows: a progress bar, metrics as JSON lines and in TensorBoard, a plot of its losses.
+"""What a run shows while it trains: a progress bar, metrics as JSON lines and in TensorBoard.
 
-Next file to read: v4jax/train/picture.py.
+Next file to read: v4jax/train/metrics_file.py.
 """
 
-import json
 import math
 import pathlib
 import time
@@ -18,22 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sharding.mesh import make_mesh, parse_mesh
 from v4jax.checkpoint.atomic import json_text, write_text
 from v4jax.cost import train_flops_per_token
-from v4jax.storage import local_path
 from v4jax.train.config import TrainConfig
+from v4jax.train.metrics_file import METRICS, read_metrics
 from v4jax.train.stability import LossHistory
-
-METRICS = "metrics.jsonl"
-
-
-def require_plots() -> None:
-    """Raises ValueError unless the packages for plots and TensorBoard are installed."""
-    try:
-        import matplotlib  # noqa: F401
-        import tensorboardX  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"training draws its losses and needs {error.name}: pip install 'v4jax[plots]'"
-        ) from None
 
 
 def matmul_rate(dtype: jnp.dtype, size: int = 2048, repeats: int = 3) -> float:
@@ -249,52 +235,3 @@ class Silent:
 
     def event(self, step: int, name: str, **said: Any) -> None:
         pass
-
-
-def read_metrics(run) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl: metrics of a step, a look inside, or an "event".
-
-    None as a value means a number that is not finite. A last line cut short by a crash is left out.
-    """
-    path = local_path(run, "run") / METRICS
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def plot_losses(run: pathlib.Path, unigram_nll: float | None = None) -> pathlib.Path:
-    """Draws loss.png: training and held-out nats per token, MTP, expert load and learning rate.
-
-    Args:
-      unigram_nll: held-out nats per token of a unigram model, drawn as a line; None: no line.
-    """
-    from matplotlib.figure import Figure
-
-    lines = read_metrics(run)
-
-    def series(name):
-        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        return [list(values) for values in zip(*points, strict=True)] or [[], []]
-
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    top.plot(*series("nll"), label="training, next token")
-    top.plot(*series("mtp_nll"), label="training, token after next (MTP)", alpha=0.6)
-    top.plot(*series("held_out_nll"), "o-", label="held out, next token")
-    if unigram_nll is not None:
-        top.axhline(unigram_nll, color="grey", linestyle="--", label="unigram model, held out")
-    top.set_ylabel("nats per token")
-    top.legend()
-    bottom.plot(
-        *series("expert_load_max"), color="tab:red", label="max / mean expert load, worst layer"
-    )
-    bottom.set_ylabel("expert load")
-    bottom.set_xlabel("step")
-    bottom.legend(loc="upper left")
-    rate = bottom.twinx()
-    rate.plot(*series("learning_rate"), color="tab:grey", linestyle=":")
-    rate.set_ylabel("learning rate")
-    path = local_path(run, "run") / "loss.png"
-    figure.savefig(path, dpi=110)
-    return path

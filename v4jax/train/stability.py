@@ -23,6 +23,7 @@ import dataclasses
 import itertools
 import math
 import statistics
+from typing import Any
 
 
 class TrainingFailed(RuntimeError):
@@ -101,8 +102,10 @@ class LossHistory:
 
     @staticmethod
     def from_json(value: dict) -> "LossHistory":
-        tuples = {name: tuple(value[name]) for name in ("losses", "grad_norms")}
-        return LossHistory(**value | tuples | {"skipped": tuple(map(tuple, value["skipped"]))})
+        fields: dict[str, Any] = dict(value)
+        fields |= {name: tuple(value[name]) for name in ("losses", "grad_norms")}
+        fields["skipped"] = tuple(map(tuple, value["skipped"]))
+        return LossHistory(**fields)
 
     def batch(self, step: int) -> int:
         """The number of the batch that this step trains on, counted from 1 in data order.

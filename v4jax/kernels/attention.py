@@ -148,16 +148,17 @@ def blocked(q_BTNH, window: WindowKeys | None, entries: EntryKeys | None, sink_N
     peak_BTN = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
     if sink_N is None:
         peak_BTN = jnp.where(peak_BTN == -jnp.inf, 0, peak_BTN)
-    total = 0.0 if sink_N is None else jnp.exp(sink_N[None, None] - peak_BTN)
-    out = 0.0
+    totals = [] if sink_N is None else [jnp.exp(sink_N[None, None] - peak_BTN)]
+    outs = []
     for score_BTNK, weighted_sum in parts:
         share_BTNK = jnp.exp(score_BTNK - peak_BTN[..., None])
-        total = total + share_BTNK.sum(-1)
-        out = out + weighted_sum(share_BTNK.astype(dtype))
-    lse_BTN = peak_BTN + jnp.log(total)
+        totals.append(share_BTNK.sum(-1))
+        outs.append(weighted_sum(share_BTNK.astype(dtype)))
+    total_BTN = functools.reduce(jnp.add, totals)
+    lse_BTN = peak_BTN + jnp.log(total_BTN)
     if sink_N is None:
-        total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-    return out / total[..., None], lse_BTN
+        total_BTN = jnp.maximum(total_BTN, jnp.finfo(jnp.float32).tiny)
+    return functools.reduce(jnp.add, outs) / total_BTN[..., None], lse_BTN
 
 
 def _window_scores(q_BTNH, window: WindowKeys) -> jax.Array:

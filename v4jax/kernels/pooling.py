@@ -7,7 +7,7 @@ same softmax (docs/equations.md#compressor).
 
 Shapes: B batch, S positions (with those before this device's), H width of entries, C entries,
 M tokens of a window.
-Next file to read: v4jax/kernels/index_scores.py.
+Next file to read: v4jax/model/indexer.py.
 """
 
 import functools

@@ -21,7 +21,7 @@ import optax
 from configs import demo, flash
 from sharding.rules import AxisRules
 from v4jax.context import Context
-from v4jax.model.init import init_params
+from v4jax.functional import init_params
 from v4jax.planner.compiled import report_layout
 from v4jax.train.gradients import gradients
 from v4jax.train.step import optimizer_of, state_from, train_step

@@ -14,8 +14,8 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import layout_for
 from v4jax.checkpoint.names import from_official
 from v4jax.context import Context, SparseMode
+from v4jax.functional import forward
 from v4jax.kernels import attention
-from v4jax.model.forward import forward
 from v4jax.parameter_tree import abstract_params
 from v4jax.train.loss import loss_and_routing
 

@@ -31,7 +31,7 @@ class Collect:
 
     Attributes:
       index: indices of the chosen experts (Routing.index_BSK in v4jax/model/router.py).
-      watch: diagnostics of every layer (v4jax/model/watch.py).
+      watch: diagnostics of every layer (v4jax/diagnostics.py).
     """
 
     index: bool = False

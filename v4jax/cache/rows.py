@@ -13,8 +13,10 @@ import jax.numpy as jnp
 
 from sharding.manual import first_row
 from sharding.rules import AxisRules
+from v4jax.cache.attention_inputs import WindowKV
 from v4jax.cache.layer import SPARE_ROWS, ChunkSpan, CompressedKV, slot_count
 from v4jax.cache.quantized import Rows, pack, unpack
+from v4jax.kernels.index_scores import KeyReader
 
 
 def _rows_before(
@@ -85,8 +87,8 @@ def _positions(span: ChunkSpan, size: int) -> jax.Array:
 
 def window_rows(
     ring: Rows, layer: jax.Array, x_BSH: jax.Array, span: ChunkSpan, window: int
-) -> tuple[Rows, jax.Array, jax.Array]:
-    """(the ring with a chunk's real tokens, window keys/values [B,V,H], their positions [B,V]).
+) -> tuple[Rows, WindowKV]:
+    """(the ring with a chunk's real tokens, the window's keys/values).
 
     These are the keys/values of the `window` positions before the chunk, then the chunk's own. For
     a few tokens (at most SPARE_ROWS) they are the whole ring in its own order: sorting it takes
@@ -95,9 +97,10 @@ def window_rows(
     new, longer = keep_rows(ring, layer, x_BSH, span)
     if x_BSH.shape[1] > SPARE_ROWS:
         row_1V = jnp.arange(-window, x_BSH.shape[1], dtype=jnp.int32)[None]
-        return new, longer(window), span.start_B[:, None] + row_1V
+        rows_BVH = longer(window)
+        return new, WindowKV(rows_BVH, span.start_B[:, None] + row_1V, span.start_B)
     rows_BRH = _layer_rows(new, layer, x_BSH.dtype)
-    return new, rows_BRH, _positions(span, rows_BRH.shape[1])
+    return new, WindowKV(rows_BRH, _positions(span, rows_BRH.shape[1]), span.start_B)
 
 
 def _write(
@@ -210,3 +213,15 @@ def chosen_rows(
         return jax.lax.gather(stack_LBCH, index_BTK2, numbers, size, mode="clip")
 
     return unpack(jax.tree.map(take, rows.stack), dtype)
+
+
+def key_reader(keys: jax.Array | CompressedKV, dtype: jnp.dtype) -> jax.Array | KeyReader:
+    """Index keys as their op reads them: those of a cache in parts, a plain array as it is."""
+    if not isinstance(keys, CompressedKV):
+        return keys
+    return KeyReader(
+        whole=lambda: all_rows(keys, dtype),
+        part=lambda first, size: some_rows(keys, first, size, dtype),
+        count=keys.count,
+        used=keys.used,
+    )

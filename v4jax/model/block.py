@@ -12,6 +12,7 @@ import jax
 from v4jax.cache.layer import CacheView
 from v4jax.config import LayerGroup, LayerKind, ModelConfig
 from v4jax.context import Context
+from v4jax.diagnostics import measure, merge
 from v4jax.kernels.streams import expand
 from v4jax.model.attention import Attention
 from v4jax.model.hyper import HyperConnection
@@ -20,7 +21,6 @@ from v4jax.model.moe import MoE
 from v4jax.model.norm import RMSNorm
 from v4jax.model.router import Routing
 from v4jax.model.segments import Segments
-from v4jax.model.watch import measure, merge
 from v4jax.model.weights import Weights
 
 
@@ -48,7 +48,7 @@ class Block(Weights):
                 u_BSD, segments, view
             )
             x_BSXD = self._place(expand(y_BSD, x_BSXD, *mix, ctx.kernels.streams))
-            diagnostics = measure(pre_BSX, mix, y_BSD, x_BSXD) if ctx.collect.watch else None
+            diagnostics = measure(pre_BSX, *mix, y_BSD, x_BSXD) if ctx.collect.watch else None
         with jax.named_scope("experts"):
             u_BSD, pre_BSX, mix = HyperConnection(ctx, cfg, name="hc_ffn")(x_BSXD)
             u_BSD = RMSNorm(ctx, cfg, name="ffn_norm")(u_BSD)
@@ -58,7 +58,7 @@ class Block(Weights):
             x_BSXD = self._place(expand(y_BSD, x_BSXD, *mix, ctx.kernels.streams))
             if diagnostics is not None:
                 routing = routing._replace(
-                    diagnostics=merge(diagnostics, measure(pre_BSX, mix, y_BSD, x_BSXD))
+                    diagnostics=merge(diagnostics, measure(pre_BSX, *mix, y_BSD, x_BSXD))
                 )
         return x_BSXD, routing, view, loss
 

@@ -9,58 +9,25 @@ head dim.
 Next file to read: v4jax/kernels/attention.py.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from sharding.manual import first_row
+from v4jax.cache.attention_inputs import Entries
 from v4jax.cache.layer import CompressedKV
-from v4jax.cache.rows import all_rows, chosen_rows
+from v4jax.cache.rows import all_rows, chosen_rows, key_reader
+from v4jax.cache.sharded import ShardAxes, among_all
 from v4jax.config import CSA, ModelConfig
 from v4jax.context import Context
 from v4jax.kernels.attention import EntryKeys, gathers
 from v4jax.kernels.index_scores import index_scores
 from v4jax.kernels.index_search import best_slots, may_search
+from v4jax.kernels.queries import Queries
 from v4jax.kernels.top_k import top_k, top_k_mask
-from v4jax.model.indexer import key_reader
-from v4jax.model.queries import Queries
-
-
-class Entries(NamedTuple):
-    """Compressed entries that queries may attend to.
-
-    Attributes:
-      entry_BCH: keys/values.
-      last_BC: int32, index in the row of the last token of each entry's window.
-      segment_BC: document of each entry; None where each row is one document.
-    """
-
-    entry_BCH: jax.Array | CompressedKV
-    last_BC: jax.Array
-    segment_BC: jax.Array | None
-
-
-class ShardAxes(NamedTuple):
-    """Mesh axes that cut the arrays of attention; None or () where an array is whole.
-
-    Attributes:
-      seq: cuts the sequence.
-      index_heads: cut the indexer's heads.
-      heads: cut the attention heads.
-      queries: cut the queries (batch and sequence).
-      slots: cuts the slots of the cache.
-    """
-
-    seq: str | None = None
-    index_heads: tuple[str, ...] = ()
-    heads: tuple[str, ...] = ()
-    queries: tuple[str, ...] = ()
-    slots: str | None = None
 
 
 def choose(
-    ctx: Context, cfg: ModelConfig, split: ShardAxes, chunk: Queries, entries: Entries, index_key
+    ctx: Context, cfg: ModelConfig, axes: ShardAxes, chunk: Queries, entries: Entries, index_key
 ) -> tuple[EntryKeys, jax.Array | None]:
     """(entries that the queries attend to, their index scores or None).
 
@@ -72,28 +39,28 @@ def choose(
     if index_key is None:
         return EntryKeys(all_rows(entries.entry_BCH, dtype), visible_BTC), None
     keys = key_reader(index_key, chunk.index_q.dtype)
-    if not split.index_heads and may_search(keys, topk, kernels):
-        position_BT = chunk.position_BT - CSA * first_row(split.slots, index_key.count)
+    if not axes.index_heads and may_search(keys, topk, kernels):
+        position_BT = chunk.position_BT - CSA * first_row(axes.slots, index_key.count)
         score_BTK, index_BTK = best_slots(
             chunk.index_q, chunk.index_w, keys, position_BT, CSA, topk, kernels
         )
     else:
-        score_BTC = _scores(ctx, split, chunk, entries, index_key, keys)
+        score_BTC = _scores(ctx, axes, chunk, entries, index_key, keys)
         score_BTC = jnp.where(visible_BTC, score_BTC, -jnp.inf)
         slots = score_BTC.shape[-1]
-        if sparse.dense or (slots <= topk and not split.slots):
+        if sparse.dense or (slots <= topk and not axes.slots):
             return EntryKeys(all_rows(entries.entry_BCH, dtype), visible_BTC), score_BTC
-        if not split.slots and not gathers(slots, score_BTC.shape[1], topk):
+        if not axes.slots and not gathers(slots, score_BTC.shape[1], topk):
             chosen_BTC = visible_BTC & top_k_mask(score_BTC, topk, kernels.top_k)
             return EntryKeys(all_rows(entries.entry_BCH, dtype), chosen_BTC), score_BTC
         score_BTK, index_BTK = top_k(score_BTC, min(topk, slots), kernels.top_k)
     chosen_BTK = score_BTK > -jnp.inf
-    if split.slots:
-        chosen_BTK &= _among_all(score_BTK, topk, split.slots)
+    if axes.slots:
+        chosen_BTK &= among_all(score_BTK, topk, axes.slots)
     return EntryKeys(chosen_rows(entries.entry_BCH, index_BTK, dtype), chosen_BTK), score_BTK
 
 
-def _scores(ctx: Context, split: ShardAxes, chunk: Queries, entries: Entries, index_key, keys):
+def _scores(ctx: Context, axes: ShardAxes, chunk: Queries, entries: Entries, index_key, keys):
     """Index scores of a chunk, float32 [B,T,C], before any mask.
 
     Blocks of slots that no query sees are skipped. The loop that does so has no gradient, so scores
@@ -103,18 +70,7 @@ def _scores(ctx: Context, split: ShardAxes, chunk: Queries, entries: Entries, in
         seen = CompressedKV(index_key[None], jnp.int32(0), _seen_slots(chunk, entries))
         keys = key_reader(seen, chunk.index_q.dtype)
     score_BTC = index_scores(chunk.index_q, chunk.index_w, keys, ctx.kernels.index_scores)
-    return jax.lax.psum(score_BTC, split.index_heads) if split.index_heads else score_BTC
-
-
-def _among_all(score_BTK: jax.Array, topk: int, axis: str) -> jax.Array:
-    """Which of this device's best scores are among the `topk` best of all devices.
-
-    Each device holds a contiguous part of the entries, in the order of the devices, so the smaller
-    index wins ties here too. K scores per query travel.
-    """
-    best = top_k_mask(jax.lax.all_gather(score_BTK, axis, axis=2, tiled=True), topk)
-    count = score_BTK.shape[-1]
-    return jax.lax.dynamic_slice_in_dim(best, jax.lax.axis_index(axis) * count, count, axis=2)
+    return jax.lax.psum(score_BTC, axes.index_heads) if axes.index_heads else score_BTC
 
 
 def _visible(chunk: Queries, entries: Entries) -> jax.Array:

@@ -26,8 +26,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sharding.micro_batches import join_rows
 from sharding.rules import AxisRules
 from v4jax.context import Collect, Context
+from v4jax.functional import apply
 from v4jax.kernels.choice import kernels_from
-from v4jax.model.forward import apply
 from v4jax.train.config import TrainConfig
 from v4jax.train.gradients import split_batch
 from v4jax.train.stages import Batches

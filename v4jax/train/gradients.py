@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from sharding.micro_batches import split_rows
 from sharding.rules import AxisRules
 from v4jax.context import Context
+from v4jax.diagnostics import over_batches
 from v4jax.model.router import Routing
-from v4jax.model.watch import over_batches
 from v4jax.parameter_tree import param_axes
 from v4jax.train.config import TrainConfig
 from v4jax.train.loss import counts_of, loss_and_routing

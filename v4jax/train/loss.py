@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.context import Context
+from v4jax.functional import apply
 from v4jax.kernels.choice import kernels_from
-from v4jax.model.forward import apply
 from v4jax.train.losses.indexer import captured
 from v4jax.train.losses.term import Batch
 from v4jax.train.losses.weights import LossWeights

@@ -19,8 +19,8 @@ from sharding.agreement import wait_for_all
 from sharding.params import named_shardings
 from sharding.rules import AxisRules
 from v4jax.context import Collect, Context, SparseMode
+from v4jax.functional import init_params
 from v4jax.kernels.choice import kernels_from
-from v4jax.model.init import init_params
 from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.train.balance import load_metrics, update_bias
 from v4jax.train.config import TrainConfig

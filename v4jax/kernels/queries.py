@@ -5,7 +5,7 @@ the scores of all queries against all entries never exist at once.
 
 Shapes: B batch, S positions, T query positions of a chunk, U blocks of a chunk, W window (the
 queries of a block; the keys that a block sees, window_BUWH and its positions and documents, are
-2W), V window keys, N heads, H head dim, I index heads, J index dim.
+2W), Y window keys, N heads, H head dim, I index heads, J index dim.
 Next file to read: v4jax/model/entries.py.
 """
 
@@ -45,21 +45,22 @@ class Queries(NamedTuple):
 
 
 def cut(
-    q_BSNH,
-    kv_BVH,
-    first_B,
-    position_BV,
-    segment_BS,
-    segment_BV,
-    index,
+    q_BSNH: jax.Array,
+    kv_BYH: jax.Array,
+    first_B: jax.Array,
+    position_BY: jax.Array,
+    segment_BS: jax.Array | None,
+    segment_BY: jax.Array | None,
+    index: tuple[jax.Array, jax.Array] | None,
     block: int,
     blocks: int,
     chunks: int,
 ) -> Queries:
     """Pads queries to whole chunks, and stacks the chunks on a new first axis.
 
-    Keys (kv_BVH, position_BV, segment_BV) are those of the W positions before the queries, then
-    those of the queries: V = W + S. A single block takes all V keys, whatever V is.
+    Keys (kv_BYH, position_BY, segment_BY) are those of the W positions before the queries, then
+    those of the queries: Y = W + S. A single block takes all Y keys, whatever Y is. The index is
+    the indexer's queries [B,S,I,J] and head weights [B,S,I].
 
     Example, W = 2, S = 4: the keys of positions -2 to 3 become two blocks of 2W keys,
     [-2 -1 0 1] and [0 1 2 3].
@@ -72,7 +73,7 @@ def cut(
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, blocks * block, *x.shape[2:]), 1, 0)
 
     def banded(x, fill=0):
-        """[B,V,...] -> [chunks,B,U,2W,...]: each block of W keys follows the one before it."""
+        """[B,Y,...] -> [chunks,B,U,2W,...]: each block of W keys follows the one before it."""
         if block == q_BSNH.shape[1]:
             return x[None, :, None]
         before = x.shape[1] - q_BSNH.shape[1]
@@ -85,10 +86,9 @@ def cut(
         x = jnp.concatenate((x[:, :-1], x[:, 1:]), axis=2)
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, blocks, *x.shape[2:]), 1, 0)
 
-    packed = segment_BS is not None
     return Queries(
         chunked(q_BSNH),
-        banded(kv_BVH),
+        banded(kv_BYH),
         jnp.moveaxis(
             (first_B[:, None] + jnp.arange(total, dtype=jnp.int32)[None]).reshape(
                 -1, chunks, blocks * block
@@ -96,12 +96,12 @@ def cut(
             1,
             0,
         ),
-        banded(position_BV, fill=-1),
-        chunked(segment_BS) if packed else None,
-        banded(segment_BV) if packed else None,
+        banded(position_BY, fill=-1),
+        None if segment_BS is None else chunked(segment_BS),
+        None if segment_BY is None else banded(segment_BY),
         (jnp.arange(total) < q_BSNH.shape[1]).reshape(chunks, -1),
-        None if index is None else chunked(index.q_BTIJ),
-        None if index is None else chunked(index.w_BTI),
+        None if index is None else chunked(index[0]),
+        None if index is None else chunked(index[1]),
     )
 
 

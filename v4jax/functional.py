@@ -1,15 +1,16 @@
-"""The entry points of the network: plain dicts of arrays in, logits or hidden states out.
+"""The network as functions of plain dicts of arrays: fresh parameters, hidden states, logits.
 
 Parameters are one nested dict. Its "router" holds what no gradient moves, selection bias and hash
 tables; tables are float32 arrays of integers, so that jax.grad takes the whole dict.
 
-Shapes: B batch, S positions, V vocabulary, L layers, K active experts.
+Shapes: B batch, S positions, X streams, D hidden, V vocabulary, L layers, K active experts.
 Next file to read: v4jax/model/transformer.py.
 """
 
 import functools
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -35,6 +36,24 @@ class Output(NamedTuple):
     logits: jax.Array
     mtp_logits: jax.Array | None
     aux: dict[str, dict[str, Routing]]
+
+
+def init_params(cfg: ModelConfig, key: jax.Array):
+    """Fresh parameters: matrices are normal with standard deviation initializer_range.
+
+    Norms are 1; sinks, ape and biases are 0; hash tables are balanced; hyper-connections start near
+    a static mix (docs/equations.md#mhc). Shapes and logical axes alone are those of
+    v4jax/parameter_tree.py.
+    """
+    return jax.jit(lambda key: nn.unbox(_boxed(cfg, key)))(key)
+
+
+def _boxed(cfg: ModelConfig, key: jax.Array):
+    """Parameters in Flax's boxes, which carry the logical axes."""
+    tokens_BS = jnp.zeros((1, 1), jnp.int32)
+    segments = read_segments(cfg, tokens_BS.shape[1], None)
+    variables = Transformer(Context(), cfg).init(key, tokens_BS, segments)
+    return dict(variables["params"]) | {"router": dict(variables["router"])}
 
 
 def apply(

@@ -35,6 +35,6 @@ def join_rows(rules: AxisRules, x: jax.Array, axis: int = 0) -> jax.Array:
 
 
 def _place(rules: AxisRules, x: jax.Array, axis: int) -> jax.Array:
-    names = [None] * x.ndim
+    names: list[str | None] = [None] * x.ndim
     names[axis], names[axis + 1] = "act_batch", "act_seq"
     return rules.constrain(x, *names)

@@ -7,7 +7,7 @@ Axes: B batch, S positions.
 Next file to read: v4jax/train/losses/indexer.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def mtp_mean(hidden: Hidden, batch: Batch, ctx: Context):
     return _sum([hidden.routing["mtp"]]) if "mtp" in hidden.routing else (None, {})
 
 
-def _sum(groups: list[Mapping[str, Routing]]):
+def _sum(groups: Sequence[Mapping[str, Routing]]):
     balance = sum(jnp.sum(route.balance) for blocks in groups for route in blocks.values())
     return balance, {"balance": balance}
 
@@ -49,7 +49,9 @@ def count(cfg: ModelConfig, batch: Batch) -> jax.Array:
 def mtp_count(cfg: ModelConfig, batch: Batch) -> jax.Array:
     """Number of tokens that are no padding and no document's last."""
     segments = read_segments(cfg, batch["tokens"].shape[1], batch.get("segment_ids"))
-    return without_last_tokens(segments, batch["tokens"]).counts_BS.sum().astype(jnp.float32)
+    counts_BS = without_last_tokens(segments, batch["tokens"]).counts_BS
+    assert counts_BS is not None, "a document's last token does not count"
+    return counts_BS.sum().astype(jnp.float32)
 
 
 LAYERS, MTP = Term(mean, count), Term(mtp_mean, mtp_count)

@@ -35,7 +35,9 @@ def count(cfg: ModelConfig, batch: Batch) -> jax.Array:
     position_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1])[None], tokens_BS.shape)
     if segment_BS is None:
         return jnp.sum(position_BS >= CSA - 1).astype(jnp.float32)
-    first_BS = read_segments(cfg, tokens_BS.shape[1], segment_BS).extent_2BS[0]
+    extent_2BS = read_segments(cfg, tokens_BS.shape[1], segment_BS).extent_2BS
+    assert extent_2BS is not None, "segment ids give every token its document's extent"
+    first_BS = extent_2BS[0]
     sees_BS = (position_BS - first_BS >= CSA - 1) & (segment_BS > 0)
     return jnp.sum(sees_BS).astype(jnp.float32)
 

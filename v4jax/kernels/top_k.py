@@ -77,7 +77,8 @@ def top_k_mask(score_BTC: jax.Array, k: int, implementation: str | None = None) 
 
 
 def _best_reference(score_BTC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    return tuple(jax.lax.top_k(score_BTC, k))
+    score_BTK, slot_BTK = jax.lax.top_k(score_BTC, k)
+    return score_BTK, slot_BTK
 
 
 def _mask_reference(score_BTC: jax.Array, k: int) -> jax.Array:

@@ -5,8 +5,8 @@
 HCA pools the tokens of a window; CSA also those of the window before, from other channels, in the
 same softmax (docs/equations.md#compressor).
 
-Shapes: B batch, S positions (with those before this device's), H width of entries, C entries,
-M tokens of a window.
+Shapes: B batch, S positions (with those before this device's), H head dim (the width
+of entries), C entries, M tokens of a window.
 Next file to read: v4jax/model/indexer.py.
 """
 

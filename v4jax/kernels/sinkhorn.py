@@ -2,7 +2,7 @@
 
 Equation: docs/equations.md#mhc.
 
-Shapes: X streams (J source, K target), T tokens.
+Shapes: X streams, J source stream, K target stream, T tokens.
 Next file to read: v4jax/kernels/streams.py.
 """
 

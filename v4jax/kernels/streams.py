@@ -2,7 +2,7 @@
 
 Equation: docs/equations.md#mhc.
 
-Shapes: B batch, S positions, X streams (J source, K target), D hidden.
+Shapes: B batch, S positions, X streams, J source stream, K target stream, D hidden.
 Next file to read: v4jax/kernels/matmul.py.
 """
 

@@ -2,8 +2,8 @@
 
 Of equal scores the smaller slot wins, as in lax.top_k, in every implementation.
 
-Shapes: B batch, T queries, C slots, K chosen slots, P groups of neighbouring slots (in `_places`:
-words), G slots of a group.
+Shapes: B batch, T queries, C slots of entries, K chosen slots, P groups of neighbouring slots
+(in `_places`: words), G slots of a group.
 Next file to read: v4jax/kernels/sinkhorn.py.
 """
 

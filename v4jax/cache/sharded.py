@@ -4,7 +4,8 @@ Where the sequence is cut, a device receives the W positions before its shard fr
 the entries of all devices. Where the cache is cut along the sequence, each device attends to its
 own slots, and the results are merged.
 
-Shapes: B batch, T query positions of a chunk, N heads, H head dim, K chosen entries.
+Shapes: B batch, S positions, T query positions of a chunk, Y window keys, N heads, H head dim, C
+entries, K chosen entries, I index heads, J index dim.
 Next file to read: v4jax/cache/rows.py.
 """
 

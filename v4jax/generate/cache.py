@@ -10,8 +10,8 @@ left, and `count_B` says how many are real; nothing of the others is kept.
 MTP is one token late: position t needs token t+1. So `draft` is a function of its own, which takes
 the streams that `extend` returns.
 
-Shapes: B batch, T positions of a chunk, X streams, D hidden, V vocabulary, E experts, F expert
-hidden.
+Shapes: B batch, S and T positions of a chunk, X streams, D hidden, V vocabulary, E experts, F
+expert hidden.
 Next file to read: v4jax/cache/layer.py.
 """
 

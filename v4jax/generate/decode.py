@@ -11,7 +11,7 @@ plain decoding token for token, greedy or sampled. A rejected draft is taken bac
 length: the cache is addressed by position, so the draft's values are overwritten before anything
 reads them.
 
-Shapes: B batch (padded to what the mesh cuts), P steps, N new tokens of a step (1 or 2).
+Shapes: B batch (padded to what the mesh cuts), P steps, T new tokens of a step (1 or 2).
 Next file to read: v4jax/generate/request.py.
 """
 
@@ -136,11 +136,11 @@ def decode(
     sequences = [_Sequence(b, stop, on_tokens, new) for b, new in enumerate(max_new_tokens)]
     count = len(sequences)
     while True:
-        for token_BN, score_BN, count_B in zip(
+        for token_BT, score_BT, count_B in zip(
             *(gather(array).tolist() for array in output), strict=True
         ):
             for b, sequence in enumerate(sequences):
-                sequence.take(token_BN[b][: count_B[b]], score_BN[b])
+                sequence.take(token_BT[b][: count_B[b]], score_BT[b])
         active_B = np.array([b < count and sequences[b].ended is None for b in range(len(seed_B))])
         if not active_B.any():
             return [sequence.completion() for sequence in sequences], state.cache

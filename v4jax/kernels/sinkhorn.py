@@ -2,7 +2,7 @@
 
 Equation: docs/equations.md#mhc.
 
-Shapes: X streams, J source stream, K target stream, T tokens.
+Shapes: X streams, J source streams, K target streams, T tokens.
 Next file to read: v4jax/kernels/streams.py.
 """
 

@@ -2,7 +2,7 @@
 
 Equation: docs/equations.md#mhc.
 
-Shapes: B batch, S positions, X streams, J source stream, K target stream, D hidden.
+Shapes: B batch, S positions, X streams, J source streams, K target streams, D hidden.
 Next file to read: v4jax/kernels/matmul.py.
 """
 

@@ -1,7 +1,7 @@
 """Attention to window keys and entries, in chunks of queries.
 
 Shapes: B batch, S positions, T query positions of a chunk, Y window keys, N heads, H head dim, C
-entries.
+entries, I index heads, J index dim.
 Next file to read: v4jax/kernels/queries.py.
 """
 

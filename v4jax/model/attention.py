@@ -4,8 +4,8 @@ Keys are values, and all query heads share one key/value head (docs/equations.md
 layer attends to the window of the last W raw tokens. HCA layers also attend to every visible entry,
 CSA layers to the entries that the indexer chooses.
 
-Shapes: B batch, S positions, V window keys, N heads, H head dim, Q query rank, G output groups, O
-output rank, D hidden, C entries, I width of a group of heads.
+Shapes: B batch, S positions, N heads, H head dim, Q query rank, G output groups, O output rank, D
+hidden, C entries, I width of a group of heads.
 Next file to read: v4jax/model/attend.py.
 """
 

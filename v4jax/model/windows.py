@@ -5,7 +5,7 @@ Every device has as many slots as windows can end in its shard. So sharding chan
 empty, never the order of entries.
 
 Shapes: B batch, S positions of a row or of a shard, C slots for entries (S // ratio in an uncut
-sequence, the most that can be complete), X shards of the sequence.
+sequence, the most that can be complete), Z shards of the sequence.
 Next file to read: v4jax/model/rotary.py.
 """
 
@@ -56,22 +56,22 @@ def windows_of(
     rows = seq // shards
     slots = rows // ratio if shards == 1 or rows % ratio == 0 else rows // ratio + 1
     if segment_BS is None:
-        shard_X1 = jnp.arange(shards, dtype=jnp.int32)[:, None]
-        window_XC = shard_X1 * rows // ratio + jnp.arange(slots, dtype=jnp.int32)[None]
-        there_BC = (window_XC < (shard_X1 + 1) * rows // ratio).reshape(1, -1)
-        first_BC = jnp.where(there_BC, window_XC.reshape(1, -1) * ratio, 0)
+        shard_Z1 = jnp.arange(shards, dtype=jnp.int32)[:, None]
+        window_ZC = shard_Z1 * rows // ratio + jnp.arange(slots, dtype=jnp.int32)[None]
+        there_BC = (window_ZC < (shard_Z1 + 1) * rows // ratio).reshape(1, -1)
+        first_BC = jnp.where(there_BC, window_ZC.reshape(1, -1) * ratio, 0)
         last_BC = jnp.where(there_BC, first_BC + ratio - 1, seq)
         return CompressionWindows(
             first_BC, last_BC, None, first_BC > 0, rotation(cfg, True, first_BC)
         )
-    closes_BXS = ((position_BS % ratio == ratio - 1) & (segment_BS > 0)).reshape(-1, shards, rows)
-    slot_BXS = jnp.where(closes_BXS, jnp.cumsum(closes_BXS, axis=2) - 1, slots)
+    closes_BZS = ((position_BS % ratio == ratio - 1) & (segment_BS > 0)).reshape(-1, shards, rows)
+    slot_BZS = jnp.where(closes_BZS, jnp.cumsum(closes_BZS, axis=2) - 1, slots)
     empty_C = jnp.full(slots, seq, jnp.int32)
     place = jax.vmap(
         jax.vmap(lambda slot_S, row_S: empty_C.at[slot_S].set(row_S, mode="drop")),
         in_axes=(0, None),
     )
-    last_BC = place(slot_BXS, jnp.arange(seq, dtype=jnp.int32).reshape(shards, rows)).reshape(
+    last_BC = place(slot_BZS, jnp.arange(seq, dtype=jnp.int32).reshape(shards, rows)).reshape(
         -1, shards * slots
     )
     there_BC = last_BC < seq

@@ -15,6 +15,7 @@ Next file to read: v4jax/train/resume.py.
 """
 
 import collections
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +32,7 @@ from v4jax.kernels.choice import kernels_from
 from v4jax.train.config import TrainConfig
 from v4jax.train.gradients import split_batch
 from v4jax.train.stages import Batches
-from v4jax.train.step import TrainState, batch_sharding, compiled_together
+from v4jax.train.step import Compiling, TrainState, batch_sharding, compiled_together
 
 Chosen = dict[str, dict[str, jax.Array]]
 """Group -> block -> the experts of each token, int32 [L,B,S,K] ("mtp": [B,S,K]).
@@ -84,13 +85,19 @@ def _choose(cfg: TrainConfig, rules: AxisRules, params, batch: Mapping[str, jax.
 
 
 def compile_choice(
-    cfg: TrainConfig, rules: AxisRules, shardings: TrainState, mesh: Mesh
+    cfg: TrainConfig,
+    rules: AxisRules,
+    shardings: TrainState,
+    mesh: Mesh,
+    compiling: Compiling = contextlib.nullcontext,
 ) -> Callable:
-    """`choose_experts` as a function of (public params, batch), compiled at its first call."""
+    """`choose_experts` as a function of (public params, batch), compiled at its first call.
+
+    compiling: as for compiled_together.
+    """
     function = functools.partial(choose_experts, cfg, rules)
-    return compiled_together(
-        jax.jit(function, in_shardings=(shardings.public, batch_sharding(rules, mesh)))
-    )
+    jitted = jax.jit(function, in_shardings=(shardings.public, batch_sharding(rules, mesh)))
+    return compiled_together(jitted, compiling)
 
 
 class RoutedBatchQueue:

@@ -4,6 +4,7 @@ Axes: M micro-batches.
 Next file to read: v4jax/train/loop.py.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
 
@@ -21,6 +22,7 @@ from v4jax.train.data import held_out_sets
 from v4jax.train.gradients import split_batch
 from v4jax.train.loss import loss_and_routing
 from v4jax.train.losses.next_token import targets
+from v4jax.train.step import Compiling, compiled_together
 
 
 def evaluation_sets(
@@ -45,11 +47,14 @@ def evaluation_sets(
     )
 
 
-def evaluator(cfg: TrainConfig, rules: AxisRules, put: Callable) -> Callable:
+def evaluator(
+    cfg: TrainConfig, rules: AxisRules, put: Callable, compiling: Compiling = contextlib.nullcontext
+) -> Callable:
     """The function (public params, batches) -> mean nats per token.
 
     Args:
       put: places a batch on the mesh.
+      compiling: as for compiled_together (v4jax/train/step.py).
     """
 
     ctx = Context(
@@ -73,10 +78,12 @@ def evaluator(cfg: TrainConfig, rules: AxisRules, put: Callable) -> Callable:
         nll_M, counts_M = jax.lax.map(functools.partial(rows_nll, params), parts)
         return jnp.sum(nll_M * counts_M) / jnp.maximum(counts_M.sum(), 1), counts_M.sum()
 
+    compiled = compiled_together(nll, compiling)
+
     def evaluate(params, batches: Iterable[Batch]) -> float:
         # One at a time: on CPU two independent programs of several processes must not overlap
         # (sharding/processes.py).
-        pairs = [jax.block_until_ready(nll(params, put(batch))) for batch in batches]
+        pairs = [jax.block_until_ready(compiled(params, put(batch))) for batch in batches]
         counts = np.array([float(count) for _, count in pairs])
         return float(np.dot(counts, [float(value) for value, _ in pairs]) / counts.sum())
 

@@ -10,6 +10,7 @@ checkpoints, export.
 Next file to read: v4jax/train/run_steps.py.
 """
 
+import contextlib
 import functools
 import itertools
 import pathlib
@@ -25,6 +26,7 @@ from v4jax.data.listing import Listings
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import unigram_loss
 from v4jax.train.evaluation import evaluation_sets
+from v4jax.train.goodput import Clock
 from v4jax.train.initial import first_state
 from v4jax.train.metrics_file import plot_losses
 from v4jax.train.prepare import (
@@ -61,7 +63,13 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         left. Such a state is neither saved nor exported.
       OSError: a checkpoint could not be written; those before it are intact.
     """
-    cfg = as_read(cfg)
+    with contextlib.closing(Clock()) as clock:
+        summary = _train(as_read(cfg), clock)
+        return summary | clock.metrics() if summary else {}
+
+
+def _train(cfg: TrainConfig, clock: Clock) -> dict[str, Any]:
+    """`train`, without the figures of the clock in the summary."""
     with agreed():
         rules, mesh = check_layout(cfg)
         run = check_folders(cfg)
@@ -76,14 +84,17 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         first = first_state(cfg, shardings, newest)
         write_run(run, cfg, tokenizer)
         with Store(run, cfg.keep, cfg.keep_every, cfg.keep_best, writes=True) as store:
-            begin = start(cfg, rules, shardings, store, data, first)
+            with clock.part("other" if newest is None else "restore"):
+                begin = start(cfg, rules, shardings, store, data, first)
             reporter = functools.partial(Reporter, run, cfg, begin.step, begin.history)
             with reporter() if is_first() else Silent() as report:
                 report.begin(begin.step)
                 if begin.changed:
                     report.event(begin.step, "data changed", changed=begin.changed)
-                job = Job(cfg, rules, mesh, shardings, data, held_out, store, report)
+                job = Job(cfg, rules, mesh, shardings, data, held_out, store, report, clock)
                 state, last = run_steps(job, begin)
+                with clock.part("save"):
+                    store.wait()
         if last == cfg.steps:
             return _finish(cfg, run, tokenizer, listings, state)
     return {"run_dir": str(run), "steps": cfg.steps, "stopped_at": last} if is_first() else {}

@@ -16,6 +16,7 @@ from typing import Any
 
 from v4jax.checkpoint.atomic import write_text
 from v4jax.storage import local_path
+from v4jax.train.goodput import PARTS
 from v4jax.train.metrics_file import METRICS, read_metrics, require_plots
 
 PAGE = "summary.html"
@@ -88,6 +89,7 @@ def _draw(lines: list[dict[str, Any]]) -> bytes:
     panels = [_losses, _rates] + (
         [_loads, _balance, _bias, _mixing, _activations, _rms] if looks else []
     )
+    panels += [_goodput] if any("goodput" in line for line in lines) else []
     panels += [_indexers] if any("index_captured" in line for line in lines) else []
     figure = Figure(figsize=(13, 3.4 * math.ceil(len(panels) / 2)), layout="constrained")
     for place, panel in enumerate(panels, 1):
@@ -220,6 +222,20 @@ def _activations(axes, lines, looks) -> None:
     axes.semilogy(*_extremes(looks, "stream_rms", max), label="streams, RMS of the worst layer")
     axes.set_title("activations")
     axes.legend(fontsize=8)
+
+
+def _goodput(axes, lines, looks) -> None:
+    """Shares of the wall time since the run began or was resumed."""
+    shown = [line for line in lines if "goodput" in line]
+    total = [sum(line[f"seconds_{part}"] for part in PARTS) for line in shown]
+    shares = [
+        [line[f"seconds_{part}"] / all_of_it for line, all_of_it in zip(shown, total, strict=True)]
+        for part in PARTS
+    ]
+    axes.stackplot([line["step"] for line in shown], shares, labels=PARTS, alpha=0.8)
+    axes.set_ylim(0, 1)
+    axes.set_title("share of wall time (each start of the run has its own clock)")
+    axes.legend(fontsize=7, ncols=2, loc="lower right")
 
 
 def _indexers(axes, lines, looks) -> None:

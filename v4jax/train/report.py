@@ -18,6 +18,7 @@ from sharding.mesh import make_mesh, parse_mesh
 from v4jax.checkpoint.atomic import json_text, write_text
 from v4jax.cost import train_flops_per_token
 from v4jax.train.config import TrainConfig
+from v4jax.train.goodput import MOST_DATA_WAIT
 from v4jax.train.metrics_file import METRICS, read_metrics
 from v4jax.train.stability import LossHistory
 
@@ -123,7 +124,7 @@ class Reporter:
                 f"  {metrics['tokens_per_second']:,.0f} tok/s"
                 f"  MFU {metrics['model_flops_utilisation']:.0%}"
             )
-        line += f"  load {metrics['expert_load_max']:.1f}x"
+        line += f"  load {metrics['expert_load_max']:.1f}x" + _data_warning(metrics)
         self._write(step, metrics)
         self._show(step, line)
 
@@ -202,6 +203,14 @@ class Reporter:
         for line in read_metrics(run):
             newest |= {} if "event" in line or "inside" in line else line
         return newest
+
+
+def _data_warning(metrics: dict[str, float]) -> str:
+    """What a line of metrics adds where steps wait for their data; "" where they hardly do."""
+    wait = metrics.get("data_wait", 0.0)
+    if wait <= MOST_DATA_WAIT:
+        return ""
+    return f"  WARNING: {wait:.0%} of step time is data wait (above {MOST_DATA_WAIT:.0%})"
 
 
 class Silent:

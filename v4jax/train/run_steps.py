@@ -21,6 +21,7 @@ from v4jax.train.anticipate import RoutedBatchQueue, compile_choice
 from v4jax.train.config import TrainConfig
 from v4jax.train.evaluation import evaluator
 from v4jax.train.finite import not_finite
+from v4jax.train.goodput import Clock
 from v4jax.train.report import Reporter, Silent
 from v4jax.train.resume import Begin, items_of
 from v4jax.train.rollback import go_back
@@ -41,6 +42,7 @@ class Job(NamedTuple):
     held_out: dict[str, list]
     store: Store
     report: Reporter | Silent
+    clock: Clock
 
 
 class _Stage(NamedTuple):
@@ -84,7 +86,8 @@ def run_steps(job: Job, begin: Begin) -> tuple[TrainState, int]:
             due = _due(job, step, stop, first=turn == begin.step + 1)
             inside = metrics.pop("watch", None)
             if due.read:
-                metrics = {name: float(value) for name, value in metrics.items()}
+                with job.clock.step(step):
+                    metrics = {name: float(value) for name, value in metrics.items()}
             why = _fault(job, due, state, history, metrics)
             if why is not None:
                 state, step, history = _go_back(job, stage, state, step, history, metrics, why)
@@ -92,7 +95,8 @@ def run_steps(job: Job, begin: Begin) -> tuple[TrainState, int]:
             if due.read:
                 history = remember(cfg.stability, history, metrics["loss"], metrics["grad_norm"])
             if due.log:
-                job.report.step(step, metrics | _told(cfg, stage, anticipated))
+                told = _told(cfg, stage, anticipated) | job.clock.line()
+                job.report.step(step, metrics | told)
             if inside is not None:
                 job.report.inside(step, plain(jax.device_get(inside)))
             _evaluate_and_save(job, stage, due, step, state, history)
@@ -109,14 +113,15 @@ def _begin_stage(job: Job, step: int, ahead: Mapping[str, Any] | None) -> _Stage
     cfg, view = job.cfg, stage_at(job.cfg, step)
     place = batch_sharding(job.rules, job.mesh)
     compiled = functools.partial(compile_step, view, job.rules, job.shardings, job.mesh)
-    choose = compile_choice(view, job.rules, job.shardings, job.mesh)
+    choose = compile_choice(view, job.rules, job.shardings, job.mesh, job.clock.compiling)
+    batches = job.clock.draws(job.data)
     queue = RoutedBatchQueue(
-        job.data, _putter(place, view), choose, cfg.stability.anticipate_lag, ahead
+        batches, _putter(place, view), choose, cfg.stability.anticipate_lag, ahead
     )
     job.report.stage(step, view)
     # Evaluation keeps the batch size and length of the first stage.
-    evaluate = evaluator(view, job.rules, _putter(place, cfg))
-    return _Stage(number_at(cfg, step), Steps(compiled), queue, evaluate)
+    evaluate = evaluator(view, job.rules, _putter(place, cfg), job.clock.compiling)
+    return _Stage(number_at(cfg, step), Steps(compiled, job.clock.compiling), queue, evaluate)
 
 
 def _take_step(
@@ -126,9 +131,11 @@ def _take_step(
     cfg = job.cfg
     job.data.at(step - 1)
     left = steps_left(cfg, step - 1)
-    batch, chosen = stage.queue.next(state.public, step <= history.anticipate_until, left)
     watch = cfg.watch_every > 0 and step % cfg.watch_every == 0
-    state, metrics = stage.take_step(state, batch, chosen, watch=watch)
+    with job.clock.step(step):
+        batch, chosen = stage.queue.next(state.public, step <= history.anticipate_until, left)
+        state, metrics = stage.take_step(state, batch, chosen, watch=watch)
+    job.clock.started(metrics["loss"])
     return state, metrics, chosen is not None
 
 
@@ -173,7 +180,9 @@ def _go_back(
     """State, step and history to go on from, after a fault in step number `step`."""
     drawn = history.batch(step) + len(stage.queue)
     stage.queue.drop()
-    good = go_back(job.cfg, job.shardings, job.store, state, history, step, drawn, why)
+    job.clock.went_back(step)
+    with job.clock.part("restore"):
+        good = go_back(job.cfg, job.shardings, job.store, state, history, step, drawn, why)
     trace = (*history.losses, metrics["loss"])
     job.report.rollback(good.step, good.history, step, why, trace=trace)
     return good.state, good.step, good.history
@@ -191,17 +200,20 @@ def _evaluate_and_save(
     """Evaluates and saves as `due` says."""
     held_out_nll = None
     if due.evaluate:
-        nll = {
-            f"{name}_nll": stage.evaluate(state.public, batches)
-            for name, batches in job.held_out.items()
-        }
+        with job.clock.part("evaluation"):
+            nll = {
+                f"{name}_nll": stage.evaluate(state.public, batches)
+                for name, batches in job.held_out.items()
+            }
         if math.isfinite(nll["held_out_nll"]):  # NaN cannot be ranked among the best
             held_out_nll = nll["held_out_nll"]
         job.report.evaluation(step, nll)
     if due.save:
-        jax.block_until_ready(state)
+        with job.clock.step(step):
+            jax.block_until_ready(state)
         items = items_of(state, history) | stage.queue.items() | {"data": job.data}
-        job.store.save(step, items, held_out_nll)
+        with job.clock.part("save"):
+            job.store.save(step, items, held_out_nll)
 
 
 def _putter(place: NamedSharding, view: TrainConfig) -> Callable:

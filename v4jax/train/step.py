@@ -4,6 +4,7 @@ Axes: B batch, S positions.
 Next file to read: v4jax/parameters.py.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -28,6 +29,8 @@ from v4jax.train.gradients import gradients
 from v4jax.train.muon import clip_apart, freeze, global_norm, is_index, optimizer
 from v4jax.train.schedule import learning_rate
 from v4jax.train.watch import watched
+
+Compiling = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 @functools.partial(
@@ -245,10 +248,15 @@ class Steps:
     Each kind compiles when it is first needed.
     """
 
-    def __init__(self, compile_step: Callable):
-        """Takes the function `compile_step`, with all arguments bound but watch and ahead."""
+    def __init__(self, compile_step: Callable, compiling: Compiling = contextlib.nullcontext):
+        """Takes the function `compile_step`, with all arguments bound but watch and ahead.
+
+        compiling: as for compiled_together.
+        """
         self._kind = functools.cache(
-            lambda watch, ahead: compiled_together(compile_step(watch=watch, ahead=ahead))
+            lambda watch, ahead: compiled_together(
+                compile_step(watch=watch, ahead=ahead), compiling
+            )
         )
 
     def __call__(self, state: TrainState, batch, chosen=None, *, watch: bool = False):
@@ -258,19 +266,24 @@ class Steps:
         )
 
 
-def compiled_together(jitted) -> Callable:
+def compiled_together(jitted, compiling: Compiling = contextlib.nullcontext) -> Callable:
     """The function, compiled when it first sees a shape; all processes finish before any runs it.
 
     Shapes of the first argument do not count: they never change. gloo's reduce-scatter fails when a
     process comes more than 30 s late.
+
+    Args:
+      compiling: makes the context in which it compiles (goodput.Clock.compiling).
     """
     compiled = {}
 
     def call(state, *rest):
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(rest))
         if shapes not in compiled:
-            compiled[shapes] = jitted.lower(*jax.block_until_ready((state, *rest))).compile()
-            wait_for_all(f"a program for {shapes} is compiled")
+            arguments = jax.block_until_ready((state, *rest))
+            with compiling():
+                compiled[shapes] = jitted.lower(*arguments).compile()
+                wait_for_all(f"a program for {shapes} is compiled")
         return compiled[shapes](state, *rest)
 
     return call

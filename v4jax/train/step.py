@@ -22,6 +22,7 @@ from v4jax.context import Collect, Context, SparseMode
 from v4jax.kernels.choice import kernels_from
 from v4jax.model.init import init_params
 from v4jax.parameter_tree import abstract_params, param_axes
+from v4jax.remat import check_host_memory
 from v4jax.train.balance import load_metrics, update_bias
 from v4jax.train.config import TrainConfig
 from v4jax.train.gradients import gradients
@@ -135,6 +136,7 @@ def train_step(
         sparse=sparse,
         collect=Collect(watch=watch),
         kernels=kernels_from(cfg.kernels),
+        remat=cfg.remat,
     )
 
     grads, metrics, routing = gradients(cfg, ctx, state.params, state.router, batch, chosen)
@@ -228,7 +230,11 @@ def compile_step(
 
     Args:
       ahead: whether it takes chosen experts too.
+
+    Raises:
+      ValueError: cfg.remat needs host memory that the mesh's devices do not have.
     """
+    check_host_memory(cfg.remat, mesh.devices.flat[0])
     everywhere = NamedSharding(mesh, PartitionSpec())
     place = batch_sharding(rules, mesh)
     return jax.jit(

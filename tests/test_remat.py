@@ -57,6 +57,6 @@ def test_true_and_false_are_layer_and_none():
 def test_offload_needs_host_memory():
     kinds = [types.SimpleNamespace(kind="device")]
     device = types.SimpleNamespace(platform="toaster", addressable_memories=lambda: kinds)
-    check_host_memory("layer", device)
+    check_host_memory("layer", [device])
     with pytest.raises(ValueError, match="remat: got 'offload'.*toaster has only device"):
-        check_host_memory("offload", device)
+        check_host_memory("offload", [device])

@@ -6,7 +6,7 @@ and experts each by themselves. Gradients are those of "none" under every policy
 Next file to read: v4jax/context.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
@@ -15,6 +15,8 @@ import jax
 LAYERS, ATTENTION, EXPERTS = "layers", "attention", "experts"
 STREAMS = "streams"
 """The name of the residual streams before each pattern of layers."""
+PRODUCTS = "products"
+"""The name of products with weights; those of routed experts have none."""
 
 _HOST = "pinned_host"
 _Module = TypeVar("_Module", bound=type[nn.Module])
@@ -41,9 +43,9 @@ POLICIES = {
     "attention": Policy("everything but what attention computes inside", ATTENTION),
     "experts": Policy("everything but what routers and experts compute inside", EXPERTS),
     "dots": Policy(
-        "the streams, and the products of activations with a layer's weights",
+        "the streams, and products with weights, except those of routed experts",
         LAYERS,
-        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names(STREAMS, PRODUCTS),
     ),
     "offload": Policy(
         "the streams, in the host's memory",
@@ -84,13 +86,12 @@ def wrapped(module: _Module, part: str, remat: str, in_loop: bool = False) -> _M
     return nn.remat(module, policy=policy.saves, prevent_cse=not in_loop)
 
 
-def check_host_memory(remat: str, device: Any) -> None:
-    """Raises ValueError if `remat` needs host memory and `device` has none that it can address."""
-    if remat != "offload":
-        return
-    kinds = [memory.kind for memory in device.addressable_memories()]
-    if _HOST not in kinds:
-        raise ValueError(
-            f"remat: got 'offload', which keeps streams in the host's memory ({_HOST}); "
-            f"{device.platform} has only {', '.join(kinds)}"
-        )
+def check_host_memory(remat: str, devices: Iterable[Any]) -> None:
+    """Raises ValueError if `remat` needs host memory that one of `devices` cannot address."""
+    for device in devices if remat == "offload" else ():
+        kinds = [memory.kind for memory in device.addressable_memories()]
+        if _HOST not in kinds:
+            raise ValueError(
+                f"remat: got 'offload', which keeps streams in the host's memory ({_HOST}); "
+                f"{device.platform} has only {', '.join(kinds)}"
+            )

@@ -234,7 +234,9 @@ def compile_step(
     Raises:
       ValueError: cfg.remat needs host memory that the mesh's devices do not have.
     """
-    check_host_memory(cfg.remat, mesh.devices.flat[0])
+    process = jax.process_index()
+    mine = [device for device in mesh.devices.flat if device.process_index == process]
+    check_host_memory(cfg.remat, mine)
     everywhere = NamedSharding(mesh, PartitionSpec())
     place = batch_sharding(rules, mesh)
     return jax.jit(

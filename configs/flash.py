@@ -1,28 +1,44 @@
-"""V4-Flash, pre-training at sequence length 4096 with the report's numbers.
+"""V4-Flash, pre-training on 128 v5p chips with the report's numbers and the order of its stages.
 
-The numbers are those of docs/equations.md#sizes and docs/equations.md#schedule. The report grows
-the batch from a small one to the size below, and the sequence from 4K to 1M. How long those stages
-last is unpublished; add them as `stages` (v4jax/train/stages.py).
+The numbers are those of docs/equations.md#sizes and docs/equations.md#schedule: 75.5M tokens a step,
+attention dense for the first 1T tokens, rows of 4K, 16K, then 64K tokens, a stage in which only the
+indexer learns, then sparse attention. How long the report's stages last is unpublished; the steps at
+which the lengths change here, and the 1,000 steps of the indexer's stage, are ours. A last stage at
+1M tokens needs another mesh (context=64,tensor=2 has the memory on 128 chips).
 
-Command: v4jax train configs/flash.py --mesh fsdp=...,expert=...; v4jax cost configs/flash.py
-Hardware: a TPU pod. Nobody has run it; `v4jax cost` and the tests read it.
+Command: v4jax train configs/flash.py; before that, v4jax train configs/flash.py --dry-run --target v5p:4x4x8
+Hardware: a slice of 128 v5p chips (v5p:4x4x8). Nobody has run it: memory is compiled ahead of time
+(benchmarks/README.md), times are estimates. On other chips, take mesh and micro-batches from
+`v4jax layout configs/flash.py --search --target ...`.
 Next file to read: configs/models.py.
 """
 
 from configs import models
 from v4jax.train.config import TrainConfig
+from v4jax.train.stages import Stage
 
 
 def get_config() -> TrainConfig:
-    """The report's schedule at one batch size and length."""
+    """The report's schedule and stages, 36 micro-batches a step."""
     return TrainConfig(
         model=models.flash(),
         run_dir="runs/flash",
+        mesh="fsdp=2,context=4,expert=16",
+        layout="pod",
         steps=420_000,
         batch_size=18_432,
+        gradient_accumulation=36,
         seq_len=4096,
         dtype="bfloat16",
+        attention="dense",
         learning_rate=2.7e-4,
+        index_learning_rate=2.7e-4,
         warmup_steps=2000,
         decay_steps=40_000,
+        stages=(
+            Stage(after=6_000, batch_size=4608, seq_len=16_384),
+            Stage(after=10_000, batch_size=1152, seq_len=65_536),
+            Stage(after=13_250, attention="indexer"),  # 1T tokens
+            Stage(after=14_250, attention="sparse"),
+        ),
     )

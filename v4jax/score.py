@@ -86,8 +86,8 @@ def score(
             rows = tokens[start : start + step]
             padded = np.pad(rows, ((0, step - len(rows)), (0, 0)))
             # A NumPy array will do for `forward`, on any mesh.
-            rows_BS: Any = padded
-            output = forward(cfg, params, rows_BS, quant=quant, rules=rules, kernels=kernels)
+            prompt: Any = padded
+            output = forward(cfg, params, prompt, quant=quant, rules=rules, kernels=kernels)
             logits = gather(output.logits)[: len(rows)]
             parts["logits"].append(logits)
             parts["nll"].append(_nll(logits, rows))

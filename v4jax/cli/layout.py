@@ -43,7 +43,18 @@ def _declare_what(sub: argparse.ArgumentParser) -> None:
         help="step to show: train (the default), or decode, one new token per row",
     )
     sub.add_argument("--seq", type=int, help="tokens per row (default: those of CONFIG.py)")
-    sub.add_argument("--batch", type=int, help="rows per step (default: one per device)")
+    sub.add_argument(
+        "--batch",
+        type=int,
+        help="rows per step (default: those of CONFIG.py for training, otherwise one per device)",
+    )
+    sub.add_argument(
+        "--gradient-accumulation",
+        type=int,
+        metavar="N",
+        help="micro-batches per step (default: those of CONFIG.py); --search takes more where "
+        "memory asks for it",
+    )
 
 
 def _declare_how(sub: argparse.ArgumentParser) -> None:

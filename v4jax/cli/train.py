@@ -23,6 +23,11 @@ def declare(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--dry-run", action="store_true", help="print the plan, stage by stage, and run nothing"
     )
+    sub.add_argument(
+        "--target",
+        metavar="CHIPS",
+        help="with --dry-run: chips such as v5p:4x4x8, whose step time and MFU are estimated too",
+    )
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> dict | None:
@@ -33,10 +38,14 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> dict | None:
         )
     cfg = override(read_config_file(arguments.config), rest, f"v4jax train {arguments.config}")
     if arguments.dry_run:
-        return _plan(cfg, arguments.json)
+        return _plan(cfg, arguments.target, arguments.json)
+    if arguments.target is not None:
+        raise BadInput(f"--target {arguments.target} goes with --dry-run; a run uses this machine")
     start(cfg.mesh, preemptible=True)
+    from v4jax.planner.micro_batches import chosen_micro_batches
     from v4jax.train.loop import train
 
+    cfg = chosen_micro_batches(cfg)
     summary = train(cfg)
     if cfg.sample_tokens and "stopped_at" not in summary:
         summary |= sample(cfg)
@@ -45,12 +54,12 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> dict | None:
     return summary | {"peak_memory": f"{_peak_memory() / 1e9:.1f} GB"}
 
 
-def _plan(cfg: TrainConfig, as_json: bool) -> dict | None:
-    from v4jax.planner.plan import HEAD, as_dict, plan
+def _plan(cfg: TrainConfig, target: str | None, as_json: bool) -> dict | None:
+    from v4jax.planner.plan import as_dict, head, plan
 
     if as_json:
-        return as_dict(cfg)
-    print_rows([HEAD, *(stage.row() for stage in plan(cfg))])
+        return as_dict(cfg, target)
+    print_rows([head(target), *(stage.row() for stage in plan(cfg, target))])
     return None
 
 

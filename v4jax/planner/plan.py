@@ -5,14 +5,16 @@ Next file to read: v4jax/train/stages.py.
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import numpy as np
 
 from sharding.mesh import parse_mesh
 from sharding.rules import check_has_mesh, layout_for
-from v4jax.planner.estimate import gigabytes, memory_of
-from v4jax.planner.hardware import hardware_of
+from v4jax.planner.estimate import USABLE, Estimate, estimate, gigabytes, memory_of
+from v4jax.planner.hardware import Hardware, hardware_of, target_of
+from v4jax.planner.micro_batches import chosen_micro_batches
 from v4jax.train.config import TrainConfig
 from v4jax.train.stages import stage_at, starts
 from v4jax.train.step import check_batch, schedule_of, sparse_mode
@@ -29,6 +31,8 @@ class StagePlan:
       attention: as the stage's configuration names it.
       mtp: weight of the MTP loss.
       memory_bytes: of one device, estimated.
+      micro_batches: parts of the batch that run one after the other.
+      step: the estimate of a step on the chips that were asked for; None without.
     """
 
     first_step: int
@@ -42,6 +46,8 @@ class StagePlan:
     trains_indexer: bool
     mtp: float
     memory_bytes: float
+    micro_batches: int
+    step: Estimate | None
 
     def row(self) -> tuple[str, ...]:
         """The stage as a line of a table for people."""
@@ -52,34 +58,44 @@ class StagePlan:
             f"{self.tokens_by_then:,}",
             f"{first:.2e} to {last:.2e}"
             + (f", peak {peak:.2e}" if peak > max(first, last) else ""),
-            f"{self.batch_size} x {self.seq_len}",
+            f"{self.batch_size} x {self.seq_len}"
+            + (f" in {self.micro_batches} parts" if self.micro_batches > 1 else ""),
             self.attention + (", learning indexer" if self.trains_indexer else ""),
             f"{self.mtp:g}",
             gigabytes(self.memory_bytes),
+            *(() if self.step is None else _speed(self.step)),
         )
 
 
-HEAD = (
-    "steps",
-    "tokens",
-    "by then",
-    "learning rate",
-    "batch",
-    "attention",
-    "MTP weight",
-    "memory of a device",
-)
+def head(target: str | None) -> tuple[str, ...]:
+    """The head of the table that StagePlan.row fills."""
+    columns = (
+        "steps",
+        "tokens",
+        "by then",
+        "learning rate",
+        "batch",
+        "attention",
+        "MTP weight",
+        "memory of a device",
+    )
+    return columns if target is None else (*columns, f"a step on {target}", "speed")
 
 
-def plan(cfg: TrainConfig) -> list[StagePlan]:
+def plan(cfg: TrainConfig, target: str | None = None) -> list[StagePlan]:
     """Every stage of `cfg`, checked as training would check it.
 
+    Args:
+      target: chips, as target_of reads them, for which each stage's step is estimated too.
+
     Raises:
-      ValueError: mesh, layout, batch or length do not fit one another.
+      ValueError: mesh, layout, batch or length do not fit one another, or gradient_accumulation
+        "auto" without a target, or one that the mesh does not have the devices of.
     """
     check_has_mesh(cfg.layout, cfg.mesh)
     sizes = parse_mesh(cfg.mesh)
-    rules, rate, hardware = layout_for(cfg.layout, sizes), schedule_of(cfg), hardware_of("cpu")
+    hardware, cfg = _with_target(cfg, target, math.prod(sizes.values()))
+    rules, rate = layout_for(cfg.layout, sizes), schedule_of(cfg)
     stages, tokens = [], 0
     for start, stop in itertools.pairwise((*starts(cfg), cfg.steps)):
         view = stage_at(cfg, start)
@@ -104,12 +120,46 @@ def plan(cfg: TrainConfig) -> list[StagePlan]:
                 sparse_mode(view).train_indexer,
                 view.loss.mtp,
                 memory_of(view, hardware),
+                view.gradient_accumulation,
+                None if target is None else estimate(view, hardware),
             )
         )
     return stages
 
 
-def as_dict(cfg: TrainConfig) -> dict[str, Any]:
+def _speed(step: Estimate) -> tuple[str, str]:
+    """What a row says of a step: its time and what binds it, its MFU and tokens a second."""
+    missing = "" if step.fits else f"; does not fit {gigabytes(step.hbm)}"
+    return (
+        f"{step.step_seconds:.3g} s, {step.bound}{missing}",
+        f"MFU {step.mfu:.1%}, {step.tokens_per_second:,.0f} tokens/s",
+    )
+
+
+def _with_target(
+    cfg: TrainConfig, target: str | None, devices: int
+) -> tuple[Hardware, TrainConfig]:
+    """(the target's profile, `cfg` with a number of micro-batches)."""
+    if target is None:
+        if cfg.gradient_accumulation == "auto":
+            raise ValueError(
+                "gradient_accumulation: got auto; a plan needs --target to know the memory"
+            )
+        return hardware_of("cpu"), cfg
+    found = target_of(target, devices)
+    if found.devices != devices:
+        raise ValueError(
+            f"target: {target} has {found.devices} devices; the mesh {cfg.mesh or '(one device)'} "
+            f"has {devices}"
+        )
+    has = USABLE * found.hardware.of_a_device(devices).hbm_bytes
+    return found.hardware, chosen_micro_batches(cfg, has, found.hardware)
+
+
+def as_dict(cfg: TrainConfig, target: str | None = None) -> dict[str, Any]:
     """The plan as one JSON object."""
-    stages = [dataclasses.asdict(stage) for stage in plan(cfg)]
+    stages = [
+        dataclasses.asdict(stage) | {"step": None if stage.step is None else stage.step.to_dict()}
+        for stage in plan(cfg, target)
+    ]
     return {"run_dir": cfg.run_dir, "mesh": cfg.mesh, "layout": str(cfg.layout), "stages": stages}

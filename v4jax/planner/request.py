@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 from sharding.mesh import parse_mesh
 from v4jax.config import ModelConfig
+from v4jax.planner.estimate import USABLE
 from v4jax.planner.hardware import target_of
+from v4jax.planner.micro_batches import chosen_micro_batches
 from v4jax.train.config import TrainConfig
 
 
@@ -39,8 +41,10 @@ class Request(NamedTuple):
 def config_of(config: TrainConfig | str, options) -> TrainConfig:
     """`config`, or one for a config.json, with the command line's mesh, layout, seq and batch.
 
-    Without a batch on the command line there is one row per device, whatever `config` says.
+    Without a batch on the command line, training takes the batch of a CONFIG.py; decoding and a
+    config.json take one row per device.
     """
+    own_batch = None if isinstance(config, str) or options.what == "decode" else config.batch_size
     if isinstance(config, str):
         model = ModelConfig.from_json(config)
         config = TrainConfig(
@@ -52,7 +56,16 @@ def config_of(config: TrainConfig | str, options) -> TrainConfig:
             learning_rate=1e-4,
             warmup_steps=0,
         )
-    changes = {"mesh": options.mesh, "layout": options.layout, "seq_len": options.seq}
+    # The micro-batches of CONFIG.py belong to its own batch.
+    kept = own_batch and not options.batch
+    changes = {
+        "mesh": options.mesh,
+        "layout": options.layout,
+        "seq_len": options.seq,
+        "batch_size": options.batch or own_batch,
+        "gradient_accumulation": options.gradient_accumulation or (None if kept else 1),
+        "stages": (),
+    }
     config = dataclasses.replace(
         config, **{name: value for name, value in changes.items() if value is not None}
     )
@@ -60,7 +73,17 @@ def config_of(config: TrainConfig | str, options) -> TrainConfig:
     devices = math.lcm(*(math.prod(parse_mesh(mesh).values()) for mesh in meshes))
     if options.search:
         devices = devices_of(options.target, options.chips)
-    return dataclasses.replace(config, batch_size=options.batch or devices)
+    if options.batch or own_batch:
+        return config if options.search else _numbered(config, options.target)
+    return dataclasses.replace(config, batch_size=devices)
+
+
+def _numbered(config: TrainConfig, target: str) -> TrainConfig:
+    """`config` with a number of micro-batches, the fewest that fit a device of the target."""
+    devices = math.prod(parse_mesh(config.mesh).values())
+    hardware = target_of(target, devices).hardware
+    has = USABLE * hardware.of_a_device(devices).hbm_bytes
+    return chosen_micro_batches(config, has, hardware)
 
 
 def layout_and_mesh(text: str) -> tuple[str, str]:

@@ -14,10 +14,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from sharding.mesh import parse_mesh
-from sharding.rules import LAYOUTS, MESH_AXES, AxisRules, layout_for
-from v4jax.planner.estimate import USABLE, Estimate, estimate, gigabytes, memory_of
+from sharding.rules import LAYOUTS, MESH_AXES, AxisRules
+from v4jax.planner.estimate import USABLE, Estimate, estimate, gigabytes
 from v4jax.planner.hardware import Hardware
+from v4jax.planner.micro_batches import least_micro_batches
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import check_batch
 
@@ -138,26 +138,6 @@ def search(
     return Found(
         ranked=tuple(fits), front=front(fits), rejected=dict(rejected.most_common()), tried=tried
     )
-
-
-def least_micro_batches(
-    cfg: TrainConfig, hardware: Hardware, has: float, what: str = "train", released: bool = False
-) -> tuple[TrainConfig, float]:
-    """(`cfg` with the fewest micro-batches that fit `has` bytes, the bytes that it then needs).
-
-    It is doubled from cfg.gradient_accumulation on. If nothing fits, it is the most micro-batches
-    that the rows of a device divide into.
-    """
-    sizes = parse_mesh(cfg.mesh)
-    shards = math.prod(sizes[axis] for axis in layout_for(cfg.layout, sizes).mesh_axes("act_batch"))
-    need = memory_of(cfg, hardware, what, released)
-    while what == "train" and need > has:
-        more = 2 * cfg.gradient_accumulation
-        if cfg.batch_size % (more * shards):
-            break
-        cfg = dataclasses.replace(cfg, gradient_accumulation=more)
-        need = memory_of(cfg, hardware, what, released)
-    return cfg, need
 
 
 def as_estimated(cfg: TrainConfig, found: Estimate) -> TrainConfig:

@@ -6,7 +6,7 @@ Next file to read: v4jax/train/prepare.py.
 """
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -59,9 +59,10 @@ class TrainConfig:
     """Optimizer steps of the whole run, 1 or more."""
     batch_size: int
     """Rows (sequences) a step, over all devices; 1 or more."""
-    gradient_accumulation: int = 1
+    gradient_accumulation: int | Literal["auto"] = 1
     """Micro-batches a step: batch_size / gradient_accumulation rows run at once, and memory is that
-    of so many rows. 1 or more; batch_size must divide by it."""
+    of so many rows. 1 or more, a divisor of batch_size; auto: the fewest whose memory, estimated,
+    the devices have."""
     seq_len: int
     """Tokens a row, from 2 to the model's max_position_embeddings."""
     dtype: str = "float32"
@@ -147,22 +148,16 @@ class TrainConfig:
         _allow(self, "export", (*FORMATS, "none"))
         _allow(self, "attention", ("sparse", "dense", "indexer"))
         check_quant(self.model, self.quant)
-        for name in (
-            "steps",
-            "batch_size",
-            "gradient_accumulation",
-            "log_every",
-            "eval_every",
-            "checkpoint_every",
-            "keep",
-        ):
+        for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
-        _require(
-            self,
-            "gradient_accumulation",
-            self.batch_size % self.gradient_accumulation == 0,
-            f"a divisor of batch_size={self.batch_size}",
-        )
+        if self.gradient_accumulation != "auto":
+            _require(
+                self,
+                "gradient_accumulation",
+                self.gradient_accumulation >= 1
+                and self.batch_size % self.gradient_accumulation == 0,
+                f"auto, or a divisor of batch_size={self.batch_size}",
+            )
         _require(self, "seq_len", self.seq_len >= 2, "at least 2")
         for name in (
             "warmup_steps",

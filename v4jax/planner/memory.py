@@ -43,7 +43,7 @@ def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list
         terms.append(Term("weights", weight.name, held))
         terms.append(Term("optimizer", weight.name, held * _COPIES[weight.optimizer]))
         if weight.optimizer in ("muon", "adamw"):
-            terms.append(Term("gradients", weight.name, held))
+            terms.append(Term("gradients", weight.name, held * _gradients(cfg)))
     # Newton-Schulz holds 3 arrays of m x n and 2 of m x m, m <= n.
     stacks = [
         stack.bytes * (3 + 2 * min(stack.shape) / max(stack.shape))
@@ -56,6 +56,15 @@ def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list
         + _layers(cfg, rules, sizes, item)
         + _head(cfg, rules, sizes, item)
     )
+
+
+def _gradients(cfg: TrainConfig) -> int:
+    """How many times gradients are held.
+
+    With micro-batches there are those of one and their sum, which XLA:TPU also copies once
+    (benchmarks/accumulation.py).
+    """
+    return 3 if cfg.gradient_accumulation > 1 else 1
 
 
 def _activations(cfg: TrainConfig, item: int) -> list[Term]:

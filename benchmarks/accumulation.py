@@ -81,7 +81,14 @@ def times(rounds: int) -> None:
 
 
 def memory(target: str, mesh: str, layout: str) -> None:
-    cfg = dataclasses.replace(flash.get_config(), mesh=mesh, layout=layout)
+    cfg = dataclasses.replace(
+        flash.get_config(),
+        mesh=mesh,
+        layout=layout,
+        stages=(),
+        attention="sparse",
+        index_learning_rate=0.0,
+    )
     devices = int(np.prod([int(part.split("=")[1]) for part in mesh.split(",")]))
     for count in (1, COUNT):
         one = dataclasses.replace(cfg, batch_size=devices * count, gradient_accumulation=count)

@@ -58,7 +58,9 @@ def weights():
 
 
 def context_of(cfg: TrainConfig, rules: AxisRules = AxisRules(), watch: bool = False) -> Context:
-    return Context(rules=rules, sparse=sparse_mode(cfg), collect=Collect(watch=watch))
+    return Context(
+        rules=rules, sparse=sparse_mode(cfg), collect=Collect(watch=watch), remat=cfg.remat
+    )
 
 
 @functools.cache

@@ -188,7 +188,7 @@ def test_chunks_gathered_entries_and_kernels_change_nothing(form):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-7, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "layer"])
 def test_gradients_of_mtp_are_whole_before_the_layers_go_on(monkeypatch, remat):
     """A barrier waits for all of MTP's gradients and for what flows back into the layers.
 
@@ -199,7 +199,7 @@ def test_gradients_of_mtp_are_whole_before_the_layers_go_on(monkeypatch, remat):
     batch = {"tokens": jnp.asarray(tokens_of(cfg, (2, 20), 3))}
 
     def grad(p):
-        return jax.grad(lambda p: loss_and_routing(cfg, p, batch, remat=remat)[0])(p)
+        return jax.grad(lambda p: loss_and_routing(cfg, p, batch, Context(remat=remat))[0])(p)
 
     def shapes(leaves):
         return collections.Counter(leaf.shape for leaf in leaves)

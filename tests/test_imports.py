@@ -26,6 +26,7 @@ ORDER = [
     "v4jax.chat",
     "v4jax.quant",
     "v4jax.kernels",
+    "v4jax.remat",
     "v4jax.context",
     "v4jax.cache",
     "v4jax.diagnostics",

@@ -87,7 +87,7 @@ def test_no_array_is_quadratic_in_the_length(monkeypatch):
     tokens = jax.ShapeDtypeStruct((2, seq), jnp.int32)
 
     def loss(params, tokens):
-        return loss_and_routing(MODEL, params, {"tokens": tokens}, remat=True)[0]
+        return loss_and_routing(MODEL, params, {"tokens": tokens}, Context(remat="layer"))[0]
 
     found = set(shapes(jax.make_jaxpr(jax.grad(loss))(abstract_params(MODEL), tokens).jaxpr))
     assert len(found) > 100 and any(seq in shape for shape in found)
@@ -104,7 +104,7 @@ def test_remat_changes_nothing(params):
     def step(remat):
         return jax.jit(
             jax.value_and_grad(
-                lambda params: loss_and_routing(MODEL, params, batch, remat=remat)[0]
+                lambda params: loss_and_routing(MODEL, params, batch, Context(remat=remat))[0]
             )
         )(params)
 

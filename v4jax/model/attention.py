@@ -12,6 +12,7 @@ Next file to read: v4jax/model/attend.py.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from v4jax.cache.attention_inputs import AttentionInputs
 from v4jax.cache.layer import CacheView, LayerCache
@@ -27,6 +28,7 @@ from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
 from v4jax.model.windows import entries_of
 from v4jax.quant.fake import fp8_keys
+from v4jax.remat import PRODUCTS
 
 
 class Attention(Weights):
@@ -103,4 +105,4 @@ def _narrow(o_BSNH: jax.Array, wo_a: jax.Array, groups: int) -> jax.Array:
         wo_a.reshape(wo_a.shape[0], groups, -1),
         precision=precision_of(o_BSNH),
     )
-    return low_BSGO.reshape(*o_BSNH.shape[:2], -1)
+    return checkpoint_name(low_BSGO.reshape(*o_BSNH.shape[:2], -1), PRODUCTS)

@@ -3,7 +3,7 @@
 It follows sharding/matrices.py step by step: stacks that lie alike are joined, pieces become whole
 matrices, and each device works on its share.
 
-Next file to read: v4jax/planner/work.py.
+Next file to read: v4jax/planner/recompute.py.
 """
 
 import functools

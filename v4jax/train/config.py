@@ -18,6 +18,7 @@ from v4jax.data.config import DataConfig
 from v4jax.kernels.choice import kernels_from
 from v4jax.python_files import read_layout
 from v4jax.quant.fake import check_quant
+from v4jax.remat import policy_name
 from v4jax.storage import local_path
 from v4jax.train.losses.weights import LossWeights
 from v4jax.train.stability import StabilityConfig
@@ -73,8 +74,11 @@ class TrainConfig:
     kernels: str = ""
     """Implementations of ops: reference, or pairs such as top_k=bisection,matmul=reference
     (v4jax/kernels/README.md lists them); empty: the best of the platform."""
-    remat: bool = True
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    remat: str = "layer"
+    """What the backward pass recomputes instead of keeping it: none, layer (whole layers),
+    attention (what attention computes inside), experts (the same of experts), dots (all but
+    products with weights), or offload (as layer; what is kept lies in the host's memory). In Python
+    True is layer and False is none."""
     attention: str = "sparse"
     """How CSA layers choose entries: sparse (the indexer's best), dense (all visible ones), or
     indexer (dense, and only the indexer learns)."""
@@ -136,6 +140,7 @@ class TrainConfig:
         for name in ("run_dir", "init_from"):
             if getattr(self, name) != "":
                 local_path(getattr(self, name), name)
+        object.__setattr__(self, "remat", policy_name(self.remat))
         parse_mesh(self.mesh)
         rules_of(self.layout)
         kernels_from(self.kernels)

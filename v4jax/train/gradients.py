@@ -41,14 +41,7 @@ def gradients(
         def objective(params):
             public = dict(params) | {"router": router}
             loss, aux = loss_and_routing(
-                cfg.model,
-                public,
-                batch,
-                ctx,
-                weights=cfg.loss,
-                remat=cfg.remat,
-                chosen=chosen,
-                share=share,
+                cfg.model, public, batch, ctx, weights=cfg.loss, chosen=chosen, share=share
             )
             return (cfg.loss.index * aux[0]["index_kl"] if indexer_alone else loss), aux
 

@@ -23,6 +23,7 @@ from v4jax.context import Collect, Context, SparseMode
 from v4jax.functional import init_params
 from v4jax.kernels.choice import kernels_from
 from v4jax.parameter_tree import abstract_params, param_axes
+from v4jax.remat import check_host_memory
 from v4jax.train.balance import load_metrics, update_bias
 from v4jax.train.config import TrainConfig
 from v4jax.train.gradients import gradients
@@ -138,6 +139,7 @@ def train_step(
         sparse=sparse,
         collect=Collect(watch=watch),
         kernels=kernels_from(cfg.kernels),
+        remat=cfg.remat,
     )
 
     grads, metrics, routing = gradients(cfg, ctx, state.params, state.router, batch, chosen)
@@ -231,8 +233,14 @@ def compile_step(
 
     Args:
       ahead: whether it takes chosen experts too.
+
+    Raises:
+      ValueError: cfg.remat needs host memory that the mesh's devices do not have.
     """
-    everywhere: Any = NamedSharding(mesh, PartitionSpec())  # it takes the place of an array
+    process = jax.process_index()
+    mine = [device for device in mesh.devices.flat if device.process_index == process]
+    check_host_memory(cfg.remat, mine)
+    everywhere = NamedSharding(mesh, PartitionSpec())
     place = batch_sharding(rules, mesh)
     return jax.jit(
         functools.partial(train_step, cfg, rules, watch=watch),

@@ -8,7 +8,7 @@ Next file to read: v4jax/model/transformer.py.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -91,7 +91,7 @@ def apply(
             for group, blocks in chosen.items()
         }
     segments = read_segments(cfg, tokens_BS.shape[1], segment_BS, shards)
-    return Transformer(ctx, cfg).apply(variables, tokens_BS, segments)
+    return cast(Hidden, Transformer(ctx, cfg).apply(variables, tokens_BS, segments))
 
 
 def forward(

@@ -67,39 +67,36 @@ def _specs(rules: AxisRules, inputs: AttentionInputs) -> AttentionInputs:
     """Partition spec of each array; None where there is none."""
     batch, seq = "act_batch", "act_seq"
 
-    def spec(x, *names):
-        """Partition spec of x, None if x is None. A batch of 1 (rows of one document) is whole."""
-        return (
-            None if x is None else rules.spec((None if x.shape[0] == 1 else names[0], *names[1:]))
-        )
+    def spec(*names: str | None) -> Any:  # it takes the place of an array
+        return rules.spec(names)
 
-    def rows(rows: jax.Array | CompressedKV):
-        """That of all entries or index keys; those of a cache stay cut as they are there."""
+    def one(x: jax.Array | None, *names: str) -> Any:
+        """None if x is None. A batch of 1 (rows of one document) is whole."""
+        return None if x is None else spec(None if x.shape[0] == 1 else names[0], *names[1:])
+
+    def rows(rows: jax.Array | CompressedKV) -> Any:
+        """Those of all entries or index keys; those of a cache stay cut as they are there."""
         if not isinstance(rows, CompressedKV):
-            return rules.spec((batch, None, None))
-        return CompressedKV(slots_spec(rules, rows.stack), rules.spec(()), rules.spec(()))
+            return spec(batch, None, None)
+        return CompressedKV(slots_spec(rules, rows.stack), spec(), spec())
 
     entries = index = past = None
     if inputs.entries is not None:
         entry_BCH, last_BC, segment_BC = inputs.entries
         slots = "cache_slots"
         entries = Entries(
-            rows(entry_BCH), spec(last_BC, batch, slots), spec(segment_BC, batch, slots)
+            rows(entry_BCH), one(last_BC, batch, slots), one(segment_BC, batch, slots)
         )
     if inputs.index is not None:
         heads = (batch, seq, "index_heads")
-        index = IndexInputs(
-            rules.spec((*heads, None)), rules.spec(heads), rows(inputs.index.key_BCJ)
-        )
+        index = IndexInputs(spec(*heads, None), spec(*heads), rows(inputs.index.key_BCJ))
     if inputs.past is not None:
-        past = WindowKV(
-            rules.spec((batch, None, None)), rules.spec((batch, None)), rules.spec((batch,))
-        )
+        past = WindowKV(spec(batch, None, None), spec(batch, None), spec(batch))
     return AttentionInputs(
-        rules.spec((batch, seq, "act_heads", None)),
-        rules.spec((batch, seq, None)),
-        rules.spec(("act_heads",)),
-        spec(inputs.segment_BS, batch, seq),
+        spec(batch, seq, "act_heads", None),
+        spec(batch, seq, None),
+        spec("act_heads"),
+        one(inputs.segment_BS, batch, seq),
         entries,
         index,
         past,

@@ -246,5 +246,5 @@ def digest(params) -> bytes:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.asarray(leaf)
         found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        found.update(np.ascontiguousarray(array).view(np.uint8))
+        found.update(np.ascontiguousarray(array).view(np.uint8).data)
     return found.digest()

@@ -106,7 +106,7 @@ def prefill(
     length_B = np.array([len(prompt) for prompt in prompts])
     chunk = min(PREFILL_CHUNK, 1 << int(length_B.max() - 1).bit_length())
     plain = decoding._replace(sampling=Sampling())  # so every sampling shares one program
-    cache = start_cache(cfg, plain, len(prompts), capacity) if cache is None else cache
+    filled: Cache = start_cache(cfg, plain, len(prompts), capacity) if cache is None else cache
     last = _no_state(cfg, plain, len(prompts))
     for start in range(0, length_B.max(), chunk):
         # One token more than the chunk, for MTP.
@@ -114,12 +114,12 @@ def prefill(
         for b, prompt in enumerate(prompts):
             part = prompt[start : start + chunk + 1]
             tokens_BU[b, : len(part)] = part
-        cache, last = _continue(
-            cfg, plain, params, cache, tokens_BU, (length_B - start).astype(np.int32), last
+        filled, last = _continue(
+            cfg, plain, params, filled, tokens_BU, (length_B - start).astype(np.int32), last
         )
         if after is not None:
-            after(cache, start + chunk)
-    return _first(cfg, decoding, params, cache, last, seed_B)
+            after(filled, start + chunk)
+    return _first(cfg, decoding, params, filled, last, seed_B)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -195,9 +195,9 @@ def _step(
     cfg, decoding: DecodeConfig, params, state: State, active_B, seed_B
 ) -> tuple[State, StepOutput]:
     start_B, token_B = state.cache.length_B, state.token_B
-    tokens_BT = (
-        jnp.stack((token_B, state.draft_B), axis=1) if decoding.speculative else token_B[:, None]
-    )
+    tokens_BT = token_B[:, None]
+    if state.draft_B is not None:
+        tokens_BT = jnp.stack((token_B, state.draft_B), axis=1)
     size = tokens_BT.shape[1]
     chunk, cache = extend(
         cfg, params, state.cache, tokens_BT, size * active_B.astype(jnp.int32), decoding.ctx

@@ -5,6 +5,8 @@ window; lower case = this device's share.
 Next file to read: v4jax/kernels/pooling.py.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -53,9 +55,10 @@ def pool(
         tokens = tokens._replace(ape_MW=ape_MW)
         return _pool(tokens, starts_bC, overlaps_bC, ratio, axis, implementation)
 
-    rows = rules.spec((batch, seq, None))
+    rows: Any = rules.spec((batch, seq, None))  # specs take the place of arrays
+    whole: Any = rules.spec((None, None))
     slots = rules.spec((None if first_BC.shape[0] == 1 else batch, seq))
-    specs = (Gated(rows, rows, rules.spec((None, None))), None if aligned else slots, slots)
+    specs = (Gated(rows, rows, whole), None if aligned else slots, slots)
     return jax.shard_map(local, in_specs=specs, out_specs=rows)(tokens, starts_BC, overlaps_BC)
 
 

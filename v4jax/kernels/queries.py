@@ -30,7 +30,7 @@ class Queries(NamedTuple):
       window_position_BUW: int32 [B or 1,U,2W], the same for keys; negative where there is none.
       segment_BT, segment_BUW: documents of queries and keys; None where each row is one document.
       real_T: False for queries that only fill up the last chunk.
-      index_q, index_w: the indexer's queries [B,T,I,J] and head weights [B,T,I]; None without it.
+      index: the indexer's queries [B,T,I,J] and head weights [B,T,I]; None without it.
     """
 
     q_BTNH: jax.Array
@@ -40,8 +40,7 @@ class Queries(NamedTuple):
     segment_BT: jax.Array | None
     segment_BUW: jax.Array | None
     real_T: jax.Array
-    index_q: jax.Array | None
-    index_w: jax.Array | None
+    index: tuple[jax.Array, jax.Array] | None
 
 
 def cut(
@@ -100,8 +99,7 @@ def cut(
         None if segment_BS is None else chunked(segment_BS),
         None if segment_BY is None else banded(segment_BY),
         (jnp.arange(total) < q_BSNH.shape[1]).reshape(chunks, -1),
-        None if index is None else chunked(index[0]),
-        None if index is None else chunked(index[1]),
+        None if index is None else (chunked(index[0]), chunked(index[1])),
     )
 
 
@@ -114,7 +112,7 @@ def window_keys(chunk: Queries, window: int) -> WindowKeys:
     position_BUW1 = chunk.position_BT.reshape(chunk.position_BT.shape[0], blocks, -1, 1)
     key_BU1W = chunk.window_position_BUW[:, :, None]
     band = (key_BU1W <= position_BUW1) & (key_BU1W > jnp.maximum(position_BUW1 - window, -1))
-    if chunk.segment_BT is None:
+    if chunk.segment_BT is None or chunk.segment_BUW is None:
         return WindowKeys(chunk.window_BUWH, band)
     same = (
         chunk.segment_BT.reshape(chunk.segment_BT.shape[0], -1, window, 1)

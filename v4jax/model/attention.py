@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from v4jax.cache.attention_inputs import AttentionInputs, Entries
+from v4jax.cache.attention_inputs import AttentionInputs
 from v4jax.cache.layer import CacheView, LayerCache
 from v4jax.cache.quantized import as_kept
 from v4jax.cache.rows import window_rows
@@ -26,7 +26,7 @@ from v4jax.model.indexer import Indexer
 from v4jax.model.norm import RMSNorm, rms_norm
 from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
-from v4jax.model.windows import whole_windows
+from v4jax.model.windows import entries_of
 from v4jax.quant.fake import fp8_keys
 from v4jax.remat import PRODUCTS
 
@@ -86,10 +86,7 @@ class Attention(Weights):
                     *(None if part is None else part.cache for part in (entry_kept, index_kept)),
                 )
             )
-            windows = None if entry_BCH is None else whole_windows(self.ratio, entry_BCH.count)
-        entries = None
-        if windows is not None:
-            entries = Entries(entry_BCH, windows.last_BC, windows.segment_BC)
+        entries = entries_of(self.ratio, entry_BCH, windows)
         inputs = AttentionInputs(q_BSNH, kv_BSH, sink_N, segments.segment_BS, entries, index, past)
         out_BSNH, loss = attend(self.ctx, cfg, inputs)
         # Keys are values, so each value is rotated by its own position. Rotating the sum back by

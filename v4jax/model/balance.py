@@ -25,7 +25,7 @@ def expert_share(
       float32 [B,S,E]; [B,1,E] where each row is one document.
     """
     scale, counts_BS = experts / index_BSK.shape[-1], segments.counts_BS
-    if segments.extent_2BS is not None:
+    if segments.extent_2BS is not None and counts_BS is not None:
         return document_share(rules, index_BSK, counts_BS, segments.extent_2BS, experts, scale)
     count_BS1 = jnp.ones((1, 1, 1)) if counts_BS is None else counts_BS[..., None]
     chosen_B1E = jnp.sum(times_chosen(index_BSK, experts) * count_BS1, axis=1, keepdims=True)

@@ -106,7 +106,8 @@ def stack(ctx: Context, cfg: ModelConfig, group: LayerGroup) -> nn.Module:
         wrapped(Pattern, LAYERS, ctx.remat, in_loop=loop),
         variable_axes={"params": 0, "router": 0, "chosen": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast),
+        # Flax takes one for each argument, though its annotation says int.
+        in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
         length=group.repeats,
         unroll=1 if loop else group.repeats,
         metadata_params={nn.PARTITION_NAME: "layers"},

@@ -5,7 +5,7 @@ indexer's heads are cut, their scores are added before entries are chosen. Where
 along the sequence, each device chooses among its own slots, and the best of all devices count.
 
 Shapes: B batch, S positions, T query positions of a chunk, C entries, K chosen entries, N heads, H
-head dim.
+head dim, I index heads, J index dim.
 Next file to read: v4jax/kernels/attention.py.
 """
 
@@ -20,14 +20,19 @@ from v4jax.cache.sharded import ShardAxes, among_all
 from v4jax.config import CSA, ModelConfig
 from v4jax.context import Context
 from v4jax.kernels.attention import EntryKeys, gathers
-from v4jax.kernels.index_scores import index_scores
+from v4jax.kernels.index_scores import KeyReader, index_scores
 from v4jax.kernels.index_search import best_slots, may_search
 from v4jax.kernels.queries import Queries
 from v4jax.kernels.top_k import top_k, top_k_mask
 
 
 def choose(
-    ctx: Context, cfg: ModelConfig, axes: ShardAxes, chunk: Queries, entries: Entries, index_key
+    ctx: Context,
+    cfg: ModelConfig,
+    axes: ShardAxes,
+    chunk: Queries,
+    entries: Entries,
+    index_key: jax.Array | CompressedKV | None,
 ) -> tuple[EntryKeys, jax.Array | None]:
     """(entries that the queries attend to, their index scores or None).
 
@@ -36,16 +41,16 @@ def choose(
     """
     visible_BTC, dtype, topk = _visible(chunk, entries), chunk.q_BTNH.dtype, cfg.index_topk
     kernels, sparse = ctx.kernels, ctx.sparse
-    if index_key is None:
+    if index_key is None or chunk.index is None:
         return EntryKeys(all_rows(entries.entry_BCH, dtype), visible_BTC), None
-    keys = key_reader(index_key, chunk.index_q.dtype)
-    if not axes.index_heads and may_search(keys, topk, kernels):
-        position_BT = chunk.position_BT - CSA * first_row(axes.slots, index_key.count)
-        score_BTK, index_BTK = best_slots(
-            chunk.index_q, chunk.index_w, keys, position_BT, CSA, topk, kernels
-        )
+    q_BTIJ, w_BTI = chunk.index
+    keys = key_reader(index_key, q_BTIJ.dtype)
+    whole = not axes.index_heads
+    if whole and isinstance(keys, KeyReader) and may_search(keys, topk, kernels):
+        position_BT = chunk.position_BT - CSA * first_row(axes.slots, keys.count)
+        score_BTK, index_BTK = best_slots(q_BTIJ, w_BTI, keys, position_BT, CSA, topk, kernels)
     else:
-        score_BTC = _scores(ctx, axes, chunk, entries, index_key, keys)
+        score_BTC = _scores(ctx, axes, chunk, chunk.index, index_key, entries)
         score_BTC = jnp.where(visible_BTC, score_BTC, -jnp.inf)
         slots = score_BTC.shape[-1]
         if sparse.dense or (slots <= topk and not axes.slots):
@@ -60,16 +65,24 @@ def choose(
     return EntryKeys(chosen_rows(entries.entry_BCH, index_BTK, dtype), chosen_BTK), score_BTK
 
 
-def _scores(ctx: Context, axes: ShardAxes, chunk: Queries, entries: Entries, index_key, keys):
+def _scores(
+    ctx: Context,
+    axes: ShardAxes,
+    chunk: Queries,
+    index: tuple[jax.Array, jax.Array],
+    index_key: jax.Array | CompressedKV,
+    entries: Entries,
+) -> jax.Array:
     """Index scores of a chunk, float32 [B,T,C], before any mask.
 
     Blocks of slots that no query sees are skipped. The loop that does so has no gradient, so scores
     are computed for all slots where the indexer is trained.
     """
+    q_BTIJ, w_BTI = index
     if not ctx.sparse.train_indexer and not isinstance(index_key, CompressedKV):
-        seen = CompressedKV(index_key[None], jnp.int32(0), _seen_slots(chunk, entries))
-        keys = key_reader(seen, chunk.index_q.dtype)
-    score_BTC = index_scores(chunk.index_q, chunk.index_w, keys, ctx.kernels.index_scores)
+        index_key = CompressedKV(index_key[None], jnp.int32(0), _seen_slots(chunk, entries))
+    keys = key_reader(index_key, q_BTIJ.dtype)
+    score_BTC = index_scores(q_BTIJ, w_BTI, keys, ctx.kernels.index_scores)
     return jax.lax.psum(score_BTC, axes.index_heads) if axes.index_heads else score_BTC
 
 
@@ -78,12 +91,10 @@ def _visible(chunk: Queries, entries: Entries) -> jax.Array:
 
     In rows of one document these are the entries c < (t+1) // M (docs/equations.md#compressor).
     """
-    seen = entries.last_BC[:, None] <= chunk.position_BT[..., None]
-    return (
-        seen
-        if entries.segment_BC is None
-        else seen & (entries.segment_BC[:, None] == chunk.segment_BT[..., None])
-    )
+    seen_BTC = entries.last_BC[:, None] <= chunk.position_BT[..., None]
+    if entries.segment_BC is None or chunk.segment_BT is None:
+        return seen_BTC
+    return seen_BTC & (entries.segment_BC[:, None] == chunk.segment_BT[..., None])
 
 
 def _seen_slots(chunk: Queries, entries: Entries) -> jax.Array:

@@ -116,7 +116,7 @@ class Indexer(Weights):
         x_BSD, qr_BSQ = jax.lax.stop_gradient((x_BSD, qr_BSQ))
         compressor = Compressor(self.ctx, cfg, CSA, dim, True, name="compressor")
         key_BCJ, view = compressor(x_BSD, windows if needed else None, view)
-        if not needed:
+        if key_BCJ is None:
             return None, view
         q_BSIJ = self.dense(self.act_quant(qr_BSQ), wq_b).reshape(*qr_BSQ.shape[:2], heads, dim)
         w_BSI = self.dense(x_BSD, weights_proj).astype(jnp.float32) * (dim**-0.5 * heads**-0.5)

@@ -88,7 +88,7 @@ class Experts(Weights):
 
         form, own = (
             Activation(cfg.swiglu_limit, self.ctx.quant),
-            ExpertWeights(**{"w3": None} | weights),
+            ExpertWeights(weights["w1"], weights.get("w3"), weights["w2"]),
         )
         rows, active = index_BSK.size // index_BSK.shape[-1], index_BSK.shape[-1]
         kernel = self.ctx.kernels.expert_ffn
@@ -101,7 +101,7 @@ class Experts(Weights):
             return every_expert(form, own, *flat).reshape(x_BSD.shape)
 
         def expert(weights, x_PD, gate_P, groups: Groups):
-            own = ExpertWeights(**{"w3": None} | weights)
+            own = ExpertWeights(weights["w1"], weights.get("w3"), weights["w2"])
             return expert_ffn(form, own, x_PD, gate_P, groups, kernel)
 
         apply = functools.partial(apply_experts, self.ctx.rules, expert, weights, axes)

@@ -48,7 +48,7 @@ def choose_experts(
 
     Under jit, XLA drops all work that no index depends on.
     """
-    count = cfg.gradient_accumulation
+    count = cfg.micro_batches
     if count == 1:
         return _choose(cfg, rules, params, batch)
     chosen_M = jax.lax.map(

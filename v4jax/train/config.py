@@ -213,6 +213,15 @@ class TrainConfig:
         )
 
     @property
+    def micro_batches(self) -> int:
+        """gradient_accumulation as a number."""
+        count = self.gradient_accumulation
+        assert count != "auto", (
+            "v4jax/planner/micro_batches.py chooses a number before anything runs"
+        )
+        return count
+
+    @property
     def router_bias_rate(self) -> float:
         """`bias_rate`, or its default: 1e-3, and 0 when training on conversations."""
         return (0.0 if self.data.masked else 1e-3) if self.bias_rate is None else self.bias_rate

@@ -32,7 +32,7 @@ class Clock:
     """Seconds of wall time by part, since the clock was made. One thread uses it."""
 
     def __init__(self) -> None:
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._part = "other"
         self._since = time.perf_counter()
         self._furthest = 0

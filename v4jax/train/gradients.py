@@ -28,7 +28,7 @@ from v4jax.train.losses.indexer import captured
 
 def gradients(
     cfg: TrainConfig, ctx: Context, params, router, batch: Mapping[str, jax.Array], chosen=None
-) -> tuple[Any, dict[str, jax.Array], dict[str, dict[str, Routing]]]:
+) -> tuple[Any, dict[str, Any], dict[str, dict[str, Routing]]]:
     """(gradients of params, metrics, routing) of cfg.gradient_accumulation micro-batches.
 
     With attention="indexer" they are those of the indexer's loss alone.
@@ -47,7 +47,7 @@ def gradients(
 
         return jax.grad(objective, has_aux=True)(params)
 
-    indexer_alone, count = cfg.attention == "indexer", cfg.gradient_accumulation
+    indexer_alone, count = cfg.attention == "indexer", cfg.micro_batches
     if count == 1:
         grads, (metrics, routing) = one(params, batch, chosen)
         return grads, metrics, routing

@@ -11,7 +11,7 @@ Equation: docs/equations.md#muon.
 Next file to read: v4jax/train/step.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -86,11 +86,11 @@ def scale_by_muon(mu: float = 0.95, specs: Specs | None = None) -> optax.Gradien
     def init(params):
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
-        momentum = jax.tree.map(lambda m, g: mu * m + g, state.momentum, grads)
+        momentum = jax.tree.map(lambda m, g: mu * m + g, state.momentum, updates)
         ahead, tree = jax.tree_util.tree_flatten_with_path(
-            jax.tree.map(lambda m, g: mu * m + g, momentum, grads)
+            jax.tree.map(lambda m, g: mu * m + g, momentum, updates)
         )
         places = [specs[tuple(key.key for key in path)] for path, _ in ahead] if specs else None
         outs = on_whole_matrices(newton_schulz, [x for _, x in ahead], places)
@@ -113,8 +113,8 @@ def scale_by_adam(
     adam = optax.scale_by_adam(b1, b2, eps)
     longest = (1 - b1) / ((1 - b2) * (1 - b1 * b1 / b2)) ** 0.5
 
-    def update(grads, state, params=None):
-        steps, state = adam.update(grads, state, params)
+    def update(updates, state, params=None):
+        steps, state = adam.update(updates, state, params)
         return jax.tree.map(lambda step: jnp.clip(step, -longest, longest), steps), state
 
     return optax.GradientTransformation(adam.init, update)
@@ -166,11 +166,12 @@ def optimizer(
         rest = optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(schedule)
         return [optax.chain(step, *rest) for step in (scale_by_muon(mu, specs), scale_by_adam())]
 
-    transforms = dict(zip(("muon", "adamw"), pair(schedule), strict=True))
+    transforms: dict[Hashable, optax.GradientTransformation] = {}
+    transforms["muon"], transforms["adamw"] = pair(schedule)
     if index_schedule is None:
         transforms["frozen"] = optax.set_to_zero()
     else:
-        transforms |= zip(("index_muon", "index_adamw"), pair(index_schedule), strict=True)
+        transforms["index_muon"], transforms["index_adamw"] = pair(index_schedule)
     return optax.partition(
         transforms, lambda params: label_parameters(params, index_schedule is not None)
     )
@@ -193,9 +194,9 @@ def clip_apart(largest: float) -> optax.GradientTransformation:
         norm = global_norm(grads)
         return [jnp.where(norm < largest, g, g / norm * largest) for g in grads]
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
-        leaves, tree = jax.tree_util.tree_flatten_with_path(grads)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
         index = [is_index(tuple(key.key for key in path)) for path, _ in leaves]
         parts = [
             iter(clip([g for (_, g), i in zip(leaves, index, strict=True) if i == kind]))

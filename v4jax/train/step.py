@@ -172,7 +172,7 @@ def state_shardings(cfg: TrainConfig, rules: AxisRules, mesh: Mesh) -> TrainStat
     """
     params = named_shardings(mesh, rules, abstract_params(cfg.model), param_axes(cfg.model))
     router = params.pop("router")
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    everywhere: Any = NamedSharding(mesh, PartitionSpec())  # it takes the place of an array
     abstract = jax.eval_shape(lambda: state_from(cfg, init_params(cfg.model, jax.random.key(0))))
 
     def masked(leaf):
@@ -199,7 +199,7 @@ def check_batch(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) ->
 
     These are the mesh axes and, for batch_size, gradient_accumulation too.
     """
-    count = cfg.gradient_accumulation
+    count = cfg.micro_batches
     for field, name, more in (("batch_size", "act_batch", count), ("seq_len", "act_seq", 1)):
         axes = rules.mesh_axes(name)
         parts = math.prod(sizes[axis] for axis in axes) * more

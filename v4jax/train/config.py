@@ -130,6 +130,9 @@ class TrainConfig:
     """Text that the finished model continues in sample.txt."""
     sample_tokens: int = 0
     """Tokens of that sample; 0: no sample."""
+    compile_cache: str = ""
+    """Folder in which compiled programs are kept, so that a run that starts again compiles
+    nothing; empty: none."""
     seed: int = 0
     """Seed of the initial weights, an integer."""
     stages: tuple[Stage, ...] = ()
@@ -137,7 +140,7 @@ class TrainConfig:
     stage's batch size and length."""
 
     def __post_init__(self):
-        for name in ("run_dir", "init_from"):
+        for name in ("run_dir", "init_from", "compile_cache"):
             if getattr(self, name) != "":
                 local_path(getattr(self, name), name)
         object.__setattr__(self, "remat", policy_name(self.remat))

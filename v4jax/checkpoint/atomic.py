@@ -12,11 +12,16 @@ from typing import Any
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
+    """`write_bytes` of a text in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
     """Writes a file whole or not at all: to a temporary name, then renamed."""
     with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
+        dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
     ) as file:
-        file.write(text)
+        file.write(content)
         file.flush()
         os.fchmod(file.fileno(), 0o666 & ~_umask())  # temporary files are private
         os.fsync(file.fileno())

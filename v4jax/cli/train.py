@@ -43,12 +43,14 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> dict | None:
         raise BadInput(f"--target {arguments.target} goes with --dry-run; a run uses this machine")
     start(cfg.mesh, preemptible=True)
     from v4jax.planner.micro_batches import chosen_micro_batches
+    from v4jax.train.compile_cache import compile_cache
     from v4jax.train.loop import train
 
-    cfg = chosen_micro_batches(cfg)
-    summary = train(cfg)
-    if cfg.sample_tokens and "stopped_at" not in summary:
-        summary |= sample(cfg)
+    with compile_cache(cfg.compile_cache):
+        cfg = chosen_micro_batches(cfg)
+        summary = train(cfg)
+        if cfg.sample_tokens and "stopped_at" not in summary:
+            summary |= sample(cfg)
     if "run_dir" not in summary:  # this is not the first of several processes
         return None
     return summary | {"peak_memory": f"{_peak_memory() / 1e9:.1f} GB"}

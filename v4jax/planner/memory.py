@@ -16,7 +16,7 @@ from sharding.exchange import HEADROOM
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.kernels.attention import CHUNK_BYTES
-from v4jax.planner.muon import muon
+from v4jax.planner.muon import muon, state_bytes
 from v4jax.planner.terms import Term
 from v4jax.planner.weights import cut_of, weights_of
 from v4jax.remat import ATTENTION, EXPERTS, LAYERS, POLICIES
@@ -27,7 +27,6 @@ MEMORY = ("weights", "optimizer", "gradients", "activations", "caches")
 WORKING = ("layers", "head", "muon")
 """Working sets; the largest counts."""
 
-_COPIES = {"muon": 1, "adamw": 2, "frozen": 0, "none": 0}
 _BLOCK = 128
 _SITES = 2
 """Sites of mHC in a layer."""
@@ -41,7 +40,8 @@ def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list
         cut = cut_of(weight, rules, sizes)
         held = 4 * weight.size / cut.devices
         terms.append(Term("weights", weight.name, held))
-        terms.append(Term("optimizer", weight.name, held * _COPIES[weight.optimizer]))
+        state = state_bytes(cfg, weight.optimizer)
+        terms.append(Term("optimizer", weight.name, state * weight.size / cut.devices))
         if weight.optimizer in ("muon", "adamw"):
             terms.append(Term("gradients", weight.name, held * _gradients(cfg)))
     # Newton-Schulz holds 3 arrays of m x n and 2 of m x m, m <= n.

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 
 from sharding.rules import AxisRules
 from v4jax.config import CSA, HCA, ModelConfig
-from v4jax.planner.muon import Stack, muon
+from v4jax.planner.muon import Stack, muon, state_bytes
 from v4jax.planner.recompute import multiplies_again, recomputes
 from v4jax.planner.terms import Term
 from v4jax.planner.weights import Weight, cut_of, weights_of
 from v4jax.train.config import TrainConfig
-from v4jax.train.muon import COEFFICIENTS
+from v4jax.train.newton_schulz import COEFFICIENTS
 
 FP8 = ("routed experts", "shared experts", "attention")
 """Parts whose products have fp8 operands in fp8 recipes."""
@@ -46,10 +46,10 @@ def work(
     terms = []
     for weight in weights_of(model):
         cut, part = cut_of(weight, rules, sizes), weight.part
-        held = weight.size / cut.devices * 4
         if weight.optimizer != "none":
-            # Gradient and parameter are read and written, as are the moments: two, or one for Muon.
-            terms.append(Term("hbm", "optimizer", held * (7 if weight.optimizer == "adamw" else 5)))
+            # The gradient is read; the parameter and the state are read and written.
+            moved = 12 + 2 * state_bytes(cfg, weight.optimizer)
+            terms.append(Term("hbm", "optimizer", weight.size / cut.devices * moved))
         if weight.uses:
             n = passes(cfg, weight)
             # The experts' axis leaves FLOPs unchanged: fewer experts, with more rows each.

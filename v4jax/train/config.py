@@ -66,8 +66,7 @@ class TrainConfig:
     seq_len: int
     """Tokens a row, from 2 to the model's max_position_embeddings."""
     dtype: str = "float32"
-    """Compute dtype, float32 or bfloat16. Weights and optimizer state are float32 in either
-    case."""
+    """Compute dtype, float32 or bfloat16. Weights are float32 in either case."""
     quant: str = "none"
     """none, or official: train with the fp8 and MXFP4 numbers that the served model computes
     with."""
@@ -97,6 +96,13 @@ class TrainConfig:
     """Decoupled weight decay a step, relative to the learning rate; 0 or more."""
     momentum: float = 0.95
     """Muon's momentum, in [0, 1)."""
+    momentum_dtype: str = "float32"
+    """How Muon's momentum is stored: float32 or bfloat16. It is computed in float32."""
+    moment_dtype: str = "float32"
+    """The same of AdamW's moments."""
+    newton_schulz_dtype: str = "float32"
+    """Factors of the products by which Muon orthogonalises: float32 or bfloat16. Sums are
+    float32."""
     clip_norm: float = 1.0
     """Largest global gradient norm; gradients above it are scaled down. Above 0."""
     bias_rate: float | None = None
@@ -130,6 +136,9 @@ class TrainConfig:
     """Text that the finished model continues in sample.txt."""
     sample_tokens: int = 0
     """Tokens of that sample; 0: no sample."""
+    compile_cache: str = ""
+    """Folder in which compiled programs are kept, so that a run that starts again compiles
+    nothing; empty: none."""
     seed: int = 0
     """Seed of the initial weights, an integer."""
     stages: tuple[Stage, ...] = ()
@@ -137,14 +146,15 @@ class TrainConfig:
     stage's batch size and length."""
 
     def __post_init__(self):
-        for name in ("run_dir", "init_from"):
+        for name in ("run_dir", "init_from", "compile_cache"):
             if getattr(self, name) != "":
                 local_path(getattr(self, name), name)
         object.__setattr__(self, "remat", policy_name(self.remat))
         parse_mesh(self.mesh)
         rules_of(self.layout)
         kernels_from(self.kernels)
-        _allow(self, "dtype", ("float32", "bfloat16"))
+        for name in ("dtype", "momentum_dtype", "moment_dtype", "newton_schulz_dtype"):
+            _allow(self, name, ("float32", "bfloat16"))
         _allow(self, "export", (*FORMATS, "none"))
         _allow(self, "attention", ("sparse", "dense", "indexer"))
         check_quant(self.model, self.quant)

@@ -23,6 +23,7 @@ from sharding.processes import is_first
 from v4jax.checkpoint.export import save_safetensors
 from v4jax.checkpoint.store import Store, newest_step
 from v4jax.data.listing import Listings
+from v4jax.train.compile_cache import compile_cache
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import unigram_loss
 from v4jax.train.evaluation import evaluation_sets
@@ -63,7 +64,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         left. Such a state is neither saved nor exported.
       OSError: a checkpoint could not be written; those before it are intact.
     """
-    with contextlib.closing(Clock()) as clock:
+    with contextlib.closing(Clock()) as clock, compile_cache(cfg.compile_cache):
         summary = _train(as_read(cfg), clock)
         return summary | clock.metrics() if summary else {}
 

@@ -27,7 +27,7 @@ from v4jax.remat import check_host_memory
 from v4jax.train.balance import load_metrics, update_bias
 from v4jax.train.config import TrainConfig
 from v4jax.train.gradients import gradients
-from v4jax.train.muon import clip_apart, freeze, global_norm, is_index, optimizer
+from v4jax.train.muon import Numbers, clip_apart, freeze, global_norm, is_index, optimizer
 from v4jax.train.schedule import learning_rate
 from v4jax.train.watch import watched
 
@@ -88,6 +88,7 @@ def optimizer_of(cfg: TrainConfig, rules: AxisRules = AxisRules()) -> optax.Grad
         cfg.momentum,
         specs,
         (lambda step: ratio * main(step)) if ratio else None,
+        Numbers(cfg.momentum_dtype, cfg.moment_dtype, cfg.newton_schulz_dtype),
     )
     return optax.chain(clip_apart(cfg.clip_norm), inner)
 

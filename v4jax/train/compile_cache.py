@@ -86,7 +86,7 @@ def _whole_files() -> Iterator[None]:
             return before(cache, key, value)  # under a lock, or nothing to do
         write_bytes(entry, value)
 
-    LRUCache.put = put
+    LRUCache.put = put  # pyright: ignore[reportAttributeAccessIssue] (named `self` there)
     try:
         yield
     finally:

@@ -74,7 +74,7 @@ def loss(
     *,
     weights: LossWeights = LossWeights(),
     rules: AxisRules = AxisRules(),
-    dtype: jnp.dtype = jnp.float32,
+    dtype: jnp.dtype = jnp.dtype("float32"),
     remat: str | bool = "none",
     quant: str = "none",
     kernels: str = "",

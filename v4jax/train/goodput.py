@@ -32,7 +32,7 @@ class Clock:
     """Seconds of wall time by part, since the clock was made. One thread uses it."""
 
     def __init__(self) -> None:
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._part = "other"
         self._since = time.perf_counter()
         self._furthest = 0
@@ -50,7 +50,7 @@ class Clock:
             self._turn_to(before)
 
     def compiling(self) -> contextlib.AbstractContextManager[None]:
-        """`part("compile")`, as compiled_together (v4jax/train/step.py) takes it."""
+        """`part("compile")`, as CompiledTogether (v4jax/train/programs.py) takes it."""
         return self.part("compile")
 
     def step(self, number: int) -> contextlib.AbstractContextManager[None]:

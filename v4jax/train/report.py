@@ -20,6 +20,7 @@ from v4jax.cost import train_flops_per_token
 from v4jax.train.config import TrainConfig
 from v4jax.train.goodput import MOST_DATA_WAIT
 from v4jax.train.metrics_file import METRICS, read_metrics
+from v4jax.train.profile_table import table
 from v4jax.train.stability import LossHistory
 
 
@@ -179,6 +180,21 @@ class Reporter:
             f"rollback {history.rollbacks}: step {at}: {why}; batches {first} to {last} skipped",
         )
 
+    def profile(
+        self, step: int, folder: pathlib.Path, steps: int, seconds: dict[str, float]
+    ) -> None:
+        """Shows how long each part of the model took in a trace that ended with step `step`.
+
+        Args:
+          folder: of the trace.
+          steps: that were traced.
+          seconds: of each part (profile_table.seconds_by_part).
+        """
+        self.event(step, "profile", steps=steps, folder=str(folder), seconds=seconds)
+        self._last = (step, None)
+        self._show(step, f"a trace of {steps} step(s) is in {folder}")
+        self._console.print("\n".join(table(seconds, steps)), highlight=False)
+
     def event(self, step: int, name: str, **said: Any) -> None:
         """Writes something that happened to the run before the step after `step`."""
         self._file.write(json_text({"step": step, "event": name} | said) + "\n")
@@ -239,6 +255,11 @@ class Silent:
 
     def rollback(
         self, step: int, history: LossHistory, at: int, why: str, trace: Sequence[float]
+    ) -> None:
+        pass
+
+    def profile(
+        self, step: int, folder: pathlib.Path, steps: int, seconds: dict[str, float]
     ) -> None:
         pass
 

@@ -21,7 +21,7 @@ import optax
 from configs import demo, flash
 from sharding.rules import AxisRules
 from v4jax.context import Context
-from v4jax.model.init import init_params
+from v4jax.functional import init_params
 from v4jax.planner.compiled import report_layout
 from v4jax.train.gradients import gradients
 from v4jax.train.step import optimizer_of, state_from, train_step
@@ -81,7 +81,14 @@ def times(rounds: int) -> None:
 
 
 def memory(target: str, mesh: str, layout: str) -> None:
-    cfg = dataclasses.replace(flash.get_config(), mesh=mesh, layout=layout)
+    cfg = dataclasses.replace(
+        flash.get_config(),
+        mesh=mesh,
+        layout=layout,
+        stages=(),
+        attention="sparse",
+        index_learning_rate=0.0,
+    )
     devices = int(np.prod([int(part.split("=")[1]) for part in mesh.split(",")]))
     for count in (1, COUNT):
         one = dataclasses.replace(cfg, batch_size=devices * count, gradient_accumulation=count)

@@ -13,7 +13,7 @@ import jax
 
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
-from v4jax.model.init import init_params
+from v4jax.functional import init_params
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import state_from, train_step
 

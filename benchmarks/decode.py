@@ -64,7 +64,7 @@ def make_checkpoint(folder, cfg):
     import jax
 
     import v4jax
-    from v4jax.model.init import init_params
+    from v4jax.functional import init_params
 
     v4jax.save_safetensors(cfg, init_params(cfg, jax.random.key(0)), folder, dtype="float32")
 

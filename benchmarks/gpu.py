@@ -23,10 +23,10 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from configs import demo
 from sharding.experts import Groups
+from v4jax.functional import init_params
 from v4jax.kernels.expert_ffn import gpu
 from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights
 from v4jax.kernels.expert_ffn.op import expert_ffn
-from v4jax.model.init import init_params
 from v4jax.train.loss import loss_and_routing
 
 

@@ -162,7 +162,10 @@ def optimizer() -> None:
 def training(model: str):
     from configs import flash, pro
 
-    return {"flash": flash, "pro": pro}[model].get_config()
+    cfg = {"flash": flash, "pro": pro}[model].get_config()
+    return dataclasses.replace(
+        cfg, gradient_accumulation=1, stages=(), attention="sparse", index_learning_rate=0.0
+    )
 
 
 if __name__ == "__main__":

@@ -23,8 +23,7 @@ def program(length: int):
 
     from sharding.mesh import simulate_devices
     from v4jax.config import ModelConfig
-    from v4jax.model.forward import apply
-    from v4jax.model.init import init_params
+    from v4jax.functional import apply, init_params
 
     cfg = ModelConfig(
         vocab_size=4096,

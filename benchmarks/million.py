@@ -109,9 +109,9 @@ class Run:
         import jax
         import numpy as np
 
+        from v4jax.functional import init_params
         from v4jax.generate.cache import split_layers
         from v4jax.generate.steps import DecodeConfig
-        from v4jax.model.init import init_params
 
         self.cfg = get_model()
         self.params = split_layers(self.cfg, init_params(self.cfg, jax.random.key(0)))

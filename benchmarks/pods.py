@@ -34,7 +34,17 @@ def pod_config(name: str):
 
     config, _, mesh, seq, batch = CASES[name]
     cfg = {"flash": flash, "pro": pro}[config].get_config()
-    return dataclasses.replace(cfg, mesh=mesh, layout="pod", seq_len=seq, batch_size=batch)
+    return dataclasses.replace(
+        cfg,
+        mesh=mesh,
+        layout="pod",
+        seq_len=seq,
+        batch_size=batch,
+        gradient_accumulation=1,
+        stages=(),
+        attention="sparse",
+        index_learning_rate=0.0,
+    )
 
 
 def keep(name: str, report: dict) -> None:

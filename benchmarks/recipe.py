@@ -30,7 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from configs import demo
 from sharding.mesh import simulate_devices
 from v4jax.data.config import DataConfig
-from v4jax.model.init import init_params
+from v4jax.functional import init_params
 from v4jax.parameter_tree import spec_of
 from v4jax.train import loop, run_steps
 from v4jax.train.config import TrainConfig

@@ -27,8 +27,7 @@ from sharding.params import named_shardings
 from sharding.rules import AxisRules, layout_for
 from v4jax.config import ModelConfig
 from v4jax.context import Context
-from v4jax.model.forward import apply
-from v4jax.model.init import init_params
+from v4jax.functional import apply, init_params
 from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.train.loss import loss_and_routing
 from v4jax.train.report import matmul_rate

@@ -13,7 +13,7 @@ copies are. If they are fewer than the devices, every device works on all of the
 
 Shapes: M matrices of a stack, A rows, Z columns.
 
-Next file to read: v4jax/train/muon.py.
+Next file to read: v4jax/train/newton_schulz.py.
 """
 
 import functools

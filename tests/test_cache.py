@@ -16,13 +16,12 @@ from trees import small_config
 import v4jax
 from configs import models as models_of_configs
 from v4jax.cache.layer import SPARE_ROWS, ChunkSpan, CompressedKV
-from v4jax.cache.rows import keep_rows
+from v4jax.cache.rows import keep_rows, key_reader
 from v4jax.checkpoint.names import from_official
 from v4jax.context import Context
 from v4jax.cost import cost, deepseek_v32, gqa8
 from v4jax.generate.cache import draft, empty_cache, extend, logits_of, split_layers
 from v4jax.kernels import index_scores, index_search
-from v4jax.model.indexer import key_reader
 
 PATTERNS = {
     # every kind of layer (MTP's is window only), and two in a stack

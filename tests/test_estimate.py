@@ -36,7 +36,10 @@ def full(config, mesh, layout="pod", **changes):
         config.get_config(),
         mesh=mesh,
         layout=layout,
-        **({"seq_len": 4096, "batch_size": 128} | changes),
+        stages=(),
+        attention="sparse",
+        index_learning_rate=0.0,
+        **({"seq_len": 4096, "batch_size": 128, "gradient_accumulation": 1} | changes),
     )
 
 

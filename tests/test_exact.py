@@ -17,7 +17,9 @@ from trees import small_config
 
 import v4jax.model.transformer
 from v4jax.checkpoint.names import from_official
+from v4jax.context import Context
 from v4jax.kernels import attention, index_scores
+from v4jax.kernels.choice import kernels_from
 from v4jax.train.loss import loss_and_routing
 
 PATTERNS = {
@@ -148,6 +150,7 @@ FORMS = {
     "chunked": (2**12, 10**9, 4096),
     "gathered": (2**12, 1, 4096),
     "in blocks": (2**12, 1, 8),
+    "reference": (2**26, 10**9, 4096),
 }
 """CHUNK_BYTES, GATHER_FROM, SCORE_BLOCK"""
 
@@ -159,20 +162,23 @@ def loss_in_form(name):
     params = jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 2)))
     batch = {"tokens": jnp.asarray(tokens_of(cfg, (2, 140), 3))}
     chunk_bytes, gather_from, score_block = FORMS[name]
+    ctx = Context(kernels=kernels_from("reference" if name == "reference" else ""))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "CHUNK_BYTES", chunk_bytes)
         patch.setattr(attention, "GATHER_FROM", gather_from)
         patch.setattr(index_scores, "SCORE_BLOCK", score_block)
-        return jax.jit(jax.value_and_grad(lambda p: loss_and_routing(cfg, p, batch)[0]))(params)
+        return jax.jit(jax.value_and_grad(lambda p: loss_and_routing(cfg, p, batch, ctx)[0]))(
+            params
+        )
 
 
 @pytest.mark.parametrize(
-    "form", ["chunked", pytest.param("gathered", marks=pytest.mark.slow), "in blocks"]
+    "form", ["chunked", pytest.param("gathered", marks=pytest.mark.slow), "in blocks", "reference"]
 )
-def test_chunks_and_gathered_entries_change_nothing(form):
+def test_chunks_gathered_entries_and_kernels_change_nothing(form):
     """The same loss and gradients with queries in small chunks, CSA by gathering, not masking.
 
-    Index scores are those of the entries that a chunk sees.
+    Index scores are those of the entries that a chunk sees. "reference" takes no fast way at all.
     """
     (value, grads), (other_value, other_grads) = map(loss_in_form, ("whole", form))
     assert float(other_value) == pytest.approx(float(value), rel=1e-6)
@@ -182,7 +188,7 @@ def test_chunks_and_gathered_entries_change_nothing(form):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-7, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "layer"])
 def test_gradients_of_mtp_are_whole_before_the_layers_go_on(monkeypatch, remat):
     """A barrier waits for all of MTP's gradients and for what flows back into the layers.
 
@@ -193,7 +199,7 @@ def test_gradients_of_mtp_are_whole_before_the_layers_go_on(monkeypatch, remat):
     batch = {"tokens": jnp.asarray(tokens_of(cfg, (2, 20), 3))}
 
     def grad(p):
-        return jax.grad(lambda p: loss_and_routing(cfg, p, batch, remat=remat)[0])(p)
+        return jax.grad(lambda p: loss_and_routing(cfg, p, batch, Context(remat=remat))[0])(p)
 
     def shapes(leaves):
         return collections.Counter(leaf.shape for leaf in leaves)

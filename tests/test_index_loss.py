@@ -127,10 +127,10 @@ def test_no_array_is_quadratic_in_the_length(monkeypatch):
     monkeypatch.setattr(attention, "CHUNK_BYTES", 2**16)
     seq, tokens = 1432, jax.ShapeDtypeStruct((2, 1432), jnp.int32)
     for dense in (False, True):
-        ctx = Context(sparse=SparseMode(dense=dense, train_indexer=True))
+        ctx = Context(sparse=SparseMode(dense=dense, train_indexer=True), remat="layer")
 
         def loss(params, tokens, ctx=ctx):
-            return loss_and_routing(SMALL, params, {"tokens": tokens}, ctx, remat=True)[0]
+            return loss_and_routing(SMALL, params, {"tokens": tokens}, ctx)[0]
 
         found = set(shapes(jax.make_jaxpr(jax.grad(loss))(abstract_params(SMALL), tokens).jaxpr))
         assert any(seq in shape for shape in found)

@@ -3,6 +3,8 @@
 Each matrix is worked on once, and every byte moves there and back.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,19 @@ def test_cut_matrices_are_orthogonalised_once(shape, spec, seen):
     # Ten iterations of a cubic amplify the rounding of differently ordered sums.
     np.testing.assert_allclose(got, newton_schulz(x), atol=2e-5)
     assert set(stacks) == {seen}
+
+
+def test_cut_matrices_are_orthogonalised_in_bfloat16_too():
+    mesh = make_mesh(parse_mesh("fsdp=2,expert=2,tensor=2"))
+    spec = P(None, "expert", "fsdp", "tensor")
+    x = jax.random.normal(jax.random.key(0), (2, 4, 16, 24))
+    rounded = functools.partial(newton_schulz, dtype="bfloat16")
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, spec)
+        run = jax.jit(lambda x: on_whole_matrices(rounded, [x], [spec])[0], in_shardings=place)
+        got = run(jax.device_put(x, place))
+    # Sums in another order may round a factor to the neighbouring bfloat16.
+    np.testing.assert_allclose(got, rounded(x), atol=0.01)
 
 
 def test_stacks_with_too_few_matrices_are_shared_out_together():

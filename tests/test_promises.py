@@ -14,8 +14,8 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import layout_for
 from v4jax.checkpoint.names import from_official
 from v4jax.context import Context, SparseMode
+from v4jax.functional import forward
 from v4jax.kernels import attention
-from v4jax.model.forward import forward
 from v4jax.parameter_tree import abstract_params
 from v4jax.train.loss import loss_and_routing
 
@@ -87,7 +87,7 @@ def test_no_array_is_quadratic_in_the_length(monkeypatch):
     tokens = jax.ShapeDtypeStruct((2, seq), jnp.int32)
 
     def loss(params, tokens):
-        return loss_and_routing(MODEL, params, {"tokens": tokens}, remat=True)[0]
+        return loss_and_routing(MODEL, params, {"tokens": tokens}, Context(remat="layer"))[0]
 
     found = set(shapes(jax.make_jaxpr(jax.grad(loss))(abstract_params(MODEL), tokens).jaxpr))
     assert len(found) > 100 and any(seq in shape for shape in found)
@@ -104,7 +104,7 @@ def test_remat_changes_nothing(params):
     def step(remat):
         return jax.jit(
             jax.value_and_grad(
-                lambda params: loss_and_routing(MODEL, params, batch, remat=remat)[0]
+                lambda params: loss_and_routing(MODEL, params, batch, Context(remat=remat))[0]
             )
         )(params)
 

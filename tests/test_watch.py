@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from trees import random_params, small_config
 
-from v4jax.model.hyper import Mix
+from v4jax.diagnostics import measure, merge, spectral_norm
 from v4jax.model.router import Routing
-from v4jax.model.watch import measure, merge, spectral_norm
 from v4jax.train.watch import plain, rms_by_group, watched
 
 MODEL = small_config(n_routed_experts=4)
@@ -35,7 +34,7 @@ def test_a_look_at_a_sublayer():
     pre, post, comb = rng.random((2, 3, 4)), rng.random((2, 3, 4)) * 2, rng.random((2, 3, 4, 4))
     y, x = rng.normal(size=(2, 3, 8)), rng.normal(size=(2, 3, 4, 8))
     arrays = [jnp.asarray(a, jnp.float32) for a in (pre, post, comb, y, x)]
-    diagnostics = measure(arrays[0], Mix(*arrays[1:3]), *arrays[3:])
+    diagnostics = measure(*arrays)
     gates = np.concatenate((pre, post), -1)
     off = 1 - (np.trace(comb, axis1=-2, axis2=-1) / comb.sum((-2, -1))).mean()
     expected = (
@@ -70,7 +69,8 @@ def test_layers_stand_in_order_and_groups_hold_all():
     router, trained = params.pop("router"), params
     diagnostics = measure(
         jnp.ones((1, 1, 4)),
-        Mix(jnp.ones((1, 1, 4)), jnp.ones((1, 1, 4, 4))),
+        jnp.ones((1, 1, 4)),
+        jnp.ones((1, 1, 4, 4)),
         jnp.ones((1, 1, 2)),
         jnp.ones((1, 1, 4, 2)),
     )

@@ -7,8 +7,7 @@ from v4jax.api import load
 from v4jax.checkpoint.export import save_safetensors
 from v4jax.checkpoint.names import official_names, to_official
 from v4jax.config import ModelConfig
-from v4jax.model.forward import forward
-from v4jax.model.init import init_params
+from v4jax.functional import forward, init_params
 from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.train.loss import loss
 

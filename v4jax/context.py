@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from sharding.rules import AxisRules
 from v4jax.kernels.choice import Kernels
+from v4jax.remat import policy_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Collect:
 
     Attributes:
       index: indices of the chosen experts (Routing.index_BSK in v4jax/model/router.py).
-      watch: diagnostics of every layer (v4jax/model/watch.py).
+      watch: diagnostics of every layer (v4jax/diagnostics.py).
     """
 
     index: bool = False
@@ -50,6 +51,7 @@ class Context:
       sparse: how CSA layers attend.
       collect: what layers return beside their output.
       kernels: which implementation of each op runs.
+      remat: what the backward pass recomputes (v4jax/remat.py).
     """
 
     rules: AxisRules = AxisRules()
@@ -58,6 +60,8 @@ class Context:
     sparse: SparseMode = SparseMode()
     collect: Collect = Collect()
     kernels: Kernels = Kernels()
+    remat: str = "none"
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        object.__setattr__(self, "remat", policy_name(self.remat))

@@ -278,11 +278,24 @@ def _last_collapse(cfg: ModelConfig) -> Part:
 
 
 def _sum(name: str, parts: Iterable[Part]) -> Part:
-    return Part(name, *map(sum, zip(*(part[1:] for part in parts), strict=True)))
+    parts = list(parts)
+    return Part(
+        name,
+        sum(part.parameters for part in parts),
+        sum(part.active for part in parts),
+        sum(part.flops for part in parts),
+        sum(part.cache for part in parts),
+    )
 
 
 def _times(part: Part, layers: int) -> Part:
-    return Part(part.name, *(layers * value for value in part[1:]))
+    return Part(
+        part.name,
+        layers * part.parameters,
+        layers * part.active,
+        layers * part.flops,
+        layers * part.cache,
+    )
 
 
 def _row(part: Part) -> tuple[str, ...]:

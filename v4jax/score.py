@@ -15,8 +15,8 @@ from sharding.process_rows import gather
 from sharding.processes import is_first
 from v4jax.api import load, place_on
 from v4jax.config import ModelConfig
+from v4jax.functional import forward
 from v4jax.kernels.choice import kernels_from
-from v4jax.model.forward import forward
 from v4jax.quant.fake import check_quant
 from v4jax.storage import file_to_write, local_path
 from v4jax.tokenizer import check_tokens

@@ -48,10 +48,10 @@ def test_attention_has_values_and_gradients_of_one_softmax(implementation, gathe
 
     def of(name):
         def run(q, near, far, sink):
-            keys = window._replace(key_BUVH=near), entries._replace(key=far)
+            keys = window._replace(key_BUYH=near), entries._replace(key=far)
             return attention(q, *keys, sink, name)
 
-        return jax.vjp(run, q, window.key_BUVH, entries.key, sink)
+        return jax.vjp(run, q, window.key_BUYH, entries.key, sink)
 
     (got, pull), (want, want_pull) = of(implementation), of("reference")
     ct = jax.tree.map(jnp.cos, want)
@@ -60,7 +60,7 @@ def test_attention_has_values_and_gradients_of_one_softmax(implementation, gathe
     for b in range(2):
         for t in range(ROWS):
             u, w = divmod(t, BLOCK)
-            near = window.key_BUVH[b, u][window.mask_BUWV[b % batch, u, w]]
+            near = window.key_BUYH[b, u][window.mask_BUWY[b % batch, u, w]]
             far = entries.key[b, t] if gathered else entries.key[b]
             keys = np.concatenate((near, far[entries.mask_BTC[b % batch, t]])).astype(np.float64)
             close(got[0][b, t], equation.attend(np.asarray(q[b, t]), keys, np.asarray(sink)), 5e-6)
@@ -87,7 +87,7 @@ def test_the_mass_of_entries_is_what_the_softmax_gives_them(gathered):
     """Keys that are unit vectors, beside a window of zeros, make an output of shares."""
     q, window, entries, sink = inputs(2, gathered)
     entries = entries._replace(key=jnp.broadcast_to(jnp.eye(7, DIM), entries.key.shape))
-    window = window._replace(key_BUVH=jnp.zeros_like(window.key_BUVH))
+    window = window._replace(key_BUYH=jnp.zeros_like(window.key_BUYH))
     out, lse = attention(q, window, entries, sink)
     mass = entry_mass(q, entries, lse)
     close(mass, out[..., :7].sum(2))

@@ -2,12 +2,21 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import pytest
+from trees import small_config
 
+import v4jax
+from configs import demo
+from v4jax.generate.request import check_request
+from v4jax.generate.steps import DecodeConfig
 from v4jax.kernels import attention, index_scores, matmul, pooling, rotate, sinkhorn, streams, top_k
 from v4jax.kernels.choice import NAMES, Kernels, kernels_from
 from v4jax.kernels.expert_ffn import op as expert_ffn
+from v4jax.parameter_tree import abstract_params
+from v4jax.score import score
 
+WRONG = "top_k=sort"
 OPS = {
     "attention": attention,
     "index_scores": index_scores,
@@ -54,3 +63,21 @@ def test_a_wrong_text_is_one_line(text, line):
     with pytest.raises(ValueError) as error:
         kernels_from(text)
     assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_takes_a_text_refuses_a_wrong_one_before_it_begins():
+    """The names of a configuration, of a call, of decoding and of scoring."""
+    line = "kernels: top_k: got 'sort'"
+    with pytest.raises(ValueError, match=line):
+        dataclasses.replace(demo.get_config(), kernels=WRONG)
+    with pytest.raises(ValueError, match=line):
+        check_request(small_config(), [[1]], [0], 1, None, DecodeConfig(kernels=WRONG))
+    with pytest.raises(ValueError, match=line):
+        score("x", "tokens.npy", "out.npz", kernels=WRONG)
+    params, tokens = abstract_params(small_config()), jnp.zeros((1, 8), jnp.int32)
+    for call in (
+        lambda: v4jax.forward(small_config(), params, tokens, kernels=WRONG),
+        lambda: v4jax.loss(small_config(), params, {"tokens": tokens}, kernels=WRONG),
+    ):
+        with pytest.raises(ValueError, match=line):
+            call()

@@ -14,7 +14,7 @@ Example, CSA (ratio 4), 10 tokens: slots 0 and 1 are in use; the ring holds the 
 On a mesh, slots may be cut over the devices that cut sequences (logical axis "cache_slots"), a
 contiguous part on each; rings are not cut.
 
-Shapes: L layers, B batch, R places of a ring, C slots, H width.
+Shapes: L layers, B batch, R places of a ring, C entries (their slots), W width.
 Next file to read: v4jax/cache/rows.py.
 """
 
@@ -45,8 +45,8 @@ class Compressed(NamedTuple):
     """What a compressor keeps.
 
     Attributes:
-      c, z: rings of its projections and gate logits, float32 [L,B,R,H].
-      slots: its entries or index keys, [L,B,C,H].
+      c, z: rings of its projections and gate logits, float32 [L,B,R,W].
+      slots: its entries or index keys, [L,B,C,W].
     """
 
     c: jax.Array
@@ -58,7 +58,7 @@ class LayerCache(NamedTuple):
     """The cache of one kind of layer, with all its repeats.
 
     Attributes:
-      window: ring of the window's keys/values, [L,B,R,H].
+      window: ring of the window's keys/values, [L,B,R,W].
       entry, index: what the compressors of entries and of index keys keep; None in kinds without
         them.
     """
@@ -90,7 +90,7 @@ class CompressedKV(NamedTuple):
     """Entries or index keys of one layer of the cache.
 
     Attributes:
-      stack: those of all layers, [L,B,C,H].
+      stack: those of all layers, [L,B,C,W].
       layer: int32 scalar, number of the layer in the stack.
       used: int32 scalar, number of slots in use in the longest row.
     """
@@ -106,7 +106,7 @@ class CompressedKV(NamedTuple):
 
 
 def slot_count(slots: Rows) -> int:
-    """C of slots [L,B,C,H]."""
+    """C of slots [L,B,C,W]."""
     return jax.tree.leaves(slots)[0].shape[2]
 
 

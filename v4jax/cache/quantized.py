@@ -7,7 +7,7 @@ all have the same leading axes.
 
 Bytes in V4: 448 + 7 + 2*64 = 583 per key/value, 64 + 4 per index key.
 
-Shapes: H key/value dims, R rope dims, J index dims; `...` any leading axes.
+Shapes: W width of keys/values, R rope dims, J index dims; `...` any leading axes.
 Next file to read: v4jax/cache/layer.py.
 """
 
@@ -29,8 +29,8 @@ class KeyRows(NamedTuple):
     """Packed keys/values.
 
     Attributes:
-      code: e4m3 [..., H-R].
-      scale: uint8 [..., (H-R)/64], exponents of the scales.
+      code: e4m3 [..., W-R].
+      scale: uint8 [..., (W-R)/64], exponents of the scales.
       rope: bf16 [..., R].
     """
 
@@ -55,7 +55,7 @@ Rows = jax.Array | KeyRows | IndexRows
 
 
 def empty_keys(cfg: ModelConfig, lead: tuple[int, ...], dtype: jnp.dtype, storage: str) -> Rows:
-    """Zeros for keys/values [*lead, H]."""
+    """Zeros for keys/values [*lead, W]."""
     if storage != "official":
         return jnp.zeros((*lead, cfg.head_dim), dtype)
     rope, plain = cfg.qk_rope_head_dim, cfg.head_dim - cfg.qk_rope_head_dim

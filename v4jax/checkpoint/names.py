@@ -15,7 +15,7 @@ Next file to read: v4jax/checkpoint/load.py.
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -94,7 +94,7 @@ def plain_dtype(dtype: Any) -> np.dtype:
         found = jnp.dtype(dtype)
     except TypeError:
         found = None
-    if found not in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
+    if found is None or found not in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
         raise ValueError(f"dtype: got {dtype!r}; allowed: 'float32', 'bfloat16'")
     return found
 
@@ -219,7 +219,7 @@ def check_shapes(cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Non
 
 def check_tree(cfg: ModelConfig, tree: Mapping[str, Any]) -> dict[Path, Any]:
     """The leaves by path; refuses a tree whose leaves are not exactly those of `cfg`."""
-    arrays = flatten_dict(tree)
+    arrays = cast(dict[Path, Any], flatten_dict(tree))
     expected = {"/".join(path): leaf.shape for path, leaf in leaves(cfg).items()}
     got = {"/".join(path): np.shape(array) for path, array in arrays.items()}
     same_names(expected, got, "parameter")

@@ -10,8 +10,8 @@ left, and `count_B` says how many are real; nothing of the others is kept.
 MTP is one token late: position t needs token t+1. So `draft` is a function of its own, which takes
 the streams that `extend` returns.
 
-Shapes: B batch, T positions of a chunk, X streams, D hidden, V vocabulary, E experts, F expert
-hidden.
+Shapes: B batch, S and T positions of a chunk, X streams, D hidden, V vocabulary, E experts, F
+expert hidden.
 Next file to read: v4jax/cache/layer.py.
 """
 
@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,9 @@ from v4jax.cache.quantized import STORAGES
 from v4jax.config import CSA, HCA, WINDOW_ONLY, ModelConfig
 from v4jax.context import Context
 from v4jax.model.mtp import Drafter
+from v4jax.model.router import Routing
 from v4jax.model.segments import read_span
-from v4jax.model.transformer import Transformer, project_logits
+from v4jax.model.transformer import Hidden, Transformer, project_logits
 
 BLOCK = math.lcm(CSA, HCA)
 """Capacity is a multiple of this, so that it is in whole windows of both ratios."""
@@ -209,9 +210,9 @@ def extend(
         "router": params["router"],
     }
     view = CacheView(cache.layers, jnp.int32(0), span)
-    hidden = Transformer(ctx, cfg).apply(
-        variables, tokens_BT, read_span(cfg, tokens_BT.shape[1], span), view
-    )
+    segments = read_span(cfg, tokens_BT.shape[1], span)
+    hidden = cast(Hidden, Transformer(ctx, cfg).apply(variables, tokens_BT, segments, view))
+    assert hidden.cache is not None, "it was given one"
     chunk = Chunk(hidden.x_BSD, hidden.streams_BSXD)
     return chunk, Cache(cache.length_B + count_B, hidden.cache, cache.mtp)
 
@@ -239,9 +240,8 @@ def draft(
     next_BTD = embed_lookup(ctx.rules, params["embed"]["weight"], next_BT).astype(ctx.dtype)
     weights = {"params": {"mtp": params["mtp"]}, "router": {"mtp": params["router"]["mtp"]}}
     view = CacheView(cache.mtp, jnp.int32(0), span)
-    x_BTD, _, view = Drafter(ctx, cfg).apply(
-        weights, streams_BTXD, next_BTD, next_BT, segments, view
-    )
+    drafted = Drafter(ctx, cfg).apply(weights, streams_BTXD, next_BTD, next_BT, segments, view)
+    x_BTD, _, view = cast(tuple[jax.Array, Routing, CacheView], drafted)
     return x_BTD, cache._replace(mtp=view.cache)
 
 

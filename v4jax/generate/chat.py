@@ -50,7 +50,9 @@ def run(flags) -> dict | None:
     folder_of_checkpoint(flags.checkpoint, "checkpoint")
     tokenizer = load_tokenizer(flags.checkpoint)
     require_tokens(tokenizer, (BOS, EOS, *CHAT_TOKENS), "a chat")
-    history = [] if flags.system is None else [{"role": "system", "content": flags.system}]
+    history: list[Message] = []
+    if flags.system is not None:
+        history.append({"role": "system", "content": flags.system})
     cfg, choice = model_and_choice(flags)
     decoding = DecodeConfig(
         dtype=flags.dtype,

@@ -65,7 +65,7 @@ def run(flags) -> dict | None:
     prefixes = flags.prefix_cache and PrefixStore(
         flags.prefix_cache, flags.prefix_cache_bytes, cfg, params, decoding.formats
     )
-    if stream:
+    if write is not None:
         write(flags.prompt)
     with jax.set_mesh(mesh):
         completions = generate(

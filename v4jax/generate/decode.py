@@ -11,7 +11,7 @@ plain decoding token for token, greedy or sampled. A rejected draft is taken bac
 length: the cache is addressed by position, so the draft's values are overwritten before anything
 reads them.
 
-Shapes: B batch (padded to what the mesh cuts), P steps, N new tokens of a step (1 or 2).
+Shapes: B batch (padded to what the mesh cuts), P steps, T new tokens of a step (1 or 2).
 Next file to read: v4jax/generate/request.py.
 """
 
@@ -136,12 +136,12 @@ def decode(
     sequences = [_Sequence(b, stop, on_tokens, new) for b, new in enumerate(max_new_tokens)]
     count = len(sequences)
     while True:
-        for token_BN, score_BN, count_B in zip(
+        for token_BT, score_BT, count_B in zip(
             *(gather(array).tolist() for array in output), strict=True
         ):
             for b, sequence in enumerate(sequences):
-                sequence.take(token_BN[b][: count_B[b]], score_BN[b])
-        active_B = np.array([b < count and sequences[b].ended is None for b in range(len(seed_B))])
+                sequence.take(token_BT[b][: count_B[b]], score_BT[b])
+        active_B = np.array([b < count and not sequences[b].ended for b in range(len(seed_B))])
         if not active_B.any():
             return [sequence.completion() for sequence in sequences], state.cache
         state, output = advance(cfg, decoding, params, state, active_B, seed_B)
@@ -155,10 +155,13 @@ class _Sequence:
     ):
         self.number, self.stop = number, stop
         self.on_tokens, self.max_new_tokens = on_tokens, max_new_tokens
-        self.tokens, self.scores, self.ended, self.drafted, self.accepted = [], [], None, 0, 0
+        self.tokens: list[int] = []
+        self.scores: list[float] = []
+        self.ended = ""  # while it goes on
+        self.drafted = self.accepted = 0
 
     def take(self, tokens: Sequence[int], scores: Sequence[float]) -> None:
-        if self.ended is not None:
+        if self.ended:
             return
         self.drafted += len(scores) - 1
         self.accepted += len(tokens) - 1
@@ -180,7 +183,7 @@ class _Sequence:
                 self.ended = "stop"
             elif len(self.tokens) == self.max_new_tokens:
                 self.ended = "length"
-            if self.ended is not None:
+            if self.ended:
                 return
 
     def completion(self) -> Completion:

@@ -10,7 +10,7 @@ renamed when complete, so a killed run leaves nothing that would be read; a dama
 and computed again. Above `limit` bytes the least recently used files are removed, later stretches
 before earlier ones. Other files in the folder are neither counted nor touched.
 
-Shapes: L layers, B batch, R slots of a ring or of entries, H width.
+Shapes: L layers, B batch, R slots of a ring or of entries, W width.
 Next file to read: v4jax/generate/rollout.py.
 """
 
@@ -214,14 +214,14 @@ def _pieces(
 ) -> list[jax.Array]:
     """What a stretch keeps of a row: rings whole, and the stretch's own slots."""
 
-    def piece(ratio, x_LBRH):
-        x_LRH = jax.lax.dynamic_index_in_dim(x_LBRH, row, axis=1, keepdims=False)
+    def piece(ratio, x_LBRW):
+        x_LRW = jax.lax.dynamic_index_in_dim(x_LBRW, row, axis=1, keepdims=False)
         return (
             jax.lax.dynamic_slice_in_dim(
-                x_LRH, index * (STRETCH // ratio), STRETCH // ratio, axis=1
+                x_LRW, index * (STRETCH // ratio), STRETCH // ratio, axis=1
             )
             if ratio
-            else x_LRH
+            else x_LRW
         )
 
     return [piece(ratio, leaf) for ratio, leaf in zip(ratios, leaves, strict=True)]
@@ -246,5 +246,5 @@ def digest(params) -> bytes:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.asarray(leaf)
         found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        found.update(np.ascontiguousarray(array).view(np.uint8))
+        found.update(np.ascontiguousarray(array).view(np.uint8).data)
     return found.digest()

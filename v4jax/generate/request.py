@@ -17,11 +17,8 @@ from v4jax.tokenizer import check_tokens
 
 def per_prompt(max_new_tokens: int | Sequence[int], prompts) -> list[int]:
     """One number for each prompt."""
-    return (
-        [int(max_new_tokens)] * len(prompts)
-        if np.ndim(max_new_tokens) == 0
-        else [int(new) for new in max_new_tokens]
-    )
+    numbers = [int(new) for new in np.ravel(max_new_tokens)]
+    return numbers * len(prompts) if np.ndim(max_new_tokens) == 0 else numbers
 
 
 def check_request(

@@ -65,11 +65,9 @@ class Row:
         check_request(self._cfg, [prompt], [seed], max_new_tokens, self._capacity, self._decoding)
         # Every device must hold a row, so the batch has one for each.
         known, rows = self.known(prompt), self._decoding.rules.shards("act_batch")
-        cache = (
-            self._cache._replace(length_B=jnp.minimum(self._cache.length_B, known))
-            if known
-            else None
-        )
+        cache = self._cache if known > 0 else None
+        if cache is not None:
+            cache = cache._replace(length_B=jnp.minimum(cache.length_B, known))
         self._cache, self.tokens = None, []  # so an interrupted call leaves nothing half done
         prompts, seed_B = (
             [prompt[known:], *[prompt[:1]] * (rows - 1)],

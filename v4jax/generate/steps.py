@@ -1,7 +1,7 @@
 """The compiled programs of decoding: a prompt's chunks, the first token, and some steps at a time.
 
-Shapes: B batch, T positions of a chunk, U the chunk and the token after it (T + 1), P steps, N new
-tokens of a step (1 or 2), V vocabulary, X streams, D hidden.
+Shapes: B batch, T positions of a chunk (1 or 2 in a step of decoding), U the chunk and the token
+after it (T + 1), P steps, V vocabulary, X streams, D hidden.
 Next file to read: v4jax/generate/sampling.py.
 """
 
@@ -77,10 +77,10 @@ class State(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """Tokens of P steps with their log probabilities; of a row's N, the first `count` are real."""
+    """Tokens of P steps with their log probabilities; of a row's T, the first `count` are real."""
 
-    token_PBN: jax.Array
-    score_PBN: jax.Array
+    token_PBT: jax.Array
+    score_PBT: jax.Array
     count_PB: jax.Array
 
 
@@ -106,7 +106,7 @@ def prefill(
     length_B = np.array([len(prompt) for prompt in prompts])
     chunk = min(PREFILL_CHUNK, 1 << int(length_B.max() - 1).bit_length())
     plain = decoding._replace(sampling=Sampling())  # so every sampling shares one program
-    cache = start_cache(cfg, plain, len(prompts), capacity) if cache is None else cache
+    filled: Cache = start_cache(cfg, plain, len(prompts), capacity) if cache is None else cache
     last = _no_state(cfg, plain, len(prompts))
     for start in range(0, length_B.max(), chunk):
         # One token more than the chunk, for MTP.
@@ -114,12 +114,12 @@ def prefill(
         for b, prompt in enumerate(prompts):
             part = prompt[start : start + chunk + 1]
             tokens_BU[b, : len(part)] = part
-        cache, last = _continue(
-            cfg, plain, params, cache, tokens_BU, (length_B - start).astype(np.int32), last
+        filled, last = _continue(
+            cfg, plain, params, filled, tokens_BU, (length_B - start).astype(np.int32), last
         )
         if after is not None:
-            after(cache, start + chunk)
-    return _first(cfg, decoding, params, cache, last, seed_B)
+            after(filled, start + chunk)
+    return _first(cfg, decoding, params, filled, last, seed_B)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -195,31 +195,31 @@ def _step(
     cfg, decoding: DecodeConfig, params, state: State, active_B, seed_B
 ) -> tuple[State, StepOutput]:
     start_B, token_B = state.cache.length_B, state.token_B
-    tokens_BN = (
-        jnp.stack((token_B, state.draft_B), axis=1) if decoding.speculative else token_B[:, None]
-    )
-    size = tokens_BN.shape[1]
+    tokens_BT = token_B[:, None]
+    if state.draft_B is not None:
+        tokens_BT = jnp.stack((token_B, state.draft_B), axis=1)
+    size = tokens_BT.shape[1]
     chunk, cache = extend(
-        cfg, params, state.cache, tokens_BN, size * active_B.astype(jnp.int32), decoding.ctx
+        cfg, params, state.cache, tokens_BT, size * active_B.astype(jnp.int32), decoding.ctx
     )
-    logits_BNV = logits_of(params, chunk.x_BTD, decoding.ctx)
+    logits_BTV = logits_of(params, chunk.x_BTD, decoding.ctx)
     chosen = [
-        choose_token(decoding.sampling, logits_BNV[:, n], seed_B, start_B + 1 + n)
+        choose_token(decoding.sampling, logits_BTV[:, n], seed_B, start_B + 1 + n)
         for n in range(size)
     ]
-    chosen_BN, score_BN = (jnp.stack(parts, axis=1) for parts in zip(*chosen, strict=True))
+    chosen_BT, score_BT = (jnp.stack(parts, axis=1) for parts in zip(*chosen, strict=True))
     if not decoding.speculative:
-        return State(cache, chosen_BN[:, 0], None), StepOutput(
-            chosen_BN, score_BN, active_B.astype(jnp.int32)
+        return State(cache, chosen_BT[:, 0], None), StepOutput(
+            chosen_BT, score_BT, active_B.astype(jnp.int32)
         )
-    count_B = jnp.where(active_B, 1 + (chosen_BN[:, 0] == state.draft_B), 0)
+    count_B = jnp.where(active_B, 1 + (chosen_BT[:, 0] == state.draft_B), 0)
     cache = cache._replace(length_B=start_B + count_B)
     span = ChunkSpan(start_B, count_B)
     draft_B, cache = _draft(
-        cfg, decoding, params, cache, chunk.streams_BTXD, chosen_BN, span, seed_B
+        cfg, decoding, params, cache, chunk.streams_BTXD, chosen_BT, span, seed_B
     )
-    return State(cache, _at(chosen_BN, jnp.maximum(count_B - 1, 0)), draft_B), StepOutput(
-        chosen_BN, score_BN, count_B
+    return State(cache, _at(chosen_BT, jnp.maximum(count_B - 1, 0)), draft_B), StepOutput(
+        chosen_BT, score_BT, count_B
     )
 
 

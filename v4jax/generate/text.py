@@ -4,11 +4,16 @@ Next file to read: v4jax/generate/row.py.
 """
 
 from collections.abc import Callable, Sequence
-
-from v4jax.tokenizer import Tokenizer
+from typing import Protocol
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What decoding gives for a character whose last bytes are still missing."""
+
+
+class Decoder(Protocol):
+    """The half of a tokenizer that gives text."""
+
+    def decode(self, ids: Sequence[int], /) -> str: ...
 
 
 class TextStop:
@@ -25,7 +30,7 @@ class TextStop:
         self,
         stop_tokens: Sequence[int],
         stop_strings: Sequence[str] = (),
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Decoder | None = None,
         write: Callable[[str], object] | None = None,
     ):
         if stop_strings and tokenizer is None:
@@ -40,7 +45,7 @@ class TextStop:
 
     def __call__(self, sequence: int, tokens: Sequence[int]) -> bool:
         ends = tokens[-1] in self._tokens or self._completes(tokens)
-        if self._write is not None and sequence == 0:
+        if sequence == 0:
             self._stream(tokens, ends)
         return ends
 
@@ -50,25 +55,28 @@ class TextStop:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of a sequence up to the stop token or string."""
-        text = self._tokenizer.decode(self.without_stop(tokens))
+        text = self._decode(self.without_stop(tokens))
         places = [place for place in map(text.find, self._strings) if place >= 0]
         return text[: min(places)] if places else text
 
     def close(self, tokens: Sequence[int]) -> None:
         """Writes the text not yet written of a sequence that ended because of its length."""
-        if self._write is not None:
-            self._stream(tokens, True)
+        self._stream(tokens, True)
 
     def _completes(self, tokens: Sequence[int]) -> bool:
         if not self._strings:
             return False
         # A token has at least one byte, so a longer tail cannot hold a new stop string.
-        tail = self._tokenizer.decode(
-            tokens[-max(len(text.encode()) for text in self._strings) - 4 :]
-        )
+        tail = self._decode(tokens[-max(len(text.encode()) for text in self._strings) - 4 :])
         return any(text in tail for text in self._strings)
 
+    def _decode(self, tokens: Sequence[int]) -> str:
+        assert self._tokenizer is not None, "without a tokenizer nobody asks for text"
+        return self._tokenizer.decode(tokens)
+
     def _stream(self, tokens: Sequence[int], ends: bool) -> None:
+        if self._write is None:
+            return
         text = self.text(tokens)
         if not ends:
             text = text.rstrip(UNFINISHED)

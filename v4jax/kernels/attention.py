@@ -4,7 +4,7 @@ Keys are values, and all heads share them. The softmax's denominator is a result
 logarithm: partial results of several devices are merged by it, and from it comes the mass that a
 query gives to an entry (docs/equations.md#attention).
 
-Shapes: B batch, T query positions of a chunk, U blocks of a chunk, W queries of a block, V window
+Shapes: B batch, T query positions of a chunk, U blocks of a chunk, W queries of a block, Y window
 keys of a block, N heads, H head dim, C entries (of all queries, or of one), K keys of a query.
 Next file to read: v4jax/model/compressor.py.
 """
@@ -33,12 +33,12 @@ class WindowKeys(NamedTuple):
     """Window keys/values, those of each block of queries.
 
     Attributes:
-      key_BUVH: keys/values.
-      mask_BUWV: bool [B or 1,U,W,V], which keys a query sees.
+      key_BUYH: keys/values.
+      mask_BUWY: bool [B or 1,U,W,Y], which keys a query sees.
     """
 
-    key_BUVH: jax.Array
-    mask_BUWV: jax.Array
+    key_BUYH: jax.Array
+    mask_BUWY: jax.Array
 
 
 class EntryKeys(NamedTuple):
@@ -113,9 +113,9 @@ def reference(q_BTNH, window: WindowKeys | None, entries: EntryKeys | None, sink
     batch, rows, _, dim = q_BTNH.shape
     key, mask = [], []
     if window is not None:
-        per_block = window.mask_BUWV.shape[2]
-        key.append(jnp.repeat(window.key_BUVH, per_block, axis=1))
-        mask.append(window.mask_BUWV.reshape(-1, rows, window.mask_BUWV.shape[3]))
+        per_block = window.mask_BUWY.shape[2]
+        key.append(jnp.repeat(window.key_BUYH, per_block, axis=1))
+        mask.append(window.mask_BUWY.reshape(-1, rows, window.mask_BUWY.shape[3]))
     if entries is not None:
         each = entries.key if entries.key.ndim == 4 else entries.key[:, None]
         key.append(jnp.broadcast_to(each, (batch, rows, *each.shape[2:])))
@@ -148,33 +148,34 @@ def blocked(q_BTNH, window: WindowKeys | None, entries: EntryKeys | None, sink_N
     peak_BTN = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
     if sink_N is None:
         peak_BTN = jnp.where(peak_BTN == -jnp.inf, 0, peak_BTN)
-    total = 0.0 if sink_N is None else jnp.exp(sink_N[None, None] - peak_BTN)
-    out = 0.0
+    totals = [] if sink_N is None else [jnp.exp(sink_N[None, None] - peak_BTN)]
+    outs = []
     for score_BTNK, weighted_sum in parts:
         share_BTNK = jnp.exp(score_BTNK - peak_BTN[..., None])
-        total = total + share_BTNK.sum(-1)
-        out = out + weighted_sum(share_BTNK.astype(dtype))
-    lse_BTN = peak_BTN + jnp.log(total)
+        totals.append(share_BTNK.sum(-1))
+        outs.append(weighted_sum(share_BTNK.astype(dtype)))
+    total_BTN = functools.reduce(jnp.add, totals)
+    lse_BTN = peak_BTN + jnp.log(total_BTN)
     if sink_N is None:
-        total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-    return out / total[..., None], lse_BTN
+        total_BTN = jnp.maximum(total_BTN, jnp.finfo(jnp.float32).tiny)
+    return functools.reduce(jnp.add, outs) / total_BTN[..., None], lse_BTN
 
 
 def _window_scores(q_BTNH, window: WindowKeys) -> jax.Array:
-    """Scores of each query's window keys, float32 [B,T,N,V]; -inf where the mask is False."""
+    """Scores of each query's window keys, float32 [B,T,N,Y]; -inf where the mask is False."""
     batch, rows, heads, dim = q_BTNH.shape
-    q_BUWNH = q_BTNH.reshape(batch, window.key_BUVH.shape[1], -1, heads, dim)
-    score_BUWNV = _einsum("BUWNH,BUVH->BUWNV", q_BUWNH, window.key_BUVH)
-    score_BUWNV = jnp.where(window.mask_BUWV[:, :, :, None], score_BUWNV, -jnp.inf)
-    return score_BUWNV.reshape(batch, rows, heads, -1)
+    q_BUWNH = q_BTNH.reshape(batch, window.key_BUYH.shape[1], -1, heads, dim)
+    score_BUWNY = _einsum("BUWNH,BUYH->BUWNY", q_BUWNH, window.key_BUYH)
+    score_BUWNY = jnp.where(window.mask_BUWY[:, :, :, None], score_BUWNY, -jnp.inf)
+    return score_BUWNY.reshape(batch, rows, heads, -1)
 
 
-def _window_sum(window: WindowKeys, share_BTNV: jax.Array) -> jax.Array:
+def _window_sum(window: WindowKeys, share_BTNY: jax.Array) -> jax.Array:
     """Window keys, weighted and added, float32 [B,T,N,H]."""
-    batch, rows, heads, _ = share_BTNV.shape
-    blocks, per_block = window.key_BUVH.shape[1:3]
-    share_BUWNV = share_BTNV.reshape(batch, blocks, rows // blocks, heads, per_block)
-    out_BUWNH = _einsum("BUWNV,BUVH->BUWNH", share_BUWNV, window.key_BUVH)
+    batch, rows, heads, _ = share_BTNY.shape
+    blocks, per_block = window.key_BUYH.shape[1:3]
+    share_BUWNY = share_BTNY.reshape(batch, blocks, rows // blocks, heads, per_block)
+    out_BUWNH = _einsum("BUWNY,BUYH->BUWNH", share_BUWNY, window.key_BUYH)
     return out_BUWNH.reshape(batch, rows, heads, -1)
 
 

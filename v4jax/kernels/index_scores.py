@@ -4,7 +4,7 @@
 
 Equation: docs/equations.md#indexer. Sums are float32.
 
-Shapes: B batch, T queries, C slots, I index heads, J index dim.
+Shapes: B batch, T queries, C slots of entries, I index heads, J index dim.
 Next file to read: v4jax/kernels/index_search.py.
 """
 

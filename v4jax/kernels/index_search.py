@@ -3,8 +3,8 @@
 The peak of every few neighbours is noted as they are scored. The k groups of highest peak contain
 the k best slots.
 
-Shapes: B batch, T queries, C slots, K chosen slots, P groups of neighbouring slots, I index heads,
-J index dim.
+Shapes: B batch, T queries, C slots of entries, K chosen slots, P groups of neighbouring slots,
+I index heads, J index dim.
 Next file to read: v4jax/kernels/streams.py.
 """
 

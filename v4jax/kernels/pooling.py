@@ -5,9 +5,9 @@
 HCA pools the tokens of a window; CSA also those of the window before, from other channels, in the
 same softmax (docs/equations.md#compressor).
 
-Shapes: B batch, S positions (with those before this device's), H width of entries, C entries,
+Shapes: B batch, S positions (with those before this device's), W width of entries, C entries,
 M tokens of a window.
-Next file to read: v4jax/kernels/index_scores.py.
+Next file to read: v4jax/model/indexer.py.
 """
 
 import functools
@@ -24,13 +24,13 @@ class Gated(NamedTuple):
     """Tokens of which windows are pooled.
 
     Attributes:
-      c_BSH, z_BSH: float32, projections and gate logits.
-      ape_MH: float32, bias of a token's place in its window.
+      c_BSW, z_BSW: float32, projections and gate logits.
+      ape_MW: float32, bias of a token's place in its window.
     """
 
-    c_BSH: jax.Array
-    z_BSH: jax.Array
-    ape_MH: jax.Array
+    c_BSW: jax.Array
+    z_BSW: jax.Array
+    ape_MW: jax.Array
 
 
 def pooling(
@@ -53,7 +53,7 @@ def pooling(
         there, otherwise "reference".
 
     Returns:
-      float32 [B,C,H].
+      float32 [B,C,W].
 
     Raises:
       ValueError: an unknown implementation, or "aligned" for windows that may begin anywhere.
@@ -68,34 +68,34 @@ def pooling(
 
 
 def _pool(tokens_of: Callable, tokens, before, overlaps_BC, start_BC) -> jax.Array:
-    """`pooling`; tokens_of(x_BSH, start_BC, windows, size) gives the tokens of each window."""
-    size = tokens.ape_MH.shape[0]
+    """`pooling`; tokens_of(x_BSW, start_BC, windows, size) gives the tokens of each window."""
+    size = tokens.ape_MW.shape[0]
     read = functools.partial(tokens_of, start_BC=start_BC, windows=overlaps_BC.shape[1], size=size)
-    c_BCMH, z_BCMH = read(tokens.c_BSH), read(tokens.z_BSH) + tokens.ape_MH[None, None]
+    c_BCMW, z_BCMW = read(tokens.c_BSW), read(tokens.z_BSW) + tokens.ape_MW[None, None]
     if before is not None:
         there = overlaps_BC[..., None, None]
-        before_c = jnp.where(there, read(before.c_BSH), 0)
-        before_z = jnp.where(there, read(before.z_BSH) + before.ape_MH[None, None], -jnp.inf)
-        c_BCMH = jnp.concatenate((before_c, c_BCMH), axis=2)
-        z_BCMH = jnp.concatenate((before_z, z_BCMH), axis=2)
-    return jnp.sum(jax.nn.softmax(z_BCMH, axis=2) * c_BCMH, axis=2)
+        before_c = jnp.where(there, read(before.c_BSW), 0)
+        before_z = jnp.where(there, read(before.z_BSW) + before.ape_MW[None, None], -jnp.inf)
+        c_BCMW = jnp.concatenate((before_c, c_BCMW), axis=2)
+        z_BCMW = jnp.concatenate((before_z, z_BCMW), axis=2)
+    return jnp.sum(jax.nn.softmax(z_BCMW, axis=2) * c_BCMW, axis=2)
 
 
-def _gathered(x_BSH: jax.Array, start_BC, windows: int, size: int) -> jax.Array:
-    """[B,C,M,H], each window's tokens from its start on."""
+def _gathered(x_BSW: jax.Array, start_BC, windows: int, size: int) -> jax.Array:
+    """[B,C,M,W], each window's tokens from its start on."""
     if start_BC is None:
         start_BC = jnp.arange(windows, dtype=jnp.int32)[None] * size
     row_BCM = start_BC[..., None] + jnp.arange(size)[None, None]
     # Rows of one document all have the same windows.
     if row_BCM.shape[0] == 1:
-        return x_BSH[:, row_BCM[0]]
-    return jax.vmap(lambda x_SH, row_CM: x_SH[row_CM])(x_BSH, row_BCM)
+        return x_BSW[:, row_BCM[0]]
+    return jax.vmap(lambda x_SW, row_CM: x_SW[row_CM])(x_BSW, row_BCM)
 
 
-def _reshaped(x_BSH: jax.Array, start_BC, windows: int, size: int) -> jax.Array:
-    """[B,C,M,H], without a copy: windows follow each other."""
+def _reshaped(x_BSW: jax.Array, start_BC, windows: int, size: int) -> jax.Array:
+    """[B,C,M,W], without a copy: windows follow each other."""
     del start_BC
-    return x_BSH[:, : windows * size].reshape(len(x_BSH), windows, size, -1)
+    return x_BSW[:, : windows * size].reshape(len(x_BSW), windows, size, -1)
 
 
 IMPLEMENTATIONS = {

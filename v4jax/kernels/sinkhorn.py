@@ -2,11 +2,12 @@
 
 Equation: docs/equations.md#mhc.
 
-Shapes: X streams (J source, K target), T tokens.
+Shapes: X streams, J source streams, K target streams, T tokens.
 Next file to read: v4jax/kernels/streams.py.
 """
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,8 @@ def reference(logits_JKT: jax.Array, iterations: int, eps: float) -> jax.Array:
 def by_factors(logits_JKT: jax.Array, iterations: int, eps: float) -> jax.Array:
     """The divisions gathered in a factor for each row and each column."""
     start_JKT = jax.nn.softmax(logits_JKT, axis=1) + eps
-    row_JT, column_KT = _factors(start_JKT, iterations, eps)
+    factors = _factors(start_JKT, iterations, eps)
+    row_JT, column_KT = cast(tuple[jax.Array, jax.Array], factors)
     return row_JT[:, None] * start_JKT * column_KT[None]
 
 
@@ -112,12 +114,14 @@ _factors.defvjp(_factors_fwd, _factors_bwd)
 
 def _row_sums(start_JKT: jax.Array, column_KT: jax.Array) -> jax.Array:
     """sum_k start[j,k] c[k], [J,T], as multiply-adds."""
-    return sum(start_JKT[:, k] * column_KT[k, None] for k in range(column_KT.shape[0]))
+    parts = (start_JKT[:, k] * column_KT[k, None] for k in range(column_KT.shape[0]))
+    return functools.reduce(jnp.add, parts)
 
 
 def _column_sums(start_JKT: jax.Array, row_JT: jax.Array) -> jax.Array:
     """sum_j start[j,k] r[j], [K,T], as multiply-adds."""
-    return sum(start_JKT[j] * row_JT[j, None] for j in range(row_JT.shape[0]))
+    parts = (start_JKT[j] * row_JT[j, None] for j in range(row_JT.shape[0]))
+    return functools.reduce(jnp.add, parts)
 
 
 IMPLEMENTATIONS = {"reference": reference, "factors": by_factors}

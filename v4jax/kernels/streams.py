@@ -2,10 +2,11 @@
 
 Equation: docs/equations.md#mhc.
 
-Shapes: B batch, S positions, X streams (J source, K target), D hidden.
+Shapes: B batch, S positions, X streams, J source streams, K target streams, D hidden.
 Next file to read: v4jax/kernels/matmul.py.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -87,9 +88,16 @@ def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def _collapse(pre_BSX: jax.Array, x_BSXD: jax.Array) -> jax.Array:
     """`collapse`; the gradient is written out for the reason given in `_expand`."""
-    return sum(
-        pre_BSX[..., j, None] * x_BSXD[:, :, j].astype(jnp.float32) for j in range(x_BSXD.shape[2])
-    ).astype(x_BSXD.dtype)
+    return _weighted(pre_BSX, x_BSXD).astype(x_BSXD.dtype)
+
+
+def _weighted(weight_BSX: jax.Array, x_BSXD: jax.Array) -> jax.Array:
+    """sum_j weight[j] * x[j] as multiply-adds, float32 [B,S,D]."""
+    parts = (
+        weight_BSX[..., j, None] * x_BSXD[:, :, j].astype(jnp.float32)
+        for j in range(x_BSXD.shape[2])
+    )
+    return functools.reduce(jnp.add, parts)
 
 
 def _collapse_fwd(pre_BSX, x_BSXD):
@@ -117,14 +125,16 @@ def _expand(y_BSD, x_BSXD, post_BSX, comb_BSXX) -> jax.Array:
     ).astype(x_BSXD.dtype)
 
 
-def _combine(weight_BSJK: jax.Array, x_BSJD: jax.Array, start=0.0) -> jax.Array:
+def _combine(weight_BSJK: jax.Array, x_BSJD: jax.Array, *start: jax.Array) -> jax.Array:
     """start + sum_j weight[j,k] * x[j], float32 [B,S,K,D].
 
     Written as multiply-adds, since an X x X matmul per token is slower.
     """
-    for j in range(x_BSJD.shape[2]):
-        start = start + weight_BSJK[:, :, j, :, None] * x_BSJD[:, :, j, None].astype(jnp.float32)
-    return start
+    parts = (
+        weight_BSJK[:, :, j, :, None] * x_BSJD[:, :, j, None].astype(jnp.float32)
+        for j in range(x_BSJD.shape[2])
+    )
+    return functools.reduce(jnp.add, (*start, *parts))
 
 
 def _expand_fwd(y_BSD, x_BSXD, post_BSX, comb_BSXX):
@@ -136,7 +146,7 @@ def _expand_bwd(saved, ct_BSKD):
     y_BSD, x_BSXD, post_BSX, comb_BSXX = saved
     ct = ct_BSKD.astype(jnp.float32)
     # For a sum over an axis XLA:CPU would keep post, repeated D times, from the forward pass.
-    ct_y = sum(post_BSX[..., k, None] * ct[:, :, k] for k in range(ct.shape[2])).astype(y_BSD.dtype)
+    ct_y = _weighted(post_BSX, ct).astype(y_BSD.dtype)
     ct_x = _combine(jnp.swapaxes(comb_BSXX, 2, 3), ct).astype(x_BSXD.dtype)
     ct_post = _einsum("BSD,BSKD->BSK", y_BSD.astype(jnp.float32), ct)
     ct_comb = _einsum("BSJD,BSKD->BSJK", x_BSXD.astype(jnp.float32), ct)

@@ -2,8 +2,8 @@
 
 Of equal scores the smaller slot wins, as in lax.top_k, in every implementation.
 
-Shapes: B batch, T queries, C slots, K chosen slots, P groups of neighbouring slots (in `_places`:
-words), G slots of a group.
+Shapes: B batch, T queries, C slots of entries, K chosen slots, P groups of neighbouring slots
+(in `_places`: words), G slots of a group.
 Next file to read: v4jax/kernels/sinkhorn.py.
 """
 
@@ -77,7 +77,8 @@ def top_k_mask(score_BTC: jax.Array, k: int, implementation: str | None = None) 
 
 
 def _best_reference(score_BTC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    return tuple(jax.lax.top_k(score_BTC, k))
+    score_BTK, slot_BTK = jax.lax.top_k(score_BTC, k)
+    return score_BTK, slot_BTK
 
 
 def _mask_reference(score_BTC: jax.Array, k: int) -> jax.Array:

@@ -4,28 +4,31 @@ Keys are values, and all query heads share one key/value head (docs/equations.md
 layer attends to the window of the last W raw tokens. HCA layers also attend to every visible entry,
 CSA layers to the entries that the indexer chooses.
 
-Shapes: B batch, S positions, V window keys, N heads, H head dim, Q query rank, G output groups, O
-output rank, D hidden, C entries, I width of a group of heads.
-Next file to read: v4jax/model/attend_on_mesh.py.
+Shapes: B batch, S positions, N heads, H head dim, Q query rank, G output groups, O output rank, D
+hidden, C entries, I width of a group of heads.
+Next file to read: v4jax/model/attend.py.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from v4jax.cache.attention_inputs import AttentionInputs
 from v4jax.cache.layer import CacheView, LayerCache
 from v4jax.cache.quantized import as_kept
 from v4jax.cache.rows import window_rows
-from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
+from v4jax.config import CSA, WINDOW_ONLY
 from v4jax.kernels.matmul import precision_of
-from v4jax.model.attend_on_mesh import WindowKV, attend
+from v4jax.model.attend import attend
 from v4jax.model.compressor import Compressor
 from v4jax.model.indexer import Indexer
 from v4jax.model.norm import RMSNorm, rms_norm
 from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
-from v4jax.model.windows import whole_windows
+from v4jax.model.windows import entries_of
 from v4jax.quant.fake import fp8_keys
+from v4jax.remat import PRODUCTS
 
 
 class Attention(Weights):
@@ -74,30 +77,23 @@ class Attention(Weights):
             )
         if view is not None:
             kv_BSH = as_kept(view.cache.window, kv_BSH)
-            past, window = _continue(cfg, kv_BSH, view)
+            window, past = window_rows(
+                view.cache.window, view.layer, kv_BSH, view.span, cfg.sliding_window
+            )
             view = view.with_arrays(
                 LayerCache(
                     window,
                     *(None if part is None else part.cache for part in (entry_kept, index_kept)),
                 )
             )
-            windows = None if entry_BCH is None else whole_windows(self.ratio, entry_BCH.count)
-        out_BSNH, loss = attend(
-            self.ctx, cfg, q_BSNH, kv_BSH, sink_N, segments, windows, entry_BCH, index, past
-        )
+        entries = entries_of(self.ratio, entry_BCH, windows)
+        inputs = AttentionInputs(q_BSNH, kv_BSH, sink_N, segments.segment_BS, entries, index, past)
+        out_BSNH, loss = attend(self.ctx, cfg, inputs)
         # Keys are values, so each value is rotated by its own position. Rotating the sum back by
         # the query's position leaves relative angles.
         out_BSNH = self.rotate(out_BSNH, rope.heads(), inverse=True)
         low_BSD = self.act_quant(_narrow(out_BSNH, wo_a, cfg.o_groups))
         return self.dense(low_BSD, wo_b), view, loss
-
-
-def _continue(cfg: ModelConfig, kv_BSH: jax.Array, view: CacheView) -> tuple[WindowKV, jax.Array]:
-    """(window keys of this chunk and those before it, the ring with this chunk in it)."""
-    ring, rows_BVH, position_BV = window_rows(
-        view.cache.window, view.layer, kv_BSH, view.span, cfg.sliding_window
-    )
-    return WindowKV(rows_BVH, position_BV, view.span.start_B), ring
 
 
 def _narrow(o_BSNH: jax.Array, wo_a: jax.Array, groups: int) -> jax.Array:
@@ -109,4 +105,4 @@ def _narrow(o_BSNH: jax.Array, wo_a: jax.Array, groups: int) -> jax.Array:
         wo_a.reshape(wo_a.shape[0], groups, -1),
         precision=precision_of(o_BSNH),
     )
-    return low_BSGO.reshape(*o_BSNH.shape[:2], -1)
+    return checkpoint_name(low_BSGO.reshape(*o_BSNH.shape[:2], -1), PRODUCTS)

@@ -8,10 +8,12 @@ Next file to read: v4jax/model/attention.py.
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from v4jax.cache.layer import CacheView
 from v4jax.config import LayerGroup, LayerKind, ModelConfig
 from v4jax.context import Context
+from v4jax.diagnostics import measure, merge
 from v4jax.kernels.streams import expand
 from v4jax.model.attention import Attention
 from v4jax.model.hyper import HyperConnection
@@ -20,8 +22,8 @@ from v4jax.model.moe import MoE
 from v4jax.model.norm import RMSNorm
 from v4jax.model.router import Routing
 from v4jax.model.segments import Segments
-from v4jax.model.watch import measure, merge
 from v4jax.model.weights import Weights
+from v4jax.remat import ATTENTION, EXPERTS, LAYERS, STREAMS, wrapped
 
 
 class Block(Weights):
@@ -44,21 +46,23 @@ class Block(Weights):
         with jax.named_scope("attention"):
             u_BSD, pre_BSX, mix = HyperConnection(ctx, cfg, name="hc_attn")(x_BSXD)
             u_BSD = RMSNorm(ctx, cfg, name="attn_norm")(u_BSD)
-            y_BSD, view, loss = Attention(ctx, cfg, self.kind.compress_ratio, name="attn")(
+            attention = wrapped(Attention, ATTENTION, ctx.remat)
+            y_BSD, view, loss = attention(ctx, cfg, self.kind.compress_ratio, name="attn")(
                 u_BSD, segments, view
             )
             x_BSXD = self._place(expand(y_BSD, x_BSXD, *mix, ctx.kernels.streams))
-            diagnostics = measure(pre_BSX, mix, y_BSD, x_BSXD) if ctx.collect.watch else None
+            diagnostics = measure(pre_BSX, *mix, y_BSD, x_BSXD) if ctx.collect.watch else None
         with jax.named_scope("experts"):
             u_BSD, pre_BSX, mix = HyperConnection(ctx, cfg, name="hc_ffn")(x_BSXD)
             u_BSD = RMSNorm(ctx, cfg, name="ffn_norm")(u_BSD)
-            y_BSD, routing = MoE(ctx, cfg, self.kind.hash_routed, name="ffn")(
+            experts = wrapped(MoE, EXPERTS, ctx.remat)
+            y_BSD, routing = experts(ctx, cfg, self.kind.hash_routed, name="ffn")(
                 u_BSD, tokens_BS, segments
             )
             x_BSXD = self._place(expand(y_BSD, x_BSXD, *mix, ctx.kernels.streams))
             if diagnostics is not None:
                 routing = routing._replace(
-                    diagnostics=merge(diagnostics, measure(pre_BSX, mix, y_BSD, x_BSXD))
+                    diagnostics=merge(diagnostics, measure(pre_BSX, *mix, y_BSD, x_BSXD))
                 )
         return x_BSXD, routing, view, loss
 
@@ -78,6 +82,7 @@ class Pattern(Weights):
         carry: (streams, CacheView or None). The view's cache is a dict block name -> LayerCache.
         """
         (x_BSXD, view), routing, cache, index = carry, {}, {}, {}
+        x_BSXD = checkpoint_name(x_BSXD, STREAMS)
         for i, kind in enumerate(self.kinds):
             name = f"block_{i}"
             before = None if view is None else view.with_arrays(view.cache[name])
@@ -92,19 +97,17 @@ class Pattern(Weights):
         return (x_BSXD, view), (routing, index)
 
 
-def stack(ctx: Context, cfg: ModelConfig, group: LayerGroup, remat: bool) -> nn.Module:
+def stack(ctx: Context, cfg: ModelConfig, group: LayerGroup) -> nn.Module:
     """A group's Patterns in sequence as one scanned module; weights gain a first axis "layers"."""
     # A loop over two repeats costs more in slicing than it saves in compiling. Models that need
     # remat are large: for them it saves more.
-    loop = group.repeats > (1 if remat else 2)
-    # Without a loop, XLA would merge the recomputation with the first computation and keep every
-    # intermediate value.
-    body = nn.remat(Pattern, prevent_cse=not loop) if remat else Pattern
+    loop = group.repeats > (2 if ctx.remat == "none" else 1)
     scanned = nn.scan(
-        body,
+        wrapped(Pattern, LAYERS, ctx.remat, in_loop=loop),
         variable_axes={"params": 0, "router": 0, "chosen": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast),
+        # Flax takes one for each argument, though its annotation says int.
+        in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
         length=group.repeats,
         unroll=1 if loop else group.repeats,
         metadata_params={nn.PARTITION_NAME: "layers"},

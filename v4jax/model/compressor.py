@@ -5,101 +5,27 @@ the 4 of the window before (the first half of their channels, called a) and its 
 half, b). Projections, softmax and pooling are float32 (docs/equations.md#compressor, report 2.3.1
 and 2.3.2).
 
-Shapes: B batch, S positions, D hidden, H width of projections and of entries (CSA's projections are
-twice as wide as its entries), C compressed entries, M compress ratio; lower case = this device's
-share.
-Next file to read: v4jax/model/indexer.py.
+Shapes: B batch, S positions, D hidden, W width of projections and of entries (CSA's projections are
+twice as wide as its entries), C compressed entries, M compress ratio.
+Next file to read: v4jax/kernels/pooling_on_mesh.py.
 """
-
-import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sharding.manual import first_row, vary_like, with_rows_before
-from sharding.rules import AxisRules
-from v4jax.cache.layer import CacheView, CompressedKV, tail_rows
-from v4jax.cache.rows import fill_slots, keep_rows
-from v4jax.config import CSA
-from v4jax.context import Context
-from v4jax.kernels.pooling import Gated, pooling
+from v4jax.cache.compressed import continue_pooling, fill_entries
+from v4jax.cache.layer import CacheView, CompressedKV
+from v4jax.kernels.pooling import Gated
+from v4jax.kernels.pooling_on_mesh import pool
 from v4jax.model.norm import RMSNorm
 from v4jax.model.weights import Weights
 from v4jax.model.windows import CompressionWindows
 from v4jax.quant.fake import fp8_keys, mxfp4_rotated
 
 
-def pool(
-    ctx: Context,
-    c_BSH: jax.Array,
-    z_BSH: jax.Array,
-    ape_MH: jax.Array,
-    windows: CompressionWindows,
-    ratio: int,
-    continued: bool = False,
-) -> jax.Array:
-    """Pools windows: entry = sum over tokens of softmax(z + ape) * c, per channel.
-
-    Where the sequence is cut, each device pools the entries that end in its shard, and receives the
-    positions before the shard from its neighbour.
-
-    Args:
-      c_BSH, z_BSH: float32, projections and gate logits of the tokens.
-      ape_MH: float32, bias of a token's place in its window.
-      windows: where each window begins and whether it overlaps one before it.
-      continued: windows may begin anywhere in the rows (see segments.read_span).
-
-    Returns:
-      float32 [B,C,H]; for CSA, H is half of the projections' width.
-    """
-    rules, kernel, batch, seq = ctx.rules, ctx.kernels.pooling, "act_batch", "act_seq"
-    # Windows follow each other without gaps in every shard if each row is one document and each
-    # shard is whole windows.
-    shards = rules.shards(seq)
-    aligned = (
-        not continued
-        and windows.segment_BC is None
-        and (shards == 1 or c_BSH.shape[1] // shards % ratio == 0)
-    )
-    first_BC = None if aligned else windows.first_BC
-    if not rules:
-        return _pool(c_BSH, z_BSH, ape_MH, first_BC, windows.overlaps_BC, ratio, None, kernel)
-    (axis,) = rules.mesh_axes(seq) or (None,)
-
-    def local(c_bsH, z_bsH, ape_MH, first_bC, overlaps_bC):
-        ape_MH = vary_like(ape_MH, c_bsH)
-        return _pool(c_bsH, z_bsH, ape_MH, first_bC, overlaps_bC, ratio, axis, kernel)
-
-    rows = rules.spec((batch, seq, None))
-    slots = rules.spec((None if windows.first_BC.shape[0] == 1 else batch, seq))
-    in_specs = (rows, rows, rules.spec((None, None)), None if aligned else slots, slots)
-    return jax.shard_map(local, in_specs=in_specs, out_specs=rows)(
-        c_BSH, z_BSH, ape_MH, first_BC, windows.overlaps_BC
-    )
-
-
-def _pool(
-    c_BSH, z_BSH, ape_MH, first_BC, overlaps_BC, ratio: int, axis: str | None, kernel: str | None
-) -> jax.Array:
-    """`pool` on one device's shard; first_BC None: windows follow each other from its start."""
-    start_BC, reach = None, 0
-    if first_BC is not None:
-        # A window that ends in this shard may begin this many positions before it.
-        reach = ratio - 1
-        start_BC = jnp.maximum(first_BC - first_row(axis, c_BSH.shape[1]) + reach, 0)
-
-    def tokens(channels: slice, reach: int) -> Gated:
-        c, z = (with_rows_before(x[..., channels], reach, axis) for x in (c_BSH, z_BSH))
-        return Gated(c, z, ape_MH[:, channels])
-
-    half = c_BSH.shape[-1] // 2 if ratio == CSA else 0
-    before = tokens(slice(half), reach + ratio) if ratio == CSA else None
-    return pooling(tokens(slice(half, None), reach), before, overlaps_BC, start_BC, kernel)
-
-
 class Compressor(Weights):
-    """Hidden states -> normalised, rotated entries [B,C,H], H = `head_dim`, in the compute dtype.
+    """Hidden states -> normalised, rotated entries [B,C,W], W = `head_dim`, in the compute dtype.
 
     Under quant="official" entries are rounded as the served model stores them: as keys/values, or
     as the indexer's keys (`index`).
@@ -112,80 +38,31 @@ class Compressor(Weights):
     @nn.compact
     def __call__(
         self, x_BSD: jax.Array, windows: CompressionWindows | None, view: CacheView | None = None
-    ):
+    ) -> tuple[jax.Array | CompressedKV | None, CacheView | None]:
         """(entries, None); with a view, (all entries so far, the view with this chunk).
 
         All entries so far are CompressedKV. Entries are None where `windows` is None.
         """
-        ape = self.weight("ape", self.ratio)
+        ctx = self.ctx
+        ape_MW = self.weight("ape", self.ratio)
         wkv = self.weight("wkv", self.ratio)
         wgate = self.weight("wgate", self.ratio)
-        norm = RMSNorm(self.ctx, self.cfg, name="norm")
+        norm = RMSNorm(ctx, self.cfg, name="norm")
         # A row shorter than a window has no entries, but the norm's weight must be declared.
         if windows is None:
-            norm(jnp.zeros((1, self.head_dim), self.ctx.dtype))
+            norm(jnp.zeros((1, self.head_dim), ctx.dtype))
             return None, view
-        x32 = x_BSD.astype(jnp.float32)
-        c_BSH, z_BSH = self.dense(x32, wkv), self.dense(x32, wgate)
+        x32_BSD = x_BSD.astype(jnp.float32)
+        tokens = Gated(self.dense(x32_BSD, wkv), self.dense(x32_BSD, wgate), ape_MW)
+        first_BC, overlaps_BC = windows.first_BC, windows.overlaps_BC
         if view is None:
-            entry = pool(self.ctx, c_BSH, z_BSH, ape, windows, self.ratio)
+            gaps, kernel = windows.segment_BC is not None, ctx.kernels.pooling
+            entry = pool(ctx.rules, tokens, first_BC, overlaps_BC, self.ratio, gaps, kernel)
         else:
-            entry, view = _continue(self.ctx, view, c_BSH, z_BSH, ape, windows, self.ratio)
-        entry = self.rotate(norm(entry.astype(self.ctx.dtype)), windows.rope)
-        if self.ctx.quant == "official":
+            entry, view = continue_pooling(ctx, view, tokens, first_BC, overlaps_BC, self.ratio)
+        entry = self.rotate(norm(entry.astype(ctx.dtype)), windows.rope)
+        if ctx.quant == "official":
             entry = (
                 mxfp4_rotated(entry) if self.index else fp8_keys(entry, self.cfg.qk_rope_head_dim)
             )
-        return (entry, None) if view is None else _fill(self.ctx.rules, view, entry, self.ratio)
-
-
-def _continue(
-    ctx: Context,
-    view: CacheView,
-    c_BSH: jax.Array,
-    z_BSH: jax.Array,
-    ape_MH: jax.Array,
-    windows: CompressionWindows,
-    ratio: int,
-):
-    """(entries of windows that close in this chunk, before the norm; the view with new rings)."""
-    ring, (start_B, count_B) = view.cache, view.span
-    c, longer_c = keep_rows(ring.c, view.layer, c_BSH, view.span)
-    z, longer_z = keep_rows(ring.z, view.layer, z_BSH, view.span)
-
-    def pooled():
-        return pool(
-            ctx,
-            longer_c(tail_rows(ratio)),
-            longer_z(tail_rows(ratio)),
-            ape_MH,
-            windows,
-            ratio,
-            True,
-        )
-
-    if ctx.rules or c_BSH.shape[1] >= ratio:
-        entry_BCH = pooled()
-    else:
-        # In decoding, one step in `ratio` closes a window. In the other steps no query sees what
-        # is written (v4jax/cache/layer.py), so zeros will do.
-        closes = jnp.any((start_B + count_B) // ratio > start_B // ratio)
-        nothing = functools.partial(
-            jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pooled)
-        )
-        # Only a CPU skips the pooling: a GPU would wait for its host to choose the branch.
-        entry_BCH = jax.lax.platform_dependent(
-            cpu=lambda: jax.lax.cond(closes, pooled, nothing), default=pooled
-        )
-    return entry_BCH, view.with_arrays(ring._replace(c=c, z=z))
-
-
-def _fill(
-    rules: AxisRules, view: CacheView, entry_BCH: jax.Array, ratio: int
-) -> tuple[CompressedKV, CacheView]:
-    """(CompressedKV with the chunk's entries in its slots, the view with the same slots)."""
-    start_B, count_B = view.span
-    slots = fill_slots(rules, view.cache.slots, view.layer, entry_BCH, start_B // ratio)
-    return CompressedKV(slots, view.layer, jnp.max((start_B + count_B) // ratio)), view.with_arrays(
-        view.cache._replace(slots=slots)
-    )
+        return (entry, None) if view is None else fill_entries(ctx.rules, view, entry, self.ratio)

@@ -5,62 +5,34 @@ indexer's heads are cut, their scores are added before entries are chosen. Where
 along the sequence, each device chooses among its own slots, and the best of all devices count.
 
 Shapes: B batch, S positions, T query positions of a chunk, C entries, K chosen entries, N heads, H
-head dim.
+head dim, I index heads, J index dim.
 Next file to read: v4jax/kernels/attention.py.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sharding.manual import first_row
+from v4jax.cache.attention_inputs import Entries
 from v4jax.cache.layer import CompressedKV
-from v4jax.cache.rows import all_rows, chosen_rows
+from v4jax.cache.rows import all_rows, chosen_rows, key_reader
+from v4jax.cache.sharded import ShardAxes, among_all
 from v4jax.config import CSA, ModelConfig
 from v4jax.context import Context
 from v4jax.kernels.attention import EntryKeys, gathers
-from v4jax.kernels.index_scores import index_scores
+from v4jax.kernels.index_scores import KeyReader, index_scores
 from v4jax.kernels.index_search import best_slots, may_search
+from v4jax.kernels.queries import Queries
 from v4jax.kernels.top_k import top_k, top_k_mask
-from v4jax.model.indexer import key_reader
-from v4jax.model.queries import Queries
-
-
-class Entries(NamedTuple):
-    """Compressed entries that queries may attend to.
-
-    Attributes:
-      entry_BCH: keys/values.
-      last_BC: int32, index in the row of the last token of each entry's window.
-      segment_BC: document of each entry; None where each row is one document.
-    """
-
-    entry_BCH: jax.Array | CompressedKV
-    last_BC: jax.Array
-    segment_BC: jax.Array | None
-
-
-class ShardAxes(NamedTuple):
-    """Mesh axes that cut the arrays of attention; None or () where an array is whole.
-
-    Attributes:
-      seq: cuts the sequence.
-      index_heads: cut the indexer's heads.
-      heads: cut the attention heads.
-      queries: cut the queries (batch and sequence).
-      slots: cuts the slots of the cache.
-    """
-
-    seq: str | None = None
-    index_heads: tuple[str, ...] = ()
-    heads: tuple[str, ...] = ()
-    queries: tuple[str, ...] = ()
-    slots: str | None = None
 
 
 def choose(
-    ctx: Context, cfg: ModelConfig, split: ShardAxes, chunk: Queries, entries: Entries, index_key
+    ctx: Context,
+    cfg: ModelConfig,
+    axes: ShardAxes,
+    chunk: Queries,
+    entries: Entries,
+    index_key: jax.Array | CompressedKV | None,
 ) -> tuple[EntryKeys, jax.Array | None]:
     """(entries that the queries attend to, their index scores or None).
 
@@ -69,52 +41,49 @@ def choose(
     """
     visible_BTC, dtype, topk = _visible(chunk, entries), chunk.q_BTNH.dtype, cfg.index_topk
     kernels, sparse = ctx.kernels, ctx.sparse
-    if index_key is None:
+    if index_key is None or chunk.index is None:
         return EntryKeys(all_rows(entries.entry_BCH, dtype), visible_BTC), None
-    keys = key_reader(index_key, chunk.index_q.dtype)
-    if not split.index_heads and may_search(keys, topk, kernels):
-        position_BT = chunk.position_BT - CSA * first_row(split.slots, index_key.count)
-        score_BTK, index_BTK = best_slots(
-            chunk.index_q, chunk.index_w, keys, position_BT, CSA, topk, kernels
-        )
+    q_BTIJ, w_BTI = chunk.index
+    keys = key_reader(index_key, q_BTIJ.dtype)
+    whole = not axes.index_heads
+    if whole and isinstance(keys, KeyReader) and may_search(keys, topk, kernels):
+        position_BT = chunk.position_BT - CSA * first_row(axes.slots, keys.count)
+        score_BTK, index_BTK = best_slots(q_BTIJ, w_BTI, keys, position_BT, CSA, topk, kernels)
     else:
-        score_BTC = _scores(ctx, split, chunk, entries, index_key, keys)
+        score_BTC = _scores(ctx, axes, chunk, chunk.index, index_key, entries)
         score_BTC = jnp.where(visible_BTC, score_BTC, -jnp.inf)
         slots = score_BTC.shape[-1]
-        if sparse.dense or (slots <= topk and not split.slots):
+        if sparse.dense or (slots <= topk and not axes.slots):
             return EntryKeys(all_rows(entries.entry_BCH, dtype), visible_BTC), score_BTC
-        if not split.slots and not gathers(slots, score_BTC.shape[1], topk):
+        if not axes.slots and not gathers(slots, score_BTC.shape[1], topk):
             chosen_BTC = visible_BTC & top_k_mask(score_BTC, topk, kernels.top_k)
             return EntryKeys(all_rows(entries.entry_BCH, dtype), chosen_BTC), score_BTC
         score_BTK, index_BTK = top_k(score_BTC, min(topk, slots), kernels.top_k)
     chosen_BTK = score_BTK > -jnp.inf
-    if split.slots:
-        chosen_BTK &= _among_all(score_BTK, topk, split.slots)
+    if axes.slots:
+        chosen_BTK &= among_all(score_BTK, topk, axes.slots)
     return EntryKeys(chosen_rows(entries.entry_BCH, index_BTK, dtype), chosen_BTK), score_BTK
 
 
-def _scores(ctx: Context, split: ShardAxes, chunk: Queries, entries: Entries, index_key, keys):
+def _scores(
+    ctx: Context,
+    axes: ShardAxes,
+    chunk: Queries,
+    index: tuple[jax.Array, jax.Array],
+    index_key: jax.Array | CompressedKV,
+    entries: Entries,
+) -> jax.Array:
     """Index scores of a chunk, float32 [B,T,C], before any mask.
 
     Blocks of slots that no query sees are skipped. The loop that does so has no gradient, so scores
     are computed for all slots where the indexer is trained.
     """
+    q_BTIJ, w_BTI = index
     if not ctx.sparse.train_indexer and not isinstance(index_key, CompressedKV):
-        seen = CompressedKV(index_key[None], jnp.int32(0), _seen_slots(chunk, entries))
-        keys = key_reader(seen, chunk.index_q.dtype)
-    score_BTC = index_scores(chunk.index_q, chunk.index_w, keys, ctx.kernels.index_scores)
-    return jax.lax.psum(score_BTC, split.index_heads) if split.index_heads else score_BTC
-
-
-def _among_all(score_BTK: jax.Array, topk: int, axis: str) -> jax.Array:
-    """Which of this device's best scores are among the `topk` best of all devices.
-
-    Each device holds a contiguous part of the entries, in the order of the devices, so the smaller
-    index wins ties here too. K scores per query travel.
-    """
-    best = top_k_mask(jax.lax.all_gather(score_BTK, axis, axis=2, tiled=True), topk)
-    count = score_BTK.shape[-1]
-    return jax.lax.dynamic_slice_in_dim(best, jax.lax.axis_index(axis) * count, count, axis=2)
+        index_key = CompressedKV(index_key[None], jnp.int32(0), _seen_slots(chunk, entries))
+    keys = key_reader(index_key, q_BTIJ.dtype)
+    score_BTC = index_scores(q_BTIJ, w_BTI, keys, ctx.kernels.index_scores)
+    return jax.lax.psum(score_BTC, axes.index_heads) if axes.index_heads else score_BTC
 
 
 def _visible(chunk: Queries, entries: Entries) -> jax.Array:
@@ -122,12 +91,10 @@ def _visible(chunk: Queries, entries: Entries) -> jax.Array:
 
     In rows of one document these are the entries c < (t+1) // M (docs/equations.md#compressor).
     """
-    seen = entries.last_BC[:, None] <= chunk.position_BT[..., None]
-    return (
-        seen
-        if entries.segment_BC is None
-        else seen & (entries.segment_BC[:, None] == chunk.segment_BT[..., None])
-    )
+    seen_BTC = entries.last_BC[:, None] <= chunk.position_BT[..., None]
+    if entries.segment_BC is None or chunk.segment_BT is None:
+        return seen_BTC
+    return seen_BTC & (entries.segment_BC[:, None] == chunk.segment_BT[..., None])
 
 
 def _seen_slots(chunk: Queries, entries: Entries) -> jax.Array:

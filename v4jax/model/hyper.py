@@ -4,8 +4,8 @@ A site collapses the streams to a sublayer's input and expands its output to all
 doubly stochastic matrix mixes. Everything is float32 (docs/equations.md#mhc, report 2.2, official
 `hc_pre`, `hc_post`, `hc_split_sinkhorn`).
 
-Shapes: B batch, S positions, X streams (J source, K target), D hidden, T tokens, P = X*X
-logits of a matrix, M = (2+X)*X mixing weights; lower case = this device's share.
+Shapes: B batch, S positions, X streams, D hidden, T tokens, P logits of a matrix (X*X), M mixing
+weights ((2+X)*X); lower case = this device's share.
 Next file to read: sharding/rules.py.
 """
 

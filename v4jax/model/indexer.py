@@ -20,10 +20,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from v4jax.cache.layer import CacheView, CompressedKV, slot_count
-from v4jax.cache.rows import all_rows, some_rows
+from v4jax.cache.attention_inputs import IndexInputs
+from v4jax.cache.layer import CacheView, slot_count
 from v4jax.config import CSA
-from v4jax.kernels.index_scores import KeyReader
 from v4jax.kernels.rotate import Rotation
 from v4jax.model.compressor import Compressor
 from v4jax.model.weights import Weights
@@ -43,26 +42,6 @@ class IndexLoss(NamedTuple):
     kl: jax.Array
     uniform: jax.Array
     count: jax.Array
-
-
-class IndexInputs(NamedTuple):
-    """What scores are made of: queries and head weights of some positions, keys of all entries."""
-
-    q_BTIJ: jax.Array
-    w_BTI: jax.Array
-    key_BCJ: jax.Array | CompressedKV
-
-
-def key_reader(keys: jax.Array | CompressedKV, dtype: jnp.dtype) -> jax.Array | KeyReader:
-    """Index keys as their op reads them: those of a cache in parts, a plain array as it is."""
-    if not isinstance(keys, CompressedKV):
-        return keys
-    return KeyReader(
-        whole=lambda: all_rows(keys, dtype),
-        part=lambda first, size: some_rows(keys, first, size, dtype),
-        count=keys.count,
-        used=keys.used,
-    )
 
 
 def index_loss(
@@ -137,7 +116,7 @@ class Indexer(Weights):
         x_BSD, qr_BSQ = jax.lax.stop_gradient((x_BSD, qr_BSQ))
         compressor = Compressor(self.ctx, cfg, CSA, dim, True, name="compressor")
         key_BCJ, view = compressor(x_BSD, windows if needed else None, view)
-        if not needed:
+        if key_BCJ is None:
             return None, view
         q_BSIJ = self.dense(self.act_quant(qr_BSQ), wq_b).reshape(*qr_BSQ.shape[:2], heads, dim)
         w_BSI = self.dense(x_BSD, weights_proj).astype(jnp.float32) * (dim**-0.5 * heads**-0.5)

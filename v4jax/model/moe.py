@@ -13,13 +13,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sharding.document_counts import times_chosen
 from sharding.experts import Groups, apply_experts
 from v4jax.kernels.expert_ffn.blocked import JOINED_SHARE
 from v4jax.kernels.expert_ffn.every_expert import every_expert, pays_every_expert
 from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights, clamped_swiglu
 from v4jax.kernels.expert_ffn.op import expert_ffn
 from v4jax.model.balance import balance_loss, expert_share
-from v4jax.model.router import Routing, choose, gate_weights, router_scores, times_chosen
+from v4jax.model.router import Routing, choose, gate_weights, router_scores
 from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
 from v4jax.quant.fake import mxfp4_weight
@@ -87,7 +88,7 @@ class Experts(Weights):
 
         form, own = (
             Activation(cfg.swiglu_limit, self.ctx.quant),
-            ExpertWeights(**{"w3": None} | weights),
+            ExpertWeights(weights["w1"], weights.get("w3"), weights["w2"]),
         )
         rows, active = index_BSK.size // index_BSK.shape[-1], index_BSK.shape[-1]
         kernel = self.ctx.kernels.expert_ffn
@@ -100,7 +101,7 @@ class Experts(Weights):
             return every_expert(form, own, *flat).reshape(x_BSD.shape)
 
         def expert(weights, x_PD, gate_P, groups: Groups):
-            own = ExpertWeights(**{"w3": None} | weights)
+            own = ExpertWeights(weights["w1"], weights.get("w3"), weights["w2"])
             return expert_ffn(form, own, x_PD, gate_P, groups, kernel)
 
         apply = functools.partial(apply_experts, self.ctx.rules, expert, weights, axes)

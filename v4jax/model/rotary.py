@@ -22,6 +22,7 @@ from v4jax.kernels.rotate import Rotation
 def frequencies(cfg: ModelConfig, compressed: bool) -> np.ndarray:
     """Angle per position of each pair, float32 [R/2] (official `precompute_freqs_cis`)."""
     theta = cfg.compress_rope_theta if compressed else cfg.rope_theta
+    assert theta is not None, "a model with compressed layers states it"
     pairs = cfg.qk_rope_head_dim // 2
     freqs = theta ** (-np.arange(pairs, dtype=np.float64) / pairs)
     if compressed and cfg.rope_scaling is not None:

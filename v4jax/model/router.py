@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from sharding.rules import AxisRules
+from v4jax.diagnostics import Diagnostics
 from v4jax.kernels.matmul import dense
-from v4jax.model.watch import Diagnostics
 
 
 class Routing(NamedTuple):
@@ -26,7 +26,7 @@ class Routing(NamedTuple):
       balance: float32 scalar, balance loss (docs/equations.md#losses); 0 in hash layers, where
         nothing that the gate learns would move a token.
       index_BSK: int32, experts that the scores chose; None if hash-routed or without Collect.index.
-      diagnostics: those of the whole layer (v4jax/model/watch.py); None without Collect.watch.
+      diagnostics: those of the whole layer (v4jax/diagnostics.py); None without Collect.watch.
     """
 
     load_E: jax.Array
@@ -83,8 +83,3 @@ def choose(rules: AxisRules, score_BSE: jax.Array, active: int) -> jax.Array:
         return top(score_BSE)
     act = rules.spec(("act_batch", "act_seq", None))
     return jax.shard_map(top, in_specs=act, out_specs=act)(score_BSE)
-
-
-def times_chosen(index_BSK: jax.Array, experts: int) -> jax.Array:
-    """How often each token chose each expert, float32 [B,S,E]."""
-    return jnp.sum(jax.nn.one_hot(index_BSK, experts), axis=2)

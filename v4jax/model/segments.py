@@ -33,7 +33,7 @@ class Segments(NamedTuple):
         token; None: all.
       rope: rotation of tokens in layers of ratio 0, [B,S,R/2] for R rope dims; the batch is 1 where
         each row is one document.
-      compressed_rope: the same for CSA and HCA layers.
+      compressed_rope: the same for CSA and HCA layers; `rope` in models without them.
       windows: compress ratio -> CompressionWindows, for ratios that can make an entry at this
         length.
     """
@@ -42,7 +42,7 @@ class Segments(NamedTuple):
     extent_2BS: jax.Array | None
     counts_BS: jax.Array | None
     rope: Rotation
-    compressed_rope: Rotation | None
+    compressed_rope: Rotation
     windows: dict[int, CompressionWindows]
 
 
@@ -54,12 +54,14 @@ def read_segments(
     row_1S = jnp.arange(seq, dtype=jnp.int32)[None]
     position_BS = row_1S if extent_2BS is None else row_1S - extent_2BS[0]
     ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio != WINDOW_ONLY})
+    counts_BS = None if segment_BS is None else segment_BS > 0
+    rope = rotation(cfg, False, position_BS)
     return Segments(
         segment_BS,
         extent_2BS,
-        None if segment_BS is None else segment_BS > 0,
-        rotation(cfg, False, position_BS),
-        rotation(cfg, True, position_BS) if ratios else None,
+        counts_BS,
+        rope,
+        rotation(cfg, True, position_BS) if ratios else rope,
         {
             ratio: windows_of(cfg, ratio, position_BS, segment_BS, shards)
             for ratio in ratios
@@ -86,7 +88,8 @@ def read_span(cfg: ModelConfig, seq: int, span: ChunkSpan) -> Segments:
             first_BC - start_B1 + tail_rows(ratio), first_BC + ratio - 1, None, first_BC > 0, rope
         )
     compressed = rotation(cfg, True, position_BS) if ratios else None
-    return Segments(None, None, None, rotation(cfg, False, position_BS), compressed, windows)
+    rope = rotation(cfg, False, position_BS)
+    return Segments(None, None, None, rope, rope if compressed is None else compressed, windows)
 
 
 def without_last_tokens(segments: Segments, tokens_BS: jax.Array) -> Segments:
@@ -94,7 +97,7 @@ def without_last_tokens(segments: Segments, tokens_BS: jax.Array) -> Segments:
     follows_BS = jnp.broadcast_to(
         jnp.arange(tokens_BS.shape[1]) < tokens_BS.shape[1] - 1, tokens_BS.shape
     )
-    if segments.segment_BS is not None:
+    if segments.segment_BS is not None and segments.counts_BS is not None:
         after_BS = jnp.pad(segments.segment_BS[:, 1:], ((0, 0), (0, 1)))
         follows_BS &= (after_BS == segments.segment_BS) & segments.counts_BS
     return segments._replace(counts_BS=follows_BS)

@@ -26,6 +26,7 @@ from v4jax.model.norm import RMSNorm
 from v4jax.model.router import Routing
 from v4jax.model.segments import Segments, without_last_tokens
 from v4jax.model.weights import Weights
+from v4jax.remat import LAYERS, wrapped
 
 
 class Hidden(NamedTuple):
@@ -54,12 +55,7 @@ class Hidden(NamedTuple):
 
 
 class Transformer(Weights):
-    """The network up to the head; declares every weight.
-
-    remat: recompute each pattern of layers in the backward pass.
-    """
-
-    remat: bool = False
+    """The network up to the head; declares every weight."""
 
     @nn.compact
     def __call__(
@@ -102,7 +98,7 @@ class Transformer(Weights):
         (`split_layers` in v4jax/generate/cache.py).
         """
         if not self.has_variable("params", group.layer(0)):
-            return stack(self.ctx, self.cfg, group, self.remat)(carry, tokens_BS, segments)
+            return stack(self.ctx, self.cfg, group)(carry, tokens_BS, segments)
         results = []
         for n in range(group.repeats):
             pattern = Pattern(self.ctx, self.cfg, group.kinds, name=group.layer(n))
@@ -115,7 +111,7 @@ class Transformer(Weights):
         with jax.named_scope("mtp"):
             next_BS = jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1)))
             next_BSD = embed_lookup(self.ctx.rules, table_VD, next_BS).astype(self.ctx.dtype)
-            mtp = (nn.remat(MTP) if self.remat else MTP)(self.ctx, self.cfg, name="mtp")
+            mtp = wrapped(MTP, LAYERS, self.ctx.remat)(self.ctx, self.cfg, name="mtp")
             counted = without_last_tokens(segments, next_BS)
             return run_mtp(mtp, x_BSXD, next_BSD, next_BS, counted)[:2]
 

@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from v4jax.config import WINDOW_ONLY, ModelConfig
 from v4jax.context import Context
@@ -23,6 +24,7 @@ from v4jax.kernels.rotate import Rotation, rotate
 from v4jax.parameter_tree import spec_of
 from v4jax.parameters import ParamSpec
 from v4jax.quant.fake import fp8_input, fp8_weight
+from v4jax.remat import PRODUCTS
 
 
 class Weights(nn.Module):
@@ -78,8 +80,8 @@ class Weights(nn.Module):
         return nn.with_logical_partitioning(spec.init(self.cfg), spec.axes)
 
     def dense(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        """x @ w in the dtype of x, by the implementation that `ctx` names."""
-        return dense(x, w, implementation=self.ctx.kernels.matmul)
+        """x @ w in the dtype of x, by the implementation that `ctx` names; "dots" keeps it."""
+        return checkpoint_name(dense(x, w, implementation=self.ctx.kernels.matmul), PRODUCTS)
 
     def rotate(self, x: jax.Array, rope: Rotation, inverse: bool = False) -> jax.Array:
         """x rotated (v4jax/kernels/rotate.py), by the implementation that `ctx` names."""

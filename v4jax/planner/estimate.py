@@ -228,12 +228,12 @@ def terms_of(
     if what == "decode":
         return decode_terms(cfg, rules, sizes, platform, released)
     terms = work(cfg, rules, sizes, platform, fp8) + traffic(cfg, rules, sizes, platform)
-    return repeated(terms, cfg.gradient_accumulation) + memory(cfg, rules, sizes)
+    return repeated(terms, cfg.micro_batches) + memory(cfg, rules, sizes)
 
 
 def micro_batches_of(cfg: TrainConfig, what: str) -> int:
     """How many parts a step works on one after the other; decoding has one."""
-    return cfg.gradient_accumulation if what == "train" else 1
+    return cfg.micro_batches if what == "train" else 1
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from sharding.audit import Collective
 from sharding.rules import AxisRules
+from v4jax.planner.recompute import recomputes
 from v4jax.train.config import TrainConfig
 
 
@@ -19,7 +20,7 @@ def least_expert_bytes(
     """Bytes that a device must send per step so that tokens reach experts and come back.
 
     The load is taken as even; the result is 0 if no axis holds experts. Tokens travel there and
-    back in the forward pass; in training, again where layers are rematerialised, and once each way
+    back in the forward pass; in training, again where experts are recomputed, and once each way
     as gradients. With K experts a token and n devices a group, a token is sent n-1 times where
     tokens are gathered, and K (n-1)/n times where they are exchanged.
     """
@@ -33,7 +34,7 @@ def least_expert_bytes(
     else:
         tokens, ways, layers = (
             cfg.batch_size * cfg.seq_len,
-            6 if cfg.remat else 4,
+            6 if recomputes(cfg, "routed experts") else 4,
             model.num_hidden_layers + model.num_nextn_predict_layers,
         )
         devices = math.prod(

@@ -1,9 +1,9 @@
 """Estimates what one device holds in a training step, by kind of memory.
 
 Weights and optimizer are exact. The rest restates when arrays live. Gradients grow during the
-backward pass. Under rematerialisation each pattern of layers keeps its residual streams. The
-largest of three working sets comes on top: that of the backward pass of one pattern, which first
-recomputes all its layers, of the head, or of Muon. How many copies a backward pass holds is read
+backward pass. What layers keep depends on the remat policy (v4jax/remat.py). The largest of three
+working sets comes on top: that of the backward pass of one pattern, which first recomputes its
+layers, of the head, or of Muon. How many copies a backward pass holds is read
 off XLA:TPU's buffers at the peak of compiled programs; benchmarks/layout_accuracy.py compares.
 
 Next file to read: v4jax/planner/estimate.py.
@@ -14,10 +14,12 @@ from collections.abc import Iterable, Mapping
 
 from sharding.exchange import HEADROOM
 from sharding.rules import AxisRules
+from v4jax.config import ModelConfig
 from v4jax.kernels.attention import CHUNK_BYTES
-from v4jax.planner.muon import muon
+from v4jax.planner.muon import muon, state_bytes
 from v4jax.planner.terms import Term
 from v4jax.planner.weights import cut_of, weights_of
+from v4jax.remat import ATTENTION, EXPERTS, LAYERS, POLICIES
 from v4jax.train.config import TrainConfig
 from v4jax.train.losses.next_token import LOGIT_BYTES
 
@@ -25,7 +27,6 @@ MEMORY = ("weights", "optimizer", "gradients", "activations", "caches")
 WORKING = ("layers", "head", "muon")
 """Working sets; the largest counts."""
 
-_COPIES = {"muon": 1, "adamw": 2, "frozen": 0, "none": 0}
 _BLOCK = 128
 _SITES = 2
 """Sites of mHC in a layer."""
@@ -39,9 +40,10 @@ def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list
         cut = cut_of(weight, rules, sizes)
         held = 4 * weight.size / cut.devices
         terms.append(Term("weights", weight.name, held))
-        terms.append(Term("optimizer", weight.name, held * _COPIES[weight.optimizer]))
+        state = state_bytes(cfg, weight.optimizer)
+        terms.append(Term("optimizer", weight.name, state * weight.size / cut.devices))
         if weight.optimizer in ("muon", "adamw"):
-            terms.append(Term("gradients", weight.name, held))
+            terms.append(Term("gradients", weight.name, held * _gradients(cfg)))
     # Newton-Schulz holds 3 arrays of m x n and 2 of m x m, m <= n.
     stacks = [
         stack.bytes * (3 + 2 * min(stack.shape) / max(stack.shape))
@@ -56,34 +58,65 @@ def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list
     )
 
 
+def _gradients(cfg: TrainConfig) -> int:
+    """How many times gradients are held.
+
+    With micro-batches there are those of one and their sum, which XLA:TPU also copies once
+    (benchmarks/accumulation.py).
+    """
+    return 3 if cfg.gradient_accumulation > 1 else 1
+
+
 def _activations(cfg: TrainConfig, item: int) -> list[Term]:
     """What the forward pass keeps.
 
-    Each pattern of layers keeps its residual streams; without rematerialisation each layer keeps
-    everything that its gradient needs.
+    A recomputed pattern of layers keeps its residual streams, with "dots" also the products with
+    weights. Otherwise each layer keeps everything that its gradient needs, except inside a part
+    that is recomputed by itself.
     """
-    model = cfg.model
+    model, policy = cfg.model, POLICIES[cfg.remat]
     streams = model.hc_mult * model.hidden_size * item
     patterns = (
         sum(group.repeats for group in model.layer_groups) + 2 * model.num_nextn_predict_layers
     )
-    if cfg.remat:
-        return [Term("activations", "streams", streams * patterns, "tokens")]
     layers = model.num_hidden_layers + model.num_nextn_predict_layers
-    active = model.num_experts_per_tok
-    row = (
-        5 * streams
-        + (3 * model.num_attention_heads * model.head_dim + 8 * model.hidden_size) * (item + 4) / 2
-    )
-    row += active * (2 * model.hidden_size + 2 * model.moe_intermediate_size) * item
+    if policy.part == LAYERS:
+        if cfg.remat == "offload":  # those of one pattern come back while another's are in use
+            patterns = min(patterns, 2)
+        kept = [Term("activations", "streams", streams * patterns, "tokens")]
+        if cfg.remat == "dots":
+            kept.append(Term("activations", "products", _products(model) * item * layers, "tokens"))
+        return kept
+    row = 5 * streams + 8 * model.hidden_size * (item + 4) / 2
+    if policy.part != ATTENTION:
+        row += 3 * model.num_attention_heads * model.head_dim * (item + 4) / 2
+    if policy.part != EXPERTS:
+        active = model.num_experts_per_tok
+        row += active * (2 * model.hidden_size + 2 * model.moe_intermediate_size) * item
     return [Term("activations", "every layer", row * layers, "tokens")]
+
+
+def _products(model: ModelConfig) -> float:
+    """Numbers that the products of a layer with weights give for a token.
+
+    They are queries (narrow, then wide), keys, attention's output (narrow, then wide), and those of
+    the shared expert. Compressors and indexers give few.
+    """
+    attention = (
+        model.q_lora_rank
+        + (model.num_attention_heads + 1) * model.head_dim
+        + model.o_groups * model.o_lora_rank
+        + model.hidden_size
+    )
+    return attention + 2 * model.moe_intermediate_size + model.hidden_size
 
 
 def _layers(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
     """The backward pass of one pattern: what its layers keep, and what the current layer makes."""
     model = cfg.model
-    # Without rematerialisation `_activations` counts what layers keep.
-    layers = max(len(group.kinds) for group in model.layer_groups) if cfg.remat else 1
+    # Elsewhere `_activations` counts what layers keep.
+    whole = POLICIES[cfg.remat].part == LAYERS
+    layers = max(len(group.kinds) for group in model.layer_groups) if whole else 1
     holders, cut = (
         math.prod(sizes[axis] for axis in rules.mesh_axes(name))
         for name in ("experts", "expert_hidden")

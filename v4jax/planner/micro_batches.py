@@ -41,7 +41,7 @@ def least_micro_batches(
     def fits(count: int) -> bool:
         return need(count) <= has
 
-    first, rows = cfg.gradient_accumulation, cfg.batch_size // shards
+    first, rows = cfg.micro_batches, cfg.batch_size // shards
     counts = [n for n in range(first, rows + 1) if rows % n == 0] or [first]
     if what == "decode" or fits(first):
         return cfg, need(first)
@@ -72,12 +72,12 @@ def chosen_micro_batches(
         found, need = least_micro_batches(view, hardware, has)
         if need > has:
             raise ValueError(
-                f"gradient_accumulation: auto: {found.gradient_accumulation} micro-batches of "
-                f"{found.batch_size // found.gradient_accumulation} rows still need "
+                f"gradient_accumulation: auto: {found.micro_batches} micro-batches of "
+                f"{found.batch_size // found.micro_batches} rows still need "
                 f"{gigabytes(need)} a device, estimated; it has {gigabytes(has)}. More devices, "
                 "or a layout that cuts more, would do (v4jax layout CONFIG --search)"
             )
-        return found.gradient_accumulation
+        return found.micro_batches
 
     stages = []
     for stage in cfg.stages:

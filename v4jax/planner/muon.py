@@ -3,7 +3,7 @@
 It follows sharding/matrices.py step by step: stacks that lie alike are joined, pieces become whole
 matrices, and each device works on its share.
 
-Next file to read: v4jax/planner/work.py.
+Next file to read: v4jax/planner/recompute.py.
 """
 
 import functools
@@ -11,10 +11,13 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from sharding.matrices import TOGETHER
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.planner.weights import Weight, cut_of, weights_of
+from v4jax.train.config import TrainConfig
 
 
 class Stack(NamedTuple):
@@ -44,6 +47,13 @@ class Muon(NamedTuple):
 
     stacks: tuple[Stack, ...]
     sent: tuple[tuple[str, str, float], ...]
+
+
+def state_bytes(cfg: TrainConfig, optimizer: str) -> int:
+    """Bytes of optimizer state per number of a weight: a momentum, or two moments."""
+    if optimizer == "muon":
+        return jnp.dtype(cfg.momentum_dtype).itemsize
+    return 2 * jnp.dtype(cfg.moment_dtype).itemsize if optimizer == "adamw" else 0
 
 
 def muon(model: ModelConfig, rules: AxisRules, sizes: Mapping[str, int]) -> Muon:

@@ -82,7 +82,7 @@ def page_data(
         "fp8": request.fp8,
         "sizes": sizes,
         "hardware": dataclasses.asdict(hardware.of_a_device(devices)),
-        "constants": constants_of(cfg.model, rules, sizes, cfg.gradient_accumulation)._asdict(),
+        "constants": constants_of(cfg.model, rules, sizes, cfg.micro_batches)._asdict(),
         "terms": [
             term._asdict() | {"cap": None if math.isinf(term.cap) else term.cap}
             for term in merged(terms)

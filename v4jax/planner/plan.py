@@ -120,7 +120,7 @@ def plan(cfg: TrainConfig, target: str | None = None) -> list[StagePlan]:
                 sparse_mode(view).train_indexer,
                 view.loss.mtp,
                 memory_of(view, hardware),
-                view.gradient_accumulation,
+                view.micro_batches,
                 None if target is None else estimate(view, hardware),
             )
         )

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from sharding.exchange import round_rows
 from sharding.rules import AxisRules
 from v4jax.config import CSA, HCA
+from v4jax.planner.recompute import recomputes
 from v4jax.planner.terms import Term, sent
 from v4jax.planner.work import layers_by_ratio
+from v4jax.remat import LAYERS, POLICIES
 from v4jax.train.config import TrainConfig
 
 _CSA_ROWS = 2 * (CSA - 1) + (2 * CSA - 1)
@@ -27,7 +29,7 @@ def experts_sent(
 ) -> list[Term]:
     """What is sent to bring tokens to experts and back.
 
-    In training they travel forward, again where layers are rematerialised, and once each way as
+    In training they travel forward, again where experts are recomputed, and once each way as
     gradients.
     """
     model = cfg.model
@@ -36,7 +38,9 @@ def experts_sent(
     if n == 1:
         return []
     decodes = what == "decode"
-    ways, basis = (1, "rows") if decodes else (3 if cfg.remat else 2, "tokens")
+    ways, basis = (
+        (1, "rows") if decodes else (3 if recomputes(cfg, "routed experts") else 2, "tokens")
+    )
     times = ways * (
         sum(layers_by_ratio(model).values()) - (model.num_nextn_predict_layers if decodes else 0)
     )
@@ -95,7 +99,7 @@ def sums_sent(
         apart if platform == "cpu" or rules.exchange else (2, 1 + inner, 2 - inner)
     )
     wide = (
-        (forward + (again if cfg.remat else 0) + backward) * model.hidden_size
+        (forward + again * (POLICIES[cfg.remat].part == LAYERS) + backward) * model.hidden_size
         + model.q_lora_rank
         + model.head_dim
     )
@@ -120,7 +124,7 @@ def sums_sent(
     ]
     # Index scores are summed before entries are chosen.
     if [axis for axis in rules.mesh_axes("index_heads") if sizes[axis] > 1]:
-        times = (2 if cfg.remat else 1) * layers[CSA]
+        times = (2 if recomputes(cfg, "indexers") else 1) * layers[CSA]
         terms.append(sent("indexers", tensor, "all-reduce", ring * 4 * times, "csa_scored", times))
     return terms
 
@@ -147,7 +151,7 @@ def sequence_sent(cfg: TrainConfig, axes: list[str], sizes: Mapping[str, int]) -
     if n == 1:
         return []
     layers = sum(layers_by_ratio(cfg.model).values())
-    times = 2 if cfg.remat else 1
+    times = 2 if recomputes(cfg, "gates") else 1
     # The balance loss of a sequence needs the choices of all its tokens.
     chosen = 4 * times * cfg.model.num_experts_per_tok * layers * (n - 1)
     return [
@@ -166,7 +170,7 @@ def _halos(cfg: TrainConfig, axes: list[str]) -> list[Term]:
     model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
     layers = layers_by_ratio(model)
     count = sum(layers.values())
-    times = 2 if cfg.remat else 1
+    times = 2 if recomputes(cfg, "attention") else 1
     window = model.sliding_window * model.head_dim * item * count * (times + 1)
     rows = layers[HCA] * (HCA - 1) + layers[CSA] * _CSA_ROWS
     pooled = 2 * 4 * (times + 1) * model.head_dim * rows
@@ -184,7 +188,7 @@ def _entries(cfg: TrainConfig, axes: list[str], n: int) -> list[Term]:
     """Entries and index keys, gathered from all `n` shards, and the sums of entries' gradients."""
     model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
     layers = layers_by_ratio(model)
-    times = 2 if cfg.remat else 1
+    times = 2 if recomputes(cfg, "attention") else 1
     share = (n - 1) / n * item
     terms = []
     for ratio, basis in ((CSA, "csa_entries"), (HCA, "hca_entries")):

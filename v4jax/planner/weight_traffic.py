@@ -6,6 +6,7 @@ Next file to read: v4jax/planner/token_traffic.py.
 import math
 from collections.abc import Mapping
 
+from v4jax.planner.recompute import recomputes
 from v4jax.planner.terms import Term, sent
 from v4jax.planner.weights import Cut, Weight
 from v4jax.train.config import TrainConfig
@@ -24,7 +25,7 @@ def weight_sent(
     if weight.optimizer == "none":
         return []
     item = 4 if weight.float32 or cfg.dtype == "float32" else 2
-    times = 1 if weight.part == "head" or not cfg.remat else 2
+    times = 2 if recomputes(cfg, weight.part) else 1
     # Rows of the embedding table are looked up where they lie.
     cut_tokens = (
         [] if weight.part == "embedding" else [axis for axis in tokens if axis in cut.token_axes]

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 
 from sharding.rules import AxisRules
 from v4jax.config import CSA, HCA, ModelConfig
-from v4jax.planner.muon import Stack, muon
+from v4jax.planner.muon import Stack, muon, state_bytes
+from v4jax.planner.recompute import multiplies_again, recomputes
 from v4jax.planner.terms import Term
 from v4jax.planner.weights import Weight, cut_of, weights_of
 from v4jax.train.config import TrainConfig
-from v4jax.train.muon import COEFFICIENTS
+from v4jax.train.newton_schulz import COEFFICIENTS
 
 FP8 = ("routed experts", "shared experts", "attention")
 """Parts whose products have fp8 operands in fp8 recipes."""
@@ -26,10 +27,10 @@ FP8 = ("routed experts", "shared experts", "attention")
 def passes(cfg: TrainConfig, weight: Weight) -> int:
     """Products per weight and step, in forward passes: a backward pass counts as two."""
     if weight.optimizer == "frozen":
-        return 2 if cfg.remat else 1  # no gradient passes the indexer
+        return 2 if multiplies_again(cfg, weight.part) else 1  # no gradient passes the indexer
     if weight.part == "head":
-        return 4  # the loss keeps no logits, with or without remat
-    return 4 if cfg.remat else 3
+        return 4  # the loss keeps no logits under any policy
+    return 4 if multiplies_again(cfg, weight.part) else 3
 
 
 def work(
@@ -45,10 +46,10 @@ def work(
     terms = []
     for weight in weights_of(model):
         cut, part = cut_of(weight, rules, sizes), weight.part
-        held = weight.size / cut.devices * 4
         if weight.optimizer != "none":
-            # Gradient and parameter are read and written, as are the moments: two, or one for Muon.
-            terms.append(Term("hbm", "optimizer", held * (7 if weight.optimizer == "adamw" else 5)))
+            # The gradient is read; the parameter and the state are read and written.
+            moved = 12 + 2 * state_bytes(cfg, weight.optimizer)
+            terms.append(Term("hbm", "optimizer", weight.size / cut.devices * moved))
         if weight.uses:
             n = passes(cfg, weight)
             # The experts' axis leaves FLOPs unchanged: fewer experts, with more rows each.
@@ -84,13 +85,17 @@ def _scores(cfg: TrainConfig, layers: dict[int, int], tensor: int, index_parts: 
     queries are recomputed on their own.
     """
     model = cfg.model
-    again = 5 if cfg.remat else 4
+    again = 5 if recomputes(cfg, "attention scores") else 4
     heads, wide = (
         model.num_attention_heads / tensor,
         model.num_attention_heads * model.head_dim / tensor,
     )
     index = (
-        2 * model.index_n_heads * (model.index_head_dim + 1) / index_parts * (3 if cfg.remat else 2)
+        2
+        * model.index_n_heads
+        * (model.index_head_dim + 1)
+        / index_parts
+        * (2 + recomputes(cfg, "indexers"))
     )
     # Scores are float32 and pass memory about four times each way: product, mask and exponent, sum,
     # product.
@@ -119,7 +124,7 @@ def _rows(
     Kernels of a GPU run one after another, so element-wise ones are parts of their own. XLA:TPU
     fuses them with products, and the slower of the two counts.
     """
-    model, n = cfg.model, 4 if cfg.remat else 3
+    model = cfg.model
     layers = sum(layers_by_ratio(model).values())
     tensor = _parts(rules, sizes, "act_heads")
     # Two sites: mixing logits, collapse, and what expand reads and writes.
@@ -129,6 +134,7 @@ def _rows(
     experts = model.num_experts_per_tok * (
         4 * model.hidden_size + 5 * model.moe_intermediate_size / hidden
     )
+    passes = {part: 3 + recomputes(cfg, part) for part in ("mHC", "attention", "routed experts")}
     apart = ", element-wise" if platform == "gpu" else ""
     logits = (
         3
@@ -139,9 +145,14 @@ def _rows(
         * (1 + model.num_nextn_predict_layers)
     )
     return [
-        Term("hbm", "mHC", streams * item * n * layers, "tokens"),
-        Term("hbm", "attention" + apart, attention * item * n * layers, "tokens"),
-        Term("hbm", "routed experts" + apart, experts * item * n * layers, "tokens"),
+        Term("hbm", "mHC", streams * item * passes["mHC"] * layers, "tokens"),
+        Term("hbm", "attention" + apart, attention * item * passes["attention"] * layers, "tokens"),
+        Term(
+            "hbm",
+            "routed experts" + apart,
+            experts * item * passes["routed experts"] * layers,
+            "tokens",
+        ),
         Term("hbm", "head", logits, "tokens"),
     ]
 
@@ -165,15 +176,23 @@ def _operands(
     )
     groups, wide = model.o_groups * model.o_lora_rank / tensor, model.moe_intermediate_size / cut
     experts = model.num_experts_per_tok + 1
-    inputs = hidden + latent + heads + groups + experts * (hidden + wide)
+    attention_in = hidden + latent + heads + groups
+    experts_in = experts * (hidden + wide)
     outputs = latent + model.head_dim + heads + groups + hidden + experts * (2 * wide + hidden)
     kept, once = item + 2, item + 1
-    row = inputs * (kept + once * cfg.remat) + outputs * kept
+    row = (attention_in + experts_in + outputs) * kept
+    row += attention_in * once * multiplies_again(cfg, "attention")
+    row += experts_in * once * multiplies_again(cfg, "routed experts")
     used = [weight for weight in weights_of(model) if weight.uses and weight.part in FP8]
-    matrices = sum(weight.size / cut_of(weight, rules, sizes).others for weight in used)
+    matrices = sum(
+        weight.size
+        / cut_of(weight, rules, sizes).others
+        * (kept + once * multiplies_again(cfg, weight.part))
+        for weight in used
+    )
     return [
         Term("hbm", "fp8 operands", row * layers, "tokens"),
-        Term("hbm", "fp8 operands", matrices * (kept + once * cfg.remat)),
+        Term("hbm", "fp8 operands", matrices),
     ]
 
 

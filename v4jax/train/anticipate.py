@@ -27,8 +27,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sharding.micro_batches import join_rows
 from sharding.rules import AxisRules
 from v4jax.context import Collect, Context
+from v4jax.functional import apply
 from v4jax.kernels.choice import kernels_from
-from v4jax.model.forward import apply
 from v4jax.train.config import TrainConfig
 from v4jax.train.gradients import split_batch
 from v4jax.train.programs import CompiledTogether, Compiling
@@ -49,7 +49,7 @@ def choose_experts(
 
     Under jit, XLA drops all work that no index depends on.
     """
-    count = cfg.gradient_accumulation
+    count = cfg.micro_batches
     if count == 1:
         return _choose(cfg, rules, params, batch)
     chosen_M = jax.lax.map(

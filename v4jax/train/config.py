@@ -18,6 +18,7 @@ from v4jax.data.config import DataConfig
 from v4jax.kernels.choice import kernels_from
 from v4jax.python_files import read_layout
 from v4jax.quant.fake import check_quant
+from v4jax.remat import policy_name
 from v4jax.storage import local_path
 from v4jax.train.losses.weights import LossWeights
 from v4jax.train.profile import profiled_steps
@@ -66,16 +67,18 @@ class TrainConfig:
     seq_len: int
     """Tokens a row, from 2 to the model's max_position_embeddings."""
     dtype: str = "float32"
-    """Compute dtype, float32 or bfloat16. Weights and optimizer state are float32 in either
-    case."""
+    """Compute dtype, float32 or bfloat16. Weights are float32 in either case."""
     quant: str = "none"
     """none, or official: train with the fp8 and MXFP4 numbers that the served model computes
     with."""
     kernels: str = ""
     """Implementations of ops: reference, or pairs such as top_k=bisection,matmul=reference
     (v4jax/kernels/README.md lists them); empty: the best of the platform."""
-    remat: bool = True
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    remat: str = "layer"
+    """What the backward pass recomputes instead of keeping it: none, layer (whole layers),
+    attention (what attention computes inside), experts (the same of experts), dots (all but
+    products with weights), or offload (as layer; what is kept lies in the host's memory). In Python
+    True is layer and False is none."""
     attention: str = "sparse"
     """How CSA layers choose entries: sparse (the indexer's best), dense (all visible ones), or
     indexer (dense, and only the indexer learns)."""
@@ -94,6 +97,13 @@ class TrainConfig:
     """Decoupled weight decay a step, relative to the learning rate; 0 or more."""
     momentum: float = 0.95
     """Muon's momentum, in [0, 1)."""
+    momentum_dtype: str = "float32"
+    """How Muon's momentum is stored: float32 or bfloat16. It is computed in float32."""
+    moment_dtype: str = "float32"
+    """The same of AdamW's moments."""
+    newton_schulz_dtype: str = "float32"
+    """Factors of the products by which Muon orthogonalises: float32 or bfloat16. Sums are
+    float32."""
     clip_norm: float = 1.0
     """Largest global gradient norm; gradients above it are scaled down. Above 0."""
     bias_rate: float | None = None
@@ -143,10 +153,12 @@ class TrainConfig:
         for name in ("run_dir", "init_from", "compile_cache"):
             if getattr(self, name) != "":
                 local_path(getattr(self, name), name)
+        object.__setattr__(self, "remat", policy_name(self.remat))
         parse_mesh(self.mesh)
         rules_of(self.layout)
         kernels_from(self.kernels)
-        _allow(self, "dtype", ("float32", "bfloat16"))
+        for name in ("dtype", "momentum_dtype", "moment_dtype", "newton_schulz_dtype"):
+            _allow(self, name, ("float32", "bfloat16"))
         _allow(self, "export", (*FORMATS, "none"))
         _allow(self, "attention", ("sparse", "dense", "indexer"))
         check_quant(self.model, self.quant)
@@ -214,6 +226,15 @@ class TrainConfig:
             self.seq_len <= self.model.max_position_embeddings,
             f"at most max_position_embeddings={self.model.max_position_embeddings}",
         )
+
+    @property
+    def micro_batches(self) -> int:
+        """gradient_accumulation as a number."""
+        count = self.gradient_accumulation
+        assert count != "auto", (
+            "v4jax/planner/micro_batches.py chooses a number before anything runs"
+        )
+        return count
 
     @property
     def router_bias_rate(self) -> float:

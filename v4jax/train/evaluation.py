@@ -71,7 +71,7 @@ def evaluator(
 
     @jax.jit
     def nll(params, batch):
-        count = cfg.gradient_accumulation
+        count = cfg.micro_batches
         if count == 1:
             return rows_nll(params, batch)
         parts = split_batch(rules, batch, count)

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from sharding.micro_batches import split_rows
 from sharding.rules import AxisRules
 from v4jax.context import Context
+from v4jax.diagnostics import over_batches
 from v4jax.model.router import Routing
-from v4jax.model.watch import over_batches
 from v4jax.parameter_tree import param_axes
 from v4jax.train.config import TrainConfig
 from v4jax.train.loss import counts_of, loss_and_routing
@@ -28,7 +28,7 @@ from v4jax.train.losses.indexer import captured
 
 def gradients(
     cfg: TrainConfig, ctx: Context, params, router, batch: Mapping[str, jax.Array], chosen=None
-) -> tuple[Any, dict[str, jax.Array], dict[str, dict[str, Routing]]]:
+) -> tuple[Any, dict[str, Any], dict[str, dict[str, Routing]]]:
     """(gradients of params, metrics, routing) of cfg.gradient_accumulation micro-batches.
 
     With attention="indexer" they are those of the indexer's loss alone.
@@ -41,20 +41,13 @@ def gradients(
         def objective(params):
             public = dict(params) | {"router": router}
             loss, aux = loss_and_routing(
-                cfg.model,
-                public,
-                batch,
-                ctx,
-                weights=cfg.loss,
-                remat=cfg.remat,
-                chosen=chosen,
-                share=share,
+                cfg.model, public, batch, ctx, weights=cfg.loss, chosen=chosen, share=share
             )
             return (cfg.loss.index * aux[0]["index_kl"] if indexer_alone else loss), aux
 
         return jax.grad(objective, has_aux=True)(params)
 
-    indexer_alone, count = cfg.attention == "indexer", cfg.gradient_accumulation
+    indexer_alone, count = cfg.attention == "indexer", cfg.micro_batches
     if count == 1:
         grads, (metrics, routing) = one(params, batch, chosen)
         return grads, metrics, routing

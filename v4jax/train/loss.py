@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.context import Context
+from v4jax.functional import apply
 from v4jax.kernels.choice import kernels_from
-from v4jax.model.forward import apply
+from v4jax.remat import policy_name
 from v4jax.train.losses.indexer import captured
 from v4jax.train.losses.term import Batch
 from v4jax.train.losses.weights import LossWeights
@@ -27,7 +28,6 @@ def loss_and_routing(
     ctx: Context = Context(),
     *,
     weights: LossWeights = LossWeights(),
-    remat: bool = False,
     chosen=None,
     share: Sequence[jax.Array] | None = None,
 ):
@@ -42,9 +42,7 @@ def loss_and_routing(
       share: this batch's share of each term in a larger batch (`counts_of`), float32 scalars. Loss
         and metrics are then summands of the larger batch's. None: 1 each.
     """
-    hidden = apply(
-        cfg, params, batch["tokens"], batch.get("segment_ids"), ctx=ctx, remat=remat, chosen=chosen
-    )
+    hidden = apply(cfg, params, batch["tokens"], batch.get("segment_ids"), ctx=ctx, chosen=chosen)
     total, metrics = jnp.zeros(()), {}
     for n, (weight, term) in enumerate(weights.terms()):
         with jax.named_scope("loss"):
@@ -78,7 +76,7 @@ def loss(
     weights: LossWeights = LossWeights(),
     rules: AxisRules = AxisRules(),
     dtype: jnp.dtype = jnp.float32,
-    remat: bool = False,
+    remat: str | bool = "none",
     quant: str = "none",
     kernels: str = "",
 ):
@@ -90,12 +88,19 @@ def loss(
         int [B,S], 1 on tokens to be learned. Labels are the row's own next tokens.
       quant: "official" computes with low-precision numbers (QAT); gradients pass straight through
         their rounding.
+      remat: what the backward pass recomputes (v4jax/remat.py); True is "layer".
       kernels: implementations of ops, as kernels_from reads them (v4jax/kernels/choice.py); empty:
         the best of the platform.
 
     Returns:
       (loss, metrics): float32 scalars; metrics has loss, nll, mtp_nll (with MTP) and balance.
     """
-    ctx = Context(rules=rules, dtype=dtype, quant=quant, kernels=kernels_from(kernels))
-    total, (metrics, _) = loss_and_routing(cfg, params, batch, ctx, weights=weights, remat=remat)
+    ctx = Context(
+        rules=rules,
+        dtype=dtype,
+        quant=quant,
+        kernels=kernels_from(kernels),
+        remat=policy_name(remat),
+    )
+    total, (metrics, _) = loss_and_routing(cfg, params, batch, ctx, weights=weights)
     return total, metrics

@@ -11,7 +11,8 @@ Equation: docs/equations.md#muon.
 Next file to read: v4jax/train/step.py.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -21,19 +22,34 @@ from jax.sharding import PartitionSpec
 
 from sharding.matrices import on_whole_matrices
 from v4jax.parameter_tree import spec_of
+from v4jax.train.newton_schulz import newton_schulz
 
 Specs = Mapping[tuple[str, ...], PartitionSpec]
 """Path of a parameter -> how the mesh cuts it; empty on one device."""
 
-FAST, SHARP = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
-COEFFICIENTS = (FAST,) * 8 + (SHARP,) * 2
-"""Hybrid Newton-Schulz: eight steps that grow small singular values, two that settle them at 1.
-
-See docs/equations.md#muon.
-"""
-
 UPDATE_RMS = 0.18
 _OPTIMIZERS = ("muon", "adamw", "index_muon", "index_adamw", "frozen")
+
+
+class Numbers(NamedTuple):
+    """Dtypes of the optimizer, "float32" or "bfloat16" each. Arithmetic is float32 throughout.
+
+    State is rounded to the nearest number when it is stored. Each step forgets at least 5% of it,
+    far more than the 0.4% between two neighbours in bfloat16, so errors do not build up
+    (docs/training.md).
+
+    Attributes:
+      momentum: Muon's momentum, as it is stored.
+      moments: AdamW's two moments, as they are stored.
+      newton_schulz: factors of the products that orthogonalise (v4jax/train/newton_schulz.py).
+    """
+
+    momentum: str = "float32"
+    moments: str = "float32"
+    newton_schulz: str = "float32"
+
+
+FLOAT32 = Numbers()
 
 
 class MuonState(NamedTuple):
@@ -42,82 +58,66 @@ class MuonState(NamedTuple):
     momentum: optax.Updates
 
 
-def newton_schulz(g: jax.Array) -> jax.Array:
-    """The matrices [..., rows, cols] with their singular values moved to 1 (0 stays 0).
-
-    Any scale works, from the least normal float32 to the largest number: the momentum of a matrix
-    that gets no gradient decays through all of them.
-    """
-    wide = g.shape[-2] <= g.shape[-1]
-    x = _near_one(g if wide else jnp.swapaxes(g, -1, -2))
-    norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
-    x = x / jnp.where(norm > 0, norm, 1)
-
-    def iterate(x, abc):
-        # In the platform's own precision (bfloat16 on TPUs, TF32 on GPUs), unlike the model's
-        # products: Muon tolerates bfloat16 here.
-        gram = x @ jnp.swapaxes(x, -1, -2)
-        return abc[0] * x + (abc[1] * gram + abc[2] * gram @ gram) @ x, None
-
-    x, _ = jax.lax.scan(iterate, x, jnp.asarray(COEFFICIENTS, x.dtype))
-    return x if wide else jnp.swapaxes(x, -1, -2)
-
-
-def _near_one(x: jax.Array) -> jax.Array:
-    """Each matrix times the power of two that brings its largest element into [1, 4).
-
-    Then no square overflows, and not all of them underflow. A power of two causes no rounding.
-    """
-    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True).astype(jnp.float32)
-    exponent = jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23
-    inverse = jnp.maximum(254 - exponent, 1)  # exponent of the inverse, kept normal
-    return x * jax.lax.bitcast_convert_type(inverse << 23, jnp.float32).astype(x.dtype)
-
-
-def scale_by_muon(mu: float = 0.95, specs: Specs | None = None) -> optax.GradientTransformation:
+def scale_by_muon(
+    mu: float = 0.95, specs: Specs | None = None, numbers: Numbers = FLOAT32
+) -> optax.GradientTransformation:
     """Gradient -> orthogonalised Nesterov momentum of RMS 0.18.
 
     Args:
       mu: momentum, in [0, 1).
       specs: how the mesh cuts each parameter; None or empty: one device.
+      numbers: dtypes; the moments' does not matter here.
     """
     specs = specs or {}
+    orthogonalise = functools.partial(newton_schulz, dtype=numbers.newton_schulz)
 
     def init(params):
-        return MuonState(jax.tree.map(jnp.zeros_like, params))
+        return MuonState(_stored(jax.tree.map(jnp.zeros_like, params), numbers.momentum))
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
-        momentum = jax.tree.map(lambda m, g: mu * m + g, state.momentum, grads)
+        before = _stored(state.momentum, "float32")
+        momentum = jax.tree.map(lambda m, g: mu * m + g, before, updates)
         ahead, tree = jax.tree_util.tree_flatten_with_path(
-            jax.tree.map(lambda m, g: mu * m + g, momentum, grads)
+            jax.tree.map(lambda m, g: mu * m + g, momentum, updates)
         )
         places = [specs[tuple(key.key for key in path)] for path, _ in ahead] if specs else None
-        outs = on_whole_matrices(newton_schulz, [x for _, x in ahead], places)
+        outs = on_whole_matrices(orthogonalise, [x for _, x in ahead], places)
         return jax.tree.unflatten(
             tree, [out * (max(out.shape[-2:]) ** 0.5 * UPDATE_RMS) for out in outs]
-        ), MuonState(momentum)
+        ), MuonState(_stored(momentum, numbers.momentum))
 
     return optax.GradientTransformation(init, update)
 
 
 def scale_by_adam(
-    b1: float = 0.9, b2: float = 0.95, eps: float = 1e-20
+    b1: float = 0.9, b2: float = 0.95, eps: float = 1e-20, dtype: str = "float32"
 ) -> optax.GradientTransformation:
     """Adam's bias-corrected step m / (sqrt(v) + eps), clipped where rounding makes it too long.
 
     By Cauchy-Schwarz, |m| <= sqrt(v) (1-b1) / sqrt((1-b2) (1-b1^2/b2)): with the report's numbers
     no step is longer than 1.17. But v underflows for gradients below 5e-19, and m / eps then
     reaches 50.
+
+    Args:
+      dtype: of the moments as they are stored.
     """
     adam = optax.scale_by_adam(b1, b2, eps)
     longest = (1 - b1) / ((1 - b2) * (1 - b1 * b1 / b2)) ** 0.5
 
-    def update(grads, state, params=None):
-        steps, state = adam.update(grads, state, params)
-        return jax.tree.map(lambda step: jnp.clip(step, -longest, longest), steps), state
+    def stored(state, dtype: str):
+        return state._replace(mu=_stored(state.mu, dtype), nu=_stored(state.nu, dtype))
 
-    return optax.GradientTransformation(adam.init, update)
+    def update(updates, state, params=None):
+        steps, state = adam.update(updates, stored(state, "float32"), params)
+        steps = jax.tree.map(lambda step: jnp.clip(step, -longest, longest), steps)
+        return steps, stored(state, dtype)
+
+    return optax.GradientTransformation(lambda params: stored(adam.init(params), dtype), update)
+
+
+def _stored(tree, dtype: str):
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
 def is_index(path: tuple[str, ...]) -> bool:
@@ -149,6 +149,7 @@ def optimizer(
     mu: float = 0.95,
     specs: Specs | None = None,
     index_schedule: optax.Schedule | None = None,
+    numbers: Numbers = FLOAT32,
 ) -> optax.GradientTransformation:
     """Muon for matrices and AdamW (0.9, 0.95, eps 1e-20) for the rest, with one schedule and decay.
 
@@ -158,19 +159,22 @@ def optimizer(
       mu: Muon's momentum, in [0, 1).
       specs: as for scale_by_muon.
       index_schedule: the indexer's learning rate; None: the indexer does not change.
+      numbers: dtypes of state and of Muon's products.
 
     Its `init` raises ValueError for a parameter that v4jax/parameters.py does not have.
     """
 
     def pair(schedule):
         rest = optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(schedule)
-        return [optax.chain(step, *rest) for step in (scale_by_muon(mu, specs), scale_by_adam())]
+        steps = scale_by_muon(mu, specs, numbers), scale_by_adam(dtype=numbers.moments)
+        return [optax.chain(step, *rest) for step in steps]
 
-    transforms = dict(zip(("muon", "adamw"), pair(schedule), strict=True))
+    transforms: dict[Hashable, optax.GradientTransformation] = {}
+    transforms["muon"], transforms["adamw"] = pair(schedule)
     if index_schedule is None:
         transforms["frozen"] = optax.set_to_zero()
     else:
-        transforms |= zip(("index_muon", "index_adamw"), pair(index_schedule), strict=True)
+        transforms["index_muon"], transforms["index_adamw"] = pair(index_schedule)
     return optax.partition(
         transforms, lambda params: label_parameters(params, index_schedule is not None)
     )
@@ -193,9 +197,9 @@ def clip_apart(largest: float) -> optax.GradientTransformation:
         norm = global_norm(grads)
         return [jnp.where(norm < largest, g, g / norm * largest) for g in grads]
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
-        leaves, tree = jax.tree_util.tree_flatten_with_path(grads)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
         index = [is_index(tuple(key.key for key in path)) for path, _ in leaves]
         parts = [
             iter(clip([g for (_, g), i in zip(leaves, index, strict=True) if i == kind]))

@@ -100,6 +100,9 @@ def load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, A
 
     Args:
       more: the other items to load, as Store.load takes them.
+
+    Raises:
+      ValueError: the checkpoint does not fit the run.
     """
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -107,6 +110,7 @@ def load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, A
         shardings,
     )
     check_same_arrays(store.path(step), abstract.public)
+    _check_state_dtypes(store.path(step), abstract.optimizer)
     item = JsonItem(LossHistory().to_json())
     # Checkpoints of older versions have no loss history; they resume with an empty one.
     if not anywhere(not (store.path(step) / "record").is_dir()):
@@ -118,3 +122,23 @@ def load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, A
         abstract, params=items["params"], router=router, optimizer=items["optimizer"], step=count
     )
     return Begin(state, step, LossHistory.from_json(item.value), items.get("ahead", {}))
+
+
+def _check_state_dtypes(path: pathlib.Path, optimizer) -> None:
+    """Raises ValueError if the optimizer's state is stored in another dtype than the run's.
+
+    Orbax would cast in silence, and the run would not continue bit for bit.
+    """
+
+    def dtypes(tree) -> dict[str, np.dtype]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(key, simple=True): leaf.dtype for key, leaf in leaves}
+
+    want = dtypes(optimizer)
+    for name, have in dtypes(ocp.metadata(str(path), "optimizer").metadata).items():
+        if have != want.get(name, have):
+            field = "momentum_dtype" if "momentum" in name else "moment_dtype"
+            raise ValueError(
+                f"{field}: got {want[name]}; {path} has {have}: resume with that, or begin a new "
+                "run with init_from"
+            )

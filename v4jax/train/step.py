@@ -19,13 +19,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sharding.params import named_shardings
 from sharding.rules import AxisRules
 from v4jax.context import Collect, Context, SparseMode
+from v4jax.functional import init_params
 from v4jax.kernels.choice import kernels_from
-from v4jax.model.init import init_params
 from v4jax.parameter_tree import abstract_params, param_axes
+from v4jax.remat import check_host_memory
 from v4jax.train.balance import load_metrics, update_bias
 from v4jax.train.config import TrainConfig
 from v4jax.train.gradients import gradients
-from v4jax.train.muon import clip_apart, freeze, global_norm, is_index, optimizer
+from v4jax.train.muon import Numbers, clip_apart, freeze, global_norm, is_index, optimizer
 from v4jax.train.programs import CompiledTogether, Compiling
 from v4jax.train.schedule import learning_rate
 from v4jax.train.watch import watched
@@ -85,6 +86,7 @@ def optimizer_of(cfg: TrainConfig, rules: AxisRules = AxisRules()) -> optax.Grad
         cfg.momentum,
         specs,
         (lambda step: ratio * main(step)) if ratio else None,
+        Numbers(cfg.momentum_dtype, cfg.moment_dtype, cfg.newton_schulz_dtype),
     )
     return optax.chain(clip_apart(cfg.clip_norm), inner)
 
@@ -136,6 +138,7 @@ def train_step(
         sparse=sparse,
         collect=Collect(watch=watch),
         kernels=kernels_from(cfg.kernels),
+        remat=cfg.remat,
     )
 
     grads, metrics, routing = gradients(cfg, ctx, state.params, state.router, batch, chosen)
@@ -168,7 +171,7 @@ def state_shardings(cfg: TrainConfig, rules: AxisRules, mesh: Mesh) -> TrainStat
     """
     params = named_shardings(mesh, rules, abstract_params(cfg.model), param_axes(cfg.model))
     router = params.pop("router")
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    everywhere: Any = NamedSharding(mesh, PartitionSpec())  # it takes the place of an array
     abstract = jax.eval_shape(lambda: state_from(cfg, init_params(cfg.model, jax.random.key(0))))
 
     def masked(leaf):
@@ -195,7 +198,7 @@ def check_batch(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) ->
 
     These are the mesh axes and, for batch_size, gradient_accumulation too.
     """
-    count = cfg.gradient_accumulation
+    count = cfg.micro_batches
     for field, name, more in (("batch_size", "act_batch", count), ("seq_len", "act_seq", 1)):
         axes = rules.mesh_axes(name)
         parts = math.prod(sizes[axis] for axis in axes) * more
@@ -229,7 +232,13 @@ def compile_step(
 
     Args:
       ahead: whether it takes chosen experts too.
+
+    Raises:
+      ValueError: cfg.remat needs host memory that the mesh's devices do not have.
     """
+    process = jax.process_index()
+    mine = [device for device in mesh.devices.flat if device.process_index == process]
+    check_host_memory(cfg.remat, mine)
     everywhere = NamedSharding(mesh, PartitionSpec())
     place = batch_sharding(rules, mesh)
     return jax.jit(

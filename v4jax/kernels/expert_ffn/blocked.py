@@ -3,7 +3,7 @@
 There XLA's ragged_dot does E times the work, and a block's intermediate values stay in cache.
 
 Shapes: P rows in blocks, A and Z widths of a product's factors, D hidden, F expert hidden, E
-experts, N blocks at a time, b rows of a block.
+experts, G blocks at a time, M rows of a block.
 Next file to read: v4jax/kernels/expert_ffn/whole.py.
 """
 
@@ -37,11 +37,11 @@ def _joined_one(w: ExpertWeights, expert, dtype) -> ExpertWeights:
     return ExpertWeights(take(w.w1), None, take(w.w2))
 
 
-def _several(w: ExpertWeights, expert_N, dtype) -> ExpertWeights:
+def _several(w: ExpertWeights, expert_G, dtype) -> ExpertWeights:
     """The matrices of N blocks' experts, stacked."""
 
     def take(m, n):
-        return lax.dynamic_index_in_dim(m, expert_N[n], keepdims=False)
+        return lax.dynamic_index_in_dim(m, expert_G[n], keepdims=False)
 
     return jax.tree.map(lambda m: jnp.stack([take(m, n) for n in range(AT_ONCE)]).astype(dtype), w)
 
@@ -50,9 +50,9 @@ def _in_blocks(x_PA):
     return x_PA.reshape(AT_ONCE, -1, x_PA.shape[-1])
 
 
-def _batched(x_PA, w_NAZ):
-    y_NbZ = matmul(_in_blocks(x_PA), w_NAZ)
-    return y_NbZ.reshape(-1, y_NbZ.shape[-1])
+def _batched(x_PA, w_GAZ):
+    y_GMZ = matmul(_in_blocks(x_PA), w_GAZ)
+    return y_GMZ.reshape(-1, y_GMZ.shape[-1])
 
 
 def forward(form, w, x_PD, gate_P, groups):
@@ -86,17 +86,17 @@ def backward(form, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
 
     def some_blocks(n, totals):
         ct_w, ct_x, ct_gate = totals
-        expert_N = _rows(groups.block_expert, n, AT_ONCE)
+        expert_G = _rows(groups.block_expert, n, AT_ONCE)
         rows = [_rows(a, n, size) for a in (x_PD, gate_P, h1_PF, h3_PF, ct_PD)]
 
         def outer(x, ct):
             return matmul(jnp.swapaxes(_in_blocks(x), 1, 2), _in_blocks(ct))
 
         part_w, part_x, part_gate = ffn_backward(
-            form, _batched, outer, _several(w, expert_N, x_PD.dtype), *rows
+            form, _batched, outer, _several(w, expert_G, x_PD.dtype), *rows
         )
         ct_w = ExpertWeights(
-            *(_add_each(total, part, expert_N) for total, part in zip(ct_w, part_w, strict=True))
+            *(_add_each(total, part, expert_G) for total, part in zip(ct_w, part_w, strict=True))
         )
         return ct_w, _store(ct_x, part_x, n, size), _store(ct_gate, part_gate, n, size)
 
@@ -104,11 +104,11 @@ def backward(form, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
     return lax.fori_loop(0, -(-groups.blocks_in_use // AT_ONCE), some_blocks, zeros)
 
 
-def _add_each(total, part_NAZ, expert_N):
+def _add_each(total, part_GAZ, expert_G):
     """Adds each part to its expert's total, one by one, as several may belong to one expert."""
     for n in range(AT_ONCE):
-        now = lax.dynamic_index_in_dim(total, expert_N[n], keepdims=False) + part_NAZ[n].astype(
+        now = lax.dynamic_index_in_dim(total, expert_G[n], keepdims=False) + part_GAZ[n].astype(
             total.dtype
         )
-        total = lax.dynamic_update_index_in_dim(total, now, expert_N[n], axis=0)
+        total = lax.dynamic_update_index_in_dim(total, now, expert_G[n], axis=0)
     return total

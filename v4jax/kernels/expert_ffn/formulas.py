@@ -77,6 +77,7 @@ def ffn(form, dot, w: ExpertWeights, x, gate_P):
 
 def ffn_backward(form, dot, outer, w: ExpertWeights, x, gate_P, h1, h3, ct):
     """(gradients of w, of x, of the gate): the formula of the backward pass."""
+    assert w.w3 is not None, "joined matrices run forward only"
     hidden, pull = jax.vjp(functools.partial(gated, form), h1, h3, gate_P)
     ct_h1, ct_h3, ct_gate = pull(dot(ct, jnp.swapaxes(w.w2, -1, -2)))
     ct_x = dot(ct_h1, jnp.swapaxes(w.w1, -1, -2)) + dot(ct_h3, jnp.swapaxes(w.w3, -1, -2))

@@ -1,15 +1,16 @@
-"""The entry points of the network: plain dicts of arrays in, logits or hidden states out.
+"""The network as functions of plain dicts of arrays: fresh parameters, hidden states, logits.
 
 Parameters are one nested dict. Its "router" holds what no gradient moves, selection bias and hash
 tables; tables are float32 arrays of integers, so that jax.grad takes the whole dict.
 
-Shapes: B batch, S positions, V vocabulary, L layers, K active experts.
+Shapes: B batch, S positions, X streams, D hidden, V vocabulary, L layers, K active experts.
 Next file to read: v4jax/model/transformer.py.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -21,6 +22,7 @@ from v4jax.model.router import Routing
 from v4jax.model.segments import read_segments
 from v4jax.model.transformer import Hidden, Transformer, project_logits
 from v4jax.quant.fake import check_quant
+from v4jax.remat import policy_name
 
 
 class Output(NamedTuple):
@@ -37,6 +39,24 @@ class Output(NamedTuple):
     aux: dict[str, dict[str, Routing]]
 
 
+def init_params(cfg: ModelConfig, key: jax.Array):
+    """Fresh parameters: matrices are normal with standard deviation initializer_range.
+
+    Norms are 1; sinks, ape and biases are 0; hash tables are balanced; hyper-connections start near
+    a static mix (docs/equations.md#mhc). Shapes and logical axes alone are those of
+    v4jax/parameter_tree.py.
+    """
+    return jax.jit(lambda key: nn.unbox(_boxed(cfg, key)))(key)
+
+
+def _boxed(cfg: ModelConfig, key: jax.Array):
+    """Parameters in Flax's boxes, which carry the logical axes."""
+    tokens_BS = jnp.zeros((1, 1), jnp.int32)
+    segments = read_segments(cfg, tokens_BS.shape[1], None)
+    variables = Transformer(Context(), cfg).init(key, tokens_BS, segments)
+    return dict(variables["params"]) | {"router": dict(variables["router"])}
+
+
 def apply(
     cfg: ModelConfig,
     params,
@@ -44,7 +64,6 @@ def apply(
     segment_BS: jax.Array | None = None,
     *,
     ctx: Context = Context(),
-    remat: bool = False,
     chosen=None,
 ) -> Hidden:
     """Runs the network up to the head; `params` is the public dict, "router" included.
@@ -72,7 +91,7 @@ def apply(
             for group, blocks in chosen.items()
         }
     segments = read_segments(cfg, tokens_BS.shape[1], segment_BS, shards)
-    return Transformer(ctx, cfg, remat).apply(variables, tokens_BS, segments)
+    return cast(Hidden, Transformer(ctx, cfg).apply(variables, tokens_BS, segments))
 
 
 def forward(
@@ -84,7 +103,7 @@ def forward(
     *,
     rules: AxisRules = AxisRules(),
     dtype: jnp.dtype | None = None,
-    remat: bool = False,
+    remat: str | bool = "none",
     kernels: str = "",
 ) -> Output:
     """Logits of every position, differentiable in params.
@@ -101,12 +120,13 @@ def forward(
         (v4jax/quant/fake.py).
       rules: layout, for the ambient mesh (jax.set_mesh).
       dtype: compute dtype; by default that of the embedding.
+      remat: what the backward pass recomputes (v4jax/remat.py); True is "layer".
       kernels: implementations of ops, as kernels_from reads them (v4jax/kernels/choice.py); empty:
         the best of the platform.
 
     Raises:
       ValueError: shapes that do not fit, a quant that does not exist or does not fit the model's
-        sizes, or kernels that do not exist.
+        sizes, or kernels or a remat that do not exist.
     """
     if (
         tokens_BS.ndim != 2
@@ -121,13 +141,19 @@ def forward(
             f"segment_ids: got {segment_ids_BS.shape}; must be as tokens, {tokens_BS.shape}"
         )
     dtype = params["embed"]["weight"].dtype if dtype is None else dtype
-    ctx = Context(rules=rules, dtype=dtype, quant=quant, kernels=kernels_from(kernels))
-    return _forward(cfg, params, tokens_BS, segment_ids_BS, ctx, remat)
+    ctx = Context(
+        rules=rules,
+        dtype=dtype,
+        quant=quant,
+        kernels=kernels_from(kernels),
+        remat=policy_name(remat),
+    )
+    return _forward(cfg, params, tokens_BS, segment_ids_BS, ctx)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def _forward(cfg, params, tokens_BS, segment_BS, ctx: Context, remat: bool) -> Output:
-    hidden = apply(cfg, params, tokens_BS, segment_BS, ctx=ctx, remat=remat)
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _forward(cfg, params, tokens_BS, segment_BS, ctx: Context) -> Output:
+    hidden = apply(cfg, params, tokens_BS, segment_BS, ctx=ctx)
     logits = project_logits(ctx, hidden.x_BSD, hidden.head_DV)
     mtp_logits = None
     if hidden.mtp_x_BSD is not None:

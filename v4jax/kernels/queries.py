@@ -5,7 +5,7 @@ the scores of all queries against all entries never exist at once.
 
 Shapes: B batch, S positions, T query positions of a chunk, U blocks of a chunk, W window (the
 queries of a block; the keys that a block sees, window_BUWH and its positions and documents, are
-2W), V window keys, N heads, H head dim, I index heads, J index dim.
+2W), Y window keys, N heads, H head dim, I index heads, J index dim.
 Next file to read: v4jax/model/entries.py.
 """
 
@@ -30,7 +30,7 @@ class Queries(NamedTuple):
       window_position_BUW: int32 [B or 1,U,2W], the same for keys; negative where there is none.
       segment_BT, segment_BUW: documents of queries and keys; None where each row is one document.
       real_T: False for queries that only fill up the last chunk.
-      index_q, index_w: the indexer's queries [B,T,I,J] and head weights [B,T,I]; None without it.
+      index: the indexer's queries [B,T,I,J] and head weights [B,T,I]; None without it.
     """
 
     q_BTNH: jax.Array
@@ -40,26 +40,26 @@ class Queries(NamedTuple):
     segment_BT: jax.Array | None
     segment_BUW: jax.Array | None
     real_T: jax.Array
-    index_q: jax.Array | None
-    index_w: jax.Array | None
+    index: tuple[jax.Array, jax.Array] | None
 
 
 def cut(
-    q_BSNH,
-    kv_BVH,
-    first_B,
-    position_BV,
-    segment_BS,
-    segment_BV,
-    index,
+    q_BSNH: jax.Array,
+    kv_BYH: jax.Array,
+    first_B: jax.Array,
+    position_BY: jax.Array,
+    segment_BS: jax.Array | None,
+    segment_BY: jax.Array | None,
+    index: tuple[jax.Array, jax.Array] | None,
     block: int,
     blocks: int,
     chunks: int,
 ) -> Queries:
     """Pads queries to whole chunks, and stacks the chunks on a new first axis.
 
-    Keys (kv_BVH, position_BV, segment_BV) are those of the W positions before the queries, then
-    those of the queries: V = W + S. A single block takes all V keys, whatever V is.
+    Keys (kv_BYH, position_BY, segment_BY) are those of the W positions before the queries, then
+    those of the queries: Y = W + S. A single block takes all Y keys, whatever Y is. The index is
+    the indexer's queries [B,S,I,J] and head weights [B,S,I].
 
     Example, W = 2, S = 4: the keys of positions -2 to 3 become two blocks of 2W keys,
     [-2 -1 0 1] and [0 1 2 3].
@@ -72,7 +72,7 @@ def cut(
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, blocks * block, *x.shape[2:]), 1, 0)
 
     def banded(x, fill=0):
-        """[B,V,...] -> [chunks,B,U,2W,...]: each block of W keys follows the one before it."""
+        """[B,Y,...] -> [chunks,B,U,2W,...]: each block of W keys follows the one before it."""
         if block == q_BSNH.shape[1]:
             return x[None, :, None]
         before = x.shape[1] - q_BSNH.shape[1]
@@ -85,10 +85,9 @@ def cut(
         x = jnp.concatenate((x[:, :-1], x[:, 1:]), axis=2)
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, blocks, *x.shape[2:]), 1, 0)
 
-    packed = segment_BS is not None
     return Queries(
         chunked(q_BSNH),
-        banded(kv_BVH),
+        banded(kv_BYH),
         jnp.moveaxis(
             (first_B[:, None] + jnp.arange(total, dtype=jnp.int32)[None]).reshape(
                 -1, chunks, blocks * block
@@ -96,12 +95,11 @@ def cut(
             1,
             0,
         ),
-        banded(position_BV, fill=-1),
-        chunked(segment_BS) if packed else None,
-        banded(segment_BV) if packed else None,
+        banded(position_BY, fill=-1),
+        None if segment_BS is None else chunked(segment_BS),
+        None if segment_BY is None else banded(segment_BY),
         (jnp.arange(total) < q_BSNH.shape[1]).reshape(chunks, -1),
-        None if index is None else chunked(index.q_BTIJ),
-        None if index is None else chunked(index.w_BTI),
+        None if index is None else (chunked(index[0]), chunked(index[1])),
     )
 
 
@@ -114,7 +112,7 @@ def window_keys(chunk: Queries, window: int) -> WindowKeys:
     position_BUW1 = chunk.position_BT.reshape(chunk.position_BT.shape[0], blocks, -1, 1)
     key_BU1W = chunk.window_position_BUW[:, :, None]
     band = (key_BU1W <= position_BUW1) & (key_BU1W > jnp.maximum(position_BUW1 - window, -1))
-    if chunk.segment_BT is None:
+    if chunk.segment_BT is None or chunk.segment_BUW is None:
         return WindowKeys(chunk.window_BUWH, band)
     same = (
         chunk.segment_BT.reshape(chunk.segment_BT.shape[0], -1, window, 1)

@@ -1,6 +1,7 @@
 """Diagnostics of a layer: gates and mixing matrices of its hyper-connections, largest activations.
 
-Shapes: B batch, S positions, X streams (J source, K target), D hidden.
+Shapes: B batch, S positions, X streams, J source streams, K target streams, D hidden, M
+micro-batches.
 Next file to read: v4jax/model/block.py.
 """
 
@@ -8,8 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from v4jax.model.hyper import Mix
 
 ITERATIONS = 8
 """Steps of the power method.
@@ -43,17 +42,28 @@ class Diagnostics(NamedTuple):
     stream_rms: jax.Array
 
 
-def measure(pre_BSX: jax.Array, mix: Mix, y_BSD: jax.Array, x_BSXD: jax.Array) -> Diagnostics:
-    """Measures one sublayer: its gates, its output y, and the streams x after it."""
-    pre_BSX, mix, y_BSD, x_BSXD = jax.lax.stop_gradient((pre_BSX, mix, y_BSD, x_BSXD))
+def measure(
+    pre_BSX: jax.Array,
+    post_BSX: jax.Array,
+    comb_BSJK: jax.Array,
+    y_BSD: jax.Array,
+    x_BSXD: jax.Array,
+) -> Diagnostics:
+    """Measures one sublayer: its gates and mixing matrices, its output y, the streams x after it.
+
+    What pre, post and comb are: docs/equations.md#mhc.
+    """
+    pre_BSX, post_BSX, comb_BSJK, y_BSD, x_BSXD = jax.lax.stop_gradient(
+        (pre_BSX, post_BSX, comb_BSJK, y_BSD, x_BSXD)
+    )
     x = x_BSXD.astype(jnp.float32)
-    gates = jnp.concatenate((pre_BSX, mix.post), axis=-1)
-    kept = jnp.trace(mix.comb, axis1=-2, axis2=-1) / jnp.maximum(mix.comb.sum((-2, -1)), 1e-9)
+    gates = jnp.concatenate((pre_BSX, post_BSX), axis=-1)
+    kept = jnp.trace(comb_BSJK, axis1=-2, axis2=-1) / jnp.maximum(comb_BSJK.sum((-2, -1)), 1e-9)
     return Diagnostics(
         pre=pre_BSX.mean(),
-        post=mix.post.mean(),
+        post=post_BSX.mean(),
         gate_range=gates.max() - gates.min(),
-        comb_norm=spectral_norm(mix.comb).max(),
+        comb_norm=spectral_norm(comb_BSJK).max(),
         comb_off=1 - kept.mean(),
         out_max=jnp.abs(y_BSD.astype(jnp.float32)).max(),
         stream_max=jnp.abs(x).max(),

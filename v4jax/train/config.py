@@ -24,6 +24,7 @@ from v4jax.train.losses.weights import LossWeights
 from v4jax.train.profile import profiled_steps
 from v4jax.train.stability import StabilityConfig
 from v4jax.train.stages import Stage, check_stages
+from v4jax.train.trackers import tracker_names
 
 _LAYOUT_FLAG = PrimitiveConstructorSpec(
     nargs=1,
@@ -137,6 +138,9 @@ class TrainConfig:
     """Text that the finished model continues in sample.txt."""
     sample_tokens: int = 0
     """Tokens of that sample; 0: no sample."""
+    trackers: str = ""
+    """Services that get the metrics too: wandb, mlflow, or both with a comma between them; empty:
+    none (docs/training.md#trackers)."""
     profile: str = ""
     """Steps to trace, as FIRST:COUNT, such as 10:3; the trace goes to RUN_DIR/profile
     (docs/profiling.md). Empty: none."""
@@ -218,6 +222,7 @@ class TrainConfig:
                 self.checkpoint_every > self.stability.proven,
                 f"above stability.proven={self.stability.proven}",
             )
+        tracker_names(self.trackers)
         profiled_steps(self.profile, self.steps)
         check_stages(self)
         _require(

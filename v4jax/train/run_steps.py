@@ -177,7 +177,8 @@ def _fault(
         return None
     why = spike(job.cfg.stability, history, metrics["loss"], metrics["grad_norm"])
     if why is None and (due.save or due.evaluate):
-        why = not_finite(state)  # after the update: this is what would be saved
+        with job.clock.part("save"):
+            why = not_finite(state)  # after the update: this is what would be saved
     return why
 
 

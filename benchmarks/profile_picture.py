@@ -25,6 +25,7 @@ def main() -> None:
     bars = axes.barh(parts, milliseconds)
     shares = [f"{value / sum(milliseconds):.0%}" for value in milliseconds]
     axes.bar_label(bars, shares, padding=3)
+    axes.set_xlim(0, 1.1 * max(milliseconds))  # room for the labels
     axes.set_xlabel("milliseconds a step")
     figure.savefig(arguments.out, dpi=110)
 

@@ -85,7 +85,7 @@ class Clock:
         return dict(self._seconds)
 
     def metrics(self) -> dict[str, float]:
-        """`seconds_PART` for each part, and `goodput`, the share of `step` in all of them."""
+        """Seconds of each part, such as `seconds_step`, and `goodput`, the share of `step` in all."""
         seconds = self.seconds()
         named = {f"seconds_{name}": value for name, value in seconds.items()}
         return named | {"goodput": seconds["step"] / sum(seconds.values())}
@@ -115,12 +115,12 @@ class Clock:
         before, self._part, self._since = self._part, name, now
         return before
 
-    def _compiled(self, event: str, seconds: float, **_: str | int) -> None:
+    def _compiled(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         """Moves the time in which JAX has compiled or read a program out of the part around."""
         here = threading.get_ident() == self._thread
         if event == COMPILED and here and self._part != "compile":
-            self._seconds[self._part] -= seconds
-            self._seconds["compile"] += seconds
+            self._seconds[self._part] -= duration_secs
+            self._seconds["compile"] += duration_secs
 
     def _move_overlap(self, start: float) -> None:
         """Moves the time of a draw, from `start` on, while a step ran to the part around it."""

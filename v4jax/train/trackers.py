@@ -31,8 +31,7 @@ class MetricWriter(Protocol):
     """Takes the numbers of a run, step by step."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes the values of a step; several calls for one step add up, and steps may come again
-        after a rollback."""
+        """Takes values of a step. Other calls may add to it; steps come again after a rollback."""
 
     def close(self) -> None:
         """Waits until everything is written."""
@@ -134,9 +133,7 @@ class WeightsAndBiases:
 
     def __init__(self, run: pathlib.Path, config: dict[str, Any], identity: str | None):
         """identity: of the run to go on with; None: a new one."""
-        import wandb
-
-        self._run = wandb.init(
+        self._run = importlib.import_module("wandb").init(
             project=_environment("WANDB_PROJECT"),
             name=run.resolve().name,
             dir=str(run),
@@ -162,27 +159,29 @@ class MLflow:
 
     def __init__(self, run: pathlib.Path, config: dict[str, Any], identity: str | None):
         """identity: of the run to go on with; None: a new one."""
-        from mlflow.tracking import MlflowClient
-
-        self._client = MlflowClient()
-        if identity is None:
-            name = _environment("MLFLOW_EXPERIMENT_NAME")
-            experiment = self._client.get_experiment_by_name(name)
-            key = experiment.experiment_id if experiment else self._client.create_experiment(name)
-            identity = self._client.create_run(key, run_name=run.resolve().name).info.run_id
-            for field, value in config.items():
-                self._client.log_param(identity, field, value)
-        else:
+        self._client = importlib.import_module("mlflow").MlflowClient()
+        if identity is not None:
             self._client.update_run(identity, status="RUNNING")
-        self.identity: str = identity
+            self.identity: str = identity
+        else:
+            self.identity = self._begin(run.resolve().name, config)
+
+    def _begin(self, run_name: str, config: dict[str, Any]) -> str:
+        """A new run with the settings `config`; its identity."""
+        name = _environment("MLFLOW_EXPERIMENT_NAME")
+        experiment = self._client.get_experiment_by_name(name)
+        key = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        identity: str = self._client.create_run(key, run_name=run_name).info.run_id
+        for field, value in config.items():
+            self._client.log_param(identity, field, value)
+        return identity
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One batch of values. If the server does not take it, a warning says so, and the run goes
         on: metrics.jsonl has them all."""
-        from mlflow.entities import Metric
-
+        entities = importlib.import_module("mlflow.entities")
         now = int(1000 * time.time())
-        batch = [Metric(name, value, now, step) for name, value in values.items()]
+        batch = [entities.Metric(name, value, now, step) for name, value in values.items()]
         try:
             self._client.log_batch(self.identity, metrics=batch)
         except Exception as error:  # its stores raise what they like

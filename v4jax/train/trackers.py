@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from v4jax.checkpoint.atomic import write_text
 
-TRACKERS = {"wandb": "wandb", "mlflow": "mlflow"}
-"""Tracker -> the extra of v4jax that installs it, and the module that it needs."""
+TRACKERS = ("wandb", "mlflow")
+"""The services, by the names of their clients' modules and of the extras that install them."""
 IDS = "trackers.json"
 """The file of a run with its identity in each tracker, so that a resumed run goes on there."""
 PROJECT = "v4jax"
@@ -56,11 +56,11 @@ def require_trackers(text: str) -> None:
     """Raises ValueError unless the clients of all trackers in `text` are installed."""
     for name in tracker_names(text):
         try:
-            module = importlib.import_module(TRACKERS[name])
+            module = importlib.import_module(name)
         except ImportError as error:
             raise _missing(name, str(error)) from None
         if module.__file__ is None:  # a folder of that name, such as W&B writes
-            raise _missing(name, f"{TRACKERS[name]} here is a folder and no package")
+            raise _missing(name, f"{name} here is a folder and no package")
 
 
 def _missing(name: str, why: str) -> ValueError:

@@ -53,9 +53,9 @@ class Span(NamedTuple):
     """
 
     text: str
-    written: bool
-    current: bool
-    place: int
+    written: bool = False
+    current: bool = False
+    place: int = -1
 
 
 class _Block(NamedTuple):
@@ -119,9 +119,9 @@ def encode_spans(
     drop = drop_thinking and not any(turn.get("tools") for turn in turns)
     if thinking and drop:
         turns, context = _without_old_developers(turns), _without_old_developers(context)
-    spans = [Span(BOS, False, False, -1)] if add_default_bos_token and not context else []
+    spans = [Span(BOS)] if add_default_bos_token and not context else []
     if thinking and not context and turns and efforts[reasoning_effort]:
-        spans.append(Span(efforts[reasoning_effort], False, False, -1))
+        spans.append(Span(efforts[reasoning_effort]))
     last_user = _last_user(turns)
     for index in range(len(context), len(turns)):
         keeps = thinking and (not drop or index >= last_user)
@@ -129,7 +129,7 @@ def encode_spans(
         spans.append(
             Span(_body(turns, index, keeps), written, written and index > last_user, place)
         )
-        spans.append(Span(_opening(turns, index, thinking, keeps), False, False, place))
+        spans.append(Span(_opening(turns, index, thinking, keeps), place=place))
     return [span for span in spans if span.text]
 
 

@@ -46,7 +46,7 @@ class TextStop:
     def __call__(self, sequence: int, tokens: Sequence[int]) -> bool:
         ends = tokens[-1] in self._tokens or self._completes(tokens)
         if sequence == 0:
-            self._stream(tokens, ends)
+            self._stream(tokens, ends=ends)
         return ends
 
     def without_stop(self, tokens: Sequence[int]) -> list[int]:
@@ -61,7 +61,7 @@ class TextStop:
 
     def close(self, tokens: Sequence[int]) -> None:
         """Writes the text not yet written of a sequence that ended because of its length."""
-        self._stream(tokens, True)
+        self._stream(tokens, ends=True)
 
     def _completes(self, tokens: Sequence[int]) -> bool:
         if not self._strings:
@@ -74,7 +74,7 @@ class TextStop:
         assert self._tokenizer is not None, "without a tokenizer nobody asks for text"
         return self._tokenizer.decode(tokens)
 
-    def _stream(self, tokens: Sequence[int], ends: bool) -> None:
+    def _stream(self, tokens: Sequence[int], *, ends: bool) -> None:
         if self._write is None:
             return
         text = self.text(tokens)

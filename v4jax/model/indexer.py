@@ -114,7 +114,7 @@ class Indexer(Weights):
             else slots > cfg.index_topk and not self.ctx.sparse.dense
         )
         x_BSD, qr_BSQ = jax.lax.stop_gradient((x_BSD, qr_BSQ))
-        compressor = Compressor(self.ctx, cfg, CSA, dim, True, name="compressor")
+        compressor = Compressor(self.ctx, cfg, CSA, dim, index=True, name="compressor")
         key_BCJ, view = compressor(x_BSD, windows if needed else None, view)
         if key_BCJ is None:
             return None, view

@@ -48,7 +48,7 @@ def _ramp(yarn: RopeScaling, theta: float, dims: int) -> np.ndarray:
     return np.clip((np.arange(dims // 2) - low) / width, 0, 1)
 
 
-def rotation(cfg: ModelConfig, compressed: bool, positions: jax.Array) -> Rotation:
+def rotation(cfg: ModelConfig, positions: jax.Array, *, compressed: bool) -> Rotation:
     """Rotation at integer `positions` [...]: cos and sin are [..., R/2]."""
     angles = jnp.multiply.outer(positions.astype(jnp.float32), frequencies(cfg, compressed))
     return Rotation(jnp.cos(angles), jnp.sin(angles))

@@ -55,13 +55,13 @@ def read_segments(
     position_BS = row_1S if extent_2BS is None else row_1S - extent_2BS[0]
     ratios = sorted({ratio for ratio in cfg.compress_ratios if ratio != WINDOW_ONLY})
     counts_BS = None if segment_BS is None else segment_BS > 0
-    rope = rotation(cfg, False, position_BS)
+    rope = rotation(cfg, position_BS, compressed=False)
     return Segments(
         segment_BS,
         extent_2BS,
         counts_BS,
         rope,
-        rotation(cfg, True, position_BS) if ratios else rope,
+        rotation(cfg, position_BS, compressed=True) if ratios else rope,
         {
             ratio: windows_of(cfg, ratio, position_BS, segment_BS, shards)
             for ratio in ratios
@@ -83,12 +83,12 @@ def read_span(cfg: ModelConfig, seq: int, span: ChunkSpan) -> Segments:
     windows = {}
     for ratio in ratios:
         first_BC = (start_B1 // ratio + jnp.arange(seq // ratio + 1, dtype=jnp.int32)[None]) * ratio
-        rope = rotation(cfg, True, first_BC)
+        rope = rotation(cfg, first_BC, compressed=True)
         windows[ratio] = CompressionWindows(
             first_BC - start_B1 + tail_rows(ratio), first_BC + ratio - 1, None, first_BC > 0, rope
         )
-    compressed = rotation(cfg, True, position_BS) if ratios else None
-    rope = rotation(cfg, False, position_BS)
+    compressed = rotation(cfg, position_BS, compressed=True) if ratios else None
+    rope = rotation(cfg, position_BS, compressed=False)
     return Segments(None, None, None, rope, rope if compressed is None else compressed, windows)
 
 

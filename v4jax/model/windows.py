@@ -72,7 +72,7 @@ def windows_of(
         first_BC = jnp.where(there_BC, window_ZC.reshape(1, -1) * ratio, 0)
         last_BC = jnp.where(there_BC, first_BC + ratio - 1, seq)
         return CompressionWindows(
-            first_BC, last_BC, None, first_BC > 0, rotation(cfg, True, first_BC)
+            first_BC, last_BC, None, first_BC > 0, rotation(cfg, first_BC, compressed=True)
         )
     closes_BZS = ((position_BS % ratio == ratio - 1) & (segment_BS > 0)).reshape(-1, shards, rows)
     slot_BZS = jnp.where(closes_BZS, jnp.cumsum(closes_BZS, axis=2) - 1, slots)
@@ -89,5 +89,5 @@ def windows_of(
     position_BC = jnp.where(there_BC, jnp.take_along_axis(position_BS, first_BC, axis=1), 0)
     segment_BC = jnp.where(there_BC, jnp.take_along_axis(segment_BS, first_BC, axis=1), 0)
     return CompressionWindows(
-        first_BC, last_BC, segment_BC, position_BC > 0, rotation(cfg, True, position_BC)
+        first_BC, last_BC, segment_BC, position_BC > 0, rotation(cfg, position_BC, compressed=True)
     )

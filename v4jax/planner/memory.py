@@ -64,7 +64,7 @@ def _gradients(cfg: TrainConfig) -> int:
     With micro-batches there are those of one and their sum, which XLA:TPU also copies once
     (benchmarks/accumulation.py).
     """
-    return 3 if cfg.gradient_accumulation > 1 else 1
+    return 3 if cfg.micro_batches > 1 else 1
 
 
 def _activations(cfg: TrainConfig, item: int) -> list[Term]:

@@ -80,7 +80,7 @@ class Clock:
         return dict(self._seconds)
 
     def metrics(self) -> dict[str, float]:
-        """Seconds of each part, such as `seconds_step`, and `goodput`, the share of `step` in all."""
+        """Seconds of each part, such as `seconds_step`; `goodput` is the share of `step` in all."""
         seconds = self.seconds()
         named = {f"seconds_{name}": value for name, value in seconds.items()}
         return named | {"goodput": seconds["step"] / sum(seconds.values())}

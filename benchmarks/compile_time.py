@@ -49,7 +49,7 @@ def config(layers: int) -> TrainConfig:
         seq_len=256,
         learning_rate=1e-3,
         warmup_steps=1,
-        remat=True,
+        remat="layer",
     )
 
 

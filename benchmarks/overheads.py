@@ -100,7 +100,7 @@ def main():
         seq_len=SEQ,
         learning_rate=1e-4,
         warmup_steps=0,
-        remat=not arguments.no_remat,
+        remat="none" if arguments.no_remat else "layer",
     )
     kinds = kinds_of_step(cfg)
     rate = matmul_rate(np.float32)
@@ -114,7 +114,7 @@ def main():
             times[name].append(time.perf_counter() - start)
     plain = statistics.median(times["plain"])
     print(
-        f"{BATCH} x {SEQ} tokens, float32, rematerialisation {'on' if cfg.remat else 'off'}, "
+        f"{BATCH} x {SEQ} tokens, float32, remat {cfg.remat}, "
         f"{rate / 1e9:.0f} GFLOP/s, {jax.devices()[0].device_kind}"
     )
     print(f"{'step':36s} {'ms':>8s} {'/ plain':>8s} {'floor':>8s}")

@@ -59,7 +59,7 @@ BASE = TrainConfig(
     eval_batches=32,
     checkpoint_every=10**6,
     keep=1,
-    remat=False,
+    remat="none",
     export="none",
     attention="dense",
 )

@@ -100,7 +100,7 @@ def main():
         eval_every=steps // 4,
         eval_batches=8,
         checkpoint_every=steps // 16,
-        remat=False,
+        remat="none",
         export="none",
     )
     data = stage_batches(cfg, tokenizer_of(cfg.data), None)

@@ -56,7 +56,7 @@ def get_config() -> TrainConfig:
         eval_every=30,
         eval_batches=4,
         checkpoint_every=40,
-        remat=False,
+        remat="none",
         sample_prompt="def ",
         sample_tokens=200,
     )

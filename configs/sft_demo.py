@@ -40,7 +40,7 @@ def get_config() -> TrainConfig:
         eval_every=20,
         eval_batches=4,
         checkpoint_every=60,
-        remat=False,
+        remat="none",
         sample_prompt="<｜User｜>Is 351 odd or even?<｜Assistant｜><think>",
         sample_tokens=60,
     )

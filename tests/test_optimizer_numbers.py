@@ -74,15 +74,15 @@ def test_rounding_to_nearest_does_not_build_up(signal):
     """Over 2000 steps the error stays where it is after 200: no need for stochastic rounding.
 
     Moments and momentum forget a twentieth a step, and a rounding error with it. Measured: 0.5% of
-    momentum and 2% of AdamW's steps, with pure noise and with a constant gradient under it.
+    momentum and 0.4% of AdamW's steps, with pure noise and with a constant gradient under it.
     """
     noise = jax.random.normal(jax.random.key(0), (2000, 512))
     scale = jnp.logspace(-6, 2, 512)
     run = jax.jit(steps_of, static_argnums=0)
     plain, rounded = (run(dtype, noise + signal, scale) for dtype in ("float32", "bfloat16"))
-    for (a, b), bar in zip(zip(plain, rounded, strict=True), (0.03, 0.01), strict=True):
+    for (a, b), bar in zip(zip(plain, rounded, strict=True), (0.006, 0.007), strict=True):
         error = np.linalg.norm(b - a, axis=1) / np.linalg.norm(a, axis=1)
         early, late = error[100:300].mean(), error[-200:].mean()
         assert late <= bar and late <= 1.2 * early
         bias = np.mean(np.abs(b[-500:])) / np.mean(np.abs(a[-500:])) - 1
-        assert abs(bias) <= 0.01
+        assert abs(bias) <= 0.001

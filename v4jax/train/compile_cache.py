@@ -79,15 +79,15 @@ def _whole_files() -> Iterator[None]:
             "versions that v4jax knows; leave compile_cache empty and set JAX_COMPILATION_CACHE_DIR"
         ) from None
 
-    def put(self, key: str, value: bytes) -> None:
+    def put(cache, key: str, value: bytes) -> None:
         """As LRUCache.put, in two steps."""
-        entry = pathlib.Path(self.path) / f"{key}-cache"
-        if self.eviction_enabled or entry.exists():
-            return before(self, key, value)  # under a lock, or nothing to do
+        entry = pathlib.Path(cache.path) / f"{key}-cache"
+        if cache.eviction_enabled or entry.exists():
+            return before(cache, key, value)  # under a lock, or nothing to do
         write_bytes(entry, value)
 
-    LRUCache.put = put
+    setattr(LRUCache, "put", put)  # noqa: B010 (pyright knows only the signature there)
     try:
         yield
     finally:
-        LRUCache.put = before
+        setattr(LRUCache, "put", before)  # noqa: B010

@@ -28,7 +28,7 @@ lint: $(VENV)/lint.done  ## ruff: formatting and rules
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 
-types: $(VENV)/lint.done  ## pyright, basic rules
+types: $(VENV)/lint.done $(VENV)/tests.done  ## pyright, basic rules
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/docs.done  ## the documentation as a site in site/; a broken link is an error

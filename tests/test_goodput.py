@@ -5,6 +5,8 @@ import dataclasses
 import re
 import time
 
+import jax
+import numpy as np
 import pytest
 from trees import small_config
 
@@ -68,6 +70,18 @@ def test_time_counts_for_the_innermost_part(fake):
     assert found == {"other": 33, "step": 10, "compile": 4, "save": 16}
     assert clock.metrics()["goodput"] == 10 / 63
     clock.close()
+
+
+def test_a_program_that_compiles_by_the_way_is_compile_time(fake):
+    clock = Clock()
+    with clock.part("save"):
+        jax.jit(lambda x: x * 5 + 2)(np.ones(3)).block_until_ready()
+        fake.now += 9
+    compiled = clock.seconds()["compile"]
+    assert 0 < compiled < 9 and clock.seconds()["save"] == 9 - compiled
+    clock.close()
+    jax.jit(lambda x: x * 5 + 3)(np.ones(3)).block_until_ready()
+    assert clock.seconds()["compile"] == compiled
 
 
 @pytest.mark.parametrize("left, waited", [(0, 4), (1, 3), (4, 0), (9, 0)])

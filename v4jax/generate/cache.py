@@ -139,7 +139,7 @@ def empty_cache(
     cfg: ModelConfig,
     batch: int,
     capacity: int,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: jnp.dtype = jnp.dtype("float32"),
     storage: str = "dtype",
     rules: AxisRules = AxisRules(),
 ) -> Cache:

@@ -14,6 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from v4jax.kernels.choice import pick
 
@@ -29,7 +30,7 @@ def precision_of(x: jax.Array) -> lax.Precision | None:
 def dense(
     x: jax.Array,
     w: jax.Array,
-    out_dtype: jnp.dtype | None = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """x @ w.
@@ -49,13 +50,13 @@ def dense(
     return pick("matmul", IMPLEMENTATIONS, implementation, "written_gradient")(x, w, out_dtype)
 
 
-def reference(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None) -> jax.Array:
+def reference(x: jax.Array, w: jax.Array, out_dtype: DTypeLike | None) -> jax.Array:
     """The product, whose gradient is autodiff's."""
     return _dot(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def written_gradient(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None) -> jax.Array:
+def written_gradient(x: jax.Array, w: jax.Array, out_dtype: DTypeLike | None) -> jax.Array:
     """The same product; its gradient is written out."""
     return reference(x, w, out_dtype)
 

@@ -31,8 +31,9 @@ from v4jax.functional import apply
 from v4jax.kernels.choice import kernels_from
 from v4jax.train.config import TrainConfig
 from v4jax.train.gradients import split_batch
+from v4jax.train.programs import CompiledTogether, Compiling
 from v4jax.train.stages import Batches
-from v4jax.train.step import Compiling, TrainState, batch_sharding, compiled_together
+from v4jax.train.step import TrainState, batch_sharding
 
 Chosen = dict[str, dict[str, jax.Array]]
 """Group -> block -> the experts of each token, int32 [L,B,S,K] ("mtp": [B,S,K]).
@@ -93,11 +94,11 @@ def compile_choice(
 ) -> Callable:
     """`choose_experts` as a function of (public params, batch), compiled at its first call.
 
-    compiling: as for compiled_together.
+    compiling: as for CompiledTogether.
     """
     function = functools.partial(choose_experts, cfg, rules)
     jitted = jax.jit(function, in_shardings=(shardings.public, batch_sharding(rules, mesh)))
-    return compiled_together(jitted, compiling)
+    return CompiledTogether(jitted, compiling)
 
 
 class RoutedBatchQueue:

@@ -86,8 +86,8 @@ def _whole_files() -> Iterator[None]:
             return before(cache, key, value)  # under a lock, or nothing to do
         write_bytes(entry, value)
 
-    LRUCache.put = put
+    setattr(LRUCache, "put", put)  # noqa: B010 (pyright knows only the signature there)
     try:
         yield
     finally:
-        LRUCache.put = before
+        setattr(LRUCache, "put", before)  # noqa: B010

@@ -21,8 +21,10 @@ from v4jax.quant.fake import check_quant
 from v4jax.remat import policy_name
 from v4jax.storage import local_path
 from v4jax.train.losses.weights import LossWeights
+from v4jax.train.profile import profiled_steps
 from v4jax.train.stability import StabilityConfig
 from v4jax.train.stages import Stage, check_stages
+from v4jax.train.trackers import tracker_names
 
 _LAYOUT_FLAG = PrimitiveConstructorSpec(
     nargs=1,
@@ -136,6 +138,12 @@ class TrainConfig:
     """Text that the finished model continues in sample.txt."""
     sample_tokens: int = 0
     """Tokens of that sample; 0: no sample."""
+    trackers: str = ""
+    """Services that get the metrics too: wandb, mlflow, or both with a comma between them; empty:
+    none (docs/training.md#trackers)."""
+    profile: str = ""
+    """Steps to trace, as FIRST:COUNT, such as 10:3; the trace goes to RUN_DIR/profile
+    (docs/profiling.md). Empty: none."""
     compile_cache: str = ""
     """Folder in which compiled programs are kept, so that a run that starts again compiles
     nothing; empty: none."""
@@ -214,6 +222,8 @@ class TrainConfig:
                 self.checkpoint_every > self.stability.proven,
                 f"above stability.proven={self.stability.proven}",
             )
+        tracker_names(self.trackers)
+        profiled_steps(self.profile, self.steps)
         check_stages(self)
         _require(
             self,

@@ -22,7 +22,7 @@ from v4jax.train.data import held_out_sets
 from v4jax.train.gradients import split_batch
 from v4jax.train.loss import loss_and_routing
 from v4jax.train.losses.next_token import targets
-from v4jax.train.step import Compiling, compiled_together
+from v4jax.train.programs import CompiledTogether, Compiling
 
 
 def evaluation_sets(
@@ -54,7 +54,7 @@ def evaluator(
 
     Args:
       put: places a batch on the mesh.
-      compiling: as for compiled_together (v4jax/train/step.py).
+      compiling: as for CompiledTogether (v4jax/train/programs.py).
     """
 
     ctx = Context(
@@ -78,7 +78,7 @@ def evaluator(
         nll_M, counts_M = jax.lax.map(functools.partial(rows_nll, params), parts)
         return jnp.sum(nll_M * counts_M) / jnp.maximum(counts_M.sum(), 1), counts_M.sum()
 
-    compiled = compiled_together(nll, compiling)
+    compiled = CompiledTogether(nll, compiling)
 
     def evaluate(params, batches: Iterable[Batch]) -> float:
         # One at a time: on CPU two independent programs of several processes must not overlap

@@ -1,11 +1,11 @@
 """Where the wall time of a run goes: one clock, and at any moment one part that it counts for.
 
-    compile     building the programs of steps and evaluation
+    compile     building programs; of those that are neither step nor evaluation, without tracing
     data_wait   devices have nothing to do because the next batch is not there yet
     step        steps that bring the run further
     rollback    steps that repeat numbers which the run had done before it went back
     evaluation  held-out losses
-    save        the part of saving that steps wait for
+    save        the part of saving that steps wait for, with the check of what is saved
     restore     loading a checkpoint, at the start or after a loss spike
     other       all the rest: checks, reading data sets, first weights, reports
 
@@ -16,6 +16,7 @@ Next file to read: v4jax/train/rollback.py.
 
 import concurrent.futures
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 
@@ -24,6 +25,8 @@ import jax
 from v4jax.train.stages import Batches
 
 PARTS = ("compile", "data_wait", "step", "rollback", "evaluation", "save", "restore", "other")
+COMPILED = "/jax/core/compile/backend_compile_duration"
+"""What JAX calls the time of compiling a program."""
 MOST_DATA_WAIT = 0.05
 """A larger share of a step spent waiting for data is worth a warning."""
 
@@ -39,6 +42,8 @@ class Clock:
         self._at_line: dict[str, float] | None = None
         self._waiter = concurrent.futures.ThreadPoolExecutor(1, "step-end")
         self._step_end: concurrent.futures.Future[float] | None = None
+        self._thread = threading.get_ident()
+        jax.monitoring.register_event_duration_secs_listener(self._compiled)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -50,7 +55,7 @@ class Clock:
             self._turn_to(before)
 
     def compiling(self) -> contextlib.AbstractContextManager[None]:
-        """`part("compile")`, as compiled_together (v4jax/train/step.py) takes it."""
+        """`part("compile")`, as CompiledTogether (v4jax/train/programs.py) takes it."""
         return self.part("compile")
 
     def step(self, number: int) -> contextlib.AbstractContextManager[None]:
@@ -80,7 +85,7 @@ class Clock:
         return dict(self._seconds)
 
     def metrics(self) -> dict[str, float]:
-        """Seconds of each part, such as `seconds_step`, and `goodput`, the share of `step` in all."""
+        """Seconds of each part, such as `seconds_step`, and `goodput`, the share of `step`."""
         seconds = self.seconds()
         named = {f"seconds_{name}": value for name, value in seconds.items()}
         return named | {"goodput": seconds["step"] / sum(seconds.values())}
@@ -99,7 +104,8 @@ class Clock:
         return found | {"data_wait": wait / (wait + sum(work))}
 
     def close(self) -> None:
-        """Ends the thread that waits for steps."""
+        """Ends the thread that waits for steps, and listens to JAX no longer."""
+        jax.monitoring.unregister_event_duration_listener(self._compiled)
         self._waiter.shutdown(wait=False, cancel_futures=True)
 
     def _turn_to(self, name: str) -> str:
@@ -108,6 +114,13 @@ class Clock:
         self._seconds[self._part] += now - self._since
         before, self._part, self._since = self._part, name, now
         return before
+
+    def _compiled(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        """Moves the time in which JAX has compiled or read a program out of the part around."""
+        here = threading.get_ident() == self._thread
+        if event == COMPILED and here and self._part != "compile":
+            self._seconds[self._part] -= duration_secs
+            self._seconds["compile"] += duration_secs
 
     def _move_overlap(self, start: float) -> None:
         """Moves the time of a draw, from `start` on, while a step ran to the part around it."""

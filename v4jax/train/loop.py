@@ -41,6 +41,7 @@ from v4jax.train.prepare import (
     stage_batches,
     write_run,
 )
+from v4jax.train.profile import Profiler, check_ahead
 from v4jax.train.report import Reporter, Silent
 from v4jax.train.resume import start
 from v4jax.train.run_steps import Job, run_steps
@@ -75,6 +76,8 @@ def _train(cfg: TrainConfig, clock: Clock) -> dict[str, Any]:
         rules, mesh = check_layout(cfg)
         run = check_folders(cfg)
     newest = newest_step(run)
+    with agreed():
+        check_ahead(cfg, run, newest or 0)
     listings = Listings()
     tokenizer = check_text(cfg, newest, listings)
     with jax.set_mesh(mesh):
@@ -88,11 +91,12 @@ def _train(cfg: TrainConfig, clock: Clock) -> dict[str, Any]:
             with clock.part("other" if newest is None else "restore"):
                 begin = start(cfg, rules, shardings, store, data, first)
             reporter = functools.partial(Reporter, run, cfg, begin.step, begin.history)
-            with reporter() if is_first() else Silent() as report:
+            with reporter() if is_first() else Silent() as report, Profiler(run, cfg) as profiler:
                 report.begin(begin.step)
                 if begin.changed:
                     report.event(begin.step, "data changed", changed=begin.changed)
-                job = Job(cfg, rules, mesh, shardings, data, held_out, store, report, clock)
+                tools = store, report, clock, profiler
+                job = Job(cfg, rules, mesh, shardings, data, held_out, *tools)
                 state, last = run_steps(job, begin)
                 with clock.part("save"):
                     store.wait()

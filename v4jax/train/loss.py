@@ -45,7 +45,8 @@ def loss_and_routing(
     hidden = apply(cfg, params, batch["tokens"], batch.get("segment_ids"), ctx=ctx, chosen=chosen)
     total, metrics = jnp.zeros(()), {}
     for n, (weight, term) in enumerate(weights.terms()):
-        value, measured = term.mean(hidden, batch, ctx)
+        with jax.named_scope("loss"):
+            value, measured = term.mean(hidden, batch, ctx)
         if share is not None:
             value, measured = jax.tree.map(lambda x, n=n: share[n] * x, (value, measured))
         for name, number in measured.items():
@@ -74,7 +75,7 @@ def loss(
     *,
     weights: LossWeights = LossWeights(),
     rules: AxisRules = AxisRules(),
-    dtype: jnp.dtype = jnp.float32,
+    dtype: jnp.dtype = jnp.dtype("float32"),
     remat: str | bool = "none",
     quant: str = "none",
     kernels: str = "",

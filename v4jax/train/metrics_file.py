@@ -5,8 +5,10 @@ Next file to read: v4jax/train/picture.py.
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
+from v4jax.checkpoint.atomic import json_text
 from v4jax.storage import local_path
 
 METRICS = "metrics.jsonl"
@@ -21,6 +23,22 @@ def require_plots() -> None:
         raise ValueError(
             f"training draws its losses and needs {error.name}: pip install 'v4jax[plots]'"
         ) from None
+
+
+class JsonLines:
+    """A metric writer (v4jax/train/trackers.py) that appends to the run's metrics.jsonl."""
+
+    def __init__(self, run: pathlib.Path):
+        self._file = (run / METRICS).open("a")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line, which is in the file when this returns."""
+        self._file.write(json_text({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
 
 
 def read_metrics(run) -> list[dict[str, Any]]:

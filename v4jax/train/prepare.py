@@ -37,6 +37,7 @@ from v4jax.train.metrics_file import require_plots
 from v4jax.train.same_data import check_data
 from v4jax.train.stages import Batches, stage_at, starts
 from v4jax.train.step import check_batch
+from v4jax.train.trackers import require_trackers
 
 
 def as_read(cfg: TrainConfig) -> TrainConfig:
@@ -86,6 +87,8 @@ def check_layout(cfg: TrainConfig) -> Layout:
     mesh = make_mesh(sizes)
     check_whole(mesh)
     require_plots()
+    if is_first():  # the others write to no tracker
+        require_trackers(cfg.trackers)
     for done in starts(cfg):
         check_batch(stage_at(cfg, done), rules, sizes)
     if cfg.export != "none":

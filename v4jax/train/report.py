@@ -19,8 +19,10 @@ from v4jax.checkpoint.atomic import json_text, write_text
 from v4jax.cost import train_flops_per_token
 from v4jax.train.config import TrainConfig
 from v4jax.train.goodput import MOST_DATA_WAIT
-from v4jax.train.metrics_file import METRICS, read_metrics
+from v4jax.train.metrics_file import METRICS, JsonLines, read_metrics
+from v4jax.train.profile_table import table
 from v4jax.train.stability import LossHistory
+from v4jax.train.trackers import TensorBoard, open_trackers
 
 
 def matmul_rate(dtype: jnp.dtype, size: int = 2048, repeats: int = 3) -> float:
@@ -49,6 +51,7 @@ class Reporter:
 
     def __init__(self, run: pathlib.Path, cfg: TrainConfig, first: int, history: LossHistory):
         self._cfg, self._run = cfg, run
+        self._trackers = open_trackers(cfg, run)
         self._open(first, history.rollbacks)
         self._tokens = self._flops = 0
         self._peak = matmul_rate(jnp.dtype(cfg.dtype))
@@ -70,20 +73,18 @@ class Reporter:
 
         Lines after `step`, or after more than `rollbacks` rollbacks, go.
         """
-        from tensorboardX import SummaryWriter
-
         lines = [
             line
             for line in read_metrics(self._run)
             if line["step"] <= step and line.get("rollback", 0) <= rollbacks
         ]
         write_text(self._run / METRICS, "".join(json_text(line) + "\n" for line in lines))
-        self._file = (self._run / METRICS).open("a")
-        self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=step + 1)
+        self._lines = JsonLines(self._run)
+        self._board = TensorBoard(self._run, step + 1)
 
     def _close(self) -> None:
         self._board.close()
-        self._file.close()
+        self._lines.close()
 
     def __enter__(self) -> "Reporter":
         self._bar.start()
@@ -92,6 +93,8 @@ class Reporter:
     def __exit__(self, *error) -> None:
         self._bar.stop()
         self._close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def begin(self, step: int) -> None:
         """Shows what the run does first: the first step compiles for minutes without output."""
@@ -137,19 +140,19 @@ class Reporter:
     def inside(self, step: int, found: dict[str, dict[str, Any]]) -> None:
         """Writes measurements inside the model (v4jax/train/watch.py) as one line.
 
-        TensorBoard gets only the extremes over layers.
+        TensorBoard and trackers get only the extremes over layers.
         """
-        self._file.write(json_text({"step": step, "inside": found}) + "\n")
-        self._file.flush()
+        self._lines.write(step, {"inside": found})
+        scalars = {}
         for name, values in found["layers"].items():
             finite = [value for value in values if value is not None]
             for word, extreme in (("least", min), ("most", max)) if finite else ():
-                self._board.add_scalar(f"layers/{name}/{word}", extreme(finite), step)
+                scalars[f"layers/{name}/{word}"] = extreme(finite)
         for kind in ("grad_rms", "update_rms"):
             for group, value in found[kind].items():
-                self._board.add_scalar(
-                    f"{kind}/{group}", math.nan if value is None else value, step
-                )
+                scalars[f"{kind}/{group}"] = math.nan if value is None else value
+        for writer in (self._board, *self._trackers):
+            writer.write(step, scalars)
 
     def rollback(
         self, step: int, history: LossHistory, at: int, why: str, trace: Sequence[float]
@@ -161,17 +164,10 @@ class Reporter:
         self._close()
         self._open(step, history.rollbacks)
         given_up = list(trace[-(at - step) :])
-        event = {
-            "step": step,
-            "event": "rollback",
-            "rollback": history.rollbacks,
-            "at": at,
-            "why": why,
-        }
-        event |= {"skipped": history.skipped[-1], "losses_given_up": given_up}
-        self._file.write(json_text(event) + "\n")
-        self._file.flush()
-        self._board.add_text("rollback", f"step {at}: {why}; back to step {step}", step)
+        said: dict[str, Any] = {"rollback": history.rollbacks, "at": at, "why": why}
+        said |= {"skipped": history.skipped[-1], "losses_given_up": given_up}
+        self.event(step, "rollback", **said)
+        self._board.text(step, "rollback", f"step {at}: {why}; back to step {step}")
         self._last = (step, None)
         first, last = history.skipped[-1]
         self._show(
@@ -179,16 +175,28 @@ class Reporter:
             f"rollback {history.rollbacks}: step {at}: {why}; batches {first} to {last} skipped",
         )
 
+    def profile(
+        self, step: int, folder: pathlib.Path, steps: int, seconds: dict[str, float]
+    ) -> None:
+        """Shows how long each part of the model took in a trace that ended with step `step`.
+
+        Args:
+          folder: of the trace.
+          steps: that were traced.
+          seconds: of each part (profile_table.seconds_by_part).
+        """
+        self.event(step, "profile", steps=steps, folder=str(folder), seconds=seconds)
+        self._last = (step, None)
+        self._show(step, f"a trace of {steps} step(s) is in {folder}")
+        self._console.print("\n".join(table(seconds, steps)), highlight=False)
+
     def event(self, step: int, name: str, **said: Any) -> None:
         """Writes something that happened to the run before the step after `step`."""
-        self._file.write(json_text({"step": step, "event": name} | said) + "\n")
-        self._file.flush()
+        self._lines.write(step, {"event": name} | said)
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
-        self._file.write(json_text({"step": step, **metrics}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        for writer in (self._lines, self._board, *self._trackers):
+            writer.write(step, metrics)
 
     def _show(self, step: int, line: str) -> None:
         if self._console.is_terminal:
@@ -239,6 +247,11 @@ class Silent:
 
     def rollback(
         self, step: int, history: LossHistory, at: int, why: str, trace: Sequence[float]
+    ) -> None:
+        pass
+
+    def profile(
+        self, step: int, folder: pathlib.Path, steps: int, seconds: dict[str, float]
     ) -> None:
         pass
 

@@ -22,6 +22,8 @@ from v4jax.train.config import TrainConfig
 from v4jax.train.evaluation import evaluator
 from v4jax.train.finite import not_finite
 from v4jax.train.goodput import Clock
+from v4jax.train.profile import Profiler
+from v4jax.train.profile_table import parts_of, seconds_by_part
 from v4jax.train.report import Reporter, Silent
 from v4jax.train.resume import Begin, items_of
 from v4jax.train.rollback import go_back
@@ -43,6 +45,7 @@ class Job(NamedTuple):
     store: Store
     report: Reporter | Silent
     clock: Clock
+    profiler: Profiler
 
 
 class _Stage(NamedTuple):
@@ -84,6 +87,7 @@ def run_steps(job: Job, begin: Begin) -> tuple[TrainState, int]:
             # Several processes learn of a request at one turn only, and that turn may spike.
             stop = asked_to_stop(turn) or stop
             due = _due(job, step, stop, first=turn == begin.step + 1)
+            _end_profile(job, stage, state, step)
             inside = metrics.pop("watch", None)
             if due.read:
                 with job.clock.step(step):
@@ -132,11 +136,20 @@ def _take_step(
     job.data.at(step - 1)
     left = steps_left(cfg, step - 1)
     watch = cfg.watch_every > 0 and step % cfg.watch_every == 0
-    with job.clock.step(step):
+    with job.profiler.step(step, state), job.clock.step(step):
         batch, chosen = stage.queue.next(state.public, step <= history.anticipate_until, left)
         state, metrics = stage.take_step(state, batch, chosen, watch=watch)
     job.clock.started(metrics["loss"])
     return state, metrics, chosen is not None
+
+
+def _end_profile(job: Job, stage: _Stage, state: TrainState, step: int) -> None:
+    """Ends a trace whose last step was number `step`, and shows the time of each part."""
+    steps = job.profiler.done(state)
+    if steps:
+        parts = parts_of(stage.take_step.texts())
+        folder = job.profiler.folder
+        job.report.profile(step, folder, steps, seconds_by_part(folder, parts))
 
 
 def _due(job: Job, step: int, stop: bool, first: bool) -> _Due:
@@ -164,7 +177,8 @@ def _fault(
         return None
     why = spike(job.cfg.stability, history, metrics["loss"], metrics["grad_norm"])
     if why is None and (due.save or due.evaluate):
-        why = not_finite(state)  # after the update: this is what would be saved
+        with job.clock.part("save"):
+            why = not_finite(state)  # after the update: this is what would be saved
     return why
 
 

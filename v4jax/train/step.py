@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sharding.agreement import wait_for_all
 from sharding.params import named_shardings
 from sharding.rules import AxisRules
 from v4jax.context import Collect, Context, SparseMode
@@ -28,10 +27,9 @@ from v4jax.train.balance import load_metrics, update_bias
 from v4jax.train.config import TrainConfig
 from v4jax.train.gradients import gradients
 from v4jax.train.muon import Numbers, clip_apart, freeze, global_norm, is_index, optimizer
+from v4jax.train.programs import CompiledTogether, Compiling
 from v4jax.train.schedule import learning_rate
 from v4jax.train.watch import watched
-
-Compiling = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 @functools.partial(
@@ -260,39 +258,19 @@ class Steps:
     def __init__(self, compile_step: Callable, compiling: Compiling = contextlib.nullcontext):
         """Takes the function `compile_step`, with all arguments bound but watch and ahead.
 
-        compiling: as for compiled_together.
+        compiling: as for CompiledTogether.
         """
-        self._kind = functools.cache(
-            lambda watch, ahead: compiled_together(
-                compile_step(watch=watch, ahead=ahead), compiling
-            )
-        )
+        self._compile, self._compiling = compile_step, compiling
+        self._kinds: dict[tuple[bool, bool], CompiledTogether] = {}
 
     def __call__(self, state: TrainState, batch, chosen=None, *, watch: bool = False):
         """(state, metrics), as train_step."""
-        return self._kind(watch, chosen is not None)(
-            state, batch, *(() if chosen is None else (chosen,))
-        )
+        kind = watch, chosen is not None
+        if kind not in self._kinds:
+            jitted = self._compile(watch=watch, ahead=chosen is not None)
+            self._kinds[kind] = CompiledTogether(jitted, self._compiling)
+        return self._kinds[kind](state, batch, *(() if chosen is None else (chosen,)))
 
-
-def compiled_together(jitted, compiling: Compiling = contextlib.nullcontext) -> Callable:
-    """The function, compiled when it first sees a shape; all processes finish before any runs it.
-
-    Shapes of the first argument do not count: they never change. gloo's reduce-scatter fails when a
-    process comes more than 30 s late.
-
-    Args:
-      compiling: makes the context in which it compiles (goodput.Clock.compiling).
-    """
-    compiled = {}
-
-    def call(state, *rest):
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(rest))
-        if shapes not in compiled:
-            arguments = jax.block_until_ready((state, *rest))
-            with compiling():
-                compiled[shapes] = jitted.lower(*arguments).compile()
-                wait_for_all(f"a program for {shapes} is compiled")
-        return compiled[shapes](state, *rest)
-
-    return call
+    def texts(self) -> list[str]:
+        """The compiled steps so far, as HLO text."""
+        return [text for program in self._kinds.values() for text in program.texts()]

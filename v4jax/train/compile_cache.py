@@ -1,8 +1,9 @@
 """Compiled programs on disk, so that a run that starts again compiles nothing.
 
 This is JAX's persistent compilation cache. What it stores depends on the program, the compiler, its
-flags and the devices, so one folder serves many runs. In a job of several processes only the first
-writes; the others find its programs if they see the same folder.
+flags and the devices, so one folder serves many runs. In a job of several processes JAX lets only
+the first one write; the others find its programs if they see the same folder, except on CPUs, where
+JAX's keys differ by process.
 
 Next file to read: v4jax/train/goodput.py.
 """

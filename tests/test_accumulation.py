@@ -26,6 +26,8 @@ from v4jax.train.anticipate import choose_experts
 from v4jax.train.config import TrainConfig
 from v4jax.train.evaluation import evaluator
 from v4jax.train.gradients import gradients
+from v4jax.train.losses import mtp
+from v4jax.train.losses.weights import LossWeights
 from v4jax.train.step import (
     batch_sharding,
     check_batch,
@@ -221,3 +223,15 @@ def test_a_number_of_micro_batches_that_does_not_divide_is_refused():
     sizes = parse_mesh("data=4,expert=2")
     with pytest.raises(ValueError, match=r"batch_size: got 8; .*gradient_accumulation=4 = "):
         check_batch(cfg, layout_for("full", sizes), sizes)
+
+
+def test_a_costly_term_of_weight_0_is_left_out():
+    """Others are measured at any weight: a run may learn without them and still show them."""
+    assert len(list(LossWeights(mtp=0, balance=0, index=0).terms())) == 5
+    costly = mtp.TERM._replace(costly=True)
+    field = dataclasses.field(default=0.0, metadata={"terms": (costly,)})
+    weights = dataclasses.make_dataclass(
+        "WithZ", [("z", float, field)], bases=(LossWeights,), frozen=True, kw_only=True
+    )
+    assert costly not in [term for _, term in weights().terms()]
+    assert (0.5, costly) in list(weights(z=0.5).terms())

@@ -9,7 +9,7 @@ import pytest
 import tyro
 from trees import small_config
 
-from sharding.rules import LAYOUTS
+from sharding.rules import LAYOUTS, MESH_AXES
 from v4jax.chat.encoding import MODES
 from v4jax.checkpoint.formats import FORMATS as EXPORTS
 from v4jax.cli.commands import COMMANDS, parser
@@ -32,6 +32,11 @@ ALLOWED = {
     "data.chat.release": ("v4", "0731"),
 }
 """Fields of a TrainConfig that take one of a few strings, and those strings."""
+
+
+def test_help_names_every_mesh_axis(capsys):
+    text = overrides(capsys)["mesh"]
+    assert all(axis in text for axis in MESH_AXES), text
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:

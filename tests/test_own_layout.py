@@ -13,7 +13,7 @@ from test_mesh import CFG, MODEL
 from trees import random_params, small_config
 
 import v4jax
-from sharding.axes import ARRAYS, LOGICAL_AXES
+from sharding.axes import ARRAYS, LOGICAL_AXES, MESH_AXES
 from sharding.params import named_shardings
 from sharding.rules import LAYOUTS, AxisRules, layout, layout_for
 from v4jax import api
@@ -65,7 +65,8 @@ def test_a_layout_is_frozen_and_shows_how_it_was_made():
         ),
         (
             {"experts": "experts"},
-            r"experts: got mesh axis 'experts' \(did you mean 'expert'\?\); allowed: slice, data",
+            r"experts: got mesh axis 'experts' \(did you mean 'expert'\?\); allowed: "
+            + ", ".join(MESH_AXES),
         ),
         ({"act_batch": "data data"}, "act_batch: mesh axis 'data' is twice in 'data data'"),
         ({"act_batch": 3}, "act_batch: got 3; must be mesh axes"),

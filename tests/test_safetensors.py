@@ -18,15 +18,20 @@ from trees import random_params, small_config
 from v4jax.checkpoint import load_safetensors, official_names, save_safetensors
 from v4jax.checkpoint.names import official_shapes
 from v4jax.config import ModelConfig
+from v4jax.parameter_tree import spec_named, spec_of
 
 
 def rounded(tree):
     """The tree as a bfloat16 file stores it."""
-    kept = ("hc_attn", "hc_ffn", "hc_head", "attn_sink", "ape", "bias", "tid2eid")
     flat = flatten_dict(tree)
     return unflatten_dict(
-        {path: leaf if {*path} & {*kept} else leaf.astype(BF16) for path, leaf in flat.items()}
+        {path: leaf if kept(spec_of(path)) else leaf.astype(BF16) for path, leaf in flat.items()}
     )
+
+
+def kept(spec):
+    """Whether files of every format hold it in float32 or int64."""
+    return spec.precision in ("float32", "int64")
 
 
 # ---- round trips ---------------------------------------------------------------------------------
@@ -96,8 +101,8 @@ def test_stored_names_shapes_and_dtypes_are_official(tmp_path, dtype, stored):
         CFG
     )
     for name, header in headers.items():
-        fixed = re.search(r"hc_|attn_sink|ape$|gate\.bias", name)
-        expected = "I64" if name.endswith("tid2eid") else "F32" if fixed else stored
+        spec = spec_named(name)
+        expected = {"int64": "I64", "float32": "F32"}.get(spec.precision, stored)
         assert header.get_dtype() == expected, name
 
 

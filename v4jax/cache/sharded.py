@@ -88,8 +88,11 @@ def _specs(rules: AxisRules, inputs: AttentionInputs) -> AttentionInputs:
             rows(entry_BCH), one(last_BC, batch, slots), one(segment_BC, batch, slots)
         )
     if inputs.index is not None:
-        heads = (batch, seq, "index_heads")
-        index = IndexInputs(spec(*heads, None), spec(*heads), rows(inputs.index.key_BCJ))
+        index = IndexInputs(
+            spec(batch, seq, "index_heads", None),
+            spec(batch, seq, "index_heads"),
+            rows(inputs.index.key_BCJ),
+        )
     if inputs.past is not None:
         past = WindowKV(spec(batch, None, None), spec(batch, None), spec(batch))
     return AttentionInputs(

@@ -60,7 +60,7 @@ def save_safetensors(
     Args:
       dtype: precision of every *.weight. "float32" or "bfloat16"; "official": fp8 matrices and
         MXFP4 experts, as in instruct releases; "fp8": experts in fp8 too, as in -Base releases.
-        hc_*, attn_sink, ape and gate.bias stay float32, tid2eid int64.
+        What v4jax/parameters.py calls float32 or int64 stays so.
       max_file_bytes: tensor bytes per file. A larger tensor gets its own file. One tensor is in
         memory at a time.
       overwrite: replace an earlier export. Other files in it, such as a tokenizer, stay; a

@@ -122,8 +122,8 @@ def load_safetensors(
     """(config, parameters) of a directory with config.json and safetensors of any precision.
 
     Args:
-      dtype: "float32" or "bfloat16", of every *.weight. hc_*, attn_sink, ape, bias and tid2eid are
-        always float32.
+      dtype: "float32" or "bfloat16", of every *.weight. What files hold in float32 or int64
+        (v4jax/parameters.py) is always float32.
       put: called with (path, array) when a leaf is complete; its result becomes the leaf. Without
         it leaves are NumPy arrays. Memory holds the tree, less what `put` moved away, and one
         tensor.

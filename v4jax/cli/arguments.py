@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
+from sharding.axes import MESH_AXES
 from v4jax.storage import file_to_write, local_path
 
 CKPT = "a folder with config.json and safetensors, or a v4jax run"
@@ -41,10 +42,7 @@ NEW_FILE = _checked(file_to_write)
 
 def on_mesh(sub: argparse.ArgumentParser) -> None:
     """Flags that place a model on devices."""
-    sub.add_argument(
-        "--mesh",
-        help="for example data=2,expert=4 (axes: slice, data, fsdp, context, expert, tensor)",
-    )
+    sub.add_argument("--mesh", help=f"for example data=2,expert=4 (axes: {', '.join(MESH_AXES)})")
     sub.add_argument(
         "--layout",
         metavar="NAME|FILE.py:NAME",

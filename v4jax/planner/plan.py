@@ -52,24 +52,30 @@ class StagePlan:
     def row(self) -> tuple[str, ...]:
         """The stage as a line of a table for people."""
         first, peak, last = self.learning_rate
+        steps = f"{self.first_step} to {self.last_step}"
+        parts = f" in {self.micro_batches} parts" if self.micro_batches > 1 else ""
+        batch = f"{self.batch_size} x {self.seq_len}{parts}"
+        memory = gigabytes(self.memory_bytes)
+        if self.step is not None:
+            return (steps, batch, self.attention, memory, *_speed(self.step))
+        above = f", peak {peak:.2e}" if peak > max(first, last) else ""
         return (
-            f"{self.first_step} to {self.last_step}",
+            steps,
             f"{self.tokens:,}",
             f"{self.tokens_by_then:,}",
-            f"{first:.2e} to {last:.2e}"
-            + (f", peak {peak:.2e}" if peak > max(first, last) else ""),
-            f"{self.batch_size} x {self.seq_len}"
-            + (f" in {self.micro_batches} parts" if self.micro_batches > 1 else ""),
+            f"{first:.2e} to {last:.2e}{above}",
+            batch,
             self.attention + (", learning indexer" if self.trains_indexer else ""),
             f"{self.mtp:g}",
-            gigabytes(self.memory_bytes),
-            *(() if self.step is None else _speed(self.step)),
+            memory,
         )
 
 
 def head(target: str | None) -> tuple[str, ...]:
     """The head of the table that StagePlan.row fills."""
-    columns = (
+    if target is not None:
+        return ("steps", "batch", "attention", "memory", f"a step on {target}", "speed")
+    return (
         "steps",
         "tokens",
         "by then",
@@ -79,7 +85,6 @@ def head(target: str | None) -> tuple[str, ...]:
         "MTP weight",
         "memory of a device",
     )
-    return columns if target is None else (*columns, f"a step on {target}", "speed")
 
 
 def plan(cfg: TrainConfig, target: str | None = None) -> list[StagePlan]:

@@ -20,7 +20,10 @@ class Term(NamedTuple):
         metrics, which are means over the same).
       count: (ModelConfig, Batch) -> how much that is, float32 scalar. It needs no forward pass, so
         that micro-batches can be weighted by their share of the whole batch.
+      costly: whether `mean` adds work of its own, such as logits. A costly term of weight 0 is
+        left out; others are measured at any weight.
     """
 
     mean: Callable
     count: Callable
+    costly: bool = False

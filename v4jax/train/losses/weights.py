@@ -37,8 +37,10 @@ class LossWeights:
                 raise ValueError(f"loss weight {field.name}: got {weight}; must be 0 or above")
 
     def terms(self) -> Iterator[tuple[float, Term]]:
-        """(weight, term) of every term, in the order in which they are added."""
+        """(weight, term) of every term that is computed, in the order in which they are added."""
         yield 1.0, next_token.TERM
         for field in dataclasses.fields(self):
+            weight = getattr(self, field.name)
             for term in field.metadata["terms"]:
-                yield getattr(self, field.name), term
+                if weight > 0 or not term.costly:
+                    yield weight, term

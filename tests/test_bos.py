@@ -88,4 +88,8 @@ def test_only_the_tokenizers_room_adds_bos():
     package = pathlib.Path(__file__).parent.parent / "v4jax"
     files = [path for path in package.rglob("*.py") if ".bos_token_id" in path.read_text()]
     others = {path.name for path in files if path.parent.name != "tokenizer"}
-    assert others == {"model.py", "validation.py", "config_json.py"}  # these keep, check and write it
+    assert others == {
+        "model.py",
+        "validation.py",
+        "config_json.py",
+    }  # these keep, check and write it

@@ -48,8 +48,9 @@ def gradients(remat: str):
 def test_gradients_are_those_of_keeping_everything(remat):
     got, expected = gradients(remat)[0], gradients("none")[0]
     for path, value in expected.items():
+        # Recomputed sums may be fused in another order, in float32.
         error = np.abs(got[path] - value).max()
-        assert error <= 1e-6 * np.abs(value).max() + 1e-9, path
+        assert error <= 1e-5 * np.abs(value).max() + 1e-8, path
 
 
 @functools.cache

@@ -21,6 +21,7 @@ ORDER = [
     "v4jax.parameters",
     "v4jax.parameter_tree",
     "v4jax.generation_config",
+    "v4jax.cost_part",
     "v4jax.cost",
     "v4jax.tokenizer",
     "v4jax.chat",

@@ -14,18 +14,18 @@ streams. Norms, rotary embedding, softmax, Sinkhorn and pooling are left out.
 Axes: D hidden, N heads, H head dim, G output groups, O output rank, I index heads, S positions of
 the sequence.
 
-Next file to read: v4jax/parameters.py.
+Next file to read: v4jax/cost_part.py.
 """
 
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from v4jax.config import CSA, HCA, WINDOW_ONLY, LayerKind, ModelConfig
+from v4jax.cost_part import Part, times, total_of
 from v4jax.parameter_tree import MTP_KIND, layer_specs, single_specs
 from v4jax.parameters import ParamSpec, sizes
 
@@ -45,23 +45,6 @@ NAMES = {
     "head": "head",
 }
 """ParamSpec.part -> what it is called here and in the layout lab, in the order of the report."""
-
-
-class Part(NamedTuple):
-    """The cost of one part of the model.
-
-    Attributes:
-      parameters: all of its parameters.
-      active: those that one token uses.
-      flops: forward FLOPs of one token.
-      cache: bytes that the KV cache of one sequence holds.
-    """
-
-    name: str
-    parameters: int = 0
-    active: int = 0
-    flops: float = 0
-    cache: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +75,7 @@ class Cost:
     @property
     def total(self) -> Part:
         """The sum of the main model's parts."""
-        return _sum("total", self.parts)
+        return total_of("total", self.parts)
 
     def rows(self) -> list[tuple[str, ...]]:
         """A table for people: header, a row per part, the total, and models to compare with."""
@@ -147,7 +130,7 @@ def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     a little less, because their tokens see fewer others. Rematerialised work is not counted.
     """
     lengths = np.arange(1, seq_len + 1)
-    return 3 * (_sum("", _main_parts(cfg, lengths)).flops + _mtp(cfg, lengths).flops)
+    return 3 * (total_of("", _main_parts(cfg, lengths)).flops + _mtp(cfg, lengths).flops)
 
 
 def deepseek_v32(context: int) -> Part:
@@ -198,12 +181,12 @@ def _main_parts(cfg: ModelConfig, lengths: np.ndarray) -> tuple[Part, ...]:
     """The main model's parts, each summed over layers."""
     parts = [_weight(cfg, spec) for spec in single_specs(cfg) if spec.where == "model"]
     for kind, layers in collections.Counter(cfg.layer_kinds).items():
-        parts += [_times(part, layers) for part in _layer(cfg, kind, lengths)]
+        parts += [times(part, layers) for part in _layer(cfg, kind, lengths)]
     parts.append(_last_collapse(cfg))
     order = [name for name in NAMES.values() if name != "attention"]
     order[1:1] = [f"attention {kind}" for kind in _KIND_NAMES.values()]
     by_name = {name: [part for part in parts if part.name == name] for name in order}
-    return tuple(_sum(name, same) for name, same in by_name.items() if same)
+    return tuple(total_of(name, same) for name, same in by_name.items() if same)
 
 
 def _mtp(cfg: ModelConfig, lengths: np.ndarray) -> Part:
@@ -212,7 +195,7 @@ def _mtp(cfg: ModelConfig, lengths: np.ndarray) -> Part:
         return Part("MTP")
     own = [_weight(cfg, spec) for spec in single_specs(cfg) if spec.where == "mtp"]
     head = Part("head", flops=2 * cfg.hidden_size * cfg.vocab_size)
-    return _sum("MTP", [*_layer(cfg, MTP_KIND, lengths), *own, _last_collapse(cfg), head])
+    return total_of("MTP", [*_layer(cfg, MTP_KIND, lengths), *own, _last_collapse(cfg), head])
 
 
 def _layer(cfg: ModelConfig, kind: LayerKind, lengths: np.ndarray) -> list[Part]:
@@ -275,27 +258,6 @@ def _mixing(cfg: ModelConfig) -> Part:
 
 def _last_collapse(cfg: ModelConfig) -> Part:
     return Part("mHC", flops=2 * cfg.hc_mult * cfg.hidden_size)
-
-
-def _sum(name: str, parts: Iterable[Part]) -> Part:
-    parts = list(parts)
-    return Part(
-        name,
-        sum(part.parameters for part in parts),
-        sum(part.active for part in parts),
-        sum(part.flops for part in parts),
-        sum(part.cache for part in parts),
-    )
-
-
-def _times(part: Part, layers: int) -> Part:
-    return Part(
-        part.name,
-        layers * part.parameters,
-        layers * part.active,
-        layers * part.flops,
-        layers * part.cache,
-    )
 
 
 def _row(part: Part) -> tuple[str, ...]:

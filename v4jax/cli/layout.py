@@ -52,8 +52,8 @@ def _declare_what(sub: argparse.ArgumentParser) -> None:
         "--gradient-accumulation",
         type=int,
         metavar="N",
-        help="micro-batches per step (default: those of CONFIG.py); --search takes more where "
-        "memory asks for it",
+        help="micro-batches per step (default: CONFIG.py's with its own batch, else 1); "
+        "--search takes more where memory asks for it",
     )
 
 

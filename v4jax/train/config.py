@@ -102,6 +102,9 @@ class TrainConfig:
     """How Muon's momentum is stored: float32 or bfloat16. It is computed in float32."""
     moment_dtype: str = "float32"
     """The same of AdamW's moments."""
+    optimizer_memory: str = "device"
+    """Where the state of Muon and AdamW lies between steps: device, or host (the host's memory,
+    where the platform has it)."""
     newton_schulz_dtype: str = "float32"
     """Factors of the products by which Muon orthogonalises: float32 or bfloat16. Sums are
     float32."""
@@ -165,6 +168,7 @@ class TrainConfig:
             _allow(self, name, ("float32", "bfloat16"))
         _allow(self, "export", (*FORMATS, "none"))
         _allow(self, "attention", ("sparse", "dense", "indexer"))
+        _allow(self, "optimizer_memory", ("device", "host"))
         check_quant(self.model, self.quant)
         for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")

@@ -103,7 +103,7 @@ def _line(op: str, direction: str, row: dict) -> str:
 
 def measured(op: str, direction: str, options: argparse.Namespace) -> dict:
     """Compiles one op, and reads its estimate."""
-    from v4jax.planner.cycles import read_cycles
+    from v4jax.planner.cycles import read_times
     from v4jax.planner.hardware import hardware_of
 
     case = case_of(op, options.model, options.kernels, options.seq, options.queries)
@@ -113,30 +113,35 @@ def measured(op: str, direction: str, options: argparse.Namespace) -> dict:
         folder = pathlib.Path(options.hlo)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{op}_{direction}.hlo").write_text(text)
-    reading = read_cycles(text)
     device = hardware_of(options.chip).of_a_device(1)
-    blind = [one for one in reading.ops if one.cycles is None]
+    reading = read_times(text, device.clock)
+    blind = [one for one in reading.ops if one.seconds is None]
     counts = collections.Counter()
     for one in blind:
         counts[one.kind] += one.calls
-    _show_largest(reading, options.largest, device)
+    _show_largest(reading, options.largest)
     both = direction == "both"
     flops = case.flops + both * case.back_flops
     moved = case.bytes + both * case.back_bytes
     return {
-        "ms": 1e3 * reading.cycles / device.clock,
+        "ms": 1e3 * reading.seconds,
         "floor": 1e3 * max(flops / device.bf16_flops, moved / device.hbm_bandwidth),
         "blind": dict(counts.most_common()),
-        "blind_ms": 1e3 * sum(one.calls * one.bytes for one in blind) / device.hbm_bandwidth,
+        "blind_ms": 1e3 * sum(one.calls * _least(one, device) for one in blind),
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
     }
 
 
-def _show_largest(reading, count: int, device) -> None:
+def _least(one, device) -> float:
+    """Seconds of one call at the chip's peaks."""
+    return max(one.bytes / device.hbm_bandwidth, one.flops / device.bf16_flops)
+
+
+def _show_largest(reading, count: int) -> None:
     """Prints the operations with most cycles, and those without an estimate, on stderr."""
-    ranked = sorted(reading.ops, key=lambda one: -one.calls * (one.cycles or 0))
+    ranked = sorted(reading.ops, key=lambda one: -one.calls * (one.seconds or 0))
     for one in ranked[:count]:
-        ms = 1e3 * one.calls * (one.cycles or 0) / device.clock
+        ms = 1e3 * one.calls * (one.seconds or 0)
         print(f"  {ms:8.3f} ms  {one.calls:5} x {one.name:40} {one.source[-70:]}", file=sys.stderr)
 
 

@@ -4,10 +4,9 @@ Next file to read: v4jax/train/step.py.
 """
 
 import jax
-import optax
 from jax.sharding import Mesh
 
-from sharding.host_memory import check_host_memory, to_device, to_host
+from sharding.host_memory import check_host_memory
 from v4jax.train.config import TrainConfig
 
 
@@ -18,18 +17,4 @@ def check_memories(cfg: TrainConfig, mesh: Mesh) -> None:
     if cfg.remat == "offload":
         check_host_memory("remat: got 'offload'", "which keeps streams in", mine)
     if cfg.optimizer_memory == "host":
-        check_host_memory("optimizer_memory: got 'host'", "which keeps momentum in", mine)
-
-
-def kept_on_host(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner`, for a state that lies in the host's memory between steps.
-
-    XLA moves each array when its update is due, and back after it, so a few at a time are on the
-    device (benchmarks/README.md).
-    """
-
-    def update(updates, state, params=None):
-        updates, state = inner.update(updates, to_device(state), params)
-        return updates, to_host(state)
-
-    return optax.GradientTransformation(inner.init, update)
+        check_host_memory("optimizer_memory: got 'host'", "which keeps its state in", mine)

@@ -26,7 +26,7 @@ from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.train.balance import load_metrics, update_bias
 from v4jax.train.config import TrainConfig
 from v4jax.train.gradients import gradients
-from v4jax.train.memories import check_memories, kept_on_host
+from v4jax.train.memories import check_memories
 from v4jax.train.muon import Numbers, clip_apart, freeze, global_norm, is_index, optimizer
 from v4jax.train.programs import CompiledTogether, Compiling
 from v4jax.train.schedule import learning_rate
@@ -87,10 +87,10 @@ def optimizer_of(cfg: TrainConfig, rules: AxisRules = AxisRules()) -> optax.Grad
         cfg.momentum,
         specs,
         (lambda step: ratio * main(step)) if ratio else None,
-        Numbers(cfg.momentum_dtype, cfg.moment_dtype, cfg.newton_schulz_dtype),
+        Numbers(
+            cfg.momentum_dtype, cfg.moment_dtype, cfg.newton_schulz_dtype, cfg.optimizer_memory
+        ),
     )
-    if cfg.optimizer_memory == "host":
-        inner = kept_on_host(inner)
     return optax.chain(clip_apart(cfg.clip_norm), inner)
 
 

@@ -9,7 +9,7 @@ sharding/audit.py.
 An operation in a loop counts as often as the loop runs, and of the branches of a conditional the
 dearest counts.
 
-Next file to read: v4jax/planner/timing.py.
+Next file to read: v4jax/planner/bundles.py.
 """
 
 import re
@@ -48,7 +48,7 @@ class Op(NamedTuple):
     """An operation that a device runs.
 
     Attributes:
-      name: what the program calls it, without its number.
+      name: what the program calls it.
       kind: opcode; of a custom call its target.
       source: the JAX operation that it stems from, after the scopes around it; "" if unknown.
       calls: how often one run of the program runs it.
@@ -64,6 +64,11 @@ class Op(NamedTuple):
     seconds: float | None
     bytes: int
     flops: int = 0
+
+    @property
+    def family(self) -> str:
+        """The name without its number: what the program calls operations like it."""
+        return re.sub(r"(\.clone|\.remat)*[.\d]*$", "", self.name)
 
 
 class Reading(NamedTuple):
@@ -147,15 +152,14 @@ def _works(program: _Program, type_: str, kind: str, line: str) -> bool:
 def _op(program: _Program, match: re.Match, times: int, types: dict[str, str]) -> Op:
     label, type_, kind = match.groups()
     line = match.string
-    name = re.sub(r"(\.clone|\.remat)*[.\d]*$", "", label)
     seconds, moved = _estimate(line, kind, program.clock), size_of(_written(type_, kind))
     if kind != "custom-call":
-        return Op(name, kind, "", times, seconds, moved)
+        return Op(label, kind, "", times, seconds, moved)
     operands = re.findall(r"%([\w.\-]+)", line.split(" custom-call(", 1)[1].split(")")[0])
     moved += sum(size_of(types.get(operand, "")) for operand in operands)
     stated = re.search(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"', line)
     flops, moved = map(int, stated.groups()) if stated else (0, moved)
-    return Op(name, _target(line), "", times, seconds, moved, flops)
+    return Op(label, _target(line), "", times, seconds, moved, flops)
 
 
 def _written(type_: str, kind: str) -> str:

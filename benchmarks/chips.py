@@ -61,6 +61,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--queries", type=int, help="its last ones (default: at most 4096)")
     parser.add_argument("--passes", default="forward,both", help="forward, both or forward,both")
     parser.add_argument("--kernels", default="", help="as --kernels of v4jax train")
+    parser.add_argument(
+        "--unknown-runs", type=int, default=1, help="of a loop whose length the program hides"
+    )
     parser.add_argument("--largest", type=int, default=0, help="also show the N largest operations")
     parser.add_argument("--hlo", help="keep the compiled text in this folder")
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -88,8 +91,8 @@ def _apart(op: str, name: str, options: argparse.Namespace) -> dict:
 def _process(op: str, name: str, options: argparse.Namespace, code: str | None) -> dict:
     """What `measured` returns, by another process; libtpu prints code into the folder `code`."""
     command = [sys.executable, __file__, op, "--row", name]
-    for option in ("model", "chip", "seq", "queries", "kernels", "largest"):
-        command += [f"--{option}", str(getattr(options, option))]
+    for option in ("model", "chip", "seq", "queries", "kernels", "largest", "unknown_runs"):
+        command += [f"--{option.replace('_', '-')}", str(getattr(options, option))]
     command += ["--hlo", options.hlo] if options.hlo else []
     flags = [os.environ.get("LIBTPU_INIT_ARGS", "")]
     if code is not None:
@@ -142,12 +145,15 @@ def measured(op: str, name: str, options: argparse.Namespace) -> dict:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{op}_{name}.hlo").write_text(text)
     device = hardware_of(options.chip).of_a_device(1)
-    ops = _counted(read_times(text, device.clock).ops, options.code, device)
+    reading = read_times(text, device.clock, options.unknown_runs)
+    ops = _counted(reading.ops, options.code, device)
     # Copies that start and end apart run beside other operations.
     blind = [one for one in ops if one.seconds is None and not one.kind.endswith("-start")]
     counts = collections.Counter()
     for one in blind:
         counts[one.kind] += one.calls
+    if reading.loops:
+        counts["loops of unknown length"] = len(reading.loops)
     both = name == "both"
     flops = case.flops + both * case.back_flops
     moved = case.bytes + both * case.back_bytes

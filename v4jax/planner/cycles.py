@@ -75,7 +75,7 @@ class Reading(NamedTuple):
     """The operations of a program, and the loops whose length its text does not state.
 
     Attributes:
-      loops: sources of these loops, whose bodies count once.
+      loops: sources of these loops.
     """
 
     ops: tuple[Op, ...]
@@ -89,16 +89,18 @@ class Reading(NamedTuple):
 class _Program(NamedTuple):
     bodies: dict[str, list[str]]
     clock: float
+    unknown_runs: int
     loops: list[str]
 
 
-def read_times(text: str, clock: float) -> Reading:
+def read_times(text: str, clock: float, unknown_runs: int = 1) -> Reading:
     """The operations of `compiled.as_text()`.
 
     Args:
       clock: cycles per second, for a TPU.
+      unknown_runs: how often a loop counts whose length the text does not state.
     """
-    program = _Program(computations(text), clock, [])
+    program = _Program(computations(text), clock, unknown_runs, [])
     return Reading(tuple(_ops(program, "ENTRY", 1, "")), tuple(dict.fromkeys(program.loops)))
 
 
@@ -120,7 +122,7 @@ def _ops(program: _Program, name: str, times: int, around: str) -> list[Op]:
             runs = trips(line, program.bodies, program.bodies[name])
             if runs is None:
                 program.loops.append(source)
-                runs = 1
+                runs = program.unknown_runs
             if runs:
                 found += _ops(program, computation_of("body", line), times * runs, source)
         elif kind == "conditional":

@@ -107,9 +107,8 @@ def gradients(function, queries, keys):
         return function(raw, seen._replace(sink_N=sink))
 
     out, pull = jax.vjp(run, queries.q_BSNH, keys.kv_BYH, keys.entry_BCH, keys.sink_N)
-    return out, pull(
-        jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape).astype(out.dtype)
-    )
+    ct = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+    return out, pull(ct.astype(out.dtype))
 
 
 def fused(queries, keys):
@@ -121,3 +120,41 @@ def test_the_kernel_has_values_and_gradients_of_the_reference(case):
     queries, keys = inputs(jnp.float32, **CASES[case])
     # Sums over keys, heads and queries, in another order.
     close(gradients(fused, queries, keys), gradients(composed, queries, keys), 1e-5)
+
+
+def test_bfloat16_keeps_as_much_as_the_reference():
+    """Each differs from float32 by rounding queries, shares and outputs to 8 bits.
+
+    The kernel rounds queries once, after rotation and scaling; the reference after each step.
+    """
+    narrow = inputs(jnp.bfloat16, **CASES["documents"])
+    wide = jax.tree.map(
+        lambda x: x.astype(jnp.float32) if jnp.result_type(x) == jnp.bfloat16 else x, narrow
+    )
+    exact = gradients(composed, *wide)
+    for got, by_reference, want in zip(
+        *(
+            jax.tree.leaves(found)
+            for found in (gradients(fused, *narrow), gradients(composed, *narrow), exact)
+        ),
+        strict=True,
+    ):
+        fault, allowed = (
+            np.linalg.norm(np.asarray(x, np.float32) - want) for x in (got, by_reference)
+        )
+        assert fault <= 1.1 * allowed + 1e-6
+
+
+def test_the_fault_of_a_shape_is_named_on_tpu(monkeypatch):
+    monkeypatch.setattr(op, "on_tpu", lambda: True)
+    queries, keys = inputs(jnp.float32, **CASES["entries"])
+    fault = op.unfit(queries, keys, WINDOW)
+    assert fault.startswith("head dim 24, window 8 and 8 rope dims; on TPU")
+    with pytest.raises(ValueError, match="kernels: fused_attention: got 'pallas_tpu' for head dim"):
+        op.implementation_of("pallas_tpu", fault)
+    assert op.implementation_of(None, fault) == "reference"
+    assert op.implementation_of(None, "") == "pallas_tpu"
+    large = jax.ShapeDtypeStruct((1, 2**15, 512), jnp.bfloat16)
+    raw = queries._replace(q_BSNH=jax.ShapeDtypeStruct((1, 4096, 64, 512), jnp.bfloat16))
+    fault = op.unfit(raw, keys._replace(entry_BCH=large), 128)
+    assert fault.startswith("32768 entries of 512: a step needs")

@@ -1,7 +1,8 @@
 """The forward kernel of fused attention: one softmax over window keys, entries and a sink.
 
 Shapes: B batch, S positions, U blocks of W queries, W window, N heads, H head dim, M width of all
-heads, C entries, R rows of a step (queries of each head of a group).
+heads, Y window keys, C entries, K keys of a product, R rows of a step (queries of each head of a
+group).
 Next file to read: v4jax/kernels/fused_attention/backward.py.
 """
 

@@ -6,7 +6,8 @@ another, and composes attention of smaller ops. On TPU that is seven or eight pa
 all heads; `pallas_tpu` is one kernel, and one for the gradient.
 
 Shapes: B batch, S positions, U blocks of W queries, W window, Y window keys (W, then S), N heads, H
-head dim, M width of all heads N * H, C entries, R rope dims, T lanes of the rotation's tables.
+head dim, M width of all heads N * H, C entries, R rope dims, T lanes of the rotation's tables,
+P parts of a grid.
 Next file to read: v4jax/kernels/fused_attention/blocks.py.
 """
 
@@ -120,6 +121,11 @@ def implementation_of(name: str | None, fault: str) -> str:
     if name == "pallas_tpu" and fault:
         raise ValueError(f"kernels: fused_attention: got 'pallas_tpu' for {fault}")
     return name
+
+
+def is_interpreted(name: str | None) -> bool:
+    """Whether the implementation `name` is a kernel that runs step by step, outside of TPUs."""
+    return name == "pallas_tpu" and not on_tpu()
 
 
 def on_tpu() -> bool:

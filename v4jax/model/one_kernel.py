@@ -57,7 +57,8 @@ def in_one_kernel(
         chosen_BSC = _chosen(ctx, cfg, axes, inputs, near, segment_BY)
         keys = keys._replace(chosen_BSC=chosen_BSC)
     one_kernel = fused_attention.IMPLEMENTATIONS["pallas_tpu"]
-    return one_kernel(queries, keys, cfg.sliding_window)
+    together = cfg.num_attention_heads // cfg.o_groups
+    return one_kernel(queries, keys, cfg.sliding_window, together)
 
 
 def _fault(ctx: Context, cfg: ModelConfig, inputs: AttentionInputs) -> str:

@@ -5,13 +5,13 @@ denominator. Gradients of keys are sums over heads and queries: those over the h
 made here, in float32; the blocks' (of window keys) and the parts' (of entries) are added outside.
 
 Shapes: B batch, S positions, U blocks of W queries, W window, Y window keys, N heads, H head dim, M
-width of all heads, C entries, P parts of the grid, R rows of a step (queries of each head of a
-group), K keys.
+width of all heads, G groups of heads, I width of a group, C entries, P parts of the grid, R rows of
+a step (queries of each head of a group), K keys.
 Next file to read: v4jax/kernels/fused_attention/op.py.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,17 +56,17 @@ class Gradients(NamedTuple):
       entry_BPCH: float32, of each part of the grid; None without entries.
     """
 
-    q_BSM: jax.Array
-    kv_BUYH: jax.Array
-    sink_BU1N: jax.Array
-    entry_BPCH: jax.Array | None
+    q_BSM: Any
+    kv_BUYH: Any
+    sink_BU1N: Any
+    entry_BPCH: Any
 
 
 class Saved(NamedTuple):
     """What the backward pass reads beside the operands: gradient and results of the forward."""
 
-    ct_BSM: jax.Array
-    out_BSM: jax.Array
+    ct_BGSI: jax.Array
+    out_BGSI: jax.Array
     lse_BSN: jax.Array
 
 
@@ -97,8 +97,8 @@ def backward(form: Form, scalars: Scalars, x: Operands, saved: Saved) -> Gradien
         of(outputs.entry_BPCH, (None, entries, dim), lambda at: (at.unit % parts, 0, 0)),
     )
     saved_specs = Saved(
-        of(saved.ct_BSM, heads_block, lambda at: (at.unit, at.group)),
-        of(saved.out_BSM, heads_block, lambda at: (at.unit, at.group)),
+        of(saved.ct_BGSI, (None, *heads_block), form.in_output),
+        of(saved.out_BGSI, (None, *heads_block), form.in_output),
         of(saved.lse_BSN, (window, form.heads), lambda at: (at.unit, 0)),
     )
     keys = 2 * window + entries
@@ -151,8 +151,8 @@ def _gradients(
     scale = x.kv_BYH.shape[1] ** -0.5
     norm_RH, inverse_R1 = normalised(rows_of_heads(x.q_BSM, heads), form.eps)
     q_RH = (rotated(norm_RH, x, heads, inverse=False) * scale).astype(dtype)
-    do_RH = rows_of_heads(saved.ct_BSM, heads).astype(jnp.float32)
-    out_RH = rows_of_heads(saved.out_BSM, heads).astype(jnp.float32)
+    do_RH = rows_of_heads(saved.ct_BGSI, heads).astype(jnp.float32)
+    out_RH = rows_of_heads(saved.out_BGSI, heads).astype(jnp.float32)
     # Rotation keeps inner products.
     delta_R1 = jnp.sum(do_RH * out_RH, axis=1, keepdims=True)
     do_RH = rotated(do_RH, x, heads, inverse=False).astype(dtype)

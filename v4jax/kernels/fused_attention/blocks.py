@@ -1,15 +1,17 @@
 """What the two kernels of fused attention share: operands, the cut into steps, masks, rotation.
 
 A step takes a block of W queries and a group of their heads. A head is H aligned lanes of the
-projection's own layout [S, N*H], so nothing is transposed on the way in or out. The W queries of
+projection's own layout [S, N*H], so nothing is transposed on the way in. The output comes in groups
+of heads, [G, S, I], as the next product wants it. The W queries of
 every head of the group lie below each other, head after head: R rows.
 
 What a query may see is the same for all heads. It is written once for each block of queries, as a
 bias of 0 or HIDDEN that is added to scores.
 
 Shapes: B batch, S positions (padded to whole blocks), U blocks of queries, W window (and queries of
-a block), Y window keys (W, then S), N heads, H head dim, M width of all heads N * H, C entries
-(padded), T lanes of the rotation's tables, R rows of a step, K keys.
+a block), Y window keys (W, then S), N heads, H head dim, M width of all heads N * H, G groups of
+heads, I width of a group, C entries (padded), T lanes of the rotation's tables, R rows of a step, K
+keys.
 Next file to read: v4jax/kernels/fused_attention/forward.py.
 """
 
@@ -51,12 +53,14 @@ class Form(NamedTuple):
 
     Attributes:
       heads: heads of this device.
+      together: heads that lie beside each other in the output: those of an output group.
       window: keys that a query sees of the raw tokens, itself included; queries of a block too.
       eps: of the queries' RMS norm.
       interpret: run the kernel step by step, on any platform (tests).
     """
 
     heads: int
+    together: int
     window: int
     eps: float
     interpret: bool
@@ -64,7 +68,12 @@ class Form(NamedTuple):
     @property
     def group(self) -> int:
         """Heads of a step."""
-        return max(n for n in range(1, HEADS + 1) if self.heads % n == 0)
+        return max(n for n in range(1, HEADS + 1) if self.together % n == 0)
+
+    def in_output(self, at: "Step") -> tuple[Any, ...]:
+        """Where the output of a step lies, in blocks of [G, S, I]."""
+        steps = self.together // self.group
+        return at.group // steps, at.unit, at.group % steps
 
 
 class Operands(NamedTuple):
@@ -143,9 +152,7 @@ def step(parts: int) -> Step:
     return Step(pl.program_id(0), pl.program_id(2) * parts + pl.program_id(1), pl.program_id(3))
 
 
-def spec(
-    x: jax.Array | None, block: tuple[int | None, ...], place: Callable[[Step], tuple], parts: int
-) -> Any:
+def spec(x: Any, block: tuple[int | None, ...], place: Callable[[Step], tuple], parts: int) -> Any:
     """The BlockSpec of an operand whose first axis is the batch; an axis of 1 serves all rows."""
     if x is None:
         return None

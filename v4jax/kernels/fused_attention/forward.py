@@ -1,8 +1,8 @@
 """The forward kernel of fused attention: one softmax over window keys, entries and a sink.
 
 Shapes: B batch, S positions, U blocks of W queries, W window, N heads, H head dim, M width of all
-heads, Y window keys, C entries, K keys of a product, R rows of a step (queries of each head of a
-group).
+heads, G groups of heads, I width of a group, Y window keys, C entries, K keys of a product, R rows
+of a step (queries of each head of a group).
 Next file to read: v4jax/kernels/fused_attention/backward.py.
 """
 
@@ -39,7 +39,7 @@ from v4jax.kernels.fused_attention.blocks import (
 
 
 def forward(form: Form, scalars: Scalars, x: Operands) -> tuple[jax.Array, jax.Array]:
-    """(output [B,S,M], rotated back, in the dtype of the queries; lse float32 [B,S,N])."""
+    """(output [B,G,S,I], rotated back, in the dtype of the queries; lse float32 [B,S,N])."""
     x = x.with_own()
     batch, rows, width = x.q_BSM.shape
     window, dim = form.window, x.kv_BYH.shape[2]
@@ -48,7 +48,11 @@ def forward(form: Form, scalars: Scalars, x: Operands) -> tuple[jax.Array, jax.A
     entries = 0 if x.entry_BCH is None else x.entry_BCH.shape[1]
     vma = jax.typeof(x.q_BSM).manual_axis_type
     outputs = (
-        jax.ShapeDtypeStruct(x.q_BSM.shape, x.q_BSM.dtype, manual_axis_type=vma),
+        jax.ShapeDtypeStruct(
+            (batch, form.heads // form.together, rows, form.together * dim),
+            x.q_BSM.dtype,
+            manual_axis_type=vma,
+        ),
         jax.ShapeDtypeStruct((batch, rows, form.heads), jnp.float32, manual_axis_type=vma),
     )
     keys = 2 * window + entries
@@ -60,7 +64,7 @@ def forward(form: Form, scalars: Scalars, x: Operands) -> tuple[jax.Array, jax.A
             grid=(batch, parts, units // parts, form.heads // form.group),
             in_specs=[operand_specs(form, x, parts)],
             out_specs=(
-                spec(outputs[0], (window, form.group * dim), lambda at: (at.unit, at.group), parts),
+                spec(outputs[0], (None, window, form.group * dim), form.in_output, parts),
                 spec(outputs[1], (window, form.heads), lambda at: (at.unit, 0), parts),
             ),
             scratch_shapes=scratch_shapes(form, x),

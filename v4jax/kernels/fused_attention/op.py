@@ -6,8 +6,8 @@ another, and composes attention of smaller ops. On TPU that is seven or eight pa
 all heads; `pallas_tpu` is one kernel, and one for the gradient.
 
 Shapes: B batch, S positions, U blocks of W queries, W window, Y window keys (W, then S), N heads, H
-head dim, M width of all heads N * H, C entries, R rope dims, T lanes of the rotation's tables,
-P parts of a grid.
+head dim, G groups of heads, I width of a group, M width of all heads N * H, C entries, R rope dims,
+T lanes of the rotation's tables, P parts of a grid.
 Next file to read: v4jax/kernels/fused_attention/blocks.py.
 """
 
@@ -50,10 +50,19 @@ def reference(
     return rotate(out_BSNH, rope, True, rotation), more
 
 
-def pallas_tpu(queries: RawQueries, keys: LayerKeys, window: int) -> jax.Array:
+def pallas_tpu(
+    queries: RawQueries, keys: LayerKeys, window: int, together: int | None = None
+) -> jax.Array:
     """The same output in one kernel; other platforms than TPU interpret it, which is slow.
 
     The gradient needs the operands, the output and the logarithm of each softmax's denominator.
+
+    Args:
+      queries: see RawQueries.
+      keys: see LayerKeys.
+      window: how many tokens a query sees, itself included.
+      together: heads that the next product reads as one: they are kept beside each other in memory.
+        None: all.
 
     Raises:
       ValueError: sizes that the kernel does not take (`unfit`).
@@ -62,12 +71,14 @@ def pallas_tpu(queries: RawQueries, keys: LayerKeys, window: int) -> jax.Array:
     if fault:
         raise ValueError(f"kernels: fused_attention: got 'pallas_tpu' for {fault}")
     q_BSNH = queries.q_BSNH
-    form = Form(q_BSNH.shape[2], window, queries.eps, interpret=not on_tpu())
+    seq, heads = q_BSNH.shape[1:3]
+    together = heads if together is None or heads % together else together
+    form = Form(heads, together, window, queries.eps, interpret=not on_tpu())
     x, scalars = jax.tree.map(
         lambda x: vary_like(x, q_BSNH), operands(queries, keys, window, form.interpret)
     )
-    out_BSM = _fused(form, scalars, x)
-    return out_BSM[:, : q_BSNH.shape[1]].reshape(q_BSNH.shape)
+    out_BGSI: jax.Array = _fused(form, scalars, x)  # of whole blocks of queries
+    return jnp.moveaxis(out_BGSI[:, :, :seq], 1, 2).reshape(q_BSNH.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -77,13 +88,13 @@ def _fused(form: Form, scalars: Scalars, x: Operands) -> jax.Array:
 
 
 def _fwd(form: Form, scalars: Scalars, x: Operands):
-    out_BSM, lse_BSN = forward(form, scalars, x)
-    return out_BSM, (scalars, x, out_BSM, lse_BSN)
+    out_BGSI, lse_BSN = forward(form, scalars, x)
+    return out_BGSI, (scalars, x, out_BGSI, lse_BSN)
 
 
-def _bwd(form: Form, saved, ct_BSM):
-    scalars, x, out_BSM, lse_BSN = saved
-    ct = backward(form, scalars, x, Saved(ct_BSM, out_BSM, lse_BSN))
+def _bwd(form: Form, saved, ct_BGSI):
+    scalars, x, out_BGSI, lse_BSN = saved
+    ct = backward(form, scalars, x, Saved(ct_BGSI, out_BGSI, lse_BSN))
     # A block's window keys are those of the block before it, and its own.
     before_BUWH, own_BUWH = jnp.split(ct.kv_BUYH, 2, axis=2)
     ends = ((0, 0), (0, 1), (0, 0), (0, 0))

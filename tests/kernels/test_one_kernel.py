@@ -12,6 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from reference.weights import random_weights
 from test_mesh import MODEL, batch_of
+from trees import close
 
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules, layout_for
@@ -83,6 +84,27 @@ def test_on_eight_devices_that_cut_positions_and_heads(mesh, layout):
     same(kernel, expected("packed"), 1e-5)
 
 
+@pytest.mark.slow
+def test_long_chunks_that_continue_rows_of_a_cache():
+    """Two rows of 20 and 7 tokens, and the 40 and 31 that follow them, in HCA and window layers."""
+    cfg = CFG.replace(compress_ratios=(0, 128, 0))
+    params = split_layers(
+        cfg, jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 0)))
+    )
+    tokens = jnp.asarray(batch_of()["tokens"][:2])
+
+    def second_chunk(name):
+        kernels = Kernels(fused_attention=name)
+        cache, ctx = empty_cache(cfg, 2, 256), Context(kernels=kernels)
+        for first, rows, counts in ((0, 20, (20, 7)), (20, 40, (40, 31))):
+            chunk, cache = extend(
+                cfg, params, cache, tokens[:, first : first + rows], jnp.array(counts), ctx
+            )
+        return [chunk.x_BTD[row, : counts[row]] for row in range(2)]
+
+    close(second_chunk("pallas_tpu"), second_chunk("reference"), 1e-5)
+
+
 def test_what_the_kernel_does_not_cover_is_refused_by_name():
     ctx = Context(kernels=Kernels(fused_attention="pallas_tpu"))
     params, tokens = abstract_params(CFG), jax.ShapeDtypeStruct((1, 136), jnp.int32)
@@ -102,5 +124,5 @@ def test_what_the_kernel_does_not_cover_is_refused_by_name():
         one = jnp.ones(1, jnp.int32)
         return extend(CFG, split_layers(CFG, params), cache, one[:, None], one, ctx)[0].x_BTD
 
-    with pytest.raises(ValueError, match=line + "rows that continue others from a cache"):
+    with pytest.raises(ValueError, match=line + "a few tokens that continue a row"):
         jax.eval_shape(decode, params)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from v4jax.cache.attention_inputs import AttentionInputs, WindowKV
-from v4jax.cache.layer import CompressedKV
+from v4jax.cache.layer import SPARE_ROWS, CompressedKV
+from v4jax.cache.rows import all_rows
 from v4jax.cache.sharded import ShardAxes
 from v4jax.config import ModelConfig
 from v4jax.context import Context
@@ -23,6 +24,7 @@ from v4jax.model.entries import choose
 def takes_one_kernel(
     ctx: Context,
     cfg: ModelConfig,
+    axes: ShardAxes,
     inputs: AttentionInputs,
     near: WindowKV,
     segment_BY: jax.Array | None,
@@ -36,7 +38,7 @@ def takes_one_kernel(
     if name is None and (kernels.attention is not None or kernels.rotate is not None):
         # Whoever names one of the ops that the kernel replaces gets that op.
         name = "reference"
-    fault = _fault(ctx, cfg, inputs)
+    fault = _fault(ctx, cfg, axes, inputs)
     if fault == "":
         queries, keys = _operands(cfg, inputs, near, segment_BY)
         fault = fused_attention.unfit(queries, keys, cfg.sliding_window)
@@ -61,10 +63,16 @@ def in_one_kernel(
     return one_kernel(queries, keys, cfg.sliding_window, together)
 
 
-def _fault(ctx: Context, cfg: ModelConfig, inputs: AttentionInputs) -> str:
+def _fault(ctx: Context, cfg: ModelConfig, axes: ShardAxes, inputs: AttentionInputs) -> str:
     """What of the layer the kernel does not compute, whatever its sizes; "" for nothing."""
-    if inputs.past is not None:
-        return "rows that continue others from a cache; only whole rows are supported"
+    few = inputs.q_BSNH.shape[1] <= max(cfg.sliding_window, SPARE_ROWS)
+    if inputs.past is not None and few:
+        return "a few tokens that continue a row, whose window keys are a ring in any order"
+    if axes.slots:
+        return "a cache that is cut along the sequence"
+    cached = inputs.index is not None and isinstance(inputs.index.key_BCJ, CompressedKV)
+    if cached and _chooses(ctx, cfg, inputs):
+        return "a choice among the entries of a cache"
     if inputs.index is not None and ctx.sparse.train_indexer:
         return "a layer whose indexer trains; its loss needs the mass of every entry"
     if _chooses(ctx, cfg, inputs) and _gathers(cfg, inputs):
@@ -97,8 +105,7 @@ def _operands(
     if inputs.entries is None:
         return queries, keys
     entry_BCH, last_BC, segment_BC = inputs.entries
-    assert not isinstance(entry_BCH, CompressedKV), "only rows that continue others have a cache"
-    keys = keys._replace(entry_BCH=entry_BCH.astype(inputs.q_BSNH.dtype))
+    keys = keys._replace(entry_BCH=all_rows(entry_BCH, inputs.q_BSNH.dtype))
     return queries, keys._replace(last_BC=last_BC, segment_BC=segment_BC)
 
 

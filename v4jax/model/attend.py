@@ -2,7 +2,7 @@
 
 Shapes: B batch, S positions, T query positions of a chunk, Y window keys, N heads, H head dim, C
 entries, I index heads, J index dim.
-Next file to read: v4jax/kernels/queries.py.
+Next file to read: v4jax/model/one_kernel.py.
 """
 
 import functools

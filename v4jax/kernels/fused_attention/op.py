@@ -8,7 +8,7 @@ all heads; `pallas_tpu` is one kernel, and one for the gradient.
 Shapes: B batch, S positions, U blocks of W queries, W window, Y window keys (W, then S), N heads, H
 head dim, G groups of heads, I width of a group, M width of all heads N * H, C entries, R rope dims,
 T lanes of the rotation's tables, P parts of a grid.
-Next file to read: v4jax/kernels/fused_attention/blocks.py.
+Next file to read: v4jax/kernels/fused_attention/operands.py.
 """
 
 import functools

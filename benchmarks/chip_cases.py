@@ -4,6 +4,7 @@ Shapes: B batch, S positions of the row, T queries, Y window keys, N heads, H he
 streams, C entries, I index heads, J index dim, K chosen entries, Z matrices.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -40,9 +41,13 @@ OPS = (
     "output",
     "site",
     "newton_schulz",
+    "newton_schulz_bf16",
     "projections",
     *(f"{name}_layer" for name in RATIOS),
 )
+FORWARD_ONLY = ("choice", "newton_schulz", "newton_schulz_bf16")
+"""Ops without a gradient."""
+
 MATRICES = (32, 2048, 4096)
 """One call of Newton-Schulz: matrices of an expert's size."""
 
@@ -92,7 +97,8 @@ def case_of(op: str, model: str, kernels: str, seq: int, queries: int) -> Case:
         "q": _q,
         "output": _output,
         "site": _site,
-        "newton_schulz": _newton_schulz,
+        "newton_schulz": functools.partial(_newton_schulz, dtype="float32"),
+        "newton_schulz_bf16": functools.partial(_newton_schulz, dtype="bfloat16"),
         "projections": _projections,
     }
     return made[op](sizes)
@@ -326,8 +332,10 @@ def _site(sizes: Sizes) -> Case:
     return Case(run, (x, y, *leaves), 2 + len(leaves), 0, moved, 0, moved)
 
 
-def _newton_schulz(sizes: Sizes) -> Case:
+def _newton_schulz(sizes: Sizes, dtype: str) -> Case:
+    """Muon's iteration, with factors of products in this dtype."""
     del sizes
     count, m, n = MATRICES
     flops = len(COEFFICIENTS) * (4 * m * m * n + 2 * m**3) * count
-    return Case(newton_schulz, (_of(MATRICES, _F32),), 0, flops)
+    run = functools.partial(newton_schulz, dtype=dtype)
+    return Case(run, (_of(MATRICES, _F32),), 0, flops)

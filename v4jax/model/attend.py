@@ -40,7 +40,8 @@ def attend(
     """
     interpreted = fused_attention.is_interpreted(ctx.kernels.fused_attention)
     local = functools.partial(_attend, ctx, cfg)
-    return on_mesh(ctx.rules, local, inputs, check_vma=not interpreted)
+    with jax.named_scope("scores"):
+        return on_mesh(ctx.rules, local, inputs, check_vma=not interpreted)
 
 
 def _attend(
@@ -136,7 +137,8 @@ def _attend_chunk(
     attended = functools.partial(attention, q_BTNH, implementation=ctx.kernels.attention)
     if entries is None:
         return attended(window, None, sink_N)[0].astype(q_BTNH.dtype), None
-    chosen, score_BTC = choose(ctx, cfg, axes, chunk, entries, index_key)
+    with jax.named_scope("choice"):
+        chosen, score_BTC = choose(ctx, cfg, axes, chunk, entries, index_key)
     loss = None
     if axes.slots:
         near, far = attended(window, None, sink_N), attended(None, chosen, None)

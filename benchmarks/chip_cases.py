@@ -125,7 +125,8 @@ def _index_shapes(sizes: Sizes) -> tuple:
 def _attend(sizes: Sizes, ratio: int) -> Case:
     """From q's norm and rotation to the output's, for CSA with scores and choice.
 
-    Queries are [T, N*H], as products make and take them. Scores and choice get no gradient.
+    Queries are [T, N*H], as a product makes them, and the output lies in groups of heads, as a
+    product takes it. Scores and choice get no gradient.
     """
     cfg, seq, queries = sizes.cfg, sizes.seq, sizes.queries
     continues = seq > queries
@@ -146,7 +147,8 @@ def _attend(sizes: Sizes, ratio: int) -> Case:
         rope = rotation(cfg, position_BT, compressed=ratio > 0)
         q_BTNH = q_BTW.reshape(_heads(sizes).shape)
         inputs = AttentionInputs(q_BTNH, rope, kv_BYH, sink_N, None, entries, index, past)
-        return attend(sizes.ctx, cfg, inputs)[0].reshape(q_BTW.shape)
+        out_BTNH = attend(sizes.ctx, cfg, inputs)[0]
+        return jnp.moveaxis(out_BTNH.reshape(1, queries, cfg.o_groups, -1), 2, 1)
 
     heads, dim = cfg.num_attention_heads, cfg.head_dim
     shapes = [_of((1, queries, heads * dim)), _of((1, before + queries, dim)), _of((heads,), _F32)]

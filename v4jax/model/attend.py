@@ -56,8 +56,7 @@ def _attend(
         return in_one_kernel(ctx, cfg, axes, inputs, near, segment_BY), None
     queries = RawQueries(inputs.q_BSNH, inputs.rope, cfg.rms_norm_eps)
     attended = functools.partial(_in_chunks, ctx, cfg, axes, inputs, near, segment_BY)
-    composed = fused_attention.IMPLEMENTATIONS["reference"]
-    return composed(queries, attended, ctx.kernels.rotate)
+    return fused_attention.IMPLEMENTATIONS["reference"](queries, attended, ctx.kernels.rotate)
 
 
 def _in_chunks(
@@ -70,8 +69,7 @@ def _in_chunks(
     q_BSNH: jax.Array,
 ) -> tuple[jax.Array, IndexLoss | None]:
     """Attention of normalised and rotated queries: (output, the indexer's loss or None)."""
-    batch, seq = q_BSNH.shape[:2]
-    window, index, segment_BS = cfg.sliding_window, inputs.index, inputs.segment_BS
+    (batch, seq), window, index = q_BSNH.shape[:2], cfg.sliding_window, inputs.index
     # A few queries that continue a row are one block, which sees all keys that are given.
     few = inputs.past is not None and seq <= max(window, SPARE_ROWS)
     block = seq if few else window
@@ -81,7 +79,7 @@ def _in_chunks(
         near.rows_BYH,
         near.start_B,
         near.position_BY,
-        segment_BS,
+        inputs.segment_BS,
         segment_BY,
         None if index is None else (index.q_BSIJ, index.w_BSI),
         block,

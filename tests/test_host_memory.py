@@ -8,19 +8,20 @@ import jax
 import numpy as np
 import pytest
 from reference.weights import random_weights
+from small_runs import small_run, write_text
 from test_mesh import CFG, SMALL, batch_of
-from test_run import MODEL
 
 import v4jax
 from sharding.host_memory import check_host_memory, is_on_host
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules, layout_for
 from v4jax.checkpoint.names import from_official
-from v4jax.data.config import DataConfig
-from v4jax.train.config import TrainConfig
+from v4jax.checkpoint.store import Store
 from v4jax.train.finite import not_finite
 from v4jax.train.loop import train
-from v4jax.train.step import batch_sharding, compile_step, state_from, state_shardings
+from v4jax.train.resume import items_of, load
+from v4jax.train.stability import LossHistory
+from v4jax.train.step import batch_sharding, compile_step, init_state, state_from, state_shardings
 
 BOTH = ("device", "host")
 
@@ -62,41 +63,35 @@ def test_steps_are_the_same_numbers(mesh, layout):
     assert metrics == metrics_there
 
 
-@pytest.fixture(scope="module")
-def cfg(tmp_path_factory):
-    """A run of 4 steps with a checkpoint of step 2."""
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(20):
-        (folder / f"{i}.txt").write_text(f"document {i}: " + "the cat sat on the mat. " * 20)
-    return TrainConfig(
-        model=MODEL,
-        data=DataConfig(source=str(folder), held_out=0.2),
-        run_dir=str(tmp_path_factory.mktemp("run") / "run"),
-        steps=4,
-        batch_size=4,
-        seq_len=48,
-        learning_rate=5e-3,
-        warmup_steps=0,
-        eval_batches=0,
-        checkpoint_every=2,
-        export="none",
-    )
+def test_a_checkpoint_fits_either_memory(tmp_path):
+    """It does not say where its state lay."""
+    cfg = dataclasses.replace(CFG, model=SMALL, optimizer_memory="host")
+    mesh = make_mesh(parse_mesh(""))
+    with jax.set_mesh(mesh), Store(tmp_path, writes=True) as store:
+        state = init_state(cfg, state_shardings(cfg, AxisRules(), mesh))
+        store.save(1, items_of(state, LossHistory()))
+        store.wait()
+        for memory in BOTH:
+            other = dataclasses.replace(cfg, optimizer_memory=memory)
+            places = state_shardings(other, AxisRules(), mesh)
+            found = load(other, places, store, 1, {}).state
+            jax.tree.map(np.testing.assert_array_equal, found.optimizer, state.optimizer)
+            where = jax.tree.map(lambda leaf: leaf.sharding.memory_kind, found.optimizer)
+            assert where == jax.tree.map(lambda place: place.memory_kind, places.optimizer)
 
 
-def test_a_run_resumes_from_either_memory_bit_for_bit(cfg, tmp_path):
-    """A checkpoint does not say where its state lay: begun on the host, the run ends on either."""
+@pytest.mark.slow
+def test_a_run_resumes_bit_for_bit(tmp_path):
+    text = write_text(tmp_path / "text")
 
     def run(name: str, memory: str, steps: int):
-        one = dataclasses.replace(
-            cfg, run_dir=str(tmp_path / name), steps=steps, optimizer_memory=memory
-        )
+        one = small_run(text, tmp_path / name, optimizer_memory=memory, checkpoint_every=2)
+        one = dataclasses.replace(one, steps=steps, warmup_steps=0)
         train(one)
         return [np.asarray(leaf) for leaf in jax.tree.leaves(v4jax.load(one.run_dir)[1])]
 
-    whole = run("whole", "device", 4)
-    for name in BOTH:
-        run(name, "host", 2)
-        np.testing.assert_equal(run(name, name, 4), whole)
+    run("run", "host", 2)
+    np.testing.assert_equal(run("run", "host", 4), run("whole", "device", 4))
 
 
 def test_a_platform_without_host_memory_is_refused():

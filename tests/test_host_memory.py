@@ -7,39 +7,43 @@ import types
 import jax
 import numpy as np
 import pytest
-from reference.weights import random_weights
+from jax.sharding import NamedSharding, PartitionSpec
 from small_runs import small_run, write_text
-from test_mesh import CFG, SMALL, batch_of
 
 import v4jax
+from sharding import host_memory
 from sharding.host_memory import check_host_memory, is_on_host
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules, layout_for
-from v4jax.checkpoint.names import from_official
 from v4jax.checkpoint.store import Store
 from v4jax.train.finite import not_finite
 from v4jax.train.loop import train
 from v4jax.train.resume import items_of, load
 from v4jax.train.stability import LossHistory
-from v4jax.train.step import batch_sharding, compile_step, init_state, state_from, state_shardings
+from v4jax.train.step import batch_sharding, compile_step, init_state, state_shardings
 
 BOTH = ("device", "host")
+CFG = small_run("unused", "unused", warmup_steps=0, batch_size=8)
 
 
-def two_steps(memory: str, mesh: str, layout: str = "full"):
-    """(state after two steps, where its optimizer's arrays lie, metrics)."""
-    cfg = dataclasses.replace(CFG, model=SMALL, optimizer_memory=memory, index_learning_rate=1e-3)
+def batch_of():
+    rng = np.random.default_rng(0)
+    return {"tokens": rng.integers(0, CFG.model.vocab_size, (8, CFG.seq_len)).astype(np.int32)}
+
+
+def second_step(memory: str, mesh: str, layout: str = "full"):
+    """(state after it, where its optimizer's arrays lie, metrics); the first was on the device."""
     sizes = parse_mesh(mesh)
     rules = layout_for(layout, sizes) if mesh else AxisRules()
     device_mesh = make_mesh(sizes)
     with jax.set_mesh(device_mesh):
-        places = state_shardings(cfg, rules, device_mesh)
-        fresh = jax.jit(functools.partial(state_from, cfg), out_shardings=places)
-        state = fresh(from_official(SMALL, random_weights(SMALL, 0)))
         batch = jax.device_put(batch_of(), batch_sharding(rules, device_mesh))
-        step = compile_step(cfg, rules, places, device_mesh)
-        for _ in range(2):
-            state, metrics = step(state, batch)
+        state = init_state(CFG, state_shardings(CFG, rules, device_mesh))
+        for one in ("device", memory):
+            cfg = dataclasses.replace(CFG, optimizer_memory=one)
+            places = state_shardings(cfg, rules, device_mesh)
+            state = jax.device_put(state, places)
+            state, metrics = compile_step(cfg, rules, places, device_mesh)(state, batch)
         assert not_finite(state) is None
     where = {
         (is_on_host(leaf.sharding), leaf.ndim > 0) for leaf in jax.tree.leaves(state.optimizer)
@@ -48,24 +52,58 @@ def two_steps(memory: str, mesh: str, layout: str = "full"):
     return jax.tree.map(np.asarray, state), where, jax.device_get(metrics)
 
 
-MESHES = [("", "full"), pytest.param("fsdp=2,expert=2,tensor=2", "full", marks=pytest.mark.slow)]
+MESHES = [
+    ("", "full", 0),
+    # XLA fuses AdamW's step with what follows it or not, and a fused product and sum round once.
+    pytest.param("fsdp=2,expert=2,tensor=2", "full", 1e-7, marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("mesh, layout", MESHES)
-def test_steps_are_the_same_numbers(mesh, layout):
-    """Bit for bit: what is computed is the same, only the place between steps differs."""
+@pytest.mark.parametrize("mesh, layout, tolerance", MESHES)
+def test_a_step_is_the_same_numbers(mesh, layout, tolerance, monkeypatch):
+    """Bit for bit on one device: only the place between steps differs."""
+    monkeypatch.setattr(host_memory, "SLICE", 2**10)  # stacks take several slices
     (on_device, here, metrics), (on_host, there, metrics_there) = (
-        two_steps(memory, mesh, layout) for memory in BOTH
+        second_step(memory, mesh, layout) for memory in BOTH
     )
-    assert here == {(False, True), (False, False)}  # only scalars stay on the device
-    assert there == {(True, True), (False, False)}
-    jax.tree.map(np.testing.assert_array_equal, on_host, on_device)
-    assert metrics == metrics_there
+    assert here == {(False, True), (False, False)}
+    assert there == {(True, True), (False, False)}  # only scalars stay on the device
+    near = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
+    jax.tree.map(near, on_host, on_device)
+    assert metrics.keys() == metrics_there.keys()
+    for name, value in metrics.items():
+        near(metrics_there[name], value)
+
+
+@pytest.mark.parametrize("spec", [None, PartitionSpec(None, "fsdp"), PartitionSpec("fsdp", None)])
+@pytest.mark.parametrize("shape", [(4,), (48, 6), (6, 4, 2), (1, 2, 2), (7, 6), (14, 4, 4)])
+def test_slices_give_what_whole_arrays_give(shape, spec, monkeypatch):
+    """A first axis that slices cannot cut evenly, or of a matrix by 8 rows, is not cut."""
+    if spec is not None and (len(shape) < 2 or shape[list(spec).index("fsdp")] % 2):
+        pytest.skip("the mesh does not divide it")
+    monkeypatch.setattr(host_memory, "SLICE", 64)
+
+    def f(pair, g):
+        a, b = pair
+        return (a + g, b * g), a - b
+
+    rng = np.random.default_rng(0)
+    a, b, g = (rng.normal(size=shape).astype(np.float32) for _ in range(3))
+    mesh = make_mesh(parse_mesh("" if spec is None else "fsdp=2"))
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, spec or PartitionSpec())
+        away = jax.device_put((a, b), host_memory.on_host(place))
+        run = jax.jit(lambda away, g: host_memory.slice_by_slice(f, away, g, spec))
+        (x, y), z = run(away, jax.device_put(g, place))
+    np.testing.assert_array_equal(x, a + g)
+    np.testing.assert_array_equal(y, b * g)
+    np.testing.assert_array_equal(z, a - b)
+    assert is_on_host(x.sharding) and is_on_host(y.sharding) and not is_on_host(z.sharding)
 
 
 def test_a_checkpoint_fits_either_memory(tmp_path):
     """It does not say where its state lay."""
-    cfg = dataclasses.replace(CFG, model=SMALL, optimizer_memory="host")
+    cfg = dataclasses.replace(CFG, optimizer_memory="host")
     mesh = make_mesh(parse_mesh(""))
     with jax.set_mesh(mesh), Store(tmp_path, writes=True) as store:
         state = init_state(cfg, state_shardings(cfg, AxisRules(), mesh))

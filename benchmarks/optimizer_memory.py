@@ -3,9 +3,9 @@
     python benchmarks/optimizer_memory.py [--quick]     # needs the extra `tpu`; some minutes
 
 Clipping, Muon and AdamW alone, on gradients that are made first, compiled for 8 v5p chips as a run
-compiles (--quick: with the layout lab's quick effort). The model has the widths of the case tpu-ep-tp
-of layout_accuracy.py, with two vocabularies: the published one, whose AdamW moments are large
-matrices, and a small one.
+compiles (--quick: with the layout lab's quick effort). The model has the widths of the case
+tpu-ep-tp of layout_accuracy.py, with two vocabularies: the published one, whose AdamW moments are
+large matrices, and a small one.
 """
 
 import dataclasses

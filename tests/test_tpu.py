@@ -91,9 +91,10 @@ def test_optimizer_state_on_the_host_is_no_argument_of_the_device():
         report_layout(dataclasses.replace(cfg, optimizer_memory=memory), "v5p:2x2x1")
         for memory in ("device", "host")
     )
-    # Momentum is as large as its weights, and moments are twice; scalars stay on the device.
+    # Momentum is as large as its weights, and moments are twice. XLA adds a few pages.
     assert here.host_bytes == 0
-    assert here.state_bytes - there.state_bytes == pytest.approx(there.host_bytes, rel=0.01)
+    moved = here.state_bytes - there.state_bytes
+    assert 0 <= there.host_bytes - moved < 2**16
     assert there.state_bytes < 0.51 * here.state_bytes
     # The peak of the device falls too: it does not hold the whole state at once.
     assert there.state_bytes + there.temporary_bytes < here.state_bytes + here.temporary_bytes

@@ -81,8 +81,8 @@ def _loop(f, away, here: jax.Array):
     def put(x: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(x, part, start, 0)
 
-    def body(i: jax.Array, both):
-        away, here = both
+    def body(i: jax.Array, carry):
+        away, here = carry
         start = i * size
         new, out = f(to_device(jax.tree.map(lambda x: cut(x, start), away)), cut(here, start))
         away = jax.tree.map(lambda x, part: put(x, part, start), away, to_host(new))

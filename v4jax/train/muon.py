@@ -128,7 +128,7 @@ def scale_by_adam(
             before = stored(state._replace(mu=moments[0], nu=moments[1]), "float32")
             step, after = adam.update(g, before)
             after = stored(after, dtype)
-            return (after.mu, after.nu), jnp.clip(step, -longest, longest)
+            return (after.mu, after.nu), jnp.clip(jnp.asarray(step), -longest, longest)
 
         pairs = jax.tree.map(lambda mu, nu: (mu, nu), state.mu, state.nu)
         pairs, steps = _each(advance, pairs, updates, specs or {}, memory)

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from v4jax.config import WINDOW_ONLY, ModelConfig
 from v4jax.context import Context
+from v4jax.gradient_sums import LAYER, SUMS, with_sum
 from v4jax.initializers import zeros
 from v4jax.kernels.matmul import dense
 from v4jax.kernels.rotate import Rotation, rotate
@@ -49,7 +50,12 @@ class Weights(nn.Module):
           ratio: the compress ratio, where the shape depends on it.
         """
         spec = self.spec(name)
-        return self.param(name, self._init(spec), spec.size(self.cfg, ratio), jnp.float32)
+        w = self.param(name, self._init(spec), spec.size(self.cfg, ratio), jnp.float32)
+        if self.has_variable(SUMS, name):
+            total = self.variable(SUMS, name, jnp.zeros_like, w)
+            layer = self.get_variable(LAYER, name)
+            w, total.value = with_sum(self.ctx.rules, spec.axes, w, total.value, layer)
+        return w
 
     def weight(self, name: str, ratio: int = WINDOW_ONLY) -> jax.Array:
         """Declares a weight and returns it as products use it, gathered over FSDP axes.

@@ -19,10 +19,11 @@ from sharding.micro_batches import split_rows
 from sharding.rules import AxisRules
 from v4jax.context import Context
 from v4jax.diagnostics import over_batches
+from v4jax.functional import apply
 from v4jax.model.router import Routing
 from v4jax.parameter_tree import param_axes
 from v4jax.train.config import TrainConfig
-from v4jax.train.loss import counts_of, loss_and_routing
+from v4jax.train.loss import counts_of, loss_of
 from v4jax.train.losses.indexer import captured
 
 
@@ -37,31 +38,42 @@ def gradients(
       batch, chosen: as for `train_step`.
     """
 
-    def one(params, batch, chosen, share=None):
-        def objective(params):
-            public = dict(params) | {"router": router}
-            loss, aux = loss_and_routing(
-                cfg.model, public, batch, ctx, weights=cfg.loss, chosen=chosen, share=share
-            )
-            return (cfg.loss.index * aux[0]["index_kl"] if indexer_alone else loss), aux
+    def objective(hidden, batch, share=None):
+        loss, metrics = loss_of(hidden, batch, ctx, cfg.loss, share)
+        return cfg.loss.index * metrics["index_kl"] if cfg.attention == "indexer" else loss, metrics
 
-        return jax.grad(objective, has_aux=True)(params)
+    def run(params, batch, chosen, sums=None):
+        public, rows = dict(params) | {"router": router}, (batch["tokens"], batch.get("segment_ids"))
+        return apply(cfg.model, public, *rows, ctx=ctx, chosen=chosen, sums=sums)
 
-    indexer_alone, count = cfg.attention == "indexer", cfg.micro_batches
-    if count == 1:
-        grads, (metrics, routing) = one(params, batch, chosen)
+    def whole(params):
+        hidden = run(params, batch, chosen)
+        loss, metrics = objective(hidden, batch)
+        return loss, (metrics, hidden.routing)
+
+    if cfg.micro_batches == 1:
+        grads, (metrics, routing) = jax.grad(whole, has_aux=True)(params)
         return grads, metrics, routing
 
-    whole = counts_of(cfg.model, batch, cfg.loss)
+    counts_all = counts_of(cfg.model, batch, cfg.loss)
 
     def add(total, part):
+        """The sum of gradients so far with those of one micro-batch, added as they are found."""
         batch, chosen = part
         counts = counts_of(cfg.model, batch, cfg.loss)
-        share = [n / jnp.maximum(n_all, 1) for n, n_all in zip(counts, whole, strict=True)]
-        grads, results = one(params, batch, chosen, share)
-        return _placed(cfg, ctx, jax.tree.map(jnp.add, total, grads)), results
+        share = [n / jnp.maximum(n_all, 1) for n, n_all in zip(counts, counts_all, strict=True)]
+
+        def summing(sums):
+            hidden = run(params, batch, chosen, sums)
+            loss, metrics = objective(hidden, batch, share)
+            return (loss, hidden.sums), (metrics, hidden.routing)
+
+        _, backward, results = jax.vjp(summing, zeros, has_aux=True)
+        (total,) = backward((jnp.ones(()), total))
+        return total, results
 
     zeros = _placed(cfg, ctx, jax.tree.map(jnp.zeros_like, params))
+    count = cfg.micro_batches
     parts = (split_batch(ctx.rules, batch, count), _split_chosen(ctx.rules, chosen, count))
     grads, (metrics_M, routing_M) = jax.lax.scan(add, zeros, parts)
     metrics = {name: value_M.sum() for name, value_M in metrics_M.items()}

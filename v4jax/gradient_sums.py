@@ -33,7 +33,7 @@ def with_sum(
     total: jax.Array,
     layer: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(w, total) as they are; the cotangent of `total` is its own plus that of `w`.
+    """(w in float32, total); the cotangent of `total` is its own plus that of `w`.
 
     The weight itself gets no gradient.
 
@@ -42,16 +42,16 @@ def with_sum(
       total: zeros of the shape of `w`, float32, or [L, ...] with one for each layer.
       layer: which of the layers `w` belongs to, int32; None: `total` has no axis of layers.
     """
-    return w, total
+    return w.astype(total.dtype), total
 
 
 def _forward(rules, axes, w, total, layer):
-    return (w, total), layer
+    return with_sum(rules, axes, w, total, layer), layer
 
 
 def _backward(rules, axes, layer, cotangents):
     grad, total = cotangents
-    grad = rules.constrain(grad.astype(total.dtype), *axes)
+    grad = rules.constrain(grad, *axes)
     if layer is None:
         total = total + grad
     else:

@@ -163,6 +163,11 @@ def _arrays(type_: str) -> list[_Array]:
     ]
 
 
+def size_of(type_: str) -> int:
+    """Bytes of the arrays of a type; tokens and arrays of unknown types count nothing."""
+    return sum(_size(array) for array in _arrays(type_) if array[0] in _BYTES)
+
+
 def _size(array: _Array) -> int:
     """Bytes of an array."""
     return math.prod(array[1]) * _BYTES[array[0]]

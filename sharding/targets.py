@@ -56,7 +56,7 @@ def topology_mesh(target: str, sizes: dict[str, int]) -> Mesh:
       ValueError: an unknown target, one whose extra (`tpu` or `gpu`) is not installed, or a mesh
         with another number of devices.
     """
-    devices = _gpus(target) if target.startswith("h100:") else _tpus(target)
+    devices = _gpus(target) if target.startswith("h100:") else tpu_devices(target)
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(
             f"mesh has {math.prod(sizes.values())} devices; target {target} has {len(devices)}"
@@ -70,7 +70,7 @@ def topology_mesh(target: str, sizes: dict[str, int]) -> Mesh:
     return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def _tpus(target: str) -> list[Any]:
+def tpu_devices(target: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(f"target {target!r} needs the extra `tpu`: pip install 'v4jax[tpu]'")
     # libtpu asks a metadata server unless it is told who it is, and locks itself to one process.

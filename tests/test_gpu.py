@@ -42,12 +42,14 @@ def test_a_step_compiles_for_two_hosts_of_h100():
         layout="pod",
         dtype="bfloat16",
     )
-    report = report_layout(cfg, "h100:16")
+    report = report_layout(cfg, "h100:16", estimate="compiler")
     sent = {(axes, kind): size for axes, kind, _, size in report.collectives}
     for key in (("expert", "ragged-all-to-all"), ("fsdp", "all-gather"), ("tensor", "all-reduce")):
         assert sent[key] > 0, sent
     sent_bytes, least = report.expert_bytes
     assert least <= sent_bytes <= 1.25 * least
+    assert report.timing.parts["attention"][0] > 0 and report.timing.parts["attention"][1] > 0
+    assert report.timing.step_seconds > report.timing.computing_seconds > 0
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

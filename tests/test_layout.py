@@ -180,6 +180,19 @@ def test_a_cache_lies_where_the_report_says():
             ["--mesh", "fsdp=2", "--effort", "full"],
             "effort: got 'full'; only the compiler for TPUs has a choice",
         ),
+        (["--mesh", "fsdp=2", "--estimate", "compiler"], "XLA gives none for 'cpu'"),
+        (
+            ["--target", "v5p:2x2x2", "--paper", "--estimate", "compiler"],
+            "--estimate compiler: nothing is compiled; leave out --paper",
+        ),
+        (
+            ["--search", "--target", "v5p:2x2x2", "--estimate", "compiler"],
+            "--estimate compiler: nothing is compiled; it goes with --confirm K",
+        ),
+        (
+            ["--compare", "full:fsdp=8", "dp:data=8", "--estimate", "compiler"],
+            "--estimate compiler: not with --compare",
+        ),
     ],
 )
 def test_bad_input_is_one_line(arguments, line, capsys):

@@ -15,11 +15,13 @@ from test_mesh import CFG
 from sharding.mesh import parse_mesh
 from sharding.rules import layout_for
 from v4jax.planner.command import compare, examine
+from v4jax.planner.compiled import LayoutReport
 from v4jax.planner.estimate import estimate, terms_of
 from v4jax.planner.hardware import target_of
 from v4jax.planner.page import merged, report
 from v4jax.planner.request import Request
 from v4jax.planner.terms import bases, constants_of, total
+from v4jax.planner.timing import Timing
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 LAYOUT = dataclasses.replace(
@@ -51,6 +53,19 @@ def test_the_page_needs_nothing_else(page):
             REQUEST,
             compare(LAYOUT, REQUEST, ["pod:fsdp=2,expert=8", "full:fsdp=2,expert=8"]),
         )
+
+
+def test_the_page_has_what_xla_expects(tmp_path):
+    timing = Timing("XLA", {"head": (0.25, 0.5)}, (), (), (), 0.75)
+    found = examine(LAYOUT, REQUEST)
+    compiled = LayoutReport(
+        *("train", LAYOUT.mesh, "pod", "h100:16", 0, 0, 0, "", (), (), None, 0.0, 0.0, timing)
+    )
+    path = tmp_path / "report.html"
+    report(str(path), LAYOUT, REQUEST, dataclasses.replace(found, compiled=compiled))
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', path.read_text())[1])
+    assert data["compiler"]["parts"] == {"head": [0.25, 0.5]}
+    assert data["compiler"]["step_seconds"] == 0.75
 
 
 def test_merging_addends_changes_no_sum():

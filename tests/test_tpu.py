@@ -39,6 +39,27 @@ def test_experts_by_exchange_send_what_they_must(capfd):
     assert "rematerialization" not in capfd.readouterr().err
 
 
+def test_xla_estimates_each_part_of_a_step():
+    model = CFG.model.replace(
+        num_hidden_layers=2, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(4, 128)
+    )
+    cfg = dataclasses.replace(
+        CFG, model=model, seq_len=512, mesh="expert=4", layout="ep_fsdp", dtype="bfloat16"
+    )
+    report = report_layout(cfg, "v5p:2x2x1", estimate="compiler")
+    timing = report.timing
+    assert report.effort == "full" and not timing.loops
+    for part in ("attention", "attention scores", "mHC", "routed experts", "head", "compressors"):
+        forward, backward = timing.parts[part]
+        assert 0 < forward < timing.step_seconds and 0 < backward < timing.step_seconds, part
+    assert timing.parts["optimizer"][0] > 0 and timing.parts["optimizer"][1] == 0
+    # What belongs to no part is copies between loops, a small share.
+    assert sum(timing.parts["other"]) < 0.2 * timing.computing_seconds
+    kernels = [row for row in timing.unknown if row[1] == "tpu_custom_call"]
+    assert {part for part, *_ in kernels} >= {"routed experts"}
+    assert {axes for axes, *_ in timing.exchanges} == {"expert"}
+
+
 def test_a_step_of_decoding_holds_what_the_estimate_says():
     model = CFG.model.replace(
         num_hidden_layers=2, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(4, 128)

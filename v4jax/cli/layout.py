@@ -82,6 +82,13 @@ def _declare_how(sub: argparse.ArgumentParser) -> None:
         help="effort of the TPU compiler: quick (the default, at most half the time) or full, as "
         "a run compiles",
     )
+    sub.add_argument(
+        "--estimate",
+        choices=("model", "compiler"),
+        default="model",
+        help="whose estimate of a step's time: the fast model's (the default), or XLA's too, by "
+        "part, compiled with full effort for a TPU topology or h100:N",
+    )
 
 
 def _declare_instead(sub: argparse.ArgumentParser) -> None:
@@ -139,7 +146,7 @@ def run(arguments: argparse.Namespace, _: list[str]) -> dict | None:
     from v4jax.planner.nearest import checked
     from v4jax.planner.request import Request, config_of, devices_of
 
-    names = ("target", "what", "paper", "lower_only", "effort", "fp8", "released")
+    names = ("target", "what", "paper", "lower_only", "effort", "fp8", "released", "estimate")
     request = Request(**{name: getattr(arguments, name) for name in names})
     cfg = config_of(config, arguments)
     if arguments.target == "cpu" and arguments.search and arguments.confirm:

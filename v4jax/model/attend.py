@@ -31,7 +31,8 @@ def attend(
     times the same keys (docs/equations.md#attention). The loss is returned where the context says
     that the indexer trains (docs/equations.md#indexer-loss).
     """
-    return on_mesh(ctx.rules, functools.partial(_attend, ctx, cfg), inputs)
+    with jax.named_scope("scores"):
+        return on_mesh(ctx.rules, functools.partial(_attend, ctx, cfg), inputs)
 
 
 def _attend(
@@ -108,7 +109,8 @@ def _attend_chunk(
     attended = functools.partial(attention, q_BTNH, implementation=ctx.kernels.attention)
     if entries is None:
         return attended(window, None, sink_N)[0].astype(q_BTNH.dtype), None
-    chosen, score_BTC = choose(ctx, cfg, axes, chunk, entries, index_key)
+    with jax.named_scope("choice"):
+        chosen, score_BTC = choose(ctx, cfg, axes, chunk, entries, index_key)
     loss = None
     if axes.slots:
         near, far = attended(window, None, sink_N), attended(None, chosen, None)

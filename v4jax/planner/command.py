@@ -13,6 +13,7 @@ from v4jax.planner.notes import notes
 from v4jax.planner.request import Request, devices_of, layout_and_mesh
 from v4jax.planner.results import Comparison, Result, Searched
 from v4jax.planner.search import as_estimated, search
+from v4jax.planner.timing import check_estimate
 from v4jax.python_files import read_layout
 from v4jax.train.config import TrainConfig
 
@@ -25,6 +26,11 @@ def examine(cfg: TrainConfig, request: Request) -> Result:
         does.
     """
     target = checked(cfg, request)
+    if request.estimate == "compiler" and (request.paper or request.released):
+        raise ValueError(
+            "--estimate compiler: nothing is compiled; leave out --paper and --released"
+        )
+    check_estimate(request.estimate, request.target, request.lower_only, request.effort)
     found = estimate(cfg, target.hardware, request.what, request.fp8, request.released)
     compiled, compiles = (
         None,
@@ -42,7 +48,7 @@ def examine(cfg: TrainConfig, request: Request) -> Result:
                 f"on each device; {nearest_fit(cfg, request)}"
             )
         compiled = report_layout(
-            cfg, request.target, request.lower_only, request.what, request.effort
+            cfg, request.target, request.lower_only, request.what, request.effort, request.estimate
         )
     lines = notes(
         cfg, found, platform_of(target.hardware), compiled.collectives if compiled else ()
@@ -53,7 +59,13 @@ def examine(cfg: TrainConfig, request: Request) -> Result:
 
 
 def compare(cfg: TrainConfig, request: Request, texts: list[str]) -> Comparison:
-    """The estimates of two layouts, each given as LAYOUT:MESH or FILE.py:NAME:MESH."""
+    """The estimates of two layouts, each given as LAYOUT:MESH or FILE.py:NAME:MESH.
+
+    Raises:
+      ValueError: the compiler's estimates are asked for; or as `examine`.
+    """
+    if request.estimate == "compiler":
+        raise ValueError("--estimate compiler: not with --compare; show one layout at a time")
     pair = []
     for text in texts:
         layout, mesh = layout_and_mesh(text)
@@ -85,6 +97,9 @@ def look_for(cfg: TrainConfig, request: Request, chips: int | None, confirm: int
         raise ValueError(
             f"--effort: got {request.effort!r}, but nothing is compiled; it goes with --confirm K"
         )
+    if request.estimate == "compiler" and not confirm:
+        raise ValueError("--estimate compiler: nothing is compiled; it goes with --confirm K")
+    check_estimate(request.estimate, request.target, False, request.effort)
     found = search(
         cfg,
         target.hardware,
@@ -98,7 +113,13 @@ def look_for(cfg: TrainConfig, request: Request, chips: int | None, confirm: int
     return Searched(
         found,
         tuple(
-            report_layout(cut, request.target, what=request.what, effort=request.effort)
+            report_layout(
+                cut,
+                request.target,
+                what=request.what,
+                effort=request.effort,
+                estimate=request.estimate,
+            )
             for cut in cuts
         ),
     )

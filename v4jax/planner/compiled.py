@@ -19,7 +19,9 @@ from sharding.params import bytes_per_device
 from sharding.rules import layout_for
 from sharding.targets import topology_mesh
 from v4jax.planner.expert_bytes import least_expert_bytes, sent_to_experts
+from v4jax.planner.hardware import target_of
 from v4jax.planner.lowered import lower_decode, lower_train
+from v4jax.planner.timing import Timing, check_estimate, timing_of
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import check_batch
 
@@ -56,6 +58,7 @@ class LayoutReport:
       expert_bytes: what a device sends per step to bring tokens to experts and back, and the least
         that this way of dispatch can send. None if the step was only lowered or no axis holds
         experts.
+      timing: XLA's estimate of the step's time; None where it was not asked for.
     """
 
     what: str
@@ -71,6 +74,7 @@ class LayoutReport:
     expert_bytes: tuple[int, int] | None
     lower_seconds: float
     compile_seconds: float | None
+    timing: Timing | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -108,6 +112,7 @@ def report_layout(
     lower_only: bool = False,
     what: str = "train",
     effort: str | None = None,
+    estimate: str = "model",
 ) -> LayoutReport:
     """Lowers a step of `cfg` (its mesh, layout and lengths) for `target`, and compiles it.
 
@@ -117,11 +122,15 @@ def report_layout(
       lower_only: do not compile.
       what: "train", or "decode": one new token for each of batch_size rows, in a cache of seq_len
         tokens each.
-      effort: for TPUs, a name of EFFORTS; default "quick".
+      effort: for TPUs, a name of EFFORTS; default "quick", or "full" with estimate "compiler".
+      estimate: one of ESTIMATES (v4jax/planner/timing.py).
 
     Raises:
-      ValueError: mesh, layout, batch, target or effort do not fit together.
+      ValueError: mesh, layout, batch, target, effort or estimate do not fit together.
     """
+    check_estimate(estimate, target, lower_only, effort)
+    if estimate == "compiler" and not target.startswith("h100:"):
+        effort = "full"
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes)
     check_batch(cfg, rules, sizes)
@@ -131,8 +140,11 @@ def report_layout(
     params, state, lowered = (lower_train if what == "train" else lower_decode)(cfg, rules, mesh)
     lowered_at = time.perf_counter()
     with jax.set_mesh(mesh):
-        compiled = None if lower_only else lowered.compile(_options(effort, mesh))
-    found = collectives(_text(compiled), mesh) if compiled else []
+        compiled = None if lower_only else lowered.compile(_options(effort, mesh, estimate))
+    text = _text(compiled) if compiled else ""
+    found = collectives(text, mesh) if compiled else []
+    device = target_of(target).hardware.of_a_device(mesh.size)
+    timed = estimate == "compiler"
     least = least_expert_bytes(cfg, rules, sizes, what)
     return LayoutReport(
         what=what,
@@ -148,6 +160,7 @@ def report_layout(
         expert_bytes=(sent_to_experts(found, rules), least) if compiled and least else None,
         lower_seconds=lowered_at - start,
         compile_seconds=time.perf_counter() - lowered_at if compiled else None,
+        timing=timing_of(text, totals(found), device, sizes) if timed else None,
     )
 
 
@@ -166,8 +179,10 @@ def _effort(effort: str | None, mesh: Mesh) -> str:
     return effort
 
 
-def _options(effort: str, mesh: Mesh) -> dict[str, Any] | None:
-    return EFFORTS[effort] | _KINDS.get(mesh.devices.flat[0].device_kind, {}) if effort else None
+def _options(effort: str, mesh: Mesh, estimate: str) -> dict[str, Any] | None:
+    if effort:
+        return EFFORTS[effort] | _KINDS.get(mesh.devices.flat[0].device_kind, {})
+    return {"xla_gpu_collect_cost_model_stats": True} if estimate == "compiler" else None
 
 
 def _text(compiled: Compiled) -> str:

@@ -54,6 +54,8 @@ class Hardware:
       overlap: share of an exchange that other work hides.
       latency: seconds to start one collective.
       shared: whether all devices share one chip's rates, as simulated devices do.
+      clock: cycles per second of a core, by which a compiler's estimate in cycles becomes seconds;
+        0 where it is unknown.
       price: money per chip and hour; 0 where none is given.
       sources: figure -> where it is from.
     """
@@ -71,6 +73,7 @@ class Hardware:
     overlap: float = 0.5
     latency: float = 5e-6
     shared: bool = False
+    clock: float = 0.0
     price: float = 0.0
     sources: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
 

@@ -89,6 +89,7 @@ def page_data(
         ],
         "kinds": MEMORY,
         "working": WORKING,
+        "compiler": _timing(result),
         "notes": result.notes,
         "parameters": parameters(cfg),
         "cuts": cuts,
@@ -100,6 +101,13 @@ def page_data(
             name: rules.mesh_axes(name) for name in ("experts", "act_batch", "act_seq", "act_heads")
         },
     }
+
+
+def _timing(result: Result) -> dict[str, Any] | None:
+    """XLA's estimate by part, for the lengths that were asked for; None without one."""
+    if result.compiled is None or result.compiled.timing is None:
+        return None
+    return dataclasses.asdict(result.compiled.timing)
 
 
 def merged(terms: list[Term]) -> list[Term]:

@@ -27,6 +27,7 @@ class Request(NamedTuple):
       fp8: products run at the fp8 rate.
       released: decode from the released formats; estimated only, as no program here computes with
         them.
+      estimate: "model", or "compiler": XLA's own estimate of a step's time too.
     """
 
     target: str = "cpu"
@@ -36,6 +37,7 @@ class Request(NamedTuple):
     effort: str | None = None
     fp8: bool = False
     released: bool = False
+    estimate: str = "model"
 
 
 def config_of(config: TrainConfig | str, options) -> TrainConfig:

@@ -26,7 +26,14 @@ class Result:
 
     def rows(self) -> list[tuple]:
         rows = self.compiled.rows() if self.compiled else []
-        return rows + self.estimate.rows()
+        return rows + self.estimate.rows() + self._timing()
+
+    def _timing(self) -> list[tuple]:
+        """XLA's estimate beside the fast model's, where it was asked for."""
+        if self.compiled is None or self.compiled.timing is None:
+            return []
+        model = {part: row[2] for part, row in self.estimate.parts.items()}
+        return self.compiled.timing.rows(model)
 
     def lines(self) -> list[str]:
         return [f"warning: {line}" for line in self.notes]
@@ -81,6 +88,7 @@ class Searched:
     def rows(self) -> list[tuple]:
         rows = self.found.rows()
         for estimated, report in zip(self.found.ranked, self.confirmed, strict=False):
+            timing = report.timing
             size, sent = (
                 report.state_bytes + (report.temporary_bytes or 0),
                 sum(row[3] for row in report.collectives),
@@ -94,6 +102,10 @@ class Searched:
                     f"{gigabytes(sent)} sent, estimated {gigabytes(sent_bytes)}",
                 )
             )
+            if timing is not None:
+                step = f"{timing.step_seconds:.3f} s a step"
+                model = f"the fast model {estimated.step_seconds:.3f} s"
+                rows.append(("", timing.source, step, model))
         return rows
 
     def lines(self) -> list[str]:

@@ -1,0 +1,188 @@
+"""What XLA:TPU expects of the hot operations on one chip, one row an op, beside their floors.
+
+    JAX_PLATFORMS=cpu python benchmarks/chips.py        # extra `tpu`, no TPU needed
+    JAX_PLATFORMS=cpu python benchmarks/chips.py csa q --kernels top_k=reference
+    JAX_PLATFORMS=cpu python benchmarks/chips.py hca csa --seq 65536     # its last 4,096 queries
+
+Each row is compiled at full effort for one device, each pass in a process of its own, so that an
+abort of the compiler loses one cell. Times are milliseconds: XLA's estimated cycles, loops
+multiplied, over the clock. Operations that XLA gives no estimate for are counted apart, with the
+least time that they take at the chip's peaks, by the bytes that they write and by what a kernel
+states (pl.CostEstimate); copies into fast memory that run beside others are left out. `--profile`
+simulates those operations too (minutes a row). Floors: the longer of useful FLOPs (a backward pass
+has twice those of the forward pass) and the least bytes that memory must move. An op whose floor is
+0 would cost nothing inside a kernel. `_layer` rows are the module Attention with its projections,
+`projections` are these alone.
+"""
+
+import argparse
+import collections
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from chip_cases import FORWARD_ONLY, OPS, Case, case_of
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+def main() -> None:
+    options = _options()
+    if options.row:
+        print(json.dumps(measured(options.ops[0], options.row, options)))
+        return
+    print(f"{options.model}, {options.chip}, {options.queries} queries of {options.seq}, ", end="")
+    print(f"kernels: {options.kernels or 'the best'}\n")
+    print("| op | forward | floor | with backward | floor | x | no estimate | temporary |")
+    print("|---|---|---|---|---|---|---|---|")
+    for op in options.ops:
+        passes = ("forward",) if op in FORWARD_ONLY else options.passes.split(",")
+        print(_line(op, {name: _apart(op, name, options) for name in passes}), flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"rows: {', '.join(OPS)}")
+    parser.add_argument("--model", choices=("flash", "pro"), default="flash")
+    parser.add_argument("--chip", choices=TOPOLOGIES, default="v5p")
+    parser.add_argument("--seq", type=int, default=4096, help="tokens of the row")
+    parser.add_argument("--queries", type=int, help="its last ones (default: at most 4096)")
+    parser.add_argument("--passes", default="forward,both", help="forward, both or forward,both")
+    parser.add_argument("--kernels", default="", help="as --kernels of v4jax train")
+    parser.add_argument("--profile", action="store_true", help="simulate what has no estimate")
+    parser.add_argument("--largest", type=int, default=0, help="also show the N largest operations")
+    parser.add_argument("--hlo", help="keep the compiled text in this folder")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.ops = options.ops or list(OPS)
+    options.queries = options.queries or min(options.seq, 4096)
+    if unknown := [op for op in options.ops if op not in OPS]:
+        parser.error(f"got op {unknown[0]!r}; known: {', '.join(OPS)}")
+    return options
+
+
+def _apart(op: str, name: str, options: argparse.Namespace) -> dict:
+    """The row, measured by another process; {"error": ...} if that fails."""
+    command = [sys.executable, __file__, op, "--row", name]
+    for name in ("model", "chip", "seq", "queries", "kernels", "largest"):
+        command += [f"--{name}", str(getattr(options, name))]
+    command += ["--hlo", options.hlo] if options.hlo else []
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    with tempfile.TemporaryDirectory() as folder:
+        if options.profile:
+            flag = f"--xla_jf_dump_static_llo_profile_to={folder}"
+            environment["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flag}"
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        return {"error": f"exit {done.returncode}: {lines[-1][:200]}"}
+    print(done.stderr if options.largest else "", end="", file=sys.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _line(op: str, rows: dict[str, dict]) -> str:
+    """One op; the ratio and the last two columns are those of its last pass."""
+    cells = []
+    for name in ("forward", "both"):
+        row = rows.get(name)
+        if row is None:
+            cells += ["", ""]
+        elif "error" in row:
+            cells += [row["error"], ""]
+        else:
+            cells += [f"{row['ms']:.2f}", f"{row['floor']:.2f}"]
+    last = list(rows.values())[-1]
+    if "error" in last:
+        return f"| {op} | {' | '.join([*cells, '', '', ''])} |"
+    ratio = f"{last['ms'] / last['floor']:.1f}" if last["floor"] else ""
+    words = ", ".join(f"{count} {kind}" for kind, count in last["blind"].items())
+    blind = f"{words}: {last['blind_ms']:.2f}" if words else ""
+    return f"| {op} | {' | '.join([*cells, ratio, blind, _mib(last['temporary'])])} |"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
+
+
+def measured(op: str, name: str, options: argparse.Namespace) -> dict:
+    """Compiles one op, and reads its estimate."""
+    from v4jax.planner.cycles import read_times
+    from v4jax.planner.hardware import hardware_of
+
+    case = case_of(op, options.model, options.kernels, options.seq, options.queries)
+    compiled = _compile(case, name, options.chip)
+    text = compiled.as_text()
+    if options.hlo:
+        folder = pathlib.Path(options.hlo)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{op}_{name}.hlo").write_text(text)
+    device = hardware_of(options.chip).of_a_device(1)
+    reading = read_times(text, device.clock)
+    # Copies that start and end apart run beside other operations.
+    blind = [one for one in reading.ops if one.seconds is None and not one.kind.endswith("-start")]
+    counts = collections.Counter()
+    for one in blind:
+        counts[one.kind] += one.calls
+    _show_largest(reading, options.largest)
+    both = name == "both"
+    flops = case.flops + both * case.back_flops
+    moved = case.bytes + both * case.back_bytes
+    return {
+        "ms": 1e3 * reading.seconds,
+        "floor": 1e3 * max(flops / device.bf16_flops, moved / device.hbm_bandwidth),
+        "blind": dict(counts.most_common()),
+        "blind_ms": 1e3 * sum(one.calls * _least(one, device) for one in blind),
+        "temporary": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def _least(one, device) -> float:
+    """Seconds of one call at the chip's peaks."""
+    return max(one.bytes / device.hbm_bandwidth, one.flops / device.bf16_flops)
+
+
+def _show_largest(reading, count: int) -> None:
+    """Prints the operations with most cycles, and those without an estimate, on stderr."""
+    ranked = sorted(reading.ops, key=lambda one: -one.calls * (one.seconds or 0))
+    for one in ranked[:count]:
+        ms = 1e3 * one.calls * (one.seconds or 0)
+        print(f"  {ms:8.3f} ms  {one.calls:5} x {one.name:40} {one.source[-70:]}", file=sys.stderr)
+
+
+def _compile(case: Case, name: str, chip: str):
+    import jax
+    import numpy as np
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+    from sharding.targets import tpu_devices
+
+    first = np.array(tpu_devices(TOPOLOGIES[chip])[:1])
+    mesh = Mesh(first, ("data",), axis_types=(AxisType.Auto,))
+    place = NamedSharding(mesh, PartitionSpec())
+
+    def both(cotangents, *arrays):
+        kept = arrays[case.diff :]
+        out, pull = jax.vjp(lambda *given: case.run(*given, *kept), *arrays[: case.diff])
+        return out, pull(cotangents)
+
+    with jax.set_mesh(mesh):
+        shapes = case.shapes
+        run = case.run
+        if name == "both":
+            shapes = (jax.eval_shape(case.run, *case.shapes), *case.shapes)
+            run = both
+        placed = jax.tree.map(
+            lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=place), shapes
+        )
+        return jax.jit(run).lower(*placed).compile()
+
+
+if __name__ == "__main__":
+    main()

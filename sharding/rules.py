@@ -106,9 +106,7 @@ class AxisRules:
         if not self.table:
             return w
         tokens = self._token_axes()
-        steps = tuple(
-            self._uncut(tokens[i:]).spec(names) for i in range(len(tokens), -1, -1)
-        )
+        steps = tuple(self._uncut(tokens[i:]).spec(names) for i in range(len(tokens), -1, -1))
         return _gathered(w, tuple(dict.fromkeys(steps)))
 
     def whole_weights(self) -> "AxisRules":

@@ -118,7 +118,9 @@ class Transformer(Weights):
             if self.is_initializing():
                 return MTP(self.ctx, self.cfg, name="mtp")(*inputs)[:2]
             variables = {
-                name: {"mtp": found["mtp"]} for name, found in self.variables.items() if "mtp" in found
+                name: {"mtp": found["mtp"]}
+                for name, found in self.variables.items()
+                if "mtp" in found
             }
             results, sums = run_mtp(self.ctx, self.cfg, variables, *inputs)
             if sums is not None:

@@ -1,9 +1,10 @@
 """The gradients of a step, of the whole batch at once or micro-batch by micro-batch.
 
 Micro-batches are a loop inside the compiled step, so memory does not grow with their number.
-Gradients are summed in float32, each layer's as the backward pass finds them. Each term of the loss is a mean over what counts in the whole
-batch: a micro-batch adds its share of it, known from the documents before any forward pass. So the
-result is that of one batch, whatever the micro-batches contain.
+Gradients are summed in float32, each layer's as the backward pass finds them. Each term of the loss
+is a mean over what counts in the whole batch: a micro-batch adds its share of it, known from the
+documents before any forward pass. So the result is that of one batch, whatever the micro-batches
+contain.
 
 Axes: B batch, S positions, M micro-batches, E experts.
 Next file to read: v4jax/train/step.py.

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from sharding.rules import AxisRules
 
@@ -42,6 +43,9 @@ def with_sum(
       total: zeros of the shape of `w`, float32, or [L, ...] with one for each layer.
       layer: which of the layers `w` belongs to, int32; None: `total` has no axis of layers.
     """
+    # XLA:TPU would hold all weights of a loop in the layout that its products like best, in a copy
+    # made before the loop over micro-batches. One layer after another is cheap to turn around.
+    w = with_layout_constraint(w, Layout(tuple(range(w.ndim))))
     return w.astype(total.dtype), total
 
 

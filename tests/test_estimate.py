@@ -131,6 +131,16 @@ def test_full_models_have_their_parameters_and_flops():
     assert found.fits and 0.05 < found.mfu < 0.6
 
 
+def test_a_part_with_rates_of_its_own_is_timed_by_them():
+    cfg = full(flash, "fsdp=8,expert=16")
+    found = estimate(cfg, V5P).parts
+    products, reads = V5P.shares("head")
+    half = {"head": (products / 2, reads / 2)}
+    slower = estimate(cfg, dataclasses.replace(V5P, rates=V5P.rates | half)).parts
+    assert slower["head"][2] == pytest.approx(2 * found["head"][2])
+    assert slower["attention"] == found["attention"]
+
+
 def test_what_a_layout_cuts_is_held_and_sent_less():
     one, two = (
         estimate(full(flash, mesh, layout, batch_size=256), V5P)
@@ -283,6 +293,20 @@ def test_two_layouts_side_by_side():
     assert float(rows["exchanges"][3]) > 1 and rows["memory"][3]
     with pytest.raises(ValueError, match="must be LAYOUT:MESH"):
         compare(full(flash, ""), Request("v5p"), ["pod", "full"])
+
+
+@pytest.mark.parametrize(
+    "chips, second, words",
+    [
+        ("v5p", "full:fsdp=8,expert=16", []),
+        ("v5p", "ep:expert=128", ["warning: one does not fit: ep: expert=128 needs "]),
+        ("v6e", "ep:expert=128", ["warning: neither fits: pod: fsdp=8,expert=16 needs "]),
+    ],
+)
+def test_a_comparison_says_what_does_not_fit(chips, second, words):
+    pair = compare(full(flash, ""), Request(chips), ["pod:fsdp=8,expert=16", second])
+    assert [line[: len(word)] for line, word in zip(pair.lines(), words, strict=True)] == words
+    assert pair.to_dict()["warnings"] == pair.lines()
 
 
 @pytest.mark.slow

@@ -69,7 +69,6 @@ class LayoutReport:
     layout: str
     target: str
     state_bytes: int
-    host_bytes: int
     temporary_bytes: int | None
     code_bytes: int | None
     effort: str
@@ -79,6 +78,7 @@ class LayoutReport:
     lower_seconds: float
     compile_seconds: float | None
     timing: Timing | None = None
+    host_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

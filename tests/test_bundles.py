@@ -38,3 +38,5 @@ def test_a_loop_whose_length_the_code_does_not_say_counts_once(tmp_path):
     )
     cycles, known = kernel_cycles(tmp_path)["attend.1"]
     assert not known and cycles < 16 * 20
+    often, _ = kernel_cycles(tmp_path, unknown_runs=5)["attend.1"]
+    assert often > cycles

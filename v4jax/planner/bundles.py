@@ -27,7 +27,7 @@ class Loop(NamedTuple):
     """A loop of a kernel, or the code outside of loops.
 
     Attributes:
-      runs: how often it runs in one call of the kernel; 1 where the code does not say.
+      runs: how often it runs in one call of the kernel.
       known: whether the code says so.
       bundles: its own, without those of loops in it.
       products: its vmatmul instructions.
@@ -43,8 +43,12 @@ class Loop(NamedTuple):
         return self.runs * max(self.bundles, _PRODUCT_CYCLES * self.products)
 
 
-def kernel_loops(text: str) -> list[Loop]:
-    """The loops of a kernel's final bundles, in the order of their first bundle."""
+def kernel_loops(text: str, unknown_runs: int = 1) -> list[Loop]:
+    """The loops of a kernel's final bundles, in the order of their first bundle.
+
+    Args:
+      unknown_runs: how often a loop counts whose length the code does not say.
+    """
     bundles, products, ends, parents, pipelined = [0], [0], [None], [0], [False]
     place, tests = 0, {}
     for line in text.splitlines():
@@ -68,27 +72,27 @@ def kernel_loops(text: str) -> list[Loop]:
             ends[place] = tests.pop(branch[1])
             place = parents[place]
     return [
-        Loop(_runs(i, ends, parents, pipelined), known, bundles[i], products[i])
+        Loop(_runs(i, ends, parents, pipelined, unknown_runs), known, bundles[i], products[i])
         for i, known in enumerate(end is not None or i == 0 for i, end in enumerate(ends))
     ]
 
 
-def _runs(i: int, ends: list, parents: list[int], pipelined: list[bool]) -> int:
+def _runs(i: int, ends: list, parents: list[int], pipelined: list[bool], unknown_runs: int) -> int:
     """How often loop `i` runs, with the loops around it."""
     if i == 0:
         return 1
-    own = 1 if ends[i] is None else max(1, ends[i] - 2 * pipelined[i])
-    return own * _runs(parents[i], ends, parents, pipelined)
+    own = unknown_runs if ends[i] is None else max(1, ends[i] - 2 * pipelined[i])
+    return own * _runs(parents[i], ends, parents, pipelined, unknown_runs)
 
 
-def kernel_cycles(folder: pathlib.Path) -> dict[str, tuple[int, bool]]:
+def kernel_cycles(folder: pathlib.Path, unknown_runs: int = 1) -> dict[str, tuple[int, bool]]:
     """Kernel -> (its cycles, whether all its loops say how long they are), from libtpu's folder."""
     found = {}
     for file in folder.glob("*-final_bundles.txt"):
         text = file.read_text(errors="replace")
         name = re.search(r"exit bundle: %([\w.\-]+) = custom-call", text)
         if name is not None:
-            loops = kernel_loops(text)
+            loops = kernel_loops(text, unknown_runs)
             cycles = sum(loop.cycles for loop in loops)
             found[name[1]] = cycles, all(loop.known for loop in loops)
     return found

@@ -16,7 +16,7 @@ import pathlib
 import re
 from typing import NamedTuple
 
-_BUNDLE = re.compile(r"\s*(?:0|0x[0-9a-f]+)\s+(LH|LB|LE|PB|PF|CT)?\s*:")
+_BUNDLE = re.compile(r"\s*(?:0|0x[0-9a-f]+)\s+(LH|LB|LE|PB|PF|CT)?\s*:((?:\s*>)*)\s*\{(\s*\})?")
 _EXIT = re.compile(r"(%p\w+) = scmp\.(\w\w)\.\w+\S* %s\w+, (\d+) /\* loop exit test \*/")
 _BRANCH = re.compile(r"sbr\.rel \(!(%p\w+)\)")
 _PRODUCT_CYCLES = 4
@@ -46,17 +46,23 @@ class Loop(NamedTuple):
 def kernel_loops(text: str) -> list[Loop]:
     """The loops of a kernel's final bundles, in the order of their first bundle."""
     bundles, products, ends, parents, pipelined = [0], [0], [None], [0], [False]
-    place, tests = 0, {}
+    place, tests, depths, left = 0, {}, [0], False
     for line in text.splitlines():
         bundle = _BUNDLE.match(line)
         if bundle is None:
             continue
+        # A loop of unknown length has ended where the code lies less deep after its branch. Empty
+        # bundles in the wake of a branch are printed without their depth.
+        if left and bundle[3] is None and bundle[2].count(">") < depths[place]:
+            place = parents[place]
+            left = False
         if bundle[1] == "LB":
             parents.append(place)
             place = len(bundles)
             bundles.append(0)
             products.append(0)
             ends.append(None)
+            depths.append(bundle[2].count(">"))
             # A pipelined grid runs two more times, for its first copy in and its last copy out.
             pipelined.append("iteration index, stage" in line)
         bundles[place] += 1
@@ -67,6 +73,9 @@ def kernel_loops(text: str) -> list[Loop]:
         if branch and branch[1] in tests and place:
             ends[place] = tests.pop(branch[1])
             place = parents[place]
+            left = False
+        elif branch and place:
+            left = True
     return [
         Loop(_runs(i, ends, parents, pipelined), known, bundles[i], products[i])
         for i, known in enumerate(end is not None or i == 0 for i, end in enumerate(ends))

@@ -113,8 +113,8 @@ def check_host_memory(choice: str, why: str, devices: Iterable[Any]) -> None:
     """
     for device in devices:
         kinds = [memory.kind for memory in device.addressable_memories()]
-        if HOST not in kinds:
+        if HOST not in kinds:  # GPUs to compile for, that are not there, name none
             raise ValueError(
                 f"{choice}, {why} the host's memory ({HOST}); "
-                f"{device.platform} has only {', '.join(kinds)}"
+                f"{device.platform} has {'only ' + ', '.join(kinds) if kinds else 'none'}"
             )

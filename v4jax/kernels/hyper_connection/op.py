@@ -1,0 +1,219 @@
+"""A site of hyper-connections around a sublayer: the way in, and the way out to the streams.
+
+The way in collapses the streams with weights that the streams themselves give, and also gives the
+weights of the way out (docs/equations.md#mhc). `reference` composes it of smaller ops, which on TPU
+pass over all streams several times. `pallas_tpu` is one kernel for each way and each pass.
+
+Shapes: B batch, S positions, X streams, D hidden, P weights of a site ((2+X)*X), M the same, filled
+up to whole rows.
+Next file to read: v4jax/kernels/hyper_connection/blocks.py.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sharding.manual import vary_like
+from sharding.rules import AxisRules
+from v4jax.kernels.hyper_connection import expand_tpu, site_tpu
+from v4jax.kernels.hyper_connection.blocks import LANES, VMEM_BYTES, Site
+from v4jax.kernels.hyper_connection.site_tpu import SiteWeights
+
+_ROWS = 16
+"""Rows of a 16-bit matrix that lie together."""
+
+
+class Ways(NamedTuple):
+    """One implementation: both ways."""
+
+    site: Callable
+    expand: Callable
+
+
+class SiteResult(NamedTuple):
+    """What the way in gives.
+
+    Attributes:
+      u_BSD: the collapsed streams, in their dtype.
+      pre_BSX, post_BSX, comb_BSXX: float32; comb is (source, target).
+    """
+
+    u_BSD: jax.Array
+    pre_BSX: jax.Array
+    post_BSX: jax.Array
+    comb_BSXX: jax.Array
+
+
+def reference(composed: Callable, *inputs):
+    """`composed` of the inputs: smaller ops, one after another."""
+    return composed(*inputs)
+
+
+def pallas_site(
+    rules: AxisRules, site: Site, x_BSXD: jax.Array, fn: jax.Array, base: jax.Array, scale: jax.Array
+) -> SiteResult:
+    """The way in, in one kernel; other platforms than TPU interpret it, which is slow.
+
+    Args:
+      rules: the layout; each device works on its own tokens.
+      fn: float32 [X*D, P].
+      base: float32 [P].
+      scale: float32 [3], of pre, post and comb.
+
+    Raises:
+      ValueError: sizes that the kernel does not take (`unfit`).
+    """
+    _refuse(x_BSXD)
+    n, width = site.streams, x_BSXD.shape[3]
+    more = -base.shape[0] % _ROWS
+    fn_XMD = jnp.swapaxes(_by_target(fn, n).reshape(n, width, -1), 1, 2)
+    fn_XMD = jnp.pad(fn_XMD, ((0, 0), (0, more), (0, 0)))
+    scale_P = jnp.concatenate([jnp.full(size, scale[i]) for i, size in enumerate((n, n, n * n))])
+    columns = [jnp.pad(one, (0, more))[:, None] for one in (_by_target(base, n), scale_P)]
+
+    def local(x_bsxd, own: SiteWeights):
+        own = jax.tree.map(lambda w: vary_like(w, x_bsxd), own)
+        x_bxsd = jnp.moveaxis(_filled(x_bsxd), 2, 1)
+        u_bsd, weights_bms = _site(site, x_bxsd, own)
+        seq = x_bsxd.shape[1]
+        return u_bsd[:, :seq], jnp.swapaxes(weights_bms, 1, 2)[:, :seq]
+
+    act = rules.spec(("act_batch", "act_seq")) if rules else None
+    run = _on_mesh(rules, site.interpret, local, (act, None), (act, act))
+    u_BSD, weights_BSM = run(x_BSXD, SiteWeights(fn_XMD, *columns))
+    comb_BSXX = weights_BSM[..., 2 * n : (2 + n) * n].reshape(*x_BSXD.shape[:2], n, n)
+    comb_BSXX = jnp.swapaxes(comb_BSXX, 2, 3)
+    return SiteResult(u_BSD, weights_BSM[..., :n], weights_BSM[..., n : 2 * n], comb_BSXX)
+
+
+def pallas_expand(
+    rules: AxisRules,
+    y_BSD: jax.Array,
+    x_BSXD: jax.Array,
+    post_BSX: jax.Array,
+    comb_BSXX: jax.Array,
+) -> jax.Array:
+    """The way out in one kernel: `expand` of v4jax/kernels/streams.py.
+
+    Raises:
+      ValueError: sizes that the kernel does not take (`unfit`).
+    """
+    _refuse(x_BSXD)
+    comb_BSP = jnp.swapaxes(comb_BSXX, 2, 3).reshape(*comb_BSXX.shape[:2], -1)
+    weights_BSP = jnp.concatenate([post_BSX, comb_BSP], axis=-1)
+
+    def local(x_bsxd, y_bsd, weights_bsp):
+        x_bxsd, weights_bps = jnp.moveaxis(_filled(x_bsxd), 2, 1), jnp.swapaxes(
+            _filled(weights_bsp), 1, 2
+        )
+        new_bxsd = _expand(not on_tpu(), x_bxsd, _filled(y_bsd), weights_bps)
+        return jnp.moveaxis(new_bxsd, 1, 2)[:, : x_bsxd.shape[1]]
+
+    act = rules.spec(("act_batch", "act_seq")) if rules else None
+    run = _on_mesh(rules, not on_tpu(), local, (act, act, act), act)
+    return run(x_BSXD, y_BSD, weights_BSP)
+
+
+def _by_target(numbers: jax.Array, n: int) -> jax.Array:
+    """Numbers of a site's weights [...,P], those of comb target after target."""
+    comb = numbers[..., 2 * n :].reshape(*numbers.shape[:-1], n, n)
+    comb = jnp.swapaxes(comb, -1, -2).reshape(*numbers.shape[:-1], n * n)
+    return jnp.concatenate([numbers[..., : 2 * n], comb], axis=-1)
+
+
+def _on_mesh(rules: AxisRules, interpret: bool, local, in_specs, out_specs) -> Callable:
+    if not rules:
+        return local
+    in_specs = tuple(jax.P() if spec is None else spec for spec in in_specs)
+    # JAX cannot track which values vary over the mesh inside a kernel that is interpreted.
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=not interpret)
+
+
+def _filled(x: jax.Array) -> jax.Array:
+    """`x` with positions (axis 1) of zeros up to a multiple of LANES."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES), *((0, 0),) * (x.ndim - 2)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _site(site: Site, x_BXSD: jax.Array, own: SiteWeights) -> tuple[jax.Array, jax.Array]:
+    """(collapsed streams [B,S,D], weights [B,M,S])."""
+    return tuple(site_tpu.forward(site, x_BXSD, own)[:2])
+
+
+def _site_fwd(site: Site, x_BXSD, own: SiteWeights):
+    u_BSD, weights_BMS, mix_BMS, inverse_B1S = site_tpu.forward(site, x_BXSD, own)
+    return (u_BSD, weights_BMS), (x_BXSD, own, mix_BMS, inverse_B1S)
+
+
+def _site_bwd(site: Site, saved, ct):
+    x_BXSD, own, mix_BMS, inverse_B1S = saved
+    ct_x, ct_fn, ct_logits_BMS = site_tpu.backward(site, x_BXSD, own, mix_BMS, inverse_B1S, *ct)
+    ct_base_M1 = ct_logits_BMS.sum((0, 2))[:, None]
+    ct_scale_M1 = (ct_logits_BMS * mix_BMS).sum((0, 2))[:, None]
+    return ct_x, SiteWeights(ct_fn.sum((0, 1)), ct_base_M1, ct_scale_M1)
+
+
+_site.defvjp(_site_fwd, _site_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _expand(interpret: bool, x_BXSD, y_BSD, weights_BPS) -> jax.Array:
+    return expand_tpu.forward(interpret, x_BXSD, y_BSD, weights_BPS)
+
+
+_expand.defvjp(
+    lambda interpret, *inputs: (_expand(interpret, *inputs), inputs),
+    lambda interpret, inputs, ct: tuple(expand_tpu.backward(interpret, *inputs, ct)),
+)
+
+IMPLEMENTATIONS = {
+    "reference": Ways(reference, reference),
+    "pallas_tpu": Ways(pallas_site, pallas_expand),
+}
+"""They take different arguments: `reference` composes the ops that it is given."""
+
+
+def implementation_of(name: str | None, x_BSXD: jax.Array) -> str:
+    """The implementation that runs: the one that is named, or the platform's best.
+
+    It is chosen when the program is traced, for the devices of the mesh or the default ones.
+
+    Args:
+      name: of an implementation; None: "pallas_tpu" on TPU, if it can, otherwise "reference".
+    """
+    if name is None:
+        return "pallas_tpu" if on_tpu() and not unfit(x_BSXD) else "reference"
+    return name
+
+
+def on_tpu() -> bool:
+    """Whether the program that is traced is for TPUs."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "tpu"
+
+
+def unfit(x_BSXD: jax.Array) -> str:
+    """Why the kernels do not take streams of this shape, in words; "" if they do."""
+    _, seq, streams, width = x_BSXD.shape
+    if not on_tpu():
+        return ""
+    if seq < LANES:
+        return f"{seq} tokens a row; a step of a kernel takes {LANES}"
+    if width % LANES:
+        return f"hidden size {width}; on TPU it must divide by {LANES}"
+    # Streams, their gradients and new gradients, in two buffers each.
+    need = (6 * streams + 4) * LANES * width * x_BSXD.dtype.itemsize
+    if need > VMEM_BYTES:
+        return (
+            f"{streams} streams of {width} {x_BSXD.dtype}: a step needs {need / 2**20:.0f} MiB of "
+            f"fast memory, and {VMEM_BYTES >> 20} are there"
+        )
+    return ""
+
+
+def _refuse(x_BSXD: jax.Array) -> None:
+    if fault := unfit(x_BSXD):
+        raise ValueError(f"kernels: hyper_connection: got 'pallas_tpu' for {fault}")

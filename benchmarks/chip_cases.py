@@ -19,13 +19,13 @@ from v4jax.config import CSA, ModelConfig
 from v4jax.context import Context
 from v4jax.kernels.choice import kernels_from
 from v4jax.kernels.index_scores import index_scores
+from v4jax.kernels.norm import rms_norm
 from v4jax.kernels.rotate import rotate
 from v4jax.kernels.streams import expand
 from v4jax.kernels.top_k import top_k_mask
 from v4jax.model.attend import attend
 from v4jax.model.attention import Attention
 from v4jax.model.hyper import HyperConnection
-from v4jax.model.norm import rms_norm
 from v4jax.model.rotary import rotation
 from v4jax.model.segments import read_segments
 from v4jax.model.windows import entries_of, windows_of
@@ -123,12 +123,17 @@ def _index_shapes(sizes: Sizes) -> tuple:
 
 
 def _attend(sizes: Sizes, ratio: int) -> Case:
-    """Attention of rotated queries, for CSA with scores and choice, which get no gradient."""
+    """From q's norm and rotation to the output's, for CSA with scores and choice.
+
+    Queries are [T, N*H], as a product makes them, and the output lies in groups of heads, as a
+    product takes it. Scores and choice get no gradient.
+    """
     cfg, seq, queries = sizes.cfg, sizes.seq, sizes.queries
     continues = seq > queries
     before = cfg.sliding_window if continues else 0
 
-    def run(q_BTNH, kv_BYH, sink_N, *rest):
+    def run(q_BTW, kv_BYH, sink_N, *rest):
+        position_BT = jnp.arange(queries)[None]
         windows = windows_of(cfg, ratio, jnp.arange(seq)[None], None, 1) if ratio else None
         entries = entries_of(ratio, rest[0] if ratio else None, windows)
         index = IndexInputs(*rest[1:4]) if ratio == CSA else None
@@ -137,12 +142,16 @@ def _attend(sizes: Sizes, ratio: int) -> Case:
             # The start is an array, so that the compiler cannot know what the queries see.
             start_B = rest[-1]
             position_BY = start_B[:, None] + jnp.arange(-before, queries, dtype=jnp.int32)[None]
+            position_BT = position_BY[:, before:]
             past = WindowKV(kv_BYH, position_BY, start_B)
-        inputs = AttentionInputs(q_BTNH, kv_BYH, sink_N, None, entries, index, past)
-        return attend(sizes.ctx, cfg, inputs)[0]
+        rope = rotation(cfg, position_BT, compressed=ratio > 0)
+        q_BTNH = q_BTW.reshape(_heads(sizes).shape)
+        inputs = AttentionInputs(q_BTNH, rope, kv_BYH, sink_N, None, entries, index, past)
+        out_BTNH = attend(sizes.ctx, cfg, inputs)[0]
+        return jnp.moveaxis(out_BTNH.reshape(1, queries, cfg.o_groups, -1), 2, 1)
 
     heads, dim = cfg.num_attention_heads, cfg.head_dim
-    shapes = [_heads(sizes), _of((1, before + queries, dim)), _of((heads,), _F32)]
+    shapes = [_of((1, queries, heads * dim)), _of((1, before + queries, dim)), _of((heads,), _F32)]
     if ratio:
         shapes.append(_of((1, seq // ratio, dim)))
     if ratio == CSA:

@@ -8,11 +8,12 @@ Each row is compiled at full effort for one device, each pass in a process of it
 abort of the compiler loses one cell. Times are milliseconds: XLA's estimated cycles, loops
 multiplied, over the clock. Operations that XLA gives no estimate for are counted apart, with the
 least time that they take at the chip's peaks, by the bytes that they write and by what a kernel
-states (pl.CostEstimate); copies into fast memory that run beside others are left out. `--profile`
-simulates those operations too (minutes a row). Floors: the longer of useful FLOPs (a backward pass
-has twice those of the forward pass) and the least bytes that memory must move. An op whose floor is
-0 would cost nothing inside a kernel. `_layer` rows are the module Attention with its projections,
-`projections` are these alone.
+states (pl.CostEstimate); copies into fast memory that run beside others are left out. A Pallas
+kernel takes the bundles of its code (v4jax/planner/bundles.py), at least its bytes: a lower bound.
+
+Floors: the longer of useful FLOPs (a backward pass has twice those of the forward pass) and the
+least bytes that memory must move. An op whose floor is 0 would cost nothing inside a kernel.
+`_layer` rows are the module Attention with its projections, `projections` are these alone.
 """
 
 import argparse
@@ -27,6 +28,10 @@ import tempfile
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from chip_cases import FORWARD_ONLY, OPS, Case, case_of
+
+from v4jax.planner.bundles import kernel_cycles
+from v4jax.planner.cycles import read_times
+from v4jax.planner.hardware import hardware_of
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
@@ -56,10 +61,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--queries", type=int, help="its last ones (default: at most 4096)")
     parser.add_argument("--passes", default="forward,both", help="forward, both or forward,both")
     parser.add_argument("--kernels", default="", help="as --kernels of v4jax train")
-    parser.add_argument("--profile", action="store_true", help="simulate what has no estimate")
+    parser.add_argument(
+        "--unknown-runs", type=int, default=1, help="of a loop whose length the program hides"
+    )
     parser.add_argument("--largest", type=int, default=0, help="also show the N largest operations")
     parser.add_argument("--hlo", help="keep the compiled text in this folder")
     parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--code", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.ops = options.ops or list(OPS)
     options.queries = options.queries or min(options.seq, 4096)
@@ -69,22 +77,38 @@ def _options() -> argparse.Namespace:
 
 
 def _apart(op: str, name: str, options: argparse.Namespace) -> dict:
-    """The row, measured by another process; {"error": ...} if that fails."""
-    command = [sys.executable, __file__, op, "--row", name]
-    for name in ("model", "chip", "seq", "queries", "kernels", "largest"):
-        command += [f"--{name}", str(getattr(options, name))]
-    command += ["--hlo", options.hlo] if options.hlo else []
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    """The cell, measured by another process; {"error": ...} if that fails.
+
+    Where there are kernels, a second one compiles them again to print their code.
+    """
+    found = _process(op, name, options, None)
+    if not found.get("kernels"):
+        return found
     with tempfile.TemporaryDirectory() as folder:
-        if options.profile:
-            flag = f"--xla_jf_dump_static_llo_profile_to={folder}"
-            environment["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flag}"
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        return _process(op, name, options, folder)
+
+
+def _process(op: str, name: str, options: argparse.Namespace, code: str | None) -> dict:
+    """What `measured` returns, by another process; libtpu prints code into the folder `code`."""
+    command = [sys.executable, __file__, op, "--row", name]
+    for option in ("model", "chip", "seq", "queries", "kernels", "largest", "unknown_runs"):
+        command += [f"--{option.replace('_', '-')}", str(getattr(options, option))]
+    command += ["--hlo", options.hlo] if options.hlo else []
+    flags = [os.environ.get("LIBTPU_INIT_ARGS", "")]
+    if code is not None:
+        command += ["--code", code]
+        flags += [f"--xla_jf_dump_to={code}", "--xla_jf_dump_llo_text=true"]
+        flags.append("--xla_jf_dump_llo_pass_label_regex=final_bundles")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": " ".join(flags)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         return {"error": f"exit {done.returncode}: {lines[-1][:200]}"}
-    print(done.stderr if options.largest else "", end="", file=sys.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    for line in found.pop("largest"):
+        if code is not None or not found["kernels"]:
+            print(line, file=sys.stderr)
+    return found
 
 
 def _line(op: str, rows: dict[str, dict]) -> str:
@@ -112,10 +136,7 @@ def _mib(size: int) -> str:
 
 
 def measured(op: str, name: str, options: argparse.Namespace) -> dict:
-    """Compiles one op, and reads its estimate."""
-    from v4jax.planner.cycles import read_times
-    from v4jax.planner.hardware import hardware_of
-
+    """Compiles one op for one pass, and reads its estimate."""
     case = case_of(op, options.model, options.kernels, options.seq, options.queries)
     compiled = _compile(case, name, options.chip)
     text = compiled.as_text()
@@ -124,23 +145,41 @@ def measured(op: str, name: str, options: argparse.Namespace) -> dict:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{op}_{name}.hlo").write_text(text)
     device = hardware_of(options.chip).of_a_device(1)
-    reading = read_times(text, device.clock)
+    reading = read_times(text, device.clock, options.unknown_runs)
+    ops = _counted(reading.ops, options.code, device)
     # Copies that start and end apart run beside other operations.
-    blind = [one for one in reading.ops if one.seconds is None and not one.kind.endswith("-start")]
+    blind = [one for one in ops if one.seconds is None and not one.kind.endswith("-start")]
     counts = collections.Counter()
     for one in blind:
         counts[one.kind] += one.calls
-    _show_largest(reading, options.largest)
+    if reading.loops:
+        counts["loops of unknown length"] = len(reading.loops)
     both = name == "both"
     flops = case.flops + both * case.back_flops
     moved = case.bytes + both * case.back_bytes
     return {
-        "ms": 1e3 * reading.seconds,
+        "ms": 1e3 * sum(one.calls * (one.seconds or 0) for one in ops),
         "floor": 1e3 * max(flops / device.bf16_flops, moved / device.hbm_bandwidth),
         "blind": dict(counts.most_common()),
         "blind_ms": 1e3 * sum(one.calls * _least(one, device) for one in blind),
+        "kernels": sum(one.kind == "tpu_custom_call" for one in ops),
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
+        "largest": _largest(ops, options.largest),
     }
+
+
+def _counted(ops, code: str | None, device) -> list:
+    """The operations, with the seconds of kernels: by their bundles, at least by their bytes."""
+    cycles = {} if code is None else kernel_cycles(pathlib.Path(code))
+    found = []
+    for one in ops:
+        if one.kind == "tpu_custom_call" and one.name in cycles:
+            count, known = cycles[one.name]
+            seconds = max(count / device.clock, one.bytes / device.hbm_bandwidth)
+            kind = "kernel" if known else "kernel with a loop of unknown length, counted once"
+            one = one._replace(seconds=seconds, kind=kind)
+        found.append(one)
+    return found
 
 
 def _least(one, device) -> float:
@@ -148,12 +187,15 @@ def _least(one, device) -> float:
     return max(one.bytes / device.hbm_bandwidth, one.flops / device.bf16_flops)
 
 
-def _show_largest(reading, count: int) -> None:
-    """Prints the operations with most cycles, and those without an estimate, on stderr."""
-    ranked = sorted(reading.ops, key=lambda one: -one.calls * (one.seconds or 0))
+def _largest(ops, count: int) -> list[str]:
+    """Lines of the operations that take longest."""
+    ranked = sorted(ops, key=lambda one: -one.calls * (one.seconds or 0))
+    lines = []
     for one in ranked[:count]:
         ms = 1e3 * one.calls * (one.seconds or 0)
-        print(f"  {ms:8.3f} ms  {one.calls:5} x {one.name:40} {one.source[-70:]}", file=sys.stderr)
+        where = one.kind if one.kind.startswith("kernel") else one.source[-70:]
+        lines.append(f"  {ms:8.3f} ms  {one.calls:5} x {one.name:40} {where}")
+    return lines
 
 
 def _compile(case: Case, name: str, chip: str):

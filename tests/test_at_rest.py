@@ -22,11 +22,11 @@ from sharding.rules import AxisRules
 from v4jax.context import Context, SparseMode
 from v4jax.functional import init_params
 from v4jax.generate.sampling import Sampling, choose_token
+from v4jax.kernels.norm import rms_norm
 from v4jax.kernels.sinkhorn import sinkhorn
 from v4jax.model.balance import balance_loss, expert_share
 from v4jax.model.hyper import mixing_logits
 from v4jax.model.indexer import index_loss
-from v4jax.model.norm import rms_norm
 from v4jax.model.router import gate_weights, router_scores
 from v4jax.model.segments import Segments
 from v4jax.quant import fake

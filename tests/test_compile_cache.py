@@ -9,47 +9,25 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
-from trees import small_config
+from small_runs import small_run, write_text
 
 from v4jax.checkpoint.store import Store
 from v4jax.cli import main as cli
-from v4jax.data.config import DataConfig
 from v4jax.train.compile_cache import compile_cache
-from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
 
-MODEL = small_config(
-    vocab_size=260,
-    num_hidden_layers=1,
-    compress_ratios=(4, 0),
-    num_hash_layers=0,
-    hidden_size=32,
-    moe_intermediate_size=16,
-)
 HIT = "/jax/compilation_cache/cache_hits"
 ASKED = "/jax/compilation_cache/compile_requests_use_cache"
 
 
 @pytest.fixture
 def cfg(tmp_path):
-    text = tmp_path / "text"
-    text.mkdir()
-    for i in range(8):
-        (text / f"{i}.txt").write_text(f"document {i}: " + "the cat sat on the mat. " * 20)
-    return TrainConfig(
-        model=MODEL,
-        data=DataConfig(source=str(text), held_out=0.2),
-        run_dir=str(tmp_path / "run"),
-        steps=4,
-        batch_size=2,
-        seq_len=32,
-        learning_rate=5e-3,
-        warmup_steps=2,
+    return small_run(
+        write_text(tmp_path / "text", documents=8),
+        tmp_path / "run",
         eval_every=2,
         eval_batches=1,
         checkpoint_every=2,
-        remat=False,
-        export="none",
         compile_cache=str(tmp_path / "programs"),
     )
 

@@ -17,6 +17,7 @@ import pytest
 from safetensors import safe_open
 from trees import random_params, small_config
 
+import v4jax
 import v4jax.checkpoint.load
 from v4jax.checkpoint import load_safetensors, official_names, save_safetensors, to_official
 from v4jax.checkpoint.files import headers_of, read_tensor
@@ -44,6 +45,15 @@ def sources(tmp_path_factory):
         raw = json.loads((root / format / "config.json").read_text())
         (root / format / "config.json").write_text(json.dumps(raw | {"note": "kept"}))
     return root
+
+
+def test_tensors_of_zeros_are_in_a_store_too(tmp_path):
+    """As sinks and biases of fresh weights are. Orbax refuses a store that leaves them out."""
+    zeros = jax.tree.map(np.zeros_like, PARAMS["head"])
+    save_safetensors(CFG, PARAMS | {"head": zeros}, tmp_path / "source", dtype="float32")
+    convert(tmp_path / "source", tmp_path / "store", format="orbax")
+    loaded = v4jax.load(tmp_path / "store")[1]
+    assert not np.asarray(loaded["head"]["weight"]).any()
 
 
 def tensors_of(directory):

@@ -90,7 +90,7 @@ def test_loops_are_multiplied_and_the_dearest_branch_counts():
     """The outer loop runs 4 times (3 to 0), the inner one 5 times (1, 3, 5, 7, 9)."""
     reading = read_times(TEXT, clock=1.0)
     inner = 4 * 5 + 1 * 5  # the loop of unknown length counts once
-    counted = {(op.name, op.calls, op.seconds) for op in reading.ops if op.seconds is not None}
+    counted = {(op.family, op.calls, op.seconds) for op in reading.ops if op.seconds is not None}
     assert counted == {("fusion", 20, 100), ("fusion", 5, 100), ("copy", 1, 11), ("y", 1, 13)}
     assert reading.seconds == inner * 100 + 11 + 13
     assert reading.loops == ("jit(step)/while",)

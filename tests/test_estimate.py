@@ -267,6 +267,20 @@ def test_two_layouts_side_by_side():
         compare(full(flash, ""), Request("v5p"), ["pod", "full"])
 
 
+@pytest.mark.parametrize(
+    "chips, second, words",
+    [
+        ("v5p", "full:fsdp=8,expert=16", []),
+        ("v5p", "ep:expert=128", ["warning: one does not fit: ep: expert=128 needs "]),
+        ("v6e", "ep:expert=128", ["warning: neither fits: pod: fsdp=8,expert=16 needs "]),
+    ],
+)
+def test_a_comparison_says_what_does_not_fit(chips, second, words):
+    pair = compare(full(flash, ""), Request(chips), ["pod:fsdp=8,expert=16", second])
+    assert [line[: len(word)] for line, word in zip(pair.lines(), words, strict=True)] == words
+    assert pair.to_dict()["warnings"] == pair.lines()
+
+
 @pytest.mark.slow
 def test_a_search_of_a_pod_takes_less_than_a_minute():
     import time

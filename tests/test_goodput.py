@@ -8,11 +8,9 @@ import time
 import jax
 import numpy as np
 import pytest
-from trees import small_config
+from small_runs import small_run, write_text
 
-from v4jax.data.config import DataConfig
 from v4jax.train import goodput, run_steps
-from v4jax.train.config import TrainConfig
 from v4jax.train.goodput import PARTS, Clock
 from v4jax.train.loop import train
 from v4jax.train.metrics_file import read_metrics
@@ -20,14 +18,6 @@ from v4jax.train.picture import write_summary
 from v4jax.train.stability import StabilityConfig
 from v4jax.train.stages import Batches
 
-MODEL = small_config(
-    vocab_size=260,
-    num_hidden_layers=1,
-    compress_ratios=(4, 0),
-    num_hash_layers=0,
-    hidden_size=32,
-    moe_intermediate_size=16,
-)
 SLEEP = 0.3
 """Seconds that a batch of the slow source takes; a step takes a small part of that."""
 
@@ -123,24 +113,14 @@ def test_steps_that_repeat_are_lost_to_the_rollback(fake):
 
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(8):
-        (folder / f"{i}.txt").write_text(f"document {i}: " + "the cat sat on the mat. " * 20)
-    return TrainConfig(
-        model=MODEL,
-        data=DataConfig(source=str(folder), held_out=0.2),
-        run_dir=str(tmp_path_factory.mktemp("a") / "run"),
+    return small_run(
+        write_text(tmp_path_factory.mktemp("text"), documents=8),
+        tmp_path_factory.mktemp("a") / "run",
         steps=8,
-        batch_size=2,
-        seq_len=32,
-        learning_rate=5e-3,
-        warmup_steps=2,
         log_every=4,
         eval_every=4,
         eval_batches=1,
         checkpoint_every=4,
-        remat=False,
-        export="none",
     )
 
 

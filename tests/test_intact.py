@@ -13,13 +13,13 @@ import jax
 import numpy as np
 import pytest
 from commands import programs_compiled_here
+from small_runs import small_run, write_text
 from trees import random_params, small_config
 
 import v4jax
 from v4jax.checkpoint.checksums import damage, write_sums
 from v4jax.checkpoint.store import Store
 from v4jax.cli import main as cli
-from v4jax.data.config import DataConfig
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
 
@@ -36,30 +36,21 @@ MODEL = small_config(
 
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(20):
-        (folder / f"{i}.txt").write_text(f"document {i}: " + "the cat sat on the mat. " * 20)
-    return folder
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def config(text_folder, run, **changes) -> TrainConfig:
     fields = dict(
         model=MODEL,
-        data=DataConfig(source=str(text_folder), held_out=0.2),
-        run_dir=str(run),
         steps=6,
-        batch_size=2,
         seq_len=24,
-        learning_rate=5e-3,
         warmup_steps=0,
         log_every=1,
         eval_every=2,
         eval_batches=1,
         checkpoint_every=2,
-        remat=False,
-        export="none",
     )
-    return TrainConfig(**fields | changes)
+    return small_run(text_folder, run, **fields | changes)
 
 
 @pytest.fixture(scope="module")

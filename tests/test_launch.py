@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from commands import MINUTE, environment, launched, python, run
+from commands import MINUTE, ROOT, environment, launched, python, run
 
 from sharding import processes
 from v4jax.cli import main as cli
@@ -103,12 +103,25 @@ def test_signals_are_passed_on(number):
             "no such command 'no-such-command-here'",
         ),
         ("launch --devices 1 -- true", "--processes"),
+        (
+            "launch --processes 2 --devices 4 v4jax train x.py --steps 3",
+            "goes after --: v4jax launch --processes 2 --devices 4 -- v4jax train x.py --steps 3",
+        ),
+        ("launch --processes 2 --devices 4 --more", "unknown argument '--more'"),
     ],
 )
 def test_bad_launches_are_one_line(arguments, words, capsys):
     assert cli.main(arguments.split()) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
+
+
+def test_a_plan_is_printed_once():
+    train = [sys.executable, "-m", "v4jax", "train", str(ROOT / "configs/demo.py"), "--dry-run"]
+    options = ["--processes", "2", "--devices", "4"]
+    done = run(sys.executable, "-m", "v4jax", "launch", *options, "--", *train)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("1 to 120") == 1 and "[1]" not in done.stdout
 
 
 def test_launch_puts_signal_handlers_back():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import MINUTE, ROOT, environment, launched, python, run
+from small_runs import write_text
 from trees import random_params
 
 import v4jax
@@ -204,11 +205,7 @@ def train_in_two(folder: pathlib.Path, name: str) -> list[str]:
 def test_a_job_that_loses_a_process_ends_and_one_process_goes_on_as_if_nothing_had_happened(
     tmp_path,
 ):
-    (tmp_path / "text").mkdir()
-    for i in range(20):
-        (tmp_path / "text" / f"{i}.txt").write_text(
-            f"document {i}: " + "the cat sat on the mat. " * 9
-        )
+    write_text(tmp_path / "text", repeats=9)
     lost, killed = None, None
     with subprocess.Popen(
         train_in_two(tmp_path, "run"),

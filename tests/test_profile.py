@@ -6,44 +6,18 @@ import json
 import pathlib
 
 import pytest
-from trees import small_config
+from small_runs import small_run, write_text
 
 from v4jax.cli import main as cli
-from v4jax.data.config import DataConfig
-from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
 from v4jax.train.metrics_file import read_metrics
 from v4jax.train.profile_table import OTHER, PARTS, part_of, parts_of, seconds_by_part, table
 
-MODEL = small_config(
-    vocab_size=260,
-    num_hidden_layers=1,
-    compress_ratios=(4, 0),
-    num_hash_layers=0,
-    hidden_size=32,
-    moe_intermediate_size=16,
-)
-
 
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(8):
-        (folder / f"{i}.txt").write_text(f"document {i}: " + "the cat sat on the mat. " * 20)
-    return TrainConfig(
-        model=MODEL,
-        data=DataConfig(source=str(folder), held_out=0.2),
-        run_dir=str(tmp_path_factory.mktemp("a") / "run"),
-        steps=4,
-        batch_size=2,
-        seq_len=32,
-        learning_rate=5e-3,
-        warmup_steps=2,
-        eval_batches=0,
-        remat=False,
-        export="none",
-        profile="2:2",
-    )
+    text = write_text(tmp_path_factory.mktemp("text"), documents=8)
+    return small_run(text, tmp_path_factory.mktemp("a") / "run", profile="2:2")
 
 
 def test_a_trace_has_the_steps_and_the_time_of_every_part(cfg, capsys):

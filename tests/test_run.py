@@ -15,53 +15,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_runs import small_run, write_text
 from trees import random_params, small_config
 
 import v4jax
 from v4jax.checkpoint.store import Store
 from v4jax.cli import main as cli
 from v4jax.cli.train import sample
-from v4jax.data.config import DataConfig
-from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
 from v4jax.train.stability import TrainingFailed
-
-MODEL = small_config(
-    vocab_size=260,
-    num_hidden_layers=1,
-    compress_ratios=(4, 0),
-    num_hash_layers=0,
-    hidden_size=32,
-    moe_intermediate_size=16,
-)
 
 
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(20):
-        (folder / f"{i}.txt").write_text(f"document {i}: " + "the cat sat on the mat. " * 20)
-    return folder
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
 def finished(text_folder, tmp_path_factory):
     """An uninterrupted run of 30 steps: (config, summary)."""
-    cfg = TrainConfig(
-        model=MODEL,
-        data=DataConfig(source=str(text_folder), held_out=0.2),
-        run_dir=str(tmp_path_factory.mktemp("a") / "run"),
+    cfg = small_run(
+        text_folder,
+        tmp_path_factory.mktemp("a") / "run",
         steps=30,
         batch_size=4,
         seq_len=48,
-        learning_rate=5e-3,
-        warmup_steps=2,
         decay_steps=5,
         log_every=2,
         eval_every=15,
         eval_batches=2,
         checkpoint_every=10,
-        remat=False,
         export="float32",
         sample_prompt="the",
         sample_tokens=4,

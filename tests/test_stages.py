@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from small_runs import small_run, write_text
 from trees import small_config
 
 from configs.demo import get_config
 from v4jax.checkpoint.store import Store
 from v4jax.context import SparseMode
-from v4jax.data.config import DataConfig
 from v4jax.parameter_tree import abstract_params
 from v4jax.planner.plan import plan
 from v4jax.train.config import TrainConfig
@@ -44,33 +44,20 @@ STAGES = (
 def config(folder, run_dir, **changes) -> TrainConfig:
     fields = dict(
         model=MODEL,
-        data=DataConfig(source=str(folder), held_out=0.2),
-        run_dir=str(run_dir),
         steps=20,
-        batch_size=2,
-        seq_len=32,
-        learning_rate=5e-3,
         index_learning_rate=2e-2,
-        warmup_steps=2,
         log_every=1,
-        eval_every=100,
-        eval_batches=0,
         checkpoint_every=2,
         keep=20,
-        remat=False,
-        export="none",
         attention="dense",
         stages=STAGES,
     )
-    return TrainConfig(**fields | changes)
+    return small_run(folder, run_dir, **fields | changes)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(20):
-        (folder / f"{i}.txt").write_text(f"document {i}: " + "the cat sat on the mat. " * 20)
-    return folder
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ They are killed at any moment, and moved to other devices, layouts and process c
 """
 
 import collections
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,12 +16,17 @@ import time
 
 import numpy as np
 import pytest
+import tensorstore as ts
+from small_runs import small_run
 from test_intact import losses, text_folder  # noqa: F401
 from test_processes import MODEL as WIDE
 
 from v4jax.data.config import DataConfig
+from v4jax.train import run_steps
 from v4jax.train.config import TrainConfig
 from v4jax.train.loop import train
+from v4jax.train.stability import StabilityConfig
+from v4jax.train.stages import Stage
 
 KILLS = 20
 TESTS = pathlib.Path(__file__).parent
@@ -99,7 +105,7 @@ def kill_at_a_random_moment(
     assert process.poll() is None, process.communicate()[1][-2000:]
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    return {line["step"]: line["loss"] for line in lines_of(run)}
+    return {line["step"]: line["loss"] for line in lines_of(run) if "loss" in line}
 
 
 @pytest.mark.slow
@@ -139,24 +145,117 @@ def test_killed_twenty_times_every_loss_is_that_of_the_run_left_alone(text_folde
     assert not any("tmp" in path.name for path in (run / "checkpoints").iterdir())
 
 
+EVERYTHING = """
+from test_survival import everything
+def get_config():
+    return everything({text!r}, {run!r})
+"""
+
+
+def everything(text, run, **changes) -> TrainConfig:
+    """A run that is always in the middle of something.
+
+    Micro-batches of packed rows on 2 devices, three stages, all low precision of the optimizer, and
+    a made-up spike in step 5, after which experts are chosen two steps ahead up to step 14.
+    """
+    real = run_steps.spike
+
+    def spike(config, history, loss, norm):
+        first = len(history.losses) == 4 and history.rollbacks == 0
+        return "made up" if first else real(config, history, loss, norm)
+
+    run_steps.spike = spike
+    fields = dict(
+        model=dataclasses.replace(WIDE, num_hash_layers=0),
+        data=DataConfig(source=str(text), held_out=0.2, packing="best_fit"),
+        mesh="fsdp=2",
+        layout="fsdp",
+        steps=100_000,
+        gradient_accumulation=2,
+        seq_len=40,
+        attention="dense",
+        index_learning_rate=1e-3,
+        momentum_dtype="bfloat16",
+        moment_dtype="bfloat16",
+        newton_schulz_dtype="bfloat16",
+        remat="dots",
+        checkpoint_every=3,
+        keep=3,
+        eval_every=4,
+        eval_batches=1,
+        stability=StabilityConfig(rollbacks=1, anticipate=9, anticipate_lag=2),
+        stages=(
+            Stage(after=7, batch_size=16, gradient_accumulation=4, attention="indexer"),
+            Stage(after=12, seq_len=56, attention="sparse"),
+        ),
+    )
+    return config(text, run, **fields | changes)
+
+
+def told(run) -> list[dict]:
+    """What metrics.jsonl says, without times."""
+    timed = ("seconds_", "goodput", "tokens_per_second", "model_flops", "data_wait")
+    return [
+        {name: value for name, value in line.items() if not name.startswith(timed)}
+        for line in lines_of(run)
+    ]
+
+
+def arrays(run) -> dict[str, np.ndarray]:
+    """Every array of the newest checkpoint: weights, router, both optimizers, what is ahead."""
+    newest = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    found = {}
+    for array in (run / "checkpoints" / str(newest)).rglob("manifest.ocdbt"):
+        store = ts.KvStore.open(f"file://{array.parent}/|ocdbt:").result()
+        for key in store.list().result():
+            found[f"{array.parent.name}/{key.decode()}"] = store.read(key).result().value
+    return found
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_everything_a_run_ends_as_if_left_alone(tmp_path):
+    text, run, alone = tmp_path / "text", tmp_path / "run", tmp_path / "alone"
+    text.mkdir()
+    for i in range(40):  # several to a row, of many lengths
+        (text / f"{i}.txt").write_text(f"document {i}: " + "the cat sat on the mat. " * (i % 5))
+    environment = {
+        "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    killed = EVERYTHING.format(text=str(text), run=str(run))
+    dice, reached = random.Random(1), [0]
+    while max(reached) < 18:
+        process = job(tmp_path, "killed", killed, **environment)
+        found = kill_at_a_random_moment(process, run, dice, during_a_save=len(reached) % 2 == 0)
+        reached.append(max(found, default=0))
+    last = max(reached) + 2
+    finished(job(tmp_path, "killed", killed, "--steps", str(last), **environment))
+    left_alone = EVERYTHING.format(text=str(text), run=str(alone))
+    finished(job(tmp_path, "alone", left_alone, "--steps", str(last), **environment))
+    assert len(reached) > 4 and told(run) == told(alone)
+    lines = [line for line in told(alone) if "anticipating" in line]
+    assert {line["anticipating"] for line in lines} == {0.0, 1.0}
+    assert {line["stage"] for line in lines} == {0, 1, 2}
+    ours, theirs = arrays(run), arrays(alone)
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    for name, content in theirs.items():
+        assert ours[name] == content, name
+
+
 def config(text, run, **changes) -> TrainConfig:
     """A run whose model divides over 8 devices in every layout."""
     fields = dict(
         model=WIDE,
-        data=DataConfig(source=str(text), held_out=0.2),
-        run_dir=str(run),
         steps=8,
         batch_size=8,
         seq_len=24,
         learning_rate=1e-3,
         warmup_steps=0,
         log_every=1,
-        eval_batches=0,
         checkpoint_every=2,
-        remat=False,
-        export="none",
     )
-    return TrainConfig(**fields | changes)
+    return small_run(text, run, **fields | changes)
 
 
 STAGES = (

@@ -13,12 +13,14 @@ from v4jax.generate.steps import DecodeConfig
 from v4jax.kernels import attention, index_scores, matmul, pooling, rotate, sinkhorn, streams, top_k
 from v4jax.kernels.choice import NAMES, Kernels, kernels_from
 from v4jax.kernels.expert_ffn import op as expert_ffn
+from v4jax.kernels.fused_attention import op as fused_attention
 from v4jax.parameter_tree import abstract_params
 from v4jax.score import score
 
 WRONG = "top_k=sort"
 OPS = {
     "attention": attention,
+    "fused_attention": fused_attention,
     "index_scores": index_scores,
     "top_k": top_k,
     "pooling": pooling,
@@ -52,7 +54,7 @@ def test_what_a_text_chooses():
     [
         ("fast", "kernels: got 'fast'; must be empty"),
         ("attention", "op=implementation"),
-        ("atention=reference", "ops: attention, index_scores"),
+        ("atention=reference", "ops: attention, fused_attention"),
         ("top_k=groups,top_k=reference", "each op once"),
         ("top_k=groups,", "each op once"),
         ("top_k=sort", "kernels: top_k: got 'sort'; must be one of reference, bisection, groups"),

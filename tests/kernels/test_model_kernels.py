@@ -71,6 +71,7 @@ def test_ops_have_the_names_that_are_chosen(called, trace):
     """What a name excludes is not called: no op goes its own way."""
     chosen = Kernels(
         attention="blocked",
+        fused_attention="reference",
         index_scores="by_head",
         top_k="bisection",
         expert_ffn="every_expert",

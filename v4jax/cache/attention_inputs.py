@@ -1,7 +1,7 @@
 """What attention reads: queries, window keys, compressed entries and the indexer's inputs.
 
 Shapes: B batch, S positions, Y window keys, N heads, H head dim, C entries, I index heads, J index
-dim.
+dim, R rope dims.
 Next file to read: v4jax/cache/sharded.py.
 """
 
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 
 from v4jax.cache.layer import CompressedKV
+from v4jax.kernels.rotate import Rotation
 
 
 class Entries(NamedTuple):
@@ -56,7 +57,9 @@ class AttentionInputs(NamedTuple):
     """What attention reads of one layer.
 
     Attributes:
-      q_BSNH, kv_BSH: queries and window keys/values, normalised and rotated.
+      q_BSNH: queries, neither normalised nor rotated.
+      rope: rotation of each query, [B or 1,S,R/2].
+      kv_BSH: window keys/values, normalised and rotated.
       sink_N: float32, one logit per head, in the denominator only.
       segment_BS: document of each token; None where each row is one document.
       entries: None in layers of ratio 0, and in rows shorter than a window.
@@ -65,6 +68,7 @@ class AttentionInputs(NamedTuple):
     """
 
     q_BSNH: jax.Array
+    rope: Rotation
     kv_BSH: jax.Array
     sink_N: jax.Array
     segment_BS: jax.Array | None = None

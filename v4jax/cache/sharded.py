@@ -21,6 +21,7 @@ from sharding.rules import AxisRules
 from v4jax.cache.attention_inputs import AttentionInputs, Entries, IndexInputs, WindowKV
 from v4jax.cache.layer import CompressedKV
 from v4jax.cache.rows import slots_spec
+from v4jax.kernels.rotate import Rotation
 from v4jax.kernels.top_k import top_k_mask
 
 
@@ -43,9 +44,17 @@ class ShardAxes(NamedTuple):
 
 
 def on_mesh(
-    rules: AxisRules, attend: Callable[[ShardAxes, AttentionInputs], Any], inputs: AttentionInputs
+    rules: AxisRules,
+    attend: Callable[[ShardAxes, AttentionInputs], Any],
+    inputs: AttentionInputs,
+    check_vma: bool = True,
 ):
-    """attend(axes, inputs) of every device's share: (output [B,S,N,H], sums over all queries)."""
+    """attend(axes, inputs) of every device's share: (output [B,S,N,H], sums over all queries).
+
+    Args:
+      check_vma: JAX tracks which values vary over the mesh. It cannot in a kernel that is
+        interpreted; gradients are then summed over all devices that an array is copied to.
+    """
     if not rules:
         return attend(ShardAxes(), inputs)
     (axis,) = rules.mesh_axes("act_seq") or (None,)
@@ -60,7 +69,7 @@ def on_mesh(
     specs = _specs(rules, inputs)
     local = functools.partial(attend, axes)
     outputs = (specs.q_BSNH, rules.spec(()))
-    return jax.shard_map(local, in_specs=(specs,), out_specs=outputs)(inputs)
+    return jax.shard_map(local, in_specs=(specs,), out_specs=outputs, check_vma=check_vma)(inputs)
 
 
 def _specs(rules: AxisRules, inputs: AttentionInputs) -> AttentionInputs:
@@ -70,7 +79,7 @@ def _specs(rules: AxisRules, inputs: AttentionInputs) -> AttentionInputs:
     def spec(*names: str | None) -> Any:  # it takes the place of an array
         return rules.spec(names)
 
-    def one(x: jax.Array | None, *names: str) -> Any:
+    def one(x: jax.Array | None, *names: str | None) -> Any:
         """None if x is None. A batch of 1 (rows of one document) is whole."""
         return None if x is None else spec(None if x.shape[0] == 1 else names[0], *names[1:])
 
@@ -95,8 +104,10 @@ def _specs(rules: AxisRules, inputs: AttentionInputs) -> AttentionInputs:
         )
     if inputs.past is not None:
         past = WindowKV(spec(batch, None, None), spec(batch, None), spec(batch))
+    cos, sin = (one(x, batch, seq, None) for x in inputs.rope)
     return AttentionInputs(
         spec(batch, seq, "act_heads", None),
+        Rotation(cos, sin),
         spec(batch, seq, None),
         spec("act_heads"),
         one(inputs.segment_BS, batch, seq),

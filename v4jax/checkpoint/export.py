@@ -74,20 +74,12 @@ def save_safetensors(
         `cfg`.
     """
     kinds = kinds_for(cfg, check_format(dtype))
-    if (
-        isinstance(max_file_bytes, bool)
-        or not isinstance(max_file_bytes, int)
-        or max_file_bytes < 1
-    ):
+    if type(max_file_bytes) is not int or max_file_bytes < 1:
         raise ValueError(f"max_file_bytes: got {max_file_bytes!r}; must be a positive integer")
     target = local_path(directory, "directory").resolve()
     _check_target(target, overwrite)
     folder_to_fill(target.parent, "directory")
-    raw, carried, elsewhere = None, [], []
-    if source is not None:
-        source = local_path(source, "source")
-        raw, carried = read_config_json(source / "config.json"), carried_files(source)
-        elsewhere = end_tokens(source, cfg.vocab_size)
+    raw, carried, elsewhere = _of_source(cfg, source)
     leaves, slots = check_tree(cfg, params), official_names(cfg)
 
     def gathered(name: str) -> np.ndarray:
@@ -109,6 +101,21 @@ def save_safetensors(
                 shutil.copy2(path, partial)
         for path in carried:
             shutil.copyfile(path, partial / path.name)
+
+
+def _of_source(
+    cfg: ModelConfig, source: Any
+) -> tuple[dict[str, Any] | None, list[pathlib.Path], list[int]]:
+    """(contents of config.json, files to copy, further end tokens) of the source, if there is one.
+
+    Raises:
+      ValueError: it cannot be read, or has a file that must not be copied.
+    """
+    if source is None:
+        return None, [], []
+    source = local_path(source, "source")
+    raw = read_config_json(source / "config.json")
+    return raw, carried_files(source), end_tokens(source, cfg.vocab_size)
 
 
 def store_slot(

@@ -218,6 +218,8 @@ def _spec(path: pathlib.Path, where: Path) -> dict[str, Any]:
     return {
         "driver": "zarr3",
         "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(where) + "/"},
+        # Chunks of zeros too: Orbax takes a chunk that is not there for a lost one.
+        "store_data_equal_to_fill_value": True,
     }
 
 

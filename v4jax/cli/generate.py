@@ -12,6 +12,14 @@ from v4jax.cli.start import start
 def declare(sub: argparse.ArgumentParser) -> None:
     """Declares the checkpoint, the prompt, and how tokens are chosen."""
     sub.add_argument("checkpoint", type=PATH, help=CKPT)
+    _declare_samples(sub)
+    _declare_ends(sub)
+    _declare_shortcuts(sub)
+    continues(sub, 64)
+
+
+def _declare_samples(sub: argparse.ArgumentParser) -> None:
+    """What is continued, and how often."""
     source = sub.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--prompt", help="text to continue (needs tokenizer.json in the checkpoint)"
@@ -26,6 +34,10 @@ def declare(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--samples", type=int, default=1, help="number of continuations of the prompt (default 1)"
     )
+
+
+def _declare_ends(sub: argparse.ArgumentParser) -> None:
+    """What a continuation ends before."""
     sub.add_argument(
         "--stop",
         action="append",
@@ -37,6 +49,10 @@ def declare(sub: argparse.ArgumentParser) -> None:
         "--stop-tokens",
         help="end before one of these ids, for example 1,7, instead of the checkpoint's end tokens",
     )
+
+
+def _declare_shortcuts(sub: argparse.ArgumentParser) -> None:
+    """What makes it faster."""
     sub.add_argument(
         "--speculative", action="store_true", help="draft with MTP: the same tokens in fewer steps"
     )
@@ -52,7 +68,6 @@ def declare(sub: argparse.ArgumentParser) -> None:
         default=10 * 10**9,
         help="bytes that DIR may take (default 10**10); the least recently used files go first",
     )
-    continues(sub, 64)
 
 
 def run(arguments: argparse.Namespace, _: list[str]) -> dict | None:

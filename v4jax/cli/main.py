@@ -6,6 +6,7 @@ Next file to read: v4jax/cli/commands.py.
 """
 
 import os
+import shlex
 import sys
 import traceback
 
@@ -65,6 +66,11 @@ def _run(argv: list[str]) -> int:
         command = argv[argv.index("--") + 1 :]
         argv = argv[: argv.index("--")]
     arguments, rest = parser().parse_known_args(argv)
+    if rest and arguments.command == "launch" and not rest[0].startswith("-"):
+        raise BadInput(
+            "launch: the command goes after --: v4jax launch --processes "
+            f"{arguments.processes} --devices {arguments.devices} -- {shlex.join(rest)}"
+        )
     if rest and arguments.command != "train":
         raise BadInput(f"unknown argument {rest[0]!r}; see v4jax {arguments.command} --help")
     if arguments.command == "launch":

@@ -57,11 +57,17 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> dict | None:
 
 
 def _plan(cfg: TrainConfig, target: str | None, as_json: bool) -> dict | None:
+    """Prints the plan, once in a job of several processes."""
+    from sharding import processes
     from v4jax.planner.plan import as_dict, head, plan
 
-    if as_json:
-        return as_dict(cfg, target)
-    print_rows([head(target), *(stage.row() for stage in plan(cfg, target))])
+    processes.start()
+    stages = as_dict(cfg, target) if as_json else plan(cfg, target)
+    if processes.is_joined() and not processes.is_first():
+        return None
+    if isinstance(stages, dict):
+        return stages
+    print_rows([head(target), *(stage.row() for stage in stages)])
     return None
 
 

@@ -197,11 +197,16 @@ class DataConfig:
 
 
 def tokenizer_of(cfg: DataConfig) -> Tokenizer:
-    """The tokenizer that cfg names."""
+    """The tokenizer that cfg names.
+
+    Raises:
+      ValueError: see load_tokenizer.
+    """
     if cfg.tokenizer == "byte":
         return ByteTokenizer()
-    return (
-        ByteTokenizer(CHAT_TOKENS + FIM_TOKENS)
-        if cfg.tokenizer == "byte-chat"
-        else load_tokenizer(cfg.tokenizer)
-    )
+    if cfg.tokenizer == "byte-chat":
+        return ByteTokenizer(CHAT_TOKENS + FIM_TOKENS)
+    try:
+        return load_tokenizer(cfg.tokenizer)
+    except ValueError as error:
+        raise ValueError(f"tokenizer: {error}") from None

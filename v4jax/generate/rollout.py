@@ -92,28 +92,16 @@ def rollout(
     check_request(cfg, each, seeds, plan.max_new_tokens, None, decoding)
     check_tokens(np.array(stops, int), cfg.vocab_size, "stop_tokens")
     jobs = [np.asarray(prompt).tolist() for prompt in each]
-    capacity = max(map(len, jobs)) + plan.max_new_tokens
-    numbers = [
-        decoding.dtype,
-        decoding.quant,
-        decoding.storage,
-        dataclasses.asdict(decoding.sampling),
-    ]
-    with _Log(
-        log,
-        [cfg.to_dict(), digest(params).hex(), jobs, dataclasses.asdict(plan), *numbers],
-        len(jobs),
-        plan,
-        cfg.vocab_size,
-    ) as done:
+    identity = _identity(cfg, params, jobs, plan, decoding)
+    with _Log(log, identity, len(jobs), plan, cfg.vocab_size) as done:
         params = split_layers(cfg, params, decoding.rules)
-        left = [
-            job
-            for job, tokens in enumerate(done.tokens)
-            if len(tokens) < plan.max_new_tokens and not set(tokens[-1:]) & set(stops)
-        ]
+        left = done.unfinished(stops)
         for first in range(0, len(left), plan.rows):
             batch = left[first : first + plan.rows]
+
+            def keep(b, tokens, scores, batch=batch):
+                done.write(batch[b], tokens, scores)
+
             generate(
                 cfg,
                 params,
@@ -121,21 +109,26 @@ def rollout(
                 [plan.max_new_tokens - len(done.tokens[job]) for job in batch],
                 seeds=[seeds[job] for job in batch],
                 stop=lambda _, tokens: tokens[-1] in stops,
-                on_tokens=lambda b, tokens, scores, batch=batch: done.write(
-                    batch[b], tokens, scores
-                ),
-                capacity=capacity,
+                on_tokens=keep,
+                capacity=max(map(len, jobs)) + plan.max_new_tokens,
                 rows=plan.rows,
                 decoding=decoding,
                 prefixes=prefixes,
             )
-        completions = [
-            Completion(tokens, scores, "stop" if tokens[-1] in stops else "length")
-            for tokens, scores in zip(done.tokens, done.scores, strict=True)
-        ]
+        return done.completions(stops)
+
+
+def _identity(cfg: ModelConfig, params, jobs, plan: Plan, decoding: DecodeConfig) -> list:
+    """What a log must have been begun with, so that its samples are those of this batch."""
     return [
-        completions[first : first + plan.samples]
-        for first in range(0, len(completions), plan.samples)
+        cfg.to_dict(),
+        digest(params).hex(),
+        jobs,
+        dataclasses.asdict(plan),
+        decoding.dtype,
+        decoding.quant,
+        decoding.storage,
+        dataclasses.asdict(decoding.sampling),
     ]
 
 
@@ -200,6 +193,23 @@ class _Log:
         line = json.dumps([job, list(tokens), list(scores)], allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._add(job, tokens, scores)
+
+    def unfinished(self, stops: Sequence[int]) -> list[int]:
+        """The samples that may go on: shorter than the plan's, and without an end token."""
+        return [
+            job
+            for job, tokens in enumerate(self.tokens)
+            if len(tokens) < self._plan.max_new_tokens and not set(tokens[-1:]) & set(stops)
+        ]
+
+    def completions(self, stops: Sequence[int]) -> list[list[Completion]]:
+        """All samples, by prompt."""
+        found = [
+            Completion(tokens, scores, "stop" if tokens[-1] in stops else "length")
+            for tokens, scores in zip(self.tokens, self.scores, strict=True)
+        ]
+        each = self._plan.samples
+        return [found[first : first + each] for first in range(0, len(found), each)]
 
     def _read(self, line: bytes) -> None:
         """Adds a line of the file. Raises ValueError or TypeError if `write` never writes such."""

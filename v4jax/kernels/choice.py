@@ -13,6 +13,7 @@ from typing import TypeVar
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     "attention": ("reference", "blocked"),
+    "fused_attention": ("reference", "pallas_tpu"),
     "index_scores": ("reference", "all_heads", "by_head"),
     "top_k": ("reference", "bisection", "groups"),
     "pooling": ("reference", "aligned"),
@@ -37,6 +38,10 @@ class Kernels:
 
     attention: str | None = None
     """Attention of a chunk of queries: "reference" or "blocked"."""
+
+    fused_attention: str | None = None
+    """A layer's attention with norm and rotations around it: "reference" (one after another, by the
+    ops `rotate` and `attention`) or "pallas_tpu" (one kernel)."""
 
     index_scores: str | None = None
     """The indexer's scores: "reference", "all_heads" or "by_head" (one after another)."""

@@ -6,7 +6,7 @@ other platforms do not mind. The first factor is copied in transposed order, so 
 comes first (figures: v4jax/kernels/README.md).
 
 Shapes: A input width, Z output width; `...` any leading axes.
-Next file to read: v4jax/model/norm.py.
+Next file to read: v4jax/kernels/norm.py.
 """
 
 import functools

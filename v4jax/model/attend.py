@@ -1,8 +1,8 @@
-"""Attention to window keys and entries, in chunks of queries.
+"""Attention to window keys and entries: in one kernel, or in chunks of queries.
 
 Shapes: B batch, S positions, T query positions of a chunk, Y window keys, N heads, H head dim, C
 entries, I index heads, J index dim.
-Next file to read: v4jax/kernels/queries.py.
+Next file to read: v4jax/model/one_kernel.py.
 """
 
 import functools
@@ -11,15 +11,18 @@ import jax
 import jax.numpy as jnp
 
 from sharding.manual import first_row, with_rows_before
-from v4jax.cache.attention_inputs import AttentionInputs, Entries
+from v4jax.cache.attention_inputs import AttentionInputs, Entries, WindowKV
 from v4jax.cache.layer import SPARE_ROWS, CompressedKV
 from v4jax.cache.sharded import ShardAxes, merged, on_mesh, varying, window_before
 from v4jax.config import ModelConfig
 from v4jax.context import Context
 from v4jax.kernels.attention import attention, chunks_of, entry_mass, gathers
+from v4jax.kernels.fused_attention import op as fused_attention
+from v4jax.kernels.fused_attention.operands import RawQueries
 from v4jax.kernels.queries import Queries, cut, window_keys
 from v4jax.model.entries import choose
 from v4jax.model.indexer import IndexLoss, index_loss
+from v4jax.model.one_kernel import in_one_kernel, takes_one_kernel
 
 
 def attend(
@@ -27,33 +30,56 @@ def attend(
 ) -> tuple[jax.Array, IndexLoss | None]:
     """Attends to window keys and entries: (output [B,S,N,H], the indexer's loss or None).
 
-    The output is the softmax over (window keys, visible or chosen entries, sink) of q . k * H^-0.5,
-    times the same keys (docs/equations.md#attention). The loss is returned where the context says
-    that the indexer trains (docs/equations.md#indexer-loss).
+    Queries are normalised and rotated. The output is the softmax over (window keys, visible or
+    chosen entries, sink) of q . k * H^-0.5, times the same keys, rotated back
+    (docs/equations.md#attention). The loss is returned where the context says that the indexer
+    trains (docs/equations.md#indexer-loss).
+
+    Raises:
+      ValueError: "pallas_tpu" is named for a layer that the kernel does not compute.
     """
+    interpreted = fused_attention.is_interpreted(ctx.kernels.fused_attention)
+    local = functools.partial(_attend, ctx, cfg)
     with jax.named_scope("scores"):
-        return on_mesh(ctx.rules, functools.partial(_attend, ctx, cfg), inputs)
+        return on_mesh(ctx.rules, local, inputs, check_vma=not interpreted)
 
 
 def _attend(
     ctx: Context, cfg: ModelConfig, axes: ShardAxes, inputs: AttentionInputs
 ) -> tuple[jax.Array, IndexLoss | None]:
     """`attend` on one device's positions and heads."""
-    batch, seq = inputs.q_BSNH.shape[:2]
-    window, index, segment_BS = cfg.sliding_window, inputs.index, inputs.segment_BS
+    window, segment_BS = cfg.sliding_window, inputs.segment_BS
     inputs = varying(inputs)
     near = window_before(inputs, window, axes.seq)
     segment_BY = None if segment_BS is None else with_rows_before(segment_BS, window, axes.seq)
+    if takes_one_kernel(ctx, cfg, axes, inputs, near, segment_BY):
+        return in_one_kernel(ctx, cfg, axes, inputs, near, segment_BY), None
+    queries = RawQueries(inputs.q_BSNH, inputs.rope, cfg.rms_norm_eps)
+    attended = functools.partial(_in_chunks, ctx, cfg, axes, inputs, near, segment_BY)
+    return fused_attention.IMPLEMENTATIONS["reference"](queries, attended, ctx.kernels.rotate)
+
+
+def _in_chunks(
+    ctx: Context,
+    cfg: ModelConfig,
+    axes: ShardAxes,
+    inputs: AttentionInputs,
+    near: WindowKV,
+    segment_BY: jax.Array | None,
+    q_BSNH: jax.Array,
+) -> tuple[jax.Array, IndexLoss | None]:
+    """Attention of normalised and rotated queries: (output, the indexer's loss or None)."""
+    (batch, seq), window, index = q_BSNH.shape[:2], cfg.sliding_window, inputs.index
     # A few queries that continue a row are one block, which sees all keys that are given.
     few = inputs.past is not None and seq <= max(window, SPARE_ROWS)
     block = seq if few else window
     blocks, chunks = _chunks(ctx, cfg, axes, inputs, block)
     queries = cut(
-        inputs.q_BSNH,
+        q_BSNH,
         near.rows_BYH,
         near.start_B,
         near.position_BY,
-        segment_BS,
+        inputs.segment_BS,
         segment_BY,
         None if index is None else (index.q_BSIJ, index.w_BSI),
         block,

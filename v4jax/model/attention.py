@@ -23,7 +23,7 @@ from v4jax.kernels.matmul import precision_of
 from v4jax.model.attend import attend
 from v4jax.model.compressor import Compressor
 from v4jax.model.indexer import Indexer
-from v4jax.model.norm import RMSNorm, rms_norm
+from v4jax.model.norm import RMSNorm
 from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
 from v4jax.model.windows import entries_of
@@ -56,7 +56,6 @@ class Attention(Weights):
         qr_BSQ = RMSNorm(self.ctx, cfg, name="q_norm")(self.dense(low_BSD, wq_a))
         q_BSNH = self.dense(self.act_quant(qr_BSQ), wq_b).reshape(*x_BSD.shape[:2], heads, dim)
         q_BSNH = self.ctx.rules.constrain(q_BSNH, "act_batch", "act_seq", "act_heads", None)
-        q_BSNH = self.rotate(rms_norm(q_BSNH, cfg.rms_norm_eps), rope.heads())
         kv_BSH = RMSNorm(self.ctx, cfg, name="kv_norm")(self.dense(low_BSD, wkv))
         kv_BSH = self.rotate(kv_BSH, rope)
         kv_BSH = fp8_keys(kv_BSH, cfg.qk_rope_head_dim) if self.ctx.quant == "official" else kv_BSH
@@ -87,11 +86,10 @@ class Attention(Weights):
                 )
             )
         entries = entries_of(self.ratio, entry_BCH, windows)
-        inputs = AttentionInputs(q_BSNH, kv_BSH, sink_N, segments.segment_BS, entries, index, past)
+        inputs = AttentionInputs(
+            q_BSNH, rope, kv_BSH, sink_N, segments.segment_BS, entries, index, past
+        )
         out_BSNH, loss = attend(self.ctx, cfg, inputs)
-        # Keys are values, so each value is rotated by its own position. Rotating the sum back by
-        # the query's position leaves relative angles.
-        out_BSNH = self.rotate(out_BSNH, rope.heads(), inverse=True)
         low_BSD = self.act_quant(_narrow(out_BSNH, wo_a, cfg.o_groups))
         return self.dense(low_BSD, wo_b), view, loss
 

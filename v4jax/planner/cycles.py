@@ -9,7 +9,7 @@ sharding/audit.py.
 An operation in a loop counts as often as the loop runs, and of the branches of a conditional the
 dearest counts.
 
-Next file to read: v4jax/planner/timing.py.
+Next file to read: v4jax/planner/bundles.py.
 """
 
 import re
@@ -48,7 +48,7 @@ class Op(NamedTuple):
     """An operation that a device runs.
 
     Attributes:
-      name: what the program calls it, without its number.
+      name: what the program calls it.
       kind: opcode; of a custom call its target.
       source: the JAX operation that it stems from, after the scopes around it; "" if unknown.
       calls: how often one run of the program runs it.
@@ -65,12 +65,17 @@ class Op(NamedTuple):
     bytes: int
     flops: int = 0
 
+    @property
+    def family(self) -> str:
+        """The name without its number: what the program calls operations like it."""
+        return re.sub(r"(\.clone|\.remat)*[.\d]*$", "", self.name)
+
 
 class Reading(NamedTuple):
     """The operations of a program, and the loops whose length its text does not state.
 
     Attributes:
-      loops: sources of these loops, whose bodies count once.
+      loops: sources of these loops.
     """
 
     ops: tuple[Op, ...]
@@ -84,16 +89,18 @@ class Reading(NamedTuple):
 class _Program(NamedTuple):
     bodies: dict[str, list[str]]
     clock: float
+    unknown_runs: int
     loops: list[str]
 
 
-def read_times(text: str, clock: float) -> Reading:
+def read_times(text: str, clock: float, unknown_runs: int = 1) -> Reading:
     """The operations of `compiled.as_text()`.
 
     Args:
       clock: cycles per second, for a TPU.
+      unknown_runs: how often a loop counts whose length the text does not state.
     """
-    program = _Program(computations(text), clock, [])
+    program = _Program(computations(text), clock, unknown_runs, [])
     return Reading(tuple(_ops(program, "ENTRY", 1, "")), tuple(dict.fromkeys(program.loops)))
 
 
@@ -115,7 +122,7 @@ def _ops(program: _Program, name: str, times: int, around: str) -> list[Op]:
             runs = trips(line, program.bodies, program.bodies[name])
             if runs is None:
                 program.loops.append(source)
-                runs = 1
+                runs = program.unknown_runs
             if runs:
                 found += _ops(program, computation_of("body", line), times * runs, source)
         elif kind == "conditional":
@@ -147,15 +154,14 @@ def _works(program: _Program, type_: str, kind: str, line: str) -> bool:
 def _op(program: _Program, match: re.Match, times: int, types: dict[str, str]) -> Op:
     label, type_, kind = match.groups()
     line = match.string
-    name = re.sub(r"(\.clone|\.remat)*[.\d]*$", "", label)
     seconds, moved = _estimate(line, kind, program.clock), size_of(_written(type_, kind))
     if kind != "custom-call":
-        return Op(name, kind, "", times, seconds, moved)
+        return Op(label, kind, "", times, seconds, moved)
     operands = re.findall(r"%([\w.\-]+)", line.split(" custom-call(", 1)[1].split(")")[0])
     moved += sum(size_of(types.get(operand, "")) for operand in operands)
     stated = re.search(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"', line)
     flops, moved = map(int, stated.groups()) if stated else (0, moved)
-    return Op(name, _target(line), "", times, seconds, moved, flops)
+    return Op(label, _target(line), "", times, seconds, moved, flops)
 
 
 def _written(type_: str, kind: str) -> str:

@@ -20,7 +20,7 @@ from v4jax.checkpoint.names import held_in, plain_dtype
 from v4jax.config import CSA, HCA, ModelConfig
 from v4jax.cost import cost
 from v4jax.generate.cache import empty_cache
-from v4jax.planner.terms import Term
+from v4jax.planner.terms import Term, sent
 from v4jax.planner.token_traffic import experts_sent
 from v4jax.planner.weight_traffic import weight_gathered
 from v4jax.planner.weights import Weight, cut_of, weights_of
@@ -140,70 +140,49 @@ def _caches(cfg: TrainConfig, rules: AxisRules, sizes, seq: int, released: bool)
 
 def _sums(cfg: TrainConfig, rules: AxisRules, sizes, platform: str) -> list[Term]:
     """What is sent: partial sums of heads and experts, results along a cut cache, table rows."""
+    terms = _over_heads(cfg, rules, sizes, platform) + _along_caches(cfg, rules, sizes)
+    return [term for term in terms if term.axes and term.coefficient]
+
+
+def _over_heads(cfg: TrainConfig, rules: AxisRules, sizes, platform: str) -> list[Term]:
+    """Partial sums of heads and experts, those of the indexers' heads, and rows of the table."""
     model, layers, item = cfg.model, layers_by_ratio(cfg.model), 4 if cfg.dtype == "float32" else 2
     count = sum(layers.values()) - model.num_nextn_predict_layers
-    tensor, slots, words = (
-        [axis for axis in rules.mesh_axes(name) if sizes[axis] > 1]
-        for name in ("act_heads", "act_seq", "vocab")
-    )
-    n, s, v = (math.prod(sizes[axis] for axis in axes) for axes in (tensor, slots, words))
-    ring, entries = 2 * (n - 1) / n, cfg.seq_len // CSA / s
-    own = model.num_attention_heads / n
+    tensor, n = _cut(rules, sizes, "act_heads")
+    words, v = _cut(rules, sizes, "vocab")
+    ring = 2 * (n - 1) / n
     sums = 3 if platform == "cpu" or rules.exchange else 2  # planner/token_traffic.py says why
+    wide = ring * item * sums * model.hidden_size * count
+    looked_up = 2 * (v - 1) / v * 4 * model.hidden_size
     terms = [
-        Term(
-            "sent",
-            "tensor sums",
-            ring * item * sums * model.hidden_size * count,
-            "rows",
-            tuple(tensor),
-            "all-reduce",
-            sums * count,
-        ),
-        Term(
-            "sent",
-            "embedding",
-            2 * (v - 1) / v * 4 * model.hidden_size,
-            "rows",
-            tuple(words),
-            "all-reduce",
-            1,
-        ),
+        sent("tensor sums", tensor, "all-reduce", wide, "rows", sums * count),
+        sent("embedding", words, "all-reduce", looked_up, "rows"),
     ]
+    _, s = _cut(rules, sizes, "act_seq")
+    entries = cfg.seq_len // CSA / s
     if entries * s > model.index_topk and rules.mesh_axes("index_heads"):
-        terms.append(
-            Term(
-                "sent",
-                "indexers",
-                ring * 4 * entries * layers[CSA],
-                "rows",
-                tuple(tensor),
-                "all-reduce",
-                layers[CSA],
-            )
-        )
-    best = min(model.index_topk, entries)
-    terms.append(
-        Term(
-            "sent",
-            "indexers",
-            4 * best * (s - 1) * layers[CSA],
-            "rows",
-            tuple(slots),
-            "all-gather",
-            layers[CSA],
-        )
-    )
+        scores = ring * 4 * entries * layers[CSA]
+        terms.append(sent("indexers", tensor, "all-reduce", scores, "rows", layers[CSA]))
+    return terms
+
+
+def _along_caches(cfg: TrainConfig, rules: AxisRules, sizes) -> list[Term]:
+    """What joins the parts of a cache that is cut along the sequence: choices, and attention."""
+    model, layers = cfg.model, layers_by_ratio(cfg.model)
+    slots, s = _cut(rules, sizes, "act_seq")
+    _, n = _cut(rules, sizes, "act_heads")
+    best = min(model.index_topk, cfg.seq_len // CSA / s)
+    chosen = 4 * best * (s - 1) * layers[CSA]
     far = layers[CSA] + layers[HCA]
-    terms.append(
-        Term(
-            "sent",
-            "attention",
-            2 * (s - 1) / s * 4 * own * (2 + model.head_dim) * far,
-            "rows",
-            tuple(slots),
-            "all-reduce",
-            3 * far,
-        )
-    )
-    return [term for term in terms if term.axes and term.coefficient]
+    own = model.num_attention_heads / n
+    parts = 2 * (s - 1) / s * 4 * own * (2 + model.head_dim) * far
+    return [
+        sent("indexers", slots, "all-gather", chosen, "rows", layers[CSA]),
+        sent("attention", slots, "all-reduce", parts, "rows", 3 * far),
+    ]
+
+
+def _cut(rules: AxisRules, sizes: Mapping[str, int], name: str) -> tuple[list[str], int]:
+    """(the mesh axes that cut a logical axis, into how many parts)."""
+    axes = [axis for axis in rules.mesh_axes(name) if sizes[axis] > 1]
+    return axes, math.prod(sizes[axis] for axis in axes)

@@ -47,7 +47,8 @@ class Comparison:
     second: Estimate
 
     def to_dict(self) -> dict[str, Any]:
-        return {"first": self.first.to_dict(), "second": self.second.to_dict()}
+        both = {"first": self.first.to_dict(), "second": self.second.to_dict()}
+        return both | {"warnings": self.lines()}
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         a, b = self.first, self.second
@@ -72,7 +73,17 @@ class Comparison:
         return rows
 
     def lines(self) -> list[str]:
-        return []
+        """Which of the two do not fit a device."""
+        needs = [
+            f"{one.layout}: {one.mesh} needs {gigabytes(one.memory_bytes)}"
+            for one in (self.first, self.second)
+            if not one.fits
+        ]
+        if not needs:
+            return []
+        head = "neither fits" if len(needs) == 2 else "one does not fit"
+        has = gigabytes(self.first.hbm)
+        return [f"warning: {head}: {', and '.join(needs)} of {has} on each device"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,7 +172,7 @@ def _unknown(ops: Iterable[Op], hardware: Hardware) -> tuple[tuple[str, str, int
     table: dict[tuple[str, str], tuple[int, int, float]] = {}
     for op in ops:
         if op.seconds is None:
-            key = (part_of(op.source)[0], op.name if op.kind == "fusion" else op.kind)
+            key = (part_of(op.source)[0], op.family if op.kind == "fusion" else op.kind)
             calls, size, seconds = table.get(key, (0, 0, 0.0))
             least = max(op.bytes / hardware.hbm_bandwidth, op.flops / hardware.bf16_flops)
             table[key] = (calls + op.calls, size + op.calls * op.bytes, seconds + op.calls * least)

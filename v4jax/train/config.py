@@ -154,83 +154,16 @@ class TrainConfig:
     stage's batch size and length."""
 
     def __post_init__(self):
-        for name in ("run_dir", "init_from", "compile_cache"):
-            if getattr(self, name) != "":
-                local_path(getattr(self, name), name)
         object.__setattr__(self, "remat", policy_name(self.remat))
-        parse_mesh(self.mesh)
-        rules_of(self.layout)
-        kernels_from(self.kernels)
-        for name in ("dtype", "momentum_dtype", "moment_dtype", "newton_schulz_dtype"):
-            _allow(self, name, ("float32", "bfloat16"))
-        _allow(self, "export", (*FORMATS, "none"))
-        _allow(self, "attention", ("sparse", "dense", "indexer"))
-        check_quant(self.model, self.quant)
-        for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep"):
-            _require(self, name, getattr(self, name) >= 1, "at least 1")
-        if self.gradient_accumulation != "auto":
-            _require(
-                self,
-                "gradient_accumulation",
-                self.gradient_accumulation >= 1
-                and self.batch_size % self.gradient_accumulation == 0,
-                f"auto, or a divisor of batch_size={self.batch_size}",
-            )
-        _require(self, "seq_len", self.seq_len >= 2, "at least 2")
-        for name in (
-            "warmup_steps",
-            "decay_steps",
-            "eval_batches",
-            "sample_tokens",
-            "router_bias_rate",
-            "weight_decay",
-            "keep_every",
-            "keep_best",
-            "watch_every",
-            "index_learning_rate",
-        ):
-            _require(self, name, getattr(self, name) >= 0, "0 or above")
-        for name in ("learning_rate", "clip_norm"):
-            _require(self, name, getattr(self, name) > 0, "above 0")
-        if self.attention == "indexer":
-            _require(
-                self,
-                "index_learning_rate",
-                self.index_learning_rate > 0,
-                "above 0 with attention 'indexer'",
-            )
-        if self.index_learning_rate:
-            _require(
-                self,
-                "index_learning_rate",
-                CSA in self.model.compress_ratios,
-                "0 for a model without CSA layers, which has no indexer",
-            )
-        _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        _require(self, "final_lr_ratio", 0 <= self.final_lr_ratio <= 1, "in [0, 1]")
-        _require(
-            self,
-            "decay_steps",
-            self.warmup_steps + self.decay_steps <= self.steps,
-            f"at most steps - warmup_steps = {self.steps - self.warmup_steps}",
-        )
-        if self.stability.rollbacks:  # the newest checkpoint may not be proven good yet
-            _require(self, "keep", self.keep >= 2, "at least 2 with stability.rollbacks")
-            _require(
-                self,
-                "checkpoint_every",
-                self.checkpoint_every > self.stability.proven,
-                f"above stability.proven={self.stability.proven}",
-            )
+        _check_places(self)
+        _check_choices(self)
+        _check_sizes(self)
+        _check_rates(self)
+        _check_indexer(self)
+        _check_rollbacks(self)
         tracker_names(self.trackers)
         profiled_steps(self.profile, self.steps)
         check_stages(self)
-        _require(
-            self,
-            "seq_len",
-            self.seq_len <= self.model.max_position_embeddings,
-            f"at most max_position_embeddings={self.model.max_position_embeddings}",
-        )
 
     @property
     def micro_batches(self) -> int:
@@ -245,6 +178,72 @@ class TrainConfig:
     def router_bias_rate(self) -> float:
         """`bias_rate`, or its default: 1e-3, and 0 when training on conversations."""
         return (0.0 if self.data.masked else 1e-3) if self.bias_rate is None else self.bias_rate
+
+
+def _check_places(cfg: TrainConfig) -> None:
+    """Folders, the mesh and what lies where on it."""
+    for name in ("run_dir", "init_from", "compile_cache"):
+        if getattr(cfg, name) != "":
+            local_path(getattr(cfg, name), name)
+    parse_mesh(cfg.mesh)
+    rules_of(cfg.layout)
+
+
+def _check_choices(cfg: TrainConfig) -> None:
+    """Fields that name one of a few things."""
+    kernels_from(cfg.kernels)
+    for name in ("dtype", "momentum_dtype", "moment_dtype", "newton_schulz_dtype"):
+        _allow(cfg, name, ("float32", "bfloat16"))
+    _allow(cfg, "export", (*FORMATS, "none"))
+    _allow(cfg, "attention", ("sparse", "dense", "indexer"))
+    check_quant(cfg.model, cfg.quant)
+
+
+def _check_sizes(cfg: TrainConfig) -> None:
+    """Counts of steps, rows, tokens, batches and checkpoints."""
+    for name in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep"):
+        _require(cfg, name, getattr(cfg, name) >= 1, "at least 1")
+    for name in ("warmup_steps", "decay_steps", "eval_batches", "sample_tokens"):
+        _require(cfg, name, getattr(cfg, name) >= 0, "0 or above")
+    for name in ("keep_every", "keep_best", "watch_every"):
+        _require(cfg, name, getattr(cfg, name) >= 0, "0 or above")
+    parts, limit = cfg.gradient_accumulation, cfg.model.max_position_embeddings
+    divides = parts == "auto" or (parts >= 1 and cfg.batch_size % parts == 0)
+    rule = f"auto, or a divisor of batch_size={cfg.batch_size}"
+    _require(cfg, "gradient_accumulation", divides, rule)
+    _require(cfg, "seq_len", cfg.seq_len >= 2, "at least 2")
+    _require(cfg, "seq_len", cfg.seq_len <= limit, f"at most max_position_embeddings={limit}")
+    left = cfg.steps - cfg.warmup_steps
+    _require(cfg, "decay_steps", cfg.decay_steps <= left, f"at most steps - warmup_steps = {left}")
+
+
+def _check_rates(cfg: TrainConfig) -> None:
+    """Numbers of the optimizer and its schedule."""
+    for name in ("learning_rate", "clip_norm"):
+        _require(cfg, name, getattr(cfg, name) > 0, "above 0")
+    for name in ("index_learning_rate", "weight_decay", "router_bias_rate"):
+        _require(cfg, name, getattr(cfg, name) >= 0, "0 or above")
+    _require(cfg, "momentum", 0 <= cfg.momentum < 1, "in [0, 1)")
+    _require(cfg, "final_lr_ratio", 0 <= cfg.final_lr_ratio <= 1, "in [0, 1]")
+
+
+def _check_indexer(cfg: TrainConfig) -> None:
+    """An indexer learns only where there is one, and must where nothing else does."""
+    name, rate = "index_learning_rate", cfg.index_learning_rate
+    if cfg.attention == "indexer":
+        _require(cfg, name, rate > 0, "above 0 with attention 'indexer'")
+    has_one = CSA in cfg.model.compress_ratios
+    rule = "0 for a model without CSA layers, which has no indexer"
+    _require(cfg, name, has_one or rate == 0, rule)
+
+
+def _check_rollbacks(cfg: TrainConfig) -> None:
+    """With rollbacks an older checkpoint must be there: the newest may not be proven good yet."""
+    if cfg.stability.rollbacks == 0:
+        return
+    proven, every = cfg.stability.proven, cfg.checkpoint_every
+    _require(cfg, "keep", cfg.keep >= 2, "at least 2 with stability.rollbacks")
+    _require(cfg, "checkpoint_every", every > proven, f"above stability.proven={proven}")
 
 
 def _allow(cfg: TrainConfig, name: str, allowed: tuple[str, ...]) -> None:

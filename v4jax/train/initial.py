@@ -24,9 +24,12 @@ def check_source_model(cfg: TrainConfig) -> None:
     """Refuses to start from weights of another model.
 
     Raises:
-      ValueError: names the first field that differs.
+      ValueError: names the first field that differs, or what is not there.
     """
-    found = ModelConfig.from_json(cfg.init_from)
+    try:
+        found = ModelConfig.from_json(cfg.init_from)
+    except ValueError as error:
+        raise ValueError(f"init_from: {error}") from None
     if name := cfg.model.difference(found):
         theirs, ours = found.to_dict().get(name), cfg.model.to_dict().get(name)
         head = f"init_from: {cfg.init_from} is another model"

@@ -1,0 +1,55 @@
+"""Fine-tunes all weights of the released V4-Flash on conversations, on 32 H200s.
+
+Whole conversations are packed into rows of 8K tokens, 131K tokens a step; only what the assistant
+says is learned, and the router's bias stays. Longer conversations are left out and counted
+(--data.chat.too-long cut or error). Lengths and rates are ours, and no run has tested them.
+
+Command: v4jax convert DeepSeek-V4-Flash checkpoints/flash --format orbax
+    v4jax train configs/flash_sft.py --data.source CHATS.jsonl
+    The store lies where every host sees it; each host reads only its own parts of it. Elsewhere
+    than in checkpoints/flash: --init-from STORE --data.tokenizer STORE. CHATS.jsonl has a
+    conversation a line (docs/data.md).
+Plan first: v4jax train configs/flash_sft.py --dry-run --target h200:32
+Hardware: 4 nodes of 8 H200s, the fewest that fit: float32 weights, bfloat16 momentum, one
+    micro-batch. Mesh: the fastest of `v4jax layout configs/flash_sft.py --search --target
+    h200:32`, 119 GB of 141, estimated; nobody has run it. JAX takes 75% of a GPU's memory unless
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 is set. On 64 v5p chips (63 GB of 102): --mesh
+    context=2,expert=32 --batch-size 32.
+Time: 3.9 s a step, 64 minutes in all, estimated.
+Next file to read: configs/models.py.
+"""
+
+from configs import models
+from v4jax.data.config import ChatFormat, DataConfig
+from v4jax.train.config import TrainConfig
+
+
+def get_config() -> TrainConfig:
+    """1,000 steps of 16 rows of 8,192 tokens; only what the assistant says is learned."""
+    return TrainConfig(
+        model=models.flash(),
+        data=DataConfig(
+            source="chats.jsonl",
+            format="chat",
+            column="messages",
+            tokenizer="checkpoints/flash",
+            packing="best_fit",
+            chat=ChatFormat(too_long="drop"),
+        ),
+        init_from="checkpoints/flash",
+        run_dir="runs/flash_sft",
+        mesh="expert=16,tensor=2",
+        layout="pod",
+        steps=1000,
+        batch_size=16,
+        seq_len=8192,
+        dtype="bfloat16",
+        learning_rate=1e-5,
+        index_learning_rate=1e-5,
+        warmup_steps=30,
+        decay_steps=970,
+        momentum_dtype="bfloat16",
+        moment_dtype="bfloat16",
+        eval_every=100,
+        checkpoint_every=200,
+    )

@@ -1,0 +1,128 @@
+"""The model computes a layer's attention in one kernel: the same loss and gradients.
+
+The kernel is interpreted. Whatever it does not cover is refused by name, and nothing else changes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from reference.weights import random_weights
+from test_mesh import MODEL, batch_of
+from trees import close
+
+from sharding.mesh import make_mesh, parse_mesh
+from sharding.rules import AxisRules, layout_for
+from v4jax.checkpoint.names import from_official
+from v4jax.context import Context, SparseMode
+from v4jax.generate.cache import empty_cache, extend, split_layers
+from v4jax.kernels.choice import Kernels
+from v4jax.parameter_tree import abstract_params
+from v4jax.train.loss import loss_and_routing
+
+CFG = MODEL.replace(
+    num_hidden_layers=2, num_hash_layers=0, compress_ratios=(4, 128, 0), index_topk=8
+)
+"""A CSA layer that chooses 8 of 34 entries by a mask, an HCA layer, and MTP's window alone."""
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def run(params, batch, ctx):
+    """(loss, gradients)."""
+    return jax.value_and_grad(lambda params: loss_and_routing(CFG, params, batch, ctx)[0])(params)
+
+
+def of(kernels, batch, mesh="", layout="full", dtype="float32"):
+    """(loss, gradients) of one batch, by the implementations in `kernels`."""
+    sizes = parse_mesh(mesh)
+    rules = layout_for(layout, sizes) if mesh else AxisRules()
+    with jax.set_mesh(make_mesh(sizes)):
+        params = jax.tree.map(jnp.asarray, from_official(CFG, random_weights(CFG, 0)))
+        found = run(params, batch, Context(rules=rules, kernels=kernels, dtype=dtype))
+    return jax.tree.map(np.asarray, found)
+
+
+def same(got, want, tolerance):
+    """Losses and gradients agree; a gradient's fault is measured by its norm."""
+    assert float(got[0]) == pytest.approx(float(want[0]), rel=tolerance)
+    for path, grad in flatten_dict(want[1]).items():
+        fault = np.linalg.norm(flatten_dict(got[1])[path] - grad)
+        assert fault <= tolerance * np.linalg.norm(grad) + 1e-8, (path, fault)
+
+
+BATCHES = {"whole rows": {"tokens": batch_of()["tokens"]}, "packed": batch_of()}
+
+
+@functools.cache
+def expected(batch):
+    """(loss, gradients) of two rows on one device, without the kernel."""
+    return of(Kernels(), rows_of(batch))
+
+
+def rows_of(batch):
+    return {name: jnp.asarray(x[:2]) for name, x in BATCHES[batch].items()}
+
+
+@pytest.mark.parametrize("batch", [pytest.param("whole rows", marks=pytest.mark.slow), "packed"])
+def test_two_layers_have_the_loss_and_gradients_of_the_reference(batch):
+    kernel = of(Kernels(fused_attention="pallas_tpu"), rows_of(batch))
+    same(kernel, expected(batch), 1e-5)  # sums in another order
+
+
+@pytest.mark.parametrize(
+    ("mesh", "layout"),
+    [
+        ("fsdp=2,context=2,tensor=2", "full"),
+        pytest.param("context=2,expert=2,tensor=2", "pod", marks=pytest.mark.slow),
+    ],
+)
+def test_on_eight_devices_that_cut_positions_and_heads(mesh, layout):
+    kernel = of(Kernels(fused_attention="pallas_tpu"), rows_of("packed"), mesh, layout)
+    same(kernel, expected("packed"), 1e-5)
+
+
+@pytest.mark.slow
+def test_long_chunks_that_continue_rows_of_a_cache():
+    """Two rows of 20 and 7 tokens, and the 40 and 31 that follow them, in HCA and window layers."""
+    cfg = CFG.replace(compress_ratios=(0, 128, 0))
+    params = split_layers(
+        cfg, jax.tree.map(jnp.asarray, from_official(cfg, random_weights(cfg, 0)))
+    )
+    tokens = jnp.asarray(batch_of()["tokens"][:2])
+
+    def second_chunk(name):
+        kernels = Kernels(fused_attention=name)
+        cache, ctx = empty_cache(cfg, 2, 256), Context(kernels=kernels)
+        for first, rows, counts in ((0, 20, (20, 7)), (20, 40, (40, 31))):
+            chunk, cache = extend(
+                cfg, params, cache, tokens[:, first : first + rows], jnp.array(counts), ctx
+            )
+        return [chunk.x_BTD[row, : counts[row]] for row in range(2)]
+
+    close(second_chunk("pallas_tpu"), second_chunk("reference"), 1e-5)
+
+
+def test_what_the_kernel_does_not_cover_is_refused_by_name():
+    ctx = Context(kernels=Kernels(fused_attention="pallas_tpu"))
+    params, tokens = abstract_params(CFG), jax.ShapeDtypeStruct((1, 136), jnp.int32)
+
+    def loss(cfg, ctx):
+        jax.eval_shape(lambda p, t: loss_and_routing(cfg, p, {"tokens": t}, ctx)[0], params, tokens)
+
+    line = "kernels: fused_attention: got 'pallas_tpu' for "
+    with pytest.raises(ValueError, match=line + "34 entries, of which each query gathers 4"):
+        loss(CFG.replace(index_topk=4), ctx)
+    with pytest.raises(ValueError, match=line + "a layer whose indexer trains"):
+        taught = Context(kernels=ctx.kernels, sparse=SparseMode(train_indexer=True))
+        loss(CFG, taught)
+
+    def decode(params):
+        cache = empty_cache(CFG, 1, 256)
+        one = jnp.ones(1, jnp.int32)
+        return extend(CFG, split_layers(CFG, params), cache, one[:, None], one, ctx)[0].x_BTD
+
+    with pytest.raises(ValueError, match=line + "a few tokens that continue a row"):
+        jax.eval_shape(decode, params)

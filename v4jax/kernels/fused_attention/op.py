@@ -1,0 +1,172 @@
+"""From a projection's queries to the input of the next: norm, rotation, attention, rotation back.
+
+The queries of a layer are normalised and rotated, attend to window keys, entries and the sink, and
+each sum of values is rotated back (docs/equations.md#attention). `reference` computes one after
+another, and composes attention of smaller ops. On TPU that is seven or eight passes over arrays of
+all heads; `pallas_tpu` is one kernel, and one for the gradient.
+
+Shapes: B batch, S positions, U blocks of W queries, W window, Y window keys (W, then S), N heads, H
+head dim, G groups of heads, I width of a group, M width of all heads N * H, C entries, R rope dims,
+T lanes of the rotation's tables, P parts of a grid.
+Next file to read: v4jax/kernels/fused_attention/operands.py.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sharding.manual import vary_like
+from v4jax.kernels.fused_attention.backward import Saved, backward
+from v4jax.kernels.fused_attention.blocks import LANES, VMEM_BYTES, Form, Operands, Scalars
+from v4jax.kernels.fused_attention.forward import forward
+from v4jax.kernels.fused_attention.operands import LayerKeys, RawQueries, operands
+from v4jax.kernels.norm import rms_norm
+from v4jax.kernels.rotate import rotate
+
+
+def reference(
+    queries: RawQueries,
+    attended: Callable[[jax.Array], tuple[jax.Array, Any]],
+    rotation: str | None = None,
+) -> tuple[jax.Array, Any]:
+    """Norm, rotation, attention and inverse rotation, one after another.
+
+    Args:
+      queries: see RawQueries.
+      attended: attention of normalised and rotated queries: (output [B,S,N,H], anything else).
+      rotation: implementation of `rotate`.
+
+    Returns:
+      (output [B,S,N,H], rotated back; what else `attended` returns).
+    """
+    rope = queries.rope.heads()
+    q_BSNH = rotate(rms_norm(queries.q_BSNH, queries.eps), rope, False, rotation)
+    out_BSNH, more = attended(q_BSNH)
+    # Keys are values, so each value is rotated by its own position. Rotating the sum back by the
+    # query's position leaves relative angles.
+    return rotate(out_BSNH, rope, True, rotation), more
+
+
+def pallas_tpu(
+    queries: RawQueries, keys: LayerKeys, window: int, together: int | None = None
+) -> jax.Array:
+    """The same output in one kernel; other platforms than TPU interpret it, which is slow.
+
+    The gradient needs the operands, the output and the logarithm of each softmax's denominator.
+
+    Args:
+      queries: see RawQueries.
+      keys: see LayerKeys.
+      window: how many tokens a query sees, itself included.
+      together: heads that the next product reads as one: they are kept beside each other in memory.
+        None: all.
+
+    Raises:
+      ValueError: sizes that the kernel does not take (`unfit`).
+    """
+    fault = unfit(queries, keys, window)
+    if fault:
+        raise ValueError(f"kernels: fused_attention: got 'pallas_tpu' for {fault}")
+    q_BSNH = queries.q_BSNH
+    seq, heads = q_BSNH.shape[1:3]
+    together = heads if together is None or heads % together else together
+    form = Form(heads, together, window, queries.eps, interpret=not on_tpu())
+    x, scalars = jax.tree.map(
+        lambda x: vary_like(x, q_BSNH), operands(queries, keys, window, form.interpret)
+    )
+    out_BGSI: jax.Array = _fused(form, scalars, x)  # of whole blocks of queries
+    return jnp.moveaxis(out_BGSI[:, :, :seq], 1, 2).reshape(q_BSNH.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(form: Form, scalars: Scalars, x: Operands) -> jax.Array:
+    """The kernel's output, with the gradient that the other kernel computes."""
+    return forward(form, scalars, x)[0]
+
+
+def _fwd(form: Form, scalars: Scalars, x: Operands):
+    out_BGSI, lse_BSN = forward(form, scalars, x)
+    return out_BGSI, (scalars, x, out_BGSI, lse_BSN)
+
+
+def _bwd(form: Form, saved, ct_BGSI):
+    scalars, x, out_BGSI, lse_BSN = saved
+    ct = backward(form, scalars, x, Saved(ct_BGSI, out_BGSI, lse_BSN))
+    # A block's window keys are those of the block before it, and its own.
+    before_BUWH, own_BUWH = jnp.split(ct.kv_BUYH, 2, axis=2)
+    ends = ((0, 0), (0, 1), (0, 0), (0, 0))
+    ct_kv = jnp.pad(before_BUWH, ends) + jnp.pad(own_BUWH, (ends[0], ends[1][::-1], *ends[2:]))
+    nothing = Operands(*[None] * len(x))
+    return None, nothing._replace(
+        q_BSM=ct.q_BSM,
+        kv_BYH=ct_kv.reshape(x.kv_BYH.shape).astype(x.kv_BYH.dtype),
+        entry_BCH=None if ct.entry_BPCH is None else ct.entry_BPCH.sum(1).astype(x.q_BSM.dtype),
+        sink_N=ct.sink_BU1N.sum((0, 1, 2)),
+    )
+
+
+_fused.defvjp(_fwd, _bwd)
+
+IMPLEMENTATIONS = {"reference": reference, "pallas_tpu": pallas_tpu}
+"""They take different arguments: `reference` composes attention of the ops that it is given."""
+
+
+def implementation_of(name: str | None, fault: str) -> str:
+    """The implementation that runs: the one that is named, or the platform's best.
+
+    Unlike other ops, this one is chosen when the program is traced, for the devices of the mesh or
+    the default ones: differentiating a choice between two would keep the values of both.
+
+    Args:
+      name: of an implementation; None: "pallas_tpu" on TPU, if it can, otherwise "reference".
+      fault: why "pallas_tpu" cannot compute this layer; "" if it can.
+
+    Raises:
+      ValueError: "pallas_tpu" is named and cannot.
+    """
+    if name is None:
+        return "pallas_tpu" if on_tpu() and not fault else "reference"
+    if name == "pallas_tpu" and fault:
+        raise ValueError(f"kernels: fused_attention: got 'pallas_tpu' for {fault}")
+    return name
+
+
+def is_interpreted(name: str | None) -> bool:
+    """Whether the implementation `name` is a kernel that runs step by step, outside of TPUs."""
+    return name == "pallas_tpu" and not on_tpu()
+
+
+def on_tpu() -> bool:
+    """Whether the program that is traced is for TPUs."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "tpu"
+
+
+def unfit(queries: RawQueries, keys: LayerKeys, window: int) -> str:
+    """Why the kernel does not take these sizes, in words; "" if it does."""
+    dim, rope = queries.q_BSNH.shape[3], 2 * queries.rope.cos.shape[2]
+    if not on_tpu():
+        return ""
+    if dim % LANES or window % LANES or rope > LANES:
+        return (
+            f"head dim {dim}, window {window} and {rope} rope dims; on TPU the first two must "
+            f"divide by {LANES}, and rope dims be at most {LANES}"
+        )
+    entries = 0 if keys.entry_BCH is None else keys.entry_BCH.shape[1]
+    need = _vmem(entries, dim, window, queries.q_BSNH.dtype.itemsize)
+    if need > VMEM_BYTES:
+        return (
+            f"{entries} entries of {dim}: a step needs {need / 2**20:.0f} MiB of fast memory, and "
+            f"{VMEM_BYTES >> 20} are there"
+        )
+    return ""
+
+
+def _vmem(entries: int, dim: int, window: int, itemsize: int) -> int:
+    """Bytes that a step of the gradient keeps in fast memory, by what grows with the entries."""
+    # Entries and their float32 gradient, both in two buffers; the bias and a mask of int8.
+    each = 2 * itemsize * dim + 2 * 4 * dim + 4 * window + 2 * window
+    return entries * each + 20 * 2**20

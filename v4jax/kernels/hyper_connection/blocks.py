@@ -5,7 +5,7 @@ a token has few (logits and weights) lie with the tokens last, so that vectors a
 multiply streams, a kernel turns them around.
 
 Shapes: B batch, S positions, X streams, D hidden, M weights of a site ((2+X)*X), T tokens of a
-step, R tokens of a strip, C columns
+step, R tokens of a strip, P columns
 that are worked on together, W columns for a number of each token, most of them unused.
 Next file to read: v4jax/kernels/hyper_connection/site_tpu.py.
 """
@@ -19,22 +19,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
-"""Width of a TPU's vectors, and tokens of a step."""
+from v4jax.kernels.tpu import LANES, TN, VMEM_BYTES
 
 STRIP = 16
 """Tokens whose streams are worked on together, so that sums stay in registers."""
 
 COLUMNS = 512
 """Hidden numbers that are worked on together."""
-
-VMEM_BYTES = 62 * 2**20
-"""What a kernel may use of a core's fast memory: 64 MiB on v5p and TPU7x, 128 on v5e and v6e."""
-
-NT = (((1,), (1,)), ((), ()))
-NN = (((1,), (0,)), ((), ()))
-TN = (((0,), (0,)), ((), ()))
-"""Contractions: a b^T, a b and a^T b."""
 
 
 class Site(NamedTuple):
@@ -99,8 +90,7 @@ def call(
         out_specs=[_spec(False, one, steps // parts) for _, one in outputs],
         scratch_shapes=[pltpu.VMEM((LANES, LANES), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_BYTES,
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         cost_estimate=pl.CostEstimate(
             flops=16 * first.size, bytes_accessed=moved, transcendentals=0
@@ -198,9 +188,9 @@ def spread(a_MT: jax.Array, b_MD: jax.Array, dtype: jnp.dtype) -> jax.Array:
     )
 
 
-def in_lanes(x_RC: jax.Array) -> jax.Array:
+def in_lanes(x_RP: jax.Array) -> jax.Array:
     """Sums of columns that lie LANES apart, [R,W]; fewer columns stay as they are."""
-    width = x_RC.shape[1]
+    width = x_RP.shape[1]
     if width % LANES:  # only outside of TPUs
-        return jnp.pad(x_RC, ((0, 0), (0, -width % LANES))).reshape(len(x_RC), -1, LANES).sum(1)
-    return sum(x_RC[:, at : at + LANES] for at in range(0, width, LANES))
+        return jnp.pad(x_RP, ((0, 0), (0, -width % LANES))).reshape(len(x_RP), -1, LANES).sum(1)
+    return sum(x_RP[:, at : at + LANES] for at in range(0, width, LANES))

@@ -3,12 +3,10 @@
 Each pass reads and writes every stream once.
 
 Shapes: B batch, S positions, X streams (J sources, K targets), D hidden, M weights of a site, T
-tokens of a step, R tokens of a strip, C columns that are worked on together, W columns for a number
+tokens of a step, R tokens of a strip, P columns that are worked on together, W columns for a number
 of each token.
 Next file to read: v4jax/kernels/hyper_connection/op.py.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +43,11 @@ def _forward(x, y, weights, new, number_TW):
     def expand(rows):
         post_R1, comb_R1 = _weights(number_TW, rows, streams)
         for part in columns(width):
-            y_RC = y[rows, part].astype(jnp.float32)
-            x_RC = [x[j, rows, part].astype(jnp.float32) for j in range(streams)]
+            y_RP = y[rows, part].astype(jnp.float32)
+            x_RP = [x[j, rows, part].astype(jnp.float32) for j in range(streams)]
             for k in range(streams):
-                mixed_RC = sum(comb_R1[k][j] * x_RC[j] for j in range(streams))
-                new[k, rows, part] = (post_R1[k] * y_RC + mixed_RC).astype(new.dtype)
+                mixed_RP = sum(comb_R1[k][j] * x_RP[j] for j in range(streams))
+                new[k, rows, part] = (post_R1[k] * y_RP + mixed_RP).astype(new.dtype)
 
     strips(expand)
 
@@ -78,19 +76,19 @@ def _backward(x, y, weights, ct, ct_x, ct_y, ct_weights, number_TW):
         post_R1, comb_R1 = _weights(number_TW, rows, streams)
         total = [jnp.zeros((rows.size, LANES), jnp.float32)] * (streams * (1 + streams))
         for part in columns(width):
-            y_RC = y[rows, part].astype(jnp.float32)
-            ct_RC = [ct[k, rows, part].astype(jnp.float32) for k in range(streams)]
-            back_RC = sum(post_R1[k] * ct_RC[k] for k in range(streams))
-            ct_y[rows, part] = back_RC.astype(ct_y.dtype)
+            y_RP = y[rows, part].astype(jnp.float32)
+            ct_RP = [ct[k, rows, part].astype(jnp.float32) for k in range(streams)]
+            back_RP = sum(post_R1[k] * ct_RP[k] for k in range(streams))
+            ct_y[rows, part] = back_RP.astype(ct_y.dtype)
             for k in range(streams):
-                total[k] = total[k] + in_lanes(y_RC * ct_RC[k])
+                total[k] = total[k] + in_lanes(y_RP * ct_RP[k])
             for j in range(streams):
-                x_RC = x[j, rows, part].astype(jnp.float32)
-                back_RC = sum(comb_R1[k][j] * ct_RC[k] for k in range(streams))
-                ct_x[j, rows, part] = back_RC.astype(ct_x.dtype)
+                x_RP = x[j, rows, part].astype(jnp.float32)
+                back_RP = sum(comb_R1[k][j] * ct_RP[k] for k in range(streams))
+                ct_x[j, rows, part] = back_RP.astype(ct_x.dtype)
                 for k in range(streams):
                     m = streams * (1 + k) + j
-                    total[m] = total[m] + in_lanes(x_RC * ct_RC[k])
+                    total[m] = total[m] + in_lanes(x_RP * ct_RP[k])
         number_TW[rows, :] = joined([jnp.sum(one, 1, keepdims=True) for one in total])
 
     strips(undo)

@@ -1,8 +1,9 @@
 """A site of hyper-connections around a sublayer: the way in, and the way out to the streams.
 
 The way in collapses the streams with weights that the streams themselves give, and also gives the
-weights of the way out (docs/equations.md#mhc). `reference` composes it of smaller ops, which on TPU
-pass over all streams several times. `pallas_tpu` is one kernel for each way and each pass.
+weights of the way out (docs/equations.md#mhc). v4jax/model/hyper.py composes them of smaller ops:
+that is the reference, which on TPU passes over all streams several times. Here each way is one
+kernel, and one for its gradient.
 
 Shapes: B batch, S positions, X streams, D hidden, P weights of a site ((2+X)*X), M the same, filled
 up to whole rows.
@@ -18,42 +19,40 @@ import jax.numpy as jnp
 
 from sharding.manual import vary_like
 from sharding.rules import AxisRules
+from v4jax.kernels.choice import Kernels
 from v4jax.kernels.hyper_connection import expand_tpu, site_tpu
-from v4jax.kernels.hyper_connection.blocks import LANES, VMEM_BYTES, Site
-from v4jax.kernels.hyper_connection.site_tpu import SiteWeights
+from v4jax.kernels.hyper_connection.blocks import Site
+from v4jax.kernels.hyper_connection.site_tpu import Saved, SiteWeights
+from v4jax.kernels.tpu import LANES, VMEM_BYTES, on_tpu
 
 _ROWS = 16
 """Rows of a 16-bit matrix that lie together."""
-
-
-class Ways(NamedTuple):
-    """One implementation: both ways."""
-
-    site: Callable
-    expand: Callable
 
 
 class SiteResult(NamedTuple):
     """What the way in gives.
 
     Attributes:
+      x_BSXD: the streams, for the way out: gradients from there are added where those of the way
+        in are made.
       u_BSD: the collapsed streams, in their dtype.
       pre_BSX, post_BSX, comb_BSXX: float32; comb is (source, target).
     """
 
+    x_BSXD: jax.Array
     u_BSD: jax.Array
     pre_BSX: jax.Array
     post_BSX: jax.Array
     comb_BSXX: jax.Array
 
 
-def reference(composed: Callable, *inputs):
-    """`composed` of the inputs: smaller ops, one after another."""
-    return composed(*inputs)
-
-
 def pallas_site(
-    rules: AxisRules, site: Site, x_BSXD: jax.Array, fn: jax.Array, base: jax.Array, scale: jax.Array
+    rules: AxisRules,
+    site: Site,
+    x_BSXD: jax.Array,
+    fn: jax.Array,
+    base: jax.Array,
+    scale: jax.Array,
 ) -> SiteResult:
     """The way in, in one kernel; other platforms than TPU interpret it, which is slow.
 
@@ -76,25 +75,21 @@ def pallas_site(
 
     def local(x_bsxd, own: SiteWeights):
         own = jax.tree.map(lambda w: vary_like(w, x_bsxd), own)
-        x_bxsd = jnp.moveaxis(_filled(x_bsxd), 2, 1)
-        u_bsd, weights_bms = _site(site, x_bxsd, own)
-        seq = x_bsxd.shape[1]
-        return u_bsd[:, :seq], jnp.swapaxes(weights_bms, 1, 2)[:, :seq]
+        x_bxsd, u_bsd, weights_bms = _site(site, jnp.moveaxis(_filled(x_bsxd), 2, 1), own)
+        found = jnp.moveaxis(x_bxsd, 1, 2), u_bsd, jnp.swapaxes(weights_bms, 1, 2)
+        return jax.tree.map(lambda x: x[:, : x_bsxd.shape[1]], found)
 
     act = rules.spec(("act_batch", "act_seq")) if rules else None
-    run = _on_mesh(rules, site.interpret, local, (act, None), (act, act))
-    u_BSD, weights_BSM = run(x_BSXD, SiteWeights(fn_XMD, *columns))
+    run = _on_mesh(rules, site.interpret, local, (act, None), (act, act, act))
+    x_BSXD, u_BSD, weights_BSM = run(x_BSXD, SiteWeights(fn_XMD, *columns))
     comb_BSXX = weights_BSM[..., 2 * n : (2 + n) * n].reshape(*x_BSXD.shape[:2], n, n)
     comb_BSXX = jnp.swapaxes(comb_BSXX, 2, 3)
-    return SiteResult(u_BSD, weights_BSM[..., :n], weights_BSM[..., n : 2 * n], comb_BSXX)
+    pre_BSX, post_BSX = weights_BSM[..., :n], weights_BSM[..., n : 2 * n]
+    return SiteResult(x_BSXD, u_BSD, pre_BSX, post_BSX, comb_BSXX)
 
 
 def pallas_expand(
-    rules: AxisRules,
-    y_BSD: jax.Array,
-    x_BSXD: jax.Array,
-    post_BSX: jax.Array,
-    comb_BSXX: jax.Array,
+    rules: AxisRules, y_BSD: jax.Array, x_BSXD: jax.Array, post_BSX: jax.Array, comb_BSXX: jax.Array
 ) -> jax.Array:
     """The way out in one kernel: `expand` of v4jax/kernels/streams.py.
 
@@ -106,8 +101,9 @@ def pallas_expand(
     weights_BSP = jnp.concatenate([post_BSX, comb_BSP], axis=-1)
 
     def local(x_bsxd, y_bsd, weights_bsp):
-        x_bxsd, weights_bps = jnp.moveaxis(_filled(x_bsxd), 2, 1), jnp.swapaxes(
-            _filled(weights_bsp), 1, 2
+        x_bxsd, weights_bps = (
+            jnp.moveaxis(_filled(x_bsxd), 2, 1),
+            jnp.swapaxes(_filled(weights_bsp), 1, 2),
         )
         new_bxsd = _expand(not on_tpu(), x_bxsd, _filled(y_bsd), weights_bps)
         return jnp.moveaxis(new_bxsd, 1, 2)[:, : x_bsxd.shape[1]]
@@ -138,19 +134,21 @@ def _filled(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _site(site: Site, x_BXSD: jax.Array, own: SiteWeights) -> tuple[jax.Array, jax.Array]:
-    """(collapsed streams [B,S,D], weights [B,M,S])."""
-    return tuple(site_tpu.forward(site, x_BXSD, own)[:2])
+def _site(site: Site, x_BXSD: jax.Array, own: SiteWeights) -> tuple[jax.Array, ...]:
+    """(the streams, collapsed streams [B,S,D], weights [B,M,S])."""
+    return _site_fwd(site, x_BXSD, own)[0]
 
 
 def _site_fwd(site: Site, x_BXSD, own: SiteWeights):
     u_BSD, weights_BMS, mix_BMS, inverse_B1S = site_tpu.forward(site, x_BXSD, own)
-    return (u_BSD, weights_BMS), (x_BXSD, own, mix_BMS, inverse_B1S)
+    return (x_BXSD, u_BSD, weights_BMS), (x_BXSD, own, mix_BMS, inverse_B1S)
 
 
 def _site_bwd(site: Site, saved, ct):
     x_BXSD, own, mix_BMS, inverse_B1S = saved
-    ct_x, ct_fn, ct_logits_BMS = site_tpu.backward(site, x_BXSD, own, mix_BMS, inverse_B1S, *ct)
+    ct_x, ct_u, ct_weights = ct
+    saved = Saved(mix_BMS, inverse_B1S, ct_u, ct_weights, ct_x)
+    ct_x, ct_fn, ct_logits_BMS = site_tpu.backward(site, x_BXSD, own, saved)
     ct_base_M1 = ct_logits_BMS.sum((0, 2))[:, None]
     ct_scale_M1 = (ct_logits_BMS * mix_BMS).sum((0, 2))[:, None]
     return ct_x, SiteWeights(ct_fn.sum((0, 1)), ct_base_M1, ct_scale_M1)
@@ -169,30 +167,21 @@ _expand.defvjp(
     lambda interpret, inputs, ct: tuple(expand_tpu.backward(interpret, *inputs, ct)),
 )
 
-IMPLEMENTATIONS = {
-    "reference": Ways(reference, reference),
-    "pallas_tpu": Ways(pallas_site, pallas_expand),
-}
-"""They take different arguments: `reference` composes the ops that it is given."""
+
+IMPLEMENTATIONS = ("reference", "pallas_tpu")
+"""The reference is composed in v4jax/model/hyper.py."""
 
 
-def implementation_of(name: str | None, x_BSXD: jax.Array) -> str:
-    """The implementation that runs: the one that is named, or the platform's best.
+def in_kernels(kernels: Kernels, x_BSXD: jax.Array) -> bool:
+    """Whether kernels run: they are named, or are the platform's best and can.
 
     It is chosen when the program is traced, for the devices of the mesh or the default ones.
-
-    Args:
-      name: of an implementation; None: "pallas_tpu" on TPU, if it can, otherwise "reference".
     """
-    if name is None:
-        return "pallas_tpu" if on_tpu() and not unfit(x_BSXD) else "reference"
-    return name
-
-
-def on_tpu() -> bool:
-    """Whether the program that is traced is for TPUs."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if device is None else device.platform) == "tpu"
+    if kernels.hyper_connection is not None:
+        return kernels.hyper_connection == "pallas_tpu"
+    # Whoever names one of the ops that the kernels replace gets that op.
+    named = (kernels.streams, kernels.sinkhorn) != (None, None)
+    return not named and on_tpu() and unfit(x_BSXD) == ""
 
 
 def unfit(x_BSXD: jax.Array) -> str:
@@ -204,8 +193,8 @@ def unfit(x_BSXD: jax.Array) -> str:
         return f"{seq} tokens a row; a step of a kernel takes {LANES}"
     if width % LANES:
         return f"hidden size {width}; on TPU it must divide by {LANES}"
-    # Streams, their gradients and new gradients, in two buffers each.
-    need = (6 * streams + 4) * LANES * width * x_BSXD.dtype.itemsize
+    # Streams, two gradients of them and the new one, in two buffers each.
+    need = (8 * streams + 2) * LANES * width * x_BSXD.dtype.itemsize
     if need > VMEM_BYTES:
         return (
             f"{streams} streams of {width} {x_BSXD.dtype}: a step needs {need / 2**20:.0f} MiB of "

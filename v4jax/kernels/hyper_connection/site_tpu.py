@@ -4,7 +4,7 @@ The forward pass reads the streams once. The backward pass reads them, and the g
 site gave, once each; it finds the weights again from the saved logits.
 
 Shapes: B batch, S positions, X streams, D hidden, M weights of a site ((2+X)*X, filled up to whole
-rows), T tokens of a step, R tokens of a strip, K columns that are worked on together, W columns for
+rows), T tokens of a step, R tokens of a strip, P columns that are worked on together, W columns for
 a number of each token.
 Next file to read: v4jax/kernels/hyper_connection/expand_tpu.py.
 """
@@ -17,9 +17,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from v4jax.kernels.hyper_connection.blocks import (
-    LANES,
-    NN,
-    NT,
     Block,
     Site,
     by_token,
@@ -32,6 +29,7 @@ from v4jax.kernels.hyper_connection.blocks import (
     strips,
 )
 from v4jax.kernels.sinkhorn import unrolled
+from v4jax.kernels.tpu import LANES, NN, NT
 
 
 class SiteWeights(NamedTuple):
@@ -78,8 +76,8 @@ def _forward(site: Site, x, fn, base, scale, u, weights, mix, inverse, square_TW
         total = jnp.zeros((rows.size, LANES), jnp.float32)
         for j in range(streams):
             for part in columns(width):
-                x_RK = x[j, rows, part].astype(jnp.float32)
-                total = total + in_lanes(x_RK * x_RK)
+                x_RP = x[j, rows, part].astype(jnp.float32)
+                total = total + in_lanes(x_RP * x_RP)
         square_TW[rows, :] = jnp.broadcast_to(jnp.sum(total, 1, keepdims=True), total.shape)
 
     strips(squares)
@@ -93,8 +91,8 @@ def _forward(site: Site, x, fn, base, scale, u, weights, mix, inverse, square_TW
     def collapse(rows):
         pre_RX = [square_TW[rows, j : j + 1] for j in range(streams)]
         for part in columns(width):
-            u_RK = sum(pre_RX[j] * x[j, rows, part].astype(jnp.float32) for j in range(streams))
-            u[rows, part] = u_RK.astype(u.dtype)
+            u_RP = sum(pre_RX[j] * x[j, rows, part].astype(jnp.float32) for j in range(streams))
+            u[rows, part] = u_RP.astype(u.dtype)
 
     strips(collapse)
 
@@ -110,33 +108,48 @@ def weights_of(site: Site, logits_MT: jax.Array) -> jax.Array:
     return jnp.concatenate([pre_XT, post_XT, *comb, *([filler] if filler.shape[0] else [])])
 
 
-def backward(site: Site, x_BXSD, own: SiteWeights, mix_BMS, inverse_B1S, ct_u_BSD, ct_weights_BMS):
-    """(gradient of the streams, of fn [B,parts,X,M,D] in parts, of the scaled logits [B,M,S])."""
+class Saved(NamedTuple):
+    """What the backward pass reads beside streams and parameters.
+
+    Attributes:
+      mix_BMS, inverse_B1S: of the forward pass.
+      ct_u_BSD, ct_weights_BMS, ct_x_BXSD: gradients of the collapsed streams, of the weights, and
+        of the streams where the way out reads them.
+    """
+
+    mix_BMS: jax.Array
+    inverse_B1S: jax.Array
+    ct_u_BSD: jax.Array
+    ct_weights_BMS: jax.Array
+    ct_x_BXSD: jax.Array
+
+    def inputs(self) -> list[tuple[jax.Array, Block]]:
+        axes = (1, 1, 0, 1, 1)
+        return [(x, Block(x.shape[1:], axis)) for x, axis in zip(self, axes, strict=True)]
+
+
+def backward(site: Site, x_BXSD: jax.Array, own: SiteWeights, saved: Saved) -> list[jax.Array]:
+    """Gradients of the streams, of fn [B,parts,X,M,D] in parts, and of the logits [B,M,S].
+
+    These logits are those after scale and base.
+    """
     _, streams, seq, width = x_BXSD.shape
-    rows = own.base_M1.shape[0]
     return call(
         functools.partial(_backward, site),
         "hyper_connection_site_gradients",
-        [
-            (x_BXSD, Block((streams, seq, width), tokens=1)),
-            *own.inputs(),
-            (mix_BMS, Block((rows, seq), tokens=1)),
-            (inverse_B1S, Block((1, seq), tokens=1)),
-            (ct_u_BSD, Block((seq, width), tokens=0)),
-            (ct_weights_BMS, Block((rows, seq), tokens=1)),
-        ],
+        [(x_BXSD, Block((streams, seq, width), tokens=1)), *own.inputs(), *saved.inputs()],
         [
             (x_BXSD.dtype, Block((streams, seq, width), tokens=1)),
             (jnp.float32, Block(own.fn_XMD.shape, own=True)),
-            (jnp.float32, Block((rows, seq), tokens=1)),
+            (jnp.float32, Block(saved.mix_BMS.shape[1:], tokens=1)),
         ],
         site.interpret,
     )
 
 
-def _backward(
-    site: Site, x, fn, base, scale, mix, inverse, ct_u, ct_weights, ct_x, ct_fn, ct_logits, number_TW
-):
+def _backward(site: Site, x, fn, base, scale, *others):
+    mix, inverse, ct_u, ct_weights, ct_out = others[:5]
+    ct_x, ct_fn, ct_logits, number_TW = others[5:]
     streams, width = site.streams, x.shape[-1]
 
     @pl.when(pl.program_id(2) == 0)
@@ -146,16 +159,14 @@ def _backward(
     def of_collapse(rows):
         total = [jnp.zeros((rows.size, LANES), jnp.float32) for _ in range(streams)]
         for part in columns(width):
-            ct_RK = ct_u[rows, part].astype(jnp.float32)
+            ct_RP = ct_u[rows, part].astype(jnp.float32)
             for j in range(streams):
-                total[j] = total[j] + in_lanes(ct_RK * x[j, rows, part].astype(jnp.float32))
+                total[j] = total[j] + in_lanes(ct_RP * x[j, rows, part].astype(jnp.float32))
         number_TW[rows, :] = joined([jnp.sum(one, 1, keepdims=True) for one in total])
 
     strips(of_collapse)
     mix_MT, inverse_1T = mix[...], inverse[...]
-    weights_MT, pull = jax.vjp(
-        functools.partial(weights_of, site), mix_MT * scale[...] + base[...]
-    )
+    weights_MT, pull = jax.vjp(functools.partial(weights_of, site), mix_MT * scale[...] + base[...])
     collapsed_MT = number_TW[...].T[: weights_MT.shape[0]]
     (ct_logits_MT,) = pull(ct_weights[...] + collapsed_MT)
     ct_logits[...] = ct_logits_MT
@@ -170,7 +181,7 @@ def _backward(
     number_TW[...] = by_token(numbers)
     for part in columns(width):
         for j in range(streams):
-            ct_TK = spread(ct_MT, fn[j, :, part], x.dtype)
-            ct_TK = ct_TK + number_TW[:, j : j + 1] * ct_u[:, part].astype(jnp.float32)
-            ct_TK = ct_TK + number_TW[:, streams : streams + 1] * x[j, :, part].astype(jnp.float32)
-            ct_x[j, :, part] = ct_TK.astype(ct_x.dtype)
+            ct_TP = spread(ct_MT, fn[j, :, part], x.dtype) + ct_out[j, :, part].astype(jnp.float32)
+            ct_TP = ct_TP + number_TW[:, j : j + 1] * ct_u[:, part].astype(jnp.float32)
+            ct_TP = ct_TP + number_TW[:, streams : streams + 1] * x[j, :, part].astype(jnp.float32)
+            ct_x[j, :, part] = ct_TP.astype(ct_x.dtype)

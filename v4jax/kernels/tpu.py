@@ -1,6 +1,6 @@
 """What kernels for TPUs share: sizes of the chip, contractions, and whether there is one.
 
-Next file to read: v4jax/kernels/hyper_connection/op.py.
+Next file to read: v4jax/kernels/hyper_connection/blocks.py.
 """
 
 import jax

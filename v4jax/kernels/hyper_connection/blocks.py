@@ -5,8 +5,8 @@ a token has few (logits and weights) lie with the tokens last, so that vectors a
 multiply streams, a kernel turns them around.
 
 Shapes: B batch, S positions, X streams, D hidden, M weights of a site ((2+X)*X), T tokens of a
-step, R tokens of a strip, P columns
-that are worked on together, W columns for a number of each token, most of them unused.
+step, R tokens of a strip, P columns that are worked on together, W columns for a number of each
+token, most of them unused.
 Next file to read: v4jax/kernels/hyper_connection/site_tpu.py.
 """
 
@@ -49,12 +49,12 @@ class Site(NamedTuple):
 class Block(NamedTuple):
     """An array [B,...] as kernels see it: `shape` without B; `tokens` is its axis of tokens.
 
-    Without such an axis every step of a part sees all of it, and each part its own if `own`.
+    Without such an axis every step sees all of it; each part has one of its own if `apart`.
     """
 
     shape: tuple[int, ...]
     tokens: int | None = None
-    own: bool = False
+    apart: bool = False
 
 
 def call(
@@ -77,7 +77,7 @@ def call(
     manual = jax.typeof(first).manual_axis_type
     structs = [
         jax.ShapeDtypeStruct(
-            (batch, *((parts,) if out.own else ()), *out.shape), dtype, manual_axis_type=manual
+            (batch, *((parts,) if out.apart else ()), *out.shape), dtype, manual_axis_type=manual
         )
         for dtype, out in outputs
     ]
@@ -110,7 +110,7 @@ def _spec(shared: bool, block: Block, steps: int) -> pl.BlockSpec:
         at = [0] * len(shape)
         if block.tokens is not None:
             at[block.tokens] = part * steps + step
-        return (*(() if shared else (b,)), *((part,) if block.own else ()), *at)
+        return (*(() if shared else (b,)), *((part,) if block.apart else ()), *at)
 
     squeezed = [None] * (len(place(0, 0, 0)) - len(shape))
     return pl.BlockSpec((*squeezed, *shape), place)

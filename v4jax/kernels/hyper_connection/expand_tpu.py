@@ -5,7 +5,7 @@ Each pass reads and writes every stream once.
 Shapes: B batch, S positions, X streams (J sources, K targets), D hidden, M weights of a site, T
 tokens of a step, R tokens of a strip, P columns that are worked on together, W columns for a number
 of each token.
-Next file to read: v4jax/kernels/hyper_connection/op.py.
+Next file to read: v4jax/kernels/matmul.py.
 """
 
 import jax

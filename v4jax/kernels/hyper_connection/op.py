@@ -73,9 +73,9 @@ def pallas_site(
     scale_P = jnp.concatenate([jnp.full(size, scale[i]) for i, size in enumerate((n, n, n * n))])
     columns = [jnp.pad(one, (0, more))[:, None] for one in (_by_target(base, n), scale_P)]
 
-    def local(x_bsxd, own: SiteWeights):
-        own = jax.tree.map(lambda w: vary_like(w, x_bsxd), own)
-        x_bxsd, u_bsd, weights_bms = _site(site, jnp.moveaxis(_filled(x_bsxd), 2, 1), own)
+    def local(x_bsxd, parameters: SiteWeights):
+        parameters = jax.tree.map(lambda w: vary_like(w, x_bsxd), parameters)
+        x_bxsd, u_bsd, weights_bms = _site(site, jnp.moveaxis(_filled(x_bsxd), 2, 1), parameters)
         found = jnp.moveaxis(x_bxsd, 1, 2), u_bsd, jnp.swapaxes(weights_bms, 1, 2)
         return jax.tree.map(lambda x: x[:, : x_bsxd.shape[1]], found)
 
@@ -134,21 +134,21 @@ def _filled(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _site(site: Site, x_BXSD: jax.Array, own: SiteWeights) -> tuple[jax.Array, ...]:
+def _site(site: Site, x_BXSD: jax.Array, parameters: SiteWeights) -> tuple[jax.Array, ...]:
     """(the streams, collapsed streams [B,S,D], weights [B,M,S])."""
-    return _site_fwd(site, x_BXSD, own)[0]
+    return _site_fwd(site, x_BXSD, parameters)[0]
 
 
-def _site_fwd(site: Site, x_BXSD, own: SiteWeights):
-    u_BSD, weights_BMS, mix_BMS, inverse_B1S = site_tpu.forward(site, x_BXSD, own)
-    return (x_BXSD, u_BSD, weights_BMS), (x_BXSD, own, mix_BMS, inverse_B1S)
+def _site_fwd(site: Site, x_BXSD, parameters: SiteWeights):
+    u_BSD, weights_BMS, mix_BMS, inverse_B1S = site_tpu.forward(site, x_BXSD, parameters)
+    return (x_BXSD, u_BSD, weights_BMS), (x_BXSD, parameters, mix_BMS, inverse_B1S)
 
 
 def _site_bwd(site: Site, saved, ct):
-    x_BXSD, own, mix_BMS, inverse_B1S = saved
+    x_BXSD, parameters, mix_BMS, inverse_B1S = saved
     ct_x, ct_u, ct_weights = ct
     saved = Saved(mix_BMS, inverse_B1S, ct_u, ct_weights, ct_x)
-    ct_x, ct_fn, ct_logits_BMS = site_tpu.backward(site, x_BXSD, own, saved)
+    ct_x, ct_fn, ct_logits_BMS = site_tpu.backward(site, x_BXSD, parameters, saved)
     ct_base_M1 = ct_logits_BMS.sum((0, 2))[:, None]
     ct_scale_M1 = (ct_logits_BMS * mix_BMS).sum((0, 2))[:, None]
     return ct_x, SiteWeights(ct_fn.sum((0, 1)), ct_base_M1, ct_scale_M1)

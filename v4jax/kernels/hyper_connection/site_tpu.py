@@ -48,17 +48,17 @@ class SiteWeights(NamedTuple):
         return [(x, Block(x.shape)) for x in self]
 
 
-def forward(site: Site, x_BXSD: jax.Array, own: SiteWeights):
+def forward(site: Site, x_BXSD: jax.Array, parameters: SiteWeights):
     """(collapsed streams [B,S,D], weights [B,M,S], logits [B,M,S], inverse RMS [B,1,S]).
 
     Logits are those before scale and base. All but the first are float32.
     """
     _, streams, seq, width = x_BXSD.shape
-    rows = own.base_M1.shape[0]
+    rows = parameters.base_M1.shape[0]
     return call(
         functools.partial(_forward, site),
         "hyper_connection_site",
-        [(x_BXSD, Block((streams, seq, width), tokens=1)), *own.inputs()],
+        [(x_BXSD, Block((streams, seq, width), tokens=1)), *parameters.inputs()],
         [
             (x_BXSD.dtype, Block((seq, width), tokens=0)),
             (jnp.float32, Block((rows, seq), tokens=1)),
@@ -128,7 +128,9 @@ class Saved(NamedTuple):
         return [(x, Block(x.shape[1:], axis)) for x, axis in zip(self, axes, strict=True)]
 
 
-def backward(site: Site, x_BXSD: jax.Array, own: SiteWeights, saved: Saved) -> list[jax.Array]:
+def backward(
+    site: Site, x_BXSD: jax.Array, parameters: SiteWeights, saved: Saved
+) -> list[jax.Array]:
     """Gradients of the streams, of fn [B,parts,X,M,D] in parts, and of the logits [B,M,S].
 
     These logits are those after scale and base.
@@ -137,10 +139,10 @@ def backward(site: Site, x_BXSD: jax.Array, own: SiteWeights, saved: Saved) -> l
     return call(
         functools.partial(_backward, site),
         "hyper_connection_site_gradients",
-        [(x_BXSD, Block((streams, seq, width), tokens=1)), *own.inputs(), *saved.inputs()],
+        [(x_BXSD, Block((streams, seq, width), tokens=1)), *parameters.inputs(), *saved.inputs()],
         [
             (x_BXSD.dtype, Block((streams, seq, width), tokens=1)),
-            (jnp.float32, Block(own.fn_XMD.shape, own=True)),
+            (jnp.float32, Block(parameters.fn_XMD.shape, apart=True)),
             (jnp.float32, Block(saved.mix_BMS.shape[1:], tokens=1)),
         ],
         site.interpret,

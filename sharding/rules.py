@@ -18,6 +18,12 @@ from jax.sharding import PartitionSpec
 from sharding.axes import LOGICAL_AXES, MESH_AXES, axes_of, check_table, close
 
 _NO_AXIS: tuple[str, ...] = ()
+_NOT_GATHERED = (
+    "experts",
+    "cache_slots",
+    *(name for name in LOGICAL_AXES if name.startswith("act_")),
+)
+"""Logical axes that FSDP does not gather: tokens go to experts, and activations stay cut."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -67,15 +73,13 @@ class AxisRules:
             f"known: {', '.join(n for n, _ in self.table)}"
         )
 
-    def spec(self, names: tuple[str | None, ...], without: tuple[str, ...] = ()) -> PartitionSpec:
-        """The PartitionSpec of an array with the axes `names`, without the mesh axes `without`.
+    def spec(self, names: tuple[str | None, ...]) -> PartitionSpec:
+        """The PartitionSpec of an array with the axes `names`.
 
         Raises:
           ValueError: an unknown name, or a mesh axis that two axes of the array use.
         """
-        parts = [
-            tuple(axis for axis in self.mesh_axes(name) if axis not in without) for name in names
-        ]
+        parts = [self.mesh_axes(name) for name in names]
         flat = [axis for part in parts for axis in part]
         for axis in flat:
             if flat.count(axis) > 1:
@@ -101,15 +105,26 @@ class AxisRules:
         """
         if not self.table:
             return w
-        tokens = [
-            axis
-            for axis in MESH_AXES
-            if axis in self.mesh_axes("act_batch") + self.mesh_axes("act_seq")
-        ]
-        steps = tuple(
-            self.spec(names, without=tuple(tokens[i:])) for i in range(len(tokens), -1, -1)
-        )
+        tokens = self._token_axes()
+        steps = tuple(self._uncut(tokens[i:]).spec(names) for i in range(len(tokens), -1, -1))
         return _gathered(w, tuple(dict.fromkeys(steps)))
+
+    def whole_weights(self) -> "AxisRules":
+        """The layout in which weights are gathered already (FSDP); experts stay where they are."""
+        return self._uncut(self._token_axes())
+
+    def _token_axes(self) -> tuple[str, ...]:
+        """The mesh axes that split tokens, outermost first."""
+        tokens = self.mesh_axes("act_batch") + self.mesh_axes("act_seq")
+        return tuple(axis for axis in MESH_AXES if axis in tokens)
+
+    def _uncut(self, over: tuple[str, ...]) -> "AxisRules":
+        """The layout whose weights are not cut over the mesh axes `over`, except among experts."""
+        table = tuple(
+            (name, axes if name in _NOT_GATHERED else tuple(a for a in axes if a not in over))
+            for name, axes in self.table
+        )
+        return dataclasses.replace(self, table=table)
 
     def shards(self, name: str) -> int:
         """How many parts the ambient mesh cuts `name` into; 1 for the empty table."""

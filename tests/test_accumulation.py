@@ -134,9 +134,9 @@ def test_diagnostics_are_those_of_all_micro_batches():
                     np.testing.assert_allclose(getattr(got, field), value, rtol=1e-5, atol=1e-6)
 
 
-def step_on(mesh: str, layout: str, count: int):
+def step_on(mesh: str, layout: str, count: int, gather: str = "micro_batch"):
     """(state after a step, metrics) of `count` micro-batches on a mesh."""
-    cfg = dataclasses.replace(CFG, gradient_accumulation=count)
+    cfg = dataclasses.replace(CFG, gradient_accumulation=count, gather=gather)
     sizes = parse_mesh(mesh)
     rules = layout_for(layout, sizes) if mesh else AxisRules()
     device_mesh = make_mesh(sizes)
@@ -154,20 +154,24 @@ def one_batch():
     return step_on("", "full", 1)
 
 
+SLOW = pytest.mark.slow
 MESHES = [
-    pytest.param("data=2,expert=2,tensor=2", "full", 2, id="full"),
-    pytest.param("fsdp=4", "fsdp", 2, id="fsdp", marks=pytest.mark.slow),
-    pytest.param("context=2,expert=2,tensor=2", "pod", 4, id="pod", marks=pytest.mark.slow),
-    pytest.param("context=2,expert=4", "cp_ep", 2, id="cp_ep", marks=pytest.mark.slow),
-    pytest.param("slice=2,expert=2", "ep_fsdp", 2, id="ep_fsdp", marks=pytest.mark.slow),
+    pytest.param("data=2,expert=2,tensor=2", "full", 2, "micro_batch", id="full"),
+    pytest.param("fsdp=4", "fsdp", 2, "micro_batch", id="fsdp", marks=SLOW),
+    pytest.param("context=2,expert=2,tensor=2", "pod", 4, "micro_batch", id="pod", marks=SLOW),
+    pytest.param("context=2,expert=4", "cp_ep", 2, "micro_batch", id="cp_ep", marks=SLOW),
+    pytest.param("slice=2,expert=2", "ep_fsdp", 2, "micro_batch", id="ep_fsdp", marks=SLOW),
+    pytest.param("fsdp=2,expert=2,tensor=2", "full", 2, "step", id="full-step"),
+    pytest.param("fsdp=2,context=2,expert=2", "pod", 2, "step", id="pod-step", marks=SLOW),
+    pytest.param("fsdp=4", "fsdp", 1, "step", id="fsdp-step-of-one", marks=SLOW),
 ]
 
 
-@pytest.mark.parametrize("mesh, layout, count", MESHES)
+@pytest.mark.parametrize("mesh, layout, count, gather", MESHES)
 def test_a_step_of_micro_batches_on_a_mesh_is_the_step_of_one_batch_on_one_device(
-    mesh, layout, count
+    mesh, layout, count, gather
 ):
-    state, metrics = step_on(mesh, layout, count)
+    state, metrics = step_on(mesh, layout, count, gather)
     expected, expected_metrics = one_batch()
     for name in ("loss", "nll", "mtp_nll", "balance", "index_kl", "grad_norm", "expert_load_max"):
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=TOLERANCE)

@@ -21,7 +21,7 @@ from v4jax.planner.estimate import estimate
 from v4jax.planner.hardware import hardware_of
 from v4jax.planner.muon import muon
 from v4jax.planner.nearest import checked, nearest_mesh
-from v4jax.planner.notes import parameters
+from v4jax.planner.notes import notes, parameters
 from v4jax.planner.request import Request
 from v4jax.planner.roofline import exchange_time
 from v4jax.planner.search import factorings, search
@@ -131,6 +131,16 @@ def test_full_models_have_their_parameters_and_flops():
     assert found.fits and 0.05 < found.mfu < 0.6
 
 
+def test_a_part_with_rates_of_its_own_is_timed_by_them():
+    cfg = full(flash, "fsdp=8,expert=16")
+    found = estimate(cfg, V5P).parts
+    products, reads = V5P.shares("head")
+    half = {"head": (products / 2, reads / 2)}
+    slower = estimate(cfg, dataclasses.replace(V5P, rates=V5P.rates | half)).parts
+    assert slower["head"][2] == pytest.approx(2 * found["head"][2])
+    assert slower["attention"] == found["attention"]
+
+
 def test_what_a_layout_cuts_is_held_and_sent_less():
     one, two = (
         estimate(full(flash, mesh, layout, batch_size=256), V5P)
@@ -218,10 +228,28 @@ def test_an_estimated_look_warns():
     assert "wait for the busiest" in text
     replicated = examine(full(flash, "expert=128", "ep"), Request("tpu7x:4x4x4", paper=True))
     assert "is held 128 times" in "\n".join(replicated.notes)
+    assert "gather" not in text
     rows = parameters(full(flash, "fsdp=8,expert=16"))
     assert (
         "experts" in rows[0][0] and rows[0][4] >= rows[-1][4] and rows[0][3] == "-, expert, fsdp, -"
     )
+
+
+def test_gathering_once_a_step_holds_more_and_sends_less():
+    cfg = full(flash, "fsdp=32,expert=4", "ep_fsdp", batch_size=1024, gradient_accumulation=8)
+    layer, step = (
+        estimate(dataclasses.replace(cfg, gather=gather), V5P) for gather in ("micro_batch", "step")
+    )
+    # An expert's share and everything else, in bfloat16.
+    whole = step.memory["weights"] - layer.memory["weights"]
+    assert 2 * 284e9 / 4 < whole < 2 * 284e9 / 4 * 1.1 + 2 * 15e9
+    gathered = [
+        sum(row[0] for (_, kind), row in one.sent.items() if kind == "all-gather")
+        for one in (layer, step)
+    ]
+    assert gathered[1] < gathered[0] / 8
+    text = "\n".join(notes(cfg, layer, V5P))
+    assert "With gather=step a device would hold" in text and "does not fit" in text
 
 
 def test_operands_in_fp8_are_made_first():

@@ -28,6 +28,7 @@ ORDER = [
     "v4jax.quant",
     "v4jax.kernels",
     "v4jax.remat",
+    "v4jax.gradient_sums",
     "v4jax.context",
     "v4jax.cache",
     "v4jax.diagnostics",

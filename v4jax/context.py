@@ -52,6 +52,8 @@ class Context:
       collect: what layers return beside their output.
       kernels: which implementation of each op runs.
       remat: what the backward pass recomputes (v4jax/remat.py).
+      sums: the layout of weights and of the sums of their gradients, where the model is given
+        weights that are gathered already, for `rules` that say so; None: that of `rules`.
     """
 
     rules: AxisRules = AxisRules()
@@ -61,6 +63,7 @@ class Context:
     collect: Collect = Collect()
     kernels: Kernels = Kernels()
     remat: str = "none"
+    sums: AxisRules | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.context import Context
+from v4jax.gradient_sums import LAYER, SUMS, layer_numbers
 from v4jax.kernels.choice import kernels_from
 from v4jax.model.router import Routing
 from v4jax.model.segments import read_segments
@@ -65,6 +66,7 @@ def apply(
     *,
     ctx: Context = Context(),
     chosen=None,
+    sums=None,
 ) -> Hidden:
     """Runs the network up to the head; `params` is the public dict, "router" included.
 
@@ -91,7 +93,13 @@ def apply(
             for group, blocks in chosen.items()
         }
     segments = read_segments(cfg, tokens_BS.shape[1], segment_BS, shards)
-    return cast(Hidden, Transformer(ctx, cfg).apply(variables, tokens_BS, segments))
+    network = Transformer(ctx, cfg)
+    if sums is None:
+        return cast(Hidden, network.apply(variables, tokens_BS, segments))
+    groups = {group.name: sums[group.name] for group in cfg.layer_groups}
+    variables |= {SUMS: sums, LAYER: layer_numbers(groups)}
+    hidden, changed = network.apply(variables, tokens_BS, segments, mutable=SUMS)
+    return cast(Hidden, hidden)._replace(sums=changed[SUMS])
 
 
 def forward(

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from trees import close, small_config
 
-from v4jax.kernels import attention
+from v4jax.kernels import attention, rotate
 from v4jax.kernels.fused_attention import op
 from v4jax.kernels.fused_attention.operands import LayerKeys, RawQueries
+from v4jax.kernels.norm import rms_norm
 from v4jax.kernels.queries import cut, window_keys
 from v4jax.model.rotary import rotation
 
@@ -65,36 +66,41 @@ def inputs(dtype, seq=24, start=0, ratio=None, packed=False, chosen=False):
     return queries, keys
 
 
+def chunk_of(keys, q):
+    """(all queries as one chunk, the entries that they attend to or None)."""
+    seq = q.shape[1]
+    position = keys.start_B[:, None] + jnp.arange(-WINDOW, seq, dtype=jnp.int32)[None]
+    chunks = cut(
+        q,
+        keys.kv_BYH,
+        keys.start_B,
+        position,
+        keys.segment_BS,
+        keys.segment_BY,
+        None,
+        WINDOW,
+        -(-seq // WINDOW),
+        1,
+    )
+    chunk = jax.tree.map(lambda x: x[0], chunks)
+    if keys.entry_BCH is None:
+        return chunk, None
+    if keys.chosen_BSC is not None:
+        return chunk, attention.EntryKeys(keys.entry_BCH, keys.chosen_BSC)
+    seen = keys.last_BC[:, None] <= chunk.position_BT[..., None]
+    if keys.segment_BC is not None:
+        seen &= keys.segment_BC[:, None] == chunk.segment_BT[..., None]
+    return chunk, attention.EntryKeys(keys.entry_BCH, seen)
+
+
 def composed(queries, keys):
     """The output by `reference`, of the reference of each op."""
-    seq = queries.q_BSNH.shape[1]
-    blocks = -(-seq // WINDOW)
-    position = keys.start_B[:, None] + jnp.arange(-WINDOW, seq, dtype=jnp.int32)[None]
 
     def attended(q):
-        chunks = cut(
-            q,
-            keys.kv_BYH,
-            keys.start_B,
-            position,
-            keys.segment_BS,
-            keys.segment_BY,
-            None,
-            WINDOW,
-            blocks,
-            1,
-        )
-        chunk = jax.tree.map(lambda x: x[0], chunks)
-        entries = None
-        if keys.entry_BCH is not None:
-            seen = keys.last_BC[:, None] <= chunk.position_BT[..., None]
-            if keys.segment_BC is not None:
-                seen &= keys.segment_BC[:, None] == chunk.segment_BT[..., None]
-            if keys.chosen_BSC is not None:
-                seen = keys.chosen_BSC
-            entries = attention.EntryKeys(keys.entry_BCH, seen)
-        out, _ = attention.reference(chunk.q_BTNH, window_keys(chunk, WINDOW), entries, keys.sink_N)
-        return out[:, :seq].astype(q.dtype), None
+        chunk, entries = chunk_of(keys, q)
+        window = window_keys(chunk, WINDOW)
+        out, _ = attention.reference(chunk.q_BTNH, window, entries, keys.sink_N)
+        return out[:, : q.shape[1]].astype(q.dtype), None
 
     return op.reference(queries, attended, "reference")[0]
 
@@ -112,7 +118,7 @@ def gradients(function, queries, keys):
 
 
 def fused(queries, keys):
-    return op.pallas_tpu(queries, keys, WINDOW)
+    return op.pallas_tpu(queries, keys, WINDOW)[0]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -120,6 +126,18 @@ def test_the_kernel_has_values_and_gradients_of_the_reference(case):
     queries, keys = inputs(jnp.float32, **CASES[case])
     # Sums over keys, heads and queries, in another order.
     close(gradients(fused, queries, keys), gradients(composed, queries, keys), 1e-5)
+
+
+@pytest.mark.parametrize("case", ["entries", "chosen entries", "rows that fill no block"])
+def test_the_mass_is_what_all_heads_give_to_an_entry(case):
+    queries, keys = inputs(jnp.float32, **CASES[case])
+    mass = op.pallas_tpu(queries, keys, WINDOW, with_mass=True)[1]
+    rope = queries.rope.heads()
+    q = rotate.reference(rms_norm(queries.q_BSNH, queries.eps), rope, False)
+    chunk, entries = chunk_of(keys, q)
+    _, lse = attention.reference(chunk.q_BTNH, window_keys(chunk, WINDOW), entries, keys.sink_N)
+    want = attention.entry_mass(chunk.q_BTNH, entries, lse)[:, : mass.shape[1]]
+    close(mass, want, 1e-5)  # sums over heads and head dims, in another order
 
 
 def test_bfloat16_keeps_as_much_as_the_reference():

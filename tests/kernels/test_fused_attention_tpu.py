@@ -13,7 +13,7 @@ from sharding.mesh import parse_mesh
 from sharding.rules import layout_for
 from sharding.targets import topology_mesh
 from v4jax.cache.attention_inputs import AttentionInputs, Entries, IndexInputs
-from v4jax.context import Context
+from v4jax.context import Context, SparseMode
 from v4jax.kernels.choice import Kernels
 from v4jax.model.attend import attend
 from v4jax.model.rotary import rotation
@@ -30,13 +30,14 @@ WHOLE = "data=4"
 CUT = "fsdp=2,context=2,tensor=2"
 
 
-def compiled(cfg, mesh, batch, seq, ratio, dtype="bfloat16", name=None, packed=False):
+def compiled(cfg, mesh, batch, seq, ratio, dtype="bfloat16", name=None, packed=False, taught=False):
     """A gradient's program, from the product that makes queries to the one after attention."""
     sizes = parse_mesh(mesh)
     rules = layout_for("full", sizes)
     target = "v5p:2x2x2" if mesh == CUT else "v5p:2x2x1"
     devices = topology_mesh(target, sizes)
-    ctx = Context(rules=rules, dtype=dtype, kernels=Kernels(fused_attention=name))
+    sparse, kernels = SparseMode(train_indexer=taught), Kernels(fused_attention=name)
+    ctx = Context(rules=rules, dtype=dtype, kernels=kernels, sparse=sparse)
     heads, dim, slots = cfg.num_attention_heads, cfg.head_dim, seq // ratio if ratio else 0
 
     def of(shape, names, dtype=dtype):
@@ -76,12 +77,14 @@ def compiled(cfg, mesh, batch, seq, ratio, dtype="bfloat16", name=None, packed=F
             entries if ratio else None,
             index,
         )
-        out = attend(ctx, cfg, inputs)[0].reshape(batch, seq, 8, -1)
-        return jnp.sum(jnp.einsum("BSGI,IGO->BSGO", out, wo).astype(jnp.float32) ** 2)
+        out, loss = attend(ctx, cfg, inputs)
+        out = out.reshape(batch, seq, 8, -1)
+        found = jnp.sum(jnp.einsum("BSGI,IGO->BSGO", out, wo).astype(jnp.float32) ** 2)
+        return found if loss is None else found + loss.kl
 
     with jax.set_mesh(devices):
         arguments = (x, wq, wo, kv, sink, entry), segment, index
-        return jax.jit(jax.grad(total)).lower(*arguments).compile().as_text()
+        return jax.jit(jax.value_and_grad(total)).lower(*arguments).compile().as_text()
 
 
 def kernels_in(text):
@@ -119,6 +122,11 @@ def test_float32_takes_full_precision():
 def test_devices_that_cut_rows_positions_and_heads(ratio):
     """The kernel of a device's share, inside shard_map."""
     assert kernels_in(compiled(models.flash(), CUT, 2, 4096, ratio, packed=True)) == 2
+
+
+def test_an_indexer_that_trains_takes_one_kernel_more():
+    cfg = models.flash().replace(num_attention_heads=8)
+    assert kernels_in(compiled(cfg, CUT, 2, 4096, 4, packed=True, taught=True)) == 3
 
 
 def test_what_is_named_is_what_runs():

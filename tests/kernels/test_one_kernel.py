@@ -35,13 +35,17 @@ def run(params, batch, ctx):
     return jax.value_and_grad(lambda params: loss_and_routing(CFG, params, batch, ctx)[0])(params)
 
 
-def of(kernels, batch, mesh="", layout="full", dtype="float32"):
-    """(loss, gradients) of one batch, by the implementations in `kernels`."""
+def of(name, batch, mesh="", layout="full", sparse=SparseMode()):
+    """(loss, gradients) of one batch, by the implementation `name` of fused attention."""
     sizes = parse_mesh(mesh)
     rules = layout_for(layout, sizes) if mesh else AxisRules()
     with jax.set_mesh(make_mesh(sizes)):
         params = jax.tree.map(jnp.asarray, from_official(CFG, random_weights(CFG, 0)))
-        found = run(params, batch, Context(rules=rules, kernels=kernels, dtype=dtype))
+        found = run(
+            params,
+            batch,
+            Context(rules=rules, kernels=Kernels(fused_attention=name), sparse=sparse),
+        )
     return jax.tree.map(np.asarray, found)
 
 
@@ -57,9 +61,9 @@ BATCHES = {"whole rows": {"tokens": batch_of()["tokens"]}, "packed": batch_of()}
 
 
 @functools.cache
-def expected(batch):
+def expected(batch, sparse=SparseMode()):
     """(loss, gradients) of two rows on one device, without the kernel."""
-    return of(Kernels(), rows_of(batch))
+    return of("reference", rows_of(batch), sparse=sparse)
 
 
 def rows_of(batch):
@@ -68,7 +72,7 @@ def rows_of(batch):
 
 @pytest.mark.parametrize("batch", [pytest.param("whole rows", marks=pytest.mark.slow), "packed"])
 def test_two_layers_have_the_loss_and_gradients_of_the_reference(batch):
-    kernel = of(Kernels(fused_attention="pallas_tpu"), rows_of(batch))
+    kernel = of("pallas_tpu", rows_of(batch))
     same(kernel, expected(batch), 1e-5)  # sums in another order
 
 
@@ -80,7 +84,7 @@ def test_two_layers_have_the_loss_and_gradients_of_the_reference(batch):
     ],
 )
 def test_on_eight_devices_that_cut_positions_and_heads(mesh, layout):
-    kernel = of(Kernels(fused_attention="pallas_tpu"), rows_of("packed"), mesh, layout)
+    kernel = of("pallas_tpu", rows_of("packed"), mesh, layout)
     same(kernel, expected("packed"), 1e-5)
 
 
@@ -105,6 +109,20 @@ def test_long_chunks_that_continue_rows_of_a_cache():
     close(second_chunk("pallas_tpu"), second_chunk("reference"), 1e-5)
 
 
+TAUGHT = [
+    (SparseMode(train_indexer=True), ""),
+    pytest.param(SparseMode(train_indexer=True, dense=True), "", marks=pytest.mark.slow),
+    pytest.param(SparseMode(train_indexer=True), "context=2,tensor=2", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("sparse", "mesh"), TAUGHT)
+def test_the_indexer_learns_the_same_from_the_kernels_mass(sparse, mesh):
+    same(
+        of("pallas_tpu", rows_of("packed"), mesh, "full", sparse), expected("packed", sparse), 1e-5
+    )
+
+
 def test_what_the_kernel_does_not_cover_is_refused_by_name():
     ctx = Context(kernels=Kernels(fused_attention="pallas_tpu"))
     params, tokens = abstract_params(CFG), jax.ShapeDtypeStruct((1, 136), jnp.int32)
@@ -115,9 +133,6 @@ def test_what_the_kernel_does_not_cover_is_refused_by_name():
     line = "kernels: fused_attention: got 'pallas_tpu' for "
     with pytest.raises(ValueError, match=line + "34 entries, of which each query gathers 4"):
         loss(CFG.replace(index_topk=4), ctx)
-    with pytest.raises(ValueError, match=line + "a layer whose indexer trains"):
-        taught = Context(kernels=ctx.kernels, sparse=SparseMode(train_indexer=True))
-        loss(CFG, taught)
 
     def decode(params):
         cache = empty_cache(CFG, 1, 256)

@@ -6,11 +6,13 @@ Next file to read: v4jax/generate/decode.py.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 
 from sharding.processes import is_first
 from v4jax.api import load, place_on
+from v4jax.config import ModelConfig
 from v4jax.generate.choice import cache_tokens, model_and_choice
 from v4jax.generate.decode import Completion, generate
 from v4jax.generate.prefix import PrefixStore, check_store
@@ -19,8 +21,24 @@ from v4jax.generate.steps import DecodeConfig
 from v4jax.generate.text import TextStop
 from v4jax.stderr import say
 from v4jax.storage import folder_of_checkpoint
-from v4jax.tokenizer import check_tokens, load_tokenizer, prompt_ids
+from v4jax.tokenizer import Tokenizer, check_tokens, load_tokenizer, prompt_ids
 from v4jax.tokenizer.checks import disagreement
+
+
+class _Request(NamedTuple):
+    """What the flags ask for.
+
+    Attributes:
+      tokenizer: None if the prompt is ids.
+      stop_tokens: None for the checkpoint's end tokens.
+    """
+
+    tokenizer: Tokenizer | None
+    stop_tokens: list[int] | None
+    prompts: list[list[int]]
+    seeds: list[int]
+    max_new_tokens: int
+    decoding: DecodeConfig
 
 
 def run(flags) -> dict | None:
@@ -31,6 +49,36 @@ def run(flags) -> dict | None:
 
     Raises:
       ValueError: anything that does not fit, before the checkpoint is read where that is possible.
+    """
+    request = _read(flags)
+    tokenizer, given = request.tokenizer, request.stop_tokens
+    cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout)
+    stream = tokenizer is not None and is_first() and not flags.json and flags.samples == 1
+    write = functools.partial(print, end="", flush=True) if stream else None
+    stop = TextStop(cfg.eos_token_ids if given is None else given, flags.stop, tokenizer, write)
+    prefixes = _prefixes(flags, request, cfg, params)
+    if write is not None:
+        write(flags.prompt)
+    completions = _continue(flags, request, cfg, params, prefixes, stop)
+    if stream:
+        stop.close(completions[0].tokens)
+        print()
+        if flags.speculative:
+            say(f"{completions[0].accepted} of {completions[0].drafted} drafts accepted")
+    if stream or not is_first():
+        return None
+    results = [_result(completion, stop, tokenizer is not None) for completion in completions]
+    if tokenizer is not None and not flags.json:
+        print("\n\n".join(flags.prompt + result["text"] for result in results))
+        return None
+    return results[0] if len(results) == 1 else {"samples": results}
+
+
+def _read(flags) -> _Request:
+    """The request, after all checks that need no weights; says what the checkpoint chose.
+
+    Raises:
+      ValueError: see run.
     """
     folder_of_checkpoint(flags.checkpoint, "checkpoint")
     tokenizer, prompt = _read_prompt(flags)
@@ -57,42 +105,37 @@ def run(flags) -> dict | None:
         check_store(flags.prefix_cache, flags.prefix_cache_bytes)
     TextStop(given or [], flags.stop, tokenizer)
     say(choice.line, disagreement(model, tokenizer) if tokenizer else "")
-    cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout)
-    stream = tokenizer is not None and is_first() and not flags.json and flags.samples == 1
-    write = functools.partial(print, end="", flush=True) if stream else None
-    stop = TextStop(cfg.eos_token_ids if given is None else given, flags.stop, tokenizer, write)
+    return _Request(tokenizer, given, prompts, seeds, max_new_tokens, decoding)
+
+
+def _prefixes(flags, request: _Request, cfg: ModelConfig, params) -> PrefixStore | None:
+    """The prefix cache that the flags name, if they name one."""
+    if flags.prefix_cache is None:
+        return None
+    formats = request.decoding.formats
+    return PrefixStore(flags.prefix_cache, flags.prefix_cache_bytes, cfg, params, formats)
+
+
+def _continue(
+    flags, request: _Request, cfg: ModelConfig, params, prefixes: PrefixStore | None, stop: TextStop
+) -> list[Completion]:
+    """The continuations; says how much of the prompt the prefix cache had."""
     mesh, rules = place_on(flags.mesh, flags.layout)
-    prefixes = flags.prefix_cache and PrefixStore(
-        flags.prefix_cache, flags.prefix_cache_bytes, cfg, params, decoding.formats
-    )
-    if write is not None:
-        write(flags.prompt)
     with jax.set_mesh(mesh):
         completions = generate(
             cfg,
             params,
-            prompts,
-            max_new_tokens,
-            seeds=seeds,
+            request.prompts,
+            request.max_new_tokens,
+            seeds=request.seeds,
             stop=stop,
             capacity=flags.cache_tokens,
-            decoding=decoding._replace(rules=rules),
-            prefixes=prefixes or None,
+            decoding=request.decoding._replace(rules=rules),
+            prefixes=prefixes,
         )
-    if prefixes:
+    if prefixes is not None:
         say(f"prefix cache: {prefixes.reused} tokens read, {prefixes.kept} written")
-    if stream:
-        stop.close(completions[0].tokens)
-        print()
-        if flags.speculative:
-            say(f"{completions[0].accepted} of {completions[0].drafted} drafts accepted")
-    if stream or not is_first():
-        return None
-    results = [_result(completion, stop, tokenizer is not None) for completion in completions]
-    if tokenizer is not None and not flags.json:
-        print("\n\n".join(flags.prompt + result["text"] for result in results))
-        return None
-    return results[0] if len(results) == 1 else {"samples": results}
+    return completions
 
 
 def _read_prompt(flags):

@@ -67,9 +67,7 @@ def cut(
     total = chunks * blocks * block
 
     def chunked(x):
-        """[B,S,...] -> [chunks,B,T,...]."""
-        x = jnp.pad(x, [(0, 0), (0, total - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], chunks, blocks * block, *x.shape[2:]), 1, 0)
+        return in_chunks(x, chunks, total)
 
     def banded(x, fill=0):
         """[B,Y,...] -> [chunks,B,U,2W,...]: each block of W keys follows the one before it."""
@@ -101,6 +99,12 @@ def cut(
         (jnp.arange(total) < q_BSNH.shape[1]).reshape(chunks, -1),
         None if index is None else (chunked(index[0]), chunked(index[1])),
     )
+
+
+def in_chunks(x: jax.Array, chunks: int, total: int) -> jax.Array:
+    """[B,S,...] -> [chunks,B,T,...], with zeros up to `total` positions."""
+    x = jnp.pad(x, [(0, 0), (0, total - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], chunks, total // chunks, *x.shape[2:]), 1, 0)
 
 
 def window_keys(chunk: Queries, window: int) -> WindowKeys:

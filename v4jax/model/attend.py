@@ -53,7 +53,7 @@ def _attend(
     near = window_before(inputs, window, axes.seq)
     segment_BY = None if segment_BS is None else with_rows_before(segment_BS, window, axes.seq)
     if takes_one_kernel(ctx, cfg, axes, inputs, near, segment_BY):
-        return in_one_kernel(ctx, cfg, axes, inputs, near, segment_BY), None
+        return in_one_kernel(ctx, cfg, axes, inputs, near, segment_BY)
     queries = RawQueries(inputs.q_BSNH, inputs.rope, cfg.rms_norm_eps)
     attended = functools.partial(_in_chunks, ctx, cfg, axes, inputs, near, segment_BY)
     return fused_attention.IMPLEMENTATIONS["reference"](queries, attended, ctx.kernels.rotate)

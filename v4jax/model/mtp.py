@@ -8,6 +8,9 @@ import flax.linen as nn
 import jax
 
 from v4jax.cache.layer import CacheView
+from v4jax.config import ModelConfig
+from v4jax.context import Context
+from v4jax.gradient_sums import SUMS
 from v4jax.model.block import Block
 from v4jax.model.hyper import HyperHead
 from v4jax.model.norm import RMSNorm
@@ -15,6 +18,7 @@ from v4jax.model.router import Routing
 from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
 from v4jax.parameter_tree import MTP_KIND
+from v4jax.remat import LAYERS, wrapped
 
 
 class MTP(Weights):
@@ -63,22 +67,29 @@ class Drafter(Weights):
         return MTP(self.ctx, self.cfg, name="mtp")(*inputs)
 
 
-def run_mtp(mtp: MTP, x_BSXD: jax.Array, *others):
-    """mtp(x, *others), whose weight gradients are ready before the layers below begin theirs.
+def run_mtp(ctx: Context, cfg: ModelConfig, variables, x_BSXD: jax.Array, *others):
+    """(what MTP returns, sums of gradients), with weight gradients that are ready in time.
 
     XLA delays work that only the optimizer waits for: whole gradients of MTP's experts, not yet
     scattered over devices, would lie in memory all through the backward pass of the layers.
-    Gradients include every collection, not only weights, because all collections are traced.
+
+    Args:
+      variables: collection -> {"mtp": its variables}.
+      x_BSXD, others: inputs of MTP.
     """
+    trained = {name: variables[name] for name in ("params", SUMS) if name in variables}
+    x_BSXD, trained = _ready_together(x_BSXD, trained)
+    drafter = wrapped(Drafter, LAYERS, ctx.remat)(ctx, cfg)
+    results, changed = drafter.apply(dict(variables) | trained, x_BSXD, *others, mutable=SUMS)
+    return results, changed.get(SUMS, {}).get("mtp")
 
-    def run(mtp, *inputs):
-        return mtp(*inputs)
 
-    def forward(mtp, *inputs):
-        return nn.vjp(run, mtp, *inputs, vjp_variables=True)
+@jax.custom_vjp
+def _ready_together(*trees):
+    """The trees as they are; the backward pass continues once it has the gradients of all."""
+    return trees
 
-    def backward(pull, ct):
-        ct_weights, ct_x, *rest = pull(ct)
-        return *jax.lax.optimization_barrier((ct_weights, ct_x)), *rest
 
-    return nn.custom_vjp(run, forward, backward, grad_vars=True)(mtp, x_BSXD, *others)
+_ready_together.defvjp(
+    lambda *trees: (trees, None), lambda _, cotangents: jax.lax.optimization_barrier(cotangents)
+)

@@ -1,12 +1,10 @@
 """Attention of a whole layer in one kernel: what it covers, and what it reads.
 
-Shapes: B batch, S positions, T query positions of a chunk, Y window keys, N heads, H head dim, C
-entries, I index heads, J index dim.
-Next file to read: v4jax/kernels/fused_attention/op.py.
+Shapes: B batch, S positions, Y window keys, N heads, H head dim, C entries, J index dim.
+Next file to read: v4jax/model/layer_choice.py.
 """
 
 import jax
-import jax.numpy as jnp
 
 from v4jax.cache.attention_inputs import AttentionInputs, WindowKV
 from v4jax.cache.layer import SPARE_ROWS, CompressedKV
@@ -14,11 +12,11 @@ from v4jax.cache.rows import all_rows
 from v4jax.cache.sharded import ShardAxes
 from v4jax.config import ModelConfig
 from v4jax.context import Context
-from v4jax.kernels.attention import chunks_of, gathers
+from v4jax.kernels.attention import gathers
 from v4jax.kernels.fused_attention import op as fused_attention
 from v4jax.kernels.fused_attention.operands import LayerKeys, RawQueries
-from v4jax.kernels.queries import Queries, cut
-from v4jax.model.entries import choose
+from v4jax.model.indexer import IndexLoss
+from v4jax.model.layer_choice import LayerChoice
 
 
 def takes_one_kernel(
@@ -52,15 +50,21 @@ def in_one_kernel(
     inputs: AttentionInputs,
     near: WindowKV,
     segment_BY: jax.Array | None,
-) -> jax.Array:
-    """The output [B,S,N,H], rotated back."""
+) -> tuple[jax.Array, IndexLoss | None]:
+    """(output [B,S,N,H], rotated back; the indexer's loss or None)."""
     queries, keys = _operands(cfg, inputs, near, segment_BY)
-    if _chooses(ctx, cfg, inputs):
-        chosen_BSC = _chosen(ctx, cfg, axes, inputs, near, segment_BY)
-        keys = keys._replace(chosen_BSC=chosen_BSC)
+    chosen, teaches = None, ctx.sparse.train_indexer and inputs.index is not None
+    if inputs.index is not None and (teaches or _chooses(ctx, cfg, inputs)):
+        chosen = LayerChoice(ctx, cfg, axes, inputs, near, segment_BY)
+    if chosen is not None and _chooses(ctx, cfg, inputs):
+        keys = keys._replace(chosen_BSC=chosen.mask_BSC())
     one_kernel = fused_attention.IMPLEMENTATIONS["pallas_tpu"]
     together = cfg.num_attention_heads // cfg.o_groups
-    return one_kernel(queries, keys, cfg.sliding_window, together)
+    out_BSNH, mass_BSC = one_kernel(queries, keys, cfg.sliding_window, together, teaches)
+    if chosen is None or mass_BSC is None:
+        return out_BSNH, None
+    mass_BSC = jax.lax.psum(mass_BSC, axes.heads) if axes.heads else mass_BSC
+    return out_BSNH, chosen.loss(mass_BSC, keys.chosen_BSC)
 
 
 def _fault(ctx: Context, cfg: ModelConfig, axes: ShardAxes, inputs: AttentionInputs) -> str:
@@ -73,8 +77,6 @@ def _fault(ctx: Context, cfg: ModelConfig, axes: ShardAxes, inputs: AttentionInp
     cached = inputs.index is not None and isinstance(inputs.index.key_BCJ, CompressedKV)
     if cached and _chooses(ctx, cfg, inputs):
         return "a choice among the entries of a cache"
-    if inputs.index is not None and ctx.sparse.train_indexer:
-        return "a layer whose indexer trains; its loss needs the mass of every entry"
     if _chooses(ctx, cfg, inputs) and _gathers(cfg, inputs):
         return (
             f"{_slots(inputs)} entries, of which each query gathers {cfg.index_topk}; "
@@ -107,38 +109,3 @@ def _operands(
     entry_BCH, last_BC, segment_BC = inputs.entries
     keys = keys._replace(entry_BCH=all_rows(entry_BCH, inputs.q_BSNH.dtype))
     return queries, keys._replace(last_BC=last_BC, segment_BC=segment_BC)
-
-
-def _chosen(
-    ctx: Context,
-    cfg: ModelConfig,
-    axes: ShardAxes,
-    inputs: AttentionInputs,
-    near: WindowKV,
-    segment_BY: jax.Array | None,
-) -> jax.Array:
-    """Mask [B,S,C] of the entries that each query chooses, found chunk by chunk."""
-    inputs, near = jax.lax.stop_gradient((inputs, near))
-    entries, index = inputs.entries, inputs.index
-    assert entries is not None and index is not None, "a layer that chooses has both"
-    batch, seq, heads = index.q_BSIJ.shape[:3]
-    blocks, chunks = chunks_of(batch, seq, cfg.sliding_window, heads * _slots(inputs))
-    queries = cut(
-        inputs.q_BSNH,
-        near.rows_BYH,
-        near.start_B,
-        near.position_BY,
-        inputs.segment_BS,
-        segment_BY,
-        (index.q_BSIJ, index.w_BSI),
-        cfg.sliding_window,
-        blocks,
-        chunks,
-    )
-
-    def one(chunk: Queries) -> jax.Array:
-        mask_BTC = choose(ctx, cfg, axes, chunk, entries, index.key_BCJ)[0].mask_BTC
-        return jnp.broadcast_to(mask_BTC, (batch, *mask_BTC.shape[1:]))
-
-    mask_BTC = jax.lax.map(one, queries)
-    return jnp.moveaxis(mask_BTC, 0, 1).reshape(batch, -1, mask_BTC.shape[-1])[:, :seq]

@@ -17,6 +17,7 @@ from sharding.embedding import embed_lookup
 from v4jax.cache.layer import CacheView
 from v4jax.config import LayerGroup
 from v4jax.context import Context
+from v4jax.gradient_sums import SUMS
 from v4jax.kernels.matmul import dense
 from v4jax.model.block import Pattern, stack
 from v4jax.model.hyper import HyperHead
@@ -26,7 +27,6 @@ from v4jax.model.norm import RMSNorm
 from v4jax.model.router import Routing
 from v4jax.model.segments import Segments, without_last_tokens
 from v4jax.model.weights import Weights
-from v4jax.remat import LAYERS, wrapped
 
 
 class Hidden(NamedTuple):
@@ -43,6 +43,7 @@ class Hidden(NamedTuple):
       index: group name -> block name -> IndexLoss with a first axis for layers, where the indexer
         is trained.
       cache: group name -> block name -> LayerCache with this chunk; None without a cache.
+      sums: what came in as sums of gradients (v4jax/gradient_sums.py); None without them.
     """
 
     x_BSD: jax.Array
@@ -52,6 +53,7 @@ class Hidden(NamedTuple):
     routing: dict[str, dict[str, Routing]]
     index: dict[str, dict[str, IndexLoss]]
     cache: dict[str, Any] | None
+    sums: Any = None
 
 
 class Transformer(Weights):
@@ -111,9 +113,19 @@ class Transformer(Weights):
         with jax.named_scope("mtp"):
             next_BS = jnp.pad(tokens_BS[:, 1:], ((0, 0), (0, 1)))
             next_BSD = embed_lookup(self.ctx.rules, table_VD, next_BS).astype(self.ctx.dtype)
-            mtp = wrapped(MTP, LAYERS, self.ctx.remat)(self.ctx, self.cfg, name="mtp")
             counted = without_last_tokens(segments, next_BS)
-            return run_mtp(mtp, x_BSXD, next_BSD, next_BS, counted)[:2]
+            inputs = (x_BSXD, next_BSD, next_BS, counted)
+            if self.is_initializing():
+                return MTP(self.ctx, self.cfg, name="mtp")(*inputs)[:2]
+            variables = {
+                name: {"mtp": found["mtp"]}
+                for name, found in self.variables.items()
+                if "mtp" in found
+            }
+            results, sums = run_mtp(self.ctx, self.cfg, variables, *inputs)
+            if sums is not None:
+                self.put_variable(SUMS, "mtp", sums)
+            return results[:2]
 
 
 class Embedding(Weights):

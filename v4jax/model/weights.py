@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from v4jax.config import WINDOW_ONLY, ModelConfig
 from v4jax.context import Context
+from v4jax.gradient_sums import LAYER, SUMS, with_sum
 from v4jax.initializers import zeros
 from v4jax.kernels.matmul import dense
 from v4jax.kernels.rotate import Rotation, rotate
@@ -45,11 +46,19 @@ class Weights(nn.Module):
     def stored(self, name: str, ratio: int = WINDOW_ONLY) -> jax.Array:
         """Declares a weight and returns it as it is stored, in float32 and cut over all devices.
 
+        With sums of gradients (v4jax/gradient_sums.py) it adds the weight's gradient to its sum.
+
         Args:
           ratio: the compress ratio, where the shape depends on it.
         """
         spec = self.spec(name)
-        return self.param(name, self._init(spec), spec.size(self.cfg, ratio), jnp.float32)
+        w = self.param(name, self._init(spec), spec.size(self.cfg, ratio), jnp.float32)
+        if self.has_variable(SUMS, name):
+            total = self.variable(SUMS, name, jnp.zeros_like, w)
+            layer = self.get_variable(LAYER, name)
+            rules = self.ctx.rules if self.ctx.sums is None else self.ctx.sums
+            w, total.value = with_sum(rules, spec.axes, w, total.value, layer)
+        return w
 
     def weight(self, name: str, ratio: int = WINDOW_ONLY) -> jax.Array:
         """Declares a weight and returns it as products use it, gathered over FSDP axes.
@@ -62,7 +71,8 @@ class Weights(nn.Module):
         if spec.precision == "fp8" and self.ctx.quant == "official":
             w = fp8_weight(w)
         dtype = jnp.dtype(jnp.float32) if spec.float32 else self.ctx.dtype
-        return self.ctx.rules.gather(w.astype(dtype), spec.axes)
+        w = w.astype(dtype)
+        return w if self.ctx.sums is not None else self.ctx.rules.gather(w, spec.axes)
 
     def router_state(self, name: str) -> jax.Array:
         """Declares what the router keeps, in the collection "router", and returns it in float32."""

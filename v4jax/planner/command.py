@@ -6,7 +6,7 @@ Next file to read: v4jax/planner/request.py.
 import dataclasses
 
 from v4jax.planner.compiled import report_layout
-from v4jax.planner.estimate import estimate, gigabytes, platform_of
+from v4jax.planner.estimate import estimate, gigabytes
 from v4jax.planner.hardware import target_of
 from v4jax.planner.nearest import checked, nearest_fit
 from v4jax.planner.notes import notes
@@ -50,9 +50,7 @@ def examine(cfg: TrainConfig, request: Request) -> Result:
         compiled = report_layout(
             cfg, request.target, request.lower_only, request.what, request.effort, request.estimate
         )
-    lines = notes(
-        cfg, found, platform_of(target.hardware), compiled.collectives if compiled else ()
-    )
+    lines = notes(cfg, found, target.hardware, compiled.collectives if compiled else ())
     if not found.fits:
         lines.insert(1, f"Nearest: {nearest_fit(cfg, request)}.")
     return Result(found, compiled, tuple(lines))

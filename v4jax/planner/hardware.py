@@ -51,6 +51,8 @@ class Hardware:
       devices_per_chip: devices that JAX shows for one chip; the figures are of the chip.
       matmul, memory, network: share of the peak that large products, reads and exchanges reach; an
         assumption unless measured.
+      rates: part of the model -> the shares of the peaks that its products and its reads reach, in
+        place of `matmul` and `memory`; fitted to XLA's own estimate.
       overlap: share of an exchange that other work hides.
       latency: seconds to start one collective.
       shared: whether all devices share one chip's rates, as simulated devices do.
@@ -70,12 +72,17 @@ class Hardware:
     matmul: float = 0.7
     memory: float = 0.8
     network: float = 0.8
+    rates: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict, hash=False)
     overlap: float = 0.5
     latency: float = 5e-6
     shared: bool = False
     clock: float = 0.0
     price: float = 0.0
     sources: dict[str, str] = dataclasses.field(default_factory=dict, hash=False)
+
+    def shares(self, part: str) -> tuple[float, float]:
+        """The shares of the peaks that a part's products and reads reach."""
+        return self.rates.get(part, (self.matmul, self.memory))
 
     def of_a_device(self, devices: int) -> "Hardware":
         """The figures of one JAX device, for a program on `devices` devices."""
@@ -170,5 +177,6 @@ def _read(entry: dict[str, Any], where: str) -> Hardware:
             f"target: {where} has {unknown[0]!r}; allowed: {', '.join(sorted(fields))}"
         )
     tiers = tuple(Tier(**tier) for tier in entry["tiers"])
-    figures: dict[str, Any] = {"name": where} | entry | {"tiers": tiers}
+    rates = {part: (products, reads) for part, (products, reads) in entry.get("rates", {}).items()}
+    figures: dict[str, Any] = {"name": where} | entry | {"tiers": tiers, "rates": rates}
     return Hardware(**figures)

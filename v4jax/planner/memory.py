@@ -18,6 +18,7 @@ from v4jax.config import ModelConfig
 from v4jax.kernels.attention import CHUNK_BYTES
 from v4jax.planner.muon import muon, state_bytes
 from v4jax.planner.terms import Term
+from v4jax.planner.weight_traffic import bytes_in_products
 from v4jax.planner.weights import cut_of, weights_of
 from v4jax.remat import ATTENTION, EXPERTS, LAYERS, POLICIES
 from v4jax.train.config import TrainConfig
@@ -40,10 +41,13 @@ def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list
         cut = cut_of(weight, rules, sizes)
         held = 4 * weight.size / cut.devices
         terms.append(Term("weights", weight.name, held))
+        if cfg.gather == "step" and cut.tokens > 1:
+            whole = bytes_in_products(cfg, weight) * weight.size / cut.others
+            terms.append(Term("weights", f"{weight.name}, gathered", whole))
         state = state_bytes(cfg, weight.optimizer)
         terms.append(Term("optimizer", weight.name, state * weight.size / cut.devices))
         if weight.optimizer in ("muon", "adamw"):
-            terms.append(Term("gradients", weight.name, held * _gradients(cfg)))
+            terms.append(Term("gradients", weight.name, held))
     # Newton-Schulz holds 3 arrays of m x n and 2 of m x m, m <= n.
     stacks = [
         stack.bytes * (3 + 2 * min(stack.shape) / max(stack.shape))
@@ -56,15 +60,6 @@ def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list
         + _layers(cfg, rules, sizes, item)
         + _head(cfg, rules, sizes, item)
     )
-
-
-def _gradients(cfg: TrainConfig) -> int:
-    """How many times gradients are held.
-
-    With micro-batches there are those of one and their sum, which XLA:TPU also copies once
-    (benchmarks/accumulation.py).
-    """
-    return 3 if cfg.micro_batches > 1 else 1
 
 
 def _activations(cfg: TrainConfig, item: int) -> list[Term]:

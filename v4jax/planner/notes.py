@@ -3,13 +3,15 @@
 Next file to read: v4jax/planner/command.py.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 
 from sharding.exchange import HEADROOM
 from sharding.mesh import parse_mesh
 from sharding.rules import AxisRules, layout_for
-from v4jax.planner.estimate import Estimate, gigabytes
+from v4jax.planner.estimate import Estimate, estimate, gigabytes, platform_of
+from v4jax.planner.hardware import Hardware
 from v4jax.planner.weights import cut_of, weights_of
 from v4jax.train.config import TrainConfig
 
@@ -21,13 +23,15 @@ LANES = 128
 
 
 def notes(
-    cfg: TrainConfig, found: Estimate, platform: str, sent: Iterable[tuple[str, str, int, int]] = ()
+    cfg: TrainConfig,
+    found: Estimate,
+    hardware: Hardware,
+    sent: Iterable[tuple[str, str, int, int]] = (),
 ) -> list[str]:
     """Warnings about `cfg`, the gravest first.
 
     Args:
-      found: its estimate.
-      platform: "tpu", "gpu" or "cpu".
+      found: its estimate on `hardware`.
       sent: (axes, kind, calls, bytes) of a compiled program, if there is one.
     """
     sizes = parse_mesh(cfg.mesh)
@@ -39,9 +43,10 @@ def notes(
             f"on each device, most of it {largest(found)}."
         )
     lines += _copies(cfg, rules, sizes, found.devices)
-    lines += _padded(cfg, rules, sizes, platform)
+    lines += _padded(cfg, rules, sizes, platform_of(hardware))
     lines += _unexpected(found, sent)
     lines += _imbalance(cfg, rules, sizes, found)
+    lines += _other_gather(cfg, found, hardware)
     share = (found.memory["temporaries"] + found.memory["activations"]) / found.memory_bytes
     if found.what == "train" and share > 0.5:
         lines.append(
@@ -148,6 +153,24 @@ def _unexpected(found: Estimate, sent: Iterable[tuple[str, str, int, int]]) -> l
         f"The compiled program gathers {gigabytes(size)} over {axes}, "
         "which nothing in the layout asks for."
         for axes, kind, size in odd
+    ]
+
+
+def _other_gather(cfg: TrainConfig, found: Estimate, hardware: Hardware) -> list[str]:
+    """What the other choice of `gather` would need and send, where the two differ."""
+    if found.what != "train" or found.micro_batches == 1:
+        return []
+    name = "step" if cfg.gather == "micro_batch" else "micro_batch"
+    other = estimate(dataclasses.replace(cfg, gather=name), hardware)
+    sent = [sum(size for size, _, _ in one.sent.values()) for one in (found, other)]
+    if sent[0] == sent[1]:
+        return []
+    fits = "" if other.fits else ", which does not fit"
+    return [
+        f"With gather={name} a device would hold {gigabytes(other.memory_bytes)} instead of "
+        f"{gigabytes(found.memory_bytes)}{fits}, send {gigabytes(sent[1])} a step instead of "
+        f"{gigabytes(sent[0])}, and a step would take {other.step_seconds:.3g} s instead of "
+        f"{found.step_seconds:.3g}."
     ]
 
 

@@ -46,7 +46,7 @@ def report(
         best = result.found.ranked[0]
         cfg = as_estimated(cfg, best)
         hardware = target_of(request.target).hardware
-        lines = (result.found.why(), *notes(cfg, best, platform_of(hardware)))
+        lines = (result.found.why(), *notes(cfg, best, hardware))
         result = Result(best, next(iter(result.confirmed), None), lines)
     elif not isinstance(result, Result):
         raise ValueError("--report: shows one layout; leave out --compare")

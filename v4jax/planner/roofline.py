@@ -27,9 +27,8 @@ def parts_of(
     for part in {*counted["flops"], *counted["hbm"]}:
         flops, moved = (counted[kind].get(part, 0) for kind in ("flops", "hbm"))
         rate = device.fp8_flops if fp8 and part in FP8 else device.bf16_flops
-        seconds = max(
-            flops / (rate * device.matmul), moved / (device.hbm_bandwidth * device.memory)
-        )
+        products, reads = device.shares(part)
+        seconds = max(flops / (rate * products), moved / (device.hbm_bandwidth * reads))
         rows[part] = (flops, moved, seconds)
     return dict(sorted(rows.items(), key=lambda row: -row[1][2]))
 
@@ -100,8 +99,8 @@ def bound_of(
     """What takes most of a step: "FLOPs", "memory traffic" or "exchanges"."""
     computing = sum(
         seconds
-        for flops, _, seconds in parts.values()
-        if flops / (device.bf16_flops * device.matmul) >= seconds * 0.999
+        for part, (flops, _, seconds) in parts.items()
+        if flops / (device.bf16_flops * device.shares(part)[0]) >= seconds * 0.999
     )
     moving = sum(seconds for _, _, seconds in parts.values()) - computing
     return max(

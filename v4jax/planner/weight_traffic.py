@@ -24,22 +24,36 @@ def weight_sent(
     """What one weight sends: it is gathered where it is used, and its gradient is summed."""
     if weight.optimizer == "none":
         return []
-    item = 4 if weight.float32 or cfg.dtype == "float32" else 2
-    times = 2 if recomputes(cfg, weight.part) else 1
+    item = bytes_in_products(cfg, weight)
     # Rows of the embedding table are looked up where they lie.
     cut_tokens = (
         [] if weight.part == "embedding" else [axis for axis in tokens if axis in cut.token_axes]
     )
-    terms = weight_gathered(weight, cut, cut_tokens, item, sizes, times)
+    if cfg.gather == "step":
+        axes = [axis for axis in tokens if axis in cut.token_axes]
+        terms = weight_gathered(weight, cut, axes, item, sizes, 1 / cfg.micro_batches)
+    else:
+        times = 2 if recomputes(cfg, weight.part) else 1
+        terms = weight_gathered(weight, cut, cut_tokens, item, sizes, times)
     if weight.optimizer == "frozen":
         return terms
     return terms + _gradient(cfg, weight, cut, cut_tokens, tokens, seq, sizes, platform)
 
 
+def bytes_in_products(cfg: TrainConfig, weight: Weight) -> int:
+    """Bytes of a number of `weight` as products use it."""
+    return 4 if weight.float32 or cfg.dtype == "float32" else 2
+
+
 def weight_gathered(
-    weight: Weight, cut: Cut, axes: list[str], item: float, sizes: Mapping[str, int], times: int = 1
+    weight: Weight,
+    cut: Cut,
+    axes: list[str],
+    item: float,
+    sizes: Mapping[str, int],
+    times: float = 1,
 ) -> list[Term]:
-    """A weight, gathered `times` times over `axes`.
+    """A weight, gathered `times` times a micro-batch over `axes`.
 
     The outermost axis moves the whole weight, each further axis a part of it.
     """

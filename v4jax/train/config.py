@@ -65,6 +65,9 @@ class TrainConfig:
     """Micro-batches a step: batch_size / gradient_accumulation rows run at once, and memory is that
     of so many rows. 1 or more, a divisor of batch_size; auto: the fewest whose memory, estimated,
     the devices have."""
+    gather: str = "micro_batch"
+    """When weights that FSDP cuts are gathered: micro_batch (layer by layer, where they are used),
+    or step (once a step, all of them, and held in the compute dtype until its last micro-batch)."""
     seq_len: int
     """Tokens a row, from 2 to the model's max_position_embeddings."""
     dtype: str = "float32"
@@ -195,6 +198,7 @@ def _check_choices(cfg: TrainConfig) -> None:
     for name in ("dtype", "momentum_dtype", "moment_dtype", "newton_schulz_dtype"):
         _allow(cfg, name, ("float32", "bfloat16"))
     _allow(cfg, "export", (*FORMATS, "none"))
+    _allow(cfg, "gather", ("micro_batch", "step"))
     _allow(cfg, "attention", ("sparse", "dense", "indexer"))
     check_quant(cfg.model, cfg.quant)
 

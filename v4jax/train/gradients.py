@@ -1,14 +1,16 @@
 """The gradients of a step, of the whole batch at once or micro-batch by micro-batch.
 
 Micro-batches are a loop inside the compiled step, so memory does not grow with their number.
-Gradients are summed in float32. Each term of the loss is a mean over what counts in the whole
-batch: a micro-batch adds its share of it, known from the documents before any forward pass. So the
-result is that of one batch, whatever the micro-batches contain.
+Gradients are summed in float32, each layer's as the backward pass finds them. Each term of the loss
+is a mean over what counts in the whole batch: a micro-batch adds its share of it, known from the
+documents before any forward pass. So the result is that of one batch, whatever the micro-batches
+contain.
 
 Axes: B batch, S positions, M micro-batches, E experts.
 Next file to read: v4jax/train/step.py.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,10 +21,12 @@ from sharding.micro_batches import split_rows
 from sharding.rules import AxisRules
 from v4jax.context import Context
 from v4jax.diagnostics import over_batches
+from v4jax.functional import apply
 from v4jax.model.router import Routing
-from v4jax.parameter_tree import param_axes
+from v4jax.model.transformer import Hidden
+from v4jax.parameter_tree import param_axes, spec_of
 from v4jax.train.config import TrainConfig
-from v4jax.train.loss import counts_of, loss_and_routing
+from v4jax.train.loss import counts_of, loss_of
 from v4jax.train.losses.indexer import captured
 
 
@@ -37,35 +41,56 @@ def gradients(
       batch, chosen: as for `train_step`.
     """
 
-    def one(params, batch, chosen, share=None):
-        def objective(params):
-            public = dict(params) | {"router": router}
-            loss, aux = loss_and_routing(
-                cfg.model, public, batch, ctx, weights=cfg.loss, chosen=chosen, share=share
-            )
-            return (cfg.loss.index * aux[0]["index_kl"] if indexer_alone else loss), aux
+    if cfg.micro_batches > 1 or cfg.gather == "step":
+        return _summed(cfg, ctx, params, router, batch, chosen)
 
-        return jax.grad(objective, has_aux=True)(params)
+    def objective(params):
+        hidden = _hidden(cfg, ctx, params, router, batch, chosen)
+        loss, metrics = _loss(cfg, ctx, hidden, batch)
+        return loss, (metrics, hidden.routing)
 
-    indexer_alone, count = cfg.attention == "indexer", cfg.micro_batches
-    if count == 1:
-        grads, (metrics, routing) = one(params, batch, chosen)
-        return grads, metrics, routing
+    grads, (metrics, routing) = jax.grad(objective, has_aux=True)(params)
+    return grads, metrics, routing
 
-    whole = counts_of(cfg.model, batch, cfg.loss)
+
+def _summed(cfg: TrainConfig, ctx: Context, params, router, batch, chosen):
+    """What `gradients` returns, micro-batch by micro-batch (v4jax/gradient_sums.py)."""
+    rules, count = ctx.rules, cfg.micro_batches
+    zeros = _placed(cfg, rules, jax.tree.map(jnp.zeros_like, params))
+    parts = (split_batch(rules, batch, count), _split_chosen(rules, chosen, count))
+    counts_all = counts_of(cfg.model, batch, cfg.loss)
+    if cfg.gather == "step":
+        params = _gathered(cfg, ctx, params)
+        ctx = dataclasses.replace(ctx, rules=rules.whole_weights(), sums=rules)
 
     def add(total, part):
         batch, chosen = part
         counts = counts_of(cfg.model, batch, cfg.loss)
-        share = [n / jnp.maximum(n_all, 1) for n, n_all in zip(counts, whole, strict=True)]
-        grads, results = one(params, batch, chosen, share)
-        return _placed(cfg, ctx, jax.tree.map(jnp.add, total, grads)), results
+        share = [n / jnp.maximum(n_all, 1) for n, n_all in zip(counts, counts_all, strict=True)]
 
-    zeros = _placed(cfg, ctx, jax.tree.map(jnp.zeros_like, params))
-    parts = (split_batch(ctx.rules, batch, count), _split_chosen(ctx.rules, chosen, count))
+        def objective(sums):
+            hidden = _hidden(cfg, ctx, params, router, batch, chosen, sums)
+            loss, metrics = _loss(cfg, ctx, hidden, batch, share)
+            return (loss, hidden.sums), (metrics, hidden.routing)
+
+        _, backward, results = jax.vjp(objective, zeros, has_aux=True)
+        (total,) = backward((jnp.ones(()), total))
+        return total, results
+
     grads, (metrics_M, routing_M) = jax.lax.scan(add, zeros, parts)
     metrics = {name: value_M.sum() for name, value_M in metrics_M.items()}
     return grads, metrics | captured(metrics), _of_all(routing_M)
+
+
+def _hidden(cfg: TrainConfig, ctx: Context, params, router, batch, chosen, sums=None) -> Hidden:
+    public, segments = dict(params) | {"router": router}, batch.get("segment_ids")
+    return apply(cfg.model, public, batch["tokens"], segments, ctx=ctx, chosen=chosen, sums=sums)
+
+
+def _loss(cfg: TrainConfig, ctx: Context, hidden: Hidden, batch, share=None):
+    """(what the stage minimises, metrics)."""
+    loss, metrics = loss_of(hidden, batch, ctx, cfg.loss, share)
+    return cfg.loss.index * metrics["index_kl"] if cfg.attention == "indexer" else loss, metrics
 
 
 def split_batch(rules: AxisRules, batch: Mapping[str, jax.Array], count: int):
@@ -78,10 +103,25 @@ def _split_chosen(rules: AxisRules, chosen, count: int):
     return jax.tree.map(lambda x: split_rows(rules, x, count, axis=x.ndim - 3), chosen)
 
 
-def _placed(cfg: TrainConfig, ctx: Context, grads):
+def _placed(cfg: TrainConfig, rules: AxisRules, grads):
     """Gradients where their weights lie, so that what is summed is cut as they are."""
-    axes = {name: tree for name, tree in param_axes(cfg.model).items() if name in grads}
-    return jax.tree.map(lambda x, names: ctx.rules.constrain(x, *names), grads, axes)
+    return jax.tree.map(lambda x, names: rules.constrain(x, *names), grads, _axes(cfg, grads))
+
+
+def _gathered(cfg: TrainConfig, ctx: Context, params):
+    """The weights in the dtype that products use, gathered over FSDP axes."""
+
+    def whole(path, w, names):
+        spec = spec_of(tuple(key.key for key in path))
+        exact = spec.float32 or ctx.quant != "none"  # formats round what float32 holds
+        w = w.astype(jnp.float32 if exact else ctx.dtype)
+        return ctx.rules.gather(w, names)
+
+    return jax.tree_util.tree_map_with_path(whole, params, _axes(cfg, params))
+
+
+def _axes(cfg: TrainConfig, params):
+    return {name: tree for name, tree in param_axes(cfg.model).items() if name in params}
 
 
 def _of_all(routing_M):

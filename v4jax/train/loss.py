@@ -15,6 +15,7 @@ from v4jax.config import ModelConfig
 from v4jax.context import Context
 from v4jax.functional import apply
 from v4jax.kernels.choice import kernels_from
+from v4jax.model.transformer import Hidden
 from v4jax.remat import policy_name
 from v4jax.train.losses.indexer import captured
 from v4jax.train.losses.term import Batch
@@ -29,20 +30,31 @@ def loss_and_routing(
     *,
     weights: LossWeights = LossWeights(),
     chosen=None,
-    share: Sequence[jax.Array] | None = None,
 ):
-    """(loss, (metrics, routing)) of a batch.
+    """(loss, (metrics, routing)) of a batch. Arguments are those of `apply` and `loss_of`."""
+    hidden = apply(cfg, params, batch["tokens"], batch.get("segment_ids"), ctx=ctx, chosen=chosen)
+    total, metrics = loss_of(hidden, batch, ctx, weights)
+    return total, (metrics, hidden.routing)
+
+
+def loss_of(
+    hidden: Hidden,
+    batch: Batch,
+    ctx: Context,
+    weights: LossWeights,
+    share: Sequence[jax.Array] | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(loss, metrics) of what the network made of a batch.
 
         loss = nll + mtp weight * mtp_nll + balance weight * balance + index weight * index_kl
 
-    Terms that do not apply are left out (v4jax/train/losses). Arguments are those of `loss`; `ctx`
-    and `chosen` go to the model.
+    Terms that do not apply are left out (v4jax/train/losses).
 
     Args:
+      batch: as for `loss`.
       share: this batch's share of each term in a larger batch (`counts_of`), float32 scalars. Loss
         and metrics are then summands of the larger batch's. None: 1 each.
     """
-    hidden = apply(cfg, params, batch["tokens"], batch.get("segment_ids"), ctx=ctx, chosen=chosen)
     total, metrics = jnp.zeros(()), {}
     for n, (weight, term) in enumerate(weights.terms()):
         with jax.named_scope("loss"):
@@ -55,7 +67,7 @@ def loss_and_routing(
             total = total + weight * value
     if share is None:
         metrics |= captured(metrics)
-    return total, (metrics | {"loss": total}, hidden.routing)
+    return total, metrics | {"loss": total}
 
 
 def counts_of(cfg: ModelConfig, batch: Batch, weights: LossWeights) -> list[jax.Array]:

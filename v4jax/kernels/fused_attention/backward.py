@@ -7,7 +7,7 @@ made here, in float32; the blocks' (of window keys) and the parts' (of entries) 
 Shapes: B batch, S positions, U blocks of W queries, W window, Y window keys, N heads, H head dim, M
 width of all heads, G groups of heads, I width of a group, C entries, P parts of the grid, R rows of
 a step (queries of each head of a group), K keys.
-Next file to read: v4jax/kernels/queries.py.
+Next file to read: v4jax/kernels/fused_attention/mass.py.
 """
 
 import functools

@@ -282,7 +282,7 @@ class Scratch(NamedTuple):
         self.bias_WK[:, : 2 * window] = _window_bias(x, first)
         if x.entry_BCH is not None:
             self.key_KH[2 * window :, :] = x.entry_BCH[: first_entries(x), :]
-            self.bias_WK[:, 2 * window :] = _entry_bias(x, first)
+            self.bias_WK[:, 2 * window :] = entry_bias(x, first)
 
 
 def scratch_shapes(form: Form, x: Operands) -> list[Any]:
@@ -323,7 +323,7 @@ def _window_bias(x: Operands, first) -> jax.Array:
     return jnp.where(seen, 0.0, HIDDEN)
 
 
-def _entry_bias(x: Operands, first) -> jax.Array:
+def entry_bias(x: Operands, first) -> jax.Array:
     """Bias of the entries, float32 [W, C]: those that are chosen, or all that a query sees."""
     if x.chosen_BSC is not None:
         return jnp.where(x.chosen_BSC[...].astype(jnp.int32) != 0, 0.0, HIDDEN)

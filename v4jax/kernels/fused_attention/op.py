@@ -22,6 +22,7 @@ from sharding.manual import vary_like
 from v4jax.kernels.fused_attention.backward import Saved, backward
 from v4jax.kernels.fused_attention.blocks import LANES, VMEM_BYTES, Form, Operands, Scalars
 from v4jax.kernels.fused_attention.forward import forward
+from v4jax.kernels.fused_attention.mass import entry_mass
 from v4jax.kernels.fused_attention.operands import LayerKeys, RawQueries, operands
 from v4jax.kernels.norm import rms_norm
 from v4jax.kernels.rotate import rotate
@@ -51,9 +52,13 @@ def reference(
 
 
 def pallas_tpu(
-    queries: RawQueries, keys: LayerKeys, window: int, together: int | None = None
-) -> jax.Array:
-    """The same output in one kernel; other platforms than TPU interpret it, which is slow.
+    queries: RawQueries,
+    keys: LayerKeys,
+    window: int,
+    together: int | None = None,
+    with_mass: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """(the same output in one kernel, mass); other platforms than TPU interpret it, which is slow.
 
     The gradient needs the operands, the output and the logarithm of each softmax's denominator.
 
@@ -63,6 +68,8 @@ def pallas_tpu(
       window: how many tokens a query sees, itself included.
       together: heads that the next product reads as one: they are kept beside each other in memory.
         None: all.
+      with_mass: also return the mass: the shares that all heads give to each entry, float32
+        [B,S,C], without gradient. Otherwise it is None.
 
     Raises:
       ValueError: sizes that the kernel does not take (`unfit`).
@@ -77,24 +84,29 @@ def pallas_tpu(
     x, scalars = jax.tree.map(
         lambda x: vary_like(x, q_BSNH), operands(queries, keys, window, form.interpret)
     )
-    out_BGSI: jax.Array = _fused(form, scalars, x)  # of whole blocks of queries
-    return jnp.moveaxis(out_BGSI[:, :, :seq], 1, 2).reshape(q_BSNH.shape)
+    found: tuple[jax.Array, jax.Array] = _fused(form, scalars, x)
+    out_BGSI, lse_BSN = found  # of whole blocks of queries
+    out_BSNH = jnp.moveaxis(out_BGSI[:, :, :seq], 1, 2).reshape(q_BSNH.shape)
+    if not with_mass or keys.entry_BCH is None:
+        return out_BSNH, None
+    mass_BSC = entry_mass(form, *jax.lax.stop_gradient((scalars, x, lse_BSN)))
+    return out_BSNH, mass_BSC[:, :seq, : keys.entry_BCH.shape[1]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(form: Form, scalars: Scalars, x: Operands) -> jax.Array:
-    """The kernel's output, with the gradient that the other kernel computes."""
-    return forward(form, scalars, x)[0]
+def _fused(form: Form, scalars: Scalars, x: Operands) -> Any:
+    """(output, lse) of the kernel; the output has the gradient of the other kernel, lse none."""
+    return forward(form, scalars, x)
 
 
 def _fwd(form: Form, scalars: Scalars, x: Operands):
     out_BGSI, lse_BSN = forward(form, scalars, x)
-    return out_BGSI, (scalars, x, out_BGSI, lse_BSN)
+    return (out_BGSI, lse_BSN), (scalars, x, out_BGSI, lse_BSN)
 
 
-def _bwd(form: Form, saved, ct_BGSI):
+def _bwd(form: Form, saved, cts):
     scalars, x, out_BGSI, lse_BSN = saved
-    ct = backward(form, scalars, x, Saved(ct_BGSI, out_BGSI, lse_BSN))
+    ct = backward(form, scalars, x, Saved(cts[0], out_BGSI, lse_BSN))
     # A block's window keys are those of the block before it, and its own.
     before_BUWH, own_BUWH = jnp.split(ct.kv_BUYH, 2, axis=2)
     ends = ((0, 0), (0, 1), (0, 0), (0, 0))

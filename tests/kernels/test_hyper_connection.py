@@ -133,6 +133,7 @@ def test_what_the_kernels_do_not_take_is_named_on_tpu(monkeypatch):
     for shape, line in (
         ((1, 64, 4, 128), "64 tokens a row"),
         ((1, 128, 4, 96), "hidden size 96"),
+        ((1, 128, 3, 128), "3 streams, whose 15 weights"),
         ((1, 128, 4, 16_384), "of fast memory, and 62 are there"),
     ):
         x = jnp.zeros(shape, jnp.bfloat16)

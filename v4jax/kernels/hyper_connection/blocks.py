@@ -158,18 +158,21 @@ def exact(a: jax.Array, b: jax.Array, contraction) -> jax.Array:
         )
     n = a.shape[0]
     found = lax.dot_general(
-        jnp.concatenate(parts_of(a, 3)), b, contraction, preferred_element_type=jnp.float32
+        jnp.concatenate(parts_of(a, 3)).astype(b.dtype),
+        b,
+        contraction,
+        preferred_element_type=jnp.float32,
     )
     return found[:n] + found[n : 2 * n] + found[2 * n :]
 
 
 def parts_of(a: jax.Array, count: int) -> list[jax.Array]:
-    """bfloat16 numbers whose sum is `a`, the largest first."""
+    """Numbers of bfloat16, still in float32, whose sum is `a`, the largest first."""
     found = []
     for _ in range(count):
-        part = a.astype(jnp.bfloat16)
+        part = a.astype(jnp.bfloat16).astype(jnp.float32)
         found.append(part)
-        a = a - part.astype(jnp.float32)
+        a = a - part
     return found
 
 
@@ -181,8 +184,8 @@ def spread(a_MT: jax.Array, b_MD: jax.Array, dtype: jnp.dtype) -> jax.Array:
         )
     (a_high, a_low), (b_high, b_low) = parts_of(a_MT, 2), parts_of(b_MD, 2)
     return lax.dot_general(
-        jnp.concatenate([a_high, a_low, a_high]),
-        jnp.concatenate([b_high, b_high, b_low]),
+        jnp.concatenate([a_high, a_low, a_high]).astype(dtype),
+        jnp.concatenate([b_high, b_high, b_low]).astype(dtype),
         TN,
         preferred_element_type=jnp.float32,
     )

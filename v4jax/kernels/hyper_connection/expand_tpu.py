@@ -24,7 +24,7 @@ from v4jax.kernels.hyper_connection.blocks import (
 
 
 def forward(interpret: bool, x_BXSD, y_BSD, weights_BMS) -> jax.Array:
-    """New streams [B,X,S,D]; weights are post and comb (target after target), float32."""
+    """New streams [B,X,S,D]; weights are post and comb (source after source), float32."""
     inputs = _inputs(x_BXSD, y_BSD, weights_BMS)
     outputs = [(x_BXSD.dtype, inputs[0][1])]
     return call(_forward, "hyper_connection_expand", inputs, outputs, interpret)[0]
@@ -46,17 +46,17 @@ def _forward(x, y, weights, new, number_TW):
             y_RP = y[rows, part].astype(jnp.float32)
             x_RP = [x[j, rows, part].astype(jnp.float32) for j in range(streams)]
             for k in range(streams):
-                mixed_RP = sum(comb_R1[k][j] * x_RP[j] for j in range(streams))
+                mixed_RP = sum(comb_R1[j][k] * x_RP[j] for j in range(streams))
                 new[k, rows, part] = (post_R1[k] * y_RP + mixed_RP).astype(new.dtype)
 
     strips(expand)
 
 
 def _weights(number_TW, rows, streams: int):
-    """(post, comb): columns [R,1] of each target, and of each target and source."""
+    """(post, comb): columns [R,1] of each target, and of each source and target."""
     column = [number_TW[rows, m : m + 1] for m in range(streams * (1 + streams))]
     post, comb = column[:streams], column[streams:]
-    return post, [comb[k * streams : (k + 1) * streams] for k in range(streams)]
+    return post, [comb[j * streams : (j + 1) * streams] for j in range(streams)]
 
 
 def backward(interpret: bool, x_BXSD, y_BSD, weights_BMS, ct_BXSD):
@@ -84,10 +84,10 @@ def _backward(x, y, weights, ct, ct_x, ct_y, ct_weights, number_TW):
                 total[k] = total[k] + in_lanes(y_RP * ct_RP[k])
             for j in range(streams):
                 x_RP = x[j, rows, part].astype(jnp.float32)
-                back_RP = sum(comb_R1[k][j] * ct_RP[k] for k in range(streams))
+                back_RP = sum(comb_R1[j][k] * ct_RP[k] for k in range(streams))
                 ct_x[j, rows, part] = back_RP.astype(ct_x.dtype)
                 for k in range(streams):
-                    m = streams * (1 + k) + j
+                    m = streams * (1 + j) + k
                     total[m] = total[m] + in_lanes(x_RP * ct_RP[k])
         number_TW[rows, :] = joined([jnp.sum(one, 1, keepdims=True) for one in total])
 

@@ -5,8 +5,8 @@ weights of the way out (docs/equations.md#mhc). v4jax/model/hyper.py composes th
 that is the reference, which on TPU passes over all streams several times. Here each way is one
 kernel, and one for its gradient.
 
-Shapes: B batch, S positions, X streams, D hidden, P weights of a site ((2+X)*X), M the same, filled
-up to whole rows.
+Shapes: B batch, S positions, X streams, D hidden, M weights of a site ((2+X)*X), P those of the way
+out ((1+X)*X).
 Next file to read: v4jax/kernels/hyper_connection/blocks.py.
 """
 
@@ -25,8 +25,8 @@ from v4jax.kernels.hyper_connection.blocks import Site
 from v4jax.kernels.hyper_connection.site_tpu import Saved, SiteWeights
 from v4jax.kernels.tpu import LANES, VMEM_BYTES, on_tpu
 
-_ROWS = 16
-"""Rows of a 16-bit matrix that lie together."""
+_ROWS = 8
+"""Rows of a float32 matrix that lie together."""
 
 
 class SiteResult(NamedTuple):
@@ -58,8 +58,8 @@ def pallas_site(
 
     Args:
       rules: the layout; each device works on its own tokens.
-      fn: float32 [X*D, P].
-      base: float32 [P].
+      fn: float32 [X*D,M].
+      base: float32 [M].
       scale: float32 [3], of pre, post and comb.
 
     Raises:
@@ -67,11 +67,8 @@ def pallas_site(
     """
     _refuse(x_BSXD)
     n, width = site.streams, x_BSXD.shape[3]
-    more = -base.shape[0] % _ROWS
-    fn_XMD = jnp.swapaxes(_by_target(fn, n).reshape(n, width, -1), 1, 2)
-    fn_XMD = jnp.pad(fn_XMD, ((0, 0), (0, more), (0, 0)))
-    scale_P = jnp.concatenate([jnp.full(size, scale[i]) for i, size in enumerate((n, n, n * n))])
-    columns = [jnp.pad(one, (0, more))[:, None] for one in (_by_target(base, n), scale_P)]
+    fn_XMD = jnp.swapaxes(fn.reshape(n, width, -1), 1, 2)
+    scale_M = jnp.concatenate([jnp.full(size, scale[i]) for i, size in enumerate((n, n, n * n))])
 
     def local(x_bsxd, parameters: SiteWeights):
         parameters = jax.tree.map(lambda w: vary_like(w, x_bsxd), parameters)
@@ -81,9 +78,8 @@ def pallas_site(
 
     act = rules.spec(("act_batch", "act_seq")) if rules else None
     run = _on_mesh(rules, site.interpret, local, (act, None), (act, act, act))
-    x_BSXD, u_BSD, weights_BSM = run(x_BSXD, SiteWeights(fn_XMD, *columns))
+    x_BSXD, u_BSD, weights_BSM = run(x_BSXD, SiteWeights(fn_XMD, base[:, None], scale_M[:, None]))
     comb_BSXX = weights_BSM[..., 2 * n : (2 + n) * n].reshape(*x_BSXD.shape[:2], n, n)
-    comb_BSXX = jnp.swapaxes(comb_BSXX, 2, 3)
     pre_BSX, post_BSX = weights_BSM[..., :n], weights_BSM[..., n : 2 * n]
     return SiteResult(x_BSXD, u_BSD, pre_BSX, post_BSX, comb_BSXX)
 
@@ -97,7 +93,7 @@ def pallas_expand(
       ValueError: sizes that the kernel does not take (`unfit`).
     """
     _refuse(x_BSXD)
-    comb_BSP = jnp.swapaxes(comb_BSXX, 2, 3).reshape(*comb_BSXX.shape[:2], -1)
+    comb_BSP = comb_BSXX.reshape(*comb_BSXX.shape[:2], -1)
     weights_BSP = jnp.concatenate([post_BSX, comb_BSP], axis=-1)
 
     def local(x_bsxd, y_bsd, weights_bsp):
@@ -111,13 +107,6 @@ def pallas_expand(
     act = rules.spec(("act_batch", "act_seq")) if rules else None
     run = _on_mesh(rules, not on_tpu(), local, (act, act, act), act)
     return run(x_BSXD, y_BSD, weights_BSP)
-
-
-def _by_target(numbers: jax.Array, n: int) -> jax.Array:
-    """Numbers of a site's weights [...,P], those of comb target after target."""
-    comb = numbers[..., 2 * n :].reshape(*numbers.shape[:-1], n, n)
-    comb = jnp.swapaxes(comb, -1, -2).reshape(*numbers.shape[:-1], n * n)
-    return jnp.concatenate([numbers[..., : 2 * n], comb], axis=-1)
 
 
 def _on_mesh(rules: AxisRules, interpret: bool, local, in_specs, out_specs) -> Callable:
@@ -193,6 +182,8 @@ def unfit(x_BSXD: jax.Array) -> str:
         return f"{seq} tokens a row; a step of a kernel takes {LANES}"
     if width % LANES:
         return f"hidden size {width}; on TPU it must divide by {LANES}"
+    if (2 + streams) * streams % _ROWS:
+        return f"{streams} streams, whose {(2 + streams) * streams} weights fill no whole rows"
     # Streams, two gradients of them and the new one, in two buffers each.
     need = (8 * streams + 2) * LANES * width * x_BSXD.dtype.itemsize
     if need > VMEM_BYTES:

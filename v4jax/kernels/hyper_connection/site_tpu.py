@@ -3,9 +3,9 @@
 The forward pass reads the streams once. The backward pass reads them, and the gradients of what the
 site gave, once each; it finds the weights again from the saved logits.
 
-Shapes: B batch, S positions, X streams, D hidden, M weights of a site ((2+X)*X, filled up to whole
-rows), T tokens of a step, R tokens of a strip, P columns that are worked on together, W columns for
-a number of each token.
+Shapes: B batch, S positions, X streams, D hidden, M weights of a site ((2+X)*X), T tokens of a
+step, R tokens of a strip, P columns that are worked on together, W columns for a number of each
+token.
 Next file to read: v4jax/kernels/hyper_connection/expand_tpu.py.
 """
 
@@ -98,14 +98,17 @@ def _forward(site: Site, x, fn, base, scale, u, weights, mix, inverse, square_TW
 
 
 def weights_of(site: Site, logits_MT: jax.Array) -> jax.Array:
-    """Weights [M,T] of logits: pre, post, and comb, target after target."""
+    """Weights [M,T] of logits: pre, post, and comb, source after source."""
     n = site.streams
     pre_XT = jax.nn.sigmoid(logits_MT[:n]) + site.eps
     post_XT = 2 * jax.nn.sigmoid(logits_MT[n : 2 * n])
-    targets = [logits_MT[at : at + n] for at in range(2 * n, (2 + n) * n, n)]
+    at = [[(2 + j) * n + k for k in range(n)] for j in range(n)]
+    targets = [
+        jnp.concatenate([logits_MT[at[j][k] : at[j][k] + 1] for j in range(n)]) for k in range(n)
+    ]
     comb = unrolled(targets, site.iterations, site.eps)
-    filler = jnp.zeros_like(logits_MT[(2 + n) * n :])
-    return jnp.concatenate([pre_XT, post_XT, *comb, *([filler] if filler.shape[0] else [])])
+    rows = [comb[k][j : j + 1] for j in range(n) for k in range(n)]
+    return jnp.concatenate([pre_XT, post_XT, *rows])
 
 
 class Saved(NamedTuple):

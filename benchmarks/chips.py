@@ -10,6 +10,7 @@ multiplied, over the clock. Operations that XLA gives no estimate for are counte
 least time that they take at the chip's peaks, by the bytes that they write and by what a kernel
 states (pl.CostEstimate); copies into fast memory that run beside others are left out. A Pallas
 kernel takes the bundles of its code (v4jax/planner/bundles.py), at least its bytes: a lower bound.
+A loop whose length depends on data, in a kernel or outside, counts once, or --unknown-runs times.
 
 Floors: the longer of useful FLOPs (a backward pass has twice those of the forward pass) and the
 least bytes that memory must move. An op whose floor is 0 would cost nothing inside a kernel.
@@ -146,14 +147,18 @@ def measured(op: str, name: str, options: argparse.Namespace) -> dict:
         (folder / f"{op}_{name}.hlo").write_text(text)
     device = hardware_of(options.chip).of_a_device(1)
     reading = read_times(text, device.clock, options.unknown_runs)
-    ops = _counted(reading.ops, options.code, device)
+    cycles = {}
+    if options.code is not None:
+        cycles = kernel_cycles(pathlib.Path(options.code), options.unknown_runs)
+    ops = _counted(reading.ops, cycles, device)
     # Copies that start and end apart run beside other operations.
     blind = [one for one in ops if one.seconds is None and not one.kind.endswith("-start")]
     counts = collections.Counter()
     for one in blind:
         counts[one.kind] += one.calls
-    if reading.loops:
-        counts["loops of unknown length"] = len(reading.loops)
+    hidden = len(reading.loops) + sum(not known for _, known in cycles.values())
+    if hidden:
+        counts["loops of unknown length"] = hidden
     both = name == "both"
     flops = case.flops + both * case.back_flops
     moved = case.bytes + both * case.back_bytes
@@ -168,16 +173,14 @@ def measured(op: str, name: str, options: argparse.Namespace) -> dict:
     }
 
 
-def _counted(ops, code: str | None, device) -> list:
+def _counted(ops, cycles: dict[str, tuple[int, bool]], device) -> list:
     """The operations, with the seconds of kernels: by their bundles, at least by their bytes."""
-    cycles = {} if code is None else kernel_cycles(pathlib.Path(code))
     found = []
     for one in ops:
         if one.kind == "tpu_custom_call" and one.name in cycles:
-            count, known = cycles[one.name]
-            seconds = max(count / device.clock, one.bytes / device.hbm_bandwidth)
-            kind = "kernel" if known else "kernel with a loop of unknown length, counted once"
-            one = one._replace(seconds=seconds, kind=kind)
+            seconds = cycles[one.name][0] / device.clock
+            seconds = max(seconds, one.bytes / device.hbm_bandwidth)
+            one = one._replace(seconds=seconds, kind="kernel")
         found.append(one)
     return found
 
@@ -193,7 +196,7 @@ def _largest(ops, count: int) -> list[str]:
     lines = []
     for one in ranked[:count]:
         ms = 1e3 * one.calls * (one.seconds or 0)
-        where = one.kind if one.kind.startswith("kernel") else one.source[-70:]
+        where = one.kind if one.kind == "kernel" else one.source[-70:]
         lines.append(f"  {ms:8.3f} ms  {one.calls:5} x {one.name:40} {where}")
     return lines
 

@@ -19,7 +19,8 @@ from v4jax.parameter_tree import abstract_params
 from v4jax.planner.command import compare, examine
 from v4jax.planner.estimate import estimate
 from v4jax.planner.hardware import hardware_of
-from v4jax.planner.muon import muon
+from v4jax.planner.host import SLICES
+from v4jax.planner.muon import muon, product_rate
 from v4jax.planner.nearest import checked, nearest_mesh
 from v4jax.planner.notes import notes, parameters
 from v4jax.planner.request import Request
@@ -317,3 +318,40 @@ def test_a_search_of_a_pod_takes_less_than_a_minute():
     found = search(full(pro, "", batch_size=1024), V5P, 1024)
     assert time.perf_counter() - start < 60
     assert found.ranked and found.ranked[0].layout == "pod"
+
+
+def test_what_lies_on_the_host_is_not_on_the_device_and_takes_time_to_copy():
+    cfg = dataclasses.replace(CFG, mesh="fsdp=8", layout="fsdp", dtype="bfloat16")
+    away = dataclasses.replace(cfg, optimizer_memory="host", remat="offload")
+    here, there = estimate(cfg, V5P), estimate(away, V5P)
+    assert here.host == here.copies == {} and set(there.host) == {"optimizer", "streams"}
+    assert there.host["optimizer"] == pytest.approx(here.memory["optimizer"])
+    assert there.memory["optimizer"] == SLICES
+    rate = V5P.host_bandwidth * V5P.network
+    copied, seconds = there.copies["optimizer"]
+    assert copied == 2 * there.host["optimizer"] and seconds == pytest.approx(copied / rate)
+    added = sum(seconds for _, seconds in there.copies.values())
+    assert there.step_seconds == pytest.approx(here.step_seconds + added)
+
+    # Streams go there and back once a micro-batch, the optimizer's state once a step.
+    two = estimate(dataclasses.replace(away, gradient_accumulation=2, batch_size=16), V5P)
+    assert two.copies["optimizer"] == there.copies["optimizer"]
+    assert two.copies["streams"][0] == pytest.approx(2 * there.copies["streams"][0])
+    assert two.host["streams"] == pytest.approx(there.host["streams"])
+
+
+def test_a_link_that_is_not_known_takes_no_time_and_is_warned_of():
+    cfg = dataclasses.replace(CFG, mesh="fsdp=8", layout="fsdp", optimizer_memory="host")
+    hardware = hardware_of("tpu7x")
+    found = estimate(cfg, hardware)
+    assert found.copies["optimizer"][1] == 0
+    assert any("TPU7x (Ironwood)'s link" in line for line in notes(cfg, found, hardware))
+
+
+def test_newton_schulz_runs_at_the_rate_of_its_factors():
+    """Float32 factors are rounded to TF32 on a GPU, at half the bfloat16 rate, and not on a TPU."""
+    rounded = dataclasses.replace(CFG, newton_schulz_dtype="bfloat16")
+    for name, times in (("h100", 2), ("v5p", 1)):
+        device = hardware_of(name).of_a_device(8)
+        assert product_rate(rounded, device) == device.bf16_flops
+        assert product_rate(rounded, device) == pytest.approx(times * product_rate(CFG, device))

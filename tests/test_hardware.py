@@ -18,6 +18,10 @@ def test_every_figure_has_a_source_and_a_sane_size(name):
         assert entry["sources"][figure], figure
     assert 1e14 < hardware.bf16_flops <= hardware.fp8_flops < 1e16
     assert 1e10 < hardware.hbm_bytes < 1e12 and 5e11 < hardware.hbm_bandwidth < 1e13
+    for figure in ("tf32_flops", "host_bandwidth"):  # where they are known
+        assert (figure in entry) == (figure in entry["sources"])
+    assert hardware.tf32_flops in (0, pytest.approx(hardware.bf16_flops / 2, rel=0.03))
+    assert hardware.host_bandwidth < hardware.hbm_bandwidth / 10
     # The last tier reaches any number of devices, and each is slower than the one before.
     rates = [tier.bandwidth for tier in hardware.tiers]
     assert hardware.tiers[-1].size == 0 and rates == sorted(rates, reverse=True)

@@ -25,7 +25,13 @@ from v4jax.planner.timing import Timing
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 LAYOUT = dataclasses.replace(
-    CFG, mesh="fsdp=2,context=2,expert=4", layout="pod", seq_len=1024, batch_size=16
+    CFG,
+    mesh="fsdp=2,context=2,expert=4",
+    layout="pod",
+    seq_len=1024,
+    batch_size=16,
+    optimizer_memory="host",
+    remat="offload",
 )
 REQUEST = Request("h100:16", paper=True)
 

@@ -19,8 +19,9 @@ from v4jax.context import Context
 from v4jax.parameter_tree import abstract_params
 from v4jax.planner.estimate import estimate
 from v4jax.planner.hardware import hardware_of
-from v4jax.remat import POLICIES, check_host_memory, policy_name
+from v4jax.remat import POLICIES, policy_name
 from v4jax.train.loss import loss_and_routing
+from v4jax.train.memories import check_memories
 
 FAST = ("layer", "offload")
 SLOW = [name for name in POLICIES if name not in ("none", *FAST)]
@@ -109,7 +110,12 @@ def test_true_and_false_are_layer_and_none():
 
 def test_offload_needs_host_memory():
     kinds = [types.SimpleNamespace(kind="device")]
-    device = types.SimpleNamespace(platform="toaster", addressable_memories=lambda: kinds)
-    check_host_memory("layer", [device])
+    device = types.SimpleNamespace(
+        platform="toaster", process_index=0, addressable_memories=lambda: kinds
+    )
+    mesh = types.SimpleNamespace(devices=np.array([device]))
+    check_memories(CFG, mesh)
     with pytest.raises(ValueError, match="remat: got 'offload'.*toaster has only device"):
-        check_host_memory("offload", [device])
+        check_memories(dataclasses.replace(CFG, remat="offload"), mesh)
+    with pytest.raises(ValueError, match="optimizer_memory: got 'host'.*toaster has only device"):
+        check_memories(dataclasses.replace(CFG, optimizer_memory="host"), mesh)

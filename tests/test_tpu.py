@@ -80,3 +80,21 @@ def test_a_step_of_decoding_holds_what_the_estimate_says():
     assert report.effort == "quick"
     with pytest.raises(ValueError, match="effort: got 'O3'; known: quick, full"):
         report_layout(cfg, "v5e:2x4", effort="O3")
+
+
+def test_optimizer_state_on_the_host_is_no_argument_of_the_device():
+    model = CFG.model.replace(
+        num_hidden_layers=1, num_hash_layers=0, num_nextn_predict_layers=0, compress_ratios=(4,)
+    )
+    cfg = dataclasses.replace(CFG, model=model, mesh="fsdp=4", layout="fsdp", dtype="bfloat16")
+    here, there = (
+        report_layout(dataclasses.replace(cfg, optimizer_memory=memory), "v5p:2x2x1")
+        for memory in ("device", "host")
+    )
+    # Momentum is as large as its weights, and moments are twice. XLA adds a few pages.
+    assert here.host_bytes == 0
+    moved = here.state_bytes - there.state_bytes
+    assert 0 <= there.host_bytes - moved < 2**16
+    assert there.state_bytes < 0.51 * here.state_bytes
+    # The peak of the device falls too: it does not hold the whole state at once.
+    assert there.state_bytes + there.temporary_bytes < here.state_bytes + here.temporary_bytes

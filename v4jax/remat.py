@@ -6,11 +6,13 @@ and experts each by themselves. Gradients are those of "none" under every policy
 Next file to read: v4jax/context.py.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
+
+from sharding.host_memory import HOST
 
 LAYERS, ATTENTION, EXPERTS = "layers", "attention", "experts"
 STREAMS = "streams"
@@ -18,7 +20,6 @@ STREAMS = "streams"
 PRODUCTS = "products"
 """The name of products with weights; those of routed experts have none."""
 
-_HOST = "pinned_host"
 _Module = TypeVar("_Module", bound=type[nn.Module])
 
 
@@ -54,7 +55,7 @@ POLICIES = {
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=[STREAMS],
             offload_src="device",
-            offload_dst=_HOST,
+            offload_dst=HOST,
         ),
     ),
 }
@@ -84,14 +85,3 @@ def wrapped(module: _Module, part: str, remat: str, in_loop: bool = False) -> _M
     if policy.part != part:
         return module
     return nn.remat(module, policy=policy.saves, prevent_cse=not in_loop)
-
-
-def check_host_memory(remat: str, devices: Iterable[Any]) -> None:
-    """Raises ValueError if `remat` needs host memory that one of `devices` cannot address."""
-    for device in devices if remat == "offload" else ():
-        kinds = [memory.kind for memory in device.addressable_memories()]
-        if _HOST not in kinds:
-            raise ValueError(
-                f"remat: got 'offload', which keeps streams in the host's memory ({_HOST}); "
-                f"{device.platform} has only {', '.join(kinds)}"
-            )

@@ -15,6 +15,7 @@ from sharding.targets import topology_mesh
 from v4jax.cache.attention_inputs import AttentionInputs, Entries, IndexInputs
 from v4jax.context import Context, SparseMode
 from v4jax.kernels.choice import Kernels
+from v4jax.kernels.top_k import top_k_mask
 from v4jax.model.attend import attend
 from v4jax.model.rotary import rotation
 
@@ -91,11 +92,11 @@ def kernels_in(text):
     return len(re.findall(r"custom_call_target=\"tpu_custom_call\"", text))
 
 
-@pytest.mark.parametrize("ratio", [0, 128, 4])
-def test_a_layer_of_flash_is_two_kernels(ratio):
+@pytest.mark.parametrize(("ratio", "kernels"), [(0, 2), (128, 2), (4, 3)])
+def test_a_layer_of_flash_is_two_kernels(ratio, kernels):
     """At S 4096, documents packed; nothing but products and kernels goes over all heads."""
     text = compiled(models.flash(), WHOLE, 4, 4096, ratio, packed=True)
-    assert kernels_in(text) == 2
+    assert kernels_in(text) == kernels  # CSA's choice is the third
     wide = 4096 * 64 * 512
     for line in text.splitlines():
         found = re.match(r"\s*(?:ROOT )?%\S+ = \w+\[([\d,]+)\]\S* (copy|transpose|convert)\(", line)
@@ -118,15 +119,33 @@ def test_float32_takes_full_precision():
     assert kernels_in(compiled(models.flash(), WHOLE, 4, 512, 128, dtype="float32")) == 2
 
 
-@pytest.mark.parametrize("ratio", [128, 4])
-def test_devices_that_cut_rows_positions_and_heads(ratio):
+@pytest.mark.parametrize(("ratio", "kernels"), [(128, 2), (4, 3)])
+def test_devices_that_cut_rows_positions_and_heads(ratio, kernels):
     """The kernel of a device's share, inside shard_map."""
-    assert kernels_in(compiled(models.flash(), CUT, 2, 4096, ratio, packed=True)) == 2
+    assert kernels_in(compiled(models.flash(), CUT, 2, 4096, ratio, packed=True)) == kernels
 
 
-def test_an_indexer_that_trains_takes_one_kernel_more():
+def test_an_indexer_that_trains_takes_two_kernels_more():
     cfg = models.flash().replace(num_attention_heads=8)
-    assert kernels_in(compiled(cfg, CUT, 2, 4096, 4, packed=True, taught=True)) == 3
+    assert kernels_in(compiled(cfg, CUT, 2, 4096, 4, packed=True, taught=True)) == 4
+
+
+@pytest.mark.parametrize("shape", [(1, 128, 1024), (3, 1, 2**16)])
+def test_the_choice_of_a_chunk_and_of_decoding(shape):
+    devices = topology_mesh("v5p:2x2x1", {"data": 4})
+    place = NamedSharding(devices, jax.sharding.PartitionSpec())
+    score = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+    with jax.set_mesh(devices):
+
+        def mask(score_BTC):
+            local = jax.shard_map(
+                lambda score_BTC: top_k_mask(score_BTC, 512),
+                in_specs=jax.sharding.PartitionSpec(),
+                out_specs=jax.sharding.PartitionSpec(),
+            )
+            return local(score_BTC)
+
+        assert kernels_in(jax.jit(mask).lower(score).compile().as_text()) == 1
 
 
 def test_what_is_named_is_what_runs():

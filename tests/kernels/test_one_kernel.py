@@ -36,7 +36,7 @@ def run(params, batch, ctx):
 
 
 def of(name, batch, mesh="", layout="full", sparse=SparseMode()):
-    """(loss, gradients) of one batch, by the implementation `name` of fused attention."""
+    """(loss, gradients) of one batch, by the implementation `name` of its kernels."""
     sizes = parse_mesh(mesh)
     rules = layout_for(layout, sizes) if mesh else AxisRules()
     with jax.set_mesh(make_mesh(sizes)):
@@ -44,7 +44,7 @@ def of(name, batch, mesh="", layout="full", sparse=SparseMode()):
         found = run(
             params,
             batch,
-            Context(rules=rules, kernels=Kernels(fused_attention=name), sparse=sparse),
+            Context(rules=rules, kernels=Kernels(fused_attention=name, top_k=name), sparse=sparse),
         )
     return jax.tree.map(np.asarray, found)
 

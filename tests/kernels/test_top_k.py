@@ -31,6 +31,12 @@ def test_the_smaller_index_wins_a_tie(implementation):
     np.testing.assert_array_equal(top_k_mask(score, 7, implementation), chosen)
 
 
+def test_more_slots_than_the_kernel_takes_are_refused():
+    score = jax.ShapeDtypeStruct((1, 1, 2**16 + 1), jnp.float32)
+    with pytest.raises(ValueError, match="top_k: got 'pallas_tpu' for 65537 slots; must be at mo"):
+        jax.eval_shape(lambda score: top_k_mask(score, 4, "pallas_tpu"), score)
+
+
 @pytest.mark.parametrize(
     ("slots", "k", "kinds"),
     [(7, 7, 9), (33, 5, 3), (100, 1, 9), (500, 3, 2), (1000, 128, 20), (4100, 16, 300)],

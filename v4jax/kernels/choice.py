@@ -11,11 +11,13 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+import jax
+
 NAMES: Mapping[str, tuple[str, ...]] = {
     "attention": ("reference", "blocked"),
     "fused_attention": ("reference", "pallas_tpu"),
     "index_scores": ("reference", "all_heads", "by_head"),
-    "top_k": ("reference", "bisection", "groups"),
+    "top_k": ("reference", "bisection", "groups", "pallas_tpu"),
     "pooling": ("reference", "aligned"),
     "expert_ffn": ("reference", "blocked", "ragged", "triton", "every_expert"),
     "sinkhorn": ("reference", "factors"),
@@ -48,7 +50,8 @@ class Kernels:
     """The indexer's scores: "reference", "all_heads" or "by_head" (one after another)."""
 
     top_k: str | None = None
-    """The best slots of each query: "reference" (lax.top_k), "bisection" or "groups"."""
+    """The best slots of each query: "reference" (lax.top_k), "bisection", "groups" or "pallas_tpu"
+    (bisection in a kernel)."""
 
     pooling: str | None = None
     """The compressor's pooling: "reference" (any windows) or "aligned" (no gaps between them)."""
@@ -121,6 +124,17 @@ def pick(
     if name not in implementations:
         raise ValueError(_unknown(op, name, implementations))
     return implementations[name]
+
+
+def on_tpu() -> bool:
+    """Whether the program that is traced is for TPUs: those of the mesh, or the default devices."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "tpu"
+
+
+def interprets(kernels: Kernels) -> bool:
+    """Whether attention runs kernels step by step, because they are named outside of TPUs."""
+    return "pallas_tpu" in (kernels.fused_attention, kernels.top_k) and not on_tpu()
 
 
 def _unknown(op: str, name: str, names: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ Of equal scores the smaller slot wins, as in lax.top_k, in every implementation.
 
 Shapes: B batch, T queries, C slots of entries, K chosen slots, P groups of neighbouring slots
 (in `_places`: words), G slots of a group.
-Next file to read: v4jax/kernels/sinkhorn.py.
+Next file to read: v4jax/kernels/top_k_tpu.py.
 """
 
 import functools
@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from sharding.counting import running_sum
 from sharding.manual import vary_like
-from v4jax.kernels.choice import pick
+from v4jax.kernels.choice import on_tpu, pick
+from v4jax.kernels.top_k_tpu import MOST_SLOTS, mask_in_kernel
 
 FEW_QUERIES = 8
 """Fewer queries than this are decoding."""
@@ -38,8 +39,8 @@ def top_k(
     Args:
       score_BTC: float32.
       k: 1 to C.
-      implementation: "reference", "bisection" or "groups"; None: groups on CPU, where lax.top_k
-        uses one core, unless there are few queries; otherwise lax.top_k.
+      implementation: "reference", "bisection", "groups" or "pallas_tpu"; None: groups on CPU, where
+        lax.top_k uses one core, unless there are few queries; otherwise lax.top_k.
 
     Returns:
       (scores, slots), float32 and int32 [B,T,K].
@@ -64,8 +65,8 @@ def top_k_mask(score_BTC: jax.Array, k: int, implementation: str | None = None) 
     Args:
       score_BTC: float32.
       k: 1 to C.
-      implementation: "reference", "bisection" or "groups"; None: "bisection", which is what
-        "groups" means here too.
+      implementation: "reference", "bisection", "groups" or "pallas_tpu"; None: "pallas_tpu" on TPU,
+        for up to MOST_SLOTS slots, otherwise "bisection", which is what "groups" means here too.
 
     Returns:
       bool [B,T,C].
@@ -73,7 +74,8 @@ def top_k_mask(score_BTC: jax.Array, k: int, implementation: str | None = None) 
     Raises:
       ValueError: an unknown implementation.
     """
-    return pick("top_k", IMPLEMENTATIONS, implementation, best="bisection").mask(score_BTC, k)
+    best = "pallas_tpu" if on_tpu() and score_BTC.shape[2] <= MOST_SLOTS else "bisection"
+    return pick("top_k", IMPLEMENTATIONS, implementation, best).mask(score_BTC, k)
 
 
 def _best_reference(score_BTC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -131,6 +133,16 @@ def _best_by_bisection(score_BTC: jax.Array, k: int) -> tuple[jax.Array, jax.Arr
     return jnp.take_along_axis(score_BTC, slot_BTK, axis=-1), slot_BTK
 
 
+def _mask_in_kernel(score_BTC: jax.Array, k: int) -> jax.Array:
+    return mask_in_kernel(score_BTC, k, interpret=not on_tpu())
+
+
+def _best_in_kernel(score_BTC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`top_k`, in the order of slots: where the mask is True."""
+    slot_BTK = _places(_mask_in_kernel(score_BTC, k), k)
+    return jnp.take_along_axis(score_BTC, slot_BTK, axis=-1), slot_BTK
+
+
 def _best_of_groups(score_BTC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """`top_k`, in the order of slots: the k groups of highest peak contain the k best slots."""
     batch, rows, slots = score_BTC.shape
@@ -178,4 +190,5 @@ IMPLEMENTATIONS = {
     "reference": TopK(_best_reference, _mask_reference),
     "bisection": TopK(_best_by_bisection, _mask_by_bisection),
     "groups": TopK(_best_of_groups, _mask_by_bisection),
+    "pallas_tpu": TopK(_best_in_kernel, _mask_in_kernel),
 }

@@ -17,6 +17,7 @@ from v4jax.cache.sharded import ShardAxes, merged, on_mesh, varying, window_befo
 from v4jax.config import ModelConfig
 from v4jax.context import Context
 from v4jax.kernels.attention import attention, chunks_of, entry_mass, gathers
+from v4jax.kernels.choice import interprets
 from v4jax.kernels.fused_attention import op as fused_attention
 from v4jax.kernels.fused_attention.operands import RawQueries
 from v4jax.kernels.queries import Queries, cut, window_keys
@@ -38,10 +39,9 @@ def attend(
     Raises:
       ValueError: "pallas_tpu" is named for a layer that the kernel does not compute.
     """
-    interpreted = fused_attention.is_interpreted(ctx.kernels.fused_attention)
     local = functools.partial(_attend, ctx, cfg)
     with jax.named_scope("scores"):
-        return on_mesh(ctx.rules, local, inputs, check_vma=not interpreted)
+        return on_mesh(ctx.rules, local, inputs, check_vma=not interprets(ctx.kernels))
 
 
 def _attend(

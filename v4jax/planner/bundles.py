@@ -16,9 +16,8 @@ import pathlib
 import re
 from typing import NamedTuple
 
-_BUNDLE = re.compile(r"\s*(?:0|0x[0-9a-f]+)\s+(LH|LB|LE|PB|PF|CT)?\s*:")
-_EXIT = re.compile(r"(%p\w+) = scmp\.(\w\w)\.\w+\S* %s\w+, (\d+) /\* loop exit test \*/")
-_BRANCH = re.compile(r"sbr\.rel \(!(%p\w+)\)")
+_BUNDLE = re.compile(r"\s*(?:0|0x[0-9a-f]+)\s+(LH|LB|LE|PB|PF|CT)?\s*: *((?:> *)*)(\{\})?")
+_EXIT = re.compile(r"= scmp\.(\w\w)\.\w+\S* %s\w+, (\d+) /\* loop exit test \*/")
 _PRODUCT_CYCLES = 4
 """Cycles of a product of 16 rows on one of four MXUs, which share them."""
 
@@ -27,7 +26,7 @@ class Loop(NamedTuple):
     """A loop of a kernel, or the code outside of loops.
 
     Attributes:
-      runs: how often it runs in one call of the kernel; 1 where the code does not say.
+      runs: how often it runs in one call of the kernel.
       known: whether the code says so.
       bundles: its own, without those of loops in it.
       products: its vmatmul instructions.
@@ -43,52 +42,65 @@ class Loop(NamedTuple):
         return self.runs * max(self.bundles, _PRODUCT_CYCLES * self.products)
 
 
-def kernel_loops(text: str) -> list[Loop]:
-    """The loops of a kernel's final bundles, in the order of their first bundle."""
-    bundles, products, ends, parents, pipelined = [0], [0], [None], [0], [False]
-    place, tests = 0, {}
+def kernel_loops(text: str, unknown_runs: int = 1) -> list[Loop]:
+    """The loops of a kernel's final bundles, in the order of their first bundle.
+
+    Args:
+      unknown_runs: how often a loop counts whose length the code does not say.
+    """
+    bundles, products, parents, pipelined = [0], [0], [0], [False]
+    ends: list[int | None] = [None]
+    latest, place = {0: 0}, 0  # the last loop of each depth, and the one of the line
     for line in text.splitlines():
         bundle = _BUNDLE.match(line)
         if bundle is None:
             continue
+        depth = bundle[2].count(">")
         if bundle[1] == "LB":
-            parents.append(place)
-            place = len(bundles)
+            latest[depth] = len(bundles)
+            parents.append(latest.get(depth - 1, 0))
             bundles.append(0)
             products.append(0)
             ends.append(None)
             # A pipelined grid runs two more times, for its first copy in and its last copy out.
             pipelined.append("iteration index, stage" in line)
+        # Empty bundles after a branch are printed without a depth.
+        if bundle[3] is None or depth:
+            place = latest.get(depth, place)
         bundles[place] += 1
         products[place] += len(re.findall(r"= vmatmul|vmatmul\.", line))
         if exit_ := _EXIT.search(line):
-            tests[exit_[1]] = int(exit_[3]) + (exit_[2] == "gt")
-        branch = _BRANCH.search(line)
-        if branch and branch[1] in tests and place:
-            ends[place] = tests.pop(branch[1])
-            place = parents[place]
+            ends[place] = int(exit_[2]) + (exit_[1] == "gt")
     return [
-        Loop(_runs(i, ends, parents, pipelined), known, bundles[i], products[i])
-        for i, known in enumerate(end is not None or i == 0 for i, end in enumerate(ends))
+        Loop(
+            _runs(i, ends, parents, pipelined, unknown_runs),
+            end is not None or i == 0,
+            bundles[i],
+            products[i],
+        )
+        for i, end in enumerate(ends)
     ]
 
 
-def _runs(i: int, ends: list, parents: list[int], pipelined: list[bool]) -> int:
+def _runs(
+    i: int, ends: list[int | None], parents: list[int], pipelined: list[bool], unknown_runs: int
+) -> int:
     """How often loop `i` runs, with the loops around it."""
     if i == 0:
         return 1
-    own = 1 if ends[i] is None else max(1, ends[i] - 2 * pipelined[i])
-    return own * _runs(parents[i], ends, parents, pipelined)
+    end = ends[i]
+    runs = unknown_runs if end is None else max(1, end - 2 * pipelined[i])
+    return runs * _runs(parents[i], ends, parents, pipelined, unknown_runs)
 
 
-def kernel_cycles(folder: pathlib.Path) -> dict[str, tuple[int, bool]]:
+def kernel_cycles(folder: pathlib.Path, unknown_runs: int = 1) -> dict[str, tuple[int, bool]]:
     """Kernel -> (its cycles, whether all its loops say how long they are), from libtpu's folder."""
     found = {}
     for file in folder.glob("*-final_bundles.txt"):
         text = file.read_text(errors="replace")
         name = re.search(r"exit bundle: %([\w.\-]+) = custom-call", text)
         if name is not None:
-            loops = kernel_loops(text)
+            loops = kernel_loops(text, unknown_runs)
             cycles = sum(loop.cycles for loop in loops)
             found[name[1]] = cycles, all(loop.known for loop in loops)
     return found

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from sharding.audit import collectives, totals
+from sharding.host_memory import is_on_host
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.params import bytes_per_device
 from sharding.rules import layout_for
@@ -47,7 +48,9 @@ class LayoutReport:
 
     Attributes:
       what: "train" or "decode".
-      state_bytes: weights, router tables, and optimizer state or caches.
+      state_bytes: weights, router tables, and optimizer state or caches; without what the host
+        holds.
+      host_bytes: what lies in the host's memory for one device: optimizer state and kept streams.
       temporary_bytes: what one step holds at its peak beyond the state. None if the step was only
         lowered. On XLA:CPU it says little about a TPU.
       code_bytes: the program, which lies in a TPU's memory too.
@@ -75,6 +78,7 @@ class LayoutReport:
     lower_seconds: float
     compile_seconds: float | None
     timing: Timing | None = None
+    host_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -85,6 +89,8 @@ class LayoutReport:
             ("mesh", self.mesh, self.layout, self.target),
             ("state", _bytes(self.state_bytes), "", ""),
         ]
+        if self.host_bytes:
+            rows.append(("state, in the host's memory", _bytes(self.host_bytes), "", ""))
         if self.temporary_bytes is not None and self.code_bytes is not None:
             rows.append(("temporary", _bytes(self.temporary_bytes), "", ""))
             effort = self.effort and f"compiled with {self.effort} effort"
@@ -151,7 +157,9 @@ def report_layout(
         mesh=cfg.mesh,
         layout=str(cfg.layout),
         target=target,
-        state_bytes=_bytes_of(state),
+        state_bytes=_bytes_of(state, host=False),
+        host_bytes=_bytes_of(state, host=True)
+        + (_memory(compiled).host_temp_size_in_bytes if compiled else 0),
         temporary_bytes=_temporary(compiled, mesh) if compiled else None,
         code_bytes=_memory(compiled).generated_code_size_in_bytes if compiled else None,
         effort=effort if compiled else "",
@@ -199,17 +207,16 @@ def _memory(compiled: Compiled) -> Any:
 
 
 def _temporary(compiled: Compiled, mesh: Mesh) -> int:
-    """Bytes that the program holds at its peak beyond its arguments.
+    """Bytes that the program holds on a device at its peak beyond its arguments.
 
     XLA:TPU's temp_size is more than it reserves; its peak is close to what its buffer assignment
-    takes. XLA:CPU's peak leaves temporaries out.
+    takes, but counts the host's memory too. XLA:CPU's peak leaves temporaries out.
     """
     found = _memory(compiled)
-    return (
-        found.peak_memory_in_bytes - found.argument_size_in_bytes
-        if _is_tpu(mesh)
-        else found.temp_size_in_bytes
-    )
+    if not _is_tpu(mesh):
+        return found.temp_size_in_bytes
+    host = found.host_argument_size_in_bytes + found.host_temp_size_in_bytes
+    return found.peak_memory_in_bytes - found.argument_size_in_bytes - host
 
 
 def _largest(params, count: int = 8) -> tuple[tuple[str, str, int], ...]:
@@ -220,9 +227,14 @@ def _largest(params, count: int = 8) -> tuple[tuple[str, str, int], ...]:
     return tuple(sorted(found, key=lambda row: -row[2])[:count])
 
 
-def _bytes_of(tree) -> int:
-    """Bytes that one device holds of abstract arrays with shardings."""
-    return bytes_per_device(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
+def _bytes_of(tree, host: bool = False) -> int:
+    """Bytes of one device's share of abstract arrays with shardings.
+
+    Args:
+      host: count those in the host's memory, not those on the device.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if is_on_host(leaf.sharding) == host]
+    return bytes_per_device(leaves, [leaf.sharding for leaf in leaves])
 
 
 def _bytes(size: int) -> str:

@@ -139,16 +139,17 @@ def _works(program: _Program, type_: str, kind: str, line: str) -> bool:
     """Whether an instruction takes time that is not an exchange's."""
     if kind in _FREE or kind.endswith(("-done", "-update")):
         return False
+    if kind.removesuffix("-start") in KINDS:
+        return False
     if kind == "custom-call":
         return _target(line) not in _SETTERS
     if _estimate(line, kind, program.clock) is not None:
         return True
     if re.match(r"\w+\[\]", type_):
         return False  # a TPU's scalar core, or a thread of a GPU, takes next to no time
-    if kind == "fusion":
-        inside = "\n".join(program.bodies[computation_of("calls", line)])
-        return "AsyncCollective" not in inside
-    return kind.removesuffix("-start") not in KINDS
+    return kind != "fusion" or "AsyncCollective" not in "\n".join(
+        program.bodies[computation_of("calls", line)]
+    )
 
 
 def _op(program: _Program, match: re.Match, times: int, types: dict[str, str]) -> Op:

@@ -19,11 +19,13 @@ from sharding.rules import AxisRules, layout_for
 from v4jax.cost import cost
 from v4jax.planner.decode import decode_terms
 from v4jax.planner.hardware import Hardware
+from v4jax.planner.host import copies_of, held_on_host, host_terms
 from v4jax.planner.memory import held, largest_working_set, memory
+from v4jax.planner.muon import product_rate
 from v4jax.planner.roofline import bound_of, parts_of, sent_of
 from v4jax.planner.terms import Term, bases, constants_of, repeated
 from v4jax.planner.traffic import traffic
-from v4jax.planner.work import work
+from v4jax.planner.work import FP8, work
 from v4jax.train.config import TrainConfig
 
 USABLE = 0.97
@@ -39,10 +41,12 @@ class Estimate:
       micro_batches: parts of the batch that run one after the other.
       memory: bytes by kind.
       working_set: the working set that the temporaries belong to.
+      host: bytes in the host's memory for this device, "optimizer" or "streams".
+      copies: the same -> (bytes copied to the device and back, seconds that this adds).
       parts: part of the model -> (FLOPs, bytes of memory traffic, seconds).
       sent: (axes, collective) -> (bytes, least bytes, seconds).
       step_seconds: of one step.
-      bound: what takes most of a step: "FLOPs", "memory traffic" or "exchanges".
+      bound: what takes most of a step (v4jax/planner/roofline.py).
       mfu: the model's FLOPs (none recomputed or masked) over what the chips could do.
       cost: money per million tokens, 0 without a price.
     """
@@ -58,6 +62,8 @@ class Estimate:
     memory: dict[str, float]
     hbm: float
     working_set: str
+    host: dict[str, float]
+    copies: dict[str, tuple[float, float]]
     parts: dict[str, tuple[float, float, float]]
     sent: dict[tuple[tuple[str, ...], str], tuple[float, float, float]]
     step_seconds: float
@@ -99,6 +105,11 @@ class Estimate:
                 f"{self.memory_bytes / self.hbm:.0%} of {gigabytes(self.hbm)}",
             )
         )
+        rows += [("on the host", kind, gigabytes(size), "") for kind, size in self.host.items()]
+        rows += [
+            ("copied", kind, gigabytes(size), f"{seconds * 1e3:.1f} ms")
+            for kind, (size, seconds) in self.copies.items()
+        ]
         rows += [
             (
                 "part",
@@ -161,13 +172,15 @@ def estimate(
     k = constants_of(cfg.model, rules, sizes, micro_batches_of(cfg, what))
     values = bases(k, cfg.seq_len, cfg.batch_size)
     device = hardware.of_a_device(devices)
-    parts = parts_of(terms, values, device, fp8)
+    parts = parts_of(terms, values, device, rates_of(cfg, device, fp8))
+    copies = copies_of(terms, values, device)
+    copying = sum(seconds for _, seconds in copies.values())
     sent = sent_of(terms, values, device, sizes)
     computing, exchanging = (
         sum(row[2] for row in parts.values()),
         sum(row[2] for row in sent.values()),
     )
-    seconds = computing + max(exchanging * (1 - device.overlap), exchanging - computing)
+    seconds = computing + max(exchanging * (1 - device.overlap), exchanging - computing) + copying
     tokens = cfg.batch_size * (cfg.seq_len if what == "train" else 1)
     counted = _model_flops(cfg.model, cfg.seq_len, what) * tokens
     chips = 1 if hardware.shared else devices / hardware.devices_per_chip
@@ -184,15 +197,23 @@ def estimate(
         memory=held(terms, values),
         hbm=device.hbm_bytes,
         working_set=largest_working_set(terms, values),
+        host=held_on_host(terms, values),
+        copies=copies,
         parts=parts,
         sent=sent,
         step_seconds=seconds,
         exchange_seconds=exchanging,
-        bound=bound_of(parts, device, exchanging),
+        bound=bound_of(parts, device, exchanging, copying),
         mfu=counted / (seconds * hardware.bf16_flops * chips),
         tokens_per_second=rate,
         cost=hardware.price * chips / 3600 / rate * 1e6,
     )
+
+
+def rates_of(cfg: TrainConfig, device: Hardware, fp8: bool) -> dict[str, float]:
+    """Part -> FLOPs per second of its products, where it is not the bfloat16 rate."""
+    rates = dict.fromkeys(FP8, device.fp8_flops) if fp8 else {}
+    return rates | {"optimizer": product_rate(cfg, device)}
 
 
 def memory_of(
@@ -228,6 +249,7 @@ def terms_of(
     if what == "decode":
         return decode_terms(cfg, rules, sizes, platform, released)
     terms = work(cfg, rules, sizes, platform, fp8) + traffic(cfg, rules, sizes, platform)
+    terms += host_terms(cfg, rules, sizes)
     return repeated(terms, cfg.micro_batches) + memory(cfg, rules, sizes)
 
 

@@ -48,6 +48,9 @@ class Hardware:
 
     Attributes:
       tiers: links, fastest first.
+      tf32_flops: of products whose float32 factors are rounded to TF32, JAX's default on NVIDIA
+        GPUs; 0: such factors are rounded to bfloat16, as on TPUs, or the rate is unknown.
+      host_bandwidth: bytes per second between a chip and its host's memory, each way; 0: unknown.
       devices_per_chip: devices that JAX shows for one chip; the figures are of the chip.
       matmul, memory, network: share of the peak that large products, reads and exchanges reach; an
         assumption unless measured.
@@ -68,6 +71,8 @@ class Hardware:
     hbm_bytes: float
     hbm_bandwidth: float
     tiers: tuple[Tier, ...]
+    tf32_flops: float = 0.0
+    host_bandwidth: float = 0.0
     devices_per_chip: int = 1
     matmul: float = 0.7
     memory: float = 0.8
@@ -90,7 +95,8 @@ class Hardware:
         tiers = tuple(
             dataclasses.replace(tier, bandwidth=tier.bandwidth / parts) for tier in self.tiers
         )
-        rates = {name: getattr(self, name) / parts for name in _FIGURES[:-1]}
+        shared = (*_FIGURES[:-1], "tf32_flops", "host_bandwidth")
+        rates = {name: getattr(self, name) / parts for name in shared}
         return dataclasses.replace(self, tiers=tiers, **rates)
 
 

@@ -16,6 +16,7 @@ from sharding.exchange import HEADROOM
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.kernels.attention import CHUNK_BYTES
+from v4jax.planner.host import SLICES, patterns_of, stream_bytes
 from v4jax.planner.muon import muon, state_bytes
 from v4jax.planner.terms import Term
 from v4jax.planner.weight_traffic import bytes_in_products
@@ -45,9 +46,12 @@ def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list
             whole = bytes_in_products(cfg, weight) * weight.size / cut.others
             terms.append(Term("weights", f"{weight.name}, gathered", whole))
         state = state_bytes(cfg, weight.optimizer)
-        terms.append(Term("optimizer", weight.name, state * weight.size / cut.devices))
+        if cfg.optimizer_memory == "device":
+            terms.append(Term("optimizer", weight.name, state * weight.size / cut.devices))
         if weight.optimizer in ("muon", "adamw"):
             terms.append(Term("gradients", weight.name, held))
+    if cfg.optimizer_memory == "host":
+        terms.append(Term("optimizer", "slices", SLICES))
     # Newton-Schulz holds 3 arrays of m x n and 2 of m x m, m <= n.
     stacks = [
         stack.bytes * (3 + 2 * min(stack.shape) / max(stack.shape))
@@ -70,10 +74,7 @@ def _activations(cfg: TrainConfig, item: int) -> list[Term]:
     that is recomputed by itself.
     """
     model, policy = cfg.model, POLICIES[cfg.remat]
-    streams = model.hc_mult * model.hidden_size * item
-    patterns = (
-        sum(group.repeats for group in model.layer_groups) + 2 * model.num_nextn_predict_layers
-    )
+    streams, patterns = stream_bytes(cfg), patterns_of(cfg)
     layers = model.num_hidden_layers + model.num_nextn_predict_layers
     if policy.part == LAYERS:
         if cfg.remat == "offload":  # those of one pattern come back while another's are in use

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from sharding.matrices import TOGETHER
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
+from v4jax.planner.hardware import Hardware
 from v4jax.planner.weights import Weight, cut_of, weights_of
 from v4jax.train.config import TrainConfig
 
@@ -54,6 +55,17 @@ def state_bytes(cfg: TrainConfig, optimizer: str) -> int:
     if optimizer == "muon":
         return jnp.dtype(cfg.momentum_dtype).itemsize
     return 2 * jnp.dtype(cfg.moment_dtype).itemsize if optimizer == "adamw" else 0
+
+
+def product_rate(cfg: TrainConfig, device: Hardware) -> float:
+    """FLOPs per second of Newton-Schulz: float32 factors are rounded to TF32 on a GPU.
+
+    JAX's default precision does so (docs.jax.dev/en/latest/201/precision.html); TPUs round to
+    bfloat16.
+    """
+    if cfg.newton_schulz_dtype == "float32" and device.tf32_flops:
+        return device.tf32_flops
+    return device.bf16_flops
 
 
 def muon(model: ModelConfig, rules: AxisRules, sizes: Mapping[str, int]) -> Muon:

@@ -47,6 +47,11 @@ def notes(
     lines += _unexpected(found, sent)
     lines += _imbalance(cfg, rules, sizes, found)
     lines += _other_gather(cfg, found, hardware)
+    if found.copies and not hardware.host_bandwidth:
+        lines.append(
+            f"The time of copies to the host's memory is left out: the rate of {hardware.name}'s "
+            "link is not known."
+        )
     share = (found.memory["temporaries"] + found.memory["activations"]) / found.memory_bytes
     if found.what == "train" and share > 0.5:
         lines.append(

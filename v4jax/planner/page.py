@@ -17,7 +17,7 @@ from typing import Any
 from sharding.mesh import parse_mesh
 from sharding.rules import layout_for
 from v4jax.cost import cost
-from v4jax.planner.estimate import platform_of, terms_of
+from v4jax.planner.estimate import platform_of, rates_of, terms_of
 from v4jax.planner.hardware import Hardware, target_of
 from v4jax.planner.memory import MEMORY, WORKING
 from v4jax.planner.notes import notes, parameters
@@ -80,6 +80,7 @@ def page_data(
         "seqs": seqs,
         "batches": batches,
         "fp8": request.fp8,
+        "rates": rates_of(cfg, hardware.of_a_device(devices), request.fp8),
         "sizes": sizes,
         "hardware": dataclasses.asdict(hardware.of_a_device(devices)),
         "constants": constants_of(cfg.model, rules, sizes, cfg.micro_batches)._asdict(),

@@ -11,13 +11,16 @@ from typing import Any
 from sharding.rules import MESH_AXES
 from v4jax.planner.hardware import Hardware, Tier
 from v4jax.planner.terms import Term
-from v4jax.planner.work import FP8
 
 
 def parts_of(
-    terms: list[Term], values: Mapping[str, float], device: Hardware, fp8: bool
+    terms: list[Term], values: Mapping[str, float], device: Hardware, rates: Mapping[str, float]
 ) -> dict[str, tuple[float, float, float]]:
-    """Part -> FLOPs, bytes of memory traffic, seconds; the longest first."""
+    """Part -> FLOPs, bytes of memory traffic, seconds; the longest first.
+
+    Args:
+      rates: part -> FLOPs per second of its products, where it is not the bfloat16 rate.
+    """
     counted: dict[str, dict[str, float]] = {"flops": {}, "hbm": {}}
     for term in terms:
         if term.kind in counted:
@@ -26,7 +29,7 @@ def parts_of(
     rows = {}
     for part in {*counted["flops"], *counted["hbm"]}:
         flops, moved = (counted[kind].get(part, 0) for kind in ("flops", "hbm"))
-        rate = device.fp8_flops if fp8 and part in FP8 else device.bf16_flops
+        rate = rates.get(part, device.bf16_flops)
         products, reads = device.shares(part)
         seconds = max(flops / (rate * products), moved / (device.hbm_bandwidth * reads))
         rows[part] = (flops, moved, seconds)
@@ -94,17 +97,26 @@ def _rate(tier: Tier, members: int, devices: int, mixed: bool) -> float:
 
 
 def bound_of(
-    parts: Mapping[str, tuple[float, float, float]], device: Hardware, exchanging: float
+    parts: Mapping[str, tuple[float, float, float]],
+    device: Hardware,
+    exchanging: float,
+    copying: float,
 ) -> str:
-    """What takes most of a step: "FLOPs", "memory traffic" or "exchanges"."""
+    """What takes most of a step: "FLOPs", "memory traffic", "exchanges" or "copies to the host".
+
+    Args:
+      exchanging: seconds of all exchanges.
+      copying: seconds that copies to the host and back add.
+    """
     computing = sum(
         seconds
-        for part, (flops, _, seconds) in parts.items()
-        if flops / (device.bf16_flops * device.shares(part)[0]) >= seconds * 0.999
+        for part, (_, moved, seconds) in parts.items()
+        if moved / (device.hbm_bandwidth * device.shares(part)[1]) < seconds
     )
     moving = sum(seconds for _, _, seconds in parts.values()) - computing
     return max(
         (computing, "FLOPs"),
         (moving, "memory traffic"),
         (exchanging * (1 - device.overlap), "exchanges"),
+        (copying, "copies to the host"),
     )[1]

@@ -25,8 +25,9 @@ class Term(NamedTuple):
     """One addend.
 
     Attributes:
-      kind: what it counts: "flops", "hbm" (bytes read and written), "sent", or a kind of memory
-        held (MEMORY and WORKING of planner/memory.py).
+      kind: what it counts: "flops", "hbm" (bytes read and written), "sent", "copied" (bytes to
+        the host and back), or a kind of memory held: "host", or MEMORY and WORKING of
+        planner/memory.py.
       part: the part of the model.
       coefficient: FLOPs or bytes per device and step.
       basis: a key of `bases`.
@@ -116,7 +117,7 @@ def repeated(terms: Iterable[Term], micro_batches: int) -> list[Term]:
     """
 
     def times(term: Term) -> Term:
-        if term.kind not in ("flops", "hbm", "sent") or term.part == "optimizer":
+        if term.kind not in ("flops", "hbm", "sent", "copied") or term.part == "optimizer":
             return term
         return term._replace(
             coefficient=micro_batches * term.coefficient, calls=micro_batches * term.calls

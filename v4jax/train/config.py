@@ -105,6 +105,9 @@ class TrainConfig:
     """How Muon's momentum is stored: float32 or bfloat16. It is computed in float32."""
     moment_dtype: str = "float32"
     """The same of AdamW's moments."""
+    optimizer_memory: str = "device"
+    """Where the state of Muon and AdamW lies between steps: device, or host (the host's memory,
+    where the platform has it)."""
     newton_schulz_dtype: str = "float32"
     """Factors of the products by which Muon orthogonalises: float32 or bfloat16. Sums are
     float32."""
@@ -200,6 +203,7 @@ def _check_choices(cfg: TrainConfig) -> None:
     _allow(cfg, "export", (*FORMATS, "none"))
     _allow(cfg, "gather", ("micro_batch", "step"))
     _allow(cfg, "attention", ("sparse", "dense", "indexer"))
+    _allow(cfg, "optimizer_memory", ("device", "host"))
     check_quant(cfg.model, cfg.quant)
 
 

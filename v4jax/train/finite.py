@@ -12,6 +12,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
+from sharding.host_memory import is_on_host, to_device
 from v4jax.train.step import TrainState
 
 NAMED = 3
@@ -27,7 +28,7 @@ def not_finite(state: TrainState) -> str | None:
     """
     tree = {"params": state.public, "optimizer": state.optimizer}
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
-    bad = jax.device_get(_program(state.step.sharding)(leaves))
+    bad = _checked(leaves, state.step.sharding)
     found = itertools.compress(paths, bad)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in found]
     if not names:
@@ -38,12 +39,31 @@ def not_finite(state: TrainState) -> str | None:
     return f"{', '.join(names[:NAMED])}{more} {'is' if len(names) == 1 else 'are'} not finite"
 
 
+def _checked(leaves, everywhere) -> list[bool]:
+    """Which arrays hold a number that is not finite.
+
+    Those of the host's memory come to the device one by one, each in a program of its own, as they
+    may not fit together. One program checks the others.
+
+    Args:
+      everywhere: the sharding of a scalar that all devices have.
+    """
+    program = _program(everywhere)
+    away = [is_on_host(leaf.sharding) for leaf in leaves]
+    here = [leaf for leaf, is_away in zip(leaves, away, strict=True) if not is_away]
+    rest = iter(jax.device_get(program(here)))
+    return [
+        bool(jax.device_get(program([leaf]))[0]) if is_away else bool(next(rest))
+        for leaf, is_away in zip(leaves, away, strict=True)
+    ]
+
+
 @functools.cache
 def _program(everywhere):
-    """`_bad`, compiled. `everywhere`: the sharding of a scalar that all devices have."""
+    """`_bad`, compiled."""
     return jax.jit(_bad, out_shardings=everywhere)
 
 
 def _bad(leaves) -> jax.Array:
     """Which arrays hold a number that is not finite, bool [number of arrays]."""
-    return jnp.stack([~jnp.isfinite(leaf).all() for leaf in leaves])
+    return jnp.stack([~jnp.isfinite(leaf).all() for leaf in to_device(leaves)])

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from sharding.host_memory import slice_by_slice
 from sharding.matrices import on_whole_matrices
 from v4jax.parameter_tree import spec_of
 from v4jax.train.newton_schulz import newton_schulz
@@ -32,7 +33,9 @@ _OPTIMIZERS = ("muon", "adamw", "index_muon", "index_adamw", "frozen")
 
 
 class Numbers(NamedTuple):
-    """Dtypes of the optimizer, "float32" or "bfloat16" each. Arithmetic is float32 throughout.
+    """How the optimizer's numbers are stored. Arithmetic is float32 throughout.
+
+    Dtypes are "float32" or "bfloat16".
 
     State is rounded to the nearest number when it is stored. Each step forgets at least 5% of it,
     far more than the 0.4% between two neighbours in bfloat16, so errors do not build up
@@ -42,11 +45,13 @@ class Numbers(NamedTuple):
       momentum: Muon's momentum, as it is stored.
       moments: AdamW's two moments, as they are stored.
       newton_schulz: factors of the products that orthogonalise (v4jax/train/newton_schulz.py).
+      memory: where momentum and moments lie between steps, "device" or "host".
     """
 
     momentum: str = "float32"
     moments: str = "float32"
     newton_schulz: str = "float32"
+    memory: str = "device"
 
 
 FLOAT32 = Numbers()
@@ -66,7 +71,7 @@ def scale_by_muon(
     Args:
       mu: momentum, in [0, 1).
       specs: how the mesh cuts each parameter; None or empty: one device.
-      numbers: dtypes; the moments' does not matter here.
+      numbers: the moments' dtype does not matter here.
     """
     specs = specs or {}
     orthogonalise = functools.partial(newton_schulz, dtype=numbers.newton_schulz)
@@ -74,24 +79,30 @@ def scale_by_muon(
     def init(params):
         return MuonState(_stored(jax.tree.map(jnp.zeros_like, params), numbers.momentum))
 
+    def advance(momentum, g):
+        """(M, mu M + G), of one matrix or many."""
+        new = mu * momentum.astype(jnp.float32) + g
+        return new.astype(numbers.momentum), mu * new + g
+
     def update(updates, state, params=None):
         del params
-        before = _stored(state.momentum, "float32")
-        momentum = jax.tree.map(lambda m, g: mu * m + g, before, updates)
-        ahead, tree = jax.tree_util.tree_flatten_with_path(
-            jax.tree.map(lambda m, g: mu * m + g, momentum, updates)
-        )
-        places = [specs[tuple(key.key for key in path)] for path, _ in ahead] if specs else None
-        outs = on_whole_matrices(orthogonalise, [x for _, x in ahead], places)
-        return jax.tree.unflatten(
-            tree, [out * (max(out.shape[-2:]) ** 0.5 * UPDATE_RMS) for out in outs]
-        ), MuonState(_stored(momentum, numbers.momentum))
+        momentum, ahead = _each(advance, state.momentum, updates, specs, numbers.memory)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(ahead)
+        places = [specs[tuple(key.key for key in path)] for path, _ in leaves] if specs else None
+        outs = on_whole_matrices(orthogonalise, [x for _, x in leaves], places)
+        scaled = [out * (max(out.shape[-2:]) ** 0.5 * UPDATE_RMS) for out in outs]
+        return jax.tree.unflatten(tree, scaled), MuonState(momentum)
 
     return optax.GradientTransformation(init, update)
 
 
 def scale_by_adam(
-    b1: float = 0.9, b2: float = 0.95, eps: float = 1e-20, dtype: str = "float32"
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-20,
+    dtype: str = "float32",
+    specs: Specs | None = None,
+    memory: str = "device",
 ) -> optax.GradientTransformation:
     """Adam's bias-corrected step m / (sqrt(v) + eps), clipped where rounding makes it too long.
 
@@ -101,6 +112,8 @@ def scale_by_adam(
 
     Args:
       dtype: of the moments as they are stored.
+      specs: as for scale_by_muon.
+      memory: where the moments lie between steps, "device" or "host".
     """
     adam = optax.scale_by_adam(b1, b2, eps)
     longest = (1 - b1) / ((1 - b2) * (1 - b1 * b1 / b2)) ** 0.5
@@ -109,15 +122,44 @@ def scale_by_adam(
         return state._replace(mu=_stored(state.mu, dtype), nu=_stored(state.nu, dtype))
 
     def update(updates, state, params=None):
-        steps, state = adam.update(updates, stored(state, "float32"), params)
-        steps = jax.tree.map(lambda step: jnp.clip(step, -longest, longest), steps)
-        return steps, stored(state, dtype)
+        del params
+
+        def advance(moments, g):
+            before = stored(state._replace(mu=moments[0], nu=moments[1]), "float32")
+            step, after = adam.update(g, before)
+            after = stored(after, dtype)
+            return (after.mu, after.nu), jnp.clip(jnp.asarray(step), -longest, longest)
+
+        pairs = jax.tree.map(lambda mu, nu: (mu, nu), state.mu, state.nu)
+        pairs, steps = _each(advance, pairs, updates, specs or {}, memory)
+        mu, nu = (jax.tree.map(lambda _, pair, i=i: pair[i], updates, pairs) for i in (0, 1))
+        return steps, optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu)
 
     return optax.GradientTransformation(lambda params: stored(adam.init(params), dtype), update)
 
 
 def _stored(tree, dtype: str):
     return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def _each(f, state, updates, specs: Specs, memory: str):
+    """f(state, update) -> (new state, result), leaf by leaf of `updates`; two trees of its form.
+
+    Args:
+      state: a tree that has a state, itself a tree of arrays, at each leaf of `updates`.
+      memory: where `state` lies, and where the new one goes.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
+    done = []
+    for (path, g), before in zip(leaves, tree.flatten_up_to(state), strict=True):
+        if memory == "host":
+            if done:  # one leaf at a time: XLA would fetch them all at once
+                before, done[-1] = jax.lax.optimization_barrier((before, done[-1]))
+            spec = specs[tuple(key.key for key in path)] if specs else None
+            done.append(slice_by_slice(f, before, g, spec))
+        else:
+            done.append(f(before, g))
+    return tuple(jax.tree.unflatten(tree, [pair[i] for pair in done]) for i in (0, 1))
 
 
 def is_index(path: tuple[str, ...]) -> bool:
@@ -159,14 +201,15 @@ def optimizer(
       mu: Muon's momentum, in [0, 1).
       specs: as for scale_by_muon.
       index_schedule: the indexer's learning rate; None: the indexer does not change.
-      numbers: dtypes of state and of Muon's products.
+      numbers: how state is stored, and dtypes of Muon's products.
 
     Its `init` raises ValueError for a parameter that v4jax/parameters.py does not have.
     """
 
     def pair(schedule):
         rest = optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(schedule)
-        steps = scale_by_muon(mu, specs, numbers), scale_by_adam(dtype=numbers.moments)
+        adam = scale_by_adam(dtype=numbers.moments, specs=specs, memory=numbers.memory)
+        steps = scale_by_muon(mu, specs, numbers), adam
         return [optax.chain(step, *rest) for step in steps]
 
     transforms: dict[Hashable, optax.GradientTransformation] = {}

@@ -33,6 +33,7 @@ from v4jax.train.config import TrainConfig
 from v4jax.train.data import train_batches
 from v4jax.train.evaluation import evaluation_sets
 from v4jax.train.initial import check_source_model, check_source_tokens
+from v4jax.train.memories import check_memories
 from v4jax.train.metrics_file import require_plots
 from v4jax.train.same_data import check_data
 from v4jax.train.stages import Batches, stage_at, starts
@@ -86,6 +87,7 @@ def check_layout(cfg: TrainConfig) -> Layout:
     rules = layout_for(cfg.layout, sizes) if math.prod(sizes.values()) > 1 else AxisRules()
     mesh = make_mesh(sizes)
     check_whole(mesh)
+    check_memories(cfg, mesh)
     require_plots()
     if is_first():  # the others write to no tracker
         require_trackers(cfg.trackers)

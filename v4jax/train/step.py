@@ -16,16 +16,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sharding.host_memory import on_host
 from sharding.params import named_shardings
 from sharding.rules import AxisRules
 from v4jax.context import Collect, Context, SparseMode
 from v4jax.functional import init_params
 from v4jax.kernels.choice import kernels_from
 from v4jax.parameter_tree import abstract_params, param_axes
-from v4jax.remat import check_host_memory
 from v4jax.train.balance import load_metrics, update_bias
 from v4jax.train.config import TrainConfig
 from v4jax.train.gradients import gradients
+from v4jax.train.memories import check_memories
 from v4jax.train.muon import Numbers, clip_apart, freeze, global_norm, is_index, optimizer
 from v4jax.train.programs import CompiledTogether, Compiling
 from v4jax.train.schedule import learning_rate
@@ -86,7 +87,9 @@ def optimizer_of(cfg: TrainConfig, rules: AxisRules = AxisRules()) -> optax.Grad
         cfg.momentum,
         specs,
         (lambda step: ratio * main(step)) if ratio else None,
-        Numbers(cfg.momentum_dtype, cfg.moment_dtype, cfg.newton_schulz_dtype),
+        Numbers(
+            cfg.momentum_dtype, cfg.moment_dtype, cfg.newton_schulz_dtype, cfg.optimizer_memory
+        ),
     )
     return optax.chain(clip_apart(cfg.clip_norm), inner)
 
@@ -166,6 +169,8 @@ def train_step(
 def state_shardings(cfg: TrainConfig, rules: AxisRules, mesh: Mesh) -> TrainState:
     """NamedSharding of every array of the state; optimizer state is cut like its weight.
 
+    Where cfg.optimizer_memory says so, it lies in the host's memory, except scalars.
+
     Raises:
       ValueError: a weight that does not divide over the mesh (see named_shardings).
     """
@@ -177,11 +182,12 @@ def state_shardings(cfg: TrainConfig, rules: AxisRules, mesh: Mesh) -> TrainStat
     def masked(leaf):
         return isinstance(leaf, optax.MaskedNode)  # another optimizer's parameter
 
+    away = cfg.optimizer_memory == "host"
     opt_state = optax.tree.map_params(
         optimizer_of(cfg),
         lambda leaf, place: leaf if masked(leaf) else place,
         abstract.optimizer,
-        params,
+        jax.tree.map(on_host, params) if away else params,
         transform_non_params=lambda _: everywhere,
         is_leaf=masked,
     )
@@ -234,11 +240,9 @@ def compile_step(
       ahead: whether it takes chosen experts too.
 
     Raises:
-      ValueError: cfg.remat needs host memory that the mesh's devices do not have.
+      ValueError: see check_memories.
     """
-    process = jax.process_index()
-    mine = [device for device in mesh.devices.flat if device.process_index == process]
-    check_host_memory(cfg.remat, mine)
+    check_memories(cfg, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     place = batch_sharding(rules, mesh)
     return jax.jit(

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from sharding.manual import vary_like
+from v4jax.kernels.choice import on_tpu
 from v4jax.kernels.fused_attention.backward import Saved, backward
 from v4jax.kernels.fused_attention.blocks import LANES, VMEM_BYTES, Form, Operands, Scalars
 from v4jax.kernels.fused_attention.forward import forward
@@ -144,17 +145,6 @@ def implementation_of(name: str | None, fault: str) -> str:
     if name == "pallas_tpu" and fault:
         raise ValueError(f"kernels: fused_attention: got 'pallas_tpu' for {fault}")
     return name
-
-
-def is_interpreted(name: str | None) -> bool:
-    """Whether the implementation `name` is a kernel that runs step by step, outside of TPUs."""
-    return name == "pallas_tpu" and not on_tpu()
-
-
-def on_tpu() -> bool:
-    """Whether the program that is traced is for TPUs."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if device is None else device.platform) == "tpu"
 
 
 def unfit(queries: RawQueries, keys: LayerKeys, window: int) -> str:

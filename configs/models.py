@@ -4,8 +4,9 @@ The numbers of the released ones are in docs/equations.md#sizes. The smaller one
 mechanism, the vocabulary and the constants of the released models, fewer and narrower layers.
 
 Command: v4jax cost configs/flash.py
-Expected result: Flash has 284B parameters and 13B active; Pro has 1.6T and 49B. Of configs/v5e_8.py
-    it is 1.7B and 0.33B, of configs/gpu_node.py 4.5B and 0.78B; MTP layers come on top.
+Expected result: Flash has 284B parameters and 13B active; Pro has 1.6T and 49B. The model of
+    configs/v5e_8.py has 1.7B and 0.33B, that of configs/gpu_node.py 4.5B and 0.78B. MTP layers come
+    on top.
 Next file to read: v4jax/config/model.py.
 """
 

@@ -44,7 +44,7 @@ def with_sum(
       layer: which of the layers `w` belongs to, int32; None: `total` has no axis of layers.
     """
     # XLA:TPU would hold all weights of a loop in the layout that its products like best, in a copy
-    # made before the loop over micro-batches. One layer after another is cheap to turn around.
+    # made before the loop over micro-batches. Transposing one layer at a time is cheap.
     w = with_layout_constraint(w, Layout(tuple(range(w.ndim))))
     return w.astype(total.dtype), total
 

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-import jax
+from v4jax.kernels.tpu import on_tpu
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     "attention": ("reference", "blocked"),
@@ -124,12 +124,6 @@ def pick(
     if name not in implementations:
         raise ValueError(_unknown(op, name, implementations))
     return implementations[name]
-
-
-def on_tpu() -> bool:
-    """Whether the program that is traced is for TPUs: those of the mesh, or the default devices."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if device is None else device.platform) == "tpu"
 
 
 def interprets(kernels: Kernels) -> bool:

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 
 from sharding.counting import running_sum
 from sharding.manual import vary_like
-from v4jax.kernels.choice import on_tpu, pick
+from v4jax.kernels.choice import pick
 from v4jax.kernels.top_k_tpu import MOST_SLOTS, mask_in_kernel
+from v4jax.kernels.tpu import on_tpu
 
 FEW_QUERIES = 8
 """Fewer queries than this are decoding."""

@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sharding.manual import vary_like
+from v4jax.kernels.tpu import LANES, VMEM_BYTES
 
-LANES = 128
 ROWS = 32
 """Fewest queries of a step: vectors of 8-bit numbers have 32 rows."""
 
@@ -28,6 +28,7 @@ MOST_SLOTS = 2**16
 """Most slots of a query: ROWS queries of them take half of a core's fast memory of 64 MiB."""
 
 _LOWEST = -(2**31)
+"""The sign bit of an int32: keys with it flipped are in the order of numbers without a sign."""
 
 
 def mask_in_kernel(score_BTC: jax.Array, k: int, interpret: bool) -> jax.Array:
@@ -58,7 +59,7 @@ def mask_in_kernel(score_BTC: jax.Array, k: int, interpret: bool) -> jax.Array:
         in_specs=[block],
         out_specs=block,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=62 * 2**20
+            dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=interpret,
         name="top_k_mask",
@@ -82,13 +83,13 @@ def _mask(k: int, score_RC, mask_RC):
 
     kth_R1 = lax.fori_loop(0, 32, settle, jnp.zeros((key_RC.shape[0], 1), jnp.int32)) ^ _LOWEST
     above_RC, level_RC = key_RC > kth_R1, key_RC == kth_R1
-    room_R1 = k - count(above_RC)
+    left_R1 = k - count(above_RC)
     bits = key_RC.shape[1].bit_length()
 
     def widen(n, end_R1):
         """A bit of the first slot that is not taken is 1 if all before it are not too many."""
         trial_R1 = end_R1 | lax.shift_left(jnp.int32(1), bits - 1 - n)
-        fits_R1 = count(level_RC & (slot_RC < trial_R1)) <= room_R1
+        fits_R1 = count(level_RC & (slot_RC < trial_R1)) <= left_R1
         return jnp.where(fits_R1, trial_R1, end_R1)
 
     end_R1 = lax.fori_loop(0, bits, widen, jnp.zeros_like(kth_R1))

@@ -48,7 +48,8 @@ def _attend(
     ctx: Context, cfg: ModelConfig, axes: ShardAxes, inputs: AttentionInputs
 ) -> tuple[jax.Array, IndexLoss | None]:
     """`attend` on one device's positions and heads."""
-    window, segment_BS = cfg.sliding_window, inputs.segment_BS
+    window = cfg.sliding_window
+    segment_BS = inputs.segment_BS
     inputs = varying(inputs)
     near = window_before(inputs, window, axes.seq)
     segment_BY = None if segment_BS is None else with_rows_before(segment_BS, window, axes.seq)
@@ -69,7 +70,9 @@ def _in_chunks(
     q_BSNH: jax.Array,
 ) -> tuple[jax.Array, IndexLoss | None]:
     """Attention of normalised and rotated queries: (output, the indexer's loss or None)."""
-    (batch, seq), window, index = q_BSNH.shape[:2], cfg.sliding_window, inputs.index
+    batch, seq = q_BSNH.shape[:2]
+    window = cfg.sliding_window
+    index = inputs.index
     # A few queries that continue a row are one block, which sees all keys that are given.
     few = inputs.past is not None and seq <= max(window, SPARE_ROWS)
     block = seq if few else window

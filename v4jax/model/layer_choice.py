@@ -36,13 +36,13 @@ class LayerChoice(NamedTuple):
     def mask_BSC(self) -> jax.Array:
         """Which entries each query attends to; without gradient."""
         choice = self._replace(inputs=jax.lax.stop_gradient(self.inputs))
-        (batch, seq), queries = self.inputs.q_BSNH.shape[:2], choice._chunks()
+        batch, seq = self.inputs.q_BSNH.shape[:2]
 
         def one(chunk: Queries) -> jax.Array:
             mask_BTC = choice._choose(chunk)[0]
             return jnp.broadcast_to(mask_BTC, (batch, *mask_BTC.shape[1:]))
 
-        mask_BTC = jax.lax.map(one, queries)
+        mask_BTC = jax.lax.map(one, choice._chunks())
         return jnp.moveaxis(mask_BTC, 0, 1).reshape(batch, -1, mask_BTC.shape[-1])[:, :seq]
 
     def loss(self, mass_BSC: jax.Array, mask_BSC: jax.Array | None) -> IndexLoss:
@@ -53,7 +53,8 @@ class LayerChoice(NamedTuple):
           mask_BSC: which entries were chosen; None: all that a query sees.
         """
         queries = self._chunks()
-        chunks, total = queries.real_T.shape[0], queries.real_T.size
+        chunks = queries.real_T.shape[0]
+        total = queries.real_T.size
         mass, mask = jax.tree.map(lambda x: in_chunks(x, chunks, total), (mass_BSC, mask_BSC))
 
         def one(chunk: tuple[Queries, jax.Array, jax.Array | None]) -> IndexLoss:

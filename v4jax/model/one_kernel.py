@@ -32,7 +32,8 @@ def takes_one_kernel(
     Raises:
       ValueError: it is named and cannot.
     """
-    kernels, name = ctx.kernels, ctx.kernels.fused_attention
+    kernels = ctx.kernels
+    name = kernels.fused_attention
     if name is None and (kernels.attention is not None or kernels.rotate is not None):
         # Whoever names one of the ops that the kernel replaces gets that op.
         name = "reference"
@@ -53,14 +54,16 @@ def in_one_kernel(
 ) -> tuple[jax.Array, IndexLoss | None]:
     """(output [B,S,N,H], rotated back; the indexer's loss or None)."""
     queries, keys = _operands(cfg, inputs, near, segment_BY)
-    chosen, teaches = None, ctx.sparse.train_indexer and inputs.index is not None
-    if inputs.index is not None and (teaches or _chooses(ctx, cfg, inputs)):
+    learns = ctx.sparse.train_indexer and inputs.index is not None
+    chooses = _chooses(ctx, cfg, inputs)
+    chosen = None
+    if learns or chooses:
         chosen = LayerChoice(ctx, cfg, axes, inputs, near, segment_BY)
-    if chosen is not None and _chooses(ctx, cfg, inputs):
+    if chosen is not None and chooses:
         keys = keys._replace(chosen_BSC=chosen.mask_BSC())
     one_kernel = fused_attention.IMPLEMENTATIONS["pallas_tpu"]
     together = cfg.num_attention_heads // cfg.o_groups
-    out_BSNH, mass_BSC = one_kernel(queries, keys, cfg.sliding_window, together, teaches)
+    out_BSNH, mass_BSC = one_kernel(queries, keys, cfg.sliding_window, together, learns)
     if chosen is None or mass_BSC is None:
         return out_BSNH, None
     mass_BSC = jax.lax.psum(mass_BSC, axes.heads) if axes.heads else mass_BSC

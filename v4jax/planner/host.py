@@ -47,7 +47,7 @@ def patterns_of(cfg: TrainConfig) -> int:
 
 
 def held_on_host(terms: Iterable[Term], values: Mapping[str, float]) -> dict[str, float]:
-    """ "optimizer" or "streams" -> bytes in the host's memory for one device."""
+    """Bytes in the host's memory for one device, of "optimizer" and "streams"."""
     found: dict[str, float] = {}
     for term in terms:
         if term.kind == "host":
@@ -58,7 +58,7 @@ def held_on_host(terms: Iterable[Term], values: Mapping[str, float]) -> dict[str
 def copies_of(
     terms: Iterable[Term], values: Mapping[str, float], device: Hardware
 ) -> dict[str, tuple[float, float]]:
-    """ "optimizer" or "streams" -> (bytes copied, seconds that they add to a step).
+    """(bytes copied, seconds that they add to a step) of "optimizer" and "streams".
 
     They add 0 seconds where the profile does not know the rate of the link.
     """

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from sharding.exchange import HEADROOM
 from sharding.mesh import parse_mesh
 from sharding.rules import AxisRules, layout_for
+from v4jax.kernels.tpu import LANES
 from v4jax.planner.estimate import Estimate, estimate, gigabytes, platform_of
 from v4jax.planner.hardware import Hardware
 from v4jax.planner.weights import cut_of, weights_of
@@ -17,9 +18,6 @@ from v4jax.train.config import TrainConfig
 
 LARGE = 64e6
 """Bytes above which a copy on every device is worth a warning."""
-
-LANES = 128
-"""Numbers in one row of a TPU's registers; narrower or uneven shares are padded to it."""
 
 
 def notes(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from sharding.exchange import round_rows
 from sharding.rules import AxisRules
 from v4jax.config import CSA, HCA
+from v4jax.kernels.tpu import LANES
 from v4jax.planner.recompute import recomputes
 from v4jax.planner.terms import Term, sent
 from v4jax.planner.work import layers_by_ratio
@@ -19,9 +20,6 @@ _CSA_ROWS = 2 * (CSA - 1) + (2 * CSA - 1)
 """Positions, each one head wide, that a shard of a CSA layer needs from before it.
 
 3 for its own window, in both halves, and 7 for the window before."""
-
-_LANES = 128
-"""Numbers in one row of a TPU's registers."""
 
 
 def experts_sent(
@@ -71,7 +69,7 @@ def experts_sent(
             )
         ]
     # A TPU moves whole lanes.
-    gates = times * model.num_experts_per_tok * 4 * (_LANES if platform == "tpu" else 1)
+    gates = times * model.num_experts_per_tok * 4 * (LANES if platform == "tpu" else 1)
     return [
         sent(
             "routed experts", holders, "ragged-all-to-all", 2 * row * (n - 1) / n, basis, 2 * times

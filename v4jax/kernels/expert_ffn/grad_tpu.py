@@ -18,12 +18,11 @@ from jax.experimental.pallas import tpu as pltpu
 from sharding.experts import Groups
 from sharding.manual import vary_like
 from v4jax.kernels.matmul import precision_of
-
-LANES = 128
-"""Width of a TPU's vectors; tiles are multiples of it."""
+from v4jax.kernels.tpu import LANES
 
 TILE = 1024
-"""Widest tile. In float32 it is 4 MB, and two fit the 16 MB that a kernel has by default."""
+"""Widest tile, a multiple of LANES like all. In float32 it is 4 MB; two fit the 16 MB that a kernel
+has by default."""
 
 
 def grouped_outer(

@@ -20,30 +20,29 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4jax.kernels.fused_attention.blocks import (
-    NN,
-    NT,
-    TN,
-    VMEM_BYTES,
-    Form,
-    Operands,
-    Scalars,
     Scratch,
     below,
     block_of_entries,
     dot,
     has_more_entries,
     of_heads,
-    operand_specs,
-    parts_of,
     rotated,
     rows_of_heads,
     scratch_shapes,
     sinks_of_heads,
-    spec,
-    step,
     write_heads,
 )
 from v4jax.kernels.fused_attention.forward import normalised
+from v4jax.kernels.fused_attention.steps import (
+    Form,
+    Operands,
+    Scalars,
+    operand_specs,
+    parts_of,
+    spec,
+    step,
+)
+from v4jax.kernels.tpu import NN, NT, TN, VMEM_BYTES
 
 
 class Gradients(NamedTuple):

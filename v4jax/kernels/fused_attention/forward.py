@@ -15,27 +15,27 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4jax.kernels.fused_attention.blocks import (
-    NN,
-    NT,
-    VMEM_BYTES,
-    Form,
-    Operands,
-    Scalars,
     Scratch,
     below,
     block_of_entries,
     dot,
     has_more_entries,
-    operand_specs,
-    parts_of,
     rotated,
     rows_of_heads,
     scratch_shapes,
     sinks_of_heads,
-    spec,
-    step,
     write_heads,
 )
+from v4jax.kernels.fused_attention.steps import (
+    Form,
+    Operands,
+    Scalars,
+    operand_specs,
+    parts_of,
+    spec,
+    step,
+)
+from v4jax.kernels.tpu import NN, NT, VMEM_BYTES
 
 
 def forward(form: Form, scalars: Scalars, x: Operands) -> tuple[jax.Array, jax.Array]:

@@ -17,24 +17,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from v4jax.kernels.fused_attention.blocks import (
-    NT,
-    VMEM_BYTES,
-    Form,
-    Operands,
-    Scalars,
     below,
     dot,
     entry_bias,
     entry_block,
     of_heads,
-    operand_specs,
-    parts_of,
     rotated,
     rows_of_heads,
+)
+from v4jax.kernels.fused_attention.forward import normalised
+from v4jax.kernels.fused_attention.steps import (
+    Form,
+    Operands,
+    Scalars,
+    operand_specs,
+    parts_of,
     spec,
     step,
 )
-from v4jax.kernels.fused_attention.forward import normalised
+from v4jax.kernels.tpu import NT, VMEM_BYTES
 
 
 def entry_mass(form: Form, scalars: Scalars, x: Operands, lse_BSN: jax.Array) -> jax.Array:

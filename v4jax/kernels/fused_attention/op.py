@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 
 from sharding.manual import vary_like
-from v4jax.kernels.choice import on_tpu
 from v4jax.kernels.fused_attention.backward import Saved, backward
-from v4jax.kernels.fused_attention.blocks import LANES, VMEM_BYTES, Form, Operands, Scalars
 from v4jax.kernels.fused_attention.forward import forward
 from v4jax.kernels.fused_attention.mass import entry_mass
 from v4jax.kernels.fused_attention.operands import LayerKeys, RawQueries, operands
+from v4jax.kernels.fused_attention.steps import Form, Operands, Scalars
 from v4jax.kernels.norm import rms_norm
 from v4jax.kernels.rotate import rotate
+from v4jax.kernels.tpu import LANES, VMEM_BYTES, on_tpu
 
 
 def reference(

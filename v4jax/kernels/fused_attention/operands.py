@@ -2,7 +2,7 @@
 
 Shapes: B batch, S positions, U blocks of W queries, W window, Y window keys (W, then S), N heads, H
 head dim, M width of all heads N * H, C entries, R rope dims, T lanes of the rotation's tables.
-Next file to read: v4jax/kernels/fused_attention/blocks.py.
+Next file to read: v4jax/kernels/fused_attention/steps.py.
 """
 
 from typing import NamedTuple
@@ -10,8 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from v4jax.kernels.fused_attention.blocks import ENTRIES, LANES, Operands, Scalars, entry_block
+from v4jax.kernels.fused_attention.blocks import ENTRIES, entry_block
+from v4jax.kernels.fused_attention.steps import Operands, Scalars
 from v4jax.kernels.rotate import Rotation
+from v4jax.kernels.tpu import LANES
 
 
 class RawQueries(NamedTuple):

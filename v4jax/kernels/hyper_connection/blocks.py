@@ -2,7 +2,7 @@
 
 A step takes LANES tokens with all their streams, each stream a matrix of its own. Numbers of which
 a token has few (logits and weights) lie with the tokens last, so that vectors are full. Where they
-multiply streams, a kernel turns them around.
+multiply streams, a kernel transposes them.
 
 Shapes: B batch, S positions, X streams, D hidden, M weights of a site ((2+X)*X), T tokens of a
 step, R tokens of a strip, P columns that are worked on together, W columns for a number of each

@@ -168,7 +168,7 @@ def in_kernels(kernels: Kernels, x_BSXD: jax.Array) -> bool:
     """
     if kernels.hyper_connection is not None:
         return kernels.hyper_connection == "pallas_tpu"
-    # Whoever names one of the ops that the kernels replace gets that op.
+    # Whoever names one of these gets it. `matmul` is named for the products of other layers too.
     named = (kernels.streams, kernels.sinkhorn) != (None, None)
     return not named and on_tpu() and unfit(x_BSXD) == ""
 

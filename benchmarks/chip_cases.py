@@ -21,11 +21,10 @@ from v4jax.kernels.choice import kernels_from
 from v4jax.kernels.index_scores import index_scores
 from v4jax.kernels.norm import rms_norm
 from v4jax.kernels.rotate import rotate
-from v4jax.kernels.streams import expand
 from v4jax.kernels.top_k import top_k_mask
 from v4jax.model.attend import attend
 from v4jax.model.attention import Attention
-from v4jax.model.hyper import HyperConnection
+from v4jax.model.hyper import HyperConnection, expanded
 from v4jax.model.rotary import rotation
 from v4jax.model.segments import read_segments
 from v4jax.model.windows import entries_of, windows_of
@@ -326,8 +325,8 @@ def _site(sizes: Sizes) -> Case:
 
     def run(x_BTXD, y_BTD, *leaves):
         params = jax.tree.unflatten(tree, leaves)
-        u_BTD, _, mix = module.apply({"params": params}, x_BTXD)
-        return u_BTD, expand(y_BTD, x_BTXD, *mix, sizes.ctx.kernels.streams)
+        site = module.apply({"params": params}, x_BTXD)
+        return site.u_BSD, expanded(sizes.ctx, y_BTD, site)
 
     # The streams are read twice and written once, a sublayer's input written, its output read.
     moved = 2 * sizes.queries * cfg.hidden_size * (3 * cfg.hc_mult + 2)

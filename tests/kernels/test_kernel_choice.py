@@ -14,6 +14,7 @@ from v4jax.kernels import attention, index_scores, matmul, pooling, rotate, sink
 from v4jax.kernels.choice import NAMES, Kernels, kernels_from
 from v4jax.kernels.expert_ffn import op as expert_ffn
 from v4jax.kernels.fused_attention import op as fused_attention
+from v4jax.kernels.hyper_connection import op as hyper_connection
 from v4jax.parameter_tree import abstract_params
 from v4jax.score import score
 
@@ -27,6 +28,7 @@ OPS = {
     "expert_ffn": expert_ffn,
     "sinkhorn": sinkhorn,
     "streams": streams,
+    "hyper_connection": hyper_connection,
     "matmul": matmul,
     "rotate": rotate,
 }

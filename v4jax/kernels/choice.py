@@ -22,6 +22,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "expert_ffn": ("reference", "blocked", "ragged", "triton", "every_expert"),
     "sinkhorn": ("reference", "factors"),
     "streams": ("reference", "multiply_adds"),
+    "hyper_connection": ("reference", "pallas_tpu"),
     "matmul": ("reference", "written_gradient"),
     "rotate": ("reference", "written_gradient"),
 }
@@ -64,6 +65,10 @@ class Kernels:
 
     streams: str | None = None
     """Collapse and expansion of the streams: "reference" (einsum) or "multiply_adds"."""
+
+    hyper_connection: str | None = None
+    """A site of mHC and the expansion that follows: "reference" (one after another, by the ops
+    `matmul`, `sinkhorn` and `streams`) or "pallas_tpu" (one kernel each)."""
 
     matmul: str | None = None
     """x @ w: "reference" (gradient by autodiff) or "written_gradient"."""

@@ -58,6 +58,31 @@ def by_factors(logits_JKT: jax.Array, iterations: int, eps: float) -> jax.Array:
     return row_JT[:, None] * start_JKT * column_KT[None]
 
 
+def unrolled(logits: list[jax.Array], iterations: int, eps: float) -> list[jax.Array]:
+    """The same factors without loops, so that it can be differentiated inside a kernel.
+
+    Args:
+      logits: float32 [J,T] for each target, tokens last.
+
+    Returns:
+      comb [J,T] for each target.
+    """
+    top_JT = jax.lax.stop_gradient(functools.reduce(jnp.maximum, logits))
+    power = [jnp.exp(one_JT - top_JT) for one_JT in logits]
+    total_JT = functools.reduce(jnp.add, power)
+    start = [one_JT / total_JT + eps for one_JT in power]
+    column = [1 / (start_JT.sum(0, keepdims=True) + eps) for start_JT in start]
+    row_JT = jnp.ones_like(top_JT)
+    for _ in range(iterations - 1):
+        products = (s_JT * c_1T for s_JT, c_1T in zip(start, column, strict=True))
+        row_JT = row_JT / (row_JT * functools.reduce(jnp.add, products) + eps)
+        column = [
+            c_1T / (c_1T * (s_JT * row_JT).sum(0, keepdims=True) + eps)
+            for s_JT, c_1T in zip(start, column, strict=True)
+        ]
+    return [row_JT * s_JT * c_1T for s_JT, c_1T in zip(start, column, strict=True)]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _factors(start_JKT: jax.Array, iterations: int, eps: float) -> tuple[jax.Array, jax.Array]:
     """(r [J,T], c [K,T]) such that r[j] start[j,k] c[k] is the result of the divisions.

@@ -3,7 +3,7 @@
 Equation: docs/equations.md#mhc.
 
 Shapes: B batch, S positions, X streams, J source streams, K target streams, D hidden.
-Next file to read: v4jax/kernels/matmul.py.
+Next file to read: v4jax/kernels/hyper_connection/op.py.
 """
 
 import functools

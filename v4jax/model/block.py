@@ -15,9 +15,8 @@ from v4jax.config import LayerGroup, LayerKind, ModelConfig
 from v4jax.context import Context
 from v4jax.diagnostics import measure, merge
 from v4jax.gradient_sums import LAYER, SUMS
-from v4jax.kernels.streams import expand
 from v4jax.model.attention import Attention
-from v4jax.model.hyper import HyperConnection
+from v4jax.model.hyper import HyperConnection, expanded
 from v4jax.model.indexer import IndexLoss
 from v4jax.model.moe import MoE
 from v4jax.model.norm import RMSNorm
@@ -45,30 +44,27 @@ class Block(Weights):
     ) -> tuple[jax.Array, Routing, CacheView | None, IndexLoss | None]:
         cfg, ctx = self.cfg, self.ctx
         with jax.named_scope("attention"):
-            u_BSD, pre_BSX, mix = HyperConnection(ctx, cfg, name="hc_attn")(x_BSXD)
-            u_BSD = RMSNorm(ctx, cfg, name="attn_norm")(u_BSD)
+            site = HyperConnection(ctx, cfg, name="hc_attn")(x_BSXD)
+            u_BSD = RMSNorm(ctx, cfg, name="attn_norm")(site.u_BSD)
             attention = wrapped(Attention, ATTENTION, ctx.remat)
             y_BSD, view, loss = attention(ctx, cfg, self.kind.compress_ratio, name="attn")(
                 u_BSD, segments, view
             )
-            x_BSXD = self._place(expand(y_BSD, x_BSXD, *mix, ctx.kernels.streams))
-            diagnostics = measure(pre_BSX, *mix, y_BSD, x_BSXD) if ctx.collect.watch else None
+            x_BSXD = expanded(ctx, y_BSD, site)
+            diagnostics = measure(*site[2:], y_BSD, x_BSXD) if ctx.collect.watch else None
         with jax.named_scope("experts"):
-            u_BSD, pre_BSX, mix = HyperConnection(ctx, cfg, name="hc_ffn")(x_BSXD)
-            u_BSD = RMSNorm(ctx, cfg, name="ffn_norm")(u_BSD)
+            site = HyperConnection(ctx, cfg, name="hc_ffn")(x_BSXD)
+            u_BSD = RMSNorm(ctx, cfg, name="ffn_norm")(site.u_BSD)
             experts = wrapped(MoE, EXPERTS, ctx.remat)
             y_BSD, routing = experts(ctx, cfg, self.kind.hash_routed, name="ffn")(
                 u_BSD, tokens_BS, segments
             )
-            x_BSXD = self._place(expand(y_BSD, x_BSXD, *mix, ctx.kernels.streams))
+            x_BSXD = expanded(ctx, y_BSD, site)
             if diagnostics is not None:
                 routing = routing._replace(
-                    diagnostics=merge(diagnostics, measure(pre_BSX, *mix, y_BSD, x_BSXD))
+                    diagnostics=merge(diagnostics, measure(*site[2:], y_BSD, x_BSXD))
                 )
         return x_BSXD, routing, view, loss
-
-    def _place(self, x_BSXD: jax.Array) -> jax.Array:
-        return self.ctx.rules.constrain(x_BSXD, "act_batch", "act_seq", "act_streams", "act_embed")
 
 
 class Pattern(Weights):

@@ -10,7 +10,6 @@ Next file to read: sharding/rules.py.
 """
 
 import math
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,22 +19,13 @@ from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.context import Context
 from v4jax.kernels.choice import Kernels
+from v4jax.kernels.hyper_connection.blocks import Site
+from v4jax.kernels.hyper_connection.op import SiteResult, in_kernels, pallas_expand, pallas_site
 from v4jax.kernels.matmul import dense
 from v4jax.kernels.sinkhorn import sinkhorn
-from v4jax.kernels.streams import collapse
+from v4jax.kernels.streams import collapse, expand
+from v4jax.kernels.tpu import on_tpu
 from v4jax.model.weights import Weights
-
-
-class Mix(NamedTuple):
-    """The weights by which a sublayer's output and the old streams make the new streams.
-
-    Attributes:
-      post: float32 [B,S,X], the output's weight in each stream.
-      comb: float32 [B,S,X,X], mixes the old streams (source, target).
-    """
-
-    post: jax.Array
-    comb: jax.Array
 
 
 def mixing_logits(
@@ -70,30 +60,41 @@ def balanced(
     return jax.shard_map(local, in_specs=spec, out_specs=spec)(logits_BSP)
 
 
-def _stream_weights(
-    ctx: Context, cfg: ModelConfig, x_BSXD, fn, base, scale
-) -> tuple[jax.Array, Mix]:
-    """(pre [B,S,X], Mix) of the streams (docs/equations.md#mhc)."""
+def collapsed(ctx: Context, cfg: ModelConfig, x_BSXD, fn, base, scale) -> SiteResult:
+    """The collapsed streams, and the weights that made them and will expand them again."""
+    if in_kernels(ctx.kernels, x_BSXD):
+        site = Site(cfg.hc_mult, cfg.hc_sinkhorn_iters, cfg.rms_norm_eps, cfg.hc_eps, not on_tpu())
+        return pallas_site(ctx.rules, site, x_BSXD, fn, base, scale)
     n, base = cfg.hc_mult, base[None, None]
     mix = mixing_logits(x_BSXD, fn, cfg.rms_norm_eps, ctx.kernels)
     pre = jax.nn.sigmoid(mix[..., :n] * scale[0] + base[..., :n]) + cfg.hc_eps
     post = 2 * jax.nn.sigmoid(mix[..., n : 2 * n] * scale[1] + base[..., n : 2 * n])
     logits = mix[..., 2 * n :] * scale[2] + base[..., 2 * n :]
     comb = balanced(ctx.rules, cfg.hc_sinkhorn_iters, cfg.hc_eps, logits, ctx.kernels.sinkhorn)
-    return pre, Mix(post, comb)
+    u_BSD = collapse(pre, x_BSXD, ctx.kernels.streams)
+    return SiteResult(x_BSXD, u_BSD, pre, post, comb)
+
+
+def expanded(ctx: Context, y_BSD: jax.Array, site: SiteResult) -> jax.Array:
+    """New streams [B,S,X,D] of a sublayer's output and the old streams."""
+    inputs = (y_BSD, site.x_BSXD, site.post_BSX, site.comb_BSXX)
+    if in_kernels(ctx.kernels, site.x_BSXD):
+        x_BSXD = pallas_expand(ctx.rules, *inputs)
+    else:
+        x_BSXD = expand(*inputs, ctx.kernels.streams)
+    return ctx.rules.constrain(x_BSXD, "act_batch", "act_seq", "act_streams", "act_embed")
 
 
 class HyperConnection(Weights):
     """One site of mHC: makes a sublayer's input, and the weights that merge its output."""
 
     @nn.compact
-    def __call__(self, x_BSXD: jax.Array) -> tuple[jax.Array, jax.Array, Mix]:
-        """(collapsed streams [B,S,D], their weights pre [B,S,X], Mix)."""
+    def __call__(self, x_BSXD: jax.Array) -> SiteResult:
+        """What `expanded` takes beside the sublayer's output."""
         fn = self.weight("fn")
         base = self.weight("base")
         scale = self.weight("scale")
-        pre, mix = _stream_weights(self.ctx, self.cfg, x_BSXD, fn, base, scale)
-        return collapse(pre, x_BSXD, self.ctx.kernels.streams), pre, mix
+        return collapsed(self.ctx, self.cfg, x_BSXD, fn, base, scale)
 
 
 class HyperHead(Weights):

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from v4jax.kernels.tpu import on_tpu
+
 FAST, SHARP = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
 COEFFICIENTS = (FAST,) * 8 + (SHARP,) * 2
 """Hybrid Newton-Schulz: eight steps that grow small singular values, two that settle them at 1.
@@ -34,21 +36,33 @@ def newton_schulz(g: jax.Array, dtype: str = "float32") -> jax.Array:
     x = x / jnp.where(norm > 0, norm, 1)
 
     def iterate(x, abc):
-        gram = _product(x, jnp.swapaxes(x, -1, -2), dtype)
-        polynomial = abc[1] * gram + _product(abc[2] * gram, gram, dtype)
-        return abc[0] * x + _product(polynomial, x, dtype), None
+        rounded = _factor(x, dtype)
+        gram = _product(rounded, jnp.swapaxes(rounded, -1, -2))
+        square = _product(_factor(abc[2] * gram, dtype), _factor(gram, dtype))
+        polynomial = abc[1] * gram + square
+        return abc[0] * x + _product(_factor(polynomial, dtype), rounded), None
 
     x, _ = lax.scan(iterate, x, jnp.asarray(COEFFICIENTS, x.dtype))
     return x if wide else jnp.swapaxes(x, -1, -2)
 
 
-def _product(a: jax.Array, b: jax.Array, dtype: str) -> jax.Array:
+def _factor(x: jax.Array, dtype: str) -> jax.Array:
+    """`x` as a factor of products.
+
+    A TPU rounds float32 factors to bfloat16. XLA would leave that to each product, which then reads
+    twice the bytes, more than once; so they are rounded here, and the barrier keeps it so.
+    """
+    if on_tpu():
+        return jax.lax.optimization_barrier(x.astype(jnp.bfloat16))
+    return x.astype(dtype)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     """a @ b, float32.
 
-    With float32 factors it runs in the platform's own precision (bfloat16 on TPUs, TF32 on GPUs),
-    unlike the model's products: Muon tolerates bfloat16 here.
+    Factors in float32 run in the platform's own precision (TF32 on GPUs), unlike the model's
+    products: Muon tolerates bfloat16 here.
     """
-    a, b = a.astype(dtype), b.astype(dtype)
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 

@@ -3,9 +3,9 @@
 The forward pass reads the streams once. The backward pass reads them, and the gradients of what the
 site gave, once each; it finds the weights again from the saved logits.
 
-Shapes: B batch, S positions, X streams, D hidden, M weights of a site ((2+X)*X), T tokens of a
-step, R tokens of a strip, P columns that are worked on together, W columns for a number of each
-token.
+Shapes: B batch, S positions, X streams (J sources, K targets), D hidden, M weights of a site
+((2+X)*X), T tokens of a step, R tokens of a strip, P columns that are worked on together, W columns
+for a number of each token.
 Next file to read: v4jax/kernels/hyper_connection/expand_tpu.py.
 """
 
@@ -28,7 +28,7 @@ from v4jax.kernels.hyper_connection.blocks import (
     spread,
     strips,
 )
-from v4jax.kernels.sinkhorn import unrolled
+from v4jax.kernels.sinkhorn import by_factors, unrolled
 from v4jax.kernels.tpu import LANES, NN, NT
 
 
@@ -106,9 +106,18 @@ def weights_of(site: Site, logits_MT: jax.Array) -> jax.Array:
     targets = [
         jnp.concatenate([logits_MT[at[j][k] : at[j][k] + 1] for j in range(n)]) for k in range(n)
     ]
-    comb = unrolled(targets, site.iterations, site.eps)
+    comb = _balanced(site, targets)
     rows = [comb[k][j : j + 1] for j in range(n) for k in range(n)]
     return jnp.concatenate([pre_XT, post_XT, *rows])
+
+
+def _balanced(site: Site, targets: list[jax.Array]) -> list[jax.Array]:
+    """comb [J,T] of each target's logits [J,T]."""
+    if not site.interpret:
+        return unrolled(targets, site.iterations, site.eps)
+    # XLA:CPU compiles unrolled iterations and their gradient for minutes, in many gigabytes.
+    comb_JKT = by_factors(jnp.stack(targets, axis=1), site.iterations, site.eps)
+    return [comb_JKT[:, k] for k in range(site.streams)]
 
 
 class Saved(NamedTuple):

@@ -98,3 +98,25 @@ def test_optimizer_state_on_the_host_is_no_argument_of_the_device():
     assert there.state_bytes < 0.51 * here.state_bytes
     # The peak of the device falls too: it does not hold the whole state at once.
     assert there.state_bytes + there.temporary_bytes < here.state_bytes + here.temporary_bytes
+
+
+def test_more_micro_batches_need_no_more_memory():
+    """Gradients are summed in place, and no loop holds weights in a layout of its own."""
+    model = CFG.model.replace(
+        hidden_size=1024,
+        moe_intermediate_size=1024,
+        n_routed_experts=16,
+        num_hidden_layers=8,
+        num_hash_layers=0,
+        num_nextn_predict_layers=0,
+        compress_ratios=(128,) * 8,
+    )
+    cfg = dataclasses.replace(
+        CFG, model=model, seq_len=256, mesh="fsdp=4", layout="fsdp", dtype="bfloat16"
+    )
+
+    def temporary(count):
+        one = dataclasses.replace(cfg, batch_size=4 * count, gradient_accumulation=count)
+        return report_layout(one, "v5p:2x2x1").temporary_bytes
+
+    assert temporary(4) <= 1.05 * temporary(1)

@@ -3,9 +3,9 @@
 The forward pass reads the streams once. The backward pass reads them, and the gradients of what the
 site gave, once each; it finds the weights again from the saved logits.
 
-Shapes: B batch, S positions, X streams (J sources, K targets), D hidden, M weights of a site
-((2+X)*X), T tokens of a step, R tokens of a strip, P columns that are worked on together, W columns
-for a number of each token.
+Shapes: B batch, S positions, X streams, J source streams, K target streams, D hidden, M weights of
+a site ((2+X)*X), T tokens of a step, R tokens of a strip, P columns that are worked on together, W
+columns for a number of each token.
 Next file to read: v4jax/kernels/hyper_connection/expand_tpu.py.
 """
 

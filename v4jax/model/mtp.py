@@ -4,6 +4,8 @@ Shapes: B batch, S positions, X streams, D hidden.
 Next file to read: v4jax/model/block.py.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 
@@ -80,7 +82,8 @@ def run_mtp(ctx: Context, cfg: ModelConfig, variables, x_BSXD: jax.Array, *other
     trained = {name: variables[name] for name in ("params", SUMS) if name in variables}
     x_BSXD, trained = _ready_together(x_BSXD, trained)
     drafter = wrapped(Drafter, LAYERS, ctx.remat)(ctx, cfg)
-    results, changed = drafter.apply(dict(variables) | trained, x_BSXD, *others, mutable=SUMS)
+    found: Any = drafter.apply(dict(variables) | trained, x_BSXD, *others, mutable=SUMS)
+    results, changed = found
     return results, changed.get(SUMS, {}).get("mtp")
 
 

@@ -57,7 +57,8 @@ class Weights(nn.Module):
             total = self.variable(SUMS, name, jnp.zeros_like, w)
             layer = self.get_variable(LAYER, name)
             rules = self.ctx.rules if self.ctx.sums is None else self.ctx.sums
-            w, total.value = with_sum(rules, spec.axes, w, total.value, layer)
+            summed: Any = with_sum(rules, spec.axes, w, total.value, layer)
+            w, total.value = summed
         return w
 
     def weight(self, name: str, ratio: int = WINDOW_ONLY) -> jax.Array:

@@ -10,8 +10,9 @@ token, most of them unused.
 Next file to read: v4jax/kernels/hyper_connection/site_tpu.py.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,7 @@ def _spec(shared: bool, block: Block, steps: int) -> pl.BlockSpec:
     return pl.BlockSpec((*squeezed, *shape), place)
 
 
-def strips(body: Callable[[pl.Slice], None]) -> None:
+def strips(body: Callable[[Any], None]) -> None:
     """Runs `body` for the rows of each strip of a step's tokens."""
 
     def one(i, _):
@@ -196,4 +197,9 @@ def in_lanes(x_RP: jax.Array) -> jax.Array:
     width = x_RP.shape[1]
     if width % LANES:  # only outside of TPUs
         return jnp.pad(x_RP, ((0, 0), (0, -width % LANES))).reshape(len(x_RP), -1, LANES).sum(1)
-    return sum(x_RP[:, at : at + LANES] for at in range(0, width, LANES))
+    return added(x_RP[:, at : at + LANES] for at in range(0, width, LANES))
+
+
+def added(parts: Iterable[jax.Array]) -> jax.Array:
+    """The sum of a few arrays."""
+    return functools.reduce(jnp.add, parts)

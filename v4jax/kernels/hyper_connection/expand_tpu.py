@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from v4jax.kernels.hyper_connection.blocks import (
     LANES,
     Block,
+    added,
     by_token,
     call,
     columns,
@@ -46,7 +47,7 @@ def _forward(x, y, weights, new, number_TW):
             y_RP = y[rows, part].astype(jnp.float32)
             x_RP = [x[j, rows, part].astype(jnp.float32) for j in range(streams)]
             for k in range(streams):
-                mixed_RP = sum(comb_R1[j][k] * x_RP[j] for j in range(streams))
+                mixed_RP = added(comb_R1[j][k] * x_RP[j] for j in range(streams))
                 new[k, rows, part] = (post_R1[k] * y_RP + mixed_RP).astype(new.dtype)
 
     strips(expand)
@@ -78,13 +79,13 @@ def _backward(x, y, weights, ct, ct_x, ct_y, ct_weights, number_TW):
         for part in columns(width):
             y_RP = y[rows, part].astype(jnp.float32)
             ct_RP = [ct[k, rows, part].astype(jnp.float32) for k in range(streams)]
-            back_RP = sum(post_R1[k] * ct_RP[k] for k in range(streams))
+            back_RP = added(post_R1[k] * ct_RP[k] for k in range(streams))
             ct_y[rows, part] = back_RP.astype(ct_y.dtype)
             for k in range(streams):
                 total[k] = total[k] + in_lanes(y_RP * ct_RP[k])
             for j in range(streams):
                 x_RP = x[j, rows, part].astype(jnp.float32)
-                back_RP = sum(comb_R1[j][k] * ct_RP[k] for k in range(streams))
+                back_RP = added(comb_R1[j][k] * ct_RP[k] for k in range(streams))
                 ct_x[j, rows, part] = back_RP.astype(ct_x.dtype)
                 for k in range(streams):
                     m = streams * (1 + j) + k

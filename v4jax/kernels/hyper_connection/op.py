@@ -72,9 +72,11 @@ def pallas_site(
 
     def local(x_bsxd, parameters: SiteWeights):
         parameters = jax.tree.map(lambda w: vary_like(w, x_bsxd), parameters)
-        x_bxsd, u_bsd, weights_bms = _site(site, jnp.moveaxis(_filled(x_bsxd), 2, 1), parameters)
-        found = jnp.moveaxis(x_bxsd, 1, 2), u_bsd, jnp.swapaxes(weights_bms, 1, 2)
-        return jax.tree.map(lambda x: x[:, : x_bsxd.shape[1]], found)
+        seq = x_bsxd.shape[1]
+        found: tuple[jax.Array, ...] = _site(site, jnp.moveaxis(_filled(x_bsxd), 2, 1), parameters)
+        x_bxsd, u_bsd, weights_bms = found
+        results = jnp.moveaxis(x_bxsd, 1, 2), u_bsd, jnp.swapaxes(weights_bms, 1, 2)
+        return jax.tree.map(lambda x: x[:, :seq], results)
 
     act = rules.spec(("act_batch", "act_seq")) if rules else None
     run = _on_mesh(rules, site.interpret, local, (act, None), (act, act, act))
@@ -101,7 +103,7 @@ def pallas_expand(
             jnp.moveaxis(_filled(x_bsxd), 2, 1),
             jnp.swapaxes(_filled(weights_bsp), 1, 2),
         )
-        new_bxsd = _expand(not on_tpu(), x_bxsd, _filled(y_bsd), weights_bps)
+        new_bxsd: jax.Array = _expand(not on_tpu(), x_bxsd, _filled(y_bsd), weights_bps)
         return jnp.moveaxis(new_bxsd, 1, 2)[:, : x_bsxd.shape[1]]
 
     act = rules.spec(("act_batch", "act_seq")) if rules else None
@@ -151,10 +153,17 @@ def _expand(interpret: bool, x_BXSD, y_BSD, weights_BPS) -> jax.Array:
     return expand_tpu.forward(interpret, x_BXSD, y_BSD, weights_BPS)
 
 
-_expand.defvjp(
-    lambda interpret, *inputs: (_expand(interpret, *inputs), inputs),
-    lambda interpret, inputs, ct: tuple(expand_tpu.backward(interpret, *inputs, ct)),
-)
+def _expand_fwd(interpret: bool, x_BXSD, y_BSD, weights_BPS):
+    saved = (x_BXSD, y_BSD, weights_BPS)
+    return _expand(interpret, *saved), saved
+
+
+def _expand_bwd(interpret: bool, saved, ct_BXSD):
+    x_BXSD, y_BSD, weights_BPS = saved
+    return tuple(expand_tpu.backward(interpret, x_BXSD, y_BSD, weights_BPS, ct_BXSD))
+
+
+_expand.defvjp(_expand_fwd, _expand_bwd)
 
 
 IMPLEMENTATIONS = ("reference", "pallas_tpu")

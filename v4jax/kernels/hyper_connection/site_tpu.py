@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from v4jax.kernels.hyper_connection.blocks import (
     Block,
     Site,
+    added,
     by_token,
     call,
     columns,
@@ -82,7 +83,7 @@ def _forward(site: Site, x, fn, base, scale, u, weights, mix, inverse, square_TW
 
     strips(squares)
     inverse_1T = jax.lax.rsqrt(square_TW[...].T[:1] / (streams * width) + site.norm_eps)
-    logits_MT = sum(exact(fn[j], x[j], NT) for j in range(streams))
+    logits_MT = added(exact(fn[j], x[j], NT) for j in range(streams))
     mix_MT = logits_MT * inverse_1T
     weights_MT = weights_of(site, mix_MT * scale[...] + base[...])
     mix[...], inverse[...], weights[...] = mix_MT, inverse_1T, weights_MT
@@ -91,7 +92,7 @@ def _forward(site: Site, x, fn, base, scale, u, weights, mix, inverse, square_TW
     def collapse(rows):
         pre_RX = [square_TW[rows, j : j + 1] for j in range(streams)]
         for part in columns(width):
-            u_RP = sum(pre_RX[j] * x[j, rows, part].astype(jnp.float32) for j in range(streams))
+            u_RP = added(pre_RX[j] * x[j, rows, part].astype(jnp.float32) for j in range(streams))
             u[rows, part] = u_RP.astype(u.dtype)
 
     strips(collapse)

@@ -77,6 +77,7 @@ def test_ops_have_the_names_that_are_chosen(called, trace):
         expert_ffn="every_expert",
         sinkhorn="factors",
         streams="multiply_adds",
+        hyper_connection="reference",
         matmul="written_gradient",
         rotate="written_gradient",
     )

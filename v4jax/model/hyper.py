@@ -20,7 +20,7 @@ from v4jax.config import ModelConfig
 from v4jax.context import Context
 from v4jax.kernels.choice import Kernels
 from v4jax.kernels.hyper_connection.blocks import Site
-from v4jax.kernels.hyper_connection.op import SiteResult, in_kernels, pallas_expand, pallas_site
+from v4jax.kernels.hyper_connection.op import IMPLEMENTATIONS, SiteResult, in_kernels
 from v4jax.kernels.matmul import dense
 from v4jax.kernels.sinkhorn import sinkhorn
 from v4jax.kernels.streams import collapse, expand
@@ -62,9 +62,16 @@ def balanced(
 
 def collapsed(ctx: Context, cfg: ModelConfig, x_BSXD, fn, base, scale) -> SiteResult:
     """The collapsed streams, and the weights that made them and will expand them again."""
+    inputs = (x_BSXD, fn, base, scale)
     if in_kernels(ctx.kernels, x_BSXD):
-        site = Site(cfg.hc_mult, cfg.hc_sinkhorn_iters, cfg.rms_norm_eps, cfg.hc_eps, not on_tpu())
-        return pallas_site(ctx.rules, site, x_BSXD, fn, base, scale)
+        eps = (cfg.rms_norm_eps, cfg.hc_eps)
+        site = Site(cfg.hc_mult, cfg.hc_sinkhorn_iters, *eps, interpret=not on_tpu())
+        return IMPLEMENTATIONS["pallas_tpu"].site(ctx.rules, site, *inputs)
+    return IMPLEMENTATIONS["reference"].site(_composed, ctx, cfg, *inputs)
+
+
+def _composed(ctx: Context, cfg: ModelConfig, x_BSXD, fn, base, scale) -> SiteResult:
+    """pre, post and comb of the streams, and the collapse (docs/equations.md#mhc)."""
     n, base = cfg.hc_mult, base[None, None]
     mix = mixing_logits(x_BSXD, fn, cfg.rms_norm_eps, ctx.kernels)
     pre = jax.nn.sigmoid(mix[..., :n] * scale[0] + base[..., :n]) + cfg.hc_eps
@@ -79,9 +86,9 @@ def expanded(ctx: Context, y_BSD: jax.Array, site: SiteResult) -> jax.Array:
     """New streams [B,S,X,D] of a sublayer's output and the old streams."""
     inputs = (y_BSD, site.x_BSXD, site.post_BSX, site.comb_BSXX)
     if in_kernels(ctx.kernels, site.x_BSXD):
-        x_BSXD = pallas_expand(ctx.rules, *inputs)
+        x_BSXD = IMPLEMENTATIONS["pallas_tpu"].expand(ctx.rules, *inputs)
     else:
-        x_BSXD = expand(*inputs, ctx.kernels.streams)
+        x_BSXD = IMPLEMENTATIONS["reference"].expand(expand, *inputs, ctx.kernels.streams)
     return ctx.rules.constrain(x_BSXD, "act_batch", "act_seq", "act_streams", "act_embed")
 
 

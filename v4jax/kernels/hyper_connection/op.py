@@ -29,6 +29,13 @@ _ROWS = 8
 """Rows of a float32 matrix that lie together."""
 
 
+class Ways(NamedTuple):
+    """One implementation: the way in and the way out."""
+
+    site: Callable
+    expand: Callable
+
+
 class SiteResult(NamedTuple):
     """What the way in gives.
 
@@ -44,6 +51,11 @@ class SiteResult(NamedTuple):
     pre_BSX: jax.Array
     post_BSX: jax.Array
     comb_BSXX: jax.Array
+
+
+def reference(composed: Callable, *inputs):
+    """`composed` of the inputs, as v4jax/model/hyper.py composes it of smaller ops."""
+    return composed(*inputs)
 
 
 def pallas_site(
@@ -166,8 +178,11 @@ def _expand_bwd(interpret: bool, saved, ct_BXSD):
 _expand.defvjp(_expand_fwd, _expand_bwd)
 
 
-IMPLEMENTATIONS = ("reference", "pallas_tpu")
-"""The reference is composed in v4jax/model/hyper.py."""
+IMPLEMENTATIONS = {
+    "reference": Ways(reference, reference),
+    "pallas_tpu": Ways(pallas_site, pallas_expand),
+}
+"""They take different arguments: `reference` composes the ops that it is given."""
 
 
 def in_kernels(kernels: Kernels, x_BSXD: jax.Array) -> bool:

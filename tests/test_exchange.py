@@ -116,9 +116,8 @@ def test_other_weights_are_held_where_they_lie_before_they_are_gathered():
     specs = [
         eqn.params["sharding"].spec for eqn in inner if eqn.primitive.name == "sharding_constraint"
     ]
-    assert specs[0] == rules.spec(names) and specs[-1] == rules.spec(
-        names, without=("fsdp", "context", "expert")
-    )
+    assert specs[0] == rules.spec(names) and specs[-1] == rules.whole_weights().spec(names)
+    assert specs[0] != specs[-1]
 
 
 def test_every_row_lands_once_and_comes_home():

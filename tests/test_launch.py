@@ -1,5 +1,6 @@
 """The launcher, and how a job starts."""
 
+import os
 import re
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from commands import MINUTE, ROOT, environment, launched, python, run
 
 from sharding import processes
+from v4jax import launch as launch_module
 from v4jax.cli import main as cli
 from v4jax.launch import _free_port, launch
 
@@ -91,6 +93,21 @@ def test_signals_are_passed_on(number):
         sorted(out.splitlines()) == [f"[{i}] got {int(number)}" for i in (0, 1)]
         and job.returncode == 5
     )
+
+
+def test_a_signal_while_processes_start_reaches_all(monkeypatch):
+    jobs = []
+
+    class Slow(launch_module._Process):
+        def __init__(self, *args):
+            super().__init__(*args)
+            jobs.append(self)
+            if self.index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(launch_module, "_Process", Slow)
+    code = launch(["sleep", "100"], processes=2, devices=1)
+    assert code == 143 and [job.code for job in jobs] == [143, 143]
 
 
 @pytest.mark.parametrize(

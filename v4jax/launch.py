@@ -63,6 +63,9 @@ def launch(command: Sequence[str], processes: int, devices: int, output: str = "
             jobs.append(
                 _Process(command, _environment(coordinator, processes, i, devices), i, output)
             )
+        forwarded.all_started = True
+        if forwarded.number is not None and not forwarded.sent:
+            forwarded.pass_on(jobs, forwarded.number)
         return _wait(jobs, forwarded)
     finally:
         for job in jobs:
@@ -143,13 +146,25 @@ class _Process:
 
 
 class _Forwarded:
-    """Notes of the signal handlers: the last signal, when the first came, the old handlers."""
+    """Notes of the signal handlers: the last signal, when the first came, the old handlers.
+
+    A signal that comes while processes start is passed on once all have: one that is just being
+    made is not among the jobs yet, and would never hear of it.
+    """
 
     number: int | None = None
     when: float = 0.0
+    all_started = False
+    sent = False
 
     def __init__(self):
         self.old: dict[int, Any] = {}
+
+    def pass_on(self, jobs: list[_Process], number: int) -> None:
+        """Sends a signal to all processes that still run."""
+        self.sent = True
+        for job in jobs:
+            job.send(number)
 
 
 def _forward_signals(jobs: list[_Process]) -> _Forwarded:
@@ -157,8 +172,8 @@ def _forward_signals(jobs: list[_Process]) -> _Forwarded:
 
     def handle(number, _):
         forwarded.number, forwarded.when = number, forwarded.when or time.monotonic()
-        for job in jobs:
-            job.send(number)
+        if forwarded.all_started:
+            forwarded.pass_on(jobs, number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         forwarded.old[number] = signal.signal(number, handle)

@@ -53,7 +53,7 @@ FILES = {
     if path.name != "__init__.py"
 }
 # The packages whose names the rest imports without naming a file; users do so too.
-for package in ("config", "tokenizer"):
+for package in ("config", "storage", "tokenizer"):
     FILES[f"v4jax.{package}"] = ROOT / "v4jax" / package / "__init__.py"
 
 

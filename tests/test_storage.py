@@ -36,7 +36,7 @@ from v4jax.train.metrics_file import read_metrics
 from v4jax.train.picture import write_summary
 
 BUCKET = "gs://bucket/x"
-WORDS = "must be a path on this machine; buckets (gs://, s3://, ...) are not supported yet"
+WORDS = "must be a path on this machine; buckets (gs://, s3://, ...) are not supported here"
 ROOT = pathlib.Path(__file__).parent.parent
 MODEL = small_config()
 

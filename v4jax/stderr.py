@@ -1,6 +1,6 @@
 """Writes lines about a command's work to stderr; stdout is for its result.
 
-Next file to read: v4jax/storage.py.
+Next file to read: v4jax/storage/local.py.
 """
 
 import sys

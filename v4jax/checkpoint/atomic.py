@@ -5,10 +5,10 @@ Next file to read: v4jax/checkpoint/checksums.py.
 
 import json
 import math
-import os
 import pathlib
-import tempfile
 from typing import Any
+
+from v4jax import storage
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -17,27 +17,13 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file whole or not at all: to a temporary name, then renamed."""
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
-    ) as file:
-        file.write(content)
-        file.flush()
-        os.fchmod(file.fileno(), 0o666 & ~_umask())  # temporary files are private
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    """Writes a file whole or not at all."""
+    storage.write(path, content)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes indented JSON that ends with a newline, in a directory that nobody reads yet."""
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _umask() -> int:
-    """The process's permission mask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def json_text(value: Any, **options) -> str:

@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _checked(read: Callable) -> Callable[[str], str]:
-    """The argparse type of a path that `read` accepts (see v4jax/storage.py)."""
+    """The argparse type of a path that `read` accepts (see v4jax/storage/places.py)."""
 
     def path(text: str) -> str:
         try:

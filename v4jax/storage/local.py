@@ -1,8 +1,8 @@
 """Turns what a user gives as a path into a path on this machine, or refuses it.
 
-Nothing is read or written here. This file imports nothing of v4jax, so that any file may use it.
+Nothing is read or written here.
 
-Next file to read: v4jax/untrusted.py.
+Next file to read: v4jax/storage/faults.py.
 """
 
 import os
@@ -12,12 +12,11 @@ from typing import Any
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 """One slash is enough: pathlib turns gs://bucket into gs:/bucket."""
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LONGEST_NAME = 255
 """Bytes of a file name on all common file systems."""
 _TAKEN_FOR_SCHEMES = ("gs:", "s3:")
 _TAKEN_FOR_BUCKETS = ("gs", "s3", "az", "hf")
-_ELSEWHERE = "must be a path on this machine; buckets (gs://, s3://, ...) are not supported yet"
+_ELSEWHERE = "must be a path on this machine; buckets (gs://, s3://, ...) are not supported here"
 
 
 def local_path(given: str | os.PathLike, what: str = "") -> pathlib.Path:
@@ -36,29 +35,10 @@ def local_path(given: str | os.PathLike, what: str = "") -> pathlib.Path:
     text = os.fspath(given) if isinstance(given, (str, os.PathLike)) else None
     fault = _fault(text)
     if text is None or fault:
-        got = _short(given if text is None else text)
-        raise ValueError(f"{_prefix(what)}got {got}; {fault}")
+        got = shortened(given if text is None else text)
+        raise ValueError(f"{prefix(what)}got {got}; {fault}")
     path = pathlib.Path(os.path.expanduser(text))
     return path.absolute() if _SCHEME.match(str(path)) or str(path).startswith("~") else path
-
-
-def folder_of_checkpoint(given: str | os.PathLike, what: str = "") -> pathlib.Path:
-    """`local_path` of a folder to read a model from.
-
-    Raises:
-      ValueError: see local_path; or there is no such folder, or it is a file.
-    """
-    path = local_path(given, what)
-    if path.is_dir():
-        return path
-    if os.path.lexists(path):
-        fault = "a file" if path.is_file() else "not a folder"
-        raise ValueError(f"{path}: is {fault}; must be a checkpoint folder")
-    on_hub = _HUB_NAME.fullmatch(os.fspath(given)) and not path.parent.is_dir()
-    hub = "; a model on the Hub must be downloaded first" if on_hub else ""
-    raise ValueError(
-        f"{path}: no such folder; expected config.json + safetensors, or a v4jax run{hub}"
-    )
 
 
 def folder_to_fill(given: str | os.PathLike, what: str = "") -> pathlib.Path:
@@ -68,7 +48,7 @@ def folder_to_fill(given: str | os.PathLike, what: str = "") -> pathlib.Path:
       ValueError: see local_path; or the folder, or one above it, is a file or is read-only.
     """
     path = local_path(given, what)
-    head = f"{_prefix(what)}got {path}"
+    head = f"{prefix(what)}got {path}"
     there = next(one for one in (path, *path.absolute().parents) if os.path.lexists(one))
     head += ", which" if there == path else f"; {there}"
     if not there.is_dir():
@@ -91,7 +71,7 @@ def path_of_checkpoints(given: str | os.PathLike, what: str = "") -> pathlib.Pat
     taken += [f"/{part}" for part in path.parts[1:2] if part in _TAKEN_FOR_BUCKETS]
     if taken:
         raise ValueError(
-            f"{_prefix(what)}got {path}; Orbax, which writes checkpoints, takes {taken[0]!r} in it "
+            f"{prefix(what)}got {path}; Orbax, which writes checkpoints, takes {taken[0]!r} in it "
             "for the address of a bucket; give another folder"
         )
     return path
@@ -104,7 +84,7 @@ def file_to_write(given: str | os.PathLike, what: str = "") -> pathlib.Path:
       ValueError: see local_path; or the folder is missing or read-only, or the path is a folder.
     """
     path = local_path(given, what)
-    head = f"{_prefix(what)}got {path}"
+    head = f"{prefix(what)}got {path}"
     if not path.parent.is_dir():
         raise ValueError(f"{head}; its folder {path.parent} does not exist")
     if path.is_dir():
@@ -137,10 +117,12 @@ def _fault(text: Any) -> str:
     return ""
 
 
-def _prefix(what: str) -> str:
+def prefix(what: str) -> str:
+    """How an error about the argument `what` begins."""
     return f"{what}: " if what else ""
 
 
-def _short(given: Any) -> str:
+def shortened(given: Any) -> str:
+    """`given` in quotes, as an error shows it."""
     text = repr(given)
     return text if len(text) <= 200 else f"{text[:197]}..."

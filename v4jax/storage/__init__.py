@@ -1,0 +1,44 @@
+"""Every file access: this machine's disks, gs:// and s3:// buckets, and models of the Hub by name.
+
+Next file to read: v4jax/storage/local.py.
+"""
+
+from v4jax.storage.files import (
+    Entry,
+    copy,
+    lines,
+    listing,
+    read,
+    read_into,
+    reader,
+    remove,
+    size,
+    write,
+    writer,
+)
+from v4jax.storage.local import file_to_write, folder_to_fill, local_path, path_of_checkpoints
+from v4jax.storage.places import Place, folder_of_checkpoint, is_remote, place
+from v4jax.storage.remote import Remote
+
+__all__ = [
+    "Entry",
+    "Place",
+    "Remote",
+    "copy",
+    "file_to_write",
+    "folder_of_checkpoint",
+    "folder_to_fill",
+    "is_remote",
+    "lines",
+    "listing",
+    "local_path",
+    "path_of_checkpoints",
+    "place",
+    "read",
+    "read_into",
+    "reader",
+    "remove",
+    "size",
+    "write",
+    "writer",
+]

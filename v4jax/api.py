@@ -62,7 +62,7 @@ def load(
       ValueError: no such checkpoint, or anything in it that does not fit, naming the tensor.
     """
     plain_dtype(dtype)
-    path = folder_of_checkpoint(path, "path")
+    path = folder_of_checkpoint(path, "path", weights=True)
     cfg = ModelConfig.from_json(path)
     device_mesh, rules = place_on(mesh, layout)
     if not is_run(path):

@@ -9,7 +9,7 @@ from typing import Any
 
 from v4jax.config import ModelConfig
 from v4jax.config.validation import is_token
-from v4jax.storage import local_path
+from v4jax.storage import checkpoint_path
 from v4jax.untrusted import file_in, read_json
 
 GENERATION_FILE = "generation_config.json"
@@ -21,7 +21,7 @@ def read_generation_config(directory) -> dict[str, Any]:
     Raises:
       ValueError: naming the file: a link out of its directory, or no JSON object.
     """
-    directory = local_path(directory, "directory")
+    directory = checkpoint_path(directory, "directory")
     try:
         raw = read_json(file_in(directory, GENERATION_FILE))
     except FileNotFoundError:
@@ -46,7 +46,7 @@ def end_tokens(directory, vocab_size: int) -> list[int]:
     ids = found if isinstance(found, list) else [found]
     for token in ids:
         if not is_token(token, vocab_size):
-            path = local_path(directory) / GENERATION_FILE
+            path = checkpoint_path(directory) / GENERATION_FILE
             rule = f"must be in [0, vocab_size={vocab_size})"
             raise ValueError(f"{path}: eos_token_id: got {token!r}; {rule}")
     return ids

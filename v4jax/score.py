@@ -18,7 +18,7 @@ from v4jax.config import ModelConfig
 from v4jax.functional import forward
 from v4jax.kernels.choice import kernels_from
 from v4jax.quant.fake import check_quant
-from v4jax.storage import file_to_write, local_path
+from v4jax.storage import checkpoint_path, file_to_write, local_path
 from v4jax.tokenizer import check_tokens
 
 
@@ -69,11 +69,11 @@ def score(
     Raises:
       ValueError: bad tokens, checkpoint, mesh, quant or kernels; nothing is written then.
     """
-    checkpoint = local_path(checkpoint, "checkpoint")
+    folder = checkpoint_path(checkpoint, "checkpoint")
     out = file_to_write(out_path, "out")
     kernels_from(kernels)
-    if checkpoint.is_dir():  # so bad tokens are refused before a large checkpoint is read
-        model = ModelConfig.from_json(checkpoint)
+    if folder.is_dir():  # so bad tokens are refused before a large checkpoint is read
+        model = ModelConfig.from_json(folder)
         check_quant(model, quant)
         read_tokens(tokens_path, model.vocab_size)
     cfg, params = load(checkpoint, dtype, mesh, layout)

@@ -34,7 +34,7 @@ from v4jax.config import ModelConfig
 from v4jax.config.json_styles import read_config_json
 from v4jax.generation_config import end_tokens
 from v4jax.parameter_tree import spec_named
-from v4jax.storage import folder_to_fill, local_path
+from v4jax.storage import checkpoint_path, folder_to_fill, local_path
 from v4jax.untrusted import file_in
 
 _CARRIED = re.compile(
@@ -113,7 +113,7 @@ def _of_source(
     """
     if source is None:
         return None, [], []
-    source = local_path(source, "source")
+    source = checkpoint_path(source, "source")
     raw = read_config_json(source / "config.json")
     return raw, carried_files(source), end_tokens(source, cfg.vocab_size)
 
@@ -158,7 +158,7 @@ def carried_files(directory) -> list[pathlib.Path]:
     Raises:
       ValueError: one of them is not a regular file of the directory.
     """
-    directory = local_path(directory, "directory")
+    directory = checkpoint_path(directory, "directory")
     names = sorted(path.name for path in directory.iterdir() if _CARRIED.match(path.name))
     try:
         return [file_in(directory, name) for name in names]

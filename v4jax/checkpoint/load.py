@@ -37,7 +37,7 @@ from v4jax.checkpoint.names import (
 from v4jax.config import ModelConfig
 from v4jax.config.json_styles import read_config_json
 from v4jax.parameter_tree import spec_named
-from v4jax.storage import folder_of_checkpoint, local_path
+from v4jax.storage import folder_of_checkpoint
 
 
 class Source(NamedTuple):
@@ -108,7 +108,7 @@ def open_safetensors(directory) -> Source:
     Raises:
       ValueError: naming the file or tensor, what was expected and what was found.
     """
-    directory = local_path(directory, "directory")
+    directory = folder_of_checkpoint(directory, "directory", weights=True)
     cfg = read_config(directory)
     try:
         return _check_headers(directory, cfg, read_headers(directory))

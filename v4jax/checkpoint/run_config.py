@@ -9,7 +9,7 @@ import pathlib
 from v4jax.checkpoint.atomic import write_text
 from v4jax.config import ModelConfig
 from v4jax.config.json_styles import read_config_json
-from v4jax.storage import local_path
+from v4jax.storage import checkpoint_path, local_path
 
 
 def check_config(directory, cfg: ModelConfig) -> None:
@@ -47,7 +47,7 @@ def write_config(directory, cfg: ModelConfig, source: str = "") -> None:
         return
     raw = cfg.to_dict()
     if source:
-        raw = read_config_json(local_path(source, "source") / "config.json")
+        raw = read_config_json(checkpoint_path(source, "source") / "config.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(raw, indent=2) + "\n")
 

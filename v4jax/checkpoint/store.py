@@ -29,7 +29,7 @@ from orbax.checkpoint import v1 as ocp
 from sharding.agreement import anywhere, wait_for_all
 from sharding.processes import is_first
 from v4jax.checkpoint.checksums import NOT_NOTED, damage, write_sums
-from v4jax.storage import local_path, path_of_checkpoints
+from v4jax.storage import checkpoint_path, path_of_checkpoints
 
 CHECKPOINTS, DAMAGED, ABANDONED = "checkpoints", "damaged", "abandoned"
 _CHUNK_BYTES = 64 * 2**20
@@ -243,7 +243,7 @@ def _context() -> ocp.Context:
 
 def is_run(directory) -> bool:
     """Whether `directory` is a v4jax run or store, and not a directory of safetensors."""
-    return (local_path(directory, "directory") / CHECKPOINTS).is_dir()
+    return (checkpoint_path(directory, "directory") / CHECKPOINTS).is_dir()
 
 
 def newest_step(directory) -> int | None:

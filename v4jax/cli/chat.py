@@ -5,14 +5,17 @@ Next file to read: v4jax/generate/chat.py.
 
 import argparse
 
-from v4jax.cli.arguments import PATH, continues
+from v4jax.cli.arguments import CHECKPOINT, continues
 from v4jax.cli.start import start
 
 
 def declare(sub: argparse.ArgumentParser) -> None:
     """Declares the checkpoint, the conversation, and how tokens are chosen."""
     sub.add_argument(
-        "checkpoint", type=PATH, help="with the tokenizer of a DeepSeek-V4 release, or 'byte-chat'"
+        "checkpoint",
+        type=CHECKPOINT,
+        help="a folder, a run or org/name[@revision] of the Hub, with the tokenizer of a "
+        "DeepSeek-V4 release, or 'byte-chat'",
     )
     sub.add_argument(
         "--thinking",

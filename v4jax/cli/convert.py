@@ -6,12 +6,12 @@ Next file to read: v4jax/convert/conversion.py.
 import argparse
 import pathlib
 
-from v4jax.cli.arguments import CKPT, PATH
+from v4jax.cli.arguments import CHECKPOINT, CKPT, PATH
 
 
 def declare(sub: argparse.ArgumentParser) -> None:
     """Declares where from, where to, and the format."""
-    sub.add_argument("source", type=PATH, help=CKPT)
+    sub.add_argument("source", type=CHECKPOINT, help=CKPT)
     sub.add_argument(
         "target",
         type=PATH,

@@ -5,13 +5,13 @@ Next file to read: v4jax/generate/command.py.
 
 import argparse
 
-from v4jax.cli.arguments import CKPT, PATH, continues
+from v4jax.cli.arguments import CHECKPOINT, CKPT, PATH, continues
 from v4jax.cli.start import start
 
 
 def declare(sub: argparse.ArgumentParser) -> None:
     """Declares the checkpoint, the prompt, and how tokens are chosen."""
-    sub.add_argument("checkpoint", type=PATH, help=CKPT)
+    sub.add_argument("checkpoint", type=CHECKPOINT, help=CKPT)
     _declare_samples(sub)
     _declare_ends(sub)
     _declare_shortcuts(sub)

@@ -5,13 +5,13 @@ Next file to read: v4jax/score.py.
 
 import argparse
 
-from v4jax.cli.arguments import CKPT, NEW_FILE, PATH, numbers, on_mesh
+from v4jax.cli.arguments import CHECKPOINT, CKPT, NEW_FILE, PATH, numbers, on_mesh
 from v4jax.cli.start import start
 
 
 def declare(sub: argparse.ArgumentParser) -> None:
     """Declares the checkpoint, the tokens, and the file to write."""
-    sub.add_argument("checkpoint", type=PATH, help=CKPT)
+    sub.add_argument("checkpoint", type=CHECKPOINT, help=CKPT)
     sub.add_argument("--tokens", required=True, type=PATH, help=".npy file, integers [B, S]")
     sub.add_argument("--out", required=True, type=NEW_FILE, help=".npz file to write")
     numbers(sub)

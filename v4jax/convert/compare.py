@@ -8,7 +8,7 @@ import numpy as np
 from v4jax.checkpoint.names import official_shapes
 from v4jax.convert.progress import progress
 from v4jax.convert.sources import open_checkpoint
-from v4jax.storage import local_path
+from v4jax.storage import checkpoint_path
 
 
 def compare(first, second) -> dict:
@@ -21,8 +21,8 @@ def compare(first, second) -> dict:
     Raises:
       ValueError: a bad checkpoint, or two models (names the first tensor or shape that differs).
     """
-    a = open_checkpoint(local_path(first, "first"))
-    b = open_checkpoint(local_path(second, "second"))
+    a = open_checkpoint(checkpoint_path(first, "first", weights=True))
+    b = open_checkpoint(checkpoint_path(second, "second", weights=True))
     shapes, others = official_shapes(a.cfg), official_shapes(b.cfg)
     for name in shapes | others:
         if shapes.get(name) != others.get(name):

@@ -18,7 +18,14 @@ from v4jax.checkpoint.tensor_files import MAX_FILE_BYTES
 from v4jax.convert.partial import begun, fingerprint
 from v4jax.convert.sources import open_checkpoint
 from v4jax.convert.targets import to_safetensors, to_store
-from v4jax.storage import folder_to_fill, local_path, path_of_checkpoints
+from v4jax.storage import (
+    checkpoint_name,
+    checkpoint_path,
+    folder_to_fill,
+    local_path,
+    path_of_checkpoints,
+    pinned,
+)
 
 
 def convert(
@@ -42,9 +49,11 @@ def convert(
         that the format does not have; a bad source.
       OSError: the disk is full. What was written stays beside the target for the next try.
     """
-    source = local_path(source, "source")
+    source = checkpoint_name(source, "source")
     target = local_path(target, "target").absolute()
     _check(target, format, dtype, max_file_bytes, workers)
+    origin = pinned(source)
+    source = checkpoint_path(source, "source", weights=True)
     opened = open_checkpoint(source)
     carried = carried_files(source)
     plan = {
@@ -65,6 +74,7 @@ def convert(
         partial.rename(target)
     (target / "plan.json").unlink()
     return {
+        "source": origin,
         "target": str(target),
         "format": format,
         "dtype": dtype,

@@ -64,7 +64,7 @@ def open_checkpoint(directory) -> Source | StoreSource:
     Raises:
       ValueError: no checkpoint, or one that does not fit its config.json.
     """
-    directory = folder_of_checkpoint(directory, "directory")
+    directory = folder_of_checkpoint(directory, "directory", weights=True)
     if not is_run(directory):
         return open_safetensors(directory)._replace(once=True)
     cfg = ModelConfig.from_json(directory)

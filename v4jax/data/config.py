@@ -9,7 +9,7 @@ import pathlib
 
 from v4jax.chat.encoding import EFFORTS, MODES
 from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS
-from v4jax.storage import local_path
+from v4jax.storage import checkpoint_name, local_path
 from v4jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 FORMATS = ("text", "jsonl", "parquet", "arrayrecord", "chat")
@@ -121,7 +121,7 @@ class DataConfig:
     """Several sources, mixed by weight, instead of source."""
     tokenizer: str = "byte"
     """byte, byte-chat (bytes and the special tokens of chat and fill-in-middle), a Hugging Face
-    tokenizer.json, or a folder with one."""
+    tokenizer.json, a folder with one, or org/name[@revision] of the Hub."""
     held_out: float = 0.02
     """Share of each source's documents kept for evaluation, between 0 and 1; at least one
     document is."""
@@ -150,9 +150,10 @@ class DataConfig:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)!r}; must be a string that is not empty"
                 )
-        for name in ("source", "tokenizer", "cache"):
+        for name in ("source", "cache"):
             if getattr(self, name) != "":
                 local_path(getattr(self, name), name)
+        checkpoint_name(self.tokenizer, "tokenizer")
         if (
             isinstance(self.held_out, bool)
             or not isinstance(self.held_out, float)

@@ -3,6 +3,7 @@
 Next file to read: v4jax/storage/local.py.
 """
 
+from v4jax.storage.checkpoints import checkpoint_name, checkpoint_path, folder_of_checkpoint, pinned
 from v4jax.storage.files import (
     Entry,
     copy,
@@ -17,13 +18,15 @@ from v4jax.storage.files import (
     writer,
 )
 from v4jax.storage.local import file_to_write, folder_to_fill, local_path, path_of_checkpoints
-from v4jax.storage.places import Place, folder_of_checkpoint, is_remote, place
+from v4jax.storage.places import Place, is_remote, place
 from v4jax.storage.remote import Remote
 
 __all__ = [
     "Entry",
     "Place",
     "Remote",
+    "checkpoint_name",
+    "checkpoint_path",
     "copy",
     "file_to_write",
     "folder_of_checkpoint",
@@ -33,6 +36,7 @@ __all__ = [
     "listing",
     "local_path",
     "path_of_checkpoints",
+    "pinned",
     "place",
     "read",
     "read_into",

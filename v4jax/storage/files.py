@@ -2,7 +2,7 @@
 
 What is written appears whole or not at all, on a disk and in a bucket.
 
-Next file to read: v4jax/untrusted.py.
+Next file to read: v4jax/storage/hub.py.
 """
 
 import concurrent.futures

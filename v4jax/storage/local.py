@@ -19,7 +19,7 @@ _TAKEN_FOR_BUCKETS = ("gs", "s3", "az", "hf")
 _ELSEWHERE = "must be a path on this machine; buckets (gs://, s3://, ...) are not supported here"
 
 
-def local_path(given: str | os.PathLike, what: str = "") -> pathlib.Path:
+def local_path(given: Any, what: str = "") -> pathlib.Path:
     """The path that `given` names on this machine, with ~ and ~user expanded.
 
     Applying it to its own result changes nothing: a path that would then look like a bucket or a

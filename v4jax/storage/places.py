@@ -54,7 +54,7 @@ def place(given: str | os.PathLike | Remote, what: str = "") -> Place:
 def _fault(scheme: str, key: str) -> str:
     """Why `key` names nothing, or cannot be read here; "" if it can."""
     parts = key.split("/")
-    if scheme == "hf" and not _HUB_KEY.match(key):
+    if scheme == "hf" and not _HUB_KEY.fullmatch(key):
         return "must be hf://org/name or hf://org/name@revision"
     if not parts[0]:
         return f"must name a bucket, as {scheme}://bucket/folder"
@@ -66,22 +66,3 @@ def _fault(scheme: str, key: str) -> str:
     if importlib.util.find_spec(package) is None:
         return f"{scheme}:// needs the package {package}; pip install 'v4jax[{extra}]'"
     return ""
-
-
-def folder_of_checkpoint(given: str | os.PathLike, what: str = "") -> pathlib.Path:
-    """`local_path` of a folder to read a model from.
-
-    Raises:
-      ValueError: see local_path; or there is no such folder, or it is a file.
-    """
-    path = local_path(given, what)
-    if path.is_dir():
-        return path
-    if os.path.lexists(path):
-        fault = "a file" if path.is_file() else "not a folder"
-        raise ValueError(f"{path}: is {fault}; must be a checkpoint folder")
-    on_hub = _HUB_KEY.fullmatch(os.fspath(given)) and not path.parent.is_dir()
-    hub = "; a model on the Hub must be downloaded first" if on_hub else ""
-    raise ValueError(
-        f"{path}: no such folder; expected config.json + safetensors, or a v4jax run{hub}"
-    )

@@ -114,7 +114,7 @@ def file_system(scheme: str) -> Any:
         return s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
     import huggingface_hub
 
-    return huggingface_hub.HfFileSystem(skip_instance_cache=True)  # at a commit nothing changes
+    return huggingface_hub.HfFileSystem(skip_instance_cache=True)  # at a commit, nothing changes
 
 
 def info(place: Remote) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 Next file to read: v4jax/tokenizer/files.py.
 """
 
-from v4jax.storage import local_path
+from v4jax.storage import checkpoint_path
 from v4jax.tokenizer.byte_tokenizer import ByteTokenizer, further_specials, is_byte_tokenizer
 from v4jax.tokenizer.files import parse, read_text
 from v4jax.tokenizer.hugging_face import HuggingFaceTokenizer
@@ -20,7 +20,7 @@ def load_tokenizer(path) -> Tokenizer:
       ValueError: no such file, not a tokenizer, or the package `tokenizers` is missing; names the
         file.
     """
-    path = local_path(path, "tokenizer")
+    path = checkpoint_path(path, "tokenizer")
     path = path / "tokenizer.json" if path.is_dir() else path
     raw = parse(path, read_text(path))
     return (

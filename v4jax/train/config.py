@@ -19,7 +19,7 @@ from v4jax.kernels.choice import kernels_from
 from v4jax.python_files import read_layout
 from v4jax.quant.fake import check_quant
 from v4jax.remat import policy_name
-from v4jax.storage import local_path
+from v4jax.storage import checkpoint_name, local_path
 from v4jax.train.losses.weights import LossWeights
 from v4jax.train.profile import profiled_steps
 from v4jax.train.stability import StabilityConfig
@@ -133,8 +133,8 @@ class TrainConfig:
     keep_best: int = 0
     """Also keep this many checkpoints with the lowest held-out loss; 0: none."""
     init_from: str = ""
-    """Checkpoint of any kind to take the first weights from; empty: random weights. A run with
-    checkpoints of its own resumes from those."""
+    """Checkpoint of any kind, or org/name[@revision] of the Hub, to take the first weights from;
+    empty: random weights. A run with checkpoints of its own resumes from those."""
     strict: bool = False
     """Stop if the newest checkpoint is damaged, instead of resuming from an older one."""
     export: str = "bfloat16"
@@ -188,9 +188,11 @@ class TrainConfig:
 
 def _check_places(cfg: TrainConfig) -> None:
     """Folders, the mesh and what lies where on it."""
-    for name in ("run_dir", "init_from", "compile_cache"):
+    for name in ("run_dir", "compile_cache"):
         if getattr(cfg, name) != "":
             local_path(getattr(cfg, name), name)
+    if cfg.init_from != "":
+        checkpoint_name(cfg.init_from, "init_from")
     parse_mesh(cfg.mesh)
     rules_of(cfg.layout)
 

@@ -12,7 +12,7 @@ from sharding.agreement import agreed
 from v4jax.api import load_onto
 from v4jax.checkpoint.store import is_run
 from v4jax.config import ModelConfig
-from v4jax.storage import local_path
+from v4jax.storage import checkpoint_path
 from v4jax.tokenizer import Tokenizer
 from v4jax.tokenizer.table import token_table, tokens_in
 from v4jax.train.config import TrainConfig
@@ -44,7 +44,7 @@ def check_source_tokens(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
     """
     if cfg.data.allow_change:
         return
-    theirs = tokens_in(local_path(cfg.init_from, "init_from"))
+    theirs = tokens_in(checkpoint_path(cfg.init_from, "init_from"))
     ours = token_table(tokenizer.json_text) if theirs else {}
     for token in sorted(theirs.keys() & ours.keys()):
         if theirs[token] != ours[token]:

@@ -18,6 +18,7 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.process_rows import local_rows
 from sharding.processes import check_whole, is_first
 from sharding.rules import AxisRules, check_has_mesh, layout_for
+from v4jax.checkpoint.atomic import write_text
 from v4jax.checkpoint.export import carried_files, kinds_for
 from v4jax.checkpoint.run_config import check_config, write_config
 from v4jax.data.config import tokenizer_of
@@ -26,7 +27,7 @@ from v4jax.data.rows import Batch
 from v4jax.data.store import prepare_cache
 from v4jax.data.summary import unread_lines, unused_lines
 from v4jax.stderr import say
-from v4jax.storage import folder_to_fill, path_of_checkpoints
+from v4jax.storage import checkpoint_name, folder_to_fill, is_remote, path_of_checkpoints, pinned
 from v4jax.tokenizer import Tokenizer
 from v4jax.tokenizer.checks import disagreement
 from v4jax.train.config import TrainConfig
@@ -39,6 +40,9 @@ from v4jax.train.same_data import check_data
 from v4jax.train.stages import Batches, stage_at, starts
 from v4jax.train.step import check_batch
 from v4jax.train.trackers import require_trackers
+
+INIT_FROM_FILE = "init_from.txt"
+"""In a run that began from a model of the Hub: its name and commit."""
 
 
 def as_read(cfg: TrainConfig) -> TrainConfig:
@@ -199,6 +203,8 @@ def write_run(run: pathlib.Path, cfg: TrainConfig, tokenizer: Tokenizer) -> None
             return
         source = "" if (run / "config.json").exists() else cfg.init_from
         write_config(run, cfg.model, source)
+        if source and is_remote(checkpoint_name(source)):
+            write_text(run / INIT_FROM_FILE, f"{pinned(source)}\n")
         for path in carried_files(source) if source else ():
             shutil.copyfile(path, run / path.name)
         tokenizer.save(run)

@@ -1,0 +1,158 @@
+"""A small Hugging Face Hub on loopback, for tests of models by name."""
+
+import contextlib
+import hashlib
+import http.server
+import json
+import re
+import threading
+import types
+import urllib.parse
+
+FIRST, SECOND = "a" * 39 + "1", "b" * 39 + "2"
+"""Commits."""
+
+
+class Hub:
+    """Serves `repos`: name -> commit -> file -> bytes; `heads`: name -> commit of main.
+
+    Files of more than 1,000 bytes have a sha256, as those in LFS. `rule(method, path)` breaks
+    requests: ("status", 503), ("cut", n): n bytes come, ("flip",): a bit of the answer is wrong.
+    """
+
+    def __init__(self, repos, heads, gated=()):
+        self.repos, self.heads, self.gated = repos, heads, gated
+        self.requests, self.rule = [], lambda method, path: None
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                with contextlib.suppress(ConnectionError):
+                    hub._answer(self)
+
+            do_HEAD = do_GET
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+
+    @contextlib.contextmanager
+    def used(self, patch, cache):
+        """huggingface_hub and v4jax use this hub and an empty cache."""
+        import huggingface_hub.utils._http as http_client
+        from huggingface_hub import constants
+
+        from v4jax.storage import faults
+
+        patch.setattr(http_client, "time", types.SimpleNamespace(sleep=lambda seconds: None))
+        patch.setattr(constants, "ENDPOINT", self.url)
+        where = "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + where)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(faults, "WAITS", (0.0,) * 4)
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        self.forget()
+        yield self
+        self.forget()
+
+    @staticmethod
+    def forget():
+        """What a new process would not know."""
+        from v4jax.storage import hub, remote
+
+        hub._small_files.cache_clear()
+        hub._all_files.cache_clear()
+        remote.file_system.cache_clear()
+
+    def _answer(self, call):
+        path = urllib.parse.unquote(urllib.parse.urlparse(call.path).path)
+        self.requests.append((call.command, path, call.headers.get("Range")))
+        act = self.rule(call.command, path) or ("pass",)
+        if act[0] == "status":
+            _send(call, act[1], b"{}")
+            return
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/(revision|tree)/(.+))?", path)
+        if found:
+            self._api(call, found[1], found[3] or "revision", found[4] or "main")
+            return
+        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        if found:
+            self._file(call, act, found[1], found[2], found[3])
+            return
+        _send(call, 404, b"{}")
+
+    def _api(self, call, name, kind, revision):
+        if name not in self.repos:
+            _send(call, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        elif name in self.gated:
+            _send(call, 401, b"{}", {"X-Error-Code": "GatedRepo"})
+        elif self._commit(name, revision) not in self.repos[name]:
+            _send(call, 404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        else:
+            files = self.repos[name][self._commit(name, revision)]
+            head = {"id": name, "sha": self._commit(name, revision), "private": False}
+            head |= {"tags": [], "downloads": 0, "likes": 0}
+            siblings = [{"rfilename": file} for file in files]
+            listed = [_listed(file, data) for file, data in files.items()]
+            value = listed if kind == "tree" else head | {"siblings": siblings}
+            _send(call, 200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _file(self, call, act, name, revision, file):
+        commit = self._commit(name, revision)
+        data = self.repos.get(name, {}).get(commit, {}).get(file)
+        if data is None:
+            _send(call, 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+            return
+        head = {"ETag": f'"{_hash(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if len(data) > 1000:
+            head |= {"X-Linked-Etag": f'"{_hash(data)}"', "X-Linked-Size": str(len(data))}
+        status, part = 200, data
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", call.headers.get("Range") or ""):
+            first = int(wanted[1])
+            last = min(int(wanted[2] or len(data)), len(data) - 1)
+            status, part = 206, data[first : last + 1]
+            head["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+        if act[0] == "flip":
+            part = bytes([part[0] ^ 1]) + part[1:]
+        _send(call, status, part, head, act[1] if act[0] == "cut" else None)
+
+    def _commit(self, name, revision):
+        return self.heads.get(name, "") if revision == "main" else revision
+
+
+def _hash(data):
+    return hashlib.sha256(data).hexdigest() if len(data) > 1000 else hashlib.sha1(data).hexdigest()
+
+
+def _listed(file, data):
+    one = {"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+    if len(data) > 1000:
+        one["lfs"] = {"oid": _hash(data), "size": len(data), "pointerSize": 130}
+    return one
+
+
+def _send(call, status, data, head=None, cut=None):
+    call.send_response_only(status)
+    for name, value in (head or {}).items():
+        call.send_header(name, value)
+    call.send_header("Content-Length", str(len(data)))
+    call.end_headers()
+    if call.command != "HEAD":
+        call.wfile.write(data[:cut])
+    if cut is not None:
+        call.close_connection = True

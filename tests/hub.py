@@ -27,6 +27,7 @@ class Hub:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = 2**16  # head and body at once: Nagle would wait 40 ms
 
             def log_message(self, *_):
                 pass

@@ -10,6 +10,7 @@ import http.server
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -132,6 +133,14 @@ def clients(patch, s3_url=None, gcs_url=None):
         one()
 
 
+def own_folder(request, scheme=None):
+    """A folder of the bucket that no other test uses."""
+    from v4jax.storage import place
+
+    name = re.sub("[^a-z0-9_]", "-", request.node.name)
+    return place(f"{scheme or request.param}://bucket/{name}")
+
+
 def another_client(folder):
     """A client of the store that knows nothing of v4jax's."""
     import fsspec
@@ -158,10 +167,16 @@ class Proxy:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = 2**16  # head and body at once: Nagle would wait 40 ms
 
             def handle_one_request(self):
                 with contextlib.suppress(ConnectionError):
                     super().handle_one_request()
+
+            def handle_expect_100(self):
+                goes_on = super().handle_expect_100()
+                self.wfile.flush()
+                return goes_on
 
             def log_message(self, *_):
                 pass

@@ -3,7 +3,6 @@
 import os
 import pathlib
 import random
-import re
 import sys
 
 import pytest
@@ -25,16 +24,11 @@ def servers():
         yield {"s3": s3, "gs": gcs}
 
 
-def own_folder(request):
-    """A folder of the bucket that no other test uses."""
-    return place(f"{request.param}://bucket/{re.sub('[^a-z0-9_]', '-', request.node.name)}")
-
-
 @pytest.fixture(params=SCHEMES)
 def folder(request, servers, monkeypatch):
     """An empty folder of a bucket."""
     with stores.clients(monkeypatch, servers["s3"], servers["gs"]):
-        yield own_folder(request)
+        yield stores.own_folder(request)
 
 
 @pytest.fixture(params=SCHEMES)
@@ -43,7 +37,7 @@ def broken(request, servers, monkeypatch):
     with stores.Proxy(servers[request.param]) as proxy:
         urls = servers | {request.param: proxy.url}
         with stores.clients(monkeypatch, urls["s3"], urls["gs"]):
-            yield own_folder(request), proxy
+            yield stores.own_folder(request), proxy
 
 
 # ---- names ---------------------------------------------------------------------------------------

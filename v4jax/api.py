@@ -14,6 +14,7 @@ from sharding.params import named_shardings
 from sharding.processes import check_whole
 from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax.checkpoint.load import load_safetensors, open_safetensors
+from v4jax.checkpoint.load_shards import load_shards
 from v4jax.checkpoint.names import leaf_dtypes, plain_dtype
 from v4jax.checkpoint.store import is_run
 from v4jax.checkpoint.store_params import load_store_params
@@ -21,7 +22,7 @@ from v4jax.config import ModelConfig
 from v4jax.generation_config import with_end_tokens
 from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.python_files import read_layout
-from v4jax.storage import folder_of_checkpoint
+from v4jax.storage import checkpoint_path, folder_of_checkpoint, is_remote
 
 
 def place_on(mesh: str | None, layout: AxisRules | str | None) -> tuple[Mesh, AxisRules]:
@@ -51,7 +52,8 @@ def load(
     The config's eos_token_ids are those of config.json and of generation_config.json together.
 
     Args:
-      path: a directory with config.json and *.safetensors, or a v4jax run or store.
+      path: a directory with config.json and *.safetensors, or a v4jax run or store; or one of a
+        bucket (gs://, s3://), or a model of the Hub (org/name[@revision]).
       dtype: "float32" or "bfloat16", of every *.weight; what official files keep in float32 stays
         float32.
       mesh: axis sizes such as "data=2,expert=4"; None: one device.
@@ -91,7 +93,12 @@ def load_onto(path, cfg: ModelConfig, dtype: str, places):
             place = place[key]
         return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
-    found, params = load_safetensors(path, dtype, put)
+    folder = checkpoint_path(path, "path", weights=True)
+    if is_remote(folder):
+        source = open_safetensors(folder)
+        found, params = source.cfg, load_shards(source, dtype, places)
+    else:
+        found, params = load_safetensors(folder, dtype, put)
     if found.difference(cfg):
         raise ValueError(f"{path}: has no MTP module; this model has one")
     return params

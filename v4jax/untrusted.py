@@ -10,11 +10,14 @@ import pathlib
 import stat
 from typing import Any
 
+from v4jax import storage
+from v4jax.storage import Place, Remote
+
 _LONGEST_JSON = 256 * 2**20
 """Bytes; the index of V4-Pro has about 8 million."""
 
 
-def file_in(directory: pathlib.Path, name: str) -> pathlib.Path:
+def file_in(directory: Place, name: str) -> Place:
     """`directory / name`, which must be a regular file in that directory.
 
     A link may lead to another file of the directory or, in the cache of huggingface_hub, from
@@ -25,9 +28,11 @@ def file_in(directory: pathlib.Path, name: str) -> pathlib.Path:
       ValueError: a name or link that leads elsewhere, or something that is not a regular file
         (reading a pipe would never end).
     """
-    path = directory / name
     if pathlib.PurePath(name).name != name or "\0" in name:
         raise ValueError(f"got file {name!r}; must be a file name in this directory")
+    if isinstance(directory, Remote):
+        return _object_in(directory, name)
+    path = directory / name
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -50,13 +55,23 @@ def file_in(directory: pathlib.Path, name: str) -> pathlib.Path:
     return path
 
 
-def read_json(path: pathlib.Path) -> Any:
+def _object_in(directory: Remote, name: str) -> Remote:
+    """`file_in` of a bucket, which has no links and no pipes."""
+    path = directory / name
+    if path.is_file():
+        return path
+    if path.exists():
+        raise ValueError(f"{name}: is not a regular file")
+    raise FileNotFoundError(f"{path}: no such object")
+
+
+def read_json(path: Place) -> Any:
     """Parses a JSON file.
 
     Raises:
       ValueError: not JSON, a key that occurs twice in one object, or brackets nested without end.
     """
-    if (size := path.stat().st_size) > _LONGEST_JSON:
+    if (size := storage.size(path)) > _LONGEST_JSON:
         raise ValueError(f"{path.name}: got {size} bytes; must be at most {_LONGEST_JSON}")
     try:
         return parse_json(path.read_bytes())

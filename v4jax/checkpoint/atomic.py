@@ -5,25 +5,25 @@ Next file to read: v4jax/checkpoint/checksums.py.
 
 import json
 import math
-import pathlib
 from typing import Any
 
 from v4jax import storage
+from v4jax.storage import Place
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
+def write_text(path: Place, text: str) -> None:
     """`write_bytes` of a text in UTF-8."""
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: pathlib.Path, content: bytes) -> None:
+def write_bytes(path: Place, content: bytes) -> None:
     """Writes a file whole or not at all."""
     storage.write(path, content)
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: Place, value: Any) -> None:
     """Writes indented JSON that ends with a newline, in a directory that nobody reads yet."""
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def json_text(value: Any, **options) -> str:

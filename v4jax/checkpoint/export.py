@@ -18,6 +18,7 @@ import numpy as np
 
 from sharding.process_rows import gather
 from sharding.processes import is_first
+from v4jax import storage
 from v4jax.checkpoint.atomic import write_json
 from v4jax.checkpoint.config_json import config_json
 from v4jax.checkpoint.files import INDEX_FILE
@@ -34,7 +35,7 @@ from v4jax.config import ModelConfig
 from v4jax.config.json_styles import read_config_json
 from v4jax.generation_config import end_tokens
 from v4jax.parameter_tree import spec_named
-from v4jax.storage import checkpoint_path, folder_to_fill, local_path
+from v4jax.storage import Place, Remote, checkpoint_path, folder_to_fill, place, require_writable
 from v4jax.untrusted import file_in
 
 _CARRIED = re.compile(
@@ -76,9 +77,14 @@ def save_safetensors(
     kinds = kinds_for(cfg, check_format(dtype))
     if type(max_file_bytes) is not int or max_file_bytes < 1:
         raise ValueError(f"max_file_bytes: got {max_file_bytes!r}; must be a positive integer")
-    target = local_path(directory, "directory").resolve()
-    _check_target(target, overwrite)
-    folder_to_fill(target.parent, "directory")
+    target = place(directory, "directory")
+    if isinstance(target, Remote):
+        require_writable(target, "directory")
+        _check_bucket(target, overwrite)
+    else:
+        target = target.resolve()
+        _check_target(target, overwrite)
+        folder_to_fill(target.parent, "directory")
     raw, carried, elsewhere = _of_source(cfg, source)
     leaves, slots = check_tree(cfg, params), official_names(cfg)
 
@@ -94,18 +100,15 @@ def save_safetensors(
             gathered(name)
         return
     with _begun(target) as partial:
+        for path in carried:
+            storage.copy(path, partial / path.name)
         write_tensors(partial, plan_files(cfg, kinds, max_file_bytes), stored)
         write_json(partial / "config.json", config_json(cfg, check_format(dtype), raw, elsewhere))
-        for path in target.iterdir() if target.exists() else ():
-            if not _is_ours(path):
-                shutil.copy2(path, partial)
-        for path in carried:
-            shutil.copyfile(path, partial / path.name)
 
 
 def _of_source(
     cfg: ModelConfig, source: Any
-) -> tuple[dict[str, Any] | None, list[pathlib.Path], list[int]]:
+) -> tuple[dict[str, Any] | None, list[Place], list[int]]:
     """(contents of config.json, files to copy, further end tokens) of the source, if there is one.
 
     Raises:
@@ -152,7 +155,7 @@ def kinds_for(cfg: ModelConfig, format: str) -> dict[str, Kind]:
     return kinds
 
 
-def carried_files(directory) -> list[pathlib.Path]:
+def carried_files(directory) -> list[Place]:
     """The files that an export copies: tokenizer, generation_config and similar ones.
 
     Raises:
@@ -189,17 +192,43 @@ def _check_target(target: pathlib.Path, overwrite: bool) -> None:
             )
 
 
-def _is_ours(path: pathlib.Path) -> bool:
+def _check_bucket(target: Remote, overwrite: bool) -> None:
+    """`_check_target` of a folder in a bucket."""
+    found = storage.listing(target)
+    if found and not overwrite:
+        raise ValueError(
+            f"{target}: not empty; give a new folder, or overwrite=True to replace an earlier "
+            "export"
+        )
+    below = next((name for name in found if "/" in name), None)
+    if below is not None:
+        raise ValueError(f"{target}: holds {below}; overwrite replaces an earlier export only")
+
+
+def _is_ours(path: Place) -> bool:
     return path.name in ("config.json", INDEX_FILE) or path.suffix == ".safetensors"
 
 
 @contextlib.contextmanager
-def _begun(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory beside `target` that replaces it at the end, or is removed after a failure."""
+def _begun(target: Place) -> Iterator[Place]:
+    """A directory beside `target` that replaces it at the end, or is removed after a failure.
+
+    It begins with the files of the target that are no export's. In a bucket it is the target, less
+    its export: until config.json is written, as the last, it is no checkpoint.
+    """
+    if isinstance(target, Remote):
+        ours = [path for path in target.iterdir() if _is_ours(path)]
+        for path in sorted(ours, key=lambda path: path.name != "config.json"):
+            storage.remove(path)
+        yield target
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir()
     try:
+        for path in target.iterdir() if target.exists() else ():
+            if not _is_ours(path):
+                shutil.copy2(path, partial)
         yield partial
         replace(partial, target)
     finally:

@@ -7,20 +7,31 @@ that are all in memory.
 Next file to read: v4jax/checkpoint/names.py.
 """
 
+import concurrent.futures
+import contextlib
 import json
 import math
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from v4jax import storage
 from v4jax.checkpoint import disk
 from v4jax.checkpoint.formats import DTYPES
+from v4jax.storage import Place, Remote
 from v4jax.untrusted import file_in, parse_json, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
+_HEAD_GUESS = 2**17
+"""Bytes read of a file first; more are read if its header is longer."""
+_LONGEST_HEAD = 2**27
+"""Bytes. The library takes at most 100 MB."""
+_READERS = 8
+"""Files whose headers are read at once, which counts in a bucket."""
 
 
 class Header(NamedTuple):
@@ -29,14 +40,14 @@ class Header(NamedTuple):
     `dtype` is the name that safetensors uses, such as "BF16".
     """
 
-    path: pathlib.Path
+    path: Place
     stored: str
     shape: tuple[int, ...]
     dtype: str
     start: int
 
 
-def read_headers(directory: pathlib.Path) -> dict[str, Header]:
+def read_headers(directory: Place) -> dict[str, Header]:
     """Name in the file -> header, of the one file or of all files that the index names.
 
     Raises:
@@ -55,8 +66,11 @@ def read_headers(directory: pathlib.Path) -> dict[str, Header]:
     else:
         files = sorted(set(weight_map.values()))
     tensors = {}
-    for name in files:
-        for header in headers_of(_file(directory, name)):
+    paths = [_file(directory, name) for name in files]
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        found = list(pool.map(headers_of, paths))
+    for name, headers in zip(files, found, strict=True):
+        for header in headers:
             if weight_map is not None and weight_map.get(header.stored) != name:
                 raise ValueError(
                     f"{name}: holds {header.stored}, which {INDEX_FILE} places in "
@@ -69,18 +83,18 @@ def read_headers(directory: pathlib.Path) -> dict[str, Header]:
     return tensors
 
 
-def headers_of(path: pathlib.Path) -> list[Header]:
+def headers_of(path: Place) -> list[Header]:
     """The headers of all tensors of one file.
 
     Raises:
       ValueError: not a safetensors file, or one cut short.
     """
     try:
-        with safe_open(path, framework="numpy"):
+        head = _head(path)
+        with _checkable(path, head) as local, safe_open(local, framework="numpy"):
             pass
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            raw = parse_json(file.read(size))  # the library accepts a name that occurs twice
+        size = len(head) - 8
+        raw = parse_json(head[8:])  # the library accepts a name that occurs twice
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path.name}: not a readable safetensors file: {error}") from None
     raw.pop("__metadata__", None)
@@ -90,12 +104,49 @@ def headers_of(path: pathlib.Path) -> list[Header]:
     ]
 
 
+def _head(path: Place) -> bytes:
+    """The first 8 bytes of a file and as many after them as they say, if the file has these."""
+    first = storage.read(path, 0, _HEAD_GUESS)
+    size = 8 + int.from_bytes(first[:8], "little")
+    if size <= len(first):
+        return first[:size]
+    return first + storage.read(path, len(first), min(size, _LONGEST_HEAD) - len(first))
+
+
+@contextlib.contextmanager
+def _checkable(path: Place, head: bytes) -> Iterator[pathlib.Path]:
+    """The file, for the library to check; a bucket's as its head before a hole of its size."""
+    if not isinstance(path, Remote):
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(suffix=path.suffix) as file:
+        file.write(head)
+        file.truncate(storage.size(path))
+        file.flush()
+        yield pathlib.Path(file.name)
+
+
+def read_rows(header: Header, first: int, last: int) -> np.ndarray:
+    """Rows `first` to `last` of a tensor, in stored form."""
+    row = math.prod(header.shape[1:]) * DTYPES[header.dtype].itemsize
+    array = np.empty((last - first, *header.shape[1:]), DTYPES[header.dtype])
+    storage.read_into(header.path, header.start + first * row, _bytes_of(array))
+    return array
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
 def read_tensor(header: Header, once: bool = False) -> np.ndarray:
     """One tensor in its stored form. once: it will not be read again soon (checkpoint/disk.py)."""
     array = np.empty(header.shape, DTYPES[header.dtype])
+    if isinstance(header.path, Remote):
+        storage.read_into(header.path, header.start, _bytes_of(array))
+        return array
     with open(header.path, "rb", buffering=0) as file:
         file.seek(header.start)
-        left = array.reshape(-1).view(np.uint8).data
+        left = _bytes_of(array)
         while left and (count := file.readinto(left)):  # one call reads at most 2 GB
             left = left[count:]
         if left:
@@ -106,7 +157,7 @@ def read_tensor(header: Header, once: bool = False) -> np.ndarray:
 
 
 def write_file(
-    path: pathlib.Path,
+    path: Place,
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
     arrays: Iterator[tuple[str, np.ndarray]],
     wrote: Callable[[int], None] = lambda size: None,
@@ -122,27 +173,14 @@ def write_file(
     Raises:
       OSError: the disk is full, or gives back other bytes than were written.
     """
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape) in tensors.items():
-        start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    head = json.dumps(table, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
+    if isinstance(path, Remote):
+        with storage.writer(path) as file:
+            _write_to(file, tensors, arrays, wrote)
+        return
     partial = path.with_name(path.name + ".tmp")
     try:
         with disk.NewFile(partial) as file:
-            file.write(len(head).to_bytes(8, "little") + head)
-            for (name, planned), (got, array) in zip(tensors.items(), arrays, strict=True):
-                if (got, dtype_name(array.dtype), array.shape) != (name, *planned):
-                    raise AssertionError(
-                        f"got {got} {dtype_name(array.dtype)} {array.shape}; planned was {name} "
-                        f"{planned}"
-                    )
-                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-                file.write(data)
-                wrote(data.size)
-                del array, data  # before the next one is made
+            _write_to(file, tensors, arrays, wrote)
     except OSError as error:
         raise OSError(
             error.errno, f"{partial} could not be written: {error.strerror or error}"
@@ -152,12 +190,53 @@ def write_file(
     partial.rename(path)
 
 
+def file_size(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Bytes of the file that write_file makes of these tensors."""
+    return len(_head_of(tensors)) + sum(tensor_size(*one) for one in tensors.values())
+
+
+def _head_of(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    """The bytes before the tensors: the header's length, and the header."""
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + tensor_size(dtype, shape)
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    head = json.dumps(table, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head
+
+
+def tensor_size(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * DTYPES[dtype].itemsize
+
+
+def _write_to(
+    file: Any,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    arrays: Iterator[tuple[str, np.ndarray]],
+    wrote: Callable[[int], None],
+) -> None:
+    """Writes header and tensors, one at a time."""
+    file.write(_head_of(tensors))
+    for (name, planned), (got, array) in zip(tensors.items(), arrays, strict=True):
+        if (got, dtype_name(array.dtype), array.shape) != (name, *planned):
+            raise AssertionError(
+                f"got {got} {dtype_name(array.dtype)} {array.shape}; planned was {name} {planned}"
+            )
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        file.write(data)
+        wrote(data.size)
+        del array, data  # before the next one is made
+
+
 def dtype_name(dtype: np.dtype) -> str:
     """The name that safetensors gives a dtype."""
     return next(name for name, own in DTYPES.items() if own == dtype)
 
 
-def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
+def _read_index(directory: Place) -> dict[str, str] | None:
     """Tensor -> file, of model.safetensors.index.json; None without that file."""
     try:
         raw = read_json(file_in(directory, INDEX_FILE))
@@ -186,7 +265,7 @@ def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
     return weight_map
 
 
-def _file(directory: pathlib.Path, name: str) -> pathlib.Path:
+def _file(directory: Place, name: str) -> Place:
     try:
         return file_in(directory, name)
     except FileNotFoundError:

@@ -4,11 +4,10 @@ Reads official names and those that transformers 5 `save_pretrained` writes; flo
 the fp8 and MXFP4 of DeepSeek's releases. All names, shapes and dtypes are compared with what
 config.json implies before the first tensor is read.
 
-Next file to read: v4jax/checkpoint/export.py.
+Next file to read: v4jax/checkpoint/load_shards.py.
 """
 
 import logging
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,7 +36,7 @@ from v4jax.checkpoint.names import (
 from v4jax.config import ModelConfig
 from v4jax.config.json_styles import read_config_json
 from v4jax.parameter_tree import spec_named
-from v4jax.storage import folder_of_checkpoint
+from v4jax.storage import Place, folder_of_checkpoint
 
 
 class Source(NamedTuple):
@@ -52,7 +51,7 @@ class Source(NamedTuple):
       once: the files will not be read again soon (checkpoint/disk.py).
     """
 
-    directory: pathlib.Path
+    directory: Place
     cfg: ModelConfig
     raw: dict[str, Any]
     kinds: dict[str, Kind]
@@ -150,7 +149,7 @@ def read_config(directory) -> ModelConfig:
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _check_headers(directory: pathlib.Path, cfg: ModelConfig, found: dict[str, Header]) -> Source:
+def _check_headers(directory: Place, cfg: ModelConfig, found: dict[str, Header]) -> Source:
     """The source, if its tensors are those of `cfg`, less MTP where transformers dropped it."""
     from_transformers = any(name.startswith("model.") for name in found)
     headers: dict[str, Header] = {}

@@ -7,18 +7,19 @@ import collections
 import concurrent.futures
 import contextlib
 import math
-import pathlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from v4jax import storage
 from v4jax.checkpoint.atomic import write_json
-from v4jax.checkpoint.files import INDEX_FILE, write_file
+from v4jax.checkpoint.files import INDEX_FILE, file_size, tensor_size, write_file
 from v4jax.checkpoint.formats import DTYPES, Kind, Stored, shapes_of
 from v4jax.checkpoint.memory_budget import MemoryBudget
 from v4jax.checkpoint.names import official_shapes
 from v4jax.config import ModelConfig
+from v4jax.storage import Place, is_remote
 
 MAX_FILE_BYTES = 5 * 10**9
 BUDGET = 10**9
@@ -38,7 +39,9 @@ def plan_files(
         tensors[name] = {name: (kind.dtype, data)}
         if kind.scale is not None and scale is not None:
             tensors[name][scale_name(name)] = (kind.scale, scale)
-    sizes = {name: sum(_size(*one) for one in parts.values()) for name, parts in tensors.items()}
+    sizes = {
+        name: sum(tensor_size(*one) for one in parts.values()) for name, parts in tensors.items()
+    }
     pieces = split(sizes, max_file_bytes)
     files = {}
     for i, names in enumerate(pieces, start=1):
@@ -65,11 +68,11 @@ def working_bytes(shape: tuple[int, ...], before: Kind, after: Kind) -> int:
 
 def total_bytes(files: Files) -> int:
     """Bytes of all tensors of a plan."""
-    return sum(_size(*one) for tensors in files.values() for one in tensors.values())
+    return sum(tensor_size(*one) for tensors in files.values() for one in tensors.values())
 
 
 def write_tensors(
-    directory: pathlib.Path,
+    directory: Place,
     files: Files,
     stored: Callable[[str], Stored],
     wrote: Callable[[int], None] = lambda size: None,
@@ -78,7 +81,7 @@ def write_tensors(
 ) -> None:
     """Writes the files of a plan and, if there are several, their index.
 
-    A file that exists already is taken to be whole.
+    A file that exists already is taken to be whole; in a bucket, if it has the right size.
 
     Args:
       stored: official name -> its tensor.
@@ -95,7 +98,7 @@ def write_tensors(
             return stored(name), hold.pop_all().close
 
     def write(file: str, tensors) -> None:
-        if (directory / file).exists():
+        if _is_whole(directory / file, tensors):
             wrote(total_bytes({file: tensors}))
             return
         names = [name for name in tensors if not _is_scale(name, tensors)]
@@ -122,6 +125,13 @@ def write_tensors(
             directory / INDEX_FILE,
             {"metadata": {"total_size": total_bytes(files)}, "weight_map": weight_map},
         )
+
+
+def _is_whole(path: Place, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bool:
+    """Whether an earlier try wrote this file."""
+    if not is_remote(path):
+        return path.exists()
+    return path.is_file() and storage.size(path) == file_size(tensors)
 
 
 def _ahead(
@@ -161,10 +171,6 @@ def scale_name(name: str) -> str:
 
 def _is_scale(name: str, tensors: Mapping[str, Any]) -> bool:
     return name.endswith(".scale") and name.removesuffix("scale") + "weight" in tensors
-
-
-def _size(dtype: str, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * DTYPES[dtype].itemsize
 
 
 def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from sharding.axes import MESH_AXES
-from v4jax.storage import checkpoint_name, file_to_write, local_path
+from v4jax.storage import checkpoint_name, file_to_write, local_path, place
 
-CKPT = "a folder with config.json and safetensors, a v4jax run, or org/name[@revision] of the Hub"
+CKPT = (
+    "a folder with config.json and safetensors or a v4jax run, here or in a bucket (gs://, s3://), "
+    "or org/name[@revision] of the Hub"
+)
 
 
 class BadInput(Exception):
@@ -38,6 +41,7 @@ def _checked(read: Callable) -> Callable[[str], str]:
 
 PATH = _checked(local_path)
 CHECKPOINT = _checked(checkpoint_name)
+PLACE = _checked(place)
 NEW_FILE = _checked(file_to_write)
 
 

@@ -4,9 +4,8 @@ Next file to read: v4jax/convert/conversion.py.
 """
 
 import argparse
-import pathlib
 
-from v4jax.cli.arguments import CHECKPOINT, CKPT, PATH
+from v4jax.cli.arguments import CHECKPOINT, CKPT, PLACE
 
 
 def declare(sub: argparse.ArgumentParser) -> None:
@@ -14,8 +13,9 @@ def declare(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("source", type=CHECKPOINT, help=CKPT)
     sub.add_argument(
         "target",
-        type=PATH,
-        help="folder to write: new or empty; an unfinished conversion of SOURCE to it goes on",
+        type=PLACE,
+        help="folder to write, here or in a bucket: new or empty; an unfinished conversion of "
+        "SOURCE to it goes on",
     )
     sub.add_argument(
         "--format",
@@ -53,10 +53,11 @@ def run(arguments: argparse.Namespace, _: list[str]) -> dict:
     from sharding.mesh import keep_freed_memory
     from v4jax.convert.compare import compare
     from v4jax.convert.conversion import convert
+    from v4jax.storage import place
 
     keep_freed_memory(one_heap=True)
     result = {}
-    if not arguments.verify or not pathlib.Path(arguments.target).exists():
+    if not arguments.verify or not place(arguments.target).exists():
         result = convert(
             arguments.source,
             arguments.target,

@@ -4,13 +4,13 @@ Next file to read: v4jax/model/transformer.py.
 """
 
 import dataclasses
-import pathlib
 import re
 from typing import Any
 
 from v4jax.config.layers import CSA, HCA, WINDOW_ONLY
 from v4jax.config.rope import RopeScaling
 from v4jax.config.validation import is_number
+from v4jax.storage import Place
 from v4jax.untrusted import file_in, read_json
 
 _RATIO_OF_LAYER_TYPE = {
@@ -30,7 +30,7 @@ FIXED = {  # V4 was published with these values only; others would be another ar
 }
 
 
-def read_config_json(path: pathlib.Path) -> dict[str, Any]:
+def read_config_json(path: Place) -> dict[str, Any]:
     """The contents of a config.json.
 
     Raises:

@@ -15,7 +15,7 @@ from v4jax.config.json_styles import FIXED, official_style, read_config_json, re
 from v4jax.config.layers import LayerGroup, LayerKind, groups_of
 from v4jax.config.rope import RopeScaling
 from v4jax.config.validation import check
-from v4jax.storage import checkpoint_path
+from v4jax.storage import Remote, checkpoint_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,10 @@ class ModelConfig:
     def from_json(cls, path) -> "ModelConfig":
         """Reads config.json, or a directory that has one, of official or transformers 5 style."""
         path = checkpoint_path(path, "path")
-        path = path / "config.json" if path.is_dir() else path.resolve()
+        if path.is_dir():
+            path = path / "config.json"
+        elif not isinstance(path, Remote):
+            path = path.resolve()
         raw = read_config_json(path)
         try:
             return cls.from_dict(raw)

@@ -10,21 +10,28 @@ Next file to read: v4jax/convert/sources.py.
 
 import contextlib
 import pathlib
-import shutil
+from collections.abc import Iterator
+from typing import Any
 
+from v4jax import storage
 from v4jax.checkpoint.export import carried_files
 from v4jax.checkpoint.formats import check_format
 from v4jax.checkpoint.tensor_files import MAX_FILE_BYTES
-from v4jax.convert.partial import begun, fingerprint
+from v4jax.convert.partial import PLAN_FILE, begun, begun_in_bucket, fingerprint
 from v4jax.convert.sources import open_checkpoint
 from v4jax.convert.targets import to_safetensors, to_store
 from v4jax.storage import (
+    Place,
+    Remote,
     checkpoint_name,
     checkpoint_path,
     folder_to_fill,
-    local_path,
+    is_remote,
     path_of_checkpoints,
     pinned,
+    place,
+    require_writable,
+    streamed,
 )
 
 
@@ -49,10 +56,12 @@ def convert(
         that the format does not have; a bad source.
       OSError: the disk is full. What was written stays beside the target for the next try.
     """
-    source = checkpoint_name(source, "source")
-    target = local_path(target, "target").absolute()
+    checkpoint_name(source, "source")
+    target = place(target, "target")
     _check(target, format, dtype, max_file_bytes, workers)
     origin = pinned(source)
+    if is_remote(target):  # a model of the Hub goes there without a copy on this disk
+        source = streamed(source)
     source = checkpoint_path(source, "source", weights=True)
     opened = open_checkpoint(source)
     carried = carried_files(source)
@@ -62,17 +71,13 @@ def convert(
         "dtype": dtype,
         "max_file_bytes": max_file_bytes,
     }
-    with begun(target.with_name(f".{target.name}.partial"), plan) as partial:
+    with _begun(target, plan) as partial:
+        for path in carried:
+            storage.copy(path, partial / path.name)
         if format == "safetensors":
             size = to_safetensors(opened, partial, dtype, max_file_bytes, workers)
         else:
             size = to_store(opened, partial, dtype, workers)
-        for path in carried:
-            shutil.copyfile(path, partial / path.name)
-        with contextlib.suppress(FileNotFoundError):
-            target.rmdir()
-        partial.rename(target)
-    (target / "plan.json").unlink()
     return {
         "source": origin,
         "target": str(target),
@@ -83,20 +88,41 @@ def convert(
     }
 
 
-def _check(
-    target: pathlib.Path, format: str, dtype: str, max_file_bytes: int, workers: int
-) -> None:
+@contextlib.contextmanager
+def _begun(target: Place, plan: dict[str, Any]) -> Iterator[Place]:
+    """The folder to write to, which is the target when the context ends without an error."""
+    if isinstance(target, Remote):
+        with begun_in_bucket(target, plan):
+            yield target
+        return
+    target = target.absolute()
+    with begun(target.with_name(f".{target.name}.partial"), plan) as partial:
+        yield partial
+        with contextlib.suppress(FileNotFoundError):
+            target.rmdir()
+        partial.rename(target)
+    (target / PLAN_FILE).unlink()
+
+
+def _check(target: Place, format: str, dtype: str, max_file_bytes: int, workers: int) -> None:
     """Refuses a target that cannot be written, and what the format does not have."""
     if check_format(dtype) not in ("float32", "bfloat16") and format == "orbax":
         raise ValueError(
             f"dtype: got {dtype!r}; a v4jax store holds float32 or bfloat16 (and keeps the scales "
             f"of {dtype} files)"
         )
+    if isinstance(target, Remote):
+        require_writable(target, "target")
+    else:
+        _check_local(target.absolute(), format)
+    for name, value in (("max_file_bytes", max_file_bytes), ("workers", workers)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}; must be at least 1")
+
+
+def _check_local(target: pathlib.Path, format: str) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: exists and is not an empty directory; choose another")
     folder_to_fill(target.parent, "target")
     if format == "orbax":
         path_of_checkpoints(target, "target")
-    for name, value in (("max_file_bytes", max_file_bytes), ("workers", workers)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}; must be at least 1")

@@ -3,7 +3,6 @@
 Next file to read: v4jax/convert/targets.py.
 """
 
-import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from v4jax.checkpoint.tensor_files import scale_name
 from v4jax.config import ModelConfig
 from v4jax.config.json_styles import read_config_json
 from v4jax.parameter_tree import spec_named
-from v4jax.storage import folder_of_checkpoint
+from v4jax.storage import Place, folder_of_checkpoint
 from v4jax.untrusted import file_in, read_json
 
 RELEASED = "released"
@@ -29,7 +28,7 @@ RELEASED = "released"
 class StoreSource(NamedTuple):
     """The newest checkpoint of a v4jax store or run, read like a load.Source."""
 
-    directory: pathlib.Path
+    directory: Place
     cfg: ModelConfig
     raw: dict[str, Any]
     kinds: dict[str, Kind]
@@ -95,7 +94,7 @@ def open_checkpoint(directory) -> Source | StoreSource:
 
 
 def _read_form(
-    directory: pathlib.Path, shapes: dict[str, tuple[int, ...]]
+    directory: Place, shapes: dict[str, tuple[int, ...]]
 ) -> tuple[dict[str, Kind], dict[str, Header]]:
     """Reads what `_keep_form` wrote.
 

@@ -8,6 +8,7 @@ import math
 import pathlib
 import threading
 
+from v4jax import storage
 from v4jax.checkpoint.atomic import write_json
 from v4jax.checkpoint.config_json import config_json
 from v4jax.checkpoint.export import kinds_for
@@ -28,17 +29,14 @@ from v4jax.checkpoint.tensor_files import (
 )
 from v4jax.convert.progress import progress
 from v4jax.convert.sources import RELEASED, StoreSource
+from v4jax.storage import Place
 
 _GROUP_BYTES = 32 * 2**20
 """Bytes of small tensors that one commit writes to a store."""
 
 
 def to_safetensors(
-    source: Source | StoreSource,
-    partial: pathlib.Path,
-    dtype: str,
-    max_file_bytes: int,
-    workers: int,
+    source: Source | StoreSource, partial: Place, dtype: str, max_file_bytes: int, workers: int
 ) -> int:
     """Fills `partial` with safetensors and config.json; returns the bytes of its tensors."""
     same = source.format == dtype  # then each tensor is stored as in the source
@@ -66,11 +64,12 @@ def to_safetensors(
         write_tensors(partial, files, stored, wrote, workers, memory_for)
     write_json(partial / "config.json", config_json(source.cfg, dtype, source.raw))
     if open_safetensors(partial).kinds != kinds:
+        storage.remove(partial / "config.json")  # without it, it is no checkpoint
         raise OSError(f"{partial}: reads back with other tensors than were written")
     return total_bytes(files)
 
 
-def to_store(source: Source | StoreSource, partial: pathlib.Path, dtype: str, workers: int) -> int:
+def to_store(source: Source | StoreSource, partial: Place, dtype: str, workers: int) -> int:
     """Fills `partial` with a store and config.json; returns the bytes of its tensors.
 
     What an earlier try wrote, and reads back as written.txt says, is not written again.

@@ -3,12 +3,20 @@
 Next file to read: v4jax/storage/local.py.
 """
 
-from v4jax.storage.checkpoints import checkpoint_name, checkpoint_path, folder_of_checkpoint, pinned
+from v4jax.storage.checkpoints import (
+    checkpoint_name,
+    checkpoint_path,
+    folder_of_checkpoint,
+    pinned,
+    streamed,
+)
 from v4jax.storage.files import (
     Entry,
     copy,
+    exists,
     lines,
     listing,
+    make_folder,
     read,
     read_into,
     reader,
@@ -18,7 +26,7 @@ from v4jax.storage.files import (
     writer,
 )
 from v4jax.storage.local import file_to_write, folder_to_fill, local_path, path_of_checkpoints
-from v4jax.storage.places import Place, is_remote, place
+from v4jax.storage.places import Place, is_remote, place, require_writable
 from v4jax.storage.remote import Remote
 
 __all__ = [
@@ -28,6 +36,7 @@ __all__ = [
     "checkpoint_name",
     "checkpoint_path",
     "copy",
+    "exists",
     "file_to_write",
     "folder_of_checkpoint",
     "folder_to_fill",
@@ -35,6 +44,7 @@ __all__ = [
     "lines",
     "listing",
     "local_path",
+    "make_folder",
     "path_of_checkpoints",
     "pinned",
     "place",
@@ -42,7 +52,9 @@ __all__ = [
     "read_into",
     "reader",
     "remove",
+    "require_writable",
     "size",
+    "streamed",
     "write",
     "writer",
 ]

@@ -46,6 +46,11 @@ def size(path: Place) -> int:
     return _entry(path).size
 
 
+def exists(path: Place) -> bool:
+    """Whether there is a file or a folder, or on a disk a link that leads nowhere."""
+    return path.exists() if isinstance(path, Remote) else os.path.lexists(path)
+
+
 def read(path: Place, start: int = 0, count: int | None = None) -> bytes:
     """`count` bytes of a file from byte `start` on, less at its end; None: all.
 
@@ -61,13 +66,16 @@ def read(path: Place, start: int = 0, count: int | None = None) -> bytes:
         return file.read(-1 if count is None else count)
 
 
-def read_into(path: Remote, start: int, buffer: Any) -> None:
-    """Fills `buffer` from byte `start` of an object, in several requests at once if it is large.
+def read_into(path: Place, start: int, buffer: Any) -> None:
+    """Fills `buffer` from byte `start` of a file; of a bucket's by several requests if it is large.
 
     Raises:
-      OSError: the object ends within the range, or see `read`.
+      OSError: the file ends within the range, or see `read`.
     """
     view = memoryview(buffer).cast("B")
+    if not isinstance(path, Remote):
+        _read_local(path, start, view)
+        return
     firsts = range(0, len(view), PIECE_BYTES)
     if len(firsts) == 1:
         _read_piece(path, start, view)
@@ -76,6 +84,15 @@ def read_into(path: Remote, start: int, buffer: Any) -> None:
     starts = [start + first for first in firsts]
     for one in _readers().map(_read_piece, [path] * len(pieces), starts, pieces):
         assert one is None
+
+
+def _read_local(path: pathlib.Path, start: int, view: memoryview) -> None:
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while view and (count := file.readinto(view)):  # one call reads at most 2 GB
+            view = view[count:]
+    if view:
+        raise OSError(f"{path}: ends {len(view)} bytes too early")
 
 
 def _read_piece(path: Remote, start: int, view: memoryview) -> None:
@@ -165,6 +182,16 @@ def _uploading(path: Remote) -> Iterator[Upload]:
     except BaseException:
         upload.discard()
         raise
+
+
+def make_folder(path: Place) -> None:
+    """Makes a folder and those above it on a disk; in a bucket a folder is there once it is used.
+
+    Raises:
+      OSError: no permission, or a file of that name.
+    """
+    if not isinstance(path, Remote):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def copy(source: Place, target: Place) -> None:

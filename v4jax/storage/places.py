@@ -10,7 +10,7 @@ import re
 from typing import TypeGuard
 
 from v4jax.storage.local import local_path, prefix, shortened
-from v4jax.storage.remote import Remote
+from v4jax.storage.remote import Remote, require_bucket
 
 Place = pathlib.Path | Remote
 PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3"), "hf": ("huggingface_hub", "hub")}
@@ -49,6 +49,20 @@ def place(given: str | os.PathLike | Remote, what: str = "") -> Place:
     if fault := _fault(scheme, key):
         raise ValueError(head + fault)
     return Remote(scheme, key)
+
+
+def require_writable(found: Place, what: str = "") -> None:
+    """Refuses a place that is only read, and a bucket that does not exist or may not be listed.
+
+    Raises:
+      ValueError: names the argument `what`.
+      PermissionError: the bucket may not be listed.
+    """
+    if not isinstance(found, Remote):
+        return
+    if found.scheme == "hf":
+        raise ValueError(f"{prefix(what)}got {str(found)!r}; the Hub is only read from")
+    require_bucket(found)
 
 
 def _fault(scheme: str, key: str) -> str:

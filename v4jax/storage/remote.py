@@ -161,12 +161,23 @@ def read_range(place: Remote, start: int, end: int) -> bytes:
 
 
 def _range(place: Remote, start: int, end: int) -> bytes:
-    fs = file_system(place.scheme)
-    if place.scheme == "hf":  # its cat_file fetches 5 MB
-        with fs.open(place.key, "rb", cache_type="none") as file:
-            file.seek(start)
-            return file.read(end - start)
-    return fs.cat_file(place.key, start=start, end=end)
+    if place.scheme == "hf":
+        return _hub_range(place, start, end)
+    return file_system(place.scheme).cat_file(place.key, start=start, end=end)
+
+
+def _hub_range(place: Remote, start: int, end: int) -> bytes:
+    """A range of a file of the Hub by one request; HfFileSystem makes several, and reads 5 MB."""
+    import huggingface_hub
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    name, _, file = place.key.partition("@")
+    commit, _, file = file.partition("/")
+    url = huggingface_hub.hf_hub_url(name, file, revision=commit)
+    headers = {**build_hf_headers(), "range": f"bytes={start}-{end - 1}"}
+    answer = get_session().get(url, headers=headers, timeout=REQUEST_SECONDS, follow_redirects=True)
+    hf_raise_for_status(answer)
+    return answer.content
 
 
 def require_bucket(place: Remote) -> None:

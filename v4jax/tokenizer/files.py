@@ -5,9 +5,9 @@ Next file to read: v4jax/tokenizer/byte_tokenizer.py.
 
 import hashlib
 import json
-import pathlib
 
-from v4jax.storage import local_path
+from v4jax import storage
+from v4jax.storage import Place, place
 
 BOS_TOKEN, EOS_TOKEN = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 """The special tokens of the DeepSeek tokenizers; ids 0 and 1 in the released config.json."""
@@ -27,7 +27,7 @@ def config_json() -> str:
     return json.dumps(config, ensure_ascii=False, indent=1)
 
 
-def read_text(path: pathlib.Path) -> str:
+def read_text(path: Place) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -38,7 +38,7 @@ def read_text(path: pathlib.Path) -> str:
         raise ValueError(f"{path}: cannot be read: {error}") from None
 
 
-def parse(path: pathlib.Path, text: str) -> dict:
+def parse(path: Place, text: str) -> dict:
     try:
         raw = json.loads(text)
     except json.JSONDecodeError as error:
@@ -49,7 +49,7 @@ def parse(path: pathlib.Path, text: str) -> dict:
 
 
 def write(directory, tokenizer_text: str, config_text: str) -> None:
-    directory = local_path(directory, "directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "tokenizer.json").write_text(tokenizer_text, encoding="utf-8")
-    (directory / "tokenizer_config.json").write_text(config_text, encoding="utf-8")
+    directory = place(directory, "directory")
+    storage.make_folder(directory)
+    storage.write(directory / "tokenizer.json", tokenizer_text.encode())
+    storage.write(directory / "tokenizer_config.json", config_text.encode())

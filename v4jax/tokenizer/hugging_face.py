@@ -4,10 +4,9 @@ Next file to read: v4jax/tokenizer/documents.py.
 """
 
 import itertools
-import pathlib
 from collections.abc import Iterable
 
-from v4jax.storage import local_path
+from v4jax.storage import Place, place
 from v4jax.tokenizer.byte_tokenizer import REPLACEMENT, utf8, whole_numbers
 from v4jax.tokenizer.files import BOS_TOKEN, EOS_TOKEN, config_json, digest, parse, read_text, write
 
@@ -28,7 +27,7 @@ class HuggingFaceTokenizer:
     how much text to read at once."""
 
     def __init__(self, path):
-        path = local_path(path, "path")
+        path = place(path, "path")
         self._text = read_text(path)
         config = path.with_name("tokenizer_config.json")
         self._config_text = read_text(config) if config.is_file() else config_json()
@@ -74,7 +73,7 @@ class HuggingFaceTokenizer:
         """Writes tokenizer.json as it was read, and tokenizer_config.json."""
         write(directory, self._text, self._config_text)
 
-    def _special(self, path: pathlib.Path, names: dict, which: str) -> tuple[str, int]:
+    def _special(self, path: Place, names: dict, which: str) -> tuple[str, int]:
         name = names.get(which)
         name = name.get("content") if isinstance(name, dict) else name
         token = self._tokenizer.token_to_id(name) if isinstance(name, str) else None
@@ -86,7 +85,7 @@ class HuggingFaceTokenizer:
         return name, token
 
 
-def _open_tokenizer(path: pathlib.Path, text: str):
+def _open_tokenizer(path: Place, text: str):
     try:
         import tokenizers
     except ImportError:

@@ -6,8 +6,8 @@ Next file to read: v4jax/tokenizer/checks.py.
 import itertools
 import json
 import operator
-import pathlib
 
+from v4jax.storage import Place
 from v4jax.untrusted import file_in
 
 
@@ -37,7 +37,7 @@ def token_table(text: str) -> dict[int, str]:
         ) from None
 
 
-def tokens_in(directory: pathlib.Path) -> dict[int, str]:
+def tokens_in(directory: Place) -> dict[int, str]:
     """`token_table` of an untrusted checkpoint; {} if it has no tokenizer.json.
 
     Raises:

@@ -8,7 +8,6 @@ Next file to read: v4jax/train/loop.py.
 import dataclasses
 import math
 import pathlib
-import shutil
 from typing import NamedTuple
 
 from jax.sharding import Mesh, NamedSharding
@@ -18,6 +17,7 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.process_rows import local_rows
 from sharding.processes import check_whole, is_first
 from sharding.rules import AxisRules, check_has_mesh, layout_for
+from v4jax import storage
 from v4jax.checkpoint.atomic import write_text
 from v4jax.checkpoint.export import carried_files, kinds_for
 from v4jax.checkpoint.run_config import check_config, write_config
@@ -206,5 +206,5 @@ def write_run(run: pathlib.Path, cfg: TrainConfig, tokenizer: Tokenizer) -> None
         if source and is_remote(checkpoint_name(source)):
             write_text(run / INIT_FROM_FILE, f"{pinned(source)}\n")
         for path in carried_files(source) if source else ():
-            shutil.copyfile(path, run / path.name)
+            storage.copy(path, run / path.name)
         tokenizer.save(run)

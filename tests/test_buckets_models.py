@@ -15,10 +15,12 @@ import v4jax
 from sharding.params import named_shardings
 from v4jax import storage
 from v4jax.api import load_onto, place_on
+from v4jax.checkpoint import bucket_clients
 from v4jax.checkpoint.load import open_safetensors
 from v4jax.checkpoint.load_shards import load_shards
 from v4jax.cli import main as cli
 from v4jax.convert.conversion import convert
+from v4jax.convert.sources import open_checkpoint
 from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.storage import place
 from v4jax.tokenizer import ByteTokenizer, load_tokenizer
@@ -59,6 +61,21 @@ def broken(servers, monkeypatch, request):
     proxy = stores.Proxy(servers["s3"])
     with proxy, stores.clients(monkeypatch, proxy.url, servers["gs"]):
         yield stores.own_folder(request, "s3"), proxy
+
+
+@pytest.fixture(scope="module")
+def stored_once(servers, models):
+    """A store of the model in an S3 bucket."""
+    patched = pytest.MonkeyPatch.context()
+    with patched as patch, stores.clients(patch, servers["s3"], servers["gs"]):
+        convert(models / "official", "s3://bucket/store", format="orbax", dtype="bfloat16")
+    return place("s3://bucket/store")
+
+
+@pytest.fixture
+def stored(stored_once, servers, monkeypatch):
+    with stores.clients(monkeypatch, servers["s3"], servers["gs"]):
+        yield stored_once
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +279,88 @@ def test_a_model_of_the_hub_goes_to_a_bucket_without_a_copy(broken, models, tmp_
         result = convert("org/name", str(folder), dtype="official", max_file_bytes=900_000)
     assert result["source"] == f"hf://org/name@{SECOND}" and contents(folder) == files
     assert not list((tmp_path / "hub").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_store_in_a_bucket_is_the_store_on_a_disk(stored, scheme, models, tmp_path):
+    folder = stored
+    if scheme == "gs":
+        folder = place("gs://bucket/store")
+        convert(models / "official", str(folder), format="orbax", dtype="bfloat16")
+    found = storage.listing(folder)
+    assert "checkpoints/0/checksums.json" in found and "plan.json" not in found
+    assert not any(name.startswith("written") for name in found)
+    cfg, params = v4jax.load(str(folder), dtype="bfloat16", mesh="expert=8")
+    assert cfg.difference(CFG) is None
+    assert_same(jax.device_get(params), on_disk(models, "official", dtype="bfloat16"))
+    if scheme == "gs":
+        convert(str(folder), tmp_path / "back", dtype="official", max_file_bytes=900_000)
+        same = {path.name: path.read_bytes() for path in (models / "official").iterdir()}
+        assert {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()} == same
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "other bytes", "no checksums"])
+def test_a_damaged_store_is_refused_or_used_with_a_warning(stored, damage, caplog):
+    inside = [name for name in storage.listing(stored) if "/params/d/" in name]
+    at, before = stored / inside[0], storage.read(stored / inside[0])
+    sums = stored / "checkpoints/0/checksums.json"
+    noted = storage.read(sums)
+    words = {"missing": "is missing", "short": "bytes; ", "other bytes": "holds other bytes"}
+    if damage == "missing":
+        storage.remove(at)
+    elif damage == "short":
+        storage.write(at, before[:-1])
+    elif damage == "other bytes":
+        storage.write(at, bytes([before[0] ^ 1]) + before[1:])
+    else:
+        storage.remove(sums)
+    if damage == "no checksums":
+        assert open_checkpoint(str(stored)).cfg.difference(CFG) is None
+        assert "nothing proves it whole" in caplog.text
+    else:
+        with pytest.raises(ValueError, match=f"0 is damaged: .*{words[damage]}"):
+            open_checkpoint(str(stored))
+    storage.write(at, before)
+    storage.write(sums, noted)
+
+
+def test_a_copy_of_a_store_is_as_good(stored, tmp_path):
+    other = stored.with_name("copied")
+    for name in storage.listing(stored):
+        storage.copy(stored / name, other / name)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        storage.copy(stored / name, tmp_path / name)
+    name = "layers.0.ffn.experts.3.w1.weight"
+    expected = open_checkpoint(str(stored)).numbers(name)
+    for copied in (str(other), tmp_path):
+        np.testing.assert_array_equal(open_checkpoint(copied).numbers(name), expected)
+
+
+def test_a_conversion_to_a_store_goes_on(broken, models, monkeypatch):
+    monkeypatch.setattr("v4jax.convert.targets._GROUP_BYTES", 1_000_000)
+    folder, proxy = broken
+    count = [0]
+
+    def dies(method, path):
+        count[0] += method == "PUT" and "/written/" in path
+        return ("status", 403) if count[0] > 1 else None
+
+    proxy.rule = dies
+    with pytest.raises(PermissionError):
+        convert(models / "first", str(folder), format="orbax")
+    proxy.rule = lambda method, path: None
+    found = storage.listing(folder)
+    assert "config.json" not in found and any(name.startswith("written/") for name in found)
+    convert(models / "first", str(folder), format="orbax")
+    written, source = open_checkpoint(str(folder)), open_checkpoint(models / "first")
+    for name in ("embed.weight", "mtp.0.ffn.experts.7.w2.weight"):
+        np.testing.assert_array_equal(written.numbers(name), source.numbers(name))
+
+
+def test_a_version_of_orbax_that_cannot_write_to_s3_is_refused(monkeypatch):
+    monkeypatch.delattr("orbax.checkpoint._src.path.gcs_utils.get_kvstore_for_gcs")
+    with pytest.raises(ValueError, match="^s3://: orbax-checkpoint .* cannot write there$"):
+        bucket_clients._teach_s3()
 
 
 # ---- training ------------------------------------------------------------------------------------

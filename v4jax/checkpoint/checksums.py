@@ -2,7 +2,8 @@
 
 Orbax does not notice a flipped byte or a file cut short by a full disk. A checkpoint without
 checksums proves nothing: its process was killed between Orbax's last rename and the last checksum,
-somebody else wrote it, or the checksums were lost. It counts as damaged as long as an older
+somebody else wrote it, or the checksums were lost. In a bucket the store's own tags (crc32c, ETag)
+take the place of checksums, and one listing compares them. It counts as damaged as long as an older
 checkpoint is proven, since a run repeats those steps bit for bit. It is used, with a warning, only
 where there is no other.
 
@@ -14,9 +15,13 @@ import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from v4jax import storage
 from v4jax.checkpoint.atomic import write_text
 from v4jax.checkpoint.disk import crc_of
+from v4jax.storage import Entry, Place, Remote
 
+ORIGIN = ""
+"""In a bucket's checksums, the name that has the place of the store for its tag."""
 SUMS_FILE = "checksums.json"
 """With several processes, each writes its share: checksums-0-of-2.json and so on."""
 NOT_NOTED = "it has no checksums, so nothing proves it whole"
@@ -24,7 +29,7 @@ _READERS = 4
 
 
 def write_sums(
-    directory: pathlib.Path,
+    directory: Place,
     turn: int = 0,
     turns: int = 1,
     known: Mapping[pathlib.Path, tuple[int, int]] | None = None,
@@ -35,6 +40,13 @@ def write_sums(
       directory: a complete checkpoint.
       known: size and CRC-32 of files that need not be read again.
     """
+    if isinstance(directory, Remote):
+        if turn == 0:  # one listing tells all
+            found = storage.listing(directory)
+            tags = {name: one for name, one in found.items() if not name.startswith("checksums")}
+            tags[ORIGIN] = Entry(0, str(directory))
+            write_text(directory / SUMS_FILE, json.dumps(tags, indent=0) + "\n")
+        return
     known = known or {}
     # Another process may be writing its share at this moment (atomic.py: a .tmp, then renamed). It
     # is no part of the checkpoint, and all processes must list the same files to agree on their
@@ -57,7 +69,7 @@ def write_sums(
 
 
 def damage(
-    directory: pathlib.Path,
+    directory: Place,
     items: Sequence[str] | None = None,
     turn: int = 0,
     turns: int = 1,
@@ -79,11 +91,15 @@ def damage(
         return "its checksums cannot be read"
     if sums is None:
         return NOT_NOTED
+    origin = sums.pop(ORIGIN, None)
     wanted = {
         name: one
         for name, one in sums.items()
         if items is None or pathlib.PurePath(name).parts[0] in items
     }
+    if isinstance(directory, Remote):
+        same_place = origin == (0, str(directory))
+        return _damage_listed(wanted, storage.listing(directory), same_place)
     wanted = dict(list(wanted.items())[turn::turns])
     missing = [name for name in wanted if not (directory / name).is_file()]
     if missing:
@@ -96,13 +112,30 @@ def damage(
         ):
             if found != size:
                 return f"{name} has {found} bytes; {size} were written"
-            if found_crc != crc:
+            if isinstance(crc, int) and found_crc != crc:  # of a bucket's store, sizes are known
                 return f"{name} holds other bytes than were written"
     return None
 
 
-def _noted(directory: pathlib.Path) -> dict[str, tuple[int, int]] | None:
-    """File -> (size, CRC-32), from the shares of all processes; None if a share is missing."""
+def _damage_listed(
+    noted: Mapping[str, tuple[int, int | str]], found: Mapping[str, Entry], same_place: bool
+) -> str | None:
+    """`damage` of a store in a bucket, by its listing alone.
+
+    A copy made elsewhere has other tags, so only its sizes are compared.
+    """
+    for name, (size, tag) in noted.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name].size != size:
+            return f"{name} has {found[name].size} bytes; {size} were written"
+        if same_place and found[name].tag != tag:
+            return f"{name} holds other bytes than were written"
+    return None
+
+
+def _noted(directory: Place) -> dict[str, tuple[int, int | str]] | None:
+    """File -> (size, CRC-32 or tag), of all processes' shares; None if a share is missing."""
     found = {
         path.name: json.loads(path.read_text())
         for path in sorted(directory.iterdir())
@@ -114,5 +147,5 @@ def _noted(directory: pathlib.Path) -> dict[str, tuple[int, int]] | None:
     return {name: tuple(one) for sums in found.values() for name, one in sums.items()}
 
 
-def _is_sums(path: pathlib.Path) -> bool:
+def _is_sums(path: Place) -> bool:
     return path.name.startswith("checksums") and path.suffix == ".json"

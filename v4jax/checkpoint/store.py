@@ -8,9 +8,9 @@
     RUN/abandoned/STEP/        checkpoints newer than the one a run went back to after a loss spike
     RUN/metrics.jsonl, ...     written by the training loop
 
-A checkpoint appears under its name only when it is complete, since Orbax renames it, so a crash
-leaves nothing half-written. One whose files are not what was written (checkpoint/checksums.py) is
-skipped, with a warning.
+A checkpoint appears under its name only when it is complete, since Orbax renames it, or in a bucket
+writes a file that says so at the end. So a crash leaves nothing half-written. One whose files are
+not what was written (checkpoint/checksums.py) is skipped, with a warning.
 
 Next file to read: v4jax/checkpoint/run_config.py.
 """
@@ -18,7 +18,6 @@ Next file to read: v4jax/checkpoint/run_config.py.
 import concurrent.futures
 import contextlib
 import logging
-import pathlib
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,10 +27,14 @@ from orbax.checkpoint import v1 as ocp
 
 from sharding.agreement import anywhere, wait_for_all
 from sharding.processes import is_first
+from v4jax import storage
+from v4jax.checkpoint.bucket_clients import DATA_FILE_BYTES, prepare
 from v4jax.checkpoint.checksums import NOT_NOTED, damage, write_sums
-from v4jax.storage import checkpoint_path, path_of_checkpoints
+from v4jax.storage import Place, Remote, checkpoint_path, place_of_checkpoints
 
 CHECKPOINTS, DAMAGED, ABANDONED = "checkpoints", "damaged", "abandoned"
+COMMITTED = "commit_success.txt"
+"""Orbax's file that makes a checkpoint in a bucket complete."""
 _CHUNK_BYTES = 64 * 2**20
 """Bytes of a chunk of a stored array. Orbax would make each device's share one chunk, and reading
 one expert would decode them all."""
@@ -57,12 +60,14 @@ class Store:
           keep_best: also keep this number of checkpoints, those of the least loss.
           writes: this process trains here, so leftovers of killed saves are its own.
         """
-        self._directory = path_of_checkpoints(directory, "directory")
+        self._directory = place_of_checkpoints(directory, "directory")
+        if isinstance(self._directory, Remote):
+            prepare(self._directory.scheme)
         # The default policy skips a save, silently, while another one runs. The caller decides.
         every_step = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         self._checkpointer = ocp.training.Checkpointer(
             str(self._directory / CHECKPOINTS),
-            context=_context(),
+            context=_context(self._directory),
             save_decision_policy=every_step,  # pyright: ignore[reportArgumentType] (Orbax's own)
             preservation_policy=_kept(keep, keep_every, keep_best),
             cleanup_tmp_directories=writes,  # a reader must not touch a save under way
@@ -141,14 +146,13 @@ class Store:
         newer = [one.step for one in self._checkpointer.checkpoints if one.step > step]
         for one in newer if is_first() else ():
             aside = self._directory / folder / f"{one}-{uuid.uuid4().hex[:8]}"
-            aside.parent.mkdir(exist_ok=True)
-            self.path(one).rename(aside)
+            storage.move_folder(self.path(one), aside, first=COMMITTED)
         wait_for_all("checkpoints are out of the way")
         self._checkpointer.reload()
 
-    def path(self, step: int) -> pathlib.Path:
+    def path(self, step: int) -> Place:
         """The directory of a step's checkpoint."""
-        return pathlib.Path(self._checkpointer.directory) / str(step)
+        return self._directory / CHECKPOINTS / str(step)
 
     def save(self, step: int, items: dict[str, Any], loss: float | None = None) -> None:
         """Starts an asynchronous save of named trees and iterators.
@@ -228,12 +232,16 @@ def _kept(keep: int, keep_every: int, keep_best: int) -> Any:
     return policies.AnyPreservationPolicy(kept)
 
 
-def _context() -> ocp.Context:
+def _context(directory: Place) -> ocp.Context:
     """Orbax's settings: small chunks, cut along stacked axes (layers, experts) first.
 
-    So `stream` can read one matrix at a time.
+    So `stream` can read one matrix at a time. In a bucket, where nothing can be renamed, a step
+    counts once COMMITTED stands in it, which is written last.
     """
     context = ocp.Context()
+    if isinstance(directory, Remote):
+        context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+        context.array.saving.ocdbt_target_data_file_size = DATA_FILE_BYTES
     options = context.array.saving.StorageOptions
     context.array.saving.scoped_storage_options_creator = lambda key, value: options(
         chunk_byte_size=_CHUNK_BYTES, shard_axes=tuple(range(max(0, len(value.shape) - 2)))

@@ -31,7 +31,7 @@ def check_same_arrays(path, abstract) -> None:
 
     Orbax would cast in silence.
     """
-    stored = ocp.metadata(path, "params").metadata
+    stored = ocp.metadata(str(path), "params").metadata
     have = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(stored)}
     want = {_name(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
     for name in sorted(have.keys() | want.keys()):

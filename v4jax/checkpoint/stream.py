@@ -20,12 +20,14 @@ import tensorstore as ts
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from v4jax.checkpoint import disk
+from v4jax.checkpoint.bucket_clients import kvstore
 from v4jax.checkpoint.checksums import write_sums
 from v4jax.checkpoint.names import Path, leaf_dtypes, official_names, turned
 from v4jax.checkpoint.store import CHECKPOINTS, Store
 from v4jax.checkpoint.store_params import check_same_arrays
 from v4jax.config import ModelConfig
 from v4jax.parameter_tree import abstract_params
+from v4jax.storage import Place, Remote
 
 _CHUNK_BYTES = 64 * 2**20
 _WAIT_BYTES = 128 * 2**20
@@ -66,9 +68,7 @@ class StoreWriter:
     A thread waits for the disk meanwhile. Leaving the context waits for that thread.
     """
 
-    def __init__(
-        self, directory: pathlib.Path, cfg: ModelConfig, dtype: np.dtype, compress: bool = True
-    ):
+    def __init__(self, directory: Place, cfg: ModelConfig, dtype: np.dtype, compress: bool = True):
         """Makes the store, or opens an unfinished one with what it has.
 
         Args:
@@ -165,6 +165,8 @@ class StoreWriter:
             raise OSError(f"{self._path} could not be written: {error}") from error
 
     def _written(self, size: int) -> None:
+        if isinstance(self._path, Remote):  # its store has it when the write returns
+            return
         with self._lock:
             self._waiting += size
             if self._waiting >= _WAIT_BYTES:
@@ -179,12 +181,16 @@ class StoreWriter:
 
     def _put(self) -> None:
         """Syncs what was written so far, and keeps its checksums."""
+        assert not isinstance(self._path, Remote)
         new = [path for path in _data_files(self._path) if path not in self._sums]
         with concurrent.futures.ThreadPoolExecutor(_PUTTING) as pool:
             self._sums.update(zip(new, pool.map(disk.put, new), strict=True))
 
     def finish(self) -> None:
         """Syncs all files and writes their checksums. Call it when everything is written."""
+        if isinstance(self._path, Remote):
+            write_sums(self._path)
+            return
         self._begin_put().result()
         for path in self._path.rglob("*"):
             if path.is_file() and path not in self._sums:
@@ -213,8 +219,8 @@ def _data_files(path: pathlib.Path) -> list[pathlib.Path]:
     return [file for file in (path / "params" / "d").iterdir() if not file.name.endswith(".__lock")]
 
 
-def _spec(path: pathlib.Path, where: Path) -> dict[str, Any]:
-    base = f"file://{path.absolute()}/params/"
+def _spec(path: Place, where: Path) -> dict[str, Any]:
+    base = kvstore(path / "params")
     return {
         "driver": "zarr3",
         "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(where) + "/"},

@@ -5,8 +5,6 @@ Next file to read: v4jax/convert/partial.py.
 
 import concurrent.futures
 import math
-import pathlib
-import threading
 
 from v4jax import storage
 from v4jax.checkpoint.atomic import write_json
@@ -29,6 +27,7 @@ from v4jax.checkpoint.tensor_files import (
 )
 from v4jax.convert.progress import progress
 from v4jax.convert.sources import RELEASED, StoreSource
+from v4jax.convert.written import WrittenLog
 from v4jax.storage import Place
 
 _GROUP_BYTES = 32 * 2**20
@@ -72,7 +71,7 @@ def to_safetensors(
 def to_store(source: Source | StoreSource, partial: Place, dtype: str, workers: int) -> int:
     """Fills `partial` with a store and config.json; returns the bytes of its tensors.
 
-    What an earlier try wrote, and reads back as written.txt says, is not written again.
+    What an earlier try wrote, and reads back as the log says, is not written again.
     """
     shapes = official_shapes(source.cfg)
     kinds = kinds_for(source.cfg, dtype)
@@ -80,13 +79,8 @@ def to_store(source: Source | StoreSource, partial: Place, dtype: str, workers: 
         name: math.prod(shape) * DTYPES[kinds[name].dtype].itemsize
         for name, shape in shapes.items()
     }
-    log = partial / "written.txt"
-    sums = (
-        dict(line.split() for line in log.read_text().splitlines() if line.count(" ") == 1)
-        if log.exists()
-        else {}
-    )
-    lock, budget = threading.Lock(), MemoryBudget(BUDGET)
+    log = WrittenLog(partial)
+    sums, budget = log.read(), MemoryBudget(BUDGET)
     compress = source.format in ("fp8", "official")
 
     def memory_for(names: list[str]) -> int:
@@ -96,8 +90,7 @@ def to_store(source: Source | StoreSource, partial: Place, dtype: str, workers: 
         left = [name for name in names if name not in sums or not store.holds(name, sums[name])]
         with budget.take(memory_for(left)):
             found = store.write((name, source.numbers(name)) for name in left)
-        with lock, open(log, "a") as file:
-            file.writelines(f"{name} {one}\n" for name, one in found.items())
+        log.add(found)
 
     groups = split(sizes, _GROUP_BYTES)
     bar = progress("converting", sum(sizes.values()))
@@ -115,13 +108,13 @@ def to_store(source: Source | StoreSource, partial: Place, dtype: str, workers: 
             raise
     _keep_form(source, partial / RELEASED)
     write_json(partial / "config.json", config_json(source.cfg, source.format, source.raw))
-    log.unlink()
+    log.remove()
     return sum(sizes.values())
 
 
-def _keep_form(source: Source | StoreSource, directory: pathlib.Path) -> None:
+def _keep_form(source: Source | StoreSource, directory: Place) -> None:
     """Writes how the source stored each tensor, and its scales unchanged."""
-    directory.mkdir(exist_ok=True)
+    storage.make_folder(directory)
     write_json(directory / "kinds.json", source.kinds)
     if source.scales:
         tensors, shapes = {}, official_shapes(source.cfg)

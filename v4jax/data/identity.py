@@ -8,11 +8,12 @@ Next file to read: v4jax/data/pieces.py.
 
 import dataclasses
 import json
-import pathlib
 from typing import Any, NamedTuple
 
+from v4jax import storage
 from v4jax.data.config import DataConfig
 from v4jax.data.listing import Listing, Listings
+from v4jax.storage import Place
 from v4jax.tokenizer import Tokenizer
 
 _BEFORE = {"packing": "split"}
@@ -119,13 +120,14 @@ def evaluation_differences(saved: dict[str, Any], ours: dict[str, Any]) -> list[
     return found
 
 
-def saved_settings(directory: pathlib.Path) -> dict[str, Any]:
+def saved_settings(directory: Place) -> dict[str, Any]:
     """The settings in a checkpoint's data positions; {} if an older v4jax wrote none.
 
     Raises:
       ValueError: names the file that is there and cannot be read.
     """
-    for path in sorted(directory.glob("*.json"))[:1]:
+    names = [name for name in storage.listing(directory) if "/" not in name]
+    for path in [directory / name for name in names if name.endswith(".json")][:1]:
         try:
             return dict(json.loads(path.read_text()).get("settings") or {})
         except (OSError, ValueError, AttributeError, TypeError) as error:

@@ -8,6 +8,7 @@ from v4jax.storage.checkpoints import (
     checkpoint_path,
     folder_of_checkpoint,
     pinned,
+    place_of_checkpoints,
     streamed,
 )
 from v4jax.storage.files import (
@@ -17,6 +18,7 @@ from v4jax.storage.files import (
     lines,
     listing,
     make_folder,
+    move_folder,
     read,
     read_into,
     reader,
@@ -45,9 +47,11 @@ __all__ = [
     "listing",
     "local_path",
     "make_folder",
+    "move_folder",
     "path_of_checkpoints",
     "pinned",
     "place",
+    "place_of_checkpoints",
     "read",
     "read_into",
     "reader",

@@ -7,6 +7,7 @@ import os
 import re
 
 from v4jax.storage.hub import commit_of, snapshot
+from v4jax.storage.local import path_of_checkpoints
 from v4jax.storage.places import Place, place
 from v4jax.storage.remote import Remote
 
@@ -69,6 +70,16 @@ def pinned(given: str | os.PathLike | Remote) -> str:
       ValueError, OSError: see checkpoint_path.
     """
     return str(streamed(given))
+
+
+def place_of_checkpoints(given: str | os.PathLike | Remote, what: str = "") -> Place:
+    """`path_of_checkpoints`, or a bucket's folder, which Orbax reads and writes.
+
+    Raises:
+      ValueError: see path_of_checkpoints and place.
+    """
+    found = place(given, what)
+    return found if isinstance(found, Remote) else path_of_checkpoints(found, what)
 
 
 def folder_of_checkpoint(

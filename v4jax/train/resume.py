@@ -5,7 +5,6 @@ Next file to read: v4jax/train/same_data.py.
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from sharding.rules import AxisRules
 from v4jax.checkpoint.json_item import JsonItem
 from v4jax.checkpoint.store import DAMAGED, Store
 from v4jax.checkpoint.store_params import check_same_arrays
+from v4jax.storage import Place
 from v4jax.train.anticipate import ahead_placed
 from v4jax.train.config import TrainConfig
 from v4jax.train.finite import not_finite
@@ -79,7 +79,7 @@ def start(
     return begin._replace(changed=changed)
 
 
-def _ahead(path: pathlib.Path, rules: AxisRules, mesh: Mesh) -> dict[str, Any]:
+def _ahead(path: Place, rules: AxisRules, mesh: Mesh) -> dict[str, Any]:
     """The item of batches drawn ahead, as Store.load takes it; {} for a checkpoint without it."""
     if not anywhere((path / "ahead").is_dir()):
         return {}
@@ -124,7 +124,7 @@ def load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, A
     return Begin(state, step, LossHistory.from_json(item.value), items.get("ahead", {}))
 
 
-def _check_state_dtypes(path: pathlib.Path, optimizer) -> None:
+def _check_state_dtypes(path: Place, optimizer) -> None:
     """Raises ValueError if the optimizer's state is stored in another dtype than the run's.
 
     Orbax would cast in silence, and the run would not continue bit for bit.

@@ -4,7 +4,6 @@ Next file to read: v4jax/train/rollback.py.
 """
 
 import json
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from v4jax.checkpoint.store import Store
 from v4jax.data.identity import differences, evaluation_differences, saved_settings, settings_of
 from v4jax.data.listing import Listings
 from v4jax.stderr import say
+from v4jax.storage import Place
 from v4jax.tokenizer import Tokenizer
 from v4jax.train.config import TrainConfig
 from v4jax.train.stages import number_at, saved_streams, stream_at, stream_view
@@ -40,7 +40,7 @@ def check_data(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings | None
 
 
 def _check_position(
-    cfg: TrainConfig, tokenizer: Tokenizer, path: pathlib.Path, step: int, listings: Listings | None
+    cfg: TrainConfig, tokenizer: Tokenizer, path: Place, step: int, listings: Listings | None
 ) -> None:
     """Refuses data other than that of the checkpoint at `path`, of step number `step`."""
 
@@ -53,9 +53,7 @@ def _check_position(
         _other_changes(cfg, path / "data", step, ours)
 
 
-def place_in_data(
-    cfg: TrainConfig, path: pathlib.Path, data, step: int
-) -> tuple[bool, tuple[str, ...]]:
+def place_in_data(cfg: TrainConfig, path: Place, data, step: int) -> tuple[bool, tuple[str, ...]]:
     """(whether the saved position is useless, what differs in words), over all processes.
 
     Turns `data` to the stream of the checkpoint, and says on stderr what changed.
@@ -111,7 +109,7 @@ def _changes(
 
 
 def _other_changes(
-    cfg: TrainConfig, directory: pathlib.Path, step: int, ours: Callable[[int], dict[str, Any]]
+    cfg: TrainConfig, directory: Place, step: int, ours: Callable[[int], dict[str, Any]]
 ) -> dict[int, tuple[str, ...]]:
     """Number of each saved stream that is not in use -> how it differs, in words.
 
@@ -137,7 +135,7 @@ def _other_changes(
 
 
 def _say_on_resume(
-    path: pathlib.Path, saved: dict[str, Any], moved: bool, changed: tuple[str, ...]
+    path: Place, saved: dict[str, Any], moved: bool, changed: tuple[str, ...]
 ) -> None:
     """Says on stderr that data changed, or how little an older checkpoint lets it check."""
     if "files" not in saved:

@@ -11,6 +11,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
+from v4jax import storage
+from v4jax.storage import Place
+
 COMPRESSED = (".gz", ".zst")
 """Suffixes of files that are decompressed while they are read."""
 
@@ -26,18 +29,17 @@ def plain_name(name: str) -> str:
 
 
 @contextlib.contextmanager
-def open_data(path: pathlib.Path) -> Iterator[BinaryIO]:
+def open_data(path: Place) -> Iterator[BinaryIO]:
     """Opens a file for reading its bytes, decompressed if its name ends in .gz or .zst.
 
     Raises:
       ValueError: it cannot be opened, or is damaged or cut short (found while reading); names it.
       OSError: the disk fails while it is read; names it.
     """
-    opener = {".gz": gzip.open, ".zst": _open_zst}.get(path.suffix.lower(), pathlib.Path.open)
     try:
-        opened = opener(path, "rb")
+        opened = _decompressed(path, storage.reader(path))
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
     try:
         with opened as file, failures_named(path):
             yield file
@@ -46,8 +48,26 @@ def open_data(path: pathlib.Path) -> Iterator[BinaryIO]:
         raise ValueError(f"{path}: cannot be read: {said}") from error
 
 
+def _decompressed(path: Place, file: BinaryIO) -> Any:
+    """The contents of an open file; closing them closes the file."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return _GzipFile(fileobj=file)
+    return io.BufferedReader(_ZstdFile(path, file), _CHUNK_BYTES) if suffix == ".zst" else file
+
+
+class _GzipFile(gzip.GzipFile):
+    """A .gz file that closes the file under it."""
+
+    def close(self) -> None:
+        file: Any = self.fileobj
+        super().close()
+        if file is not None:
+            file.close()
+
+
 @contextlib.contextmanager
-def failures_named(path: pathlib.Path) -> Iterator[None]:
+def failures_named(path: Place) -> Iterator[None]:
     """Adds the path to system errors that do not name a file, such as those of reading."""
     try:
         yield
@@ -57,12 +77,12 @@ def failures_named(path: pathlib.Path) -> Iterator[None]:
         raise
 
 
-def require_zstd(path: pathlib.Path) -> None:
+def require_zstd(path: Place) -> None:
     """Raises ValueError, naming `path`, unless a package that reads .zst files is installed."""
     _zstd(path)
 
 
-def _zstd(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception]]:
+def _zstd(path: Place) -> tuple[Callable[[], Any], type[Exception]]:
     """(a function that makes a decompressor of one frame, the error it raises)."""
     try:
         from compression import zstd  # pyright: ignore[reportMissingImports]  (Python >= 3.14)
@@ -81,19 +101,15 @@ def _zstd(path: pathlib.Path) -> tuple[Callable[[], Any], type[Exception]]:
     return decompressor.decompressobj, zstandard.ZstdError
 
 
-def _open_zst(path: pathlib.Path, mode: str) -> io.BufferedReader:
-    return io.BufferedReader(_ZstdFile(path, mode), _CHUNK_BYTES)
-
-
 class _ZstdFile(io.RawIOBase):
     """The bytes of a .zst file, frame by frame.
 
     zstandard's own reader takes a truncated frame for a whole one.
     """
 
-    def __init__(self, path: pathlib.Path, mode: str):
+    def __init__(self, path: Place, file: BinaryIO):
         self._new, self._error = _zstd(path)
-        self._file = path.open(mode)
+        self._file = file
         self._frame, self._packed, self._bytes = None, b"", memoryview(b"")
 
     def readable(self) -> bool:

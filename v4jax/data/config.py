@@ -9,7 +9,7 @@ import pathlib
 
 from v4jax.chat.encoding import EFFORTS, MODES
 from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS
-from v4jax.storage import checkpoint_name, local_path
+from v4jax.storage import Remote, checkpoint_name, local_path, place
 from v4jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 FORMATS = ("text", "jsonl", "parquet", "arrayrecord", "chat")
@@ -21,7 +21,8 @@ class Source:
 
     path: str
     """"stdlib" (the sources of the running Python's standard library, without its tests), a
-    folder ("./stdlib" for one of that name), or, unless format is text, a file."""
+    folder ("./stdlib" for one of that name), or, unless format is text, a file; of a bucket too
+    (gs://, s3://)."""
     format: str = "text"
     """text (each UTF-8 file is a document), or one document per record: jsonl, parquet (extra
     v4jax[parquet]), arrayrecord (JSON objects), chat (JSON lines of conversations). Files of text,
@@ -44,7 +45,7 @@ class Source:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)!r}; must be a string that is not empty"
                 )
-        local_path(self.path, "path")
+        _check_place(self.path, "path")
         if self.format not in FORMATS:
             raise ValueError(f"format: got {self.format!r}; allowed: {', '.join(FORMATS)}")
         if self.format != "arrayrecord" and not self.column:
@@ -150,9 +151,9 @@ class DataConfig:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)!r}; must be a string that is not empty"
                 )
-        for name in ("source", "cache"):
-            if getattr(self, name) != "":
-                local_path(getattr(self, name), name)
+        _check_place(self.source, "source")
+        if self.cache != "":
+            local_path(self.cache, "cache")
         checkpoint_name(self.tokenizer, "tokenizer")
         if (
             isinstance(self.held_out, bool)
@@ -195,6 +196,13 @@ class DataConfig:
     def masked(self) -> bool:
         """Whether only some tokens are learned: those that an assistant wrote."""
         return any(source.format == "chat" for source in (*self.sources, *self.evaluate_on))
+
+
+def _check_place(path: str, what: str) -> None:
+    """Refuses what is no path on this machine and no place in a bucket."""
+    found = place(path, what)
+    if isinstance(found, Remote) and found.scheme == "hf":
+        raise ValueError(f"{what}: got {path!r}; must be a path on this machine, gs:// or s3://")
 
 
 def tokenizer_of(cfg: DataConfig) -> Tokenizer:

@@ -7,7 +7,6 @@ Next file to read: v4jax/data/records.py.
 
 import codecs
 import hashlib
-import pathlib
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from v4jax.data.compressed import open_data, plain_name
 from v4jax.data.config import DataConfig, Source
 from v4jax.data.files import Found, find_files, nothing_found
 from v4jax.data.places import at
+from v4jax.storage import Place
 
 BYTE_ORDER_MARK = "\ufeff"
 """What some programs write before a text; no part of it."""
@@ -32,7 +32,7 @@ class Document(NamedTuple):
     """
 
     name: str
-    path: pathlib.Path
+    path: Place
     size: int
     crc: int = 0
 
@@ -111,7 +111,7 @@ def held_out_of(hashes: Sequence[float] | np.ndarray, share: float) -> np.ndarra
     return held_M
 
 
-def _read_through(path: pathlib.Path) -> tuple[int, int, str]:
+def _read_through(path: Place) -> tuple[int, int, str]:
     """(size in bytes, CRC-32, why it is not UTF-8 or "") of a file's text."""
     decoder, size, crc = codecs.getincrementaldecoder("utf-8")(), 0, 0
     with open_data(path) as file:

@@ -10,6 +10,7 @@ import stat
 
 from v4jax.data.compressed import COMPRESSED, open_data, plain_name, require_zstd
 from v4jax.data.config import Source
+from v4jax.storage import Place
 
 _LINES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = {
@@ -34,6 +35,11 @@ def fault_of(path: pathlib.Path, source: Source) -> str:
         return "a link to nothing"
     if not stat.S_ISREG(state.st_mode):
         return "no regular file"
+    return fault_in_content(path, state.st_size, source)
+
+
+def fault_in_content(path: Place, size: int, source: Source) -> str:
+    """Why a file of `size` bytes is left out by its name or its beginning; "" if it is read."""
     compressed = source.format in _COMPRESSIBLE and path.suffix.lower() in COMPRESSED
     inner = plain_name(path.name) if compressed else path.name
     suffix = pathlib.PurePath(_SHARD.sub("", inner)).suffix.lower()
@@ -43,19 +49,19 @@ def fault_of(path: pathlib.Path, source: Source) -> str:
         return "an archive: unpack it"
     if compressed and path.suffix.lower() == ".zst":
         require_zstd(path)
-    if state.st_size == 0 or (compressed and state.st_size < _HEAD_BYTES and _is_empty(path)):
+    if size == 0 or (compressed and size < _HEAD_BYTES and _is_empty(path)):
         return EMPTY
     if source.format != "text" and suffix == ".json":
         return _json_fault(path, source.column)
     return ""
 
 
-def _is_empty(path: pathlib.Path) -> bool:
+def _is_empty(path: Place) -> bool:
     with open_data(path) as file:
         return not file.read(1)
 
 
-def _json_fault(path: pathlib.Path, column: str) -> str:
+def _json_fault(path: Place, column: str) -> str:
     """Why a .json file is not read; "" if its first line shows that it has JSON lines."""
     with open_data(path) as file:
         line = file.readline(_JSON_LINE_BYTES)

@@ -8,13 +8,14 @@ import heapq
 import os
 import pathlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from v4jax import storage
 from v4jax.data.compressed import plain_name, require_zstd
 from v4jax.data.config import Source
-from v4jax.data.file_faults import DOT, EMPTY, SUFFIXES, fault_of
-from v4jax.storage import local_path
+from v4jax.data.file_faults import DOT, EMPTY, SUFFIXES, fault_in_content, fault_of
+from v4jax.storage import Entry, Place, Remote, place
 
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _SHOWN = 3
@@ -28,11 +29,13 @@ class Found(NamedTuple):
         on every system.
       left_out: (name, why) of the others; those that matter most come first.
       excluded: how many files the glob excludes.
+      entries: size and tag of each file of a bucket; {} on a disk.
     """
 
-    files: list[tuple[str, pathlib.Path]]
+    files: Sequence[tuple[str, Place]]
     left_out: list[tuple[str, str]]
     excluded: int
+    entries: Mapping[Place, Entry] = {}
 
 
 def find_files(source: Source) -> Found:
@@ -46,7 +49,9 @@ def find_files(source: Source) -> Found:
       ValueError: no such place, one that cannot be listed, a file beside its own compressed copy,
         or .zst files without the package that reads them.
     """
-    root = local_path(source.path, "source")
+    root = place(source.path, "source")
+    if isinstance(root, Remote):
+        return _find_in_bucket(source, root)
     if source.path == "stdlib" and source.format == "text":
         return Found(_stdlib_files(), [], 0)
     if source.format != "text" and root.is_file():
@@ -93,7 +98,7 @@ def nothing_found(source: Source, found: Found) -> ValueError:
     """The error for a folder without a file to read; it says what is there instead."""
     unread = unread_files(source, found)
     said = f" ({unread})" if unread else ""
-    root = local_path(source.path, "source")
+    root = place(source.path, "source")
     if source.format == "text":
         return ValueError(
             f"source: {root} has no text in files matching {source.glob!r}; "
@@ -103,6 +108,31 @@ def nothing_found(source: Source, found: Found) -> ValueError:
     suffixes = f"{', '.join(most)} or {last}" if most else last
     matching = "" if source.glob == "**/*" else f" matching {source.glob!r}"
     return ValueError(f"source: {root} holds no {suffixes} file{matching}{said}")
+
+
+def _find_in_bucket(source: Source, root: Remote) -> Found:
+    """`find_files` of a bucket's folder, or of an object: one request for 1,000 names."""
+    listed = storage.listing(root)
+    if not listed and source.format != "text" and root.is_file():
+        entry = storage.listing(root.parent)[root.name]
+        return Found([(".", root)], [], 0, {root: entry})
+    if not listed:
+        raise ValueError(f"source: {root}: no such file or folder")
+    files, left_out, excluded = [], [], 0
+    glob = pathlib.PurePath(source.glob).parts
+    for name, entry in listed.items():
+        parts = tuple(name.split("/"))
+        if any(part.startswith(".") for part in parts):
+            left_out.append((name, DOT))
+        elif not _matches(parts, glob):
+            excluded += 1
+        elif fault := fault_in_content(root / name, entry.size, source):
+            left_out.append((name, fault))
+        else:
+            files.append((name, root / name))
+    _refuse_twins(root, files)
+    left_out.sort(key=lambda one: (one[1] == DOT, one[1] == EMPTY, one[0]))
+    return Found(files, left_out, excluded, {path: listed[name] for name, path in files})
 
 
 def _walk(root: pathlib.Path, glob: tuple[str, ...]) -> Iterator[tuple[str, pathlib.Path, str]]:
@@ -211,7 +241,7 @@ def _preference(file: tuple[str, pathlib.Path]) -> tuple[bool, bool, str]:
     return not path.suffix, path.is_symlink(), name
 
 
-def _refuse_twins(root: pathlib.Path, files: list[tuple[str, pathlib.Path]]) -> None:
+def _refuse_twins(root: Place, files: Sequence[tuple[str, Place]]) -> None:
     """Raises ValueError for a file that is there both plain and compressed."""
     by_plain: dict[str, str] = {}
     for name, _ in files:

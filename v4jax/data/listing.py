@@ -15,6 +15,7 @@ from v4jax.data.compressed import COMPRESSED
 from v4jax.data.config import Source
 from v4jax.data.documents import Document, read_documents
 from v4jax.data.files import Found, find_files
+from v4jax.storage import Entry, Place, Remote
 
 _SAMPLE_BYTES = 64 * 2**10
 _READERS = 16
@@ -36,9 +37,12 @@ class Listing:
     stores: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict, compare=False)
 
     @functools.cached_property
-    def states(self) -> dict[pathlib.Path, tuple[int, int]]:
-        """Path -> (size in bytes, time of the last change in ns) of each file."""
-        states = ((path, path.stat()) for _, path in self.found.files)
+    def states(self) -> dict[Place, tuple[int, int | str]]:
+        """Path -> (size in bytes, time of the last change in ns) of each file; of a bucket, tag."""
+        if self.found.entries:
+            return {path: (entry.size, entry.tag) for path, entry in self.found.entries.items()}
+        paths = [path for _, path in self.found.files if not isinstance(path, Remote)]
+        states = ((path, path.stat()) for path in paths)
         return {path: (state.st_size, state.st_mtime_ns) for path, state in states}
 
     @functools.cached_property
@@ -48,12 +52,17 @@ class Listing:
         A source of more than _LISTED files leaves out the single marks.
         """
         files = sorted(self.found.files)
+        if self.found.entries:
+            return self._summed({name: _mark_of(self.found.entries[path]) for name, path in files})
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
             marks = pool.map(_mark, [path for _, path in files])
             listed = {name: mark for (name, _), mark in zip(files, marks, strict=True)}
+        return self._summed(listed)
+
+    def _summed(self, listed: dict[str, str]) -> dict[str, Any]:
         digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
-        listed = listed if len(files) <= _LISTED else {}
-        return {"label": self.source.label, "count": len(files), "digest": digest, "listed": listed}
+        shown = listed if len(listed) <= _LISTED else {}
+        return {"label": self.source.label, "count": len(listed), "digest": digest, "listed": shown}
 
     @property
     def compressed(self) -> int:
@@ -72,6 +81,11 @@ class Listings(dict[Source, Listing]):
     def __missing__(self, source: Source) -> Listing:
         self[source] = Listing(source, find_files(source))
         return self[source]
+
+
+def _mark_of(entry: Entry) -> str:
+    """The size of a file of a bucket, and its tag: what its bytes are is known without them."""
+    return f"{entry.size} bytes {entry.tag}"
 
 
 def _mark(path: pathlib.Path) -> str:

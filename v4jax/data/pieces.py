@@ -26,6 +26,7 @@ from v4jax.data.places import at
 from v4jax.data.selection import used_conversations
 from v4jax.data.store import open_store
 from v4jax.data.tokenised import TokenStore
+from v4jax.storage import Remote, is_remote, place
 from v4jax.tokenizer import Tokenizer, document_ids
 
 READ_ROWS = 4
@@ -85,9 +86,10 @@ def open_pieces(
 def allows_reading_in_place(cfg: DataConfig, source: Source) -> bool:
     """Whether the settings let files of the source be read in place, without a token store.
 
-    A compressed file rules that out all the same: it cannot be read from the middle.
+    A compressed file rules that out all the same: it cannot be read from the middle. So does a
+    bucket, since no step should wait for it.
     """
-    as_it_lies = cfg.packing == "split" and cfg.fim_rate == 0
+    as_it_lies = cfg.packing == "split" and cfg.fim_rate == 0 and not is_remote(place(source.path))
     return source.format == "text" and not cfg.cache and as_it_lies
 
 
@@ -203,6 +205,7 @@ def _read_between(document: Document, begin: int, end: int) -> str:
       OSError: the file can no longer be read, or has changed. It was good before, so this is a
         failure of the run.
     """
+    assert not isinstance(document.path, Remote)  # allows_reading_in_place
     changed = f"{document.path}: changed while it was read"
     with failures_named(document.path), document.path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size

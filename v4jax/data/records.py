@@ -4,22 +4,26 @@ Next file to read: v4jax/data/checks.py.
 """
 
 import codecs
+import contextlib
 import itertools
 import json
 import pathlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import grain
 
+from v4jax import storage
 from v4jax.data.checks import each_key_once
 from v4jax.data.compressed import open_data
 from v4jax.data.config import Source
 from v4jax.data.files import Found, find_files, nothing_found
 from v4jax.data.places import at
+from v4jax.storage import Place, Remote
 
 
-def record_files(source: Source, found: Found | None = None) -> list[pathlib.Path]:
+def record_files(source: Source, found: Found | None = None) -> list[Place]:
     """The file that the source names, or those of its folder with the format's suffix, sorted.
 
     Args:
@@ -76,7 +80,7 @@ def place_of(source: Source, number: int) -> str:
     return place
 
 
-def _lines(path: pathlib.Path, _) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Place, _) -> Iterator[tuple[int, bytes]]:
     """(line number, line) of every line that is not blank."""
     with open_data(path) as file:
         for number, line in enumerate(file, 1):
@@ -85,7 +89,7 @@ def _lines(path: pathlib.Path, _) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _object(data: bytes, place: int, path: pathlib.Path) -> dict:
+def _object(data: bytes, place: int, path: Place) -> dict:
     """The JSON object in a line or record."""
     try:
         record = json.loads(_utf8(data), object_pairs_hook=each_key_once)
@@ -106,7 +110,7 @@ def _json_fault(error: json.JSONDecodeError) -> str:
     return f"{what} at {line}column {error.colno}"
 
 
-def _hint(data: bytes, place: int, path: pathlib.Path) -> str:
+def _hint(data: bytes, place: int, path: Place) -> str:
     """Advice for a file that seems to be one JSON value over several lines, or one array."""
     if place != 1 or not data.lstrip().startswith((b"[", b"{\n", b"{\r")):
         return ""
@@ -121,7 +125,7 @@ def _utf8(data: bytes) -> str:
         raise ValueError(f"not UTF-8 text: byte {error.start} of it: {error.reason}") from None
 
 
-def _rows(path: pathlib.Path, column: str) -> Iterator[tuple[int, dict]]:
+def _rows(path: Place, column: str) -> Iterator[tuple[int, dict]]:
     """(row number, row as a dict) of a Parquet file."""
     try:
         import pyarrow
@@ -132,7 +136,7 @@ def _rows(path: pathlib.Path, column: str) -> Iterator[tuple[int, dict]]:
         ) from None
     place = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with storage.reader(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
             names = file.schema_arrow.names
             # If the column is missing, a row of all columns lets the message name them.
             wanted = [column] if column in names else names
@@ -149,11 +153,29 @@ def _rows(path: pathlib.Path, column: str) -> Iterator[tuple[int, dict]]:
         raise ValueError(f"{where}: not a Parquet file: {' '.join(str(error).split())}") from None
 
 
-def _array_records(path: pathlib.Path, column: str) -> Iterator[tuple[int, Any]]:
+def _array_records(path: Place, column: str) -> Iterator[tuple[int, Any]]:
     # The reader raises its own direct subclasses of Exception for every fault.
     """(number, JSON bytes) of each record, or (number, {"": text}) if the record itself is text."""
+    with _on_disk(path) as local:
+        yield from _records_of(local, path, column)
+
+
+@contextlib.contextmanager
+def _on_disk(path: Place) -> Iterator[pathlib.Path]:
+    """The file, or a copy that goes when the context ends: the reader knows no s3://."""
+    if not isinstance(path, Remote):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="v4jax-") as folder:
+        copy = pathlib.Path(folder) / path.name
+        storage.copy(path, copy)
+        yield copy
+
+
+def _records_of(local: pathlib.Path, path: Place, column: str) -> Iterator[tuple[int, Any]]:
+    """The records of the file at `local`, which came from `path`."""
     try:
-        records = grain.sources.ArrayRecordDataSource([str(path)])
+        records = grain.sources.ArrayRecordDataSource([str(local)])
         count = len(records)  # pyright: ignore[reportArgumentType] (a base class has the length)
     except Exception as error:
         raise ValueError(

@@ -27,6 +27,11 @@ def unread_lines(cfg: DataConfig, listings: Listings) -> list[str]:
                 f"{listing.compressed} of {len(listing.found.files)} file(s) are compressed: "
                 "the tokens of all are kept in memory (--data.cache keeps them on disk)"
             )
+        if listing.found.entries and not cfg.cache:
+            said[source].append(
+                f"{len(listing.found.files)} file(s) of a bucket: the tokens of all are kept in "
+                "memory (--data.cache keeps them on disk)"
+            )
     return _lines(said)
 
 

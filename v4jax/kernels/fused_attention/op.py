@@ -26,7 +26,7 @@ from v4jax.kernels.fused_attention.operands import LayerKeys, RawQueries, operan
 from v4jax.kernels.fused_attention.steps import Form, Operands, Scalars
 from v4jax.kernels.norm import rms_norm
 from v4jax.kernels.rotate import rotate
-from v4jax.kernels.tpu import LANES, VMEM_BYTES, on_tpu
+from v4jax.kernels.tpu import LANES, beyond_vmem, check_fits, on_tpu
 
 
 def reference(
@@ -75,9 +75,7 @@ def pallas_tpu(
     Raises:
       ValueError: sizes that the kernel does not take (`unfit`).
     """
-    fault = unfit(queries, keys, window)
-    if fault:
-        raise ValueError(f"kernels: fused_attention: got 'pallas_tpu' for {fault}")
+    check_fits("fused_attention", unfit(queries, keys, window))
     q_BSNH = queries.q_BSNH
     seq, heads = q_BSNH.shape[1:3]
     together = heads if together is None or heads % together else together
@@ -142,8 +140,8 @@ def implementation_of(name: str | None, fault: str) -> str:
     """
     if name is None:
         return "pallas_tpu" if on_tpu() and not fault else "reference"
-    if name == "pallas_tpu" and fault:
-        raise ValueError(f"kernels: fused_attention: got 'pallas_tpu' for {fault}")
+    if name == "pallas_tpu":
+        check_fits("fused_attention", fault)
     return name
 
 
@@ -159,12 +157,7 @@ def unfit(queries: RawQueries, keys: LayerKeys, window: int) -> str:
         )
     entries = 0 if keys.entry_BCH is None else keys.entry_BCH.shape[1]
     need = _vmem(entries, dim, window, queries.q_BSNH.dtype.itemsize)
-    if need > VMEM_BYTES:
-        return (
-            f"{entries} entries of {dim}: a step needs {need / 2**20:.0f} MiB of fast memory, and "
-            f"{VMEM_BYTES >> 20} are there"
-        )
-    return ""
+    return beyond_vmem(f"{entries} entries of {dim}", need)
 
 
 def _vmem(entries: int, dim: int, window: int, itemsize: int) -> int:

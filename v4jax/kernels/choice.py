@@ -148,7 +148,7 @@ def interpreted(text: str, platform: str) -> str:
         return ""
     return (
         f"kernels: {', '.join(slow)}: the platform is {platform}, which interprets this step by "
-        "step: very slow, and it takes much memory"
+        "step, slowly; it is there to check numbers"
     )
 
 

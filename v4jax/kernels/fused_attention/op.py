@@ -19,8 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from sharding.manual import vary_like
+from v4jax.kernels.fused_attention import gathered_backward, gathered_forward
 from v4jax.kernels.fused_attention.backward import Saved, backward
 from v4jax.kernels.fused_attention.forward import forward
+from v4jax.kernels.fused_attention.gathered import gathered, gradient_bytes
 from v4jax.kernels.fused_attention.mass import entry_mass
 from v4jax.kernels.fused_attention.operands import LayerKeys, RawQueries, operands
 from v4jax.kernels.fused_attention.steps import Form, Operands, Scalars
@@ -75,13 +77,16 @@ def pallas_tpu(
     Raises:
       ValueError: sizes that the kernel does not take (`unfit`).
     """
-    fault = unfit(queries, keys, window)
+    gathers = 0 if keys.slot_BSK is None else keys.slot_BSK.shape[2]
+    fault = unfit(queries, keys, window, gathers)
     if fault:
         raise ValueError(f"kernels: fused_attention: got 'pallas_tpu' for {fault}")
     q_BSNH = queries.q_BSNH
     seq, heads = q_BSNH.shape[1:3]
     together = heads if together is None or heads % together else together
     form = Form(heads, together, window, queries.eps, interpret=not on_tpu())
+    if keys.slot_BSK is not None:
+        return _with_gathered(form, queries, keys, with_mass)
     x, scalars = jax.tree.map(
         lambda x: vary_like(x, q_BSNH), operands(queries, keys, window, form.interpret)
     )
@@ -92,6 +97,55 @@ def pallas_tpu(
         return out_BSNH, None
     mass_BSC = entry_mass(form, *jax.lax.stop_gradient((scalars, x, lse_BSN)))
     return out_BSNH, mass_BSC[:, :seq, : keys.entry_BCH.shape[1]]
+
+
+def _with_gathered(form: Form, queries: RawQueries, keys: LayerKeys, with_mass: bool):
+    """`pallas_tpu` where each query has a list of entries."""
+    q_BSNH, seq = queries.q_BSNH, queries.q_BSNH.shape[1]
+    near = keys._replace(entry_BCH=None, last_BC=None, segment_BC=None)
+    (x, scalars), entry_BCH, slot_BSK = jax.tree.map(
+        lambda x: vary_like(x, q_BSNH),
+        (
+            operands(queries, near, form.window, form.interpret),
+            keys.entry_BCH,
+            keys.slot_BSK,
+        ),
+    )
+    found: tuple[jax.Array, jax.Array] = _gathering(form, scalars, x, entry_BCH, slot_BSK)
+    out_BGSI, mass_BSK = found
+    out_BSNH = jnp.moveaxis(out_BGSI[:, :, :seq], 1, 2).reshape(q_BSNH.shape)
+    return out_BSNH, mass_BSK[:, :seq] if with_mass else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gathering(form: Form, scalars: Scalars, x: Operands, entry_BCH, slot_BSK) -> Any:
+    """(output, mass of each chosen entry): the window keys' kernel, then that of the entries."""
+    return _gathering_fwd(form, scalars, x, entry_BCH, slot_BSK)[0]
+
+
+def _gathering_fwd(form: Form, scalars: Scalars, x: Operands, entry_BCH, slot_BSK):
+    near = forward(form, scalars, x)
+    chosen = gathered(x, entry_BCH, slot_BSK)
+    out_BGSI, lse_BSN, mass_BSK = gathered_forward.forward(form, chosen, *near)
+    saved = scalars, x, entry_BCH, slot_BSK, out_BGSI, lse_BSN
+    return (out_BGSI, mass_BSK), saved
+
+
+def _gathering_bwd(form: Form, saved, cts):
+    scalars, x, entry_BCH, slot_BSK, out_BGSI, lse_BSN = saved
+    ct_BGSI = cts[0]
+    near = _fused_bwd(form, (scalars, x, out_BGSI, lse_BSN), ct_BGSI)
+    products = ct_BGSI.astype(jnp.float32) * out_BGSI.astype(jnp.float32)
+    batch, groups, seq, _ = products.shape
+    delta_BGSN = products.reshape(batch, groups, seq, form.together, -1).sum(-1)
+    delta_BSN = jnp.moveaxis(delta_BGSN, 1, 2).reshape(lse_BSN.shape)
+    chosen = gathered(x, entry_BCH, slot_BSK)
+    ct_BSM, ct_BCH = gathered_backward.backward(form, chosen, ct_BGSI, delta_BSN, lse_BSN)
+    q_BSM = (near.q_BSM.astype(jnp.float32) + ct_BSM).astype(x.q_BSM.dtype)
+    return None, near._replace(q_BSM=q_BSM), ct_BCH.astype(entry_BCH.dtype), None
+
+
+_gathering.defvjp(_gathering_fwd, _gathering_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -106,14 +160,19 @@ def _fwd(form: Form, scalars: Scalars, x: Operands):
 
 
 def _bwd(form: Form, saved, cts):
+    return None, _fused_bwd(form, saved, cts[0])
+
+
+def _fused_bwd(form: Form, saved, ct_BGSI: jax.Array) -> Operands:
+    """Gradients of the operands."""
     scalars, x, out_BGSI, lse_BSN = saved
-    ct = backward(form, scalars, x, Saved(cts[0], out_BGSI, lse_BSN))
+    ct = backward(form, scalars, x, Saved(ct_BGSI, out_BGSI, lse_BSN))
     # A block's window keys are those of the block before it, and its own.
     before_BUWH, own_BUWH = jnp.split(ct.kv_BUYH, 2, axis=2)
     ends = ((0, 0), (0, 1), (0, 0), (0, 0))
     ct_kv = jnp.pad(before_BUWH, ends) + jnp.pad(own_BUWH, (ends[0], ends[1][::-1], *ends[2:]))
     nothing = Operands(*[None] * len(x))
-    return None, nothing._replace(
+    return nothing._replace(
         q_BSM=ct.q_BSM,
         kv_BYH=ct_kv.reshape(x.kv_BYH.shape).astype(x.kv_BYH.dtype),
         entry_BCH=None if ct.entry_BPCH is None else ct.entry_BPCH.sum(1).astype(x.q_BSM.dtype),
@@ -147,8 +206,12 @@ def implementation_of(name: str | None, fault: str) -> str:
     return name
 
 
-def unfit(queries: RawQueries, keys: LayerKeys, window: int) -> str:
-    """Why the kernel does not take these sizes, in words; "" if it does."""
+def unfit(queries: RawQueries, keys: LayerKeys, window: int, gathers: int = 0) -> str:
+    """Why the kernel does not take these sizes, in words; "" if it does.
+
+    Args:
+      gathers: how many entries each query gathers; 0: it masks the others.
+    """
     dim, rope = queries.q_BSNH.shape[3], 2 * queries.rope.cos.shape[2]
     if not on_tpu():
         return ""
@@ -158,7 +221,10 @@ def unfit(queries: RawQueries, keys: LayerKeys, window: int) -> str:
             f"divide by {LANES}, and rope dims be at most {LANES}"
         )
     entries = 0 if keys.entry_BCH is None else keys.entry_BCH.shape[1]
-    need = _vmem(entries, dim, window, queries.q_BSNH.dtype.itemsize)
+    if gathers:
+        need = gradient_bytes(queries.q_BSNH, window, entries, gathers)
+    else:
+        need = _vmem(entries, dim, window, queries.q_BSNH.dtype.itemsize)
     if need > VMEM_BYTES:
         return (
             f"{entries} entries of {dim}: a step needs {need / 2**20:.0f} MiB of fast memory, and "

@@ -44,6 +44,7 @@ class LayerKeys(NamedTuple):
         those that it has reached.
       segment_BC: document of each entry; None likewise.
       chosen_BSC: bool, which entries a query attends to; None: those of its document that it sees.
+      slot_BSK: int32, the same as a list, where most are not chosen: each slot once, -1 for none.
     """
 
     kv_BYH: jax.Array
@@ -55,6 +56,7 @@ class LayerKeys(NamedTuple):
     last_BC: jax.Array | None = None
     segment_BC: jax.Array | None = None
     chosen_BSC: jax.Array | None = None
+    slot_BSK: jax.Array | None = None
 
 
 def operands(

@@ -19,7 +19,9 @@ from v4jax.cache.sharded import ShardAxes
 from v4jax.config import ModelConfig
 from v4jax.context import Context
 from v4jax.kernels.attention import chunks_of
+from v4jax.kernels.index_choice import op as index_choice
 from v4jax.kernels.queries import Queries, cut, in_chunks
+from v4jax.kernels.tpu import on_tpu
 from v4jax.model.entries import choose, chosen_slots, visible_scores
 from v4jax.model.indexer import IndexLoss, index_loss
 
@@ -36,15 +38,43 @@ class LayerChoice(NamedTuple):
 
     def mask_BSC(self) -> jax.Array:
         """Which entries each query attends to; without gradient."""
+        if self._in_kernel():
+            return index_choice.mask(self._seekers(), self.cfg.index_topk)
         return self._without_gradient(lambda layer, chunk: layer._choose(chunk)[0])
 
     def slot_BSK(self) -> jax.Array:
         """The same as a list for each query, int32; -1 for none."""
+        if self._in_kernel():
+            return index_choice.slot_list(self._seekers(), self.cfg.index_topk)
 
         def slots(layer: LayerChoice, chunk: Queries) -> jax.Array:
             return chosen_slots(layer.ctx, layer.cfg, layer.axes, chunk, *layer._entries())
 
         return self._without_gradient(slots)
+
+    def _in_kernel(self) -> bool:
+        """Whether one kernel scores and chooses: none of the ops that it replaces is named."""
+        kernels = self.ctx.kernels
+        named = kernels.index_scores is not None or kernels.top_k not in (None, "pallas_tpu")
+        here = on_tpu() or kernels.top_k == "pallas_tpu"
+        # Scores of heads on several devices have to be added before the choice.
+        whole = not self.axes.index_heads
+        return here and not named and whole and index_choice.unfit(self._seekers()) == ""
+
+    def _seekers(self) -> index_choice.Seekers:
+        """What the kernel of the choice reads."""
+        inputs, (entries, key_BCJ) = self.inputs, self._entries()
+        assert inputs.index is not None and not isinstance(key_BCJ, CompressedKV)
+        found = index_choice.Seekers(
+            inputs.index.q_BSIJ,
+            inputs.index.w_BSI,
+            self.near.start_B,
+            inputs.segment_BS,
+            key_BCJ,
+            entries.last_BC,
+            entries.segment_BC,
+        )
+        return jax.lax.stop_gradient(found)
 
     def _without_gradient(self, of_chunk) -> jax.Array:
         """What a function of (layer, chunk) gives for all queries."""

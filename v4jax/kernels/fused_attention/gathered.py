@@ -8,7 +8,8 @@ fast memory its rows lie query by query, QN = Q * N, and a query's are then one 
 
 Shapes: B batch, S positions (padded to whole blocks), Q queries of a block, N heads, H head dim, M
 width of all heads N * H, C entries, K chosen entries of a query, P vectors of a row, L lanes of
-one, A vectors of a row in float32, T lanes of the rotation's tables, Z all chosen entries B * S * K.
+one, A vectors of a row in float32, T lanes of the rotation's tables, Z all chosen
+entries B * S * K.
 Next file to read: v4jax/kernels/fused_attention/gathered_forward.py.
 """
 
@@ -121,8 +122,7 @@ def gradient_bytes(q_BSNH, window: int, entries: int, chosen: int) -> int:
 
 
 class Place(NamedTuple):
-    """A step's place in the grid: (batch, part, block of the part). Part p of P has blocks p, P + p,
-    ..., as in Step."""
+    """A step's place in the grid (batch, part, block of the part); parts are those of Step."""
 
     batch: Any
     unit: Any
@@ -150,8 +150,7 @@ def gathered_specs(x: Gathered, block: int, parts: int) -> Gathered:
 
     shared = x.cos_BST.shape[0] == 1
     table = pl.BlockSpec(
-        (None, block, x.cos_BST.shape[2]),
-        lambda b, p, i: (0 if shared else b, i * parts + p, 0),
+        (None, block, x.cos_BST.shape[2]), lambda b, p, i: (0 if shared else b, i * parts + p, 0)
     )
     return Gathered(
         q_BSM=of((block, x.q_BSM.shape[2]), where=rows),

@@ -72,8 +72,7 @@ def forward(
             pltpu.VMEM((chosen, *x.entry_BCPL.shape[2:]), x.entry_BCPL.dtype),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_BYTES,
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         cost_estimate=pl.CostEstimate(
             flops=4 * batch * rows * width * chosen,

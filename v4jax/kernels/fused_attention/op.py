@@ -105,11 +105,7 @@ def _with_gathered(form: Form, queries: RawQueries, keys: LayerKeys, with_mass: 
     near = keys._replace(entry_BCH=None, last_BC=None, segment_BC=None)
     (x, scalars), entry_BCH, slot_BSK = jax.tree.map(
         lambda x: vary_like(x, q_BSNH),
-        (
-            operands(queries, near, form.window, form.interpret),
-            keys.entry_BCH,
-            keys.slot_BSK,
-        ),
+        (operands(queries, near, form.window, form.interpret), keys.entry_BCH, keys.slot_BSK),
     )
     found: tuple[jax.Array, jax.Array] = _gathering(form, scalars, x, entry_BCH, slot_BSK)
     out_BGSI, mass_BSK = found

@@ -118,7 +118,8 @@ def gradient_bytes(q_BSNH, window: int, entries: int, chosen: int) -> int:
     block = _block(window, heads * dim * size)
     # Queries, gradients of the output and of the queries, in two buffers; both kinds of rows.
     rows = block * heads * dim * (3 * 2 * size + 2 * 4)
-    return (entries + NOTHING + chosen) * dim * (size + 4) + rows + SPARE_BYTES
+    lists = chosen * dim * (size + 4)
+    return (entries + NOTHING) * dim * (size + 4) + lists + rows + SPARE_BYTES
 
 
 class Place(NamedTuple):
@@ -164,18 +165,11 @@ def gathered_specs(x: Gathered, block: int, parts: int) -> Gathered:
     )
 
 
-def fetch(x: Gathered, query, row_KPL):
-    """Copies the entries that a query of the block chose."""
+def fetch(x: Gathered, query, row_KPL, first: Any = 0, count: int | None = None):
+    """Copies the entries that a query of the block chose: all, or `count` from `first` on."""
     chosen = row_KPL.shape[0]
-
-    def some(n, nothing):
-        first = n * unrolled
-        for k in range(unrolled):
-            row_KPL[first + k] = x.entry_BCPL[x.slot_Z[query * chosen + first + k]]
-        return nothing
-
-    unrolled = unrolled_of(chosen)
-    lax.fori_loop(0, chosen // unrolled, some, 0)
+    for k in range(chosen if count is None else count):
+        row_KPL[first + k] = x.entry_BCPL[x.slot_Z[query * chosen + first + k]]
 
 
 def unrolled_of(chosen: int) -> int:

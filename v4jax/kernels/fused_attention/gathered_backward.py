@@ -17,8 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sharding.manual import vary_like
 from v4jax.kernels.fused_attention.blocks import dot, rotated
-from v4jax.kernels.fused_attention.forward import normalised
 from v4jax.kernels.fused_attention.gathered import (
     NOTHING,
     Gathered,
@@ -41,7 +41,9 @@ from v4jax.kernels.tpu import LANES, NN, NT, TN, VMEM_BYTES
 def backward(
     form: Form, x: Gathered, ct_BGSI: jax.Array, delta_BSN: jax.Array, lse_BSN: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of the queries, [B,S,M] in their dtype, and of the entries, float32 [B,C,H].
+    """Gradients of the normalised, rotated and scaled queries, and of the entries.
+
+    The first is [B,S,M] in the dtype of the queries, the other float32 [B,C,H].
 
     Args:
       ct_BGSI: the gradient of the output.
@@ -70,6 +72,7 @@ def backward(
             of((groups, block, group), where=lambda at: (0, at.unit, 0)),
             each,
             each,
+            pl.BlockSpec(memory_space=pl.ANY),
         ],
         out_specs=(
             of((block, width), where=lambda at: (at.unit, 0)),
@@ -94,7 +97,7 @@ def backward(
         ),
         interpret=form.interpret,
         name="gathered_attention_gradients",
-    )(x, ct_BGSI, delta_BSN, lse_BSN)
+    )(x, ct_BGSI, delta_BSN, lse_BSN, vary_like(jnp.zeros(sums.shape[2:]), x.q_BSM))
     sum_BCH = sum_BECAL.sum(1).reshape(batch, entries, dim)
     return ct_BSM, sum_BCH[:, : entries - NOTHING]
 
@@ -105,6 +108,7 @@ def _gradients(
     ct_GQI,
     delta_QN,
     lse_QN,
+    zero_CAL,
     ct_QM,
     sum_BECAL,
     wide,
@@ -124,7 +128,7 @@ def _gradients(
 
     @pl.when(turn == 0)
     def _start():
-        sum_CAL[...] = jnp.zeros_like(sum_CAL)
+        _copy(zero_CAL, sum_CAL, arrived)
 
     write_queries(form, x, wide)
     for head in range(form.heads):
@@ -133,7 +137,6 @@ def _gradients(
         wide_ct.write_head(head, rotated(ct_QH, x, 1, inverse=False))
 
     def one(query, nothing):
-        fetch(x, query, row_KPL)
         key_KH = from_words(row_KPL, dtype)
         q_NH, do_NH = wide.query(query).astype(dtype), wide_ct.query(query).astype(dtype)
         score_NK = dot(q_NH, key_KH, NT) + bias_of(x, query)
@@ -145,27 +148,28 @@ def _gradients(
         ct_KH = dot(
             jnp.concatenate((slope_NK, share_NK.astype(dtype))), jnp.concatenate((q_NH, do_NH)), TN
         )
-        _add(x, query, ct_KH, ct, sum_CAL)
+        _add_and_fetch(x, query, ct_KH, ct, sum_CAL, row_KPL)
         return nothing
 
+    fetch(x, 0, row_KPL)
     lax.fori_loop(0, block, one, 0)
     for head in range(form.heads):
-        here = slice(head * dim, (head + 1) * dim)
-        norm_QH, inverse_Q1 = normalised(x.q_BSM[:, here], form.eps)
-        ct_QH = rotated(wide.head(head, block) * dim**-0.5, x, 1, inverse=True)
-        mean_Q1 = jnp.mean(ct_QH * norm_QH, axis=1, keepdims=True)
-        ct_QM[:, here] = (inverse_Q1 * (ct_QH - norm_QH * mean_Q1)).astype(dtype)
+        ct_QM[:, head * dim : (head + 1) * dim] = wide.head(head, block).astype(dtype)
 
     @pl.when(turn == last)
     def _end():
-        place = sum_BECAL.at[batch, part]
-        copy = pltpu.make_async_copy(sum_CAL, place, arrived)
-        copy.start()
-        copy.wait()
+        _copy(sum_CAL, sum_BECAL.at[batch, part], arrived)
 
 
-def _add(x: Gathered, query, ct_KH: jax.Array, ct, sum_CAL):
-    """Adds the gradient of a query's chosen entries to that of all entries.
+def _copy(source, target, arrived):
+    """Copies between kinds of memory, and waits."""
+    copy = pltpu.make_async_copy(source, target, arrived)
+    copy.start()
+    copy.wait()
+
+
+def _add_and_fetch(x: Gathered, query, ct_KH: jax.Array, ct, sum_CAL, row_KPL):
+    """Adds the gradient of a query's entries to that of all; copies the next query's entries.
 
     Args:
       ct: memory for the rows of ct_KH, as sum_CAL has them, below each other.
@@ -174,9 +178,11 @@ def _add(x: Gathered, query, ct_KH: jax.Array, ct, sum_CAL):
     for n in range(vectors):
         ct[pl.ds(n, chosen, stride=vectors), :] = ct_KH[:, n * lanes : (n + 1) * lanes]
     unrolled = unrolled_of(chosen)
+    following = jnp.minimum(query + 1, x.slot_BSK.shape[0] - 1)
 
     def some(n, nothing):
         first = n * unrolled
+        fetch(x, following, row_KPL, first, unrolled)
         slots = [x.slot_Z[query * chosen + first + k] for k in range(unrolled)]
         rows = pl.ds(pl.multiple_of(first * vectors, unrolled * vectors), unrolled * vectors)
         more = ct[rows, :].reshape(unrolled, vectors, lanes)

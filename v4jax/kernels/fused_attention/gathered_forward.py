@@ -69,7 +69,7 @@ def forward(
         out_specs=(heads, each, of((block, chosen), where=lambda at: (at.unit, 0))),
         scratch_shapes=[
             rows_memory(form, block, dim),
-            pltpu.VMEM((chosen, *x.entry_BCPL.shape[2:]), x.entry_BCPL.dtype),
+            pltpu.VMEM((2, chosen, *x.entry_BCPL.shape[2:]), x.entry_BCPL.dtype),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
@@ -84,13 +84,12 @@ def forward(
     )(x, near_BGSI, lse_BSN)
 
 
-def _attend(form: Form, x: Gathered, near_GQI, near_QN, out_GQI, lse_QN, mass_QK, wide, row_KPL):
+def _attend(form: Form, x: Gathered, near_GQI, near_QN, out_GQI, lse_QN, mass_QK, wide, row_2KPL):
     """One step: a block of queries, one after another."""
     wide, block, dtype = Rows(wide, form.heads), x.q_BSM.shape[0], x.q_BSM.dtype
     write_queries(form, x, wide)
 
-    def one(query, nothing):
-        fetch(x, query, row_KPL)
+    def one(query, row_KPL):
         key_KH = from_words(row_KPL, dtype)
         score_NK = dot(wide.query(query).astype(dtype), key_KH, NT) + bias_of(x, query)
         near_N1 = column(near_QN[pl.ds(query, 1), :])
@@ -101,9 +100,20 @@ def _attend(form: Form, x: Gathered, near_GQI, near_QN, out_GQI, lse_QN, mass_QK
         wide.write_query(query, dot(share_NK.astype(dtype), key_KH, NN) * once_N1)
         lse_QN[pl.ds(query, 1), :] = row(peak_N1 + jnp.log(total_N1))
         mass_QK[pl.ds(query, 1), :] = jnp.sum(share_NK * once_N1, axis=0, keepdims=True)
+
+    even, odd = row_2KPL.at[0], row_2KPL.at[1]
+
+    def two(pair, nothing):
+        # Nothing between the copies of one query's entries and the products of another is a loop,
+        # so that the compiler can mix them.
+        fetch(x, 2 * pair + 1, odd)
+        one(2 * pair, even)
+        fetch(x, jnp.minimum(2 * pair + 2, block - 1), even)
+        one(2 * pair + 1, odd)
         return nothing
 
-    lax.fori_loop(0, block, one, 0)
+    fetch(x, 0, even)
+    lax.fori_loop(0, block // 2, two, 0)
     # The share of the window keys and the sink.
     share_QN = jnp.exp(near_QN[...] - lse_QN[...])
     dim = x.q_BSM.shape[1] // form.heads

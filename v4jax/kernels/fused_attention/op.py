@@ -130,15 +130,24 @@ def _gathering_fwd(form: Form, scalars: Scalars, x: Operands, entry_BCH, slot_BS
 def _gathering_bwd(form: Form, saved, cts):
     scalars, x, entry_BCH, slot_BSK, out_BGSI, lse_BSN = saved
     ct_BGSI = cts[0]
-    near = _fused_bwd(form, (scalars, x, out_BGSI, lse_BSN), ct_BGSI)
-    products = ct_BGSI.astype(jnp.float32) * out_BGSI.astype(jnp.float32)
-    batch, groups, seq, _ = products.shape
-    delta_BGSN = products.reshape(batch, groups, seq, form.together, -1).sum(-1)
-    delta_BSN = jnp.moveaxis(delta_BGSN, 1, 2).reshape(lse_BSN.shape)
+    dim = x.kv_BYH.shape[2]
+    delta_BSN = jnp.concatenate(
+        # A slice each, as a head is whole vectors; with an axis for heads XLA would copy all.
+        [
+            jnp.sum(
+                ct_BGSI[..., first : first + dim].astype(jnp.float32)
+                * out_BGSI[..., first : first + dim],
+                axis=-1,
+            )[..., None]
+            for first in range(0, out_BGSI.shape[3], dim)
+        ],
+        axis=3,
+    )
+    delta_BSN = jnp.moveaxis(delta_BSN, 1, 2).reshape(lse_BSN.shape)
     chosen = gathered(x, entry_BCH, slot_BSK)
-    ct_BSM, ct_BCH = gathered_backward.backward(form, chosen, ct_BGSI, delta_BSN, lse_BSN)
-    q_BSM = (near.q_BSM.astype(jnp.float32) + ct_BSM).astype(x.q_BSM.dtype)
-    return None, near._replace(q_BSM=q_BSM), ct_BCH.astype(entry_BCH.dtype), None
+    far_BSM, ct_BCH = gathered_backward.backward(form, chosen, ct_BGSI, delta_BSN, lse_BSN)
+    given = Saved(ct_BGSI, out_BGSI, lse_BSN, far_BSM)
+    return None, _fused_bwd(form, scalars, x, given), ct_BCH.astype(entry_BCH.dtype), None
 
 
 _gathering.defvjp(_gathering_fwd, _gathering_bwd)
@@ -156,13 +165,13 @@ def _fwd(form: Form, scalars: Scalars, x: Operands):
 
 
 def _bwd(form: Form, saved, cts):
-    return None, _fused_bwd(form, saved, cts[0])
-
-
-def _fused_bwd(form: Form, saved, ct_BGSI: jax.Array) -> Operands:
-    """Gradients of the operands."""
     scalars, x, out_BGSI, lse_BSN = saved
-    ct = backward(form, scalars, x, Saved(ct_BGSI, out_BGSI, lse_BSN))
+    return None, _fused_bwd(form, scalars, x, Saved(cts[0], out_BGSI, lse_BSN))
+
+
+def _fused_bwd(form: Form, scalars: Scalars, x: Operands, saved: Saved) -> Operands:
+    """Gradients of the operands."""
+    ct = backward(form, scalars, x, saved)
     # A block's window keys are those of the block before it, and its own.
     before_BUWH, own_BUWH = jnp.split(ct.kv_BUYH, 2, axis=2)
     ends = ((0, 0), (0, 1), (0, 0), (0, 0))

@@ -1,6 +1,7 @@
 """Attention of a whole layer in one kernel: what it covers, and what it reads.
 
-Shapes: B batch, S positions, Y window keys, N heads, H head dim, C entries, J index dim.
+Shapes: B batch, S positions, Y window keys, N heads, H head dim, C entries, K chosen entries
+of a query, J index dim.
 Next file to read: v4jax/model/layer_choice.py.
 """
 

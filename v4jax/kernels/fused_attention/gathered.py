@@ -7,7 +7,7 @@ A step takes a block of Q queries with all their heads, as every head reads the 
 fast memory its rows lie query by query, QN = Q * N, and a query's are then one matrix [N,H].
 
 Shapes: B batch, S positions (padded to whole blocks), Q queries of a block, N heads, H head dim, M
-width of all heads N * H, C entries, K chosen entries of a query, P vectors of a row, L lanes of
+width of all heads N * H, C entries, K chosen entries of a query, P vectors of a row, J lanes of
 one, A vectors of a row in float32, T lanes of the rotation's tables, Z all chosen
 entries B * S * K.
 Next file to read: v4jax/kernels/fused_attention/gathered_forward.py.
@@ -46,7 +46,7 @@ class Gathered(NamedTuple):
     Attributes:
       q_BSM: queries, as the projection made them.
       cos_BST, sin_BST: float32, of a head's last T lanes; 1 and 0 where nothing is rotated.
-      entry_BCPL: entries, and NOTHING rows of zeros.
+      entry_BCPJ: entries, and NOTHING rows of zeros.
       slot_Z: int32, in scalar memory; the first row of zeros where a query chooses fewer than K.
       slot_BSK: int32, of each query; -1 likewise.
     """
@@ -54,7 +54,7 @@ class Gathered(NamedTuple):
     q_BSM: Any
     cos_BST: Any
     sin_BST: Any
-    entry_BCPL: Any
+    entry_BCPJ: Any
     slot_Z: Any
     slot_BSK: Any
 
@@ -78,7 +78,7 @@ def gathered(x, entry_BCH: jax.Array, slot_BSK: jax.Array) -> Gathered:
 
 
 def _in_words(x_BCH: jax.Array) -> jax.Array:
-    """Rows as vectors of 32 bits: [B,C,P,L], of bfloat16 number i and i + H/2 in a word."""
+    """Rows as vectors of 32 bits: [B,C,P,J], of bfloat16 number i and i + H/2 in a word."""
     words = x_BCH
     if x_BCH.dtype == jnp.bfloat16:
         bits = lax.bitcast_convert_type(x_BCH, jnp.uint16).astype(jnp.uint32)
@@ -88,10 +88,10 @@ def _in_words(x_BCH: jax.Array) -> jax.Array:
     return words.reshape(*words.shape[:2], -1, lanes)
 
 
-def from_words(row_KPL, dtype) -> jax.Array:
+def from_words(row_KPJ, dtype) -> jax.Array:
     """The numbers [K,H] of a reference to gathered rows."""
-    count, vectors, lanes = row_KPL.shape
-    flat = row_KPL.reshape(count * vectors, lanes)
+    count, vectors, lanes = row_KPJ.shape
+    flat = row_KPJ.reshape(count * vectors, lanes)
     parts = [flat[pl.ds(n, count, stride=vectors), :] for n in range(vectors)]
     if dtype != jnp.bfloat16:
         return jnp.concatenate(parts, axis=1)
@@ -157,7 +157,7 @@ def gathered_specs(x: Gathered, block: int, parts: int) -> Gathered:
         q_BSM=of((block, x.q_BSM.shape[2]), where=rows),
         cos_BST=table,
         sin_BST=table,
-        entry_BCPL=of(x.entry_BCPL.shape[1:], where=whole, pipeline_mode=pl.Buffered(1)),
+        entry_BCPJ=of(x.entry_BCPJ.shape[1:], where=whole, pipeline_mode=pl.Buffered(1)),
         slot_Z=pl.BlockSpec(
             (block * chosen,), lambda b, p, i: (b * units + i * parts + p,), memory_space=pltpu.SMEM
         ),
@@ -165,11 +165,11 @@ def gathered_specs(x: Gathered, block: int, parts: int) -> Gathered:
     )
 
 
-def fetch(x: Gathered, query, row_KPL, first: Any = 0, count: int | None = None):
+def fetch(x: Gathered, query, row_KPJ, first: Any = 0, count: int | None = None):
     """Copies the entries that a query of the block chose: all, or `count` from `first` on."""
-    chosen = row_KPL.shape[0]
+    chosen = row_KPJ.shape[0]
     for k in range(chosen if count is None else count):
-        row_KPL[first + k] = x.entry_BCPL[x.slot_Z[query * chosen + first + k]]
+        row_KPJ[first + k] = x.entry_BCPJ[x.slot_Z[query * chosen + first + k]]
 
 
 def unrolled_of(chosen: int) -> int:
@@ -199,7 +199,7 @@ def row(x_N1: jax.Array) -> jax.Array:
 
 
 class Rows(NamedTuple):
-    """float32 rows of all heads of a block in fast memory, query by query: [A, QN, L]."""
+    """float32 rows of all heads of a block in fast memory, query by query: [A, QN, J]."""
 
     ref: Any
     heads: int

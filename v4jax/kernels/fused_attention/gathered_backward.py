@@ -4,8 +4,9 @@ It computes each softmax again, from the saved logarithm of its denominator. A q
 its chosen entries is added row by row to that of all entries, which stays in fast memory.
 
 Shapes: B batch, S positions, Q queries of a block, N heads, H head dim, M width of all heads, G
-groups of heads, I width of a group, C entries, K chosen entries of a query, P vectors of a row, L
-lanes of one, A vectors of a row in float32, E parts of the grid.
+groups of heads, I width of a group, C entries, K chosen entries of a query, P vectors of a row, J
+lanes of one, A vectors of a row in float32, U parts of the grid, Z all chosen
+entries B * S * K.
 Next file to read: v4jax/kernels/queries.py.
 """
 
@@ -55,7 +56,7 @@ def backward(
     units = rows // block
     parts = parts_of(units)
     lanes = min(LANES, dim)
-    entries = x.entry_BCPL.shape[1]
+    entries = x.entry_BCPJ.shape[1]
     struct = functools.partial(
         jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(x.q_BSM).manual_axis_type
     )
@@ -63,7 +64,7 @@ def backward(
     of = functools.partial(spec, parts=parts)
     each = of((block, form.heads), where=lambda at: (at.unit, 0))
     groups, _, group = ct_BGSI.shape[1:]
-    ct_BSM, sum_BECAL = pl.pallas_call(
+    ct_BSM, sum_BUCAJ = pl.pallas_call(
         functools.partial(_gradients, form),
         out_shape=(struct(x.q_BSM.shape, x.q_BSM.dtype), sums),
         grid=(batch, parts, units // parts),
@@ -82,7 +83,7 @@ def backward(
         scratch_shapes=[
             rows_memory(form, block, dim),
             rows_memory(form, block, dim),
-            pltpu.VMEM((chosen, *x.entry_BCPL.shape[2:]), x.entry_BCPL.dtype),
+            pltpu.VMEM((chosen, *x.entry_BCPJ.shape[2:]), x.entry_BCPJ.dtype),
             pltpu.VMEM((chosen * sums.shape[3], lanes), jnp.float32),
             pltpu.VMEM(sums.shape[2:], jnp.float32),
             pltpu.SemaphoreType.DMA,
@@ -92,13 +93,13 @@ def backward(
         ),
         cost_estimate=pl.CostEstimate(
             flops=10 * batch * rows * width * chosen,
-            bytes_accessed=3 * x.q_BSM.nbytes + x.entry_BCPL.nbytes + 4 * sums.size,
+            bytes_accessed=3 * x.q_BSM.nbytes + x.entry_BCPJ.nbytes + 4 * sums.size,
             transcendentals=batch * rows * form.heads * chosen,
         ),
         interpret=form.interpret,
         name="gathered_attention_gradients",
     )(x, ct_BGSI, delta_BSN, lse_BSN, vary_like(jnp.zeros(sums.shape[2:]), x.q_BSM))
-    sum_BCH = sum_BECAL.sum(1).reshape(batch, entries, dim)
+    sum_BCH = sum_BUCAJ.sum(1).reshape(batch, entries, dim)
     return ct_BSM, sum_BCH[:, : entries - NOTHING]
 
 
@@ -108,14 +109,14 @@ def _gradients(
     ct_GQI,
     delta_QN,
     lse_QN,
-    zero_CAL,
+    zero_CAJ,
     ct_QM,
-    sum_BECAL,
+    sum_BUCAJ,
     wide,
     wide_ct,
-    row_KPL,
+    row_KPJ,
     ct,
-    sum_CAL,
+    sum_CAJ,
     arrived,
 ):
     """One step: a block of queries, one after another."""
@@ -128,7 +129,7 @@ def _gradients(
 
     @pl.when(turn == 0)
     def _start():
-        _copy(zero_CAL, sum_CAL, arrived)
+        _copy(zero_CAJ, sum_CAJ, arrived)
 
     write_queries(form, x, wide)
     for head in range(form.heads):
@@ -137,7 +138,7 @@ def _gradients(
         wide_ct.write_head(head, rotated(ct_QH, x, 1, inverse=False))
 
     def one(query, nothing):
-        key_KH = from_words(row_KPL, dtype)
+        key_KH = from_words(row_KPJ, dtype)
         q_NH, do_NH = wide.query(query).astype(dtype), wide_ct.query(query).astype(dtype)
         score_NK = dot(q_NH, key_KH, NT) + bias_of(x, query)
         share_NK = jnp.exp(score_NK - column(lse_QN[pl.ds(query, 1), :]))
@@ -148,17 +149,17 @@ def _gradients(
         ct_KH = dot(
             jnp.concatenate((slope_NK, share_NK.astype(dtype))), jnp.concatenate((q_NH, do_NH)), TN
         )
-        _add_and_fetch(x, query, ct_KH, ct, sum_CAL, row_KPL)
+        _add_and_fetch(x, query, ct_KH, ct, sum_CAJ, row_KPJ)
         return nothing
 
-    fetch(x, 0, row_KPL)
+    fetch(x, 0, row_KPJ)
     lax.fori_loop(0, block, one, 0)
     for head in range(form.heads):
         ct_QM[:, head * dim : (head + 1) * dim] = wide.head(head, block).astype(dtype)
 
     @pl.when(turn == last)
     def _end():
-        _copy(sum_CAL, sum_BECAL.at[batch, part], arrived)
+        _copy(sum_CAJ, sum_BUCAJ.at[batch, part], arrived)
 
 
 def _copy(source, target, arrived):
@@ -168,13 +169,13 @@ def _copy(source, target, arrived):
     copy.wait()
 
 
-def _add_and_fetch(x: Gathered, query, ct_KH: jax.Array, ct, sum_CAL, row_KPL):
+def _add_and_fetch(x: Gathered, query, ct_KH: jax.Array, ct, sum_CAJ, row_KPJ):
     """Adds the gradient of a query's entries to that of all; copies the next query's entries.
 
     Args:
-      ct: memory for the rows of ct_KH, as sum_CAL has them, below each other.
+      ct: memory for the rows of ct_KH, as sum_CAJ has them, below each other.
     """
-    chosen, (_, vectors, lanes) = ct_KH.shape[0], sum_CAL.shape
+    chosen, (_, vectors, lanes) = ct_KH.shape[0], sum_CAJ.shape
     for n in range(vectors):
         ct[pl.ds(n, chosen, stride=vectors), :] = ct_KH[:, n * lanes : (n + 1) * lanes]
     unrolled = unrolled_of(chosen)
@@ -182,15 +183,15 @@ def _add_and_fetch(x: Gathered, query, ct_KH: jax.Array, ct, sum_CAL, row_KPL):
 
     def some(n, nothing):
         first = n * unrolled
-        fetch(x, following, row_KPL, first, unrolled)
+        fetch(x, following, row_KPJ, first, unrolled)
         slots = [x.slot_Z[query * chosen + first + k] for k in range(unrolled)]
         rows = pl.ds(pl.multiple_of(first * vectors, unrolled * vectors), unrolled * vectors)
         more = ct[rows, :].reshape(unrolled, vectors, lanes)
         # A query chooses an entry once, and nothing reads the rows of zeros: all may be read before
         # one is written.
-        sums = [sum_CAL[slot] + more[k] for k, slot in enumerate(slots)]
+        sums = [sum_CAJ[slot] + more[k] for k, slot in enumerate(slots)]
         for slot, total in zip(slots, sums, strict=True):
-            sum_CAL[slot] = total
+            sum_CAJ[slot] = total
         return nothing
 
     lax.fori_loop(0, chosen // unrolled, some, 0)

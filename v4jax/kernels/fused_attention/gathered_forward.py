@@ -1,8 +1,8 @@
 """The forward kernel of gathered entries: it goes on with the softmax of the window keys.
 
 Shapes: B batch, S positions, Q queries of a block, N heads, H head dim, M width of all heads, G
-groups of heads, I width of a group, K chosen entries of a query, P vectors of a row, L lanes of
-one, A vectors of a row in float32.
+groups of heads, I width of a group, C entries, K chosen entries of a query, P vectors of a row, J
+lanes of one, A vectors of a row in float32.
 Next file to read: v4jax/kernels/fused_attention/gathered_backward.py.
 """
 
@@ -69,14 +69,14 @@ def forward(
         out_specs=(heads, each, of((block, chosen), where=lambda at: (at.unit, 0))),
         scratch_shapes=[
             rows_memory(form, block, dim),
-            pltpu.VMEM((2, chosen, *x.entry_BCPL.shape[2:]), x.entry_BCPL.dtype),
+            pltpu.VMEM((2, chosen, *x.entry_BCPJ.shape[2:]), x.entry_BCPJ.dtype),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         cost_estimate=pl.CostEstimate(
             flops=4 * batch * rows * width * chosen,
-            bytes_accessed=3 * x.q_BSM.nbytes + x.entry_BCPL.nbytes,
+            bytes_accessed=3 * x.q_BSM.nbytes + x.entry_BCPJ.nbytes,
             transcendentals=batch * rows * form.heads * chosen,
         ),
         interpret=form.interpret,
@@ -84,13 +84,13 @@ def forward(
     )(x, near_BGSI, lse_BSN)
 
 
-def _attend(form: Form, x: Gathered, near_GQI, near_QN, out_GQI, lse_QN, mass_QK, wide, row_2KPL):
+def _attend(form: Form, x: Gathered, near_GQI, near_QN, out_GQI, lse_QN, mass_QK, wide, row_2KPJ):
     """One step: a block of queries, one after another."""
     wide, block, dtype = Rows(wide, form.heads), x.q_BSM.shape[0], x.q_BSM.dtype
     write_queries(form, x, wide)
 
-    def one(query, row_KPL):
-        key_KH = from_words(row_KPL, dtype)
+    def one(query, row_KPJ):
+        key_KH = from_words(row_KPJ, dtype)
         score_NK = dot(wide.query(query).astype(dtype), key_KH, NT) + bias_of(x, query)
         near_N1 = column(near_QN[pl.ds(query, 1), :])
         peak_N1 = jnp.maximum(near_N1, jnp.max(score_NK, axis=1, keepdims=True))
@@ -101,7 +101,7 @@ def _attend(form: Form, x: Gathered, near_GQI, near_QN, out_GQI, lse_QN, mass_QK
         lse_QN[pl.ds(query, 1), :] = row(peak_N1 + jnp.log(total_N1))
         mass_QK[pl.ds(query, 1), :] = jnp.sum(share_NK * once_N1, axis=0, keepdims=True)
 
-    even, odd = row_2KPL.at[0], row_2KPL.at[1]
+    even, odd = row_2KPJ.at[0], row_2KPJ.at[1]
 
     def two(pair, nothing):
         # Nothing between the copies of one query's entries and the products of another is a loop,

@@ -3,11 +3,12 @@
 The queries of a layer are normalised and rotated, attend to window keys, entries and the sink, and
 each sum of values is rotated back (docs/equations.md#attention). `reference` computes one after
 another, and composes attention of smaller ops. On TPU that is seven or eight passes over arrays of
-all heads; `pallas_tpu` is one kernel, and one for the gradient.
+all heads; `pallas_tpu` is one kernel, and one for the gradient. Where each query gathers a list of
+entries, a second one of each kind goes on with the softmax of the window keys.
 
 Shapes: B batch, S positions, U blocks of W queries, W window, Y window keys (W, then S), N heads, H
 head dim, G groups of heads, I width of a group, M width of all heads N * H, C entries, R rope dims,
-T lanes of the rotation's tables, P parts of a grid.
+T lanes of the rotation's tables, P parts of a grid, K chosen entries of a query.
 Next file to read: v4jax/kernels/fused_attention/operands.py.
 """
 

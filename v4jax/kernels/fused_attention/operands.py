@@ -1,7 +1,8 @@
 """What the kernels of fused attention read, padded to whole blocks and laid out as they want it.
 
 Shapes: B batch, S positions, U blocks of W queries, W window, Y window keys (W, then S), N heads, H
-head dim, M width of all heads N * H, C entries, R rope dims, T lanes of the rotation's tables.
+head dim, M width of all heads N * H, C entries, K chosen entries of a query, R rope dims, T lanes
+of the rotation's tables.
 Next file to read: v4jax/kernels/fused_attention/steps.py.
 """
 

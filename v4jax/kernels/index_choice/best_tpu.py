@@ -4,11 +4,11 @@ The scores of a block never leave fast memory. There they are keys: int32 number
 the scores. Each bit of the k-th largest is settled by counting, and of equal scores the smaller
 slot wins, as in lax.top_k. Blocks of slots that no query of a block sees are left out.
 
-The choice comes out as a mask, or as words of 32 bits: bit b of word w stands for slot b * V + w.
+The choice comes out as a mask, or as words of 32 bits: bit b of word w stands for slot b * P + w.
 
-Shapes: B batch, S positions (padded to whole blocks), U blocks of R queries, C slots of entries
-(padded), E slots of a block, I index heads, J index dim, K index heads times index dim, V words of
-a query, L lanes of a vector.
+Shapes: B batch, S positions (padded to whole blocks), U blocks of queries, R queries of a block, C
+entries (slots, padded), O slots of a block, I index heads, J index dim, K index heads times index
+dim, P words of a query, T lanes of a vector.
 Next file to read: v4jax/kernels/index_choice/slots_tpu.py.
 """
 
@@ -78,7 +78,7 @@ class Form(NamedTuple):
 
 
 def best(form: Form, start_B: jax.Array, blocks_BU: jax.Array, x: Search) -> jax.Array:
-    """The choice: int8 [B,S,C], or int32 words [B,S,V].
+    """The choice: int8 [B,S,C], or int32 words [B,S,P].
 
     Args:
       start_B: int32 [B or 1], index in the row of the first query.
@@ -141,80 +141,80 @@ def best(form: Form, start_B: jax.Array, blocks_BU: jax.Array, x: Search) -> jax
     )(start_B, blocks_BU, x)
 
 
-def _choose(form: Form, start_B, blocks_BU, x: Search, out, key_RC, score_RE, count_RL):
+def _choose(form: Form, start_B, blocks_BU, x: Search, out, key_RC, score_RO, count_RT):
     """One step: the scores of a block of queries, then the bits of each one's k-th largest."""
     batch, unit = pl.program_id(0), pl.program_id(1)
     start = start_B[batch if start_B.shape[0] > 1 else 0] + unit * form.queries
     blocks = blocks_BU[batch if blocks_BU.shape[0] > 1 else 0, unit]
-    lax.fori_loop(0, blocks, functools.partial(_write_scores, x, start, key_RC, score_RE), 0)
-    size, lanes = score_RE.shape[1], count_RL.shape[1]
+    lax.fori_loop(0, blocks, functools.partial(_write_scores, x, start, key_RC, score_RO), 0)
+    size, lanes = score_RO.shape[1], count_RT.shape[1]
 
     def count(which) -> jax.Array:
         """How many keys of the blocks in use `which` is true for, exact in float32 up to 2^24."""
-        count_RL[...] = jnp.zeros_like(count_RL)
+        count_RT[...] = jnp.zeros_like(count_RT)
 
         def some(block, nothing):
             here = pl.ds(pl.multiple_of(block * size, size), size)
-            hit_RE = jnp.where(which(key_RC[:, here], block * size), 1.0, 0.0)
-            parts = [hit_RE[:, n : n + lanes] for n in range(0, size, lanes)]
-            count_RL[...] += functools.reduce(jnp.add, parts)
+            hit_RO = jnp.where(which(key_RC[:, here], block * size), 1.0, 0.0)
+            parts = [hit_RO[:, n : n + lanes] for n in range(0, size, lanes)]
+            count_RT[...] += functools.reduce(jnp.add, parts)
             return nothing
 
         lax.fori_loop(0, blocks, some, 0)
-        return jnp.sum(count_RL[...], axis=1, keepdims=True)
+        return jnp.sum(count_RT[...], axis=1, keepdims=True)
 
     def settle(n, kth_R1):
         """A bit of the key, as if it had no sign, is 1 if at least k keys are still as large."""
         trial_R1 = kth_R1 | lax.shift_left(jnp.int32(1), 31 - n)
-        large_R1 = count(lambda key_RE, first: key_RE >= (trial_R1 ^ LOWEST)) >= form.count
+        large_R1 = count(lambda key_RO, first: key_RO >= (trial_R1 ^ LOWEST)) >= form.count
         return jnp.where(large_R1, trial_R1, kth_R1)
 
     none_R1 = jnp.zeros((form.queries, 1), jnp.int32)
     kth_R1 = lax.fori_loop(0, 32, settle, none_R1) ^ LOWEST
-    left_R1 = form.count - count(lambda key_RE, first: key_RE > kth_R1)
+    left_R1 = form.count - count(lambda key_RO, first: key_RO > kth_R1)
     bits = key_RC.shape[1].bit_length()
 
-    def level(key_RE, first, end_R1):
-        slot_RE = first + lax.broadcasted_iota(jnp.int32, key_RE.shape, 1)
-        return (key_RE == kth_R1) & (slot_RE < end_R1)
+    def level(key_RO, first, end_R1):
+        slot_RO = first + lax.broadcasted_iota(jnp.int32, key_RO.shape, 1)
+        return (key_RO == kth_R1) & (slot_RO < end_R1)
 
     def widen(n, end_R1):
         """A bit of the first slot that is not taken is 1 if all before it are not too many."""
         trial_R1 = end_R1 | lax.shift_left(jnp.int32(1), bits - 1 - n)
-        taken_R1 = count(lambda key_RE, first: level(key_RE, first, trial_R1))
+        taken_R1 = count(lambda key_RO, first: level(key_RO, first, trial_R1))
         return jnp.where(taken_R1 <= left_R1, trial_R1, end_R1)
 
     end_R1 = lax.fori_loop(0, bits, widen, none_R1)
 
-    def chosen(key_RE, first):
-        taken = (key_RE > kth_R1) | level(key_RE, first, end_R1)
-        return taken & (key_RE > _UNSEEN)
+    def chosen(key_RO, first):
+        taken = (key_RO > kth_R1) | level(key_RO, first, end_R1)
+        return taken & (key_RO > _UNSEEN)
 
     (_write_words if form.in_words else _write_mask)(form, key_RC, blocks, chosen, out)
 
 
-def _write_scores(x: Search, start, key_RC, score_RE, block, nothing):
+def _write_scores(x: Search, start, key_RC, score_RO, block, nothing):
     """The keys of a block of slots."""
-    rows, size = score_RE.shape
+    rows, size = score_RO.shape
     here = pl.ds(pl.multiple_of(block * size, size), size)
-    index_EJ = x.key_BCJ[here, :]
-    heads, dim = x.w_BSI.shape[1], index_EJ.shape[1]
+    index_OJ = x.key_BCJ[here, :]
+    heads, dim = x.w_BSI.shape[1], index_OJ.shape[1]
     group = max(n for n in range(1, HEADS + 1) if heads % n == 0)
-    score_RE[...] = jnp.zeros_like(score_RE)
+    score_RO[...] = jnp.zeros_like(score_RO)
     for first in range(0, heads, group):
         parts = []
         for head in range(first, first + group):
             q_RJ = x.q_BSK[:, head * dim : (head + 1) * dim]
-            dots_RE = lax.dot_general(
-                q_RJ, index_EJ, NT, precision=precision_of(q_RJ), preferred_element_type=jnp.float32
+            dots_RO = lax.dot_general(
+                q_RJ, index_OJ, NT, precision=precision_of(q_RJ), preferred_element_type=jnp.float32
             )
-            parts.append(jnp.maximum(dots_RE, 0.0) * x.w_BSI[:, head : head + 1])
-        score_RE[...] += functools.reduce(jnp.add, parts)
-    position_RE = start + lax.broadcasted_iota(jnp.int32, (rows, size), 0)
-    seen_RE = x.last_B1C[:, here] <= position_RE
+            parts.append(jnp.maximum(dots_RO, 0.0) * x.w_BSI[:, head : head + 1])
+        score_RO[...] += functools.reduce(jnp.add, parts)
+    position_RO = start + lax.broadcasted_iota(jnp.int32, (rows, size), 0)
+    seen_RO = x.last_B1C[:, here] <= position_RO
     if x.segment_B1C is not None:
-        seen_RE &= x.segment_BS1[...] == x.segment_B1C[:, here]
-    key_RC[:, here] = jnp.where(seen_RE, sortable(score_RE[...]), _UNSEEN)
+        seen_RO &= x.segment_BS1[...] == x.segment_B1C[:, here]
+    key_RC[:, here] = jnp.where(seen_RO, sortable(score_RO[...]), _UNSEEN)
     return nothing
 
 
@@ -231,16 +231,16 @@ def _write_mask(form: Form, key_RC, blocks, chosen, mask_RC):
     lax.fori_loop(0, key_RC.shape[1] // size, write, 0)
 
 
-def _write_words(form: Form, key_RC, blocks, chosen, word_RV):
-    """The words: bit b of all words together are V slots that follow each other."""
-    words = word_RV.shape[1]
-    word_RV[...] = jnp.zeros_like(word_RV)
+def _write_words(form: Form, key_RC, blocks, chosen, word_RP):
+    """The words: bit b of all words together are P slots that follow each other."""
+    words = word_RP.shape[1]
+    word_RP[...] = jnp.zeros_like(word_RP)
 
     def write(bit, nothing):
         here = pl.ds(pl.multiple_of(bit * words, words), words)
-        slot_RV = bit * words + lax.broadcasted_iota(jnp.int32, word_RV.shape, 1)
-        taken = chosen(key_RC[:, here], bit * words) & (slot_RV < blocks * form.slots)
-        word_RV[...] |= lax.shift_left(jnp.where(taken, 1, 0), bit)
+        slot_RP = bit * words + lax.broadcasted_iota(jnp.int32, word_RP.shape, 1)
+        taken = chosen(key_RC[:, here], bit * words) & (slot_RP < blocks * form.slots)
+        word_RP[...] |= lax.shift_left(jnp.where(taken, 1, 0), bit)
         return nothing
 
     lax.fori_loop(0, BITS, write, 0)

@@ -4,6 +4,7 @@ Next file to read: v4jax/kernels/hyper_connection/blocks.py.
 """
 
 import jax
+import jax.numpy as jnp
 
 LANES = 128
 """Width of a TPU's vectors."""
@@ -44,3 +45,11 @@ def check_fits(op: str, fault: str) -> None:
     """
     if fault:
         raise ValueError(f"kernels: {op}: got 'pallas_tpu' for {fault}")
+
+
+def padded(x: jax.Array, more: int, fill: int = 0) -> jax.Array:
+    """`more` times `fill` at the end of axis 1."""
+    if more == 0:
+        return x
+    sides = ((0, 0), (0, more), *((0, 0) for _ in x.shape[2:]))
+    return jnp.pad(x, sides, constant_values=fill)

@@ -13,33 +13,27 @@ Hardware: 64 v5p chips (v5p:4x4x4), the fewest that fit: float32 weights, bfloat
     micro-batch. The mesh is the fastest of `v4jax layout configs/flash_continue.py --search
     --target v5p:4x4x4`. Nobody has run it; 90 GB of a chip's 102 is an estimate.
 Time: 9.4 s a step, 13 hours in all, estimated.
-Next file to read: configs/models.py.
+Next file to read: configs/from_flash.py.
 """
 
-from configs import models
+from configs.from_flash import from_flash
 from v4jax.data.config import DataConfig
 from v4jax.train.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
     """5,000 steps of 64 rows of 16,384 tokens, at the rate at which pre-training ended."""
-    return TrainConfig(
-        model=models.flash(),
+    return from_flash(
+        "checkpoints/flash-base",
+        learning_rate=2.7e-5,
         data=DataConfig(source="text", format="jsonl", tokenizer="checkpoints/flash-base"),
-        init_from="checkpoints/flash-base",
         run_dir="runs/flash_continue",
         mesh="expert=64",
-        layout="pod",
         steps=5000,
         batch_size=64,
         seq_len=16_384,
-        dtype="bfloat16",
-        learning_rate=2.7e-5,
-        index_learning_rate=2.7e-5,
         warmup_steps=200,
         decay_steps=4800,
-        momentum_dtype="bfloat16",
-        moment_dtype="bfloat16",
         eval_every=250,
         checkpoint_every=250,
     )

@@ -17,18 +17,19 @@ Hardware: 4 nodes of 8 H200s, the fewest that fit: float32 weights, bfloat16 mom
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 is set. On 64 v5p chips (63 GB of 102): --mesh
     context=2,expert=32 --batch-size 32.
 Time: 3.9 s a step, 64 minutes in all, estimated.
-Next file to read: configs/models.py.
+Next file to read: configs/from_flash.py.
 """
 
-from configs import models
+from configs.from_flash import from_flash
 from v4jax.data.config import ChatFormat, DataConfig
 from v4jax.train.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
     """1,000 steps of 16 rows of 8,192 tokens; only what the assistant says is learned."""
-    return TrainConfig(
-        model=models.flash(),
+    return from_flash(
+        "checkpoints/flash",
+        learning_rate=1e-5,
         data=DataConfig(
             source="chats.jsonl",
             format="chat",
@@ -37,20 +38,13 @@ def get_config() -> TrainConfig:
             packing="best_fit",
             chat=ChatFormat(too_long="drop"),
         ),
-        init_from="checkpoints/flash",
         run_dir="runs/flash_sft",
         mesh="expert=16,tensor=2",
-        layout="pod",
         steps=1000,
         batch_size=16,
         seq_len=8192,
-        dtype="bfloat16",
-        learning_rate=1e-5,
-        index_learning_rate=1e-5,
         warmup_steps=30,
         decay_steps=970,
-        momentum_dtype="bfloat16",
-        moment_dtype="bfloat16",
         eval_every=100,
         checkpoint_every=200,
     )

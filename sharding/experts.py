@@ -105,36 +105,42 @@ def apply_experts(
     num_experts, run = jax.tree.leaves(weights)[0].shape[0], functools.partial(_run, expert, share)
     if not rules:
         return run(weights, num_experts, x_BSD, index_BSK, gate_BSK)
-    holders = rules.mesh_axes("experts")
-    cut = rules.mesh_axes("expert_hidden")
-    tokens = rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq")
-
-    def local(weights, x_bsd, index_bsk, gate_bsk):
-        weights = {
-            name: whole_experts(rules, tokens, weights[name], axes[name], x_bsd.dtype)
-            for name in weights
-        }
-        x_bsd, gate_bsk = (vary(a, cut) for a in (x_bsd, gate_bsk))
-        index_bsk = vary(index_bsk, cut)
-        if holders and rules.exchange:
-            y_bsd = _run_exchanged(run, weights, num_experts, holders, x_bsd, index_bsk, gate_bsk)
-            return lax.psum(y_bsd, cut) if cut else y_bsd
-        if holders:
-            x_bsd, index_bsk, gate_bsk = (
-                lax.all_gather(a, holders, axis=0, tiled=True) for a in (x_bsd, index_bsk, gate_bsk)
-            )
-            index_bsk = index_bsk - lax.axis_index(holders) * jax.tree.leaves(weights)[0].shape[0]
-        y_bsd = run(weights, num_experts, x_bsd, index_bsk, gate_bsk)
-        if holders:
-            y_bsd = lax.psum_scatter(y_bsd, holders, scatter_dimension=0, tiled=True)
-        return lax.psum(y_bsd, cut) if cut else y_bsd
-
+    local = functools.partial(_on_device, rules, run, axes, num_experts)
     act = rules.spec(("act_batch", "act_seq", None))
     return jax.shard_map(
         local,
         in_specs=({name: rules.spec(axes[name]) for name in weights}, act, act, act),
         out_specs=act,
     )(weights, x_BSD, index_BSK, gate_BSK)
+
+
+def _on_device(rules: AxisRules, run, axes, num_experts: int, weights, x_bsd, index_bsk, gate_bsk):
+    """`apply_experts` on one device of the mesh: brings tokens to its experts, and their sums back.
+
+    Args:
+      run: `_run`, with the expert and the share.
+    """
+    holders = rules.mesh_axes("experts")
+    cut = rules.mesh_axes("expert_hidden")
+    tokens = rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq")
+    weights = {
+        name: whole_experts(rules, tokens, weights[name], axes[name], x_bsd.dtype)
+        for name in weights
+    }
+    x_bsd, gate_bsk = (vary(a, cut) for a in (x_bsd, gate_bsk))
+    index_bsk = vary(index_bsk, cut)
+    if holders and rules.exchange:
+        y_bsd = _run_exchanged(run, weights, num_experts, holders, x_bsd, index_bsk, gate_bsk)
+        return lax.psum(y_bsd, cut) if cut else y_bsd
+    if holders:
+        x_bsd, index_bsk, gate_bsk = (
+            lax.all_gather(a, holders, axis=0, tiled=True) for a in (x_bsd, index_bsk, gate_bsk)
+        )
+        index_bsk = index_bsk - lax.axis_index(holders) * jax.tree.leaves(weights)[0].shape[0]
+    y_bsd = run(weights, num_experts, x_bsd, index_bsk, gate_bsk)
+    if holders:
+        y_bsd = lax.psum_scatter(y_bsd, holders, scatter_dimension=0, tiled=True)
+    return lax.psum(y_bsd, cut) if cut else y_bsd
 
 
 def _run(expert, share, weights, num_experts, x_BSD, index_BSK, gate_BSK) -> jax.Array:

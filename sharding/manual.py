@@ -8,9 +8,38 @@ Shapes: B batch, S positions; lower case = this device's share.
 Next file to read: sharding/experts.py.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from sharding.rules import AxisRules
+
+
+def on_own_tokens(
+    rules: AxisRules, local: Callable, *tokens: Any, whole: Any = None, check_vma: bool = True
+) -> Any:
+    """local(*tokens, whole), each device with its own tokens; without `whole`, local(*tokens).
+
+    XLA left to itself gathers all tokens on every device where a reshape merges batch and sequence.
+
+    Args:
+      rules: the layout; the empty one means one device.
+      tokens: arrays [B,S,...], as are all results.
+      whole: arrays that every device has whole.
+      check_vma: JAX tracks which values vary over the mesh. It cannot in a kernel that is
+        interpreted.
+    """
+    inputs = tokens if whole is None else (*tokens, whole)
+    if not rules:
+        return local(*inputs)
+    act = rules.spec(("act_batch", "act_seq"))
+    specs = tuple(act for _ in tokens)
+    if whole is not None:
+        specs += (jax.P(),)
+    return jax.shard_map(local, in_specs=specs, out_specs=act, check_vma=check_vma)(*inputs)
 
 
 def vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -16,6 +16,9 @@ from jax.sharding import AxisType, Mesh
 NODE = 8
 """GPUs of one host, which NVLink joins, as in a DGX or HGX H100."""
 
+_PLUGINS = {"tpu": "libtpu", "gpu": "jax_cuda13_plugin"}
+"""Extra -> the package of its that has the compiler."""
+
 # What an H100 SXM tells CUDA about itself (openxla/xla, specs/h100_sxm.txtpb).
 _H100 = {
     "threads_per_block_limit": 1024,
@@ -45,6 +48,35 @@ _H100_TEXT = (
 )
 
 
+def check_target(target: str) -> None:
+    """Refuses a target that this environment cannot compile for.
+
+    Args:
+      target: as of `topology_mesh`, or "cpu", which needs nothing.
+
+    Raises:
+      ValueError: its extra (`tpu` or `gpu`) is not installed, or GPUs fill no hosts.
+    """
+    if target == "cpu":
+        return
+    if target.startswith("h100:"):
+        _check_gpus(target.removeprefix("h100:"))
+    extra = "gpu" if target.startswith("h100:") else "tpu"
+    if importlib.util.find_spec(_PLUGINS[extra]) is None:
+        raise ValueError(
+            f"target: compiling for {target!r} needs the extra `{extra}`: pip install "
+            f"'v4jax[{extra}]'; estimates do not (--paper, or --search without --confirm)"
+        )
+
+
+def _check_gpus(count: str) -> None:
+    if not count.isdecimal() or int(count) < 1 or (int(count) > NODE and int(count) % NODE):
+        raise ValueError(
+            f"target: got 'h100:{count}'; must be h100:N with N up to {NODE}, or a multiple of "
+            f"{NODE} (GPUs of a host)"
+        )
+
+
 def topology_mesh(target: str, sizes: dict[str, int]) -> Mesh:
     """A mesh of devices to compile for.
 
@@ -71,8 +103,7 @@ def topology_mesh(target: str, sizes: dict[str, int]) -> Mesh:
 
 
 def tpu_devices(target: str) -> list[Any]:
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(f"target {target!r} needs the extra `tpu`: pip install 'v4jax[tpu]'")
+    check_target(target)
     # libtpu asks a metadata server unless it is told who it is, and locks itself to one process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
@@ -86,14 +117,8 @@ def tpu_devices(target: str) -> list[Any]:
 
 
 def _gpus(target: str) -> list[Any]:
+    check_target(target)
     count = target.removeprefix("h100:")
-    if not count.isdecimal() or int(count) < 1 or (int(count) > NODE and int(count) % NODE):
-        raise ValueError(
-            f"target: got {target!r}; must be h100:N with N up to {NODE}, or a multiple of {NODE} "
-            "(GPUs of a host)"
-        )
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        raise ValueError(f"target {target!r} needs the extra `gpu`: pip install 'v4jax[gpu]'")
     hosts, each = max(int(count) // NODE, 1), min(int(count), NODE)
     return list(
         topologies.get_topology_desc(

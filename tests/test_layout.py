@@ -173,26 +173,12 @@ def test_a_cache_lies_where_the_report_says():
         (["--target", "gb200:8"], "nearest: b200"),
         (["--search", "--target", "h100"], "--search needs --chips"),
         (
-            ["--target", "v5p:2x2x2", "--paper", "--effort", "full"],
-            "--effort: got 'full', but nothing is compiled",
-        ),
-        (
             ["--mesh", "fsdp=2", "--effort", "full"],
-            "effort: got 'full'; only the compiler for TPUs has a choice",
+            "effort: got 'full' for 'cpu'; only the compiler",
         ),
         (["--mesh", "fsdp=2", "--estimate", "compiler"], "XLA gives none for 'cpu'"),
-        (
-            ["--target", "v5p:2x2x2", "--paper", "--estimate", "compiler"],
-            "--estimate compiler: nothing is compiled; leave out --paper",
-        ),
-        (
-            ["--search", "--target", "v5p:2x2x2", "--estimate", "compiler"],
-            "--estimate compiler: nothing is compiled; it goes with --confirm K",
-        ),
-        (
-            ["--compare", "full:fsdp=8", "dp:data=8", "--estimate", "compiler"],
-            "--estimate compiler: not with --compare",
-        ),
+        (["--batch", "0", "--paper"], "batch_size: got 0; must be at least 1"),
+        (["--gradient-accumulation", "0", "--paper"], "gradient_accumulation: got 0; must be"),
     ],
 )
 def test_bad_input_is_one_line(arguments, line, capsys):

@@ -16,8 +16,9 @@ from sharding.processes import is_first
 from v4jax.api import load, place_on
 from v4jax.config import ModelConfig
 from v4jax.functional import forward
-from v4jax.kernels.choice import kernels_from
+from v4jax.kernels.choice import interpreted, kernels_from
 from v4jax.quant.fake import check_quant
+from v4jax.stderr import say
 from v4jax.storage import checkpoint_path, file_to_write, local_path
 from v4jax.tokenizer import check_tokens
 
@@ -76,6 +77,7 @@ def score(
         model = ModelConfig.from_json(folder)
         check_quant(model, quant)
         read_tokens(tokens_path, model.vocab_size)
+    say(interpreted(kernels, jax.default_backend()))
     cfg, params = load(checkpoint, dtype, mesh, layout)
     tokens = read_tokens(tokens_path, cfg.vocab_size)
     device_mesh, rules = place_on(mesh, layout)

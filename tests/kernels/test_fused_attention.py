@@ -23,11 +23,13 @@ CASES = {
     "documents, window": dict(packed=True),
     "second shard": dict(ratio=RATIO, start=24),
     "one block": dict(ratio=RATIO, seq=WINDOW, start=16),
+    "gathered entries": dict(ratio=RATIO, gathered=True),
+    "documents, gathered": dict(ratio=RATIO, packed=True, gathered=True, seq=21),
     "rows that fill no block": dict(ratio=RATIO, seq=21, packed=True),
 }
 
 
-def inputs(dtype, seq=24, start=0, ratio=None, packed=False, chosen=False):
+def inputs(dtype, seq=24, start=0, ratio=None, packed=False, chosen=False, gathered=False):
     """(queries, keys) of two rows, of which a shard begins at `start`."""
     rng = np.random.default_rng(seq + start)
 
@@ -60,9 +62,16 @@ def inputs(dtype, seq=24, start=0, ratio=None, packed=False, chosen=False):
     if packed:
         owner = jnp.take_along_axis(keys.segment_BS, jnp.minimum(last, seq - 1), axis=1)
         keys = keys._replace(segment_BC=owner, last_BC=jnp.broadcast_to(last, owner.shape))
-    if chosen:
+    if chosen or gathered:
         pick = jnp.asarray(rng.random((2, seq, count + 1)) < 0.5)
         keys = keys._replace(chosen_BSC=pick & (last[:, None] <= position[..., None]))
+    if gathered:
+        # A list of 6 in any order, of which some are none.
+        slots = np.arange(count + 1)
+        slot = np.where(keys.chosen_BSC, slots, -1).astype(np.int32)
+        slot = rng.permuted(slot, axis=2)[:, :, :6]
+        among = jnp.asarray((slot[..., None] == slots).any(2))
+        keys = keys._replace(chosen_BSC=among, slot_BSK=jnp.asarray(slot))
     return queries, keys
 
 
@@ -86,7 +95,8 @@ def chunk_of(keys, q):
     if keys.entry_BCH is None:
         return chunk, None
     if keys.chosen_BSC is not None:
-        return chunk, attention.EntryKeys(keys.entry_BCH, keys.chosen_BSC)
+        more = ((0, 0), (0, chunk.q_BTNH.shape[1] - seq), (0, 0))
+        return chunk, attention.EntryKeys(keys.entry_BCH, jnp.pad(keys.chosen_BSC, more))
     seen = keys.last_BC[:, None] <= chunk.position_BT[..., None]
     if keys.segment_BC is not None:
         seen &= keys.segment_BC[:, None] == chunk.segment_BT[..., None]

@@ -107,6 +107,16 @@ def test_a_layer_of_flash_is_two_kernels(ratio, kernels):
             assert size < wide, line
 
 
+def test_long_rows_gather_entries_in_a_kernel():
+    """4,096 entries: two kernels for the choice, and each way one for window keys, one for entries.
+
+    No array has a copy of the entries for each query.
+    """
+    text = compiled(models.flash(), WHOLE, 4, 16_384, 4, packed=True)
+    assert kernels_in(text) == 6
+    assert not re.search(r"\[(1,)?(16384|128|4096),512,512\]", text)
+
+
 @pytest.mark.parametrize("model", ["flash", "pro"])
 def test_as_many_entries_as_hca_has_at_64k(model):
     """The last 4,096 queries of 65,536 would be a shard; here all entries fit beside the heads."""

@@ -29,13 +29,17 @@ CFG = MODEL.replace(
 """A CSA layer that chooses 8 of 34 entries by a mask, an HCA layer, and MTP's window alone."""
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def run(params, batch, ctx):
+GATHERS = CFG.replace(index_topk=4)
+"""Its CSA layer gathers 4 of 34 entries."""
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def run(params, batch, ctx, cfg):
     """(loss, gradients)."""
-    return jax.value_and_grad(lambda params: loss_and_routing(CFG, params, batch, ctx)[0])(params)
+    return jax.value_and_grad(lambda params: loss_and_routing(cfg, params, batch, ctx)[0])(params)
 
 
-def of(name, batch, mesh="", layout="full", sparse=SparseMode()):
+def of(name, batch, mesh="", layout="full", sparse=SparseMode(), cfg=CFG):
     """(loss, gradients) of one batch, by the implementation `name` of its kernels."""
     sizes = parse_mesh(mesh)
     rules = layout_for(layout, sizes) if mesh else AxisRules()
@@ -45,6 +49,7 @@ def of(name, batch, mesh="", layout="full", sparse=SparseMode()):
             params,
             batch,
             Context(rules=rules, kernels=Kernels(fused_attention=name, top_k=name), sparse=sparse),
+            cfg,
         )
     return jax.tree.map(np.asarray, found)
 
@@ -61,9 +66,9 @@ BATCHES = {"whole rows": {"tokens": batch_of()["tokens"]}, "packed": batch_of()}
 
 
 @functools.cache
-def expected(batch, sparse=SparseMode()):
+def expected(batch, sparse=SparseMode(), cfg=CFG):
     """(loss, gradients) of two rows on one device, without the kernel."""
-    return of("reference", rows_of(batch), sparse=sparse)
+    return of("reference", rows_of(batch), sparse=sparse, cfg=cfg)
 
 
 def rows_of(batch):
@@ -109,6 +114,18 @@ def test_long_chunks_that_continue_rows_of_a_cache():
     close(second_chunk("pallas_tpu"), second_chunk("reference"), 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("sparse", "mesh"),
+    [
+        (SparseMode(train_indexer=True), ""),
+        pytest.param(SparseMode(), "fsdp=2,context=2,tensor=2", marks=pytest.mark.slow),
+    ],
+)
+def test_entries_that_are_gathered_in_the_kernel(sparse, mesh):
+    kernel = of("pallas_tpu", rows_of("packed"), mesh, "full", sparse, GATHERS)
+    same(kernel, expected("packed", sparse, GATHERS), 1e-5)
+
+
 TAUGHT = [
     (SparseMode(train_indexer=True), ""),
     pytest.param(SparseMode(train_indexer=True, dense=True), "", marks=pytest.mark.slow),
@@ -125,19 +142,13 @@ def test_the_indexer_learns_the_same_from_the_kernels_mass(sparse, mesh):
 
 def test_what_the_kernel_does_not_cover_is_refused_by_name():
     ctx = Context(kernels=Kernels(fused_attention="pallas_tpu"))
-    params, tokens = abstract_params(CFG), jax.ShapeDtypeStruct((1, 136), jnp.int32)
-
-    def loss(cfg, ctx):
-        jax.eval_shape(lambda p, t: loss_and_routing(cfg, p, {"tokens": t}, ctx)[0], params, tokens)
-
-    line = "kernels: fused_attention: got 'pallas_tpu' for "
-    with pytest.raises(ValueError, match=line + "34 entries, of which each query gathers 4"):
-        loss(CFG.replace(index_topk=4), ctx)
+    params = abstract_params(CFG)
 
     def decode(params):
         cache = empty_cache(CFG, 1, 256)
         one = jnp.ones(1, jnp.int32)
         return extend(CFG, split_layers(CFG, params), cache, one[:, None], one, ctx)[0].x_BTD
 
+    line = "kernels: fused_attention: got 'pallas_tpu' for "
     with pytest.raises(ValueError, match=line + "a few tokens that continue a row"):
         jax.eval_shape(decode, params)

@@ -74,7 +74,7 @@ def numbers(sub: argparse.ArgumentParser) -> None:
         default="",
         metavar="NAMES",
         help="implementations of ops: reference, or pairs such as top_k=bisection,matmul=reference "
-        "(default: the best of the platform)",
+        "(default: the best of the platform; another platform's kernel is interpreted, slowly)",
     )
 
 

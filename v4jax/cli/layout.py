@@ -1,6 +1,6 @@
 """`v4jax layout`: what a layout costs, or which one is best.
 
-Next file to read: v4jax/planner/command.py.
+Next file to read: v4jax/cli/layout_options.py.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import pathlib
 
 from v4jax.cli.arguments import NEW_FILE, PATH, BadInput
 from v4jax.cli.config_file import read_config_file
+from v4jax.cli.layout_options import check_options
 from v4jax.cli.printing import print_rows
 from v4jax.cli.start import start
 
@@ -136,13 +137,13 @@ def _declare_instead(sub: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, _: list[str]) -> dict | None:
     """Examines, compares or searches layouts, and prints a table."""
+    check_options(arguments, _defaults())
     if arguments.measure:
         return _measure(arguments.measure)
     if arguments.config is None:
         raise BadInput("layout needs a CONFIG.py or config.json; see v4jax layout --help")
     is_file = pathlib.Path(arguments.config).suffix == ".py"
     config = read_config_file(arguments.config) if is_file else arguments.config
-    from v4jax.planner.command import compare, examine, look_for
     from v4jax.planner.nearest import checked
     from v4jax.planner.request import Request, config_of, devices_of
 
@@ -159,6 +160,20 @@ def run(arguments: argparse.Namespace, _: list[str]) -> dict | None:
         from v4jax.planner.portable import write_stablehlo
 
         return write_stablehlo(arguments.stablehlo, cfg, checked(cfg, request).hardware)
+    return _show(arguments, cfg, request)
+
+
+def _defaults() -> argparse.Namespace:
+    """What an empty command line gives."""
+    empty = argparse.ArgumentParser()
+    declare(empty)
+    return empty.parse_args([])
+
+
+def _show(arguments: argparse.Namespace, cfg, request) -> dict | None:
+    """Prints what the planner finds, and writes its page."""
+    from v4jax.planner.command import compare, examine, look_for
+
     if arguments.compare:
         result = compare(cfg, request, arguments.compare)
     elif arguments.search:

@@ -22,6 +22,7 @@ from v4jax.generate.request import check_request
 from v4jax.generate.row import Row
 from v4jax.generate.steps import DecodeConfig
 from v4jax.generate.text import TextStop
+from v4jax.kernels.choice import interpreted
 from v4jax.stderr import say
 from v4jax.storage import folder_of_checkpoint
 from v4jax.tokenizer import Tokenizer, load_tokenizer, prompt_ids
@@ -72,6 +73,7 @@ def run(flags) -> dict | None:
         decoding,
     )
     say(choice.line, disagreement(cfg, tokenizer))
+    say(interpreted(flags.kernels, jax.default_backend()))
     cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout)
     mesh, rules = place_on(flags.mesh, flags.layout)
     with jax.set_mesh(mesh):

@@ -19,6 +19,7 @@ from v4jax.generate.prefix import PrefixStore, check_store
 from v4jax.generate.request import check_request
 from v4jax.generate.steps import DecodeConfig
 from v4jax.generate.text import TextStop
+from v4jax.kernels.choice import interpreted
 from v4jax.stderr import say
 from v4jax.storage import folder_of_checkpoint
 from v4jax.tokenizer import Tokenizer, check_tokens, load_tokenizer, prompt_ids
@@ -105,6 +106,7 @@ def _read(flags) -> _Request:
         check_store(flags.prefix_cache, flags.prefix_cache_bytes)
     TextStop(given or [], flags.stop, tokenizer)
     say(choice.line, disagreement(model, tokenizer) if tokenizer else "")
+    say(interpreted(flags.kernels, jax.default_backend()))
     return _Request(tokenizer, given, prompts, seeds, max_new_tokens, decoding)
 
 

@@ -98,12 +98,7 @@ def generate(
         if capacity is None
         else capacity
     )
-    cache, known, keep = None, [0] * rows, None
-    if prefixes is not None:
-        cache, known = prefixes.begin(
-            start_cache(cfg, decoding._replace(sampling=Sampling()), rows, capacity), padded
-        )
-        keep = functools.partial(prefixes.keep, padded, known)
+    cache, known, keep = _known_prefixes(prefixes, cfg, decoding, padded, capacity)
     state, output = prefill(
         cfg,
         decoding,
@@ -115,6 +110,25 @@ def generate(
         keep,
     )
     return decode(cfg, decoding, params, state, output, seed_B, stop, max_new_tokens, on_tokens)[0]
+
+
+def _known_prefixes(
+    prefixes: PrefixStore | None,
+    cfg: ModelConfig,
+    decoding: DecodeConfig,
+    prompts: Sequence[Sequence[int]],
+    capacity: int,
+) -> tuple[Cache | None, list[int], Callable | None]:
+    """(a cache that holds the beginnings that the store knows, how long they are, what keeps more).
+
+    Without a store: (None, zeros, None).
+    """
+    known = [0] * len(prompts)
+    if prefixes is None:
+        return None, known, None
+    plain = decoding._replace(sampling=Sampling())
+    cache, known = prefixes.begin(start_cache(cfg, plain, len(prompts), capacity), prompts)
+    return cache, known, functools.partial(prefixes.keep, prompts, known)
 
 
 def decode(

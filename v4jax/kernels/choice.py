@@ -28,6 +28,9 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """Op -> the names of its implementations, which are the keys of the op's IMPLEMENTATIONS."""
 
+_MADE_FOR = {"pallas_tpu": "tpu", "ragged": "tpu", "triton": "gpu"}
+"""Implementation -> the platform whose compiler takes its kernels; others interpret them."""
+
 _Function = TypeVar("_Function")
 
 
@@ -129,6 +132,24 @@ def pick(
 def interprets(kernels: Kernels) -> bool:
     """Whether attention runs kernels step by step, because they are named outside of TPUs."""
     return "pallas_tpu" in (kernels.fused_attention, kernels.top_k) and not on_tpu()
+
+
+def interpreted(text: str, platform: str) -> str:
+    """What to say of named kernels that a platform interprets; "" if there are none.
+
+    Args:
+      text: as `kernels_from` reads it.
+      platform: of the devices: "cpu", "gpu" or "tpu".
+    """
+    kernels = kernels_from(text)
+    named = ((op, getattr(kernels, op)) for op in NAMES)
+    slow = [f"{op}={name}" for op, name in named if _MADE_FOR.get(name, platform) != platform]
+    if not slow:
+        return ""
+    return (
+        f"kernels: {', '.join(slow)}: the platform is {platform}, which interprets this step by "
+        "step, slowly; it is there to check numbers"
+    )
 
 
 def _unknown(op: str, name: str, names: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ STEP_BYTES = 2**19
 MOST_SLOTS = 2**16
 """Most slots of a query: ROWS queries of them take half of a core's fast memory of 64 MiB."""
 
-_LOWEST = -(2**31)
+LOWEST = -(2**31)
 """The sign bit of an int32: keys with it flipped are in the order of numbers without a sign."""
 
 
@@ -69,7 +69,7 @@ def mask_in_kernel(score_BTC: jax.Array, k: int, interpret: bool) -> jax.Array:
 
 def _mask(k: int, score_RC, mask_RC):
     """One step: bits of the k-th largest score, then of how many slots equal to it are taken."""
-    key_RC = _sortable(score_RC[...])
+    key_RC = sortable(score_RC[...])
     slot_RC = lax.broadcasted_iota(jnp.int32, key_RC.shape, 1)
 
     def count(which_RC) -> jax.Array:
@@ -79,9 +79,9 @@ def _mask(k: int, score_RC, mask_RC):
     def settle(n, kth_R1):
         """A bit of the key, as if it had no sign, is 1 if at least k keys are still as large."""
         trial_R1 = kth_R1 | lax.shift_left(jnp.int32(1), 31 - n)
-        return jnp.where(count(key_RC >= (trial_R1 ^ _LOWEST)) >= k, trial_R1, kth_R1)
+        return jnp.where(count(key_RC >= (trial_R1 ^ LOWEST)) >= k, trial_R1, kth_R1)
 
-    kth_R1 = lax.fori_loop(0, 32, settle, jnp.zeros((key_RC.shape[0], 1), jnp.int32)) ^ _LOWEST
+    kth_R1 = lax.fori_loop(0, 32, settle, jnp.zeros((key_RC.shape[0], 1), jnp.int32)) ^ LOWEST
     above_RC, level_RC = key_RC > kth_R1, key_RC == kth_R1
     left_R1 = k - count(above_RC)
     bits = key_RC.shape[1].bit_length()
@@ -97,7 +97,7 @@ def _mask(k: int, score_RC, mask_RC):
     mask_RC[...] = jnp.where(chosen_RC, 1, 0).astype(jnp.int8)
 
 
-def _sortable(x: jax.Array) -> jax.Array:
+def sortable(x: jax.Array) -> jax.Array:
     """int32 keys in the order of the float32 numbers x; 0 and -0 have the same key."""
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -39,9 +39,10 @@ def choose(
     They are all visible entries, or the chosen ones: under a mask, or gathered for each query,
     whichever is cheaper at that length. The scores have the shape of the mask.
     """
-    visible_BTC, dtype, topk = _visible(chunk, entries), chunk.q_BTNH.dtype, cfg.index_topk
+    dtype, topk = chunk.q_BTNH.dtype, cfg.index_topk
     kernels, sparse = ctx.kernels, ctx.sparse
     if index_key is None or chunk.index is None:
+        visible_BTC = _visible(chunk, entries)
         return EntryKeys(all_rows(entries.entry_BCH, dtype), visible_BTC), None
     q_BTIJ, w_BTI = chunk.index
     keys = key_reader(index_key, q_BTIJ.dtype)
@@ -50,8 +51,7 @@ def choose(
         position_BT = chunk.position_BT - CSA * first_row(axes.slots, keys.count)
         score_BTK, index_BTK = best_slots(q_BTIJ, w_BTI, keys, position_BT, CSA, topk, kernels)
     else:
-        score_BTC = _scores(ctx, axes, chunk, chunk.index, index_key, entries)
-        score_BTC = jnp.where(visible_BTC, score_BTC, -jnp.inf)
+        visible_BTC, score_BTC = visible_scores(ctx, axes, chunk, entries, index_key)
         slots = score_BTC.shape[-1]
         if sparse.dense or (slots <= topk and not axes.slots):
             return EntryKeys(all_rows(entries.entry_BCH, dtype), visible_BTC), score_BTC
@@ -63,6 +63,34 @@ def choose(
     if axes.slots:
         chosen_BTK &= among_all(score_BTK, topk, axes.slots)
     return EntryKeys(chosen_rows(entries.entry_BCH, index_BTK, dtype), chosen_BTK), score_BTK
+
+
+def chosen_slots(
+    ctx: Context,
+    cfg: ModelConfig,
+    axes: ShardAxes,
+    chunk: Queries,
+    entries: Entries,
+    index_key: jax.Array | CompressedKV | None,
+) -> jax.Array:
+    """The entries that `choose` gathers, as a list, int32 [B,T,K]; -1 where there are fewer."""
+    _, score_BTC = visible_scores(ctx, axes, chunk, entries, index_key)
+    score_BTK, slot_BTK = top_k(score_BTC, cfg.index_topk, ctx.kernels.top_k)
+    return jnp.where(score_BTK > -jnp.inf, slot_BTK, -1)
+
+
+def visible_scores(
+    ctx: Context,
+    axes: ShardAxes,
+    chunk: Queries,
+    entries: Entries,
+    index_key: jax.Array | CompressedKV | None,
+) -> tuple[jax.Array, jax.Array]:
+    """(which entries each query sees, their index scores; -inf for others), [B or 1,T,C]."""
+    assert index_key is not None and chunk.index is not None, "a layer with an indexer"
+    visible_BTC = _visible(chunk, entries)
+    score_BTC = _scores(ctx, axes, chunk, chunk.index, index_key, entries)
+    return visible_BTC, jnp.where(visible_BTC, score_BTC, -jnp.inf)
 
 
 def _scores(

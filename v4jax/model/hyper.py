@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sharding.manual import on_own_tokens
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.context import Context
@@ -52,12 +53,7 @@ def balanced(
         comb = sinkhorn(logits_XXT, iterations, eps, implementation)
         return comb.reshape(n * n, -1).T.reshape(*tokens, n, n)
 
-    if not rules:
-        return local(logits_BSP)
-    # Each device balances its own tokens. Where batch and sequence are cut, XLA would gather all
-    # tokens on every device to merge B and S.
-    spec = rules.spec(("act_batch", "act_seq"))
-    return jax.shard_map(local, in_specs=spec, out_specs=spec)(logits_BSP)
+    return on_own_tokens(rules, local, logits_BSP)
 
 
 def collapsed(ctx: Context, cfg: ModelConfig, x_BSXD, fn, base, scale) -> SiteResult:

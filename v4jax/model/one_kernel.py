@@ -1,6 +1,7 @@
 """Attention of a whole layer in one kernel: what it covers, and what it reads.
 
-Shapes: B batch, S positions, Y window keys, N heads, H head dim, C entries, J index dim.
+Shapes: B batch, S positions, Y window keys, N heads, H head dim, C entries, K chosen entries
+of a query, J index dim.
 Next file to read: v4jax/model/layer_choice.py.
 """
 
@@ -40,7 +41,9 @@ def takes_one_kernel(
     fault = _fault(ctx, cfg, axes, inputs)
     if fault == "":
         queries, keys = _operands(cfg, inputs, near, segment_BY)
-        fault = fused_attention.unfit(queries, keys, cfg.sliding_window)
+        lists = _chooses(ctx, cfg, inputs) and _gathers(cfg, inputs)
+        gathers = cfg.index_topk if lists else 0
+        fault = fused_attention.unfit(queries, keys, cfg.sliding_window, gathers)
     return fused_attention.implementation_of(name, fault) == "pallas_tpu"
 
 
@@ -60,14 +63,17 @@ def in_one_kernel(
     if learns or chooses:
         chosen = LayerChoice(ctx, cfg, axes, inputs, near, segment_BY)
     if chosen is not None and chooses:
-        keys = keys._replace(chosen_BSC=chosen.mask_BSC())
+        if _gathers(cfg, inputs):
+            keys = keys._replace(slot_BSK=chosen.slot_BSK())
+        else:
+            keys = keys._replace(chosen_BSC=chosen.mask_BSC())
     one_kernel = fused_attention.IMPLEMENTATIONS["pallas_tpu"]
     together = cfg.num_attention_heads // cfg.o_groups
-    out_BSNH, mass_BSC = one_kernel(queries, keys, cfg.sliding_window, together, learns)
-    if chosen is None or mass_BSC is None:
+    out_BSNH, mass = one_kernel(queries, keys, cfg.sliding_window, together, learns)
+    if chosen is None or mass is None:
         return out_BSNH, None
-    mass_BSC = jax.lax.psum(mass_BSC, axes.heads) if axes.heads else mass_BSC
-    return out_BSNH, chosen.loss(mass_BSC, keys.chosen_BSC)
+    mass = jax.lax.psum(mass, axes.heads) if axes.heads else mass
+    return out_BSNH, chosen.loss(mass, keys.chosen_BSC, keys.slot_BSK)
 
 
 def _fault(ctx: Context, cfg: ModelConfig, axes: ShardAxes, inputs: AttentionInputs) -> str:
@@ -80,11 +86,6 @@ def _fault(ctx: Context, cfg: ModelConfig, axes: ShardAxes, inputs: AttentionInp
     cached = inputs.index is not None and isinstance(inputs.index.key_BCJ, CompressedKV)
     if cached and _chooses(ctx, cfg, inputs):
         return "a choice among the entries of a cache"
-    if _chooses(ctx, cfg, inputs) and _gathers(cfg, inputs):
-        return (
-            f"{_slots(inputs)} entries, of which each query gathers {cfg.index_topk}; "
-            "only a mask over all entries is supported"
-        )
     return ""
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sharding.manual import on_own_tokens
 from sharding.rules import AxisRules
 from v4jax.diagnostics import Diagnostics
 from v4jax.kernels.matmul import dense
@@ -79,7 +80,4 @@ def choose(rules: AxisRules, score_BSE: jax.Array, active: int) -> jax.Array:
     def top(score_bse):
         return jax.lax.top_k(score_bse, active)[1]
 
-    if not rules:
-        return top(score_BSE)
-    act = rules.spec(("act_batch", "act_seq", None))
-    return jax.shard_map(top, in_specs=act, out_specs=act)(score_BSE)
+    return on_own_tokens(rules, top, score_BSE)

@@ -5,9 +5,10 @@ Next file to read: v4jax/planner/request.py.
 
 import dataclasses
 
-from v4jax.planner.compiled import report_layout
+from sharding.targets import check_target
+from v4jax.planner.compiled import check_effort, report_layout
 from v4jax.planner.estimate import estimate, gigabytes
-from v4jax.planner.hardware import target_of
+from v4jax.planner.hardware import Target, target_of
 from v4jax.planner.nearest import checked, nearest_fit
 from v4jax.planner.notes import notes
 from v4jax.planner.request import Request, devices_of, layout_and_mesh
@@ -23,24 +24,19 @@ def examine(cfg: TrainConfig, request: Request) -> Result:
 
     Raises:
       ValueError: mesh, batch, target or layout do not fit together; names the nearest choice that
-        does.
+        does. Or JAX cannot compile for the target as asked.
     """
     target = checked(cfg, request)
-    if request.estimate == "compiler" and (request.paper or request.released):
-        raise ValueError(
-            "--estimate compiler: nothing is compiled; leave out --paper and --released"
-        )
+    compiles = not (request.paper or request.released) and target.compiles
     check_estimate(request.estimate, request.target, request.lower_only, request.effort)
+    for option, given in (("--lower-only", request.lower_only), ("--effort", request.effort)):
+        if given and not target.compiles:
+            raise ValueError(f"{option}: {_estimated_only(request.target)}")
+    check_effort(request.effort, request.target)
+    if compiles:
+        check_target(request.target)
     found = estimate(cfg, target.hardware, request.what, request.fp8, request.released)
-    compiled, compiles = (
-        None,
-        not request.paper and not request.released and (target.topology or target.hardware.shared),
-    )
-    if request.effort and (request.lower_only or not compiles):
-        raise ValueError(
-            f"--effort: got {request.effort!r}, but nothing is compiled; "
-            "it is for a TPU topology such as v5p:4x4x8"
-        )
+    compiled = None
     if compiles:
         if target.topology and not found.fits and not request.lower_only:
             raise ValueError(
@@ -60,10 +56,8 @@ def compare(cfg: TrainConfig, request: Request, texts: list[str]) -> Comparison:
     """The estimates of two layouts, each given as LAYOUT:MESH or FILE.py:NAME:MESH.
 
     Raises:
-      ValueError: the compiler's estimates are asked for; or as `examine`.
+      ValueError: as `examine`.
     """
-    if request.estimate == "compiler":
-        raise ValueError("--estimate compiler: not with --compare; show one layout at a time")
     pair = []
     for text in texts:
         layout, mesh = layout_and_mesh(text)
@@ -85,27 +79,10 @@ def look_for(cfg: TrainConfig, request: Request, chips: int | None, confirm: int
     Raises:
       ValueError: nothing fits, or a flag that this target or search cannot use.
     """
-    target = target_of(request.target)
-    if confirm and not (target.topology or target.hardware.shared):
-        raise ValueError(
-            f"--confirm: JAX cannot compile for {request.target!r} here; "
-            "give a TPU topology such as v5p:4x4x8, or leave it out"
-        )
-    if request.effort and not confirm:
-        raise ValueError(
-            f"--effort: got {request.effort!r}, but nothing is compiled; it goes with --confirm K"
-        )
-    if request.estimate == "compiler" and not confirm:
-        raise ValueError("--estimate compiler: nothing is compiled; it goes with --confirm K")
-    check_estimate(request.estimate, request.target, False, request.effort)
-    found = search(
-        cfg,
-        target.hardware,
-        devices_of(request.target, chips),
-        request.what,
-        request.fp8,
-        request.released,
-    )
+    target, devices = target_of(request.target), devices_of(request.target, chips)
+    if confirm:
+        _check_confirm(target, devices, request)
+    found = search(cfg, target.hardware, devices, request.what, request.fp8, request.released)
     best = found.ranked[:confirm]
     cuts = (as_estimated(cfg, one) for one in best)
     return Searched(
@@ -120,4 +97,25 @@ def look_for(cfg: TrainConfig, request: Request, chips: int | None, confirm: int
             )
             for cut in cuts
         ),
+    )
+
+
+def _check_confirm(target: Target, devices: int, request: Request) -> None:
+    """Refuses to compile the best of a search where JAX cannot, before the search."""
+    if not target.compiles:
+        raise ValueError(f"--confirm: {_estimated_only(request.target)}")
+    if target.topology and devices != target.devices:
+        raise ValueError(
+            f"--confirm: target {request.target} has {target.devices} devices; --chips asks for "
+            f"{devices}; leave out --chips"
+        )
+    check_estimate(request.estimate, request.target, request.lower_only, request.effort)
+    check_effort(request.effort, request.target)
+    check_target(request.target)
+
+
+def _estimated_only(target: str) -> str:
+    return (
+        f"JAX cannot compile for {target!r}, which is estimated only; it can for cpu, a TPU "
+        "topology such as v5p:4x4x8, and h100:N"
     )

@@ -19,6 +19,7 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.params import bytes_per_device
 from sharding.rules import layout_for
 from sharding.targets import topology_mesh
+from v4jax.planner.estimate import platform_of
 from v4jax.planner.expert_bytes import least_expert_bytes, sent_to_experts
 from v4jax.planner.hardware import target_of
 from v4jax.planner.lowered import lower_decode, lower_train
@@ -141,7 +142,8 @@ def report_layout(
     rules = layout_for(cfg.layout, sizes)
     check_batch(cfg, rules, sizes)
     mesh = make_mesh(sizes) if target == "cpu" else topology_mesh(target, sizes)
-    effort = _effort(effort, mesh)
+    check_effort(effort, target)
+    effort = effort or ("quick" if _is_tpu(mesh) else "")
     start = time.perf_counter()
     params, state, lowered = (lower_train if what == "train" else lower_decode)(cfg, rules, mesh)
     lowered_at = time.perf_counter()
@@ -176,15 +178,20 @@ def _is_tpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "tpu"
 
 
-def _effort(effort: str | None, mesh: Mesh) -> str:
-    if not _is_tpu(mesh):
-        if effort is not None:
-            raise ValueError(f"effort: got {effort!r}; only the compiler for TPUs has a choice")
-        return ""
-    effort = "quick" if effort is None else effort
+def check_effort(effort: str | None, target: str) -> None:
+    """Refuses an effort that is unknown, or for a target whose compiler has no choice.
+
+    Raises:
+      ValueError: names the effort.
+    """
+    if effort is None:
+        return
+    if platform_of(target_of(target).hardware) != "tpu":
+        raise ValueError(
+            f"effort: got {effort!r} for {target!r}; only the compiler for TPUs has a choice"
+        )
     if effort not in EFFORTS:
         raise ValueError(f"effort: got {effort!r}; known: {', '.join(EFFORTS)}")
-    return effort
 
 
 def _options(effort: str, mesh: Mesh, estimate: str) -> dict[str, Any] | None:

@@ -176,11 +176,8 @@ def estimate(
     copies = copies_of(terms, values, device)
     copying = sum(seconds for _, seconds in copies.values())
     sent = sent_of(terms, values, device, sizes)
-    computing, exchanging = (
-        sum(row[2] for row in parts.values()),
-        sum(row[2] for row in sent.values()),
-    )
-    seconds = computing + max(exchanging * (1 - device.overlap), exchanging - computing) + copying
+    exchanging = sum(row[2] for row in sent.values())
+    seconds = _exposed(parts, exchanging, device.overlap) + copying
     tokens = cfg.batch_size * (cfg.seq_len if what == "train" else 1)
     counted = _model_flops(cfg.model, cfg.seq_len, what) * tokens
     chips = 1 if hardware.shared else devices / hardware.devices_per_chip
@@ -208,6 +205,12 @@ def estimate(
         tokens_per_second=rate,
         cost=hardware.price * chips / 3600 / rate * 1e6,
     )
+
+
+def _exposed(parts: Mapping[str, Any], exchanging: float, overlap: float) -> float:
+    """Seconds of computing, and of exchanges what does not hide behind it."""
+    computing = sum(row[2] for row in parts.values())
+    return computing + max(exchanging * (1 - overlap), exchanging - computing)
 
 
 def rates_of(cfg: TrainConfig, device: Hardware, fp8: bool) -> dict[str, float]:

@@ -11,7 +11,6 @@ Next file to read: v4jax/planner/weights.py.
 """
 
 import dataclasses
-import importlib.util
 import json
 import math
 import pathlib
@@ -105,12 +104,14 @@ class Target:
     """A chip, and a number of its devices.
 
     Attributes:
-      topology: what JAX is asked for; "" where JAX cannot compile for it.
+      topology: what JAX is asked for; "" for CPUs, and where JAX cannot compile for it.
+      compiles: whether JAX can compile for it; for CPUs, only for "cpu" itself.
     """
 
     hardware: Hardware
     devices: int
     topology: str = ""
+    compiles: bool = False
 
 
 def known() -> dict[str, dict[str, Any]]:
@@ -154,14 +155,15 @@ def target_of(text: str, devices: int | None = None) -> Target:
     name, colon, size = text.rpartition(":") if ":" in text else (text, "", "")
     hardware = hardware_of(name)
     if not colon:
-        return Target(hardware, devices or 1)
+        return Target(hardware, devices or 1, compiles=name == "cpu")
     if not re.fullmatch(r"\d+(x\d+)*", size) or math.prod(map(int, size.split("x"))) < 1:
         raise ValueError(f"target: got size {size!r} in {text!r}; must be chips, as 64 or 4x4x8")
     chips = math.prod(map(int, size.split("x")))
     is_tpu = bool(hardware.tiers[0].torus) and not name.endswith(".json") and "x" in size
     # Only the H100 has a description to compile for, in sharding/targets.py.
-    is_gpu = name == "h100" and importlib.util.find_spec("jax_cuda13_plugin") is not None
-    return Target(hardware, chips * hardware.devices_per_chip, text if is_tpu or is_gpu else "")
+    is_gpu = name == "h100"
+    compiles = is_tpu or is_gpu
+    return Target(hardware, chips * hardware.devices_per_chip, text if compiles else "", compiles)
 
 
 def nearest(word: str, words) -> str:

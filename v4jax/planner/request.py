@@ -59,13 +59,16 @@ def config_of(config: TrainConfig | str, options) -> TrainConfig:
             warmup_steps=0,
         )
     # The micro-batches of CONFIG.py belong to its own batch.
-    kept = own_batch and not options.batch
+    kept = own_batch is not None and options.batch is None
+    accumulation = options.gradient_accumulation
+    if accumulation is None and not kept:
+        accumulation = 1
     changes = {
         "mesh": options.mesh,
         "layout": options.layout,
         "seq_len": options.seq,
-        "batch_size": options.batch or own_batch,
-        "gradient_accumulation": options.gradient_accumulation or (None if kept else 1),
+        "batch_size": own_batch if options.batch is None else options.batch,
+        "gradient_accumulation": accumulation,
         "stages": (),
     }
     config = dataclasses.replace(
@@ -75,7 +78,7 @@ def config_of(config: TrainConfig | str, options) -> TrainConfig:
     devices = math.lcm(*(math.prod(parse_mesh(mesh).values()) for mesh in meshes))
     if options.search:
         devices = devices_of(options.target, options.chips)
-    if options.batch or own_batch:
+    if options.batch is not None or own_batch is not None:
         return config if options.search else _numbered(config, options.target)
     return dataclasses.replace(config, batch_size=devices)
 

@@ -77,7 +77,8 @@ class TrainConfig:
     with."""
     kernels: str = ""
     """Implementations of ops: reference, or pairs such as top_k=bisection,matmul=reference
-    (v4jax/kernels/README.md lists them); empty: the best of the platform."""
+    (v4jax/kernels/README.md lists them); empty: the best of the platform. Another platform's
+    kernel is interpreted, slowly."""
     remat: str = "layer"
     """What the backward pass recomputes instead of keeping it: none, layer (whole layers),
     attention (what attention computes inside), experts (the same of experts), dots (all but

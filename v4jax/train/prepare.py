@@ -10,6 +10,7 @@ import math
 import pathlib
 from typing import NamedTuple
 
+import jax
 from jax.sharding import Mesh, NamedSharding
 
 from sharding.agreement import agreed
@@ -26,6 +27,7 @@ from v4jax.data.listing import Listings
 from v4jax.data.rows import Batch
 from v4jax.data.store import prepare_cache
 from v4jax.data.summary import unread_lines, unused_lines
+from v4jax.kernels.choice import interpreted
 from v4jax.stderr import say
 from v4jax.storage import checkpoint_name, folder_to_fill, is_remote, path_of_checkpoints, pinned
 from v4jax.tokenizer import Tokenizer
@@ -83,6 +85,8 @@ class Layout(NamedTuple):
 def check_layout(cfg: TrainConfig) -> Layout:
     """The mesh and its rules, after checks that every stage's batch, the plots and the export fit.
 
+    Says on stderr which kernels this platform only interprets.
+
     Raises:
       ValueError: names what does not fit.
     """
@@ -92,6 +96,7 @@ def check_layout(cfg: TrainConfig) -> Layout:
     mesh = make_mesh(sizes)
     check_whole(mesh)
     check_memories(cfg, mesh)
+    say(interpreted(cfg.kernels, jax.default_backend()))
     require_plots()
     if is_first():  # the others write to no tracker
         require_trackers(cfg.trackers)

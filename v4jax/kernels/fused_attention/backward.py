@@ -62,11 +62,17 @@ class Gradients(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass reads beside the operands: gradient and results of the forward."""
+    """What the backward pass reads beside the operands: gradient and results of the forward.
+
+    Attributes:
+      far_BSM: the gradient of normalised, rotated and scaled queries from keys that this kernel
+        does not see; None without.
+    """
 
     ct_BGSI: jax.Array
     out_BGSI: jax.Array
     lse_BSN: jax.Array
+    far_BSM: jax.Array | None = None
 
 
 def backward(form: Form, scalars: Scalars, x: Operands, saved: Saved) -> Gradients:
@@ -99,6 +105,7 @@ def backward(form: Form, scalars: Scalars, x: Operands, saved: Saved) -> Gradien
         of(saved.ct_BGSI, (None, *heads_block), form.in_output),
         of(saved.out_BGSI, (None, *heads_block), form.in_output),
         of(saved.lse_BSN, (window, form.heads), lambda at: (at.unit, 0)),
+        of(saved.far_BSM, heads_block, lambda at: (at.unit, at.group)),
     )
     keys = 2 * window + entries
     return pl.pallas_call(
@@ -178,6 +185,8 @@ def _gradients(
         ct.entry_BPCH[: keys - near, :] += ct_KH[near:]
     if has_more_entries(x):
         ct_RH = lax.fori_loop(1, blocks, with_entries, ct_RH)
+    if saved.far_BSM is not None:
+        ct_RH = ct_RH + rows_of_heads(saved.far_BSM, heads).astype(jnp.float32)
     ct_RH = rotated(ct_RH * scale, x, heads, inverse=True)
     mean_R1 = jnp.mean(ct_RH * norm_RH, axis=1, keepdims=True)
     write_heads(ct.q_BSM, inverse_R1 * (ct_RH - norm_RH * mean_R1), heads)

@@ -72,8 +72,12 @@ def sinks_of_heads(sink_N, first, heads: int, rows: int) -> jax.Array:
     )
 
 
-def rotated(x_RH: jax.Array, x: Operands, heads: int, inverse: bool) -> jax.Array:
-    """float32 rows with the pairs of their last lanes rotated (docs/equations.md#rotary)."""
+def rotated(x_RH: jax.Array, x: Any, heads: int, inverse: bool) -> jax.Array:
+    """float32 rows with the pairs of their last lanes rotated (docs/equations.md#rotary).
+
+    Args:
+      x: what holds the tables cos_BST and sin_BST.
+    """
     width, lanes = x_RH.shape[1], x.cos_BST.shape[1]
     tail = x_RH[:, width - lanes :]
     even = lax.broadcasted_iota(jnp.int32, tail.shape, 1) % 2 == 0

@@ -1,7 +1,8 @@
 """What the kernels of fused attention read, padded to whole blocks and laid out as they want it.
 
 Shapes: B batch, S positions, U blocks of W queries, W window, Y window keys (W, then S), N heads, H
-head dim, M width of all heads N * H, C entries, R rope dims, T lanes of the rotation's tables.
+head dim, M width of all heads N * H, C entries, K chosen entries of a query, R rope dims, T lanes
+of the rotation's tables.
 Next file to read: v4jax/kernels/fused_attention/steps.py.
 """
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from v4jax.kernels.fused_attention.blocks import ENTRIES, entry_block
 from v4jax.kernels.fused_attention.steps import Operands, Scalars
 from v4jax.kernels.rotate import Rotation
-from v4jax.kernels.tpu import LANES
+from v4jax.kernels.tpu import LANES, padded
 
 
 class RawQueries(NamedTuple):
@@ -44,6 +45,7 @@ class LayerKeys(NamedTuple):
         those that it has reached.
       segment_BC: document of each entry; None likewise.
       chosen_BSC: bool, which entries a query attends to; None: those of its document that it sees.
+      slot_BSK: int32, the same as a list, where most are not chosen: each slot once, -1 for none.
     """
 
     kv_BYH: jax.Array
@@ -55,6 +57,7 @@ class LayerKeys(NamedTuple):
     last_BC: jax.Array | None = None
     segment_BC: jax.Array | None = None
     chosen_BSC: jax.Array | None = None
+    slot_BSK: jax.Array | None = None
 
 
 def operands(
@@ -69,37 +72,29 @@ def operands(
     more = -seq % window
     cos_BST, sin_BST = _tables(queries.rope, dim)
     x = Operands(
-        q_BSM=_padded(queries.q_BSNH.reshape(batch, seq, -1), more),
-        kv_BYH=_padded(keys.kv_BYH, more),
-        cos_BST=_padded(cos_BST, more),
-        sin_BST=_padded(sin_BST, more),
+        q_BSM=padded(queries.q_BSNH.reshape(batch, seq, -1), more),
+        kv_BYH=padded(keys.kv_BYH, more),
+        cos_BST=padded(cos_BST, more),
+        sin_BST=padded(sin_BST, more),
         sink_N=keys.sink_N,
     )
     if keys.segment_BS is not None and keys.segment_BY is not None:
         x = x._replace(
-            segment_BS1=_padded(keys.segment_BS, more)[:, :, None],
-            segment_B1Y=_padded(keys.segment_BY, more)[:, None],
+            segment_BS1=padded(keys.segment_BS, more)[:, :, None],
+            segment_B1Y=padded(keys.segment_BY, more)[:, None],
         )
     units = (seq + more) // window
     if keys.entry_BCH is None or keys.last_BC is None:
         return x, Scalars(keys.start_B, jnp.zeros((1, units), jnp.int32))
     empty = _empty_entries(keys.entry_BCH.shape[1], small)
-    last_BC = _padded(keys.last_BC, empty, fill=jnp.iinfo(jnp.int32).max)
-    x = x._replace(entry_BCH=_padded(keys.entry_BCH, empty), last_B1C=last_BC[:, None])
+    last_BC = padded(keys.last_BC, empty, fill=jnp.iinfo(jnp.int32).max)
+    x = x._replace(entry_BCH=padded(keys.entry_BCH, empty), last_B1C=last_BC[:, None])
     if x.segment_BS1 is not None and keys.segment_BC is not None:
-        x = x._replace(segment_B1C=_padded(keys.segment_BC, empty)[:, None])
+        x = x._replace(segment_B1C=padded(keys.segment_BC, empty)[:, None])
     if keys.chosen_BSC is not None:
         chosen_BSC = jnp.pad(keys.chosen_BSC, ((0, 0), (0, more), (0, empty)))
         x = x._replace(chosen_BSC=chosen_BSC.astype(jnp.int8))
     return x, Scalars(keys.start_B, _blocks_seen(last_BC, keys.start_B, units, window))
-
-
-def _padded(x: jax.Array, more: int, fill: int = 0) -> jax.Array:
-    """`more` times `fill` at the end of axis 1."""
-    if more == 0:
-        return x
-    sides = ((0, 0), (0, more), *((0, 0) for _ in x.shape[2:]))
-    return jnp.pad(x, sides, constant_values=fill)
 
 
 def _empty_entries(entries: int, small: bool) -> int:

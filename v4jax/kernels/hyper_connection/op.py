@@ -17,13 +17,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sharding.manual import vary_like
+from sharding.manual import on_own_tokens, vary_like
 from sharding.rules import AxisRules
 from v4jax.kernels.choice import Kernels
 from v4jax.kernels.hyper_connection import expand_tpu, site_tpu
 from v4jax.kernels.hyper_connection.blocks import Site
 from v4jax.kernels.hyper_connection.site_tpu import Saved, SiteWeights
-from v4jax.kernels.tpu import LANES, VMEM_BYTES, on_tpu
+from v4jax.kernels.tpu import LANES, beyond_vmem, check_fits, on_tpu
 
 _ROWS = 8
 """Rows of a float32 matrix that lie together."""
@@ -77,7 +77,7 @@ def pallas_site(
     Raises:
       ValueError: sizes that the kernel does not take (`unfit`).
     """
-    _refuse(x_BSXD)
+    check_fits("hyper_connection", unfit(x_BSXD))
     n, width = site.streams, x_BSXD.shape[3]
     fn_XMD = jnp.swapaxes(fn.reshape(n, width, -1), 1, 2)
     scale_M = jnp.concatenate([jnp.full(size, scale[i]) for i, size in enumerate((n, n, n * n))])
@@ -90,9 +90,10 @@ def pallas_site(
         results = jnp.moveaxis(x_bxsd, 1, 2), u_bsd, jnp.swapaxes(weights_bms, 1, 2)
         return jax.tree.map(lambda x: x[:, :seq], results)
 
-    act = rules.spec(("act_batch", "act_seq")) if rules else None
-    run = _on_mesh(rules, site.interpret, local, (act, None), (act, act, act))
-    x_BSXD, u_BSD, weights_BSM = run(x_BSXD, SiteWeights(fn_XMD, base[:, None], scale_M[:, None]))
+    parameters = SiteWeights(fn_XMD, base[:, None], scale_M[:, None])
+    x_BSXD, u_BSD, weights_BSM = on_own_tokens(
+        rules, local, x_BSXD, whole=parameters, check_vma=not site.interpret
+    )
     comb_BSXX = weights_BSM[..., 2 * n : (2 + n) * n].reshape(*x_BSXD.shape[:2], n, n)
     pre_BSX, post_BSX = weights_BSM[..., :n], weights_BSM[..., n : 2 * n]
     return SiteResult(x_BSXD, u_BSD, pre_BSX, post_BSX, comb_BSXX)
@@ -106,7 +107,7 @@ def pallas_expand(
     Raises:
       ValueError: sizes that the kernel does not take (`unfit`).
     """
-    _refuse(x_BSXD)
+    check_fits("hyper_connection", unfit(x_BSXD))
     comb_BSP = comb_BSXX.reshape(*comb_BSXX.shape[:2], -1)
     weights_BSP = jnp.concatenate([post_BSX, comb_BSP], axis=-1)
 
@@ -118,17 +119,7 @@ def pallas_expand(
         new_bxsd: jax.Array = _expand(not on_tpu(), x_bxsd, _filled(y_bsd), weights_bps)
         return jnp.moveaxis(new_bxsd, 1, 2)[:, : x_bsxd.shape[1]]
 
-    act = rules.spec(("act_batch", "act_seq")) if rules else None
-    run = _on_mesh(rules, not on_tpu(), local, (act, act, act), act)
-    return run(x_BSXD, y_BSD, weights_BSP)
-
-
-def _on_mesh(rules: AxisRules, interpret: bool, local, in_specs, out_specs) -> Callable:
-    if not rules:
-        return local
-    in_specs = tuple(jax.P() if spec is None else spec for spec in in_specs)
-    # JAX cannot track which values vary over the mesh inside a kernel that is interpreted.
-    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=not interpret)
+    return on_own_tokens(rules, local, x_BSXD, y_BSD, weights_BSP, check_vma=on_tpu())
 
 
 def _filled(x: jax.Array) -> jax.Array:
@@ -210,14 +201,4 @@ def unfit(x_BSXD: jax.Array) -> str:
         return f"{streams} streams, whose {(2 + streams) * streams} weights fill no whole rows"
     # Streams, two gradients of them and the new one, in two buffers each.
     need = (8 * streams + 2) * LANES * width * x_BSXD.dtype.itemsize
-    if need > VMEM_BYTES:
-        return (
-            f"{streams} streams of {width} {x_BSXD.dtype}: a step needs {need / 2**20:.0f} MiB of "
-            f"fast memory, and {VMEM_BYTES >> 20} are there"
-        )
-    return ""
-
-
-def _refuse(x_BSXD: jax.Array) -> None:
-    if fault := unfit(x_BSXD):
-        raise ValueError(f"kernels: hyper_connection: got 'pallas_tpu' for {fault}")
+    return beyond_vmem(f"{streams} streams of {width} {x_BSXD.dtype}", need)

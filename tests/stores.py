@@ -133,6 +133,14 @@ def clients(patch, s3_url=None, gcs_url=None):
         one()
 
 
+def until(condition, seconds=20):
+    """Waits for `condition` to hold."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def own_folder(request, scheme=None):
     """A folder of the bucket that no other test uses."""
     from v4jax.storage import place

@@ -13,7 +13,7 @@ import importlib.metadata
 import os
 from typing import Any
 
-from v4jax.storage import Place, Remote
+from v4jax.storage import Place, Remote, require_writable
 
 DATA_FILE_BYTES = 400 * 2**20
 """Bytes of a file of an OCDBT database. TensorStore sends each to S3 in one request."""
@@ -48,6 +48,26 @@ def _s3_endpoint() -> dict[str, Any]:
     if region:
         found["aws_region"] = region
     return found
+
+
+def check_bucket(folder: Remote, what: str = "") -> None:
+    """Refuses a bucket in which Orbax could not keep checkpoints, before any work.
+
+    Raises:
+      ValueError: it is only read from, or there is no such bucket.
+      PermissionError: it may not be listed, or on GCS described, which Orbax asks for.
+    """
+    require_writable(folder, what)
+    prepare(folder.scheme)
+    if folder.scheme == "gs":
+        from orbax.checkpoint._src.path import gcs_utils
+
+        try:
+            gcs_utils.get_bucket(folder.bucket)
+        except Exception as error:  # of google-cloud-storage
+            said = " ".join(str(error).split())
+            needs = "checkpoints need the permission storage.buckets.get"
+            raise PermissionError(f"gs://{folder.bucket}: {needs} ({said})") from error
 
 
 @functools.cache

@@ -4,12 +4,12 @@ Next file to read: v4jax/checkpoint/store_params.py.
 """
 
 import json
-import pathlib
 
+from v4jax import storage
 from v4jax.checkpoint.atomic import write_text
 from v4jax.config import ModelConfig
 from v4jax.config.json_styles import read_config_json
-from v4jax.storage import checkpoint_path, local_path
+from v4jax.storage import Place, checkpoint_path, place
 
 
 def check_config(directory, cfg: ModelConfig) -> None:
@@ -19,7 +19,7 @@ def check_config(directory, cfg: ModelConfig) -> None:
       ValueError: the directory belongs to another model (names the first field that differs) or
         holds something else.
     """
-    directory = local_path(directory, "directory")
+    directory = place(directory, "directory")
     if (directory / "config.json").exists():
         _check_same_model(directory, cfg)
     elif directory.exists() and any(directory.iterdir()):
@@ -40,7 +40,7 @@ def write_config(directory, cfg: ModelConfig, source: str = "") -> None:
     Raises:
       ValueError: the directory belongs to another model.
     """
-    directory = local_path(directory, "directory")
+    directory = place(directory, "directory")
     path = directory / "config.json"
     if path.exists():
         _check_same_model(directory, cfg)
@@ -48,11 +48,11 @@ def write_config(directory, cfg: ModelConfig, source: str = "") -> None:
     raw = cfg.to_dict()
     if source:
         raw = read_config_json(checkpoint_path(source, "source") / "config.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(directory)
     write_text(path, json.dumps(raw, indent=2) + "\n")
 
 
-def _check_same_model(directory: pathlib.Path, cfg: ModelConfig) -> None:
+def _check_same_model(directory: Place, cfg: ModelConfig) -> None:
     old = ModelConfig.from_json(directory / "config.json")
     if name := cfg.difference(old):
         theirs, ours = old.to_dict().get(name), cfg.to_dict().get(name)

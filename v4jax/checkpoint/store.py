@@ -19,7 +19,7 @@ import concurrent.futures
 import contextlib
 import logging
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -51,6 +51,7 @@ class Store:
         keep_every: int = 0,
         keep_best: int = 0,
         writes: bool = False,
+        before_save: Callable[[], None] = lambda: None,
     ):
         """Opens or makes the directory.
 
@@ -59,6 +60,7 @@ class Store:
           keep_every: also keep those of every `keep_every`-th step; 0: none.
           keep_best: also keep this number of checkpoints, those of the least loss.
           writes: this process trains here, so leftovers of killed saves are its own.
+          before_save: called when a save begins.
         """
         self._directory = place_of_checkpoints(directory, "directory")
         if isinstance(self._directory, Remote):
@@ -72,6 +74,7 @@ class Store:
             preservation_policy=_kept(keep, keep_every, keep_best),
             cleanup_tmp_directories=writes,  # a reader must not touch a save under way
         )
+        self._before_save = before_save
         self._summing = concurrent.futures.ThreadPoolExecutor(1)
         self._summed: list[concurrent.futures.Future] = []
 
@@ -166,6 +169,7 @@ class Store:
             intact.
         """
         self._raise_failed()
+        self._before_save()
         metrics: dict[str, Any] | None = None if loss is None else {"loss": loss}
         with self._writing():
             saving = self._checkpointer.save_checkpointables_async(step, items, metrics=metrics)
@@ -196,8 +200,9 @@ class Store:
         try:
             yield
         except Exception as error:
+            said = " ".join(str(error).split())
             raise OSError(
-                f"a checkpoint could not be written to {self._checkpointer.directory} ({error}); "
+                f"a checkpoint could not be written to {self._checkpointer.directory} ({said}); "
                 "those before it are intact"
             ) from error
 

@@ -5,12 +5,12 @@ Next file to read: v4jax/train/picture.py.
 
 import argparse
 
-from v4jax.cli.arguments import PATH
+from v4jax.cli.arguments import PLACE
 
 
 def declare(sub: argparse.ArgumentParser) -> None:
     """Declares the run."""
-    sub.add_argument("run_dir", metavar="RUN", type=PATH, help="the run's folder")
+    sub.add_argument("run_dir", metavar="RUN", type=PLACE, help="the run's folder")
 
 
 def run(arguments: argparse.Namespace, _: list[str]) -> dict:

@@ -83,12 +83,13 @@ def sample(cfg: TrainConfig) -> dict:
     import jax
 
     from sharding.processes import is_first
+    from v4jax import storage
     from v4jax.api import load, place_on
     from v4jax.generate.decode import generate
     from v4jax.generate.sampling import Sampling
     from v4jax.generate.steps import DecodeConfig
     from v4jax.generate.text import TextStop
-    from v4jax.storage import local_path
+    from v4jax.storage import place
     from v4jax.tokenizer import load_tokenizer, prompt_ids
 
     tokenizer = load_tokenizer(cfg.run_dir)
@@ -113,5 +114,5 @@ def sample(cfg: TrainConfig) -> dict:
     text = cfg.sample_prompt + stop.text(completion.tokens)
     if not is_first():
         return {}
-    (local_path(cfg.run_dir, "run_dir") / "sample.txt").write_text(text)
+    storage.write(place(cfg.run_dir, "run_dir") / "sample.txt", text.encode())
     return {"sample": text}

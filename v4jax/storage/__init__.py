@@ -30,11 +30,13 @@ from v4jax.storage.files import (
 from v4jax.storage.local import file_to_write, folder_to_fill, local_path, path_of_checkpoints
 from v4jax.storage.places import Place, is_remote, place, require_writable
 from v4jax.storage.remote import Remote
+from v4jax.storage.spool import Spool
 
 __all__ = [
     "Entry",
     "Place",
     "Remote",
+    "Spool",
     "checkpoint_name",
     "checkpoint_path",
     "copy",

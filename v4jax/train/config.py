@@ -19,7 +19,7 @@ from v4jax.kernels.choice import kernels_from
 from v4jax.python_files import read_layout
 from v4jax.quant.fake import check_quant
 from v4jax.remat import policy_name
-from v4jax.storage import checkpoint_name, local_path
+from v4jax.storage import checkpoint_name, local_path, place
 from v4jax.train.losses.weights import LossWeights
 from v4jax.train.profile import profiled_steps
 from v4jax.train.stability import StabilityConfig
@@ -49,8 +49,8 @@ class TrainConfig:
     stability: StabilityConfig = StabilityConfig()
     """What counts as a loss spike, and what the run does about it."""
     run_dir: str
-    """Folder that the run writes everything to. If it already holds a run of the same model, that
-    run resumes."""
+    """Folder, here or in a bucket (gs://, s3://), that the run writes everything to. If it already
+    holds a run of the same model, that run resumes."""
     mesh: str = ""
     """Axis sizes such as "data=2,expert=4" (axes: slice, data, fsdp, context, expert, tensor);
     empty: one device."""
@@ -189,9 +189,10 @@ class TrainConfig:
 
 def _check_places(cfg: TrainConfig) -> None:
     """Folders, the mesh and what lies where on it."""
-    for name in ("run_dir", "compile_cache"):
-        if getattr(cfg, name) != "":
-            local_path(getattr(cfg, name), name)
+    if cfg.run_dir != "":
+        place(cfg.run_dir, "run_dir")
+    if cfg.compile_cache != "":
+        local_path(cfg.compile_cache, "compile_cache")
     if cfg.init_from != "":
         checkpoint_name(cfg.init_from, "init_from")
     parse_mesh(cfg.mesh)

@@ -23,13 +23,14 @@ from sharding.processes import is_first
 from v4jax.checkpoint.export import save_safetensors
 from v4jax.checkpoint.store import Store, newest_step
 from v4jax.data.listing import Listings
+from v4jax.storage import Place, Spool
 from v4jax.train.compile_cache import compile_cache
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import unigram_loss
 from v4jax.train.evaluation import evaluation_sets
 from v4jax.train.goodput import Clock
 from v4jax.train.initial import first_state
-from v4jax.train.metrics_file import plot_losses
+from v4jax.train.metrics_file import METRICS, plot_losses
 from v4jax.train.prepare import (
     as_read,
     check_folders,
@@ -46,6 +47,7 @@ from v4jax.train.report import Reporter, Silent
 from v4jax.train.resume import start
 from v4jax.train.run_steps import Job, run_steps
 from v4jax.train.step import batch_sharding, state_shardings
+from v4jax.train.trackers import IDS
 
 UNIGRAM_BATCHES = 64
 """Training batches whose tokens the unigram model counts."""
@@ -80,18 +82,20 @@ def _train(cfg: TrainConfig, clock: Clock) -> dict[str, Any]:
         check_ahead(cfg, run, newest or 0)
     listings = Listings()
     tokenizer = check_text(cfg, newest, listings)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), Spool(run, (METRICS, IDS), is_first()) as spool:
         shardings = state_shardings(cfg, rules, mesh)
         make_cache(cfg, tokenizer, listings)
         data, held_out = open_batches(cfg, tokenizer, batch_sharding(rules, mesh), listings)
         say_unused(cfg, tokenizer, listings)
         first = first_state(cfg, shardings, newest)
         write_run(run, cfg, tokenizer)
-        with Store(run, cfg.keep, cfg.keep_every, cfg.keep_best, writes=True) as store:
+        kept = cfg.keep, cfg.keep_every, cfg.keep_best
+        with Store(run, *kept, writes=True, before_save=spool.send) as store:
             with clock.part("other" if newest is None else "restore"):
                 begin = start(cfg, rules, shardings, store, data, first)
-            reporter = functools.partial(Reporter, run, cfg, begin.step, begin.history)
-            with reporter() if is_first() else Silent() as report, Profiler(run, cfg) as profiler:
+            reporter = functools.partial(Reporter, spool.folder, cfg, begin.step, begin.history)
+            profiling = Profiler(spool.folder, cfg)
+            with reporter() if is_first() else Silent() as report, profiling as profiler:
                 report.begin(begin.step)
                 if begin.changed:
                     report.event(begin.step, "data changed", changed=begin.changed)
@@ -101,16 +105,19 @@ def _train(cfg: TrainConfig, clock: Clock) -> dict[str, Any]:
                 with clock.part("save"):
                     store.wait()
         if last == cfg.steps:
-            return _finish(cfg, run, tokenizer, listings, state)
+            return _finish(cfg, run, spool.folder, tokenizer, listings, state)
     return {"run_dir": str(run), "steps": cfg.steps, "stopped_at": last} if is_first() else {}
 
 
 def _finish(
-    cfg: TrainConfig, run: pathlib.Path, tokenizer, listings: Listings, state
+    cfg: TrainConfig, run: Place, folder: pathlib.Path, tokenizer, listings: Listings, state
 ) -> dict[str, Any]:
     """Exports the weights, plots the losses and returns the summary.
 
     A checkpoint is enough to do both again.
+
+    Args:
+      folder: of the metrics (storage/spool.py).
     """
     summary: dict[str, Any] = {"run_dir": str(run), "steps": cfg.steps}
     if cfg.export != "none":
@@ -129,5 +136,6 @@ def _finish(
         summary["unigram_nll"] = unigram_loss(
             train_rows, held_out["held_out"], cfg.model.vocab_size
         )
-    summary["picture"] = str(plot_losses(run, summary.get("unigram_nll")))
-    return summary | Reporter.last(run)
+    picture = plot_losses(folder, summary.get("unigram_nll"))
+    summary["picture"] = str(run / picture.name)
+    return summary | Reporter.last(folder)

@@ -8,8 +8,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from v4jax import storage
 from v4jax.checkpoint.atomic import json_text
-from v4jax.storage import local_path
+from v4jax.storage import place
 
 METRICS = "metrics.jsonl"
 
@@ -46,10 +47,10 @@ def read_metrics(run) -> list[dict[str, Any]]:
 
     None as a value means a number that is not finite. A last line cut short by a crash is left out.
     """
-    path = local_path(run, "run") / METRICS
+    path = place(run, "run") / METRICS
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
+    lines = storage.read(path).decode().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
@@ -85,6 +86,6 @@ def plot_losses(run: pathlib.Path, unigram_nll: float | None = None) -> pathlib.
     rate = bottom.twinx()
     rate.plot(*series("learning_rate"), color="tab:grey", linestyle=":")
     rate.set_ylabel("learning rate")
-    path = local_path(run, "run") / "loss.png"
+    path = run / "loss.png"
     figure.savefig(path, dpi=110)
     return path

@@ -11,11 +11,11 @@ import base64
 import html
 import io
 import math
-import pathlib
 from typing import Any
 
 from v4jax.checkpoint.atomic import write_text
-from v4jax.storage import local_path
+from v4jax.storage import Place, Remote
+from v4jax.storage import place as place_of
 from v4jax.train.goodput import PARTS
 from v4jax.train.metrics_file import METRICS, read_metrics, require_plots
 
@@ -26,7 +26,7 @@ _STYLE = (
 )
 
 
-def write_summary(run) -> pathlib.Path:
+def write_summary(run) -> Place:
     """Writes RUN/summary.html: curves of the run, what happened to it, and its newest metrics.
 
     Curves show losses, learning rate, loads by layer over time, bias, gates, gradients and updates.
@@ -34,7 +34,7 @@ def write_summary(run) -> pathlib.Path:
     Raises:
       ValueError: `run` has no metrics yet, or matplotlib is missing.
     """
-    run = local_path(run, "run")
+    run = place_of(run, "run")
     lines = read_metrics(run)
     if not lines:
         raise ValueError(
@@ -49,7 +49,7 @@ def write_summary(run) -> pathlib.Path:
             for name, value in line.items()
             if isinstance(value, (int, float)) and "event" not in line
         }
-    title = f"Run {html.escape(run.resolve().name)}, step {lines[-1]['step']}"
+    title = f"Run {html.escape(_name_of(run))}, step {lines[-1]['step']}"
     parts = [
         f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
         f"<h1>{title}</h1>",
@@ -61,6 +61,10 @@ def write_summary(run) -> pathlib.Path:
     ]
     write_text(run / PAGE, "\n".join(parts) + "\n")
     return run / PAGE
+
+
+def _name_of(run: Place) -> str:
+    return run.name if isinstance(run, Remote) else run.resolve().name
 
 
 def _table(events: list[dict[str, Any]]) -> str:

@@ -7,7 +7,6 @@ Next file to read: v4jax/train/loop.py.
 
 import dataclasses
 import math
-import pathlib
 from typing import NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from sharding.processes import check_whole, is_first
 from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax import storage
 from v4jax.checkpoint.atomic import write_text
+from v4jax.checkpoint.bucket_clients import check_bucket
 from v4jax.checkpoint.export import carried_files, kinds_for
 from v4jax.checkpoint.run_config import check_config, write_config
 from v4jax.data.config import tokenizer_of
@@ -29,7 +29,16 @@ from v4jax.data.store import prepare_cache
 from v4jax.data.summary import unread_lines, unused_lines
 from v4jax.kernels.choice import interpreted
 from v4jax.stderr import say
-from v4jax.storage import checkpoint_name, folder_to_fill, is_remote, path_of_checkpoints, pinned
+from v4jax.storage import (
+    Place,
+    Remote,
+    checkpoint_name,
+    folder_to_fill,
+    is_remote,
+    path_of_checkpoints,
+    pinned,
+    place,
+)
 from v4jax.tokenizer import Tokenizer
 from v4jax.tokenizer.checks import disagreement
 from v4jax.train.config import TrainConfig
@@ -54,19 +63,25 @@ def as_read(cfg: TrainConfig) -> TrainConfig:
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, evaluate_on=()))
 
 
-def check_folders(cfg: TrainConfig) -> pathlib.Path:
+def check_folders(cfg: TrainConfig) -> Place:
     """The run directory, after checks of all folders except the text's; creates nothing.
 
     Raises:
       ValueError: a folder that cannot be made or that Orbax cannot use, a run of another model, or
         a cache inside the run directory.
     """
-    run = folder_to_fill(cfg.run_dir, "run_dir")
-    path_of_checkpoints(run, "run_dir")
+    run = place(cfg.run_dir, "run_dir")
+    if isinstance(run, Remote):
+        check_bucket(run, "run_dir")
+    else:
+        folder_to_fill(run, "run_dir")
+        path_of_checkpoints(run, "run_dir")
     check_config(run, cfg.model)
     begun = (run / "config.json").exists()
     if cfg.data.cache:
         cache = folder_to_fill(cfg.data.cache, "cache")
+        if isinstance(run, Remote):
+            return run
         if not begun and run.resolve() in (cache.resolve(), *cache.resolve().parents):
             raise ValueError(
                 f"cache: got {cache}, inside run_dir {run}; a run begins in an empty folder, "
@@ -201,7 +216,7 @@ def say_unused(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings) -> No
     say(*lines)
 
 
-def write_run(run: pathlib.Path, cfg: TrainConfig, tokenizer: Tokenizer) -> None:
+def write_run(run: Place, cfg: TrainConfig, tokenizer: Tokenizer) -> None:
     """Writes the run directory in the first process, once check_folders has passed in all."""
     with agreed():
         if not is_first():

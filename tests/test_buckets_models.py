@@ -366,6 +366,7 @@ def test_a_version_of_orbax_that_cannot_write_to_s3_is_refused(monkeypatch):
 # ---- training ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("folder", ["gs"], indirect=True)
 def test_init_from_reads_a_bucket(folder, models):
     at = str(upload(models / "bfloat16", folder))
     mesh, rules = place_on("expert=8", None)

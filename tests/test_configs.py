@@ -67,7 +67,7 @@ def test_mesh_and_micro_batches_are_what_the_search_finds(name):
 
 
 def reduced(name, run):
-    """The shipped run with a model of 3 layers on 8 devices: a step of each stage, then one more.
+    """The shipped run with a model of 3 layers on 8 devices: two steps of its first stage.
 
     Everything else is as shipped.
     """
@@ -93,13 +93,12 @@ def reduced(name, run):
         sliding_window=8,
         compress_ratios=(WINDOW_ONLY, CSA, HCA, WINDOW_ONLY),
     )
-    stages = [dataclasses.replace(stage, after=i) for i, stage in enumerate(cfg.stages, 1)]
     return dataclasses.replace(
         cfg,
         model=model,
         mesh=SMALL_MESHES[name],
         run_dir=str(run),
-        steps=len(stages) + 2,
+        steps=2,
         batch_size=8 * cfg.micro_batches,
         seq_len=144,
         warmup_steps=1,
@@ -108,7 +107,7 @@ def reduced(name, run):
         eval_every=2,
         eval_batches=1,
         checkpoint_every=2,
-        stages=tuple(stages),
+        stages=(),
     )
 
 

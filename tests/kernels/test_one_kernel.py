@@ -62,35 +62,25 @@ def same(got, want, tolerance):
         assert fault <= tolerance * np.linalg.norm(grad) + 1e-8, (path, fault)
 
 
-BATCHES = {"whole rows": {"tokens": batch_of()["tokens"]}, "packed": batch_of()}
-
-
 @functools.cache
-def expected(batch, sparse=SparseMode(), cfg=CFG):
+def expected(sparse=SparseMode(), cfg=CFG):
     """(loss, gradients) of two rows on one device, without the kernel."""
-    return of("reference", rows_of(batch), sparse=sparse, cfg=cfg)
+    return of("reference", rows(), sparse=sparse, cfg=cfg)
 
 
-def rows_of(batch):
-    return {name: jnp.asarray(x[:2]) for name, x in BATCHES[batch].items()}
+def rows():
+    """Two packed rows."""
+    return {name: jnp.asarray(x[:2]) for name, x in batch_of().items()}
 
 
-@pytest.mark.parametrize("batch", [pytest.param("whole rows", marks=pytest.mark.slow), "packed"])
-def test_two_layers_have_the_loss_and_gradients_of_the_reference(batch):
-    kernel = of("pallas_tpu", rows_of(batch))
-    same(kernel, expected(batch), 1e-5)  # sums in another order
+def test_two_layers_have_the_loss_and_gradients_of_the_reference():
+    same(of("pallas_tpu", rows()), expected(), 1e-5)  # sums in another order
 
 
-@pytest.mark.parametrize(
-    ("mesh", "layout"),
-    [
-        ("fsdp=2,context=2,tensor=2", "full"),
-        pytest.param("context=2,expert=2,tensor=2", "pod", marks=pytest.mark.slow),
-    ],
-)
-def test_on_eight_devices_that_cut_positions_and_heads(mesh, layout):
-    kernel = of("pallas_tpu", rows_of("packed"), mesh, layout)
-    same(kernel, expected("packed"), 1e-5)
+def test_on_eight_devices_that_cut_positions_and_heads():
+    """benchmarks/kernel_losses.py runs every named layout."""
+    kernel = of("pallas_tpu", rows(), "fsdp=2,context=2,tensor=2", "full")
+    same(kernel, expected(), 1e-5)
 
 
 @pytest.mark.slow
@@ -114,30 +104,21 @@ def test_long_chunks_that_continue_rows_of_a_cache():
     close(second_chunk("pallas_tpu"), second_chunk("reference"), 1e-5)
 
 
+LEARNS = SparseMode(train_indexer=True)
+
+
 @pytest.mark.parametrize(
-    ("sparse", "mesh"),
-    [
-        (SparseMode(train_indexer=True), ""),
-        pytest.param(SparseMode(), "fsdp=2,context=2,tensor=2", marks=pytest.mark.slow),
-    ],
+    "mesh", ["", pytest.param("fsdp=2,context=2,tensor=2", marks=pytest.mark.slow)]
 )
-def test_entries_that_are_gathered_in_the_kernel(sparse, mesh):
-    kernel = of("pallas_tpu", rows_of("packed"), mesh, "full", sparse, GATHERS)
-    same(kernel, expected("packed", sparse, GATHERS), 1e-5)
+def test_entries_that_are_gathered_in_the_kernel(mesh):
+    """The indexer learns from the mass of those that it chose."""
+    kernel = of("pallas_tpu", rows(), mesh, "full", LEARNS, GATHERS)
+    same(kernel, expected(LEARNS, GATHERS), 1e-5)
 
 
-TAUGHT = [
-    (SparseMode(train_indexer=True), ""),
-    pytest.param(SparseMode(train_indexer=True, dense=True), "", marks=pytest.mark.slow),
-    pytest.param(SparseMode(train_indexer=True), "context=2,tensor=2", marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize(("sparse", "mesh"), TAUGHT)
-def test_the_indexer_learns_the_same_from_the_kernels_mass(sparse, mesh):
-    same(
-        of("pallas_tpu", rows_of("packed"), mesh, "full", sparse), expected("packed", sparse), 1e-5
-    )
+def test_the_indexer_learns_the_same_from_the_kernels_mass():
+    kernel = of("pallas_tpu", rows(), sparse=LEARNS)
+    same(kernel, expected(LEARNS), 1e-5)
 
 
 def test_what_the_kernel_does_not_cover_is_refused_by_name():

@@ -58,7 +58,7 @@ class LayerChoice(NamedTuple):
         named = kernels.index_scores is not None or kernels.top_k not in (None, "pallas_tpu")
         here = on_tpu() or kernels.top_k == "pallas_tpu"
         # Scores of heads on several devices have to be added before the choice.
-        whole = not self.axes.index_heads
+        whole = self.ctx.rules.shards("index_heads") == 1
         return here and not named and whole and index_choice.unfit(self._seekers()) == ""
 
     def _seekers(self) -> index_choice.Seekers:

@@ -154,16 +154,16 @@ def one_batch():
     return step_on("", "full", 1)
 
 
-SLOW = pytest.mark.slow
+LONG = pytest.mark.long
 MESHES = [
     pytest.param("data=2,expert=2,tensor=2", "full", 2, "micro_batch", id="full"),
-    pytest.param("fsdp=4", "fsdp", 2, "micro_batch", id="fsdp", marks=SLOW),
-    pytest.param("context=2,expert=2,tensor=2", "pod", 4, "micro_batch", id="pod", marks=SLOW),
-    pytest.param("context=2,expert=4", "cp_ep", 2, "micro_batch", id="cp_ep", marks=SLOW),
-    pytest.param("slice=2,expert=2", "ep_fsdp", 2, "micro_batch", id="ep_fsdp", marks=SLOW),
+    pytest.param("fsdp=4", "fsdp", 2, "micro_batch", id="fsdp", marks=LONG),
+    pytest.param("context=2,expert=2,tensor=2", "pod", 4, "micro_batch", id="pod", marks=LONG),
+    pytest.param("context=2,expert=4", "cp_ep", 2, "micro_batch", id="cp_ep", marks=LONG),
+    pytest.param("slice=2,expert=2", "ep_fsdp", 2, "micro_batch", id="ep_fsdp", marks=LONG),
     pytest.param("fsdp=2,expert=2,tensor=2", "full", 2, "step", id="full-step"),
-    pytest.param("fsdp=2,context=2,expert=2", "pod", 2, "step", id="pod-step", marks=SLOW),
-    pytest.param("fsdp=4", "fsdp", 1, "step", id="fsdp-step-of-one", marks=SLOW),
+    pytest.param("fsdp=2,context=2,expert=2", "pod", 2, "step", id="pod-step", marks=LONG),
+    pytest.param("fsdp=4", "fsdp", 1, "step", id="fsdp-step-of-one", marks=LONG),
 ]
 
 

@@ -135,7 +135,7 @@ def write_records(path, name):
 
 
 # One that starts afresh and one from released weights; the other two have the same stages.
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["v5e_8", "flash_sft"])
 def test_it_runs_with_the_flags_that_its_docstring_asks_for(name, tmp_path, tokenizer_folder):
     cfg = reduced(name, tmp_path / "run")

@@ -55,7 +55,7 @@ def second_step(memory: str, mesh: str, layout: str = "full"):
 MESHES = [
     ("", "full", 0),
     # XLA fuses AdamW's step with what follows it or not, and a fused product and sum round once.
-    pytest.param("fsdp=2,expert=2,tensor=2", "full", 1e-7, marks=pytest.mark.slow),
+    pytest.param("fsdp=2,expert=2,tensor=2", "full", 1e-7, marks=pytest.mark.long),
 ]
 
 
@@ -125,7 +125,7 @@ def test_a_checkpoint_fits_either_memory(tmp_path):
             assert where == jax.tree.map(lambda place: place.memory_kind, places.optimizer)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_resumes_bit_for_bit(tmp_path):
     """test_resume_choices.py resumes with the state elsewhere."""
     text = write_text(tmp_path / "text")

@@ -44,7 +44,7 @@ def gradients(remat: str):
 
 
 @pytest.mark.parametrize(
-    "remat", [*FAST, *[pytest.param(name, marks=pytest.mark.slow) for name in SLOW]]
+    "remat", [*FAST, *[pytest.param(name, marks=pytest.mark.long) for name in SLOW]]
 )
 def test_gradients_are_those_of_keeping_everything(remat):
     got, expected = gradients(remat)[0], gradients("none")[0]

@@ -46,6 +46,7 @@ def figures(cfg: TrainConfig) -> np.ndarray:
     return np.array([[found[step][name] for name in ("loss", "grad_norm")] for step in (3, 4)])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_if_nothing_had_changed(whole, tmp_path):
     """Sums in another order differ in the last bits, which the update of step 3 makes larger."""
     run = tmp_path / "run"

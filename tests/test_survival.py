@@ -212,7 +212,7 @@ def arrays(run) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_in_the_middle_of_everything_a_run_ends_as_if_left_alone(tmp_path):
     text, run, alone = tmp_path / "text", tmp_path / "run", tmp_path / "alone"
     text.mkdir()
@@ -266,7 +266,7 @@ STAGES = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_eight_devices_then_four_then_two_then_eight(text_folder, tmp_path):  # noqa: F811
     for mesh, layout, steps in STAGES:
         train(config(text_folder, tmp_path / "moved", mesh=mesh, layout=layout, steps=steps))
@@ -276,7 +276,7 @@ def test_eight_devices_then_four_then_two_then_eight(text_folder, tmp_path):  # 
     np.testing.assert_allclose([moved[step] for step in one], list(one.values()), rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_then_one_then_two(text_folder, tmp_path):  # noqa: F811
     code = CONFIG.format(
         module="test_survival",

@@ -118,7 +118,7 @@ def expected():
 
 @pytest.mark.parametrize(
     ("mesh", "layout"),
-    [("", "full"), pytest.param("fsdp=2,context=2,tensor=2", "full", marks=pytest.mark.slow)],
+    [("", "full"), pytest.param("fsdp=2,context=2,tensor=2", "full", marks=pytest.mark.long)],
 )
 def test_two_layers_have_the_loss_and_gradients_of_the_composition(mesh, layout):
     (loss, grads), (want, wanted) = of(KERNEL, mesh, layout), expected()

@@ -83,7 +83,7 @@ def test_on_eight_devices_that_cut_positions_and_heads():
     same(kernel, expected(), 1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_long_chunks_that_continue_rows_of_a_cache():
     """Two rows of 20 and 7 tokens, and the 40 and 31 that follow them, in HCA and window layers."""
     cfg = CFG.replace(compress_ratios=(0, 128, 0))
@@ -108,7 +108,7 @@ LEARNS = SparseMode(train_indexer=True)
 
 
 @pytest.mark.parametrize(
-    "mesh", ["", pytest.param("fsdp=2,context=2,tensor=2", marks=pytest.mark.slow)]
+    "mesh", ["", pytest.param("fsdp=2,context=2,tensor=2", marks=pytest.mark.long)]
 )
 def test_entries_that_are_gathered_in_the_kernel(mesh):
     """The indexer learns from the mass of those that it chose."""

@@ -24,9 +24,9 @@ from v4jax.train.config import TrainConfig
 def get_config() -> TrainConfig:
     """5,000 steps of 64 rows of 16,384 tokens, at the rate at which pre-training ended."""
     return from_flash(
-        "checkpoints/flash-base",
+        "./checkpoints/flash-base",
         learning_rate=2.7e-5,
-        data=DataConfig(source="text", format="jsonl", tokenizer="checkpoints/flash-base"),
+        data=DataConfig(source="text", format="jsonl", tokenizer="./checkpoints/flash-base"),
         run_dir="runs/flash_continue",
         mesh="expert=64",
         steps=5000,

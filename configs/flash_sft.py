@@ -28,13 +28,13 @@ from v4jax.train.config import TrainConfig
 def get_config() -> TrainConfig:
     """1,000 steps of 16 rows of 8,192 tokens; only what the assistant says is learned."""
     return from_flash(
-        "checkpoints/flash",
+        "./checkpoints/flash",
         learning_rate=1e-5,
         data=DataConfig(
             source="chats.jsonl",
             format="chat",
             column="messages",
-            tokenizer="checkpoints/flash",
+            tokenizer="./checkpoints/flash",
             packing="best_fit",
             chat=ChatFormat(too_long="drop"),
         ),

@@ -91,7 +91,7 @@ def loads(routing):
 
 
 @pytest.mark.parametrize(
-    "count", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+    "count", [2, pytest.param(4, marks=pytest.mark.long), pytest.param(8, marks=pytest.mark.long)]
 )
 def test_micro_batches_have_the_gradients_of_one_batch(count):
     cfg = dataclasses.replace(CFG, gradient_accumulation=count)

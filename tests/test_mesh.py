@@ -130,8 +130,11 @@ def test_a_step_on_eight_devices_is_the_step_on_one(mesh, layout):
     check_step(SMALL, mesh, layout)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "layout"), SLOW)
+@pytest.mark.parametrize(
+    ("mesh", "layout"),
+    [pytest.param(*one, marks=pytest.mark.long) for one in SLOW[:-1]]
+    + [pytest.param(*SLOW[-1], marks=pytest.mark.slow)],
+)
 def test_a_step_of_more_layers_on_eight_devices_is_the_step_on_one(mesh, layout):
     check_step(MODEL, mesh, layout)
 

@@ -31,7 +31,15 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "layout"), CASES)
+IN_CI = CASES[2], CASES[4]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "layout"),
+    [
+        pytest.param(*one, marks=pytest.mark.slow if one in IN_CI else pytest.mark.long)
+        for one in CASES
+    ],
+)
 def test_a_step_of_more_layers_on_eight_devices_is_the_step_on_one(mesh, layout):
     check_step(MODEL, mesh, layout)

@@ -138,6 +138,12 @@ def test_the_kernel_has_values_and_gradients_of_the_reference(case):
     close(gradients(fused, queries, keys), gradients(composed, queries, keys), 1e-5)
 
 
+def test_blocks_of_an_odd_number_of_queries_gather_for_the_last_one_too(monkeypatch):
+    monkeypatch.setitem(globals(), "WINDOW", 7)
+    queries, keys = inputs(jnp.float32, seq=14, ratio=RATIO, gathered=True)
+    close(fused(queries, keys), composed(queries, keys), 1e-5)  # sums in another order
+
+
 @pytest.mark.parametrize("case", ["entries", "chosen entries", "rows that fill no block"])
 def test_the_mass_is_what_all_heads_give_to_an_entry(case):
     queries, keys = inputs(jnp.float32, **CASES[case])

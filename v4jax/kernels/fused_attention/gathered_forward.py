@@ -114,6 +114,8 @@ def _attend(form: Form, x: Gathered, near_GQI, near_QN, out_GQI, lse_QN, mass_QK
 
     fetch(x, 0, even)
     lax.fori_loop(0, block // 2, two, 0)
+    if block % 2:
+        one(block - 1, even)
     # The share of the window keys and the sink.
     share_QN = jnp.exp(near_QN[...] - lse_QN[...])
     dim = x.q_BSM.shape[1] // form.heads

@@ -20,6 +20,7 @@ from v4jax.generate.cache import decoding_rules, empty_cache, extend, logits_of,
 from v4jax.generate.decode import generate
 from v4jax.generate.steps import DecodeConfig
 from v4jax.kernels import index_scores, index_search
+from v4jax.model import entries
 from v4jax.parameter_tree import abstract_params, param_axes
 
 CFG = small_config(
@@ -63,6 +64,25 @@ def step(rules, params, cache, tokens_BT):
         Context(rules=rules),
     )
     return logits_of(params, chunk.x_BTD, Context(rules=rules)), cache
+
+
+@pytest.mark.parametrize(("mesh", "searches"), [("data=4", True), ("tensor=4", False)])
+def test_a_long_cache_is_searched_where_one_device_has_all_index_heads(mesh, searches, monkeypatch):
+    """Every layout names the axes that could cut them; a size of 1 cuts nothing."""
+    monkeypatch.setattr(index_search, "GROUP", 1)
+    monkeypatch.setattr(index_scores, "SCORE_BLOCK", 24)
+    asked = []
+    best_slots = entries.best_slots
+    monkeypatch.setattr(entries, "best_slots", lambda *args: asked.append(1) or best_slots(*args))
+    sizes = parse_mesh(mesh)
+    own = layout_for(None, sizes)
+    assert own.mesh_axes("index_heads")
+    with jax.set_mesh(make_mesh(sizes)):
+        rules = decoding_rules(own)
+        params = jax.eval_shape(lambda p: split_layers(CFG, p, rules), abstract_params(CFG))
+        cache = jax.eval_shape(lambda: empty_cache(CFG, 4, ROOM, rules=rules))
+        jax.eval_shape(functools.partial(step, rules), params, cache, jnp.zeros((4, 1), int))
+    assert bool(asked) == searches
 
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)

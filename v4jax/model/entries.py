@@ -46,7 +46,8 @@ def choose(
         return EntryKeys(all_rows(entries.entry_BCH, dtype), visible_BTC), None
     q_BTIJ, w_BTI = chunk.index
     keys = key_reader(index_key, q_BTIJ.dtype)
-    whole = not axes.index_heads
+    # An axis of one device cuts nothing.
+    whole = ctx.rules.shards("index_heads") == 1
     if whole and isinstance(keys, KeyReader) and may_search(keys, topk, kernels):
         position_BT = chunk.position_BT - CSA * first_row(axes.slots, keys.count)
         score_BTK, index_BTK = best_slots(q_BTIJ, w_BTI, keys, position_BT, CSA, topk, kernels)

@@ -31,6 +31,9 @@ HEADROOM = 1.5
 """Rows of one round, as a multiple of the rows that an even load brings."""
 
 
+NOT_LANDED = 0.0
+"""On CPUs, what `exchange` puts where no row lands; a test shows that NaN changes nothing."""
+
 FURTHER_ROUND = "further_round"
 """Scope of the rounds after the first; sharding/audit.py recognises them by it."""
 
@@ -112,6 +115,14 @@ def window(path: Route, turn: jax.Array | int, rows: int) -> Window:
     return Window(_before(sent_PZ, 1) + first - place_PZ, last - first, first - turn * rows)
 
 
+def travelling(moves: Window, count: int, holders: tuple[str, ...]) -> jax.Array:
+    """Which of this device's `count` rows travel by `moves`: bool [A]."""
+    me = lax.axis_index(holders)
+    first_1Z, size_1Z = moves.source[me][None], moves.size[me][None]
+    row_A1 = vary_like(jnp.arange(count, dtype=jnp.int32)[:, None], first_1Z)
+    return jnp.any((row_A1 >= first_1Z) & (row_A1 < first_1Z + size_1Z), axis=1)
+
+
 def expert_of_rows(
     path: Route, turn: jax.Array | int, rows: int, holders: tuple[str, ...]
 ) -> jax.Array:
@@ -129,10 +140,12 @@ def expert_of_rows(
 
 
 def exchange(x_AD: jax.Array, rows: int, moves: Window, holders: tuple[str, ...]) -> jax.Array:
-    """The rows that land on this device by `moves`, [rows,D]; zeros where none lands.
+    """The rows that land on this device by `moves`, [rows,D]; where none lands, anything.
 
-    XLA:CPU cannot run a ragged all-to-all. There every device gathers all rows and takes its own,
-    with the same result.
+    Its gradient, too, is anything in rows of x_AD that do not travel. XLA:TPU would take longer to
+    fill buffers with zeros than the experts take for their products.
+
+    XLA:CPU cannot run a ragged all-to-all. There every device gathers all rows and takes its own.
     """
     moves = Window(*(vary_like(a, x_AD) for a in moves))
     return lax.platform_dependent(
@@ -144,17 +157,36 @@ def exchange(x_AD: jax.Array, rows: int, moves: Window, holders: tuple[str, ...]
 
 
 def _exchange_ragged(x_AD, moves: Window, rows, holders):
+    return _ragged(holders, rows, x_AD.shape[0], x_AD, moves)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _ragged(holders, rows: int, given: int, x_AD, moves: Window):
+    """`exchange` of `given` rows by XLA's own operation, whose gradient takes the rows home.
+
+    The gradient that JAX derives would fill its buffer with zeros.
+    """
     me = lax.axis_index(holders)
-    zeros = vary_like(jnp.zeros((rows, x_AD.shape[1]), x_AD.dtype), x_AD)
     return lax.ragged_all_to_all(
         x_AD,
-        zeros,
+        vary_like(lax.empty((rows, x_AD.shape[1]), x_AD.dtype), x_AD),
         moves.source[me],
         moves.size[me],
         moves.target[me],
         moves.size[:, me],
         axis_name=holders if len(holders) > 1 else holders[0],
     )
+
+
+def _ragged_fwd(holders, rows, given, x_AD, moves):
+    return _ragged(holders, rows, given, x_AD, moves), moves
+
+
+def _ragged_bwd(holders, rows, given, moves, ct_QD):
+    return _ragged(holders, given, rows, ct_QD, moves.back()), None
+
+
+_ragged.defvjp(_ragged_fwd, _ragged_bwd)
 
 
 def _exchange_by_gather(x_AD, moves: Window, rows, holders):
@@ -170,7 +202,7 @@ def _exchange_by_gather(x_AD, moves: Window, rows, holders):
     sender_Q = jnp.argmax(lands_PQ, axis=0)
     row_Q = moves.source[sender_Q, me] + jnp.take_along_axis(offset_PQ, sender_Q[None], axis=0)[0]
     found_QD = x_PAD[sender_Q, jnp.clip(row_Q, 0, x_AD.shape[0] - 1)]
-    return jnp.where(lands_PQ.any(0)[:, None], found_QD, 0)
+    return jnp.where(lands_PQ.any(0)[:, None], found_QD, NOT_LANDED)
 
 
 Round = Callable[[jax.Array | int, Any, Any], jax.Array]

@@ -42,6 +42,7 @@ from sharding.exchange import (
     rounds_needed,
     route,
     sum_rounds,
+    travelling,
     window,
 )
 from sharding.expert_weights import whole_experts
@@ -181,11 +182,14 @@ def _run_exchanged(run, weights, num_experts, holders, x_bsd, index_bsk, gate_bs
 def _one_round(run, holders, rows, turn, path: Route, inputs) -> jax.Array:
     """One round of the exchange: rows travel, experts run, results return and are summed."""
     weights, x_TD, gate_A1 = inputs
-    moves, every = window(path, turn, rows), jnp.ones_like(path.token_A, bool)
-    x_AD = _spread(x_TD, path.token_A, every, path.slot_TK)
+    moves, assignments = window(path, turn, rows), path.token_A.shape[0]
+    travels_A = travelling(moves, assignments, holders)
+    # What comes back in rows that do not travel is read nowhere: their slot is past the end.
+    slot_TK = jnp.where(travels_A[path.slot_TK], path.slot_TK, assignments)
+    x_AD = _spread(x_TD, path.token_A, travels_A, slot_TK)
     x_QD = exchange(x_AD, rows, moves, holders)
     gate_Q1 = exchange(
-        _spread(gate_A1, path.assignment_A, every, path.slot_TK.reshape(-1, 1)),
+        _spread(gate_A1, path.assignment_A, travels_A, slot_TK.reshape(-1, 1)),
         rows,
         moves,
         holders,
@@ -193,8 +197,8 @@ def _one_round(run, holders, rows, turn, path: Route, inputs) -> jax.Array:
     index_Q = expert_of_rows(path, turn, rows, holders)
     here = jax.tree.leaves(weights)[0].shape[0]  # every row that arrived is for one of these
     y_QD = run(weights, here, x_QD[None], index_Q[None, :, None], gate_Q1[None])[0]
-    y_AD = exchange(y_QD, x_AD.shape[0], moves.back(), holders)
-    return _collect(y_AD, path.token_A, every, path.slot_TK)
+    y_AD = exchange(y_QD, assignments, moves.back(), holders)
+    return _collect(y_AD, path.token_A, travels_A, slot_TK)
 
 
 def _block_size(assignments: int, num_experts: int, share: float) -> int:

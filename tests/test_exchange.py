@@ -8,9 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sharding import exchange as exchanges
+from sharding import experts
 from sharding.counting import ranks, running_sum
-from sharding.exchange import exchange, expert_of_rows, round_rows, rounds_needed, route, window
+from sharding.exchange import (
+    Window,
+    exchange,
+    expert_of_rows,
+    round_rows,
+    rounds_needed,
+    route,
+    window,
+)
 from sharding.experts import apply_experts
+from sharding.manual import vary_like
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.rules import AxisRules, layout_for
 from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights
@@ -51,6 +62,36 @@ def routed(load: str) -> np.ndarray:
     "mesh", ["expert=8", "fsdp=2,expert=4", "expert=2,tensor=2,data=2", "context=2,expert=4"]
 )
 def test_exchange_equals_one_device_at_any_load(mesh):
+    compare(mesh, ("even", "one device", "one expert"))
+
+
+@pytest.mark.parametrize("mesh", ["expert=8", "fsdp=2,expert=4"])
+def test_rows_that_nothing_landed_in_are_never_read(mesh, monkeypatch):
+    """On TPUs and GPUs they hold what was in memory, in the gradient's exchange too."""
+    by_gather = exchanges._exchange_by_gather
+    monkeypatch.setattr(exchanges, "NOT_LANDED", np.nan)
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 3))
+    def exchange(x_AD, rows, moves, holders):
+        return by_gather(x_AD, Window(*(vary_like(a, x_AD) for a in moves)), rows, holders)
+
+    def back(rows, holders, saved, ct_QD):
+        given, moves = saved
+        return exchange(ct_QD, given.shape[0], moves.back(), holders), None
+
+    exchange.defvjp(
+        lambda x_AD, rows, moves, holders: (
+            exchange(x_AD, rows, moves, holders),
+            (x_AD, moves),
+        ),
+        back,
+    )
+    monkeypatch.setattr(experts, "exchange", exchange)
+    compare(mesh, ("even", "one device"))
+
+
+def compare(mesh, loads):
+    """Values and gradients on the mesh beside those of one device."""
     sizes = parse_mesh(mesh)
     rules, device_mesh = layout_for("pod", sizes), make_mesh(sizes)
     assert rules.exchange
@@ -69,7 +110,7 @@ def test_exchange_equals_one_device_at_any_load(mesh):
     alone = jax.jit(functools.partial(both, AxisRules()))
     with jax.set_mesh(device_mesh):
         shared = jax.jit(functools.partial(both, rules))
-        for load in ("even", "one device", "one expert"):
+        for load in loads:
             index = jnp.asarray(routed(load))
             for got, want in zip(
                 jax.tree.leaves(shared(weights, x, index, gate, ct)),

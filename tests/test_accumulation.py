@@ -17,11 +17,13 @@ from test_mesh import SMALL as MODEL
 from test_mesh import gradients as gradients_of
 from test_mesh import optimizer_of, same
 
+from sharding.audit import collectives, totals
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.micro_batches import join_rows, split_rows
 from sharding.rules import AxisRules, layout_for
 from v4jax.checkpoint.names import from_official
 from v4jax.context import Collect, Context
+from v4jax.gradient_sums import with_sum
 from v4jax.train.anticipate import choose_experts
 from v4jax.train.config import TrainConfig
 from v4jax.train.evaluation import evaluator
@@ -184,6 +186,40 @@ def test_a_step_of_micro_batches_on_a_mesh_is_the_step_of_one_batch_on_one_devic
     for path, value in flatten_dict(expected.params).items():
         if optimizer_of(path) == "muon":  # AdamW: see test_mesh
             same(path, after[path], value, 2e-5, 1e-4 * CFG.learning_rate)
+
+
+def test_a_weight_beside_its_sum_stays_cut():
+    sizes = parse_mesh("fsdp=4")
+    rules, mesh = layout_for("fsdp", sizes), make_mesh(sizes)
+    names = ("embed", "q_lora")
+    with jax.set_mesh(mesh):
+        cut = jax.NamedSharding(mesh, rules.spec(names))
+        w = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=cut)
+        text = (
+            jax.jit(functools.partial(with_sum, rules, names, layer=None))
+            .lower(w, w)
+            .compile()
+            .as_text()
+        )
+    assert rules.mesh_axes("embed") and not collectives(text, mesh)
+
+
+@pytest.mark.long
+def test_micro_batches_gather_no_weight_that_one_batch_does_not():
+    """Two of the size of one batch send twice as much at most, the optimizer counted twice."""
+    sizes = parse_mesh("context=2,expert=4")
+    rules, mesh = layout_for("pod", sizes), make_mesh(sizes)
+
+    def sent(count: int) -> int:
+        cfg = dataclasses.replace(CFG, gradient_accumulation=count, batch_size=4 * count)
+        places = state_shardings(cfg, rules, mesh)
+        state = jax.eval_shape(lambda: state_from(cfg, weights()))
+        batch = {"tokens": jax.ShapeDtypeStruct((cfg.batch_size, 136), jnp.int32)}
+        with jax.set_mesh(mesh):
+            program = compile_step(cfg, rules, places, mesh).lower(state, batch).compile()
+        return sum(size for _, size in totals(collectives(program.as_text(), mesh)).values())
+
+    assert 1.5 * sent(1) < sent(2) <= 2 * sent(1)
 
 
 def test_rows_come_back_in_order_and_no_row_travels():

@@ -43,10 +43,24 @@ def with_sum(
       total: zeros of the shape of `w`, float32, or [L, ...] with one for each layer.
       layer: which of the layers `w` belongs to, int32; None: `total` has no axis of layers.
     """
-    # XLA:TPU would hold all weights of a loop in the layout that its products like best, in a copy
-    # made before the loop over micro-batches. Transposing one layer at a time is cheap.
-    w = with_layout_constraint(w, Layout(tuple(range(w.ndim))))
-    return w.astype(total.dtype), total
+    return _as_stored(rules, axes, w).astype(total.dtype), total
+
+
+def _as_stored(rules: AxisRules, axes: tuple[str | None, ...], w: jax.Array) -> jax.Array:
+    """`w`, row-major on each device.
+
+    XLA:TPU would hold all weights of a loop in the layout that its products like best, in a copy
+    made before the loop over micro-batches. Transposing one layer at a time is cheap. XLA cannot
+    cut the constraint, and would gather whole weights for it; so each device states its own.
+    """
+
+    def stored(w: jax.Array) -> jax.Array:
+        return with_layout_constraint(w, Layout(tuple(range(w.ndim))))
+
+    if not rules:
+        return stored(w)
+    spec = rules.spec(axes)
+    return jax.shard_map(stored, in_specs=spec, out_specs=spec)(w)
 
 
 def _forward(rules, axes, w, total, layer):

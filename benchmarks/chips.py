@@ -174,11 +174,19 @@ def measured(op: str, name: str, options: argparse.Namespace) -> dict:
 
 
 def _counted(ops, cycles: dict[str, tuple[int, bool]], device) -> list:
-    """The operations, with the seconds of kernels: by their bundles, at least by their bytes."""
+    """The operations, with the seconds of kernels: by their bundles, at least by their bytes.
+
+    Equal kernels are compiled once, under the name of one of them.
+    """
+
+    def what(one):
+        return one.family, one.bytes, one.flops
+
+    compiled = {what(one): cycles[one.name][0] for one in ops if one.name in cycles}
     found = []
     for one in ops:
-        if one.kind == "tpu_custom_call" and one.name in cycles:
-            seconds = cycles[one.name][0] / device.clock
+        if one.kind == "tpu_custom_call" and what(one) in compiled:
+            seconds = compiled[what(one)] / device.clock
             seconds = max(seconds, one.bytes / device.hbm_bandwidth)
             one = one._replace(seconds=seconds, kind="kernel")
         found.append(one)

@@ -80,10 +80,7 @@ def test_rows_that_nothing_landed_in_are_never_read(mesh, monkeypatch):
         return exchange(ct_QD, given.shape[0], moves.back(), holders), None
 
     exchange.defvjp(
-        lambda x_AD, rows, moves, holders: (
-            exchange(x_AD, rows, moves, holders),
-            (x_AD, moves),
-        ),
+        lambda x_AD, rows, moves, holders: (exchange(x_AD, rows, moves, holders), (x_AD, moves)),
         back,
     )
     monkeypatch.setattr(experts, "exchange", exchange)

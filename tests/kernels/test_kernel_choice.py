@@ -22,6 +22,7 @@ from v4jax.kernels.choice import NAMES, Kernels, interpreted, kernels_from
 from v4jax.kernels.expert_ffn import op as expert_ffn
 from v4jax.kernels.fused_attention import op as fused_attention
 from v4jax.kernels.hyper_connection import op as hyper_connection
+from v4jax.kernels.newton_schulz import op as newton_schulz
 from v4jax.parameter_tree import abstract_params
 from v4jax.score import score
 from v4jax.tokenizer import ByteTokenizer
@@ -41,6 +42,7 @@ OPS = {
     "hyper_connection": hyper_connection,
     "matmul": matmul,
     "rotate": rotate,
+    "newton_schulz": newton_schulz,
 }
 
 

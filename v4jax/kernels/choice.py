@@ -25,6 +25,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "hyper_connection": ("reference", "pallas_tpu"),
     "matmul": ("reference", "written_gradient"),
     "rotate": ("reference", "written_gradient"),
+    "newton_schulz": ("reference", "pallas_tpu"),
 }
 """Op -> the names of its implementations, which are the keys of the op's IMPLEMENTATIONS."""
 
@@ -78,6 +79,10 @@ class Kernels:
 
     rotate: str | None = None
     """Rotary positions: "reference" (complex product) or "written_gradient"."""
+
+    newton_schulz: str | None = None
+    """A step of Muon's iteration: "reference" (three products) or "pallas_tpu" (half of the
+    symmetric ones)."""
 
     def __post_init__(self):
         for op, names in NAMES.items():

@@ -46,12 +46,14 @@ class Numbers(NamedTuple):
       moments: AdamW's two moments, as they are stored.
       newton_schulz: factors of the products that orthogonalise (v4jax/train/newton_schulz.py).
       memory: where momentum and moments lie between steps, "device" or "host".
+      kernel: implementation of a step that orthogonalises; None: the platform's best.
     """
 
     momentum: str = "float32"
     moments: str = "float32"
     newton_schulz: str = "float32"
     memory: str = "device"
+    kernel: str | None = None
 
 
 FLOAT32 = Numbers()
@@ -74,7 +76,9 @@ def scale_by_muon(
       numbers: the moments' dtype does not matter here.
     """
     specs = specs or {}
-    orthogonalise = functools.partial(newton_schulz, dtype=numbers.newton_schulz)
+    orthogonalise = functools.partial(
+        newton_schulz, dtype=numbers.newton_schulz, implementation=numbers.kernel
+    )
 
     def init(params):
         return MuonState(_stored(jax.tree.map(jnp.zeros_like, params), numbers.momentum))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from v4jax.kernels.newton_schulz.op import newton_schulz_step
 from v4jax.kernels.tpu import on_tpu
 
 FAST, SHARP = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
@@ -19,7 +20,9 @@ See docs/equations.md#muon.
 """
 
 
-def newton_schulz(g: jax.Array, dtype: str = "float32") -> jax.Array:
+def newton_schulz(
+    g: jax.Array, dtype: str = "float32", implementation: str | None = None
+) -> jax.Array:
     """The matrices [..., rows, cols] with their singular values moved to 1 (0 stays 0).
 
     Any scale works, from the least normal float32 to the largest number: the momentum of a matrix
@@ -27,43 +30,25 @@ def newton_schulz(g: jax.Array, dtype: str = "float32") -> jax.Array:
 
     Args:
       g: float32.
-      dtype: of the factors of products, "float32" or "bfloat16". Sums, Gram matrices and the
-        iterate stay float32: an iterate in bfloat16 would lose the small singular directions.
+      dtype: of the factors of products, "float32" or "bfloat16"; a TPU rounds them to bfloat16
+        anyway.
+      implementation: of a step (v4jax/kernels/newton_schulz/op.py).
     """
     wide = g.shape[-2] <= g.shape[-1]
     x = _near_one(g if wide else jnp.swapaxes(g, -1, -2))
     norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
     x = x / jnp.where(norm > 0, norm, 1)
+    stack = x.reshape(-1, *x.shape[-2:])
+    factor = stack.astype(jnp.bfloat16 if on_tpu() else dtype)
 
-    def iterate(x, abc):
-        rounded = _factor(x, dtype)
-        gram = _product(rounded, jnp.swapaxes(rounded, -1, -2))
-        square = _product(_factor(abc[2] * gram, dtype), _factor(gram, dtype))
-        polynomial = abc[1] * gram + square
-        return abc[0] * x + _product(_factor(polynomial, dtype), rounded), None
+    def iterate(pair, abc):
+        return newton_schulz_step(*pair, abc, implementation), None
 
-    x, _ = lax.scan(iterate, x, jnp.asarray(COEFFICIENTS, x.dtype))
+    steps = jnp.asarray(COEFFICIENTS, x.dtype)
+    # Two at a time: one alone would copy the factors, which it reads until the last are written.
+    (stack, _), _ = lax.scan(iterate, (stack, factor), steps, unroll=2)
+    x = stack.reshape(x.shape)
     return x if wide else jnp.swapaxes(x, -1, -2)
-
-
-def _factor(x: jax.Array, dtype: str) -> jax.Array:
-    """`x` as a factor of products.
-
-    A TPU rounds float32 factors to bfloat16. XLA would leave that to each product, which then reads
-    twice the bytes, more than once; so they are rounded here, and the barrier keeps it so.
-    """
-    if on_tpu():
-        return jax.lax.optimization_barrier(x.astype(jnp.bfloat16))
-    return x.astype(dtype)
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b, float32.
-
-    Factors in float32 run in the platform's own precision (TF32 on GPUs), unlike the model's
-    products: Muon tolerates bfloat16 here.
-    """
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
 def _near_one(x: jax.Array) -> jax.Array:

@@ -88,7 +88,11 @@ def optimizer_of(cfg: TrainConfig, rules: AxisRules = AxisRules()) -> optax.Grad
         specs,
         (lambda step: ratio * main(step)) if ratio else None,
         Numbers(
-            cfg.momentum_dtype, cfg.moment_dtype, cfg.newton_schulz_dtype, cfg.optimizer_memory
+            cfg.momentum_dtype,
+            cfg.moment_dtype,
+            cfg.newton_schulz_dtype,
+            cfg.optimizer_memory,
+            kernels_from(cfg.kernels).newton_schulz,
         ),
     )
     return optax.chain(clip_apart(cfg.clip_norm), inner)

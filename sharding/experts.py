@@ -144,11 +144,13 @@ def _on_device(rules: AxisRules, run, axes, num_experts: int, weights, x_bsd, in
     return lax.psum(y_bsd, cut) if cut else y_bsd
 
 
-def _run(expert, share, weights, num_experts, x_BSD, index_BSK, gate_BSK) -> jax.Array:
+def _run(
+    expert, share, weights, num_experts, x_BSD, index_BSK, gate_BSK, loose: bool = False
+) -> jax.Array:
     """Dispatches tokens to the experts in `weights`.
 
-    An assignment outside [0, E) belongs to another device and gives 0. `num_experts` counts all
-    experts that share the assignments, on this device and on others.
+    An assignment outside [0, E) belongs to another device and gives 0; anything if `loose`.
+    `num_experts` counts all experts that share the assignments, on this device and on others.
     """
     batch, seq, width = x_BSD.shape
     here, active = jax.tree.leaves(weights)[0].shape[0], index_BSK.shape[-1]
@@ -156,12 +158,13 @@ def _run(expert, share, weights, num_experts, x_BSD, index_BSK, gate_BSK) -> jax
     # A token chooses an expert at most once, so no expert has more rows than there are tokens.
     block = min(_block_size(assignments, num_experts, share), 1 << (batch * seq - 1).bit_length())
     plan = _plan(index_BSK.reshape(-1), here, block)
-    x_PD = _spread(
-        x_BSD.reshape(-1, width), plan.row // active, plan.used, plan.slot.reshape(-1, active)
-    )
-    gate_P1 = _spread(gate_BSK.reshape(-1, 1), plan.row, plan.used, plan.slot[:, None])
-    y_PD = expert(weights, x_PD, gate_P1[:, 0], plan.groups)
-    y_TD = _collect(y_PD, plan.row // active, plan.used, plan.slot.reshape(-1, active))
+    token_P, slot_TK = plan.row // active, plan.slot.reshape(-1, active)
+    # Filler repeats the first token, with weight 0: no gradient passes it. In a round of the
+    # exchange the first row is there if any is.
+    x_PD = _spread(loose, x_BSD.reshape(-1, width), token_P, slot_TK)
+    gate_P1 = _spread(loose, gate_BSK.reshape(-1, 1), plan.row, plan.slot[:, None])
+    y_PD = expert(weights, x_PD, jnp.where(plan.used, gate_P1[:, 0], 0), plan.groups)
+    y_TD = _collect(loose, y_PD, token_P, slot_TK)
     return y_TD.reshape(batch, seq, width)
 
 
@@ -186,19 +189,16 @@ def _one_round(run, holders, rows, turn, path: Route, inputs) -> jax.Array:
     travels_A = travelling(moves, assignments, holders)
     # What comes back in rows that do not travel is read nowhere: their slot is past the end.
     slot_TK = jnp.where(travels_A[path.slot_TK], path.slot_TK, assignments)
-    x_AD = _spread(x_TD, path.token_A, travels_A, slot_TK)
+    x_AD = _spread(False, x_TD, path.token_A, slot_TK)
     x_QD = exchange(x_AD, rows, moves, holders)
     gate_Q1 = exchange(
-        _spread(gate_A1, path.assignment_A, travels_A, slot_TK.reshape(-1, 1)),
-        rows,
-        moves,
-        holders,
+        _spread(False, gate_A1, path.assignment_A, slot_TK.reshape(-1, 1)), rows, moves, holders
     )
     index_Q = expert_of_rows(path, turn, rows, holders)
     here = jax.tree.leaves(weights)[0].shape[0]  # every row that arrived is for one of these
-    y_QD = run(weights, here, x_QD[None], index_Q[None, :, None], gate_Q1[None])[0]
+    y_QD = run(weights, here, x_QD[None], index_Q[None, :, None], gate_Q1[None], loose=True)[0]
     y_AD = exchange(y_QD, assignments, moves.back(), holders)
-    return _collect(y_AD, path.token_A, travels_A, slot_TK)
+    return _collect(False, y_AD, path.token_A, slot_TK)
 
 
 def _block_size(assignments: int, num_experts: int, share: float) -> int:
@@ -253,44 +253,46 @@ def _plan(index_A: jax.Array, num_experts: int, block: int) -> _Plan:
     )
 
 
-@jax.custom_vjp
-def _spread(x_TD, token_P, used_P, slot_TK):
-    """x[token] in each row, 0 where the row is not used.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _spread(loose: bool, x_TD, token_P, slot_TK):
+    """x[token] in each row. What stands in rows that no slot points to is read nowhere.
 
-    Its transpose is `_collect`. Both are gathers, which are fast on CPUs and TPUs, and no scatter.
+    Its transpose is `_collect`, with the same `loose`. Both are gathers, which are fast on CPUs and
+    TPUs, and no scatter.
     """
-    return jnp.where(used_P[:, None], x_TD[token_P], 0)
+    return x_TD[token_P]
 
 
-def _spread_fwd(x_TD, token_P, used_P, slot_TK):
-    return _spread(x_TD, token_P, used_P, slot_TK), (token_P, used_P, slot_TK)
+def _spread_fwd(loose, x_TD, token_P, slot_TK):
+    return _spread(loose, x_TD, token_P, slot_TK), (token_P, slot_TK)
 
 
-def _spread_bwd(saved, ct_PD):
-    token_P, used_P, slot_TK = saved
-    return _collect(ct_PD, token_P, used_P, slot_TK), None, None, None
+def _spread_bwd(loose, saved, ct_PD):
+    return _collect(loose, ct_PD, *saved), None, None
 
 
-@jax.custom_vjp
-def _collect(y_PD, token_P, used_P, slot_TK):
-    """The sum of each token's rows, in float32, in the order of its assignments."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _collect(loose: bool, y_PD, token_P, slot_TK):
+    """The sum of each token's rows, in float32, in the order of its assignments; 0 without rows.
+
+    Args:
+      loose: what tokens without rows get is read nowhere; it is anything then.
+    """
     rows = y_PD.shape[0]
     total = jnp.zeros((), jnp.float32)
     for k in range(slot_TK.shape[1]):
-        slot_T = slot_TK[:, k]
-        total = total + jnp.where(
-            (slot_T < rows)[:, None], y_PD[jnp.minimum(slot_T, rows - 1)], 0
-        ).astype(jnp.float32)
+        slot_T1 = slot_TK[:, k : k + 1]
+        y_TD = y_PD[jnp.minimum(slot_T1[:, 0], rows - 1)]
+        total = total + (y_TD if loose else jnp.where(slot_T1 < rows, y_TD, 0)).astype(jnp.float32)
     return total.astype(y_PD.dtype)
 
 
-def _collect_fwd(y_PD, token_P, used_P, slot_TK):
-    return _collect(y_PD, token_P, used_P, slot_TK), (token_P, used_P, slot_TK)
+def _collect_fwd(loose, y_PD, token_P, slot_TK):
+    return _collect(loose, y_PD, token_P, slot_TK), (token_P, slot_TK)
 
 
-def _collect_bwd(saved, ct_TD):
-    token_P, used_P, slot_TK = saved
-    return _spread(ct_TD, token_P, used_P, slot_TK), None, None, None
+def _collect_bwd(loose, saved, ct_TD):
+    return _spread(loose, ct_TD, *saved), None, None
 
 
 _spread.defvjp(_spread_fwd, _spread_bwd)

@@ -3,7 +3,8 @@
 XLA:TPU makes this gradient of lax.ragged_dot by masking all rows for every expert: E times the
 FLOPs, and arrays of E x rows x width, the largest of a training step. Rows lie in whole blocks of
 one expert each (sharding/experts.py), so the kernel only adds up blocks. For each tile of the
-result, the grid walks through all blocks, which come in the order of their experts.
+result, the grid walks through all blocks, which come in the order of their experts, and then
+through the experts, whose zeros it writes where they have no block.
 
 Shapes: P rows in blocks, E experts, A and Z widths of the two factors.
 Next file to read: v4jax/kernels/expert_ffn/gpu.py.
@@ -34,47 +35,50 @@ def grouped_outer(
     """
     blocks, widths = groups.block_expert.shape[0], (x_PA.shape[1], ct_PZ.shape[1])
     size, tiles = x_PA.shape[0] // blocks, tuple(_tile(width) for width in widths)
-    # Experts without a block keep these zeros.
-    zeros = vary_like(jnp.zeros((groups.group_sizes.shape[0], *widths), jnp.float32), x_PA)
+    experts = groups.group_sizes.shape[0]
 
     def rows(place):
-        return lambda a, z, block, *_: (block, (a, z)[place])
+        return lambda a, z, step, *_: (jnp.minimum(step, blocks - 1), (a, z)[place])
 
     return pl.pallas_call(
         _add_block,
         out_shape=jax.ShapeDtypeStruct(
-            zeros.shape, zeros.dtype, manual_axis_type=jax.typeof(x_PA).manual_axis_type
+            (experts, *widths), jnp.float32, manual_axis_type=jax.typeof(x_PA).manual_axis_type
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(widths[0] // tiles[0], widths[1] // tiles[1], blocks),
-            in_specs=[
-                *(pl.BlockSpec((size, tile), rows(i)) for i, tile in enumerate(tiles)),
-                pl.BlockSpec(memory_space=pl.ANY),
-            ],
+            grid=(widths[0] // tiles[0], widths[1] // tiles[1], blocks + experts),
+            in_specs=[pl.BlockSpec((size, tile), rows(i)) for i, tile in enumerate(tiles)],
             out_specs=pl.BlockSpec(
-                (None, *tiles), lambda a, z, block, expert, in_use: (expert[block], a, z)
+                (None, *tiles), lambda a, z, step, expert, in_use: (expert[step], a, z)
             ),
         ),
-        input_output_aliases={4: 0},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
         interpret=interpret,
-    )(groups.block_expert, groups.blocks_in_use[None], x_PA, ct_PZ, zeros)
+    )(_expert_of_steps(groups), groups.blocks_in_use[None], x_PA, ct_PZ)
 
 
-def _add_block(expert, in_use, x, ct, zeros, out):
+def _expert_of_steps(groups: Groups) -> jax.Array:
+    """Whose tile each step works on: those of blocks, then experts without one; others stay."""
+    last = groups.block_expert[-1]
+    number = jnp.arange(groups.group_sizes.shape[0], dtype=last.dtype)
+    # A tile that is left must not be visited again, so a step of another expert changes nothing.
+    empty = jnp.where(groups.group_sizes == 0, number, -1)
+    stays = lax.cummax(vary_like(empty, last))
+    return jnp.concatenate([groups.block_expert, jnp.where(stays < 0, last, stays)])
+
+
+def _add_block(expert, in_use, x, ct, out):
     """Adds one block's product to a tile, which stays in fast memory as long as its expert does."""
-    # The output is written over them (input_output_aliases).
-    del zeros
-    block = pl.program_id(2)
+    step = pl.program_id(2)
 
-    @pl.when((block == 0) | (expert[block] != expert[jnp.maximum(block - 1, 0)]))
+    @pl.when((step == 0) | (expert[step] != expert[jnp.maximum(step - 1, 0)]))
     def _start():
         out[...] = jnp.zeros_like(out)
 
-    @pl.when(block < in_use[0])
+    @pl.when(step < in_use[0])
     def _add():
         out[...] += lax.dot_general(
             x[...],

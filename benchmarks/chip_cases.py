@@ -4,7 +4,6 @@ Shapes: B batch, S positions of the row, T queries, Y window keys, N heads, H he
 streams, C entries, I index heads, J index dim, K chosen entries, Z matrices.
 """
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -13,11 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from configs import models
+from sharding.experts import Groups
 from v4jax.cache.attention_inputs import AttentionInputs, IndexInputs, WindowKV
 from v4jax.checkpoint.names import leaf_dtypes
 from v4jax.config import CSA, ModelConfig
 from v4jax.context import Context
 from v4jax.kernels.choice import kernels_from
+from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights
+from v4jax.kernels.expert_ffn.op import expert_ffn
 from v4jax.kernels.index_scores import index_scores
 from v4jax.kernels.norm import rms_norm
 from v4jax.kernels.rotate import rotate
@@ -40,15 +42,18 @@ OPS = (
     "output",
     "site",
     "newton_schulz",
-    "newton_schulz_bf16",
+    "experts",
     "projections",
     *(f"{name}_layer" for name in RATIOS),
 )
-FORWARD_ONLY = ("choice", "newton_schulz", "newton_schulz_bf16")
+FORWARD_ONLY = ("choice", "newton_schulz")
 """Ops without a gradient."""
 
 MATRICES = (32, 2048, 4096)
 """One call of Newton-Schulz: matrices of an expert's size."""
+
+EXPERTS, BLOCK = 16, 128
+"""Experts of a device, and rows of a block."""
 
 _BF16 = jnp.bfloat16
 _F32 = jnp.float32
@@ -96,8 +101,8 @@ def case_of(op: str, model: str, kernels: str, seq: int, queries: int) -> Case:
         "q": _q,
         "output": _output,
         "site": _site,
-        "newton_schulz": functools.partial(_newton_schulz, dtype="float32"),
-        "newton_schulz_bf16": functools.partial(_newton_schulz, dtype="bfloat16"),
+        "newton_schulz": _newton_schulz,
+        "experts": _experts,
         "projections": _projections,
     }
     return made[op](sizes)
@@ -333,10 +338,33 @@ def _site(sizes: Sizes) -> Case:
     return Case(run, (x, y, *leaves), 2 + len(leaves), 0, moved, 0, moved)
 
 
-def _newton_schulz(sizes: Sizes, dtype: str) -> Case:
-    """Muon's iteration, with factors of products in this dtype."""
+def _newton_schulz(sizes: Sizes) -> Case:
+    """Muon's iteration."""
     del sizes
     count, m, n = MATRICES
     flops = len(COEFFICIENTS) * (4 * m * m * n + 2 * m**3) * count
-    run = functools.partial(newton_schulz, dtype=dtype)
-    return Case(run, (_of(MATRICES, _F32),), 0, flops)
+    return Case(newton_schulz, (_of(MATRICES, _F32),), 0, flops)
+
+
+def _experts(sizes: Sizes) -> Case:
+    """The experts of a device on the rows that it gets where all get equally many."""
+    cfg = sizes.cfg
+    rows, wide = sizes.queries * cfg.num_experts_per_tok, cfg.moe_intermediate_size
+    into, out = (EXPERTS, cfg.hidden_size, wide), (EXPERTS, wide, cfg.hidden_size)
+    blocks = rows // BLOCK
+    shapes = (_of((rows, cfg.hidden_size)), _of((rows,), _F32), *map(_of, (into, into, out)))
+
+    def run(x_PD, gate_P, w1, w3, w2):
+        groups = Groups(
+            jnp.full(EXPERTS, rows // EXPERTS, jnp.int32),
+            jnp.arange(blocks, dtype=jnp.int32) * EXPERTS // blocks,
+            jnp.int32(blocks),
+        )
+        form = Activation(cfg.swiglu_limit)
+        return expert_ffn(
+            form, ExpertWeights(w1, w3, w2), x_PD, gate_P, groups, sizes.ctx.kernels.expert_ffn
+        )
+
+    flops = 2 * rows * 3 * wide * cfg.hidden_size
+    moved = 2 * (2 * rows * cfg.hidden_size + EXPERTS * 3 * wide * cfg.hidden_size)
+    return Case(run, shapes, len(shapes), flops, moved, 2 * flops, 2 * moved)

@@ -13,7 +13,7 @@ from jax import lax
 
 from sharding.experts import AT_ONCE
 from sharding.manual import vary_like
-from v4jax.kernels.expert_ffn.formulas import ExpertWeights, ffn, ffn_backward, matmul
+from v4jax.kernels.expert_ffn.formulas import ExpertWeights, ffn, ffn_backward, matmul, turned
 
 JOINED_SHARE = 2
 """Blocks have up to this many times an average expert's rows in the CPU's loop without gradients.
@@ -93,7 +93,7 @@ def backward(form, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
             return matmul(jnp.swapaxes(_in_blocks(x), 1, 2), _in_blocks(ct))
 
         part_w, part_x, part_gate = ffn_backward(
-            form, _batched, outer, _several(w, expert_G, x_PD.dtype), *rows
+            form, turned(_batched), outer, _several(w, expert_G, x_PD.dtype), *rows
         )
         ct_w = ExpertWeights(
             *(_add_each(total, part, expert_G) for total, part in zip(ct_w, part_w, strict=True))

@@ -1,6 +1,7 @@
 """The two formulas of the experts' feed-forward, which take the products as arguments.
 
-dot(x, w) multiplies rows by experts' matrices, outer(x, ct) is its gradient for these.
+dot(x, w) multiplies rows by experts' matrices; outer(x, ct) is its gradient for these, and
+back((ct, w), ...) the sum of its gradients for rows that several products share.
 
 Shapes: P rows, D hidden, F expert hidden, E experts.
 Next file to read: v4jax/kernels/expert_ffn/blocked.py.
@@ -75,11 +76,21 @@ def ffn(form, dot, w: ExpertWeights, x, gate_P):
     return dot(gated(form, h1, h3, gate_P), w.w2), h1, h3
 
 
-def ffn_backward(form, dot, outer, w: ExpertWeights, x, gate_P, h1, h3, ct):
+def turned(dot):
+    """`back`, by products with transposed matrices."""
+
+    def back(*pairs):
+        first, *rest = (dot(ct, jnp.swapaxes(w, -1, -2)) for ct, w in pairs)
+        return sum(rest, first)
+
+    return back
+
+
+def ffn_backward(form, back, outer, w: ExpertWeights, x, gate_P, h1, h3, ct):
     """(gradients of w, of x, of the gate): the formula of the backward pass."""
     assert w.w3 is not None, "joined matrices run forward only"
     hidden, pull = jax.vjp(functools.partial(gated, form), h1, h3, gate_P)
-    ct_h1, ct_h3, ct_gate = pull(dot(ct, jnp.swapaxes(w.w2, -1, -2)))
-    ct_x = dot(ct_h1, jnp.swapaxes(w.w1, -1, -2)) + dot(ct_h3, jnp.swapaxes(w.w3, -1, -2))
+    ct_h1, ct_h3, ct_gate = pull(back((ct, w.w2)))
+    ct_x = back((ct_h1, w.w1), (ct_h3, w.w3))
     ct_w = ExpertWeights(outer(x, ct_h1), outer(x, ct_h3), outer(hidden, ct))
     return ct_w, ct_x, ct_gate

@@ -16,10 +16,10 @@ from jax import lax
 
 from sharding.experts import Groups
 from v4jax.kernels.choice import pick
-from v4jax.kernels.expert_ffn import blocked, gpu, grad_tpu, whole
+from v4jax.kernels.expert_ffn import blocked, gpu, grad_tpu, rows_tpu, whole
 from v4jax.kernels.expert_ffn.every_expert import every_expert_on_rows, reference
 from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights
-from v4jax.kernels.expert_ffn.whole import Products, ragged_dot
+from v4jax.kernels.expert_ffn.whole import Products, ragged_back, ragged_dot
 
 
 class Way(NamedTuple):
@@ -36,7 +36,7 @@ def _whole(products: Products) -> Way:
 
 
 BLOCKED = Way(blocked.forward, blocked.backward)
-RAGGED = _whole(Products(ragged_dot, grad_tpu.grouped_outer))
+RAGGED = _whole(Products(ragged_dot, grad_tpu.grouped_outer, ragged_back))
 TRITON = _whole(Products(gpu.grouped_dot, gpu.grouped_outer))
 
 
@@ -132,7 +132,11 @@ def _anywhere(kernel: Callable, platform: str) -> Callable:
     return run
 
 
-_RAGGED_ANYWHERE = Products(ragged_dot, _anywhere(grad_tpu.grouped_outer, "tpu"))
+_RAGGED_ANYWHERE = Products(
+    functools.partial(ragged_dot, kernel=_anywhere(rows_tpu.grouped_dot, "tpu")),
+    _anywhere(grad_tpu.grouped_outer, "tpu"),
+    functools.partial(ragged_back, kernel=_anywhere(rows_tpu.grouped_back, "tpu")),
+)
 _TRITON_ANYWHERE = Products(
     _anywhere(gpu.grouped_dot, "cuda"), _anywhere(gpu.grouped_outer, "cuda")
 )

@@ -1,7 +1,7 @@
 """The experts on all rows at once, with the grouped products of a platform.
 
-TPU: lax.ragged_dot (a grouped GEMM), with a kernel for its weight gradient
-(v4jax/kernels/expert_ffn/grad_tpu.py). NVIDIA GPUs: kernels for both products
+TPU: kernels (v4jax/kernels/expert_ffn/rows_tpu.py, grad_tpu.py), and lax.ragged_dot for sizes that
+they do not take. NVIDIA GPUs: kernels for both products
 (v4jax/kernels/expert_ffn/gpu.py).
 
 Shapes: P rows in blocks, A and Z widths of a product's factors, E experts, D hidden, F expert
@@ -16,15 +16,23 @@ import jax
 from jax import lax
 
 from sharding.experts import Groups
-from v4jax.kernels.expert_ffn.formulas import ffn, ffn_backward
+from v4jax.kernels.expert_ffn import rows_tpu
+from v4jax.kernels.expert_ffn.formulas import ffn, ffn_backward, turned
 from v4jax.kernels.matmul import precision_of
 
 
 class Products(NamedTuple):
-    """A platform's grouped products: dot(x, w, groups), and outer(x, ct, groups) in float32."""
+    """A platform's grouped products.
+
+    Attributes:
+      dot: dot(x, w, groups).
+      outer: outer(x, ct, groups), float32: its gradient for w.
+      back: back(pairs of ct and w, groups): its gradients for x, added up; None: by `dot`.
+    """
 
     dot: Callable[..., jax.Array]
     outer: Callable[..., jax.Array]
+    back: Callable[..., jax.Array] | None = None
 
 
 def forward(products: Products, form, w, x_PD, gate_P, groups):
@@ -38,14 +46,32 @@ def backward(products: Products, form, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct
     def outer(x_PA, ct_PZ):
         return products.outer(x_PA, ct_PZ, groups).astype(w.w1.dtype)
 
-    dot = _grouped(products.dot, groups)
-    return ffn_backward(form, dot, outer, w, x_PD, gate_P, h1_PF, h3_PF, ct_PD)
+    def back(*pairs):
+        if products.back is None:
+            return turned(_grouped(products.dot, groups))(*pairs)
+        return products.back(tuple((ct, w.astype(ct.dtype)) for ct, w in pairs), groups)
+
+    return ffn_backward(form, back, outer, w, x_PD, gate_P, h1_PF, h3_PF, ct_PD)
 
 
 def _grouped(dot, groups: Groups):
     return lambda x_PA, w_EAZ: dot(x_PA, w_EAZ.astype(x_PA.dtype), groups)
 
 
-def ragged_dot(x_PA, w_EAZ, groups: Groups):
-    """out[p] = x[p] w[expert of p], as XLA:TPU's grouped product."""
+def ragged_dot(x_PA, w_EAZ, groups: Groups, kernel=rows_tpu.grouped_dot):
+    """out[p] = x[p] w[expert of p]: by the kernel where blocks and widths suit it, else by XLA."""
+    if _suits(groups, x_PA, w_EAZ):
+        return kernel(x_PA, w_EAZ, groups)
     return lax.ragged_dot(x_PA, w_EAZ, groups.group_sizes, precision=precision_of(x_PA))
+
+
+def ragged_back(pairs, groups: Groups, kernel=rows_tpu.grouped_back):
+    """The gradients of products for the rows that they share, likewise."""
+    if _suits(groups, pairs[0][0], *(w_EAZ for _, w_EAZ in pairs)):
+        return kernel(pairs, groups)
+    return turned(_grouped(ragged_dot, groups))(*pairs)
+
+
+def _suits(groups: Groups, x_PA, *matrices) -> bool:
+    rows = x_PA.shape[0] // groups.block_expert.shape[0]
+    return rows_tpu.suits(rows, *(n for w_EAZ in matrices for n in w_EAZ.shape[1:]))

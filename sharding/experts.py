@@ -279,12 +279,14 @@ def _collect(loose: bool, y_PD, token_P, slot_TK):
       loose: what tokens without rows get is read nowhere; it is anything then.
     """
     rows = y_PD.shape[0]
-    total = jnp.zeros((), jnp.float32)
-    for k in range(slot_TK.shape[1]):
+
+    def of_assignment(k: int) -> jax.Array:
         slot_T1 = slot_TK[:, k : k + 1]
         y_TD = y_PD[jnp.minimum(slot_T1[:, 0], rows - 1)]
-        total = total + (y_TD if loose else jnp.where(slot_T1 < rows, y_TD, 0)).astype(jnp.float32)
-    return total.astype(y_PD.dtype)
+        return (y_TD if loose else jnp.where(slot_T1 < rows, y_TD, 0)).astype(jnp.float32)
+
+    first, *rest = map(of_assignment, range(slot_TK.shape[1]))
+    return sum(rest, first).astype(y_PD.dtype)
 
 
 def _collect_fwd(loose, y_PD, token_P, slot_TK):

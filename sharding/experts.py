@@ -253,8 +253,7 @@ def _plan(index_A: jax.Array, num_experts: int, block: int) -> _Plan:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _spread(loose: bool, x_TD, token_P, slot_TK):
+def _rows_of_tokens(loose: bool, x_TD, token_P, slot_TK) -> jax.Array:
     """x[token] in each row. What stands in rows that no slot points to is read nowhere.
 
     Its transpose is `_collect`, with the same `loose`. Both are gathers, which are fast on CPUs and
@@ -271,8 +270,7 @@ def _spread_bwd(loose, saved, ct_PD):
     return _collect(loose, ct_PD, *saved), None, None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _collect(loose: bool, y_PD, token_P, slot_TK):
+def _sums_of_tokens(loose: bool, y_PD, token_P, slot_TK) -> jax.Array:
     """The sum of each token's rows, in float32, in the order of its assignments; 0 without rows.
 
     Args:
@@ -297,5 +295,7 @@ def _collect_bwd(loose, saved, ct_TD):
     return _spread(loose, ct_TD, *saved), None, None
 
 
+_spread = jax.custom_vjp(_rows_of_tokens, nondiff_argnums=(0,))
+_collect = jax.custom_vjp(_sums_of_tokens, nondiff_argnums=(0,))
 _spread.defvjp(_spread_fwd, _spread_bwd)
 _collect.defvjp(_collect_fwd, _collect_bwd)

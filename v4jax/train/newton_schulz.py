@@ -42,7 +42,8 @@ def newton_schulz(
     factor = stack.astype(jnp.bfloat16 if on_tpu() else dtype)
 
     def iterate(pair, abc):
-        return newton_schulz_step(*pair, abc, implementation), None
+        x, factor = pair
+        return newton_schulz_step(x, factor, abc, implementation), None
 
     steps = jnp.asarray(COEFFICIENTS, x.dtype)
     # Two at a time: one alone would copy the factors, which it reads until the last are written.

@@ -34,7 +34,8 @@ def newton_schulz_step(
     Raises:
       ValueError: "pallas_tpu" for sizes that it does not take.
     """
-    fault = _unfit(*x_ZRK.shape[1:], factor_ZRK.dtype.itemsize)
+    _, rows, columns = x_ZRK.shape
+    fault = _unfit(rows, columns, factor_ZRK.dtype.itemsize)
     best = "pallas_tpu" if on_tpu() and not fault else "reference"
     if implementation == "pallas_tpu":
         check_fits("newton_schulz", fault)
@@ -65,7 +66,7 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _pallas_tpu(x_ZRK, factor_ZRK, abc):
-    sizes = _sizes(*x_ZRK.shape[1:])
+    sizes = _sizes(x_ZRK.shape[1], x_ZRK.shape[2])
     one = jnp.asarray([0.0, 1.0], jnp.float32)
     gram_ZRR, rounded_ZRR = symmetric(sizes, factor_ZRK, None, one, keep=True)
     (polynomial_ZRR,) = symmetric(sizes, rounded_ZRR, gram_ZRR, abc[1:], keep=False)
@@ -76,11 +77,12 @@ def _sizes(rows: int, columns: int) -> Sizes:
     """The largest blocks that divide; where kernels are interpreted, any."""
     if not on_tpu():
         return Sizes(_divisor(rows, 8), _divisor(columns, 16), interpret=True)
-    return Sizes(*(next(side for side in SIDES if n % side == 0) for n in (rows, columns)), False)
+    here, wide = (next(side for side in SIDES if n % side == 0) for n in (rows, columns))
+    return Sizes(here, wide, interpret=False)
 
 
-def _divisor(n: int, most: int) -> int:
-    return next(side for side in range(min(n, most), 0, -1) if n % side == 0)
+def _divisor(n: int, limit: int) -> int:
+    return next(side for side in range(min(n, limit), 0, -1) if n % side == 0)
 
 
 def _unfit(rows: int, columns: int, item: int) -> str:

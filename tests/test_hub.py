@@ -11,6 +11,7 @@ from exports import CFG, PARAMS, assert_same, write
 from hub import FIRST, SECOND, Hub
 
 import v4jax
+from v4jax import storage
 from v4jax.api import place_on
 from v4jax.cli import main as cli
 from v4jax.storage import checkpoint_name, is_remote
@@ -181,7 +182,7 @@ def test_a_run_begins_from_a_name_and_writes_the_commit_down(hub, tmp_path):
     mesh, rules = place_on(None, None)
     assert_same(jax.device_get(fresh(cfg, state_shardings(cfg, rules, mesh)).public), PARAMS)
     (tmp_path / "run").mkdir()
-    write_run(tmp_path / "run", cfg, ByteTokenizer())
+    write_run(tmp_path / "run", cfg, ByteTokenizer(), storage.Claim(tmp_path / "run"))
     assert (tmp_path / "run/init_from.txt").read_text() == f"hf://{NAME}@{SECOND}\n"
     check_source_model(cfg)
 

@@ -11,6 +11,7 @@ from v4jax.storage.checkpoints import (
     place_of_checkpoints,
     streamed,
 )
+from v4jax.storage.claim import Claim
 from v4jax.storage.files import (
     Entry,
     copy,
@@ -33,6 +34,7 @@ from v4jax.storage.remote import Remote
 from v4jax.storage.spool import Spool
 
 __all__ = [
+    "Claim",
     "Entry",
     "Place",
     "Remote",

@@ -1,13 +1,11 @@
-"""Shared by tests of buckets: object stores on loopback, a proxy that breaks requests, fixtures.
+"""Shared by tests of buckets: object stores on loopback, their clients, fixtures.
 
-s3(): moto's server.    gcs(): fake-gcs-server, a Go program in a wheel.    Proxy(url): breaks.
+s3(): moto's server.    gcs(): fake-gcs-server, a Go program in a wheel.
 A test file names the fixtures it needs: servers = stores.servers.
 """
 
 import asyncio
 import contextlib
-import http.client
-import http.server
 import json
 import os
 import pathlib
@@ -15,20 +13,23 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 import types
 import urllib.error
 import urllib.request
 
 import pytest
+from store_proxy import Proxy
 
 NEEDS = "needs the extra buckets-tests"
 START_SECONDS = 120
 """How long a server may take to start on a machine that does much else."""
-S3_SERVER = "import os; os.environ['S3_UPLOAD_PART_MIN_SIZE'] = '256'; from moto.server import main; main(['-H', '127.0.0.1', '-p', '{}'])"
-SKIPPED = {"connection", "content-length", "expect", "transfer-encoding"}
-"""Headers that the proxy writes itself."""
+S3_SERVER = """
+import os
+os.environ["S3_UPLOAD_PART_MIN_SIZE"] = "256"
+from moto.server import main
+main(["-H", "127.0.0.1", "-p", "{}"])
+"""
 
 
 def free_port():
@@ -138,19 +139,24 @@ def environment(s3_url=None, gcs_url=None):
 @contextlib.contextmanager
 def clients(patch, s3_url=None, gcs_url=None):
     """v4jax's clients of these servers, which wait for nothing between two tries."""
+    for name, value in environment(s3_url, gcs_url).items():
+        patch.setenv(name, value)
+    wait_for_nothing(patch.setattr)
+    _forget_clients()
+    yield
+    _forget_clients()
+
+
+def wait_for_nothing(put=setattr):
+    """Lets v4jax, gcsfs and s3fs try again at once."""
     import gcsfs.retry
     import s3fs
 
     from v4jax.storage import faults
 
-    for name, value in environment(s3_url, gcs_url).items():
-        patch.setenv(name, value)
-    patch.setattr(faults, "WAITS", (0.0,) * 4)
-    patch.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=lambda _: asyncio.sleep(0)))
-    patch.setattr(s3fs.S3FileSystem, "retries", 2)
-    _forget_clients()
-    yield
-    _forget_clients()
+    put(faults, "WAITS", (0.0,) * 4)
+    put(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=lambda _: asyncio.sleep(0)))
+    put(s3fs.S3FileSystem, "retries", 2)
 
 
 def _forget_clients():
@@ -228,124 +234,8 @@ def broken_s3(request, servers, monkeypatch):
         yield own_folder(request, "s3"), proxy
 
 
-class Proxy:
-    """A loopback HTTP proxy before a store, for one `with` block.
-
-    `rule(method, path)` says what happens to a request: None (it passes), ("status", 503),
-    ("cut", n): only n bytes of the answer's body come, ("drop",): the store is not asked,
-    ("lost",): the store acts and its answer does not come, ("delay", seconds), ("then", function):
-    the store acts, and the function is called before its answer comes.
-
-    Part of an upload to GCS that comes twice is passed on once: GCS ignores bytes that it has, and
-    fake-gcs-server would append them.
-
-    Attributes:
-      requests: (method, path, bytes of the answer) of all requests.
-    """
-
-    def __init__(self, upstream, rule=lambda method, path: None):
-        self.rule, self.requests, self._parts = rule, [], {}
-        self._upstream = upstream.removeprefix("http://")
-        proxy = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            wbufsize = 2**16  # head and body at once: Nagle would wait 40 ms
-
-            def handle_one_request(self):
-                try:
-                    super().handle_one_request()
-                except (OSError, http.client.HTTPException):
-                    self.close_connection = True  # else the client waits for an answer
-
-            def handle_expect_100(self):
-                goes_on = super().handle_expect_100()
-                self.wfile.flush()
-                return goes_on
-
-            def log_message(self, *_):
-                pass
-
-            def __getattr__(self, name):
-                if name.startswith("do_"):
-                    return lambda: proxy._forward(self)
-                raise AttributeError(name)
-
-        class Server(http.server.ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 128  # more connections at once than that are refused
-
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
-
-    def _forward(self, call):
-        body = self._body(call)
-        act = self.rule(call.command, call.path) or ("pass",)
-        if act[0] == "drop":
-            call.close_connection = True
-            return
-        if act[0] == "status":
-            text = b'{"error": {"code": %d, "message": "injected"}}' % act[1]
-            self._answer(call, act[1], [("Content-Type", "application/json")], text, len(text))
-            return
-        if act[0] == "delay":
-            time.sleep(act[1])
-        part = call.path, call.headers.get("Content-Range")
-        known = self._parts.get(part) if "upload_id=" in call.path else None
-        status, head, data, length = known or self._ask(call, body)
-        if part[1] is not None and status < 400:
-            self._parts[part] = status, head, data, length
-        self.requests.append((call.command, call.path, len(data)))
-        if act[0] == "then":
-            act[1]()
-        if act[0] == "lost":
-            call.close_connection = True
-            return
-        if act[0] == "cut":
-            data = data[: act[1]]
-            call.close_connection = True
-        self._answer(call, status, head, data, length)
-
-    @staticmethod
-    def _body(call):
-        if "chunked" not in call.headers.get("Transfer-Encoding", ""):
-            return call.rfile.read(int(call.headers.get("Content-Length") or 0))
-        parts = []
-        while count := int(call.rfile.readline().split(b";")[0], 16):
-            parts.append(call.rfile.read(count))
-            call.rfile.readline()
-        call.rfile.readline()
-        return b"".join(parts)
-
-    def _ask(self, call, body):
-        store = http.client.HTTPConnection(self._upstream, timeout=60)
-        with contextlib.closing(store):
-            store.putrequest(call.command, call.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in call.headers.items():
-                if name.lower() not in SKIPPED:
-                    store.putheader(name, value)
-            store.putheader("Content-Length", str(len(body)))
-            store.endheaders(body)
-            answer = store.getresponse()
-            data = answer.read()
-            length = answer.headers.get("Content-Length", "0")
-            head = [one for one in answer.headers.items() if one[0].lower() not in SKIPPED]
-        return answer.status, head, data, length if call.command == "HEAD" else len(data)
-
-    @staticmethod
-    def _answer(call, status, head, data, length):
-        call.send_response_only(status)
-        for name, value in head:
-            call.send_header(name, value)
-        call.send_header("Content-Length", str(length))
-        call.end_headers()
-        if call.command != "HEAD":
-            call.wfile.write(data)
+if __name__ == "__main__":  # a server behind a slow link, until stdin ends
+    server = {"gs": gcs, "s3": s3}[sys.argv[1]]
+    with server() as address, Proxy(address, bytes_per_second=float(sys.argv[2])) as slow:
+        print(slow.url, flush=True)
+        sys.stdin.read()

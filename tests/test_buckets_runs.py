@@ -194,11 +194,28 @@ def test_a_save_that_fails_is_said_and_followed_by_another_at_the_next_step(
 
     proxy.rule = refuse
     train(small_run(text, folder, **CHOICES))
-    assert f"step 2: a checkpoint could not be written to {folder}" in caplog.text
+    assert f"step 2 is not saved: a checkpoint could not be written to {folder}" in caplog.text
     names = storage.listing(folder)
     saved = [step for step in range(5) if f"checkpoints/{step}/checksums.json" in names]
     assert saved[-1] == 4 and 2 not in saved
     assert losses(str(folder)) == losses(on_disk) and exported(folder) == exported(on_disk)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("broken", ["gs"], indirect=True)
+def test_two_saves_that_fail_end_the_run_at_once_in_one_line(broken, text, caplog):
+    folder, proxy = broken
+
+    def refuse(method, path):
+        refused = method in ("PUT", "POST") and "/params/" in unquoted(path)
+        return ("status", 403) if refused else None
+
+    proxy.rule = refuse
+    with pytest.raises(OSError, match="those before it are intact") as error:
+        train(small_run(text, folder, **CHOICES | {"steps": 1000, "log_every": 1}))
+    assert "\n" not in str(error.value) and "step 2 is not saved" in caplog.text
+    saved = [step for step in range(1000) if f"step {step} is not saved" in caplog.text]
+    assert len(saved) == 2
 
 
 # ---- metrics -------------------------------------------------------------------------------------

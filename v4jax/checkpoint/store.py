@@ -190,13 +190,19 @@ class Store:
 
         Args:
           wait: wait for a save under way.
+
+        Raises:
+          OSError: the save before it failed too.
         """
         if not isinstance(self._directory, Remote):
             return False
         if wait:
             concurrent.futures.wait(self._summed)
-        failed = any(one.done() and one.exception() is not None for one in self._summed)
-        return anywhere(failed and not self._tries_again)
+        failed = anywhere(any(one.done() and one.exception() is not None for one in self._summed))
+        if failed and self._tries_again:
+            self._raise_failed()
+            raise OSError(f"another process could not write to {self._checkpointer.directory}")
+        return failed
 
     def _settle(self) -> None:
         """Waits for the save before; forgets that it failed if the one before it did not.
@@ -251,7 +257,7 @@ class Store:
                 saving.result()
         except OSError as error:
             if isinstance(self._directory, Remote):
-                logging.getLogger("v4jax").warning("step %d: %s", step, error)
+                logging.getLogger("v4jax").warning("step %d is not saved: %s", step, error)
             raise
         sent()  # a proven checkpoint has the lines of metrics that lead to it
         with contextlib.suppress(FileNotFoundError):  # a newer save has removed it meanwhile

@@ -39,7 +39,8 @@ ARRAYS = """
     shapes = {"rows": ((8, 512, 512), (None, "fsdp")), "columns": ((1024, 2048), (None, "fsdp")),
               "experts": ((8, 256, 256), ("fsdp",))}
     def value(shape):
-        return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+        # random bits, which nothing compresses
+        return np.random.default_rng(0).integers(0, 2**32, shape, np.uint32)
     places = {name: jax.NamedSharding(mesh, jax.P(*cut)) for name, (_, cut) in shapes.items()}
 """
 SAVE = (
@@ -55,7 +56,7 @@ SAVE = (
 LOAD = (
     ARRAYS
     + """
-    abstract = {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=places[name])
+    abstract = {name: jax.ShapeDtypeStruct(shape, np.uint32, sharding=places[name])
                 for name, (shape, _) in shapes.items()}
     with Store(sys.argv[1]) as store:
         found = store.load(store.latest_intact(strict=True), {"params": abstract})["params"]
@@ -145,5 +146,4 @@ def test_four_processes_read_each_byte_of_a_sharded_checkpoint_once(broken):
     assert done.stdout.count("as saved") == 4
     read = sum(count for method, path, count in proxy.requests if method == "GET")
     held = 4 * (8 * 512 * 512 + 1024 * 2048 + 8 * 256 * 256)
-    assert read < 1.1 * held, f"{read / held:.2f} of the bytes of the arrays"
-    print(f"{read / held:.3f} of the bytes of the arrays were read")
+    assert held <= read < 1.05 * held, f"{read / held:.3f} of the bytes of the arrays"

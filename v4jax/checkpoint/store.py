@@ -210,17 +210,13 @@ class Store:
         A store may do what it is asked and its answer get lost; Orbax then finds what it wants to
         create, and gives up. Orbax also raises the error of a save at the next call.
         """
-        concurrent.futures.wait(self._summed)
         if not self._summed:
             return
-        failed = anywhere(any(one.exception() is not None for one in self._summed))
-        if not failed or self._tries_again:
-            self._tries_again = False
-            return
-        self._tries_again = True
+        self._tries_again = self.needs_another(wait=True)
         self._summed.clear()
-        with contextlib.suppress(Exception):
-            self._checkpointer.wait()
+        if self._tries_again:
+            with contextlib.suppress(Exception):
+                self._checkpointer.wait()
 
     def wait(self) -> None:
         """Returns when no process has a save under way. Every process must call it.
@@ -255,13 +251,13 @@ class Store:
         try:
             with self._writing():
                 saving.result()
+            sent()  # a proven checkpoint has the lines of metrics that lead to it
+            with contextlib.suppress(FileNotFoundError):  # a newer save has removed it meanwhile
+                write_sums(self.path(step), jax.process_index(), jax.process_count())
         except OSError as error:
             if isinstance(self._directory, Remote):
                 logging.getLogger("v4jax").warning("step %d is not saved: %s", step, error)
             raise
-        sent()  # a proven checkpoint has the lines of metrics that lead to it
-        with contextlib.suppress(FileNotFoundError):  # a newer save has removed it meanwhile
-            write_sums(self.path(step), jax.process_index(), jax.process_count())
 
     def load(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
         """The named items of a checkpoint.

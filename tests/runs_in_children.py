@@ -12,7 +12,7 @@ import traceback
 import gcsfs  # noqa: F401  (what a run in a bucket imports, once for all children)
 import jax
 import matplotlib.figure  # noqa: F401
-import s3fs  # noqa: F401
+import s3fs
 import stores
 import tensorboardX  # noqa: F401
 from commands import ROOT
@@ -55,6 +55,8 @@ def _train(text, run, urls, ends, cache, changes) -> None:
     os.dup2(output, 2)
     os.environ.update(stores.environment(urls["s3"], urls["gs"]))
     stores.wait_for_nothing()
+    s3fs.S3FileSystem.retries = 5  # this and the next as users have it
+    os.environ["AWS_MAX_ATTEMPTS"] = "5"
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # it writes none
@@ -66,3 +68,4 @@ def _train(text, run, urls, ends, cache, changes) -> None:
     except Exception as error:
         traceback.print_exc()
         ends.write_text(f"{type(error).__name__}: {error}")
+    os._exit(0)  # as the command ends: Orbax's threads of a save that failed wait for minutes

@@ -1,6 +1,7 @@
 """How much asynchronous saves slow training: the time that a save takes from the steps beside it.
 
     python benchmarks/save_stall.py [--steps 20] [--rounds 5] [--into disk,gs,s3] [--megabytes 20]
+    python benchmarks/save_stall.py --calls --into disk,gs,s3      # the call alone, 100 MB
 
 Each round saves the whole state (weights, router, Muon and AdamW state), which Orbax writes while
 further steps run. The cost of a save is its call, plus what the steps until it is on the disk take
@@ -127,6 +128,26 @@ def rounds(folder: Place, steps: int, count: int) -> tuple[int, list[Round]]:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(state)), found
 
 
+def calls(folder: Place, count: int) -> str:
+    """A row: milliseconds of `count` calls that save 100 MB, and seconds until it is complete."""
+    sizes = np.random.default_rng(0)
+    arrays = {
+        str(i): jax.numpy.asarray(sizes.integers(0, 2**32, (1, 5 * 10**6), np.uint32))
+        for i in range(5)
+    }
+    times, whole = [], []
+    with Store(folder, keep=1, writes=True) as store:
+        for i in range(count + 1):
+            begin = time.perf_counter()
+            store.save(i + 1, {"params": arrays})
+            times.append((time.perf_counter() - begin) * 1e3)
+            store.wait()
+            whole.append(time.perf_counter() - begin)
+    del times[0], whole[0]  # Orbax imports and opens its clients
+    spread = f"{min(times):.0f} to {max(times):.0f}"
+    return f"{np.median(times):.0f} ms ({spread}) | {np.median(whole):.1f} s |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -135,8 +156,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--into", default="disk", help="some of disk, gs and s3")
     parser.add_argument("--megabytes", type=float, default=20, help="a second, to gs and s3")
+    parser.add_argument("--calls", action="store_true", help="time only the call, without steps")
     arguments = parser.parse_args()
     simulate_devices(1)
+    if arguments.calls:
+        for kind in arguments.into.split(","):
+            with target(kind, arguments.megabytes) as folder:
+                print(f"| {kind} | {calls(folder, arguments.rounds)}", flush=True)
+        return
     print(
         "| into | state | save call | steps beside it | a save costs (least to most) | step | "
         "stall, saving every so many steps | bar |\n|---|---|---|---|---|---|---|---|"

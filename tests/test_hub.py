@@ -252,3 +252,11 @@ def test_a_file_that_stays_damaged_is_refused(hub):
     )
     with pytest.raises(OSError, match=f"{WEIGHTS}: was downloaded twice, and has another sha256"):
         v4jax.load(NAME)
+
+
+def test_a_mistyped_path_names_the_folder_that_lacks_it(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    words = r"no such folder here \(the folder runs has no mine in it\), nor in the Hub's cache"
+    with pytest.raises(ValueError, match=words):
+        storage.checkpoint_path("runs/mine")

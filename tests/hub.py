@@ -38,6 +38,11 @@ class Hub:
 
             do_HEAD = do_GET
 
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+                self.asked = urllib.parse.parse_qs(body).get("paths") or json.loads(body)["paths"]
+                self.do_GET()
+
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -78,6 +83,7 @@ class Hub:
 
         hub._small_files.cache_clear()
         hub._all_files.cache_clear()
+        hub.data_set.cache_clear()
         remote.file_system.cache_clear()
 
     def _answer(self, call):
@@ -87,30 +93,37 @@ class Hub:
         if act[0] == "status":
             _send(call, act[1], b"{}")
             return
-        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/(revision|tree)/(.+))?", path)
+        found = re.fullmatch(
+            r"/api/(?:models|datasets)/([^/]+/[^/]+)(/(revision|tree|paths-info)/([^/]+)(/.+)?)?",
+            path,
+        )
         if found:
-            self._api(call, found[1], found[3] or "revision", found[4] or "main")
+            self._api(call, found[1], found[3] or "revision", found[4] or "main", found[5])
             return
-        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        found = re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if found:
             self._file(call, act, found[1], found[2], found[3])
             return
         _send(call, 404, b"{}")
 
-    def _api(self, call, name, kind, revision):
+    def _api(self, call, name, kind, revision, folder):
         if name not in self.repos:
             _send(call, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif name in self.gated:
             _send(call, 401, b"{}", {"X-Error-Code": "GatedRepo"})
         elif self._commit(name, revision) not in self.repos[name]:
             _send(call, 404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        elif folder:  # none here has one
+            _send(call, 404, b"{}", {"X-Error-Code": "EntryNotFound"})
         else:
             files = self.repos[name][self._commit(name, revision)]
             head = {"id": name, "sha": self._commit(name, revision), "private": False}
             head |= {"tags": [], "downloads": 0, "likes": 0}
             siblings = [{"rfilename": file} for file in files]
             listed = [_listed(file, data) for file, data in files.items()]
-            value = listed if kind == "tree" else head | {"siblings": siblings}
+            if kind == "paths-info":
+                listed = [one for one in listed if one["path"] in call.asked]
+            value = head | {"siblings": siblings} if kind == "revision" else listed
             _send(call, 200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _file(self, call, act, name, revision, file):

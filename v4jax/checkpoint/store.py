@@ -51,7 +51,7 @@ class Store:
         keep_every: int = 0,
         keep_best: int = 0,
         writes: bool = False,
-        before_save: Callable[[], None] = lambda: None,
+        before_save: Callable[[], Callable[[], Any]] = lambda: lambda: None,
     ):
         """Opens or makes the directory.
 
@@ -60,7 +60,8 @@ class Store:
           keep_every: also keep those of every `keep_every`-th step; 0: none.
           keep_best: also keep this number of checkpoints, those of the least loss.
           writes: this process trains here, so leftovers of killed saves are its own.
-          before_save: called when a save begins.
+          before_save: called when a save begins. Only after the function that it returns has
+            returned, in the background, does the checkpoint get its checksums.
         """
         self._directory = place_of_checkpoints(directory, "directory")
         if isinstance(self._directory, Remote):
@@ -77,6 +78,7 @@ class Store:
         self._before_save = before_save
         self._summing = concurrent.futures.ThreadPoolExecutor(1)
         self._summed: list[concurrent.futures.Future] = []
+        self._tries_again = False
 
     def __enter__(self) -> "Store":
         return self
@@ -160,22 +162,61 @@ class Store:
     def save(self, step: int, items: dict[str, Any], loss: float | None = None) -> None:
         """Starts an asynchronous save of named trees and iterators.
 
+        Every process calls it, at the same step.
+
         Args:
           loss: the value by which the best checkpoints are chosen.
 
         Raises:
           RuntimeError: Orbax declined to save.
-          OSError: the previous save failed, for example on a full disk. Earlier checkpoints are
-            intact.
+          OSError: the previous save failed, for example on a full disk, or in a bucket the two
+            before. Earlier checkpoints are intact.
         """
+        if isinstance(self._directory, Remote):
+            self._settle()
         self._raise_failed()
-        self._before_save()
+        sent = self._before_save()
         metrics: dict[str, Any] | None = None if loss is None else {"loss": loss}
         with self._writing():
             saving = self._checkpointer.save_checkpointables_async(step, items, metrics=metrics)
         if saving is None:
             raise RuntimeError(f"checkpoint {step} was not saved to {self._checkpointer.directory}")
-        self._summed.append(self._summing.submit(self._sum, saving, step))
+        self._summed.append(self._summing.submit(self._sum, saving, step, sent))
+
+    def needs_another(self, wait: bool = False) -> bool:
+        """Whether the newest save to a bucket failed in any process, so that one is due.
+
+        On a disk no save is tried again: `save` and `wait` raise. Every process calls it.
+
+        Args:
+          wait: wait for a save under way.
+
+        Raises:
+          OSError: the save before it failed too.
+        """
+        if not isinstance(self._directory, Remote):
+            return False
+        if wait:
+            concurrent.futures.wait(self._summed)
+        failed = anywhere(any(one.done() and one.exception() is not None for one in self._summed))
+        if failed and self._tries_again:
+            self._raise_failed()
+            raise OSError(f"another process could not write to {self._checkpointer.directory}")
+        return failed
+
+    def _settle(self) -> None:
+        """Waits for the save before; forgets that it failed if the one before it did not.
+
+        A store may do what it is asked and its answer get lost; Orbax then finds what it wants to
+        create, and gives up. Orbax also raises the error of a save at the next call.
+        """
+        if not self._summed:
+            return
+        self._tries_again = self.needs_another(wait=True)
+        self._summed.clear()
+        if self._tries_again:
+            with contextlib.suppress(Exception):
+                self._checkpointer.wait()
 
     def wait(self) -> None:
         """Returns when no process has a save under way. Every process must call it.
@@ -206,11 +247,17 @@ class Store:
                 "those before it are intact"
             ) from error
 
-    def _sum(self, saving, step: int) -> None:
-        with self._writing():
-            saving.result()
-        with contextlib.suppress(FileNotFoundError):  # a newer save has removed it meanwhile
-            write_sums(self.path(step), jax.process_index(), jax.process_count())
+    def _sum(self, saving, step: int, sent: Callable[[], Any]) -> None:
+        try:
+            with self._writing():
+                saving.result()
+            sent()  # a proven checkpoint has the lines of metrics that lead to it
+            with contextlib.suppress(FileNotFoundError):  # a newer save has removed it meanwhile
+                write_sums(self.path(step), jax.process_index(), jax.process_count())
+        except OSError as error:
+            if isinstance(self._directory, Remote):
+                logging.getLogger("v4jax").warning("step %d is not saved: %s", step, error)
+            raise
 
     def load(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
         """The named items of a checkpoint.

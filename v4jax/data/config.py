@@ -4,15 +4,19 @@ Next file to read: v4jax/data/files.py.
 """
 
 import dataclasses
+import importlib.util
 import math
 import pathlib
+import re
 
 from v4jax.chat.encoding import EFFORTS, MODES
 from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS
 from v4jax.storage import Remote, checkpoint_name, local_path, place
 from v4jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
-FORMATS = ("text", "jsonl", "parquet", "arrayrecord", "chat")
+FORMATS = ("text", "jsonl", "parquet", "arrayrecord", "chat", "hf")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_SPLIT = re.compile(r"([\w.-]+/)?[\w.]+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,11 +26,12 @@ class Source:
     path: str
     """"stdlib" (the sources of the running Python's standard library, without its tests), a
     folder ("./stdlib" for one of that name), or, unless format is text, a file; of a bucket too
-    (gs://, s3://)."""
+    (gs://, s3://). If format is hf, org/name[@revision] of a data set of the Hub."""
     format: str = "text"
     """text (each UTF-8 file is a document), or one document per record: jsonl, parquet (extra
     v4jax[parquet]), arrayrecord (JSON objects), chat (JSON lines of conversations). Files of text,
-    jsonl and chat may be compressed: .gz, or .zst (extra v4jax[zstd])."""
+    jsonl and chat may be compressed: .gz, or .zst (extra v4jax[zstd]). hf: a data set of the Hub
+    (extra v4jax[datasets])."""
     column: str = "text"
     """Key in a record for the document's text, or for a conversation's messages. Empty, for
     arrayrecord: the record itself is the text."""
@@ -34,6 +39,8 @@ class Source:
     """Which files of a folder are read, as a pattern relative to it. Links are followed. The run
     says what it leaves out besides: suffixes of other formats, empty files, names with a leading
     dot."""
+    split: str = "train"
+    """Which split of a data set of the Hub is read; where it has several subsets, subset/split."""
     weight: float = 1.0
     """Share of the training tokens, relative to the other sources'; above 0."""
     name: str = ""
@@ -45,9 +52,11 @@ class Source:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)!r}; must be a string that is not empty"
                 )
-        _check_place(self.path, "path")
         if self.format not in FORMATS:
             raise ValueError(f"format: got {self.format!r}; allowed: {', '.join(FORMATS)}")
+        _check_place(self.path, "path", self.format)
+        if not isinstance(self.split, str) or not _SPLIT.fullmatch(self.split):
+            raise ValueError(f"split: got {self.split!r}; must be a split, or subset/split")
         if self.format != "arrayrecord" and not self.column:
             raise ValueError(f"column: got {self.column!r}; must name a column of {self.format}")
         if pathlib.PurePath(self.glob).is_absolute() or ".." in pathlib.PurePath(self.glob).parts:
@@ -60,7 +69,8 @@ class Source:
     @property
     def label(self) -> str:
         """The source's name in metrics."""
-        return self.name or pathlib.PurePath(self.path).stem
+        path = pathlib.PurePath(self.path)
+        return self.name or (path.name.partition("@")[0] if self.format == "hf" else path.stem)
 
     @property
     def title(self) -> str:
@@ -113,11 +123,13 @@ class DataConfig:
     source: str = "stdlib"
     """Where the text comes from: "stdlib", a folder, or a file of records; unused with mixture."""
     format: str = "text"
-    """Format of source: text, jsonl, parquet, arrayrecord or chat."""
+    """Format of source: text, jsonl, parquet, arrayrecord, chat or hf."""
     column: str = "text"
     """Key in source's records for the document's text or the conversation's messages."""
     glob: str = "**/*"
     """Which files of the folder source are read, as a pattern relative to it."""
+    split: str = "train"
+    """Which split of the source is read if it is a data set of the Hub: split, or subset/split."""
     mixture: tuple[Source, ...] = ()
     """Several sources, mixed by weight, instead of source."""
     tokenizer: str = "byte"
@@ -151,7 +163,7 @@ class DataConfig:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)!r}; must be a string that is not empty"
                 )
-        _check_place(self.source, "source")
+        _check_place(self.source, "source", self.format)
         if self.cache != "":
             local_path(self.cache, "cache")
         checkpoint_name(self.tokenizer, "tokenizer")
@@ -189,7 +201,13 @@ class DataConfig:
     def sources(self) -> tuple[Source, ...]:
         """The sources to train on."""
         return self.mixture or (
-            Source(path=self.source, format=self.format, column=self.column, glob=self.glob),
+            Source(
+                path=self.source,
+                format=self.format,
+                column=self.column,
+                glob=self.glob,
+                split=self.split,
+            ),
         )
 
     @property
@@ -198,11 +216,21 @@ class DataConfig:
         return any(source.format == "chat" for source in (*self.sources, *self.evaluate_on))
 
 
-def _check_place(path: str, what: str) -> None:
-    """Refuses what is no path on this machine and no place in a bucket."""
+def _check_place(path: str, what: str, format: str) -> None:
+    """Refuses what is no path on this machine, no place in a bucket, and no data set's name."""
+    if format == "hf":
+        if not _HUB_NAME.fullmatch(path):
+            raise ValueError(f"{what}: got {path!r}; must be org/name or org/name@revision")
+        if importlib.util.find_spec("datasets") is None:
+            needs = "format hf needs the package datasets; pip install 'v4jax[datasets]'"
+            raise ValueError(f"{what}: got {path!r}; {needs}")
+        return
     found = place(path, what)
     if isinstance(found, Remote) and found.scheme == "hf":
-        raise ValueError(f"{what}: got {path!r}; must be a path on this machine, gs:// or s3://")
+        raise ValueError(
+            f"{what}: got {path!r}; must be a path on this machine, gs:// or s3:// (a data set of "
+            "the Hub: org/name, and format hf)"
+        )
 
 
 def tokenizer_of(cfg: DataConfig) -> Tokenizer:

@@ -46,9 +46,13 @@ def find_files(source: Source) -> Found:
     Names with a leading dot, empty files and files that the format does not read are left out.
 
     Raises:
-      ValueError: no such place, one that cannot be listed, a file beside its own compressed copy,
-        or .zst files without the package that reads them.
+      ValueError: no such place or data set, one that cannot be listed, a file beside its own
+        compressed copy, or .zst files without the package that reads them.
     """
+    if source.format == "hf":
+        named = storage.data_set(source.path)
+        commit = named.key.partition("@")[2]
+        return Found([(".", named)], [], 0, {named: Entry(0, f"{source.split} {commit}")})
     root = place(source.path, "source")
     if isinstance(root, Remote):
         return _find_in_bucket(source, root)

@@ -89,8 +89,9 @@ def allows_reading_in_place(cfg: DataConfig, source: Source) -> bool:
     A compressed file rules that out all the same: it cannot be read from the middle. So does a
     bucket, since no step should wait for it.
     """
-    as_it_lies = cfg.packing == "split" and cfg.fim_rate == 0 and not is_remote(place(source.path))
-    return source.format == "text" and not cfg.cache and as_it_lies
+    if source.format != "text" or cfg.cache or is_remote(place(source.path)):
+        return False
+    return cfg.packing == "split" and cfg.fim_rate == 0
 
 
 def _read_in_place(

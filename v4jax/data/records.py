@@ -1,10 +1,11 @@
 """Records of files, each with its place: lines of JSON, rows of Parquet, records of ArrayRecord.
 
-Next file to read: v4jax/data/checks.py.
+Next file to read: v4jax/data/hub_rows.py.
 """
 
 import codecs
 import contextlib
+import functools
 import itertools
 import json
 import pathlib
@@ -19,6 +20,7 @@ from v4jax.data.checks import each_key_once
 from v4jax.data.compressed import open_data
 from v4jax.data.config import Source
 from v4jax.data.files import Found, find_files, nothing_found
+from v4jax.data.hub_rows import data_set_rows
 from v4jax.data.places import at
 from v4jax.storage import Place, Remote
 
@@ -49,6 +51,7 @@ def read_records(
       ValueError: a file that is not of the format, or a record without the column; names both.
     """
     readers = {"jsonl": _lines, "chat": _lines, "parquet": _rows, "arrayrecord": _array_records}
+    readers["hf"] = functools.partial(data_set_rows, split=source.split)
     for path in record_files(source, found):
         for place, data in readers[source.format](path, source.column):
             with at(f"{path}:{place}"):

@@ -28,9 +28,12 @@ def unread_lines(cfg: DataConfig, listings: Listings) -> list[str]:
                 "the tokens of all are kept in memory (--data.cache keeps them on disk)"
             )
         if listing.found.entries and not cfg.cache:
+            count = len(listing.found.files)
+            what = (
+                "a data set of the Hub" if source.format == "hf" else f"{count} file(s) of a bucket"
+            )
             said[source].append(
-                f"{len(listing.found.files)} file(s) of a bucket: the tokens of all are kept in "
-                "memory (--data.cache keeps them on disk)"
+                f"{what}: the tokens of all are kept in memory (--data.cache keeps them on disk)"
             )
     return _lines(said)
 

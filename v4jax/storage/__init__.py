@@ -11,6 +11,7 @@ from v4jax.storage.checkpoints import (
     place_of_checkpoints,
     streamed,
 )
+from v4jax.storage.claim import Claim
 from v4jax.storage.files import (
     Entry,
     copy,
@@ -27,12 +28,14 @@ from v4jax.storage.files import (
     write,
     writer,
 )
+from v4jax.storage.hub import data_set
 from v4jax.storage.local import file_to_write, folder_to_fill, local_path, path_of_checkpoints
 from v4jax.storage.places import Place, is_remote, place, require_writable
 from v4jax.storage.remote import Remote
 from v4jax.storage.spool import Spool
 
 __all__ = [
+    "Claim",
     "Entry",
     "Place",
     "Remote",
@@ -40,6 +43,7 @@ __all__ = [
     "checkpoint_name",
     "checkpoint_path",
     "copy",
+    "data_set",
     "exists",
     "file_to_write",
     "folder_of_checkpoint",

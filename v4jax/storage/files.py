@@ -2,7 +2,7 @@
 
 What is written appears whole or not at all, on a disk and in a bucket.
 
-Next file to read: v4jax/storage/spool.py.
+Next file to read: v4jax/storage/claim.py.
 """
 
 import concurrent.futures

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -20,6 +21,7 @@ from v4jax.storage.remote import Remote
 _SMALL = ("*.json", "*.jinja", "*.model", "*.txt")
 _WEIGHTS = (*_SMALL, "*.safetensors")
 _SHA256_DIGITS = 64
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def snapshot(name: Remote, weights: bool) -> pathlib.Path:
@@ -39,6 +41,45 @@ def snapshot(name: Remote, weights: bool) -> pathlib.Path:
 def commit_of(name: Remote) -> str:
     """The commit that a name means in this process. Raises like `snapshot`."""
     return _small_files(name).name
+
+
+@functools.cache
+def data_set(name: str) -> Remote:
+    """The data set that org/name or org/name@revision means in this process, with its commit.
+
+    Raises:
+      ValueError: no such data set or revision, one that this user may not read, or HF_HUB_OFFLINE
+        is set and the revision is no commit.
+      OSError: the Hub cannot be reached.
+    """
+    from v4jax.stderr import say
+
+    repo, _, revision = name.partition("@")
+    if _COMMIT.fullmatch(revision):
+        return Remote("hf", f"datasets/{name}")
+    found = Remote("hf", f"datasets/{repo}")
+    commit = retried(found, _data_set_commit, found, repo, revision or "main")
+    say(f"{found}: commit {commit} of the Hub")
+    return Remote("hf", f"{found.key}@{commit}")
+
+
+def _data_set_commit(found: Remote, repo: str, revision: str) -> str:
+    """The commit of a revision; faults that no further try would mend are ValueErrors."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return str(huggingface_hub.HfApi().dataset_info(repo, revision=revision).sha)
+    except errors.GatedRepoError:
+        page = f"{huggingface_hub.constants.ENDPOINT}/datasets/{repo}"
+        text = f"is a gated data set: accept its terms at {page}, and log in (hf auth login)"
+    except errors.RepositoryNotFoundError:
+        text = "no such data set on the Hub (a private one needs a login)"
+    except errors.RevisionNotFoundError:
+        text = f"the data set has no revision {revision!r}"
+    except errors.OfflineModeIsEnabled:
+        text = "HF_HUB_OFFLINE is set, and only a commit names the same data without the Hub"
+    raise ValueError(f"{found}: {text}")
 
 
 @functools.cache
@@ -94,15 +135,22 @@ def _snapshot_download(name: Remote, patterns: tuple[str, ...], revision: str) -
         page = f"{huggingface_hub.constants.ENDPOINT}/{repo}"
         text = f"is a gated model: accept its terms at {page}, and log in (hf auth login)"
     except errors.RepositoryNotFoundError:
-        text = "no such folder here, and no such model on the Hub (a private one needs a login)"
+        text = f"{_not_here(repo)}, and no such model on the Hub (a private one needs a login)"
     except errors.RevisionNotFoundError:
         text = f"the model has no revision {revision!r}"
     except errors.LocalEntryNotFoundError as error:
-        text = _out_of_reach(error)
+        text = _out_of_reach(error, repo)
     raise ValueError(f"{name}: {text}")
 
 
-def _out_of_reach(error: Exception) -> str:
+def _not_here(repo: str) -> str:
+    """That org/name is no folder of this machine; says so at length where `org` is one."""
+    parent, _, name = repo.partition("/")
+    near = f" (the folder {parent} has no {name} in it)" if os.path.isdir(parent) else ""
+    return f"no such folder here{near}"
+
+
+def _out_of_reach(error: Exception, repo: str) -> str:
     """Why a model is not in the cache while the Hub gave no answer.
 
     Raises:
@@ -112,11 +160,11 @@ def _out_of_reach(error: Exception) -> str:
     from huggingface_hub import errors
 
     if huggingface_hub.constants.is_offline_mode():
-        return "no such folder here, nor in the Hub's cache (HF_HUB_OFFLINE is set)"
+        return f"{_not_here(repo)}, nor in the Hub's cache (HF_HUB_OFFLINE is set)"
     cause = error.__cause__
     if cause is not None and not isinstance(cause, errors.OfflineModeIsEnabled):
         raise cause
-    return "no such folder here, and the Hub cannot be reached"
+    return f"{_not_here(repo)}, and the Hub cannot be reached"
 
 
 def _damaged(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -9,7 +9,8 @@ import pathlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from v4jax.storage.files import copy
 from v4jax.storage.places import Place
@@ -22,18 +23,33 @@ SECONDS = 30.0
 class Spool:
     """The folder on this machine that stands for a run's folder, in one `with` block.
 
-    Of a run in a bucket a thread copies what has changed there, every SECONDS, and so does `send`
-    and the end of the block. A failure is logged, and the next send tries again: metrics must not
-    end a run. Of a run on a disk it is the folder itself.
+    Of a run in a bucket a thread copies what has changed there, every SECONDS and when `send_soon`
+    asks for it, and so does the end of the block. A failure is logged, and the next send tries
+    again: metrics must not end a run. Of a run on a disk it is the folder itself.
 
     Attributes:
       folder: where to write.
     """
 
-    def __init__(self, run: Place, fetched: Sequence[str], sends: bool):
-        """Takes the run's folder, names of files that go on growing, and whether to send."""
+    def __init__(
+        self,
+        run: Place,
+        fetched: Sequence[str],
+        sends: bool,
+        may_send: Callable[[], bool] = lambda: True,
+    ):
+        """Begins with copies of what is there.
+
+        Args:
+          run: the run's folder.
+          fetched: names of files that go on growing.
+          sends: whether this process sends; otherwise what it writes is dropped.
+          may_send: asked before each send (claim.Claim.holds).
+        """
         self._target = run if isinstance(run, Remote) else None
-        self._sends, self._lock, self._ended = sends, threading.Lock(), threading.Event()
+        self._sends, self._may_send = sends, may_send
+        self._lock, self._wake, self._ended = threading.Lock(), threading.Event(), False
+        self._asked: list[threading.Event] = []
         self._sent: dict[str, tuple[int, int]] = {}
         self._thread = threading.Thread(target=self._keep_sending, name="v4jax-spool", daemon=True)
         if not isinstance(run, Remote):
@@ -53,20 +69,41 @@ class Spool:
     def __exit__(self, *error) -> None:
         if self._target is None:
             return
-        self._ended.set()
+        self._ended = True
+        self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
-        self.send()
+        self._send_all()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def send(self) -> None:
-        """Copies what has changed to the bucket; returns when it is there."""
-        if self._target is None or not self._sends:
-            return
+    def send_soon(self) -> Callable[[], Any]:
+        """Asks the thread to copy what has changed now; returns a function that waits for it."""
+        done = threading.Event()
+        if not self._thread.is_alive():
+            return lambda: None
         with self._lock:
-            for path in sorted(self.folder.rglob("*")):
-                if path.is_file() and not path.name.endswith(".tmp"):
-                    self._send(path, self._target / path.relative_to(self.folder).as_posix())
+            self._asked.append(done)
+        self._wake.set()
+        return done.wait
+
+    def _keep_sending(self) -> None:
+        while not self._ended:
+            self._wake.wait(SECONDS)
+            self._wake.clear()
+            with self._lock:
+                asked, self._asked = self._asked, []
+            try:
+                self._send_all()
+            finally:
+                for one in asked:
+                    one.set()
+
+    def _send_all(self) -> None:
+        if self._target is None or not self._sends or not self._may_send():
+            return
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_file() and not path.name.endswith(".tmp"):
+                self._send(path, self._target / path.relative_to(self.folder).as_posix())
 
     def _send(self, path: pathlib.Path, target: Remote) -> None:
         try:
@@ -74,12 +111,8 @@ class Spool:
             if self._sent.get(str(path)) != mark:
                 copy(path, target)
                 self._sent[str(path)] = mark
-        except (OSError, ValueError) as error:
+        except Exception as error:
             logging.getLogger("v4jax").warning("%s is not sent: %s", path.name, error)
-
-    def _keep_sending(self) -> None:
-        while not self._ended.wait(SECONDS):
-            self.send()
 
 
 def _mark(path: pathlib.Path) -> tuple[int, int]:

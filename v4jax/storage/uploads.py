@@ -44,16 +44,18 @@ class Upload:
         """Makes the object visible.
 
         Raises:
-          OSError: the store refuses, and has no new object of this size. (The answer to a commit
-            that succeeded may have been lost.)
+          OSError: the store refuses, and has no new object of this size (the answer to a commit
+            that succeeded may have been lost); or it put the parts of one together wrongly.
         """
         try:
             self._commit()
         except OSError:
             require_bucket(self._place)
-            found = info(self._place)
-            if found is None or found == self._before or found["size"] != self._size:
+            if not self._is_there():
                 raise
+        if self._in_parts() and not self._is_there():
+            in_bucket(self._place, self._fs.rm_file, self._place.key)
+            raise OSError(f"{self._place}: had not the {self._size} bytes that were sent; removed")
 
     def discard(self) -> None:
         """Drops what was written. A fault here is only logged: it follows another."""
@@ -61,6 +63,15 @@ class Upload:
             self._discard()
         except Exception as error:
             logging.getLogger("v4jax").debug("%s: upload not discarded: %s", self._place, error)
+
+    def _is_there(self) -> bool:
+        """Whether the store has a new object, of this size."""
+        found = info(self._place)
+        return found is not None and found != self._before and found["size"] == self._size
+
+    def _in_parts(self) -> bool:
+        """Whether the object took more than one request."""
+        raise NotImplementedError
 
     def _append(self, data: memoryview) -> None:
         raise NotImplementedError
@@ -73,25 +84,42 @@ class Upload:
 
 
 class _GcsUpload(Upload):
-    """A resumable upload, by gcsfs, which tries each request again by itself."""
+    """One request for what fits a part, else a resumable upload by gcsfs.
+
+    gcsfs sends a part again whose answer was lost. GCS ignores bytes that it has.
+    """
 
     def __init__(self, place: Remote):
         super().__init__(place)
-        with in_one_line(place):
-            self._file: Any = self._fs.open(
-                place.key, "wb", autocommit=False, block_size=PART_BYTES
-            )
+        self._rest = bytearray()
+        self._file: Any = None
+
+    def _in_parts(self) -> bool:
+        return self._file is not None
 
     def _append(self, data: memoryview) -> None:
+        self._rest += data
+        if self._file is None and len(self._rest) <= PART_BYTES:
+            return
         with in_one_line(self._place):
-            self._file.write(bytes(data))
+            if self._file is None:
+                self._file = self._fs.open(
+                    self._place.key, "wb", autocommit=False, block_size=PART_BYTES
+                )
+            self._file.write(bytes(self._rest))
+        self._rest.clear()
 
     def _commit(self) -> None:
+        if self._file is None:
+            in_bucket(self._place, self._fs.pipe_file, self._place.key, bytes(self._rest))
+            return
         with in_one_line(self._place):
             self._file.close()
             self._file.commit()
 
     def _discard(self) -> None:
+        if self._file is None:
+            return
         try:
             self._file.discard()
         finally:
@@ -106,6 +134,9 @@ class _S3Upload(Upload):
         self._rest, self._parts, self._id = bytearray(), 0, ""
         self._sending: list[concurrent.futures.Future] = []
         self._sent: list[dict[str, Any]] = []
+
+    def _in_parts(self) -> bool:
+        return bool(self._id)
 
     def _append(self, data: memoryview) -> None:
         self._rest += data

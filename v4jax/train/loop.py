@@ -14,6 +14,7 @@ import contextlib
 import functools
 import itertools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from sharding.processes import is_first
 from v4jax.checkpoint.export import save_safetensors
 from v4jax.checkpoint.store import Store, newest_step
 from v4jax.data.listing import Listings
-from v4jax.storage import Place, Spool
+from v4jax.storage import Claim, Place, Spool
 from v4jax.train.compile_cache import compile_cache
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import unigram_loss
@@ -40,6 +41,7 @@ from v4jax.train.prepare import (
     open_batches,
     say_unused,
     stage_batches,
+    still_ours,
     write_run,
 )
 from v4jax.train.profile import Profiler, check_ahead
@@ -77,20 +79,29 @@ def _train(cfg: TrainConfig, clock: Clock) -> dict[str, Any]:
     with agreed():
         rules, mesh = check_layout(cfg)
         run = check_folders(cfg)
+    claim = Claim(run)
+    with agreed():
+        claim.require_free()
     newest = newest_step(run)
     with agreed():
         check_ahead(cfg, run, newest or 0)
     listings = Listings()
     tokenizer = check_text(cfg, newest, listings)
-    with jax.set_mesh(mesh), Spool(run, (METRICS, IDS), is_first()) as spool:
+    spooling = Spool(run, (METRICS, IDS), is_first(), claim.holds)
+    with jax.set_mesh(mesh), spooling as spool:
         shardings = state_shardings(cfg, rules, mesh)
         make_cache(cfg, tokenizer, listings)
         data, held_out = open_batches(cfg, tokenizer, batch_sharding(rules, mesh), listings)
         say_unused(cfg, tokenizer, listings)
         first = first_state(cfg, shardings, newest)
-        write_run(run, cfg, tokenizer)
+        write_run(run, cfg, tokenizer, claim)
         kept = cfg.keep, cfg.keep_every, cfg.keep_best
-        with Store(run, *kept, writes=True, before_save=spool.send) as store:
+
+        def before_save() -> Callable[[], Any]:
+            still_ours(claim)
+            return spool.send_soon()
+
+        with Store(run, *kept, writes=True, before_save=before_save) as store:
             with clock.part("other" if newest is None else "restore"):
                 begin = start(cfg, rules, shardings, store, data, first)
             reporter = functools.partial(Reporter, spool.folder, cfg, begin.step, begin.history)
@@ -104,6 +115,7 @@ def _train(cfg: TrainConfig, clock: Clock) -> dict[str, Any]:
                 state, last = run_steps(job, begin)
                 with clock.part("save"):
                     store.wait()
+        still_ours(claim)
         if last == cfg.steps:
             return _finish(cfg, run, spool.folder, tokenizer, listings, state)
     return {"run_dir": str(run), "steps": cfg.steps, "stopped_at": last} if is_first() else {}

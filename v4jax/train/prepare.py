@@ -30,6 +30,7 @@ from v4jax.data.summary import unread_lines, unused_lines
 from v4jax.kernels.choice import interpreted
 from v4jax.stderr import say
 from v4jax.storage import (
+    Claim,
     Place,
     Remote,
     checkpoint_name,
@@ -216,8 +217,11 @@ def say_unused(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings) -> No
     say(*lines)
 
 
-def write_run(run: Place, cfg: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Writes the run directory in the first process, once check_folders has passed in all."""
+def write_run(run: Place, cfg: TrainConfig, tokenizer: Tokenizer, claim: Claim) -> None:
+    """Writes the run directory in the first process, once check_folders has passed in all.
+
+    From then on this job is the one that writes there.
+    """
     with agreed():
         if not is_first():
             return
@@ -228,3 +232,15 @@ def write_run(run: Place, cfg: TrainConfig, tokenizer: Tokenizer) -> None:
         for path in carried_files(source) if source else ():
             storage.copy(path, run / path.name)
         tokenizer.save(run)
+        claim.take()
+
+
+def still_ours(claim: Claim) -> None:
+    """Ends every process of a job whose run another has taken over (storage/claim.py).
+
+    Raises:
+      ValueError: see Claim.check.
+    """
+    with agreed():
+        if is_first():
+            claim.check()

@@ -87,6 +87,8 @@ def run_steps(job: Job, begin: Begin) -> tuple[TrainState, int]:
             # Several processes learn of a request at one turn only, and that turn may spike.
             stop = asked_to_stop(turn) or stop
             due = _due(job, step, stop, first=turn == begin.step + 1)
+            if due.log and not due.save and job.store.needs_another():
+                due = due._replace(save=True)
             _end_profile(job, stage, state, step)
             inside = metrics.pop("watch", None)
             if due.read:
@@ -228,6 +230,8 @@ def _evaluate_and_save(
         items = items_of(state, history) | stage.queue.items() | {"data": job.data}
         with job.clock.part("save"):
             job.store.save(step, items, held_out_nll)
+            if due.last and job.store.needs_another(wait=True):
+                job.store.save(step, items, held_out_nll)
 
 
 def _putter(place: NamedSharding, view: TrainConfig) -> Callable:

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from v4jax.config.layers import CSA, HCA, WINDOW_ONLY
+from v4jax.config.releases import read_dspark, trunk_ratios, vision_layers
 from v4jax.config.rope import RopeScaling
 from v4jax.config.validation import is_number
 from v4jax.storage import Place
@@ -53,7 +54,8 @@ def official_style(raw: dict[str, Any]) -> dict[str, Any]:
     """The contents of a config.json of either style, with the official style's keys.
 
     Raises:
-      ValueError: another architecture, a fixed choice that differs, or a value of the wrong type.
+      ValueError: another architecture, a fixed choice that differs, a value of the wrong type, or
+        a drafter or vision tower that cannot be meant.
     """
     _refuse_other_models(raw)
     for name, only in FIXED.items():
@@ -70,6 +72,18 @@ def official_style(raw: dict[str, Any]) -> dict[str, Any]:
         raw["qk_rope_head_dim"] = round(head_dim * factor)
     if raw.get("rope_parameters"):
         raw |= _rope(raw)
+    return _trunk(raw)
+
+
+def _trunk(raw: dict[str, Any]) -> dict[str, Any]:
+    """The keys of the trunk: a DSpark drafter and a vision tower are checked, and left out."""
+    vision_layers(raw)
+    if read_dspark(raw) is not None:
+        raw = raw | {"num_nextn_predict_layers": 0}
+    modules = raw.get("num_nextn_predict_layers")
+    modules = 1 if modules is None else modules
+    if raw.get("compress_ratios") is not None and modules in (0, 1):
+        raw = raw | {"compress_ratios": trunk_ratios(raw, modules)}
     return raw
 
 
@@ -125,11 +139,6 @@ def _refuse_other_models(raw: dict[str, Any]) -> None:
         )
     if raw.get("model_type") != "deepseek_v4":
         raise ValueError(f"model_type: got {raw.get('model_type')!r}; allowed: 'deepseek_v4'")
-    dspark = sorted(name for name in raw if name.startswith("dspark"))
-    if dspark:
-        raise ValueError(
-            f"{dspark[0]}: this checkpoint's mtp.* is a DSpark drafter, which v4jax does not build"
-        )
 
 
 def _check_json_types(raw: dict[str, Any]) -> None:

@@ -143,11 +143,11 @@ class ModelConfig:
     def from_dict(cls, raw: dict[str, Any]) -> "ModelConfig":
         """Builds the config from the contents of config.json.
 
-        Keys that describe neither weights nor equations are ignored.
+        Keys that describe neither weights nor equations are ignored. Of a release with a DSpark
+        drafter or a vision tower it is the trunk (v4jax/config/releases.py).
 
         Raises:
-          ValueError: another architecture, a DSpark drafter, a fixed choice that differs, or a
-            missing key.
+          ValueError: another architecture, a fixed choice that differs, or a missing key.
         """
         raw = official_style(raw)
         fields = {field.name: field for field in dataclasses.fields(cls)}

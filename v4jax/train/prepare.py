@@ -20,8 +20,12 @@ from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax import storage
 from v4jax.checkpoint.atomic import write_text
 from v4jax.checkpoint.bucket_clients import check_bucket
-from v4jax.checkpoint.export import carried_files, kinds_for
+from v4jax.checkpoint.carried import CARRIED, said
+from v4jax.checkpoint.carried_files import carried_files, copy_to
+from v4jax.checkpoint.export import kinds_for
+from v4jax.checkpoint.load import carried_of
 from v4jax.checkpoint.run_config import check_config, write_config
+from v4jax.checkpoint.tensor_files import carry
 from v4jax.data.config import tokenizer_of
 from v4jax.data.listing import Listings
 from v4jax.data.rows import Batch
@@ -33,6 +37,7 @@ from v4jax.storage import (
     Place,
     Remote,
     checkpoint_name,
+    checkpoint_path,
     folder_to_fill,
     is_remote,
     path_of_checkpoints,
@@ -216,15 +221,31 @@ def say_unused(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings) -> No
     say(*lines)
 
 
+def _carry(source: str, run: Place) -> None:
+    """Copies into a new run the tensors that its source has beside the trunk, and says so.
+
+    config.json is written after that, so a run that was killed meanwhile begins anew.
+    """
+    for name in storage.listing(run / CARRIED):
+        storage.remove(run / CARRIED / name)
+    carried = carried_of(source)
+    carry(carried, run)
+    if carried:
+        say(f"carried as it is, not trained: {said(carried)}")
+
+
 def write_run(run: Place, cfg: TrainConfig, tokenizer: Tokenizer) -> None:
     """Writes the run directory in the first process, once check_folders has passed in all."""
     with agreed():
         if not is_first():
             return
         source = "" if (run / "config.json").exists() else cfg.init_from
+        if source:
+            _carry(source, run)
         write_config(run, cfg.model, source)
         if source and is_remote(checkpoint_name(source)):
             write_text(run / INIT_FROM_FILE, f"{pinned(source)}\n")
-        for path in carried_files(source) if source else ():
-            storage.copy(path, run / path.name)
+        if source:
+            origin = checkpoint_path(source, "init_from", weights=True)
+            copy_to(carried_files(origin), run, is_run=True)
         tokenizer.save(run)

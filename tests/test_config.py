@@ -235,7 +235,7 @@ _OFFICIAL_REFUSALS = [
     ({"model_type": "deepseek_v4_1"}, "DeepSeek-V4.1 is another architecture"),
     ({"architectures": ["DeepseekV41ForCausalLM"]}, "DeepSeek-V4.1 is another architecture"),
     ({"architectures": "DeepseekV41ForCausalLM"}, "DeepSeek-V4.1 is another architecture"),
-    ({"dspark_block_size": 4}, "dspark_block_size: .* DSpark drafter"),
+    ({"dspark_block_size": 4}, "dspark_noise_token_id: missing beside dspark_block_size"),
     ({"n_shared_experts": 2}, "n_shared_experts: got 2; DeepSeek-V4 allows only 1"),
     ({"num_key_value_heads": 8}, "num_key_value_heads: got 8"),
     ({"scoring_func": "sigmoid"}, "scoring_func: got 'sigmoid'"),
@@ -275,8 +275,7 @@ _OFFICIAL_REFUSALS = [
     ({"bos_token_id": -1}, "bos_token_id: got -1"),
     # layers
     ({"compress_ratios": [0, 4]}, "compress_ratios: got 2 entries; must be 8"),
-    ({"compress_ratios": [0, 0, 4, 128, 4, 128, 4]}, "compress_ratios: got 7 entries; must be 8"),
-    ({"num_nextn_predict_layers": 0}, "compress_ratios: got 8 entries; must be 7"),
+    ({"compress_ratios": [0, 0, 4, 128, 4, 128]}, "compress_ratios: got 6 entries; must be 8"),
     (
         {"compress_ratios": [0, 0, 4, 128, 8, 128, 4, 0]},
         "compress_ratios: got 8; allowed: 0 .*, 4 .*, 128",
@@ -285,7 +284,7 @@ _OFFICIAL_REFUSALS = [
     ({"compress_ratios": [0, 0, 4.0, 128, 4, 128, 4, 0]}, "compress_ratios: got 4.0; allowed"),
     (
         {"compress_ratios": [0, 0, 4, 128, 4, 128, 4, 4]},
-        "the MTP entry is 4; the MTP layer allows only 0",
+        "got 4 after the 7 entries of the layers; what drafts allows only 0",
     ),
     ({"num_hash_layers": 8}, "num_hash_layers: got 8; must be in .0, num_hidden_layers=7"),
     ({"num_hash_layers": "3"}, "num_hash_layers: got '3'"),

@@ -42,7 +42,7 @@ def files_of(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.suffix != ".safetensors" and "config.json" != path.name
+        if path.is_file() and path.suffix != ".safetensors" and path.name != "config.json"
         if not path.name.endswith("index.json")
     }
 
@@ -54,7 +54,11 @@ def test_the_trunk_opens(releases, release):
     assert found == cfg == trunk_config(release)
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
     assert ("mtp" in loaded) == (release == "flash")
-    close(loaded["layers_0_1"]["block_0"]["hc_attn"]["fn"], params["layers_0_1"]["block_0"]["hc_attn"]["fn"], 0)
+    close(
+        loaded["layers_0_1"]["block_0"]["hc_attn"]["fn"],
+        params["layers_0_1"]["block_0"]["hc_attn"]["fn"],
+        0,
+    )
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -66,7 +70,9 @@ def test_release_to_store_to_release_is_byte_identical(releases, tmp_path, relea
     assert after == before
     assert sum(name.startswith("mtp.") for name in after) > (30 if release == "flash" else 100)
     assert ("vision.norm.weight" in after) == (release == "flash-vision-exp")
-    old, new = (json.loads((one / "config.json").read_text()) for one in (folder, tmp_path / "back"))
+    old, new = (
+        json.loads((one / "config.json").read_text()) for one in (folder, tmp_path / "back")
+    )
     assert new == old
     assert files_of(tmp_path / "back") == files_of(folder)
     assert set(OTHER_FILES) <= set(files_of(folder)) | {"inference/config.json"}

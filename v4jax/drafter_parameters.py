@@ -95,9 +95,7 @@ def _further(cfg: ModelConfig, dspark: DSparkConfig) -> dict[str, float]:
     return {"TD": taps * cfg.hidden_size, "R": rank, "D+R": cfg.hidden_size + rank}
 
 
-def _of_block(
-    cfg: ModelConfig, spec: ParamSpec, stage: int
-) -> Iterator[tuple[str, DraftTensor]]:
+def _of_block(cfg: ModelConfig, spec: ParamSpec, stage: int) -> Iterator[tuple[str, DraftTensor]]:
     """The tensors of one line of the trunk's table in a stage: several of routed experts."""
     path = tuple(spec.path.format(block=f"stage_{stage}").split("/"))
     shape = spec.size(cfg)

@@ -204,9 +204,7 @@ def _check_drafter(cfg: ModelConfig, dspark: DSparkConfig, taken: dict[str, Head
             raise ValueError(f"tensor {name}: got {header.dtype} {with_it}, which it never has")
         data, scales = shapes_of(kind, expected.shape)
         if header.shape != data:
-            raise ValueError(
-                f"tensor {name}: got shape {list(header.shape)}; must be {list(data)}"
-            )
+            raise ValueError(f"tensor {name}: got shape {list(header.shape)}; must be {list(data)}")
         if scale is not None and scale.shape != scales:
             raise ValueError(
                 f"tensor {scale.stored}: got shape {list(scale.shape)}; must be {list(scales or ())}"

@@ -74,9 +74,7 @@ def copy_to(files: list[CarriedFile], folder: Place, is_run: bool = False) -> No
 
 def _of_run(directory: Place) -> dict[str, str]:
     """Place below a run -> name in an export. The checkpoints' own many files are not listed."""
-    found = {
-        path.name: path.name for path in directory.iterdir() if _READ_HERE.match(path.name)
-    }
+    found = {path.name: path.name for path in directory.iterdir() if _READ_HERE.match(path.name)}
     for folder, prefix in ((ENCODING, f"{ENCODING}/"), (f"{CARRIED}/{FILES}", "")):
         below = storage.listing(directory / folder)
         found |= {f"{folder}/{name}": f"{prefix}{name}" for name in below}

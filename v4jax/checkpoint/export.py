@@ -39,6 +39,7 @@ from v4jax.generation_config import end_tokens
 from v4jax.parameter_tree import spec_named
 from v4jax.storage import Place, Remote, checkpoint_path, folder_to_fill, place, require_writable
 
+
 def save_safetensors(
     cfg: ModelConfig,
     params: Mapping[str, Any],

@@ -67,9 +67,7 @@ def _as_is(carried: Mapping[str, Header]) -> dict[str, dict[str, tuple[str, tupl
     }
 
 
-def _cut(
-    tensors: dict[str, dict[str, tuple[str, tuple[int, ...]]]], max_file_bytes: int
-) -> Files:
+def _cut(tensors: dict[str, dict[str, tuple[str, tuple[int, ...]]]], max_file_bytes: int) -> Files:
     """Tensors in order, those with scales together, cut into files."""
     sizes = {
         name: sum(tensor_size(*one) for one in parts.values()) for name, parts in tensors.items()

@@ -82,7 +82,9 @@ def _trunk(raw: dict[str, Any]) -> dict[str, Any]:
         raw = raw | {"num_nextn_predict_layers": 0}
     modules = raw.get("num_nextn_predict_layers")
     modules = 1 if modules is None else modules
-    if raw.get("compress_ratios") is not None and modules in (0, 1):
+    layers, ratios = raw.get("num_hidden_layers"), raw.get("compress_ratios")
+    is_whole = ratios is not None and type(layers) is int and len(ratios) >= layers
+    if is_whole and modules in (0, 1):
         raw = raw | {"compress_ratios": trunk_ratios(raw, modules)}
     return raw
 

@@ -77,7 +77,9 @@ def read_dspark(raw: Mapping[str, Any]) -> DSparkConfig | None:
     known = (*DSPARK_KEYS, *_FIXED)
     unknown = [name for name in found if name not in known]
     if unknown:
-        raise ValueError(f"{unknown[0]}: not a key of a DSpark drafter; allowed: {', '.join(known)}")
+        raise ValueError(
+            f"{unknown[0]}: not a key of a DSpark drafter; allowed: {', '.join(known)}"
+        )
     missing = [name for name in DSPARK_KEYS if raw.get(name) is None]
     if missing:
         raise ValueError(f"{missing[0]}: missing beside {found[0]}; a DSpark drafter has all four")

@@ -40,6 +40,7 @@ from v4jax.train.prepare import (
     open_batches,
     say_unused,
     stage_batches,
+    with_chat_release,
     write_run,
 )
 from v4jax.train.profile import Profiler, check_ahead
@@ -77,6 +78,7 @@ def _train(cfg: TrainConfig, clock: Clock) -> dict[str, Any]:
     with agreed():
         rules, mesh = check_layout(cfg)
         run = check_folders(cfg)
+        cfg = with_chat_release(cfg, run)
     newest = newest_step(run)
     with agreed():
         check_ahead(cfg, run, newest or 0)

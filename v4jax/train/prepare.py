@@ -18,6 +18,7 @@ from sharding.process_rows import local_rows
 from sharding.processes import check_whole, is_first
 from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax import storage
+from v4jax.chat.release import ChatRelease, chat_release
 from v4jax.checkpoint.atomic import write_text
 from v4jax.checkpoint.bucket_clients import check_bucket
 from v4jax.checkpoint.carried import CARRIED, said
@@ -93,6 +94,28 @@ def check_folders(cfg: TrainConfig) -> Place:
                 "so the cache must lie outside of it"
             )
     return run
+
+
+def with_chat_release(cfg: TrainConfig, run: Place) -> TrainConfig:
+    """The configuration with data.chat.release named, if conversations are read; says which it is.
+
+    It is the user's, else that of the run's or of init_from's checkpoint, else v4.
+
+    Raises:
+      ValueError: see chat_release; or an effort that this release does not have.
+    """
+    data, begun = cfg.data, (run / "config.json").exists()
+    sources = (*data.sources, *data.evaluate_on)
+    if not any(source.format == "chat" for source in sources):
+        return cfg
+    if data.chat.release:
+        return cfg
+    found = ChatRelease(data.chat.wording, "")
+    if begun or cfg.init_from:
+        found = chat_release(run if begun else cfg.init_from)
+        say(f"conversations in the format of {found}")
+    chat = dataclasses.replace(data.chat, release=found.name)
+    return dataclasses.replace(cfg, data=dataclasses.replace(data, chat=chat))
 
 
 class Layout(NamedTuple):

@@ -1,6 +1,7 @@
 """The newer releases open, and what is no part of the trunk comes back with its bytes."""
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from releases import (
     STAGES,
     VISION,
     carried_tensors,
+    drafter_shapes,
     make_release,
     tensors_of,
     trunk_config,
@@ -20,12 +22,16 @@ from releases import (
 from trees import close
 
 import v4jax
+from configs import models
 from v4jax.checkpoint import save_safetensors
 from v4jax.checkpoint.load import open_safetensors
+from v4jax.checkpoint.names import official_shapes
 from v4jax.cli import main as cli
 from v4jax.config import ModelConfig
+from v4jax.config.releases import DSparkConfig
 from v4jax.convert.compare import compare
 from v4jax.convert.conversion import convert
+from v4jax.drafter_parameters import drafter_tensors
 
 NEWER = [name for name in RELEASES if name != "flash"]
 
@@ -144,6 +150,57 @@ def test_drop_takes_an_mtp_module_out_too(releases, tmp_path, capsys):
     arguments = ["convert", str(folder), str(tmp_path / "no"), "--drop", "vision"]
     assert cli.main(arguments) == 2
     assert "has no vision" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_info_says_what_a_checkpoint_is(releases, release, capsys):
+    folder, cfg, _ = releases[release]
+    assert cli.main(["info", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    ending = {"flash": "64", "flash-vision-exp": "-Vision-Exp"}.get(release, "-0731")
+    assert found["release"] == f"a DeepSeek-V4 of 7 layers and width 64{ending.removeprefix('64')}"
+    assert found["format"] == "official" and "encoding/encoding_dsv4.py" in found["encoder"]
+    parts = {part["name"]: part for part in found["parts"]}
+    assert parts["routed experts"]["precision"] == "MXFP4" and parts["routed experts"]["trained"]
+    expert = 3 * cfg.hidden_size * cfg.moe_intermediate_size
+    assert parts["routed experts"]["parameters"] == 7 * cfg.n_routed_experts * expert
+    assert ("MTP module" in parts) == (release == "flash")
+    carried = [name for name, part in parts.items() if not part["trained"]]
+    expected = {"flash": [], "flash-vision-exp": ["drafter", "vision"]}
+    assert carried == expected.get(release, ["drafter"])
+    numbers = sum(np.prod(shape) for shape, _ in drafter_shapes(cfg).values())
+    if release != "flash":
+        assert parts["drafter"]["parameters"] == numbers
+        assert found["drafter"].startswith("DSpark: 5 tokens a draft, 3 stages, which see layers 4")
+    assert sum(part["size"] for part in parts.values()) == sum(
+        len(content) for _, _, content in tensors_of(folder).values()
+    )
+
+
+def test_info_of_a_store_and_for_people(releases, tmp_path, capsys):
+    folder, *_ = releases["flash-vision-exp"]
+    convert(folder, tmp_path / "store", format="orbax")
+    assert cli.main(["info", str(tmp_path / "store")]) == 0
+    out = capsys.readouterr().out
+    assert "format: a v4jax store" in out and "only carried" in out and "generation: none" in out
+
+
+def test_the_published_counts():
+    """Pro-0813 has 1,650,497,936,906 parameters, Flash-0731's drafter 19,845,850,983."""
+    for cfg, drafter, total in (
+        (models.flash(), 19_845_850_983, None),
+        (models.pro(), None, 1_650_497_936_906),
+    ):
+        ratios = cfg.compress_ratios[: cfg.num_hidden_layers]
+        trunk = cfg.replace(num_nextn_predict_layers=0, compress_ratios=ratios)
+        rank, taps = (256, (40, 41, 42)) if total is None else (512, (58, 59, 60))
+        dspark = DSparkConfig(
+            stages=3, block_size=5, noise_token_id=128799, target_layer_ids=taps, markov_rank=rank
+        )
+        own = sum(math.prod(one.shape) for one in drafter_tensors(trunk, dspark).values())
+        assert drafter is None or own == drafter
+        numbers = [math.prod(shape) for shape in official_shapes(trunk).values()]
+        assert total is None or own + sum(numbers) == total
 
 
 def test_keys_without_tensors_open_without_a_drafter_and_say_so(tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""Every tensor of a DSpark drafter: the stages' blocks, and what the first and the last have besides.
+"""Every tensor of a DSpark drafter: blocks of its stages, and what the first and last have besides.
 
 A stage is a block as the trunk's, score-routed and without compression. See
 docs/equations.md#dspark.

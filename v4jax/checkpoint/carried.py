@@ -184,8 +184,8 @@ def _check_module(found: list[str]) -> None:
     later = [name for name in found if not name.startswith("mtp.0.")]
     if later or (found and "mtp.0.enorm.weight" not in found):
         raise ValueError(
-            f"tensor {(later or found)[0]}: is of a DSpark drafter, and config.json has no dspark_* "
-            "keys; allowed: these keys, or one MTP module with mtp.0.enorm.weight"
+            f"tensor {(later or found)[0]}: is of a DSpark drafter, and config.json has no "
+            "dspark_* keys; allowed: these keys, or one MTP module with mtp.0.enorm.weight"
         )
 
 
@@ -206,9 +206,8 @@ def _check_drafter(cfg: ModelConfig, dspark: DSparkConfig, taken: dict[str, Head
         if header.shape != data:
             raise ValueError(f"tensor {name}: got shape {list(header.shape)}; must be {list(data)}")
         if scale is not None and scale.shape != scales:
-            raise ValueError(
-                f"tensor {scale.stored}: got shape {list(scale.shape)}; must be {list(scales or ())}"
-            )
+            must = f"must be {list(scales or ())}"
+            raise ValueError(f"tensor {scale.stored}: got shape {list(scale.shape)}; {must}")
     if left:
         raise ValueError(f"unexpected tensor {next(iter(left))} of the drafter")
 

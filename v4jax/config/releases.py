@@ -131,8 +131,8 @@ def trunk_ratios(raw: Mapping[str, Any], modules: int) -> list[Any]:
     odd = [ratio for ratio in tail if ratio != 0 or isinstance(ratio, bool)]
     if odd:
         raise ValueError(
-            f"compress_ratios: got {odd[0]!r} after the {layers} entries of the layers; what drafts "
-            "allows only 0"
+            f"compress_ratios: got {odd[0]!r} after the {layers} entries of the layers; what "
+            "drafts allows only 0"
         )
     return [*raw["compress_ratios"][:layers], *[0] * modules]
 

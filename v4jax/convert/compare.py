@@ -1,6 +1,6 @@
 """Compares two checkpoints of one model, tensor by tensor.
 
-Next file to read: v4jax/cli/main.py.
+Next file to read: v4jax/convert/info.py.
 """
 
 from collections.abc import Sequence

@@ -54,8 +54,8 @@ def convert(
       drop: what to leave out: "drafter" (DSpark, or the MTP module), "vision".
 
     Raises:
-      ValueError: a part that the source does not have; a target that exists and is not empty, or that another process is writing; a dtype
-        that the format does not have; a bad source.
+      ValueError: a part that the source does not have; a target that exists and is not empty, or
+        that another process is writing; a dtype that the format does not have; a bad source.
       OSError: the disk is full. What was written stays beside the target for the next try.
     """
     checkpoint_name(source, "source")

@@ -98,10 +98,9 @@ class ChatFormat:
             "train_on": ("all", "last"),
             "too_long": ("error", "drop", "cut"),
         }
-        efforts = (
-            EFFORTS["v4"] | EFFORTS["0731"] if self.release == "" else EFFORTS.get(self.release)
-        )
-        for name, values in (allowed | {"reasoning_effort": tuple(efforts or ())}).items():
+        releases = (self.release,) if self.release else tuple(EFFORTS)
+        efforts = tuple({effort: 0 for name in releases for effort in EFFORTS.get(name, ())})
+        for name, values in (allowed | {"reasoning_effort": efforts}).items():
             if getattr(self, name) not in values:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)!r}; allowed: {', '.join(map(str, values))}"

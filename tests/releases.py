@@ -7,9 +7,10 @@ import json
 
 import ml_dtypes
 import numpy as np
-from trees import random_params, small_config
+from reference.weights import random_weights
+from trees import small_config
 
-from v4jax.checkpoint import save_safetensors
+from v4jax.checkpoint import from_official, save_safetensors
 from v4jax.checkpoint.files import INDEX_FILE, dtype_name, headers_of, write_file
 from v4jax.checkpoint.formats import FP8, MXFP4, encode
 
@@ -49,9 +50,10 @@ OTHER_FILES = {
 }
 
 
-def trunk_config(release):
+def trunk_config(release, **further):
     """The ModelConfig of a release's trunk, scaled down; of flash with its MTP module."""
     changes = {"hidden_size": 64, "moe_intermediate_size": 32, "q_lora_rank": 32}
+    changes["index_n_heads"] = 8
     ratios = (0, 0, 4, 128, 4, 128, 4)
     if release == "pro-0813":
         ratios = (128, 128, 4, 128, 4, 128, 4)
@@ -59,7 +61,8 @@ def trunk_config(release):
         changes["rms_norm_eps"] = 1e-20
     mtp = release == "flash"
     ratios = (*ratios, 0) if mtp else ratios
-    return small_config(**changes, compress_ratios=ratios, num_nextn_predict_layers=int(mtp))
+    changes |= {"compress_ratios": ratios, "num_nextn_predict_layers": int(mtp)} | further
+    return small_config(**changes)
 
 
 def raw_config(release, raw):
@@ -179,13 +182,14 @@ def vision_shapes(cfg):
     return found
 
 
-def make_release(folder, release, dtype="official", change=None):
+def make_release(folder, release, dtype="official", change=None, **further):
     """Writes a release; returns (cfg of its trunk, params).
 
     change: a function of (config.json, carried tensors) that harms it.
+    further: fields of the trunk's ModelConfig.
     """
-    cfg = trunk_config(release)
-    params = random_params(cfg)
+    cfg = trunk_config(release, **further)
+    params = from_official(cfg, random_weights(cfg, 0))
     save_safetensors(cfg, params, folder, dtype=dtype, max_file_bytes=200_000)
     raw = raw_config(release, json.loads((folder / "config.json").read_text()))
     carried = carried_tensors(cfg, release)

@@ -19,6 +19,7 @@ from releases import (
     tensors_of,
     trunk_config,
 )
+from small_runs import small_run, write_text
 from trees import close
 
 import v4jax
@@ -26,12 +27,18 @@ from configs import models
 from v4jax.checkpoint import save_safetensors
 from v4jax.checkpoint.load import open_safetensors
 from v4jax.checkpoint.names import official_shapes
+from v4jax.checkpoint.run_config import check_config
 from v4jax.cli import main as cli
 from v4jax.config import ModelConfig
 from v4jax.config.releases import DSparkConfig
 from v4jax.convert.compare import compare
 from v4jax.convert.conversion import convert
+from v4jax.data.config import DataConfig
 from v4jax.drafter_parameters import drafter_tensors
+from v4jax.tokenizer import ByteTokenizer
+from v4jax.train.initial import check_source_model
+from v4jax.train.loop import train
+from v4jax.train.prepare import write_run
 
 NEWER = [name for name in RELEASES if name != "flash"]
 
@@ -314,3 +321,62 @@ def test_the_written_keys_stay_and_the_trunk_has_no_mtp():
     raw |= {"compress_ratios": [*RATIOS, *[0] * STAGES], "num_nextn_predict_layers": 1}
     cfg = ModelConfig.from_dict(raw)
     assert (cfg.num_nextn_predict_layers, list(cfg.compress_ratios)) == (0, RATIOS)
+
+
+def _run_config(cfg, folder, run, text):
+    return small_run(
+        text,
+        run,
+        model=cfg,
+        data=DataConfig(source=str(text), held_out=0.2),
+        init_from=str(folder),
+        steps=1,
+        warmup_steps=0,
+        seq_len=16,
+        export="official",
+    )
+
+
+@pytest.mark.parametrize("release", NEWER)
+def test_a_run_carries_what_it_does_not_train(releases, tmp_path, capsys, release):
+    folder, cfg, params = releases[release]
+    for source in (folder, tmp_path / "store"):
+        if source != folder:
+            convert(folder, source, format="orbax")
+        run = tmp_path / f"run_of_{source.name}"
+        run.mkdir()
+        (run / "carried").mkdir()  # left by a start that was killed
+        (run / "carried/model.safetensors").write_bytes(b"half")
+        config = _run_config(cfg, source, run, tmp_path)
+        check_config(run, cfg)
+        check_source_model(config)
+        write_run(run, config, ByteTokenizer())
+        err = capsys.readouterr().err
+        assert "carried as it is, not trained: the drafter (" in err
+        assert ("vision" in err) == (release == "flash-vision-exp")
+        (run / "checkpoints").mkdir()
+        save_safetensors(cfg, params, run / "export", dtype="official", source=run)
+        before, after = tensors_of(folder), tensors_of(run / "export")
+        assert before.keys() == after.keys()
+        assert all(after[name] == before[name] for name in carried_tensors(cfg, release))
+        names = files_of(run / "export").keys()
+        assert names == files_of(folder).keys() | {"tokenizer_config.json"}
+        raw = json.loads((run / "export/config.json").read_text())
+        assert raw == json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.slow
+def test_fine_tuning_changes_the_trunk_alone(tmp_path):
+    """One step of a run from Vision-Exp, with a vocabulary for bytes."""
+    folder, text = tmp_path / "release", write_text(tmp_path / "text")
+    cfg, _ = make_release(folder, "flash-vision-exp", vocab_size=260)
+    ByteTokenizer().save(folder)
+    train(_run_config(cfg, folder, tmp_path / "run", text))
+    before, after = tensors_of(folder), tensors_of(tmp_path / "run/export")
+    assert before.keys() == after.keys()
+    same = {name for name in before if before[name] == after[name]}
+    carried = carried_tensors(cfg, "flash-vision-exp").keys()
+    assert carried <= same
+    assert {"embed.weight", "head.weight", "layers.3.attn.wkv.weight"} & same == set()
+    assert (tmp_path / "run/export/encoding/encoding_dsv4.py").exists()
+    assert v4jax.load(tmp_path / "run/export")[0] == cfg

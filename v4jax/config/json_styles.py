@@ -7,7 +7,7 @@ import dataclasses
 import re
 from typing import Any
 
-from v4jax.config.layers import CSA, HCA, WINDOW_ONLY
+from v4jax.config.layers import CSA, HCA, WINDOW_ONLY, is_ratio
 from v4jax.config.releases import read_dspark, trunk_ratios, vision_layers
 from v4jax.config.rope import RopeScaling
 from v4jax.config.validation import is_number
@@ -96,13 +96,14 @@ def _compress_ratios(raw: dict[str, Any]) -> list[int]:
         raise ValueError(
             f"layer_types: got {unknown[0]!r}; allowed: {', '.join(_RATIO_OF_LAYER_TYPE)}"
         )
+    ratio_of = dict(_RATIO_OF_LAYER_TYPE)
     for name, ratio in (raw.get("compress_rates") or {}).items():
-        if _RATIO_OF_LAYER_TYPE.get(name) != ratio:
-            raise ValueError(
-                f"compress_rates: got {name}={ratio}; DeepSeek-V4 allows only "
-                f"{_RATIO_OF_LAYER_TYPE.get(name)}"
-            )
-    ratios = [_RATIO_OF_LAYER_TYPE[name] for name in raw["layer_types"]]
+        own = ratio_of.get(name)
+        if own == HCA and is_ratio(ratio) and ratio not in (WINDOW_ONLY, CSA):
+            ratio_of[name] = ratio
+        elif own != ratio:
+            raise ValueError(f"compress_rates: got {name}={ratio}; DeepSeek-V4 allows only {own}")
+    ratios = [ratio_of[name] for name in raw["layer_types"]]
     return ratios + [WINDOW_ONLY] * (raw.get("num_nextn_predict_layers") != 0)
 
 

@@ -22,8 +22,8 @@ from v4jax.storage import Remote, checkpoint_path
 class ModelConfig:
     """A DeepSeek-V4 architecture. Fields have the names and meanings of the official config.json.
 
-    `compress_ratios` has one number per layer (0 window only, 4 CSA, 128 HCA), then one 0 per MTP
-    layer.
+    `compress_ratios` has one number per layer (0 window only, 4 CSA, 128 HCA; another divisor of
+    128 pools as HCA does), then one 0 per MTP layer.
 
     Raises:
       ValueError: for anything that is not a V4 this code can build; names the field, the value and

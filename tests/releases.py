@@ -98,7 +98,7 @@ def carried_tensors(cfg, release, seed=7):
     return found
 
 
-def drafter_shapes(cfg):
+def drafter_shapes(cfg, taps=3):
     """Name -> (shape [out, in], how releases store it)."""
     d, v, n, h = cfg.hidden_size, cfg.vocab_size, cfg.hc_mult, cfg.head_dim
     heads, q, e, f = (
@@ -134,7 +134,7 @@ def drafter_shapes(cfg):
             for name, shape in (("w1", (f, d)), ("w2", (d, f)), ("w3", (f, d))):
                 block[f"ffn.{where}.{name}.weight"] = (shape, kind)
         if s == 0:
-            block["main_proj.weight"] = ((d, len(TAPS) * d), "fp8")
+            block["main_proj.weight"] = ((d, taps * d), "fp8")
             block["main_norm.weight"] = ((d,), "bf16")
         if s == STAGES - 1:
             block["norm.weight"] = ((d,), "bf16")

@@ -17,10 +17,7 @@ from v4jax.generate.decode import generate
 from v4jax.kernels.norm import rms_norm
 from v4jax.planner.terms import constants_of
 
-ORDERS = {
-    "32 first": (32, 0, 4, 64, 0),
-    "csa first": (4, 128, 16, 0, 0),
-}
+ORDERS = {"32 first": (32, 0, 4, 64, 0), "csa first": (4, 128, 16, 0, 0)}
 
 
 def config(ratios, **changes):

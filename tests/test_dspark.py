@@ -1,6 +1,7 @@
 """DSpark: drafts are the reference's, and speculation changes no token."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,15 @@ import pytest
 from drafters import dspark_config, random_drafter, tree_of
 from reference import dspark as reference
 from reference.weights import random_weights
+from releases import BLOCK, carried_tensors, make_release
 from trees import small_config
 
+from v4jax.api import place_on
 from v4jax.cache.layer import ChunkSpan
+from v4jax.checkpoint.formats import FP8, MXFP4, Kind, Stored, decode
+from v4jax.checkpoint.load_drafter import drafter_config, load_drafter
 from v4jax.checkpoint.names import from_official
+from v4jax.cli import main as cli
 from v4jax.generate.cache import empty_cache, extend
 from v4jax.generate.decode import generate
 from v4jax.generate.drafts import block_logits, draft_block, keep_context, with_taps
@@ -119,3 +125,38 @@ def test_a_block_longer_than_a_rings_spare_places_is_refused(model):
         generate(CFG, params, [[1]], 4, decoding=decoding)
     with pytest.raises(ValueError, match="no MTP layer and no DSpark drafter"):
         generate(CFG, params, [[1]], 4, decoding=DecodeConfig(speculative=True))
+
+
+def test_the_command_drafts_with_what_the_checkpoint_has(tmp_path, capsys):
+    """fp8 and MXFP4 drafters are read; acceptance is told by position."""
+    make_release(tmp_path / "release", "flash-0731")
+    command = ["generate", str(tmp_path / "release"), "--tokens", "3,5,7", "--json"]
+    command += ["--max-new-tokens", "12", "--stop-tokens", "96"]
+    assert cli.main(command) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert cli.main([*command, "--speculative"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == plain["tokens"]
+    assert found["drafted"] == BLOCK * found["rounds"] > 0 and len(found["accepted_at"]) == BLOCK
+
+
+def test_a_release_loads_as_its_tensors_say(tmp_path):
+    """The tree that is loaded is that of the decoded official tensors."""
+    cfg, _ = make_release(tmp_path / "release", "flash-vision-exp")
+    config = drafter_config(tmp_path / "release")
+    mesh, rules = place_on(None, None)
+    found = load_drafter(tmp_path / "release", cfg, config, "float32", mesh, rules)
+    tensors = carried_tensors(cfg, "flash-vision-exp")
+    numbers = {}
+    for name, array in tensors.items():
+        if name.endswith(".scale"):
+            continue
+        scale = tensors.get(name.removesuffix("weight") + "scale")
+        kind = {"int8": MXFP4, "float8_e4m3fn": FP8}.get(array.dtype.name, Kind("F32"))
+        numbers[name] = np.asarray(decode(kind, Stored(array, scale)), np.float32)
+    expected = tree_of(cfg, config, numbers)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_array_equal(a, b, jax.tree_util.keystr(path))

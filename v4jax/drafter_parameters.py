@@ -26,6 +26,7 @@ class _Own:
       path: its place in the drafter's tree.
       official: its name in released files, after mtp.N.
       shape: the names of its sizes as files have it, [out, in].
+      axes: the logical name of each axis in the tree; "-" is none.
       precision: what releases store (ParamSpec.precision).
       last: whether the last stage has it; otherwise the first.
       transpose: whether the tree has it the other way round.
@@ -34,21 +35,22 @@ class _Own:
     path: str
     official: str
     shape: str
+    axes: str
     precision: str
     last: bool = True
     transpose: bool = False
 
 
 _OWN = (
-    _Own("main_proj", "main_proj.weight", "D TD", "fp8", last=False, transpose=True),
-    _Own("main_norm/weight", "main_norm.weight", "D", "bfloat16", last=False),
-    _Own("norm/weight", "norm.weight", "D", "bfloat16"),
-    _Own("hc_head/fn", "hc_head_fn", "X XD", "float32", transpose=True),
-    _Own("hc_head/base", "hc_head_base", "X", "float32"),
-    _Own("hc_head/scale", "hc_head_scale", "1", "float32"),
-    _Own("markov_w1", "markov_head.markov_w1.weight", "V R", "bfloat16"),
-    _Own("markov_w2", "markov_head.markov_w2.weight", "V R", "bfloat16", transpose=True),
-    _Own("confidence", "confidence_head.proj.weight", "1 D+R", "bfloat16", transpose=True),
+    _Own("main_proj", "main_proj.weight", "D TD", "- embed_out", "fp8", last=False, transpose=True),
+    _Own("main_norm/weight", "main_norm.weight", "D", "norm", "bfloat16", last=False),
+    _Own("norm/weight", "norm.weight", "D", "norm", "bfloat16"),
+    _Own("hc_head/fn", "hc_head_fn", "X XD", "streams_embed mix", "float32", transpose=True),
+    _Own("hc_head/base", "hc_head_base", "X", "mix", "float32"),
+    _Own("hc_head/scale", "hc_head_scale", "1", "-", "float32"),
+    _Own("markov_w1", "markov_head.markov_w1.weight", "V R", "- -", "bfloat16"),
+    _Own("markov_w2", "markov_head.markov_w2.weight", "V R", "- -", "bfloat16", transpose=True),
+    _Own("confidence", "confidence_head.proj.weight", "1 D+R", "- -", "bfloat16", transpose=True),
 )
 
 
@@ -59,6 +61,7 @@ class DraftTensor(NamedTuple):
       path: its place in the drafter's tree (v4jax/model/dspark.py).
       index: (expert,) of routed experts, else ().
       shape: as files have it, [out, in].
+      axes: the logical name of each axis of its array in the tree, that of experts included.
       transpose: whether the tree has it the other way round.
       precision: what releases store.
     """
@@ -66,6 +69,7 @@ class DraftTensor(NamedTuple):
     path: Path
     index: tuple[int, ...]
     shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
     transpose: bool
     precision: str
 
@@ -85,7 +89,8 @@ def drafter_tensors(cfg: ModelConfig, dspark: DSparkConfig) -> dict[str, DraftTe
                 named = sizes(cfg) | _further(cfg, dspark)
                 shape = tuple(int(named[name]) for name in own.shape.split())
                 path = tuple(own.path.split("/"))
-                one = DraftTensor(path, (), shape, own.transpose, own.precision)
+                axes = tuple(None if axis == "-" else axis for axis in own.axes.split())
+                one = DraftTensor(path, (), shape, axes, own.transpose, own.precision)
                 found[f"mtp.{stage}.{own.official}"] = one
     return found
 
@@ -101,9 +106,9 @@ def _of_block(cfg: ModelConfig, spec: ParamSpec, stage: int) -> Iterator[tuple[s
     shape = spec.size(cfg)
     if not spec.is_expert:
         shape = shape[::-1] if spec.transpose else shape
-        one = DraftTensor(path, (), shape, spec.transpose, spec.precision)
+        one = DraftTensor(path, (), shape, spec.axes, spec.transpose, spec.precision)
         yield spec.official.format(layer=f"mtp.{stage}"), one
         return
     for e in range(cfg.n_routed_experts):
-        one = DraftTensor(path, (e,), shape[:0:-1], spec.transpose, spec.precision)
+        one = DraftTensor(path, (e,), shape[:0:-1], spec.axes, spec.transpose, spec.precision)
         yield spec.official.format(layer=f"mtp.{stage}", e=e), one

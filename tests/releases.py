@@ -182,17 +182,23 @@ def vision_shapes(cfg):
     return found
 
 
-def make_release(folder, release, dtype="official", change=None, **further):
+def make_release(folder, release, dtype="official", change=None, few_tokens=0, **further):
     """Writes a release; returns (cfg of its trunk, params).
 
     change: a function of (config.json, carried tensors) that harms it.
+    few_tokens: trunk and drafter choose among this number of tokens, so that they often agree.
     further: fields of the trunk's ModelConfig.
     """
     cfg = trunk_config(release, **further)
-    params = from_official(cfg, random_weights(cfg, 0))
+    weights = random_weights(cfg, 0)
+    if few_tokens:
+        weights["head.weight"][few_tokens:] = 0
+    params = from_official(cfg, weights)
     save_safetensors(cfg, params, folder, dtype=dtype, max_file_bytes=200_000)
     raw = raw_config(release, json.loads((folder / "config.json").read_text()))
     carried = carried_tensors(cfg, release)
+    if few_tokens:
+        carried[f"mtp.{STAGES - 1}.markov_head.markov_w2.weight"][few_tokens:] = 0
     if change is not None:
         change(raw, carried)
     (folder / "config.json").write_text(json.dumps(raw | {"note": "kept"}))

@@ -127,6 +127,7 @@ def test_a_block_longer_than_a_rings_spare_places_is_refused(model):
         generate(CFG, params, [[1]], 4, decoding=DecodeConfig(speculative=True))
 
 
+@pytest.mark.slow
 def test_the_command_drafts_with_what_the_checkpoint_has(tmp_path, capsys):
     """fp8 and MXFP4 drafters are read; acceptance is told by position."""
     make_release(tmp_path / "release", "flash-0731")

@@ -126,9 +126,8 @@ def _acceptance(completion: Completion) -> str:
     if len(completion.accepted_at) < 2:
         return said
     shares = ", ".join(f"{count / completion.rounds:.2f}" for count in completion.accepted_at)
-    return (
-        f"{said}; by position {shares}; {1 + completion.accepted / completion.rounds:.2f} a round"
-    )
+    tokens = 1 + completion.accepted / completion.rounds
+    return f"{said}; by position {shares}; {tokens:.2f} a round"
 
 
 def _prefixes(flags, request: _Request, cfg: ModelConfig, params) -> PrefixStore | None:

@@ -57,6 +57,26 @@ def flash() -> ModelConfig:
     )
 
 
+def flash_0731() -> ModelConfig:
+    """The trunk of DeepSeek-V4-Flash-0731 and Flash-DSpark: Flash without the MTP module."""
+    return _trunk(flash())
+
+
+def flash_vision_exp() -> ModelConfig:
+    """The trunk of DeepSeek-V4-Flash-Vision-Exp, for text."""
+    return _trunk(flash()).replace(rms_norm_eps=1e-20)
+
+
+def pro_0813() -> ModelConfig:
+    """The trunk of DeepSeek-V4-Pro-0813 and Pro-DSpark, as far as is known: Pro without MTP."""
+    return _trunk(pro())
+
+
+def _trunk(cfg: ModelConfig) -> ModelConfig:
+    ratios = cfg.compress_ratios[: cfg.num_hidden_layers]
+    return cfg.replace(num_nextn_predict_layers=0, compress_ratios=ratios)
+
+
 def pro() -> ModelConfig:
     """DeepSeek-V4-Pro: 61 layers, 1.6T parameters, 49B active."""
     return ModelConfig(

@@ -195,18 +195,16 @@ def test_info_of_a_store_and_for_people(releases, tmp_path, capsys):
 def test_the_published_counts():
     """Pro-0813 has 1,650,497,936,906 parameters, Flash-0731's drafter 19,845,850,983."""
     for cfg, drafter, total in (
-        (models.flash(), 19_845_850_983, None),
-        (models.pro(), None, 1_650_497_936_906),
+        (models.flash_0731(), 19_845_850_983, None),
+        (models.pro_0813(), None, 1_650_497_936_906),
     ):
-        ratios = cfg.compress_ratios[: cfg.num_hidden_layers]
-        trunk = cfg.replace(num_nextn_predict_layers=0, compress_ratios=ratios)
         rank, taps = (256, (40, 41, 42)) if total is None else (512, (58, 59, 60))
         dspark = DSparkConfig(
             stages=3, block_size=5, noise_token_id=128799, target_layer_ids=taps, markov_rank=rank
         )
-        own = sum(math.prod(one.shape) for one in drafter_tensors(trunk, dspark).values())
+        own = sum(math.prod(one.shape) for one in drafter_tensors(cfg, dspark).values())
         assert drafter is None or own == drafter
-        numbers = [math.prod(shape) for shape in official_shapes(trunk).values()]
+        numbers = [math.prod(shape) for shape in official_shapes(cfg).values()]
         assert total is None or own + sum(numbers) == total
 
 

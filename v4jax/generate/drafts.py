@@ -97,9 +97,10 @@ def block_logits(
     window = cfg.sliding_window
     row_1W = jnp.arange(-window, 0, dtype=jnp.int32)[None]
     seen_BW = start_B[:, None] + row_1W >= 0
+    dtype = jnp.dtype(ctx.dtype)
     ring = cache.mtp.window
     before = [
-        Before(rows_before(ring, jnp.int32(stage), start_B, window, ctx.dtype), seen_BW)
+        Before(rows_before(ring, jnp.int32(stage), start_B, window, dtype), seen_BW)
         for stage in range(dspark.stages)
     ]
     return draft_logits(ctx, cfg, dspark, params, newest_B, before, segments)

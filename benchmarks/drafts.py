@@ -3,9 +3,9 @@
     python benchmarks/drafts.py [tokens of a round]
 
 A round runs the newest token and G drafts of each row through the trunk, and a block through the
-drafter. Experts are read once for all rows that chose them; choices count as independent, which real
-ones are not, so that real rounds read fewer. Weights are as released. KV bytes and products are left
-out. 2.74 tokens a round is what others measured on Flash-0731 (prose, greedy).
+drafter. Experts are read once for all rows that chose them. Choices count as independent; real ones
+are not, so real rounds read fewer. Weights are as released. KV bytes and products are left out.
+2.74 tokens a round is what others measured on Flash-0731 (prose, greedy).
 """
 
 import math

@@ -41,8 +41,13 @@ def run(tmp_path_factory):
     return result
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["context=2,expert=2,tensor=2", "data=2,fsdp=4"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param("context=2,expert=2,tensor=2", marks=pytest.mark.slow),
+        pytest.param("data=2,fsdp=4", marks=pytest.mark.long),
+    ],
+)
 def test_drafts_on_a_mesh_change_no_token(run, capsys, mesh):
     plain = run(capsys)
     found = run(capsys, "--mesh", mesh, "--speculative")
@@ -50,7 +55,7 @@ def test_drafts_on_a_mesh_change_no_token(run, capsys, mesh):
     assert 0 < found["accepted"] < found["drafted"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("cache", ["dtype", "official"])
 def test_drafts_with_the_served_models_numbers_change_no_token(run, capsys, cache):
     served = ("--quant", "official", "--cache", cache)
@@ -59,7 +64,7 @@ def test_drafts_with_the_served_models_numbers_change_no_token(run, capsys, cach
     assert 0 < found["accepted"] < found["drafted"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_drafts_after_a_stored_prefix_change_no_token(run, capsys, tmp_path):
     """The second run reads the rings of the stages from the store."""
     plain = run(capsys, tokens=600)

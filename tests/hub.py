@@ -89,7 +89,9 @@ class Hub:
             return
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/(revision|tree)/(.+))?", path)
         if found:
-            self._api(call, found[1], found[3] or "revision", found[4] or "main")
+            query = urllib.parse.parse_qs(urllib.parse.urlparse(call.path).query)
+            deep = query.get("recursive", ["false"])[0].lower() == "true"
+            self._api(call, found[1], found[3] or "revision", found[4] or "main", deep)
             return
         found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if found:
@@ -97,7 +99,8 @@ class Hub:
             return
         _send(call, 404, b"{}")
 
-    def _api(self, call, name, kind, revision):
+    def _api(self, call, name, kind, revision, deep):
+        revision, _, folder = revision.partition("/") if kind == "tree" else (revision, "", "")
         if name not in self.repos:
             _send(call, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif name in self.gated:
@@ -109,7 +112,7 @@ class Hub:
             head = {"id": name, "sha": self._commit(name, revision), "private": False}
             head |= {"tags": [], "downloads": 0, "likes": 0}
             siblings = [{"rfilename": file} for file in files]
-            listed = [_listed(file, data) for file, data in files.items()]
+            listed = _tree(files, f"{folder}/" if folder else "", deep)
             value = listed if kind == "tree" else head | {"siblings": siblings}
             _send(call, 200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
@@ -138,6 +141,16 @@ class Hub:
 
 def _hash(data):
     return hashlib.sha256(data).hexdigest() if len(data) > 1000 else hashlib.sha1(data).hexdigest()
+
+
+def _tree(files, folder, deep):
+    """What the Hub lists in a folder: files and folders there, or also below them."""
+    below = {file: data for file, data in files.items() if file.startswith(folder)}
+    parts = [file[len(folder) :].split("/")[:-1] for file in below]
+    folders = {folder + "/".join(part[:n]) for part in parts for n in range(1, len(part) + 1)}
+    listed = [_listed(file, data) for file, data in below.items()]
+    listed += [{"type": "directory", "path": one, "size": 0, "oid": ""} for one in sorted(folders)]
+    return [one for one in listed if deep or "/" not in one["path"][len(folder) :]]
 
 
 def _listed(file, data):

@@ -41,6 +41,7 @@ def others(folder):
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
         if path.is_file() and ".safetensors" not in path.name
+        if path != folder / "config.json"  # which is laid out anew
     }
 
 

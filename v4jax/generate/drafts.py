@@ -2,7 +2,8 @@
 
 The rings of the stages hold keys of accepted tokens only, so nothing of theirs is ever taken back.
 
-Shapes: B batch, T positions of a chunk, G tokens of a block, V vocabulary.
+Shapes: B batch, T positions of a chunk, G tokens of a block, W window, Z width of the joined taps,
+H head dim, V vocabulary.
 Next file to read: v4jax/generate/sampling.py.
 """
 
@@ -52,10 +53,10 @@ def keep_context(
       span: the accepted tokens of the chunk.
     """
     assert cache.mtp is not None, "it was made for a drafter"
-    tap_BTE = joined_taps(cfg, dspark, chunk.taps)
-    segments = read_span(cfg, tap_BTE.shape[1], span)
+    tap_BTZ = joined_taps(cfg, dspark, chunk.taps)
+    segments = read_span(cfg, tap_BTZ.shape[1], span)
     ring = cache.mtp.window
-    found = context_keys(ctx, cfg, dspark, params[ROOT], tap_BTE, segments)
+    found = context_keys(ctx, cfg, dspark, params[ROOT], tap_BTZ, segments)
     for stage, key_BTH in enumerate(found):
         ring, _ = keep_rows(ring, jnp.int32(stage), as_kept(ring, key_BTH), span)
     return cache._replace(mtp=cache.mtp._replace(window=ring))

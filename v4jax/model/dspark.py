@@ -6,7 +6,7 @@ made from what the trunk computed there, and the whole block. No mask is causal 
 begins from.
 
 Shapes: B batch, S positions, G tokens of a block, W window, Y keys of a query, X streams, D hidden,
-E width of the joined taps, N heads, H head dim, Q query rank, V vocabulary, R Markov rank.
+Z width of the joined taps, N heads, H head dim, Q query rank, V vocabulary, R Markov rank.
 Next file to read: v4jax/generate/steps.py.
 """
 
@@ -66,7 +66,7 @@ class DraftLogits(NamedTuple):
 
 
 def joined_taps(cfg: ModelConfig, dspark: DSparkConfig, taps) -> jax.Array:
-    """The tapped layers side by side, [B,S,E].
+    """The tapped layers side by side, [B,S,Z].
 
     Args:
       taps: group -> block -> [L,B,S,D], as Hidden.taps has them.
@@ -88,7 +88,7 @@ def context_keys(
     cfg: ModelConfig,
     dspark: DSparkConfig,
     drafter,
-    tap_BSE: jax.Array,
+    tap_BSZ: jax.Array,
     segments: Segments,
 ) -> list[jax.Array]:
     """Context keys/values [B,S,H] of every stage, normalised and rotated.
@@ -97,11 +97,11 @@ def context_keys(
       drafter: the drafter's parameters.
       segments: of the tapped positions.
     """
-    w_ED = drafter["main_proj"]
+    w_ZD = drafter["main_proj"]
     if ctx.quant == "official":
-        tap_BSE, w_ED = fp8_input(tap_BSE), fp8_weight(w_ED)
-    w_ED = ctx.rules.gather(w_ED.astype(ctx.dtype), (None, "embed_out"))
-    m_BSD = dense(tap_BSE, w_ED, implementation=ctx.kernels.matmul)
+        tap_BSZ, w_ZD = fp8_input(tap_BSZ), fp8_weight(w_ZD)
+    w_ZD = ctx.rules.gather(w_ZD.astype(ctx.dtype), (None, "embed_out"))
+    m_BSD = dense(tap_BSZ, w_ZD, implementation=ctx.kernels.matmul)
     module = _Context(ctx, cfg, dspark.stages)
     return cast(list, module.apply(_variables(drafter), m_BSD, segments.rope))
 

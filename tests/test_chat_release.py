@@ -116,7 +116,8 @@ def test_chat_says_the_release_first(tmp_path, monkeypatch, capsys, encoder, eff
 def test_conversations_follow_the_checkpoint_that_a_run_begins_from(tmp_path, capsys):
     folder = checkpoint(tmp_path / "c", "flash-0731", ENCODERS["0731"])
     data = DataConfig(source=str(tmp_path), format="chat", column="messages", packing="best_fit")
-    cfg = small_run(tmp_path, tmp_path / "run", data=data, init_from=str(folder))
+    model = trunk_config("flash-0731")
+    cfg = small_run(tmp_path, tmp_path / "run", model=model, data=data, init_from=str(folder))
     found = with_chat_release(cfg, tmp_path / "run")
     assert found.data.chat.release == "0731"
     assert "conversations in the format of release 0731 (encoding/" in capsys.readouterr().err
@@ -137,7 +138,8 @@ def test_an_effort_that_the_release_lacks_is_refused(tmp_path):
         source=str(tmp_path), format="chat", column="messages", packing="best_fit", chat=format
     )
     for init_from in (str(folder), ""):
-        cfg = small_run(tmp_path, tmp_path / "run", data=data, init_from=init_from)
+        model = trunk_config("flash")
+        cfg = small_run(tmp_path, tmp_path / "run", model=model, data=data, init_from=init_from)
         with pytest.raises(ValueError, match="effort: got 'low'; allowed: None, high, max"):
             with_chat_release(cfg, tmp_path / "run")
 

@@ -102,7 +102,8 @@ def with_chat_release(cfg: TrainConfig, run: Place) -> TrainConfig:
     It is the user's, else that of the run's or of init_from's checkpoint, else v4.
 
     Raises:
-      ValueError: see chat_release; or an effort that this release does not have.
+      ValueError: see check_source_model and chat_release; or an effort that this release does not
+        have.
     """
     data, begun = cfg.data, (run / "config.json").exists()
     sources = (*data.sources, *data.evaluate_on)
@@ -112,6 +113,8 @@ def with_chat_release(cfg: TrainConfig, run: Place) -> TrainConfig:
         return cfg
     found = ChatRelease(data.chat.wording, "")
     if begun or cfg.init_from:
+        if not begun:
+            check_source_model(cfg)
         found = chat_release(run if begun else cfg.init_from)
         say(f"conversations in the format of {found}")
     chat = dataclasses.replace(data.chat, release=found.name)

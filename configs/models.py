@@ -1,6 +1,6 @@
-"""The two released DeepSeek-V4 architectures, and two smaller ones of the same shape.
+"""The released DeepSeek-V4 architectures, and two smaller ones of the same shape.
 
-The numbers of the released ones are in docs/equations.md#sizes. The smaller ones are ours: every
+Of the newer releases it is the trunk, without their drafter. The numbers of the released ones are in docs/equations.md#sizes. The smaller ones are ours: every
 mechanism, the vocabulary and the constants of the released models, fewer and narrower layers.
 
 Command: v4jax cost configs/flash.py

@@ -73,14 +73,7 @@ def save_safetensors(
     if type(max_file_bytes) is not int or max_file_bytes < 1:
         raise ValueError(f"max_file_bytes: got {max_file_bytes!r}; must be a positive integer")
     given = _of_source(cfg, source)
-    target = place(directory, "directory")
-    if isinstance(target, Remote):
-        require_writable(target, "directory")
-        _check_bucket(target, overwrite, given.folders)
-    else:
-        target = target.resolve()
-        _check_target(target, overwrite, given.folders)
-        folder_to_fill(target.parent, "directory")
+    target = _checked(place(directory, "directory"), overwrite, given.folders)
     leaves, slots = check_tree(cfg, params), official_names(cfg)
 
     def gathered(name: str) -> np.ndarray:
@@ -176,6 +169,18 @@ def kinds_for(cfg: ModelConfig, format: str) -> dict[str, Kind]:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return kinds
+
+
+def _checked(target: Place, overwrite: bool, folders: Collection[str]) -> Place:
+    """The target, after checks that an export may go there."""
+    if isinstance(target, Remote):
+        require_writable(target, "directory")
+        _check_bucket(target, overwrite, folders)
+        return target
+    target = target.resolve()
+    _check_target(target, overwrite, folders)
+    folder_to_fill(target.parent, "directory")
+    return target
 
 
 def _check_target(target: pathlib.Path, overwrite: bool, folders: Collection[str]) -> None:

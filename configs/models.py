@@ -1,7 +1,8 @@
 """The released DeepSeek-V4 architectures, and two smaller ones of the same shape.
 
-Of the newer releases it is the trunk, without their drafter. The numbers of the released ones are in docs/equations.md#sizes. The smaller ones are ours: every
-mechanism, the vocabulary and the constants of the released models, fewer and narrower layers.
+Of the newer releases it is the trunk, without their drafter. The numbers of the released ones are
+in docs/equations.md#sizes. The smaller ones are ours: every mechanism, the vocabulary and the
+constants of the released models, fewer and narrower layers.
 
 Command: v4jax cost configs/flash.py
 Expected result: Flash has 284B parameters and 13B active; Pro has 1.6T and 49B. The model of

@@ -1,7 +1,8 @@
-"""The two released DeepSeek-V4 architectures, and two smaller ones of the same shape.
+"""The released DeepSeek-V4 architectures, and two smaller ones of the same shape.
 
-The numbers of the released ones are in docs/equations.md#sizes. The smaller ones are ours: every
-mechanism, the vocabulary and the constants of the released models, fewer and narrower layers.
+Of the newer releases it is the trunk, without their drafter. The numbers of the released ones are
+in docs/equations.md#sizes. The smaller ones are ours: every mechanism, the vocabulary and the
+constants of the released models, fewer and narrower layers.
 
 Command: v4jax cost configs/flash.py
 Expected result: Flash has 284B parameters and 13B active; Pro has 1.6T and 49B. The model of
@@ -55,6 +56,26 @@ def flash() -> ModelConfig:
         index_topk=512,
         compress_ratios=(WINDOW_ONLY,) * 2 + (CSA, HCA) * 20 + (CSA, WINDOW_ONLY),
     )
+
+
+def flash_0731() -> ModelConfig:
+    """The trunk of DeepSeek-V4-Flash-0731 and Flash-DSpark: Flash without the MTP module."""
+    return _trunk(flash())
+
+
+def flash_vision_exp() -> ModelConfig:
+    """The trunk of DeepSeek-V4-Flash-Vision-Exp, for text."""
+    return _trunk(flash()).replace(rms_norm_eps=1e-20)
+
+
+def pro_0813() -> ModelConfig:
+    """The trunk of DeepSeek-V4-Pro-0813 and Pro-DSpark, as far as is known: Pro without MTP."""
+    return _trunk(pro())
+
+
+def _trunk(cfg: ModelConfig) -> ModelConfig:
+    ratios = cfg.compress_ratios[: cfg.num_hidden_layers]
+    return cfg.replace(num_nextn_predict_layers=0, compress_ratios=ratios)
 
 
 def pro() -> ModelConfig:

@@ -98,7 +98,10 @@ class Hub:
             path,
         )
         if found:
-            self._api(call, found[1], found[3] or "revision", found[4] or "main", found[5])
+            query = urllib.parse.parse_qs(urllib.parse.urlparse(call.path).query)
+            deep = query.get("recursive", ["false"])[0].lower() == "true"
+            folder = (found[5] or "").strip("/")
+            self._api(call, found[1], found[3] or "revision", found[4] or "main", folder, deep)
             return
         found = re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if found:
@@ -106,23 +109,25 @@ class Hub:
             return
         _send(call, 404, b"{}")
 
-    def _api(self, call, name, kind, revision, folder):
+    def _api(self, call, name, kind, revision, folder, deep):
         if name not in self.repos:
             _send(call, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif name in self.gated:
             _send(call, 401, b"{}", {"X-Error-Code": "GatedRepo"})
         elif self._commit(name, revision) not in self.repos[name]:
             _send(call, 404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        elif folder:  # none here has one
+        elif folder and not any(
+            file.startswith(f"{folder}/") for file in self.repos[name][self._commit(name, revision)]
+        ):
             _send(call, 404, b"{}", {"X-Error-Code": "EntryNotFound"})
         else:
             files = self.repos[name][self._commit(name, revision)]
             head = {"id": name, "sha": self._commit(name, revision), "private": False}
             head |= {"tags": [], "downloads": 0, "likes": 0}
             siblings = [{"rfilename": file} for file in files]
-            listed = [_listed(file, data) for file, data in files.items()]
+            listed = _tree(files, f"{folder}/" if folder else "", deep)
             if kind == "paths-info":
-                listed = [one for one in listed if one["path"] in call.asked]
+                listed = [_listed(one, files[one]) for one in files if one in call.asked]
             value = head | {"siblings": siblings} if kind == "revision" else listed
             _send(call, 200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
@@ -151,6 +156,16 @@ class Hub:
 
 def _hash(data):
     return hashlib.sha256(data).hexdigest() if len(data) > 1000 else hashlib.sha1(data).hexdigest()
+
+
+def _tree(files, folder, deep):
+    """What the Hub lists in a folder: files and folders there, or also below them."""
+    below = {file: data for file, data in files.items() if file.startswith(folder)}
+    parts = [file[len(folder) :].split("/")[:-1] for file in below]
+    folders = {folder + "/".join(part[:n]) for part in parts for n in range(1, len(part) + 1)}
+    listed = [_listed(file, data) for file, data in below.items()]
+    listed += [{"type": "directory", "path": one, "size": 0, "oid": ""} for one in sorted(folders)]
+    return [one for one in listed if deep or "/" not in one["path"][len(folder) :]]
 
 
 def _listed(file, data):

@@ -35,6 +35,8 @@ CFG = small_config(
     num_nextn_predict_layers=1,
 )
 ROOM = 256
+FIRST = "v4jax: chat of release v4 (config.json: no dspark_* keys), "
+"""The first line of a chat, up to how it thinks."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -149,7 +151,7 @@ def test_an_untrained_model_is_listened_to_politely(checkpoint, params, monkeypa
     assert [messages[1]["content"], messages[3]["content"]] == ["hi", "again"]
     assert err.count("kept as plain text: answer:") == 2
     assert "this turn is left out: prompt of" in err and "the cache, which has room for 140" in err
-    assert len(err.splitlines()) == 3
+    assert len(err.splitlines()) == 4 and err.startswith(FIRST + "no thinking\n")
     prompt = TOKENIZER.encode(encode_messages(messages[:4]))
     (expected,) = generate(CFG, params, [prompt], 12, capacity=ROOM)
     assert (
@@ -177,7 +179,7 @@ def test_thinking_is_marked_off_and_dropped_from_earlier_turns(checkpoint, monke
     out, err = capsys.readouterr()
     assert (out, err) == (
         "[reasoning]\nEasy.\n[answer]\n4\n[reasoning]\nHm.\n[answer]\nnaïve\n",
-        "",
+        f"{FIRST}thinking, effort max\n",
     )
     turns = [
         {"role": "system", "content": "S"},
@@ -205,7 +207,8 @@ def test_what_does_not_parse_is_kept_as_it_stands(checkpoint, monkeypatch, capsy
     assert talk(monkeypatch, "x\ny", checkpoint) == 0
     out, err = capsys.readouterr()
     assert out == "a<think>b\nfine\n"
-    assert err == "v4jax: kept as plain text: answer: got special token <think> inside its text\n"
+    said = "v4jax: kept as plain text: answer: got special token <think> inside its text\n"
+    assert err == f"{FIRST}no thinking\n{said}"
     assert script.prompts[1][: len(script.prompts[0])] == script.prompts[0]
     assert script.prompts[1][len(script.prompts[0]) :][:4] == TOKENIZER.encode("a<think>b" + EOS)
 

@@ -25,8 +25,9 @@ _PATH = re.compile(
     r"\.(?:py|md|jsonl|json|html|toml|png|cff|ipynb))\b(?:#([\w-]*\w))?"
 )
 _NEXT = re.compile(r"Next file to read:\s+(\S+?)[.,]?(?:\s|$)")
-_PLACEHOLDER = re.compile(r"(?:[A-Z]+|my)\.py")
-"""Matches placeholders for the reader's own files, such as CONFIG.py and my.py."""
+_PLACEHOLDER = re.compile(r"(?:[A-Z]+|my)\.py|encoding/[\w.]+")
+"""Matches placeholders for the reader's own files, such as CONFIG.py and my.py, and the files of a
+release's encoder."""
 
 
 def sources() -> list[str]:

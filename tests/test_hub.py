@@ -24,6 +24,11 @@ from v4jax.train.step import state_shardings
 pytest.importorskip("huggingface_hub", reason="needs the extra hub")
 NAME = "deepseek-ai/tiny"
 WEIGHTS = "model.safetensors"
+BESIDE = {
+    "README.md": b"read",
+    "inference/config.json": b"{}",
+    "encoding/encoding_dsv4.py": b'REASONING_EFFORT_PROMPTS = {"high": "..."}\n' * 100,
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,7 @@ def files(tmp_path_factory):
     folder = write(tmp_path_factory.mktemp("model") / "model")
     ByteTokenizer().save(folder)
     found = {path.name: path.read_bytes() for path in folder.iterdir()}
-    return found | {"README.md": b"read", "inference/config.json": b"{}", "a.bin": b"b" * 2000}
+    return found | BESIDE | {"a.bin": b"b" * 2000}
 
 
 @pytest.fixture
@@ -107,7 +112,10 @@ def test_load_reads_the_model_that_the_name_means_and_says_which(hub, tmp_path, 
         capsys.readouterr().err == f"v4jax: hf://{NAME}: commit {SECOND} of the Hub, in {folder}\n"
     )
     assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
         "config.json",
+        "encoding",
+        "inference",
         WEIGHTS,
         "tokenizer.json",
         "tokenizer_config.json",
@@ -120,7 +128,7 @@ def test_small_questions_download_no_weights(hub):
     assert load_tokenizer(NAME).vocab_size == ByteTokenizer().vocab_size
     assert WEIGHTS not in downloads(hub) and "config.json" in downloads(hub)
     v4jax.load(NAME)
-    assert downloads(hub).count(WEIGHTS) == 1 and downloads(hub).count("config.json") == 1
+    assert downloads(hub).count(WEIGHTS) == downloads(hub).count("tokenizer.json") == 1
 
 
 def test_a_name_is_one_commit_while_the_process_runs(hub):
@@ -148,6 +156,8 @@ def test_commands_take_the_name(line, hub, tmp_path, capsys):
     if line.startswith("convert"):
         assert json.loads(out)["source"] == f"hf://{NAME}@{SECOND}"
         assert (tmp_path / "out/tokenizer.json").exists()
+        for name, content in BESIDE.items():
+            assert (tmp_path / "out" / name).read_bytes() == content
 
 
 @pytest.mark.parametrize("command", ["generate", "score"])

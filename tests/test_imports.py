@@ -20,6 +20,7 @@ ORDER = [
     "v4jax.initializers",
     "v4jax.parameters",
     "v4jax.parameter_tree",
+    "v4jax.drafter_parameters",
     "v4jax.generation_config",
     "v4jax.cost_part",
     "v4jax.cost",

@@ -149,7 +149,12 @@ WORDS = {
     if word.isidentifier()
 } - {"scale", "router"} | {"hc"}
 """Words of parameters' names, less those that also mean a collection or a file's suffix."""
-FREE = ("v4jax/parameters.py", "v4jax/parameter_tree.py", "v4jax/checkpoint/load.py")
+FREE = (
+    "v4jax/parameters.py",
+    "v4jax/parameter_tree.py",
+    "v4jax/checkpoint/load.py",
+    "v4jax/checkpoint/carried.py",
+)
 """The table, its readers by name, and what reads the names of a file that may be anything."""
 
 

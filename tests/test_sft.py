@@ -521,7 +521,8 @@ def test_settings_that_do_not_fit_conversations_are_refused(cfg):
         dataclasses.replace(cfg, packing="split")
     for change, words in (
         ({"thinking_mode": "x"}, "thinking_mode: got 'x'"),
-        ({"reasoning_effort": "low"}, "reasoning_effort: got 'low'"),
+        ({"reasoning_effort": "least"}, "reasoning_effort: got 'least'"),
+        ({"reasoning_effort": "low", "release": "v4"}, "reasoning_effort: got 'low'"),
         ({"too_long": "x"}, "too_long: got 'x'"),
         ({"train_on": "some"}, "train_on: got 'some'"),
     ):

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from v4jax.config import CSA, HCA, WINDOW_ONLY, LayerKind, ModelConfig, RopeScaling
+from v4jax.config import CSA, WINDOW_ONLY, LayerKind, ModelConfig, RopeScaling
 
 
 def small_config(**changes) -> ModelConfig:
@@ -104,7 +104,7 @@ def _block(cfg: ModelConfig, kind: LayerKind, random, lead):
         "wo_a": random(*lead, heads // cfg.o_groups * dim, cfg.o_groups * cfg.o_lora_rank),
         "wo_b": random(*lead, cfg.o_groups * cfg.o_lora_rank, hidden),
     }
-    if kind.compress_ratio in (CSA, HCA):
+    if kind.compress_ratio != WINDOW_ONLY:
         attention["compressor"] = compressor(kind.compress_ratio, dim)
     if kind.compress_ratio == CSA:
         attention["indexer"] = {

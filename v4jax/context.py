@@ -33,10 +33,12 @@ class Collect:
     Attributes:
       index: indices of the chosen experts (Routing.index_BSK in v4jax/model/router.py).
       watch: diagnostics of every layer (v4jax/diagnostics.py).
+      taps: the mean of the streams after every layer, which a DSpark drafter reads.
     """
 
     index: bool = False
     watch: bool = False
+    taps: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ from v4jax.parameter_tree import MTP_KIND, layer_specs, single_specs
 from v4jax.parameters import ParamSpec, sizes
 
 _KIND_NAMES = {WINDOW_ONLY: "SWA", CSA: "CSA", HCA: "HCA"}
+"""Compress ratio -> name of the attention; another ratio is called by its number."""
 NAMES = {
     "embed": "embedding",
     "attention": "attention",
@@ -184,7 +185,8 @@ def _main_parts(cfg: ModelConfig, lengths: np.ndarray) -> tuple[Part, ...]:
         parts += [times(part, layers) for part in _layer(cfg, kind, lengths)]
     parts.append(_last_collapse(cfg))
     order = [name for name in NAMES.values() if name != "attention"]
-    order[1:1] = [f"attention {kind}" for kind in _KIND_NAMES.values()]
+    ratios = dict.fromkeys((*_KIND_NAMES, *sorted(set(cfg.compress_ratios))))
+    order[1:1] = [_attention(ratio) for ratio in ratios]
     by_name = {name: [part for part in parts if part.name == name] for name in order}
     return tuple(total_of(name, same) for name, same in by_name.items() if same)
 
@@ -218,7 +220,7 @@ def _weight(cfg: ModelConfig, spec: ParamSpec, ratio: int = WINDOW_ONLY) -> Part
     active = {"embed": 0, "experts": used}.get(spec.part, size)
     name = "norms" if spec.is_norm else NAMES[spec.part]
     if name == "attention":
-        name = f"attention {_KIND_NAMES[ratio]}"
+        name = _attention(ratio)
     return Part(name, size, active, 2 * used)
 
 
@@ -232,7 +234,11 @@ def _scores(cfg: ModelConfig, ratio: int, lengths: np.ndarray) -> Part:
     plain = cfg.head_dim - cfg.qk_rope_head_dim
     cache = int(window[-1] + entries[-1]) * (plain + -(-plain // 64) + 2 * cfg.qk_rope_head_dim)
     flops = 4 * cfg.num_attention_heads * cfg.head_dim * float(np.mean(window + used))
-    return Part(f"attention {_KIND_NAMES[ratio]}", flops=flops, cache=cache)
+    return Part(_attention(ratio), flops=flops, cache=cache)
+
+
+def _attention(ratio: int) -> str:
+    return f"attention {_KIND_NAMES.get(ratio, f'1/{ratio}')}"
 
 
 def _pooling(name: str, ratio: int, dim: int) -> Part:

@@ -23,7 +23,10 @@ Path = tuple[str, ...]
 MTP_KIND = LayerKind(WINDOW_ONLY, hash_routed=False)
 _BY_PATH = {spec.path: spec for spec in TABLE}
 _BY_NAME = {spec.official: spec for spec in TABLE}
-_BLOCK = re.compile(r"(layers_\d+_\d+(_\d+)?/block_\d+|mtp/block)/")
+_BLOCK = re.compile(r"(layers_\d+_\d+(_\d+)?/block_\d+|mtp/block|dspark/stage_\d+)/")
+_AS_IN_MTP = {"dspark/main_norm/": "mtp/enorm/", "dspark/norm/": "mtp/norm/"}
+_AS_IN_MTP |= {"dspark/hc_head/": "mtp/hc_head/"}
+"""What a DSpark drafter has beside its stages -> what MTP has of the same kind and size."""
 _LAYER = re.compile(r"^(layers\.\d+|mtp\.0)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -99,7 +102,10 @@ def spec_of(path: Path) -> ParamSpec:
     Raises:
       ValueError: a path of no parameter.
     """
-    spec = _BY_PATH.get(_BLOCK.sub("{block}/", "/".join(path), count=1))
+    name = _BLOCK.sub("{block}/", "/".join(path), count=1)
+    for own, same in _AS_IN_MTP.items():
+        name = name.replace(own, same, 1) if name.startswith(own) else name
+    spec = _BY_PATH.get(name)
     if spec is None:
         raise ValueError(f"{'/'.join(path)}: not a parameter of the model")
     return spec

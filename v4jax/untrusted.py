@@ -55,6 +55,27 @@ def file_in(directory: Place, name: str) -> Place:
     return path
 
 
+def file_below(directory: Place, name: str) -> Place:
+    """`directory / name`, a regular file in that directory or in a folder below it.
+
+    Example: file_below(directory, "encoding/encoding_dsv4.py").
+
+    Raises:
+      FileNotFoundError, ValueError: see file_in.
+    """
+    folders = name.split("/")[:-1]
+    if not folders or isinstance(directory, Remote):
+        return file_in(directory, name) if not folders else directory / name
+    path = directory / name
+    real, home = path.resolve(), directory.resolve()
+    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(real.is_relative_to(one) for one in allowed):
+        raise ValueError(f"{name}: is a link to {real}, outside of {directory}")
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{name}: is not a regular file")
+    return path
+
+
 def _object_in(directory: Remote, name: str) -> Remote:
     """`file_in` of a bucket, which has no links and no pipes."""
     path = directory / name

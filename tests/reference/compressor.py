@@ -10,7 +10,7 @@ Next file to read: indexer.py.
 
 import numpy as np
 
-from v4jax.config import CSA, HCA, ModelConfig
+from v4jax.config import CSA, ModelConfig
 
 from . import hyper, rotary
 
@@ -46,16 +46,18 @@ def entries(
     """
     kv = x_SD @ weights[f"{name}.wkv.weight"].T
     gate = x_SD @ weights[f"{name}.wgate.weight"].T
-    pooled = {CSA: _pool_overlapping, HCA: _pool_apart}[compress_ratio](
-        kv, gate, weights[f"{name}.ape"]
-    )
+    together = _pool_overlapping if compress_ratio == CSA else _pool_apart
+    pooled = together(kv, gate, weights[f"{name}.ape"])
     normed = hyper.rms_norm(pooled, cfg.rms_norm_eps, weights[f"{name}.norm.weight"])
     positions = entry_positions(len(x_SD), compress_ratio)
     return rotary.rotate(normed, positions, rotary.frequencies(cfg, compress_ratio))
 
 
 def _pool_apart(kv: np.ndarray, gate: np.ndarray, ape: np.ndarray) -> np.ndarray:
-    """HCA: window w is rows 128w .. 128w+127, all [S, H]; `ape` [128, H] is added to the gates."""
+    """HCA: window w is rows 128w .. 128w+127, all [S, H]; `ape` [128, H] is added to the gates.
+
+    Another ratio than 128 is the same with windows of that many rows.
+    """
     m = len(ape)
     pooled = np.zeros((len(kv) // m, kv.shape[1]))
     for w in range(len(pooled)):

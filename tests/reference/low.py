@@ -18,7 +18,8 @@ E4M3 = np.array(
     [m / 8 * 2.0**-6 for m in range(8)]
     + [(1 + m / 8) * 2.0**e for e in range(-6, 9) for m in range(8)]
 )[:-1]
-_MATRIX = r"attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)|shared_experts\.w[123]|mtp\.0\.[eh]_proj"
+_PARTS = r"(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)"
+_MATRIX = rf"attn\.{_PARTS}|shared_experts\.w[123]|mtp\.0\.([eh]|main)_proj"
 
 
 class Served(dict):

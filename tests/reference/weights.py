@@ -8,7 +8,7 @@ Legend: as in transformer.py.
 
 import numpy as np
 
-from v4jax.config import CSA, HCA, WINDOW_ONLY, ModelConfig
+from v4jax.config import CSA, WINDOW_ONLY, ModelConfig
 
 
 def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -71,7 +71,7 @@ def _block_shapes(cfg, name, compress_ratio, hash_routed):
 
 
 def _compressor_shapes(name, compress_ratio, hidden, width):
-    channels = {CSA: 2 * width, HCA: width}[compress_ratio]
+    channels = 2 * width if compress_ratio == CSA else width
     result = {f"{name}.{w}.weight": (channels, hidden) for w in ("wkv", "wgate")}
     return result | {f"{name}.ape": (compress_ratio, channels), f"{name}.norm.weight": (width,)}
 

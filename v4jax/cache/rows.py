@@ -19,7 +19,7 @@ from v4jax.cache.quantized import Rows, pack, unpack
 from v4jax.kernels.index_scores import KeyReader
 
 
-def _rows_before(
+def rows_before(
     ring: Rows, layer: jax.Array, start_B: jax.Array, rows: int, dtype: jnp.dtype
 ) -> jax.Array:
     """[B,rows,W]: what a ring holds of the `rows` positions before `start_B`, oldest first.
@@ -68,9 +68,9 @@ def keep_rows(
 
     def longer(rows: int) -> jax.Array:
         if few:
-            return _rows_before(new, layer, span.start_B + size, rows + size, x_BSW.dtype)
+            return rows_before(new, layer, span.start_B + size, rows + size, x_BSW.dtype)
         return jnp.concatenate(
-            (_rows_before(ring, layer, span.start_B, rows, x_BSW.dtype), x_BSW), axis=1
+            (rows_before(ring, layer, span.start_B, rows, x_BSW.dtype), x_BSW), axis=1
         )
 
     return new, longer

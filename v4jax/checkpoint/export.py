@@ -8,11 +8,10 @@ Next file to read: v4jax/checkpoint/tensor_files.py.
 
 import contextlib
 import pathlib
-import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,9 +19,12 @@ from sharding.process_rows import gather
 from sharding.processes import is_first
 from v4jax import storage
 from v4jax.checkpoint.atomic import write_json
+from v4jax.checkpoint.carried import stored_as_is
+from v4jax.checkpoint.carried_files import ENCODING, CarriedFile, carried_files, copy_to
 from v4jax.checkpoint.config_json import config_json
-from v4jax.checkpoint.files import INDEX_FILE
+from v4jax.checkpoint.files import INDEX_FILE, Header
 from v4jax.checkpoint.formats import Kind, Stored, check_format, encode, kind_in, shapes_of
+from v4jax.checkpoint.load import carried_of
 from v4jax.checkpoint.names import (
     check_table,
     check_tree,
@@ -36,13 +38,6 @@ from v4jax.config.json_styles import read_config_json
 from v4jax.generation_config import end_tokens
 from v4jax.parameter_tree import spec_named
 from v4jax.storage import Place, Remote, checkpoint_path, folder_to_fill, place, require_writable
-from v4jax.untrusted import file_in
-
-_CARRIED = re.compile(
-    r"(tokenizer|generation_config|special_tokens_map|chat_template|vocab|merges|added_tokens)"
-    r"[\w.]*\.(json|txt|model|jinja)$"
-)
-"""Files that an export copies from the source checkpoint."""
 
 
 def save_safetensors(
@@ -65,10 +60,10 @@ def save_safetensors(
       max_file_bytes: tensor bytes per file. A larger tensor gets its own file. One tensor is in
         memory at a time.
       overwrite: replace an earlier export. Other files in it, such as a tokenizer, stay; a
-        subdirectory is refused.
+        subdirectory is refused, unless `source` has one of that name or it is encoding.
       source: the checkpoint that the weights come from, if any. Its config.json, if it describes
-        this model, is the base of the new one; its tokenizer, generation_config and similar files
-        are copied.
+        this model, is the base of the new one, and what the trunk lacks (a drafter, a vision
+        tower) goes along as it is. Its other files are copied: tokenizer, encoding/ and so on.
 
     Raises:
       ValueError: a directory that may not be replaced, another dtype, or a tree that does not fit
@@ -77,21 +72,16 @@ def save_safetensors(
     kinds = kinds_for(cfg, check_format(dtype))
     if type(max_file_bytes) is not int or max_file_bytes < 1:
         raise ValueError(f"max_file_bytes: got {max_file_bytes!r}; must be a positive integer")
-    target = place(directory, "directory")
-    if isinstance(target, Remote):
-        require_writable(target, "directory")
-        _check_bucket(target, overwrite)
-    else:
-        target = target.resolve()
-        _check_target(target, overwrite)
-        folder_to_fill(target.parent, "directory")
-    raw, carried, elsewhere = _of_source(cfg, source)
+    given = _of_source(cfg, source)
+    target = _checked(place(directory, "directory"), overwrite, given.folders)
     leaves, slots = check_tree(cfg, params), official_names(cfg)
 
     def gathered(name: str) -> np.ndarray:
         return gather(leaves[slots[name].path], slots[name].index)
 
     def stored(name: str) -> Stored:
+        if name in given.tensors:
+            return stored_as_is(given.tensors, name)
         whole = slots[name]._replace(index=())
         return store_slot(cfg, name, kinds[name], gathered(name), whole)
 
@@ -100,25 +90,51 @@ def save_safetensors(
             gathered(name)
         return
     with _begun(target) as partial:
-        for path in carried:
-            storage.copy(path, partial / path.name)
-        write_tensors(partial, plan_files(cfg, kinds, max_file_bytes), stored)
-        write_json(partial / "config.json", config_json(cfg, check_format(dtype), raw, elsewhere))
+        copy_to(given.files, partial)
+        plan = plan_files(cfg, kinds, max_file_bytes, given.tensors)
+        write_tensors(partial, plan, stored)
+        written = config_json(cfg, check_format(dtype), given.raw, given.end_tokens)
+        write_json(partial / "config.json", written)
 
 
-def _of_source(
-    cfg: ModelConfig, source: Any
-) -> tuple[dict[str, Any] | None, list[Place], list[int]]:
-    """(contents of config.json, files to copy, further end tokens) of the source, if there is one.
+class _Given(NamedTuple):
+    """What an export takes from the checkpoint that its weights come from.
+
+    Attributes:
+      raw: contents of its config.json; None without a source.
+      files: files to copy.
+      tensors: tensors to copy: what is no part of the trunk.
+      end_tokens: those of its generation_config.json.
+    """
+
+    raw: dict[str, Any] | None
+    files: list[CarriedFile]
+    tensors: dict[str, Header]
+    end_tokens: list[int]
+
+    @property
+    def folders(self) -> set[str]:
+        """Folders that the export may have."""
+        return {ENCODING, *(name.split("/")[0] for _, name in self.files if "/" in name)}
+
+
+def _of_source(cfg: ModelConfig, source: Any) -> _Given:
+    """What goes along of the source, if there is one.
+
+    Its tensors go along if its config.json describes this model.
 
     Raises:
       ValueError: it cannot be read, or has a file that must not be copied.
     """
     if source is None:
-        return None, [], []
-    source = checkpoint_path(source, "source")
+        return _Given(None, [], {}, [])
+    source = checkpoint_path(source, "source", weights=True)
     raw = read_config_json(source / "config.json")
-    return raw, carried_files(source), end_tokens(source, cfg.vocab_size)
+    describes = raw.get("model_type") == "deepseek_v4" and not cfg.difference(
+        ModelConfig.from_dict(raw)
+    )
+    tensors = carried_of(source) if describes else {}
+    return _Given(raw, carried_files(source), tensors, end_tokens(source, cfg.vocab_size))
 
 
 def store_slot(
@@ -155,24 +171,22 @@ def kinds_for(cfg: ModelConfig, format: str) -> dict[str, Kind]:
     return kinds
 
 
-def carried_files(directory) -> list[Place]:
-    """The files that an export copies: tokenizer, generation_config and similar ones.
-
-    Raises:
-      ValueError: one of them is not a regular file of the directory.
-    """
-    directory = checkpoint_path(directory, "directory")
-    names = sorted(path.name for path in directory.iterdir() if _CARRIED.match(path.name))
-    try:
-        return [file_in(directory, name) for name in names]
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{directory}: {error}") from None
+def _checked(target: Place, overwrite: bool, folders: Collection[str]) -> Place:
+    """The target, after checks that an export may go there."""
+    if isinstance(target, Remote):
+        require_writable(target, "directory")
+        _check_bucket(target, overwrite, folders)
+        return target
+    target = target.resolve()
+    _check_target(target, overwrite, folders)
+    folder_to_fill(target.parent, "directory")
+    return target
 
 
-def _check_target(target: pathlib.Path, overwrite: bool) -> None:
+def _check_target(target: pathlib.Path, overwrite: bool, folders: Collection[str]) -> None:
     """Refuses a target that is not empty or, with `overwrite`, one that is no earlier export.
 
-    An export has no subdirectories.
+    An export has no subdirectories but `folders`.
     """
     if not target.exists():
         return
@@ -185,14 +199,14 @@ def _check_target(target: pathlib.Path, overwrite: bool) -> None:
             "export"
         )
     for path in found:
-        if not path.is_file():
+        if not path.is_file() and path.name not in folders:
             raise ValueError(
                 f"{target}: holds the directory {path.name}; overwrite replaces an earlier export "
                 "only"
             )
 
 
-def _check_bucket(target: Remote, overwrite: bool) -> None:
+def _check_bucket(target: Remote, overwrite: bool, folders: Collection[str]) -> None:
     """`_check_target` of a folder in a bucket."""
     found = storage.listing(target)
     if found and not overwrite:
@@ -200,7 +214,8 @@ def _check_bucket(target: Remote, overwrite: bool) -> None:
             f"{target}: not empty; give a new folder, or overwrite=True to replace an earlier "
             "export"
         )
-    below = next((name for name in found if "/" in name), None)
+    nested = (name for name in found if "/" in name and name.split("/")[0] not in folders)
+    below = next(nested, None)
     if below is not None:
         raise ValueError(f"{target}: holds {below}; overwrite replaces an earlier export only")
 
@@ -227,7 +242,9 @@ def _begun(target: Place) -> Iterator[Place]:
     partial.mkdir()
     try:
         for path in target.iterdir() if target.exists() else ():
-            if not _is_ours(path):
+            if path.is_dir():
+                shutil.copytree(path, partial / path.name)
+            elif not _is_ours(path):
                 shutil.copy2(path, partial)
         yield partial
         replace(partial, target)

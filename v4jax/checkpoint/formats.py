@@ -99,7 +99,11 @@ def allowed_kinds(name: str) -> tuple[Kind, ...]:
     Raises:
       ValueError: a name of no tensor.
     """
-    precision = spec_named(name).precision
+    return kinds_of(spec_named(name).precision)
+
+
+def kinds_of(precision: str) -> tuple[Kind, ...]:
+    """Every way to store a tensor of this precision (ParamSpec.precision) that v4jax reads."""
     if precision == "int64":
         return Kind("I64"), Kind("I32")
     kinds = [FLOAT32, BFLOAT16]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from v4jax.checkpoint.carried import check_carried, take_carried
 from v4jax.checkpoint.files import Header, read_headers, read_tensor
 from v4jax.checkpoint.formats import (
     Kind,
@@ -33,8 +34,10 @@ from v4jax.checkpoint.names import (
     same_names,
     transformers_to_official,
 )
+from v4jax.checkpoint.store import is_run
 from v4jax.config import ModelConfig
 from v4jax.config.json_styles import read_config_json
+from v4jax.config.releases import read_dspark, vision_layers
 from v4jax.parameter_tree import spec_named
 from v4jax.storage import Place, folder_of_checkpoint
 
@@ -48,6 +51,7 @@ class Source(NamedTuple):
       kinds: official name -> how the tensor is stored.
       headers: official name -> place of the tensor.
       scales: official name -> place of its scales, for tensors that have some.
+      carried: name -> place of what is no part of the trunk (checkpoint/carried.py).
       once: the files will not be read again soon (checkpoint/disk.py).
     """
 
@@ -57,6 +61,7 @@ class Source(NamedTuple):
     kinds: dict[str, Kind]
     headers: dict[str, Header]
     scales: dict[str, Header]
+    carried: dict[str, Header] = {}
     once: bool = False
 
     @property
@@ -115,6 +120,22 @@ def open_safetensors(directory) -> Source:
         raise ValueError(f"{directory}: {error}") from None
 
 
+def carried_of(directory) -> dict[str, Header]:
+    """Name -> place of what a checkpoint of any kind has beside its trunk; {} for nothing.
+
+    Raises:
+      ValueError: see open_safetensors; or a run whose carried tensors do not fit its config.json.
+    """
+    small = folder_of_checkpoint(directory, "directory")
+    raw = read_config_json(small / "config.json")
+    if read_dspark(raw) is None and not vision_layers(raw):
+        return {}
+    directory = folder_of_checkpoint(directory, "directory", weights=True)
+    if not is_run(directory):
+        return open_safetensors(directory).carried
+    return check_carried(ModelConfig.from_json(directory), raw, directory)
+
+
 def load_safetensors(
     directory, dtype: Any = "float32", put: Callable[[Path, np.ndarray], Any] | None = None
 ) -> tuple[ModelConfig, dict[str, Any]]:
@@ -150,7 +171,10 @@ def read_config(directory) -> ModelConfig:
 
 
 def _check_headers(directory: Place, cfg: ModelConfig, found: dict[str, Header]) -> Source:
-    """The source, if its tensors are those of `cfg`, less MTP where transformers dropped it."""
+    """The source, if its tensors are those of `cfg`, less MTP where transformers dropped it.
+
+    What is no part of the trunk is apart, as carried.
+    """
     from_transformers = any(name.startswith("model.") for name in found)
     headers: dict[str, Header] = {}
     for name, header in found.items():
@@ -168,7 +192,9 @@ def _check_headers(directory: Place, cfg: ModelConfig, found: dict[str, Header])
             f"got tensor {mixed[0]} beside names that begin with model.; must be all official, or "
             "all as transformers names them"
         )
-    cfg = _check_mtp(cfg, headers, from_transformers)
+    raw = read_config_json(directory / "config.json")
+    carried = take_carried(cfg, raw, headers)
+    cfg = _without_mtp(cfg, headers, from_transformers)
     implied = cfg.num_hidden_layers * (21 + 3 * cfg.n_routed_experts)
     if implied > max(4 * len(headers), 2000):  # too many even to list their names
         raise ValueError(f"got {len(headers)} tensors; config.json implies more than {implied}")
@@ -185,9 +211,7 @@ def _check_headers(directory: Place, cfg: ModelConfig, found: dict[str, Header])
         name: _check_kind(name, shape, headers[name], scales.get(name))
         for name, shape in shapes.items()
     }
-    return Source(
-        directory, cfg, read_config_json(directory / "config.json"), kinds, headers, scales
-    )
+    return Source(directory, cfg, raw, kinds, headers, scales, carried)
 
 
 def _check_kind(name: str, shape: tuple[int, ...], header: Header, scale: Header | None) -> Kind:
@@ -218,22 +242,15 @@ def _check_kind(name: str, shape: tuple[int, ...], header: Header, scale: Header
     return kind
 
 
-def _check_mtp(
+def _without_mtp(
     cfg: ModelConfig, tensors: dict[str, Header], from_transformers: bool
 ) -> ModelConfig:
-    """Refuses a DSpark drafter. Accepts a model whose MTP transformers dropped, and says so.
+    """Accepts a model whose MTP transformers dropped, and says so.
 
-    See docs/equations.md#trap-33 and docs/equations.md#trap-31.
+    See docs/equations.md#trap-31.
     """
-    mtp = [name for name in tensors if name.startswith("mtp.")]
-    later = [name for name in mtp if not name.startswith("mtp.0.")]
-    if later or (mtp and "mtp.0.enorm.weight" not in tensors):
-        raise ValueError(
-            f"tensor {(later or mtp)[0]}: this checkpoint's mtp.* is a DSpark drafter, which v4jax "
-            "does not build; "
-            "allowed: one MTP module with mtp.0.enorm.weight"
-        )
-    if from_transformers and not mtp and cfg.num_nextn_predict_layers:
+    has_mtp = any(name.startswith("mtp.") for name in tensors)
+    if from_transformers and not has_mtp and cfg.num_nextn_predict_layers:
         logging.getLogger("v4jax").warning(
             "transformers wrote no mtp.* tensors: loading without the MTP module"
         )

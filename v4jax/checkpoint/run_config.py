@@ -7,6 +7,7 @@ import json
 
 from v4jax import storage
 from v4jax.checkpoint.atomic import write_text
+from v4jax.checkpoint.carried import CARRIED
 from v4jax.config import ModelConfig
 from v4jax.config.json_styles import read_config_json
 from v4jax.storage import Place, checkpoint_path, place
@@ -22,7 +23,7 @@ def check_config(directory, cfg: ModelConfig) -> None:
     directory = place(directory, "directory")
     if (directory / "config.json").exists():
         _check_same_model(directory, cfg)
-    elif directory.exists() and any(directory.iterdir()):
+    elif directory.exists() and any(path.name != CARRIED for path in directory.iterdir()):
         raise ValueError(
             f"{directory} is not empty and holds no v4jax run; choose another run directory"
         )

@@ -14,7 +14,8 @@ import numpy as np
 
 from v4jax import storage
 from v4jax.checkpoint.atomic import write_json
-from v4jax.checkpoint.files import INDEX_FILE, file_size, tensor_size, write_file
+from v4jax.checkpoint.carried import CARRIED, bytes_of, grouped, stored_as_is
+from v4jax.checkpoint.files import INDEX_FILE, Header, file_size, tensor_size, write_file
 from v4jax.checkpoint.formats import DTYPES, Kind, Stored, shapes_of
 from v4jax.checkpoint.memory_budget import MemoryBudget
 from v4jax.checkpoint.names import official_shapes
@@ -29,9 +30,15 @@ Files = dict[str, dict[str, tuple[str, tuple[int, ...]]]]
 
 
 def plan_files(
-    cfg: ModelConfig, kinds: Mapping[str, Kind], max_file_bytes: int = MAX_FILE_BYTES
+    cfg: ModelConfig,
+    kinds: Mapping[str, Kind],
+    max_file_bytes: int = MAX_FILE_BYTES,
+    carried: Mapping[str, Header] | None = None,
 ) -> Files:
-    """File name -> its tensors: all in order, cut into files of at most `max_file_bytes`."""
+    """File name -> its tensors: all in order, cut into files of at most `max_file_bytes`.
+
+    carried: tensors that are written as they are, after those of the trunk.
+    """
     tensors: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for name, shape in official_shapes(cfg).items():
         kind = kinds[name]
@@ -39,6 +46,29 @@ def plan_files(
         tensors[name] = {name: (kind.dtype, data)}
         if kind.scale is not None and scale is not None:
             tensors[name][scale_name(name)] = (kind.scale, scale)
+    return _cut(tensors | _as_is(carried or {}), max_file_bytes)
+
+
+def carry(carried: Mapping[str, Header], folder: Place) -> int:
+    """Copies carried tensors into a run or store, one in memory at a time; returns their bytes."""
+    if carried:
+        target = folder / CARRIED
+        storage.make_folder(target)
+        files = _cut(_as_is(carried), MAX_FILE_BYTES)
+        write_tensors(target, files, lambda name: stored_as_is(carried, name))
+    return bytes_of(carried)
+
+
+def _as_is(carried: Mapping[str, Header]) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+    """Name -> the tensor and its scales -> (dtype, shape)."""
+    return {
+        name: {one: (header.dtype, header.shape) for one, header in parts.items()}
+        for name, parts in grouped(carried).items()
+    }
+
+
+def _cut(tensors: dict[str, dict[str, tuple[str, tuple[int, ...]]]], max_file_bytes: int) -> Files:
+    """Tensors in order, those with scales together, cut into files."""
     sizes = {
         name: sum(tensor_size(*one) for one in parts.values()) for name, parts in tensors.items()
     }

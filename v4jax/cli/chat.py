@@ -24,13 +24,13 @@ def declare(sub: argparse.ArgumentParser) -> None:
         help="thinking: reason before each answer (default chat)",
     )
     sub.add_argument(
-        "--effort", help="effort of thinking: high or max; with --release 0731: low, high or max"
+        "--effort", help="effort of thinking: high or max; of release 0731: low, high or max"
     )
     sub.add_argument(
         "--release",
-        default="v4",
         choices=("v4", "0731"),
-        help="release whose wording asks for the effort (default v4)",
+        help="release whose wording asks for the effort (default: that of the checkpoint, by its "
+        "encoding/encoding_dsv4.py, which is read and not run, else by config.json)",
     )
     sub.add_argument("--system", metavar="TEXT", help="system message that opens the conversation")
     sub.add_argument("--seed", type=int, default=0, help="seed of the sampled tokens (default 0)")

@@ -6,7 +6,7 @@ Next file to read: v4jax/cli/arguments.py.
 import argparse
 from collections.abc import Callable
 
-from v4jax.cli import chat, convert, cost, generate, launch, layout, plot, score, train
+from v4jax.cli import chat, convert, cost, generate, info, launch, layout, plot, score, train
 from v4jax.cli.arguments import Parser
 
 COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
@@ -24,6 +24,11 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
         score.run,
     ),
     "convert": ("Convert between safetensors and the v4jax store.", convert.declare, convert.run),
+    "info": (
+        "Show which release a checkpoint is, its parts and their precision, and what is carried.",
+        info.declare,
+        info.run,
+    ),
     "cost": (
         "Show parameters, FLOPs per token and cache bytes, from the configuration alone.",
         cost.declare,

@@ -30,6 +30,14 @@ def declare(sub: argparse.ArgumentParser) -> None:
         help="precision on disk (default float32); official: fp8, and MXFP4 for the experts",
     )
     sub.add_argument(
+        "--drop",
+        action="append",
+        default=[],
+        choices=("drafter", "vision"),
+        help="leave out what drafts (DSpark or MTP), or the vision tower; config.json follows. "
+        "It may be given twice",
+    )
+    sub.add_argument(
         "--verify",
         action="store_true",
         help="compare TARGET with SOURCE tensor by tensor; TARGET is made first if it is missing",
@@ -65,5 +73,8 @@ def run(arguments: argparse.Namespace, _: list[str]) -> dict:
             arguments.dtype,
             arguments.max_file_bytes,
             arguments.workers,
+            arguments.drop,
         )
-    return result | compare(arguments.source, arguments.target) if arguments.verify else result
+    if not arguments.verify:
+        return result
+    return result | compare(arguments.source, arguments.target, arguments.drop)

@@ -54,7 +54,9 @@ def _declare_ends(sub: argparse.ArgumentParser) -> None:
 def _declare_shortcuts(sub: argparse.ArgumentParser) -> None:
     """What makes it faster."""
     sub.add_argument(
-        "--speculative", action="store_true", help="draft with MTP: the same tokens in fewer steps"
+        "--speculative",
+        action="store_true",
+        help="draft with what the checkpoint has, DSpark or MTP: the same tokens in fewer steps",
     )
     sub.add_argument(
         "--prefix-cache",

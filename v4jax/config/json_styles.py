@@ -7,7 +7,8 @@ import dataclasses
 import re
 from typing import Any
 
-from v4jax.config.layers import CSA, HCA, WINDOW_ONLY
+from v4jax.config.layers import CSA, HCA, WINDOW_ONLY, is_ratio
+from v4jax.config.releases import read_dspark, trunk_ratios, vision_layers
 from v4jax.config.rope import RopeScaling
 from v4jax.config.validation import is_number
 from v4jax.storage import Place
@@ -53,7 +54,8 @@ def official_style(raw: dict[str, Any]) -> dict[str, Any]:
     """The contents of a config.json of either style, with the official style's keys.
 
     Raises:
-      ValueError: another architecture, a fixed choice that differs, or a value of the wrong type.
+      ValueError: another architecture, a fixed choice that differs, a value of the wrong type, or
+        a drafter or vision tower that cannot be meant.
     """
     _refuse_other_models(raw)
     for name, only in FIXED.items():
@@ -70,6 +72,20 @@ def official_style(raw: dict[str, Any]) -> dict[str, Any]:
         raw["qk_rope_head_dim"] = round(head_dim * factor)
     if raw.get("rope_parameters"):
         raw |= _rope(raw)
+    return _trunk(raw)
+
+
+def _trunk(raw: dict[str, Any]) -> dict[str, Any]:
+    """The keys of the trunk: a DSpark drafter and a vision tower are checked, and left out."""
+    vision_layers(raw)
+    if read_dspark(raw) is not None:
+        raw = raw | {"num_nextn_predict_layers": 0}
+    modules = raw.get("num_nextn_predict_layers")
+    modules = 1 if modules is None else modules
+    layers, ratios = raw.get("num_hidden_layers"), raw.get("compress_ratios")
+    is_whole = ratios is not None and type(layers) is int and len(ratios) >= layers
+    if is_whole and modules in (0, 1):
+        raw = raw | {"compress_ratios": trunk_ratios(raw, modules)}
     return raw
 
 
@@ -80,13 +96,14 @@ def _compress_ratios(raw: dict[str, Any]) -> list[int]:
         raise ValueError(
             f"layer_types: got {unknown[0]!r}; allowed: {', '.join(_RATIO_OF_LAYER_TYPE)}"
         )
+    ratio_of = dict(_RATIO_OF_LAYER_TYPE)
     for name, ratio in (raw.get("compress_rates") or {}).items():
-        if _RATIO_OF_LAYER_TYPE.get(name) != ratio:
-            raise ValueError(
-                f"compress_rates: got {name}={ratio}; DeepSeek-V4 allows only "
-                f"{_RATIO_OF_LAYER_TYPE.get(name)}"
-            )
-    ratios = [_RATIO_OF_LAYER_TYPE[name] for name in raw["layer_types"]]
+        own = ratio_of.get(name)
+        if own == HCA and is_ratio(ratio) and ratio not in (WINDOW_ONLY, CSA):
+            ratio_of[name] = ratio
+        elif own != ratio:
+            raise ValueError(f"compress_rates: got {name}={ratio}; DeepSeek-V4 allows only {own}")
+    ratios = [ratio_of[name] for name in raw["layer_types"]]
     return ratios + [WINDOW_ONLY] * (raw.get("num_nextn_predict_layers") != 0)
 
 
@@ -125,11 +142,6 @@ def _refuse_other_models(raw: dict[str, Any]) -> None:
         )
     if raw.get("model_type") != "deepseek_v4":
         raise ValueError(f"model_type: got {raw.get('model_type')!r}; allowed: 'deepseek_v4'")
-    dspark = sorted(name for name in raw if name.startswith("dspark"))
-    if dspark:
-        raise ValueError(
-            f"{dspark[0]}: this checkpoint's mtp.* is a DSpark drafter, which v4jax does not build"
-        )
 
 
 def _check_json_types(raw: dict[str, Any]) -> None:

@@ -3,10 +3,20 @@
 Next file to read: v4jax/config/validation.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 WINDOW_ONLY, CSA, HCA = 0, 4, 128
 """Compress ratios: sliding window only, CSA and HCA (report 2.3)."""
+
+
+def is_ratio(value: Any) -> bool:
+    """Whether layers with this compress ratio can be built.
+
+    Layers pool as HCA's do at any ratio but CSA's. It must divide HCA's, so that the cache of every
+    layer is in whole windows.
+    """
+    is_size = type(value) is int and 2 <= value <= HCA
+    return (type(value) is int and value == WINDOW_ONLY) or (is_size and HCA % value == 0)
 
 
 class LayerKind(NamedTuple):

@@ -22,8 +22,8 @@ from v4jax.storage import Remote, checkpoint_path
 class ModelConfig:
     """A DeepSeek-V4 architecture. Fields have the names and meanings of the official config.json.
 
-    `compress_ratios` has one number per layer (0 window only, 4 CSA, 128 HCA), then one 0 per MTP
-    layer.
+    `compress_ratios` has one number per layer (0 window only, 4 CSA, 128 HCA; another divisor of
+    128 pools as HCA does), then one 0 per MTP layer.
 
     Raises:
       ValueError: for anything that is not a V4 this code can build; names the field, the value and
@@ -143,11 +143,11 @@ class ModelConfig:
     def from_dict(cls, raw: dict[str, Any]) -> "ModelConfig":
         """Builds the config from the contents of config.json.
 
-        Keys that describe neither weights nor equations are ignored.
+        Keys that describe neither weights nor equations are ignored. Of a release with a DSpark
+        drafter or a vision tower it is the trunk (v4jax/config/releases.py).
 
         Raises:
-          ValueError: another architecture, a DSpark drafter, a fixed choice that differs, or a
-            missing key.
+          ValueError: another architecture, a fixed choice that differs, or a missing key.
         """
         raw = official_style(raw)
         fields = {field.name: field for field in dataclasses.fields(cls)}

@@ -8,7 +8,7 @@ Next file to read: v4jax/config/rope.py.
 
 from typing import Any, TypeGuard
 
-from v4jax.config.layers import CSA, HCA, WINDOW_ONLY
+from v4jax.config.layers import CSA, is_ratio
 
 _SIZES = [
     "vocab_size",
@@ -110,14 +110,11 @@ def _check_layers(cfg) -> None:
             f"(num_hidden_layers {cfg.num_hidden_layers} + num_nextn_predict_layers "
             f"{cfg.num_nextn_predict_layers})"
         )
-    odd = [
-        ratio
-        for ratio in cfg.compress_ratios
-        if type(ratio) is not int or ratio not in (WINDOW_ONLY, CSA, HCA)
-    ]
+    odd = [ratio for ratio in cfg.compress_ratios if not is_ratio(ratio)]
     if odd:
         raise ValueError(
-            f"compress_ratios: got {odd[0]!r}; allowed: 0 (window only), 4 (CSA), 128 (HCA)"
+            f"compress_ratios: got {odd[0]!r}; allowed: 0 (window only), 4 (CSA), 128 (HCA), and "
+            "the other divisors of 128 from 2 on, which pool as HCA does"
         )
     if any(cfg.compress_ratios[cfg.num_hidden_layers :]):
         raise ValueError(

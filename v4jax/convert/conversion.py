@@ -10,15 +10,15 @@ Next file to read: v4jax/convert/sources.py.
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from v4jax import storage
-from v4jax.checkpoint.export import carried_files
+from v4jax.checkpoint.carried import said
+from v4jax.checkpoint.carried_files import carried_files, copy_to
 from v4jax.checkpoint.formats import check_format
 from v4jax.checkpoint.tensor_files import MAX_FILE_BYTES
 from v4jax.convert.partial import PLAN_FILE, begun, begun_in_bucket, fingerprint
-from v4jax.convert.sources import open_checkpoint
+from v4jax.convert.sources import open_checkpoint, without_parts
 from v4jax.convert.targets import to_safetensors, to_store
 from v4jax.storage import (
     Place,
@@ -42,6 +42,7 @@ def convert(
     dtype: str = "float32",
     max_file_bytes: int = MAX_FILE_BYTES,
     workers: int = 2,
+    drop: Sequence[str] = (),
 ) -> dict:
     """Converts the checkpoint `source`, of any kind and precision, to the new directory `target`.
 
@@ -50,10 +51,11 @@ def convert(
       dtype: "float32" or "bfloat16"; for safetensors also "fp8" or "official".
       max_file_bytes: largest size of a safetensors file.
       workers: tensors converted at a time; for safetensors, files.
+      drop: what to leave out: "drafter" (DSpark, or the MTP module), "vision".
 
     Raises:
-      ValueError: a target that exists and is not empty, or that another process is writing; a dtype
-        that the format does not have; a bad source.
+      ValueError: a part that the source does not have; a target that exists and is not empty, or
+        that another process is writing; a dtype that the format does not have; a bad source.
       OSError: the disk is full. What was written stays beside the target for the next try.
     """
     checkpoint_name(source, "source")
@@ -63,17 +65,17 @@ def convert(
     if is_remote(target):  # a model of the Hub goes there without a copy on this disk
         source = streamed(source)
     source = checkpoint_path(source, "source", weights=True)
-    opened = open_checkpoint(source)
-    carried = carried_files(source)
+    opened = without_parts(open_checkpoint(source), drop)
+    files = carried_files(source)
     plan = {
         "source": fingerprint(source),
         "format": format,
         "dtype": dtype,
         "max_file_bytes": max_file_bytes,
+        "drop": sorted(drop),
     }
     with _begun(target, plan) as partial:
-        for path in carried:
-            storage.copy(path, partial / path.name)
+        copy_to(files, partial, is_run=format == "orbax")
         if format == "safetensors":
             size = to_safetensors(opened, partial, dtype, max_file_bytes, workers)
         else:
@@ -85,7 +87,7 @@ def convert(
         "dtype": dtype,
         "tensors": len(opened.kinds),
         "bytes": size,
-    }
+    } | ({"carried": said(opened.carried)} if opened.carried else {})
 
 
 @contextlib.contextmanager

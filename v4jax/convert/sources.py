@@ -3,10 +3,12 @@
 Next file to read: v4jax/convert/targets.py.
 """
 
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from v4jax.checkpoint.carried import DRAFTER, VISION, check_carried, without_part
 from v4jax.checkpoint.export import kinds_for, store_slot
 from v4jax.checkpoint.files import Header, dtype_name, headers_of, read_tensor
 from v4jax.checkpoint.formats import DTYPES, Kind, allowed_kinds, float_scale, format_of, shapes_of
@@ -17,6 +19,7 @@ from v4jax.checkpoint.stream import open_leaves
 from v4jax.checkpoint.tensor_files import scale_name
 from v4jax.config import ModelConfig
 from v4jax.config.json_styles import read_config_json
+from v4jax.config.releases import read_dspark, vision_layers, without_drafter, without_vision
 from v4jax.parameter_tree import spec_named
 from v4jax.storage import Place, folder_of_checkpoint
 from v4jax.untrusted import file_in, read_json
@@ -35,6 +38,7 @@ class StoreSource(NamedTuple):
     slots: dict[str, Slot]
     leaves: dict[tuple[str, ...], Any]
     scales: dict[str, Header]
+    carried: dict[str, Header] = {}
 
     @property
     def format(self) -> str:
@@ -82,15 +86,39 @@ def open_checkpoint(directory) -> Source | StoreSource:
             kinds, scales = _read_form(directory / RELEASED, official_shapes(cfg))
         except ValueError as error:
             raise ValueError(f"{directory / RELEASED}: {error}") from None
-    return StoreSource(
-        directory,
-        cfg,
-        read_config_json(directory / "config.json"),
-        kinds,
-        official_names(cfg),
-        leaves,
-        scales,
-    )
+    raw = read_config_json(directory / "config.json")
+    carried = check_carried(cfg, raw, directory)
+    return StoreSource(directory, cfg, raw, kinds, official_names(cfg), leaves, scales, carried)
+
+
+def without_parts(source: Source | StoreSource, drop: Collection[str]) -> Source | StoreSource:
+    """The checkpoint without its drafter (DSpark, or an MTP module) or its vision tower.
+
+    Raises:
+      ValueError: another word, or a part that the checkpoint does not have.
+    """
+    for part in drop:
+        if part not in (DRAFTER, VISION):
+            raise ValueError(f"drop: got {part!r}; allowed: {DRAFTER}, {VISION}")
+        kept = without_part(source.carried, part)
+        raw = without_drafter(source.raw) if part == DRAFTER else without_vision(source.raw)
+        cfg = _trunk(source.cfg) if part == DRAFTER else source.cfg
+        if cfg == source.cfg and kept == source.carried and not _described(source.raw, part):
+            raise ValueError(f"drop: {source.directory} has no {part}")
+        names = official_shapes(cfg)
+        kinds = {name: source.kinds[name] for name in names}
+        scales = {name: one for name, one in source.scales.items() if name in names}
+        source = source._replace(cfg=cfg, raw=raw, kinds=kinds, scales=scales, carried=kept)
+    return source
+
+
+def _described(raw: Mapping[str, Any], part: str) -> bool:
+    return (read_dspark(raw) is not None) if part == DRAFTER else vision_layers(raw) > 0
+
+
+def _trunk(cfg: ModelConfig) -> ModelConfig:
+    ratios = cfg.compress_ratios[: cfg.num_hidden_layers]
+    return cfg.replace(num_nextn_predict_layers=0, compress_ratios=ratios)
 
 
 def _read_form(

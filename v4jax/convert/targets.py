@@ -8,6 +8,7 @@ import math
 
 from v4jax import storage
 from v4jax.checkpoint.atomic import write_json
+from v4jax.checkpoint.carried import bytes_of, parts_of, stored_as_is
 from v4jax.checkpoint.config_json import config_json
 from v4jax.checkpoint.export import kinds_for
 from v4jax.checkpoint.files import read_tensor, write_file
@@ -18,6 +19,7 @@ from v4jax.checkpoint.names import official_shapes, plain_dtype
 from v4jax.checkpoint.stream import StoreWriter
 from v4jax.checkpoint.tensor_files import (
     BUDGET,
+    carry,
     plan_files,
     scale_name,
     split,
@@ -42,6 +44,8 @@ def to_safetensors(
     kinds = source.kinds if same else kinds_for(source.cfg, dtype)
 
     def stored(name: str) -> Stored:
+        if name in source.carried:
+            return stored_as_is(source.carried, name)
         if isinstance(source, Source) and source.kinds[name] == kinds[name]:
             return source.stored(name)
         try:
@@ -56,13 +60,16 @@ def to_safetensors(
     shapes = official_shapes(source.cfg)
 
     def memory_for(name: str) -> int:
+        if name in source.carried:
+            return bytes_of(parts_of(source.carried, name))
         return working_bytes(shapes[name], source.kinds[name], kinds[name])
 
-    files = plan_files(source.cfg, kinds, max_file_bytes)
+    files = plan_files(source.cfg, kinds, max_file_bytes, source.carried)
     with progress("converting", total_bytes(files)) as wrote:
         write_tensors(partial, files, stored, wrote, workers, memory_for)
     write_json(partial / "config.json", config_json(source.cfg, dtype, source.raw))
-    if open_safetensors(partial).kinds != kinds:
+    found = open_safetensors(partial)
+    if found.kinds != kinds or found.carried.keys() != source.carried.keys():
         storage.remove(partial / "config.json")  # without it, it is no checkpoint
         raise OSError(f"{partial}: reads back with other tensors than were written")
     return total_bytes(files)
@@ -107,9 +114,10 @@ def to_store(source: Source | StoreSource, partial: Place, dtype: str, workers: 
             pool.shutdown(cancel_futures=True)
             raise
     _keep_form(source, partial / RELEASED)
+    size = carry(source.carried, partial)
     write_json(partial / "config.json", config_json(source.cfg, source.format, source.raw))
     log.remove()
-    return sum(sizes.values())
+    return sum(sizes.values()) + size
 
 
 def _keep_form(source: Source | StoreSource, directory: Place) -> None:

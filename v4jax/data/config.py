@@ -90,8 +90,9 @@ class ChatFormat:
     reasoning_effort: str | None = None
     """Effort that the prompt asks for: None, high or max (release 0731: None, low, high or max).
     A record's own reasoning_effort takes precedence."""
-    release: str = "v4"
-    """Release whose wording asks for effort: v4 or 0731."""
+    release: str = ""
+    """Release whose wording asks for effort: v4 or 0731. Empty: that of the checkpoint that the run
+    begins from (by its encoding/encoding_dsv4.py, else by config.json), or v4."""
     train_on: str = "all"
     """all: every assistant message is learned; last: those of the last turn. A message with
     "weight": 0 is never learned."""
@@ -103,17 +104,22 @@ class ChatFormat:
     def __post_init__(self):
         allowed = {
             "thinking_mode": MODES,
-            "release": tuple(EFFORTS),
+            "release": ("", *EFFORTS),
             "train_on": ("all", "last"),
             "too_long": ("error", "drop", "cut"),
         }
-        for name, values in (
-            allowed | {"reasoning_effort": tuple(EFFORTS.get(self.release, ()))}
-        ).items():
+        releases = (self.release,) if self.release else tuple(EFFORTS)
+        efforts = tuple({effort: 0 for name in releases for effort in EFFORTS.get(name, ())})
+        for name, values in (allowed | {"reasoning_effort": efforts}).items():
             if getattr(self, name) not in values:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)!r}; allowed: {', '.join(map(str, values))}"
                 )
+
+    @property
+    def wording(self) -> str:
+        """`release`, v4 if none is named."""
+        return self.release or "v4"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

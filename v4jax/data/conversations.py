@@ -19,6 +19,7 @@ from v4jax.chat.tokens import ASSISTANT, END_THINK, TASKS, THINK
 from v4jax.data.config import ChatFormat
 from v4jax.data.messages import training_messages
 from v4jax.tokenizer import Tokenizer
+from v4jax.tokenizer.checks import check_no_image
 
 _OPENINGS = (ASSISTANT + THINK, ASSISTANT + END_THINK, *TASKS.values())
 """Text that ends with one of these opens an answer."""
@@ -45,8 +46,9 @@ def conversation_tokens(
         chat.thinking_mode if mode is None else mode,
         drop_thinking=chat.drop_thinking,
         reasoning_effort=chat.reasoning_effort if effort is None else effort,
-        release=chat.release,
+        release=chat.wording,
     )
+    check_no_image(tokenizer, "".join(span.text for span in spans))
     _check_openings(spans, len(messages) - len(record[column]))
     ids, learned = [], []
     # Spans meet at special tokens, so a span alone has the same tokens as in the whole text.

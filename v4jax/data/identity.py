@@ -58,7 +58,7 @@ def settings_of(
     """
     listings = Listings() if listings is None else listings
     talks = any(source.format == "chat" for source in cfg.sources)
-    chat = dataclasses.asdict(cfg.chat) if talks else {}
+    chat = dataclasses.asdict(cfg.chat) | {"release": cfg.chat.wording} if talks else {}
     return {
         "tokenizer": f"{type(tokenizer).__name__} of {tokenizer.vocab_size}",
         "tokenizer content": tokenizer.fingerprint,

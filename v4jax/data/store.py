@@ -71,7 +71,7 @@ def _key(cfg: DataConfig, listing: Listing, tokenizer: Tokenizer) -> str:
         list(zip(map(str, files), states, strict=True)),
     ]
     if source.format == "chat":
-        about.append(dataclasses.asdict(cfg.chat))
+        about.append(dataclasses.asdict(cfg.chat) | {"release": cfg.chat.wording})
     elif cfg.fim_rate:
         about += [cfg.fim_rate, cfg.seed]
     return hashlib.sha256(json.dumps(about).encode("utf-8", "surrogateescape")).hexdigest()[:16]

@@ -31,6 +31,7 @@ from v4jax.cache.layer import CacheView, ChunkSpan, LayerCache, empty_layer
 from v4jax.cache.quantized import STORAGES
 from v4jax.config import CSA, HCA, WINDOW_ONLY, ModelConfig
 from v4jax.context import Context
+from v4jax.model.dspark import ROOT
 from v4jax.model.mtp import Drafter
 from v4jax.model.router import Routing
 from v4jax.model.segments import read_span
@@ -51,7 +52,8 @@ class Cache(NamedTuple):
       length_B: int32, tokens kept of each row. A smaller number takes tokens back: at most
         SPARE_ROWS of those written last.
       layers: group name -> block name -> LayerCache, stacked over the group's repetitions.
-      mtp: the cache of MTP's one layer, or None.
+      mtp: the cache of what drafts: MTP's one layer, or a ring of each stage of a DSpark drafter,
+        which holds its context keys; or None.
     """
 
     length_B: jax.Array
@@ -65,10 +67,12 @@ class Chunk(NamedTuple):
     Attributes:
       x_BTD: normalised hidden states, for the head.
       streams_BTXD: residual streams, for `draft`.
+      taps: what a DSpark drafter reads (v4jax/model/dspark.py), if it was asked for.
     """
 
     x_BTD: jax.Array
     streams_BTXD: jax.Array
+    taps: dict[str, dict[str, jax.Array]]
 
 
 def decoding_rules(rules: AxisRules) -> AxisRules:
@@ -142,6 +146,7 @@ def empty_cache(
     dtype: jnp.dtype = jnp.dtype("float32"),
     storage: str = "dtype",
     rules: AxisRules = AxisRules(),
+    stages: int = 0,
 ) -> Cache:
     """An empty cache for `batch` rows of `capacity` tokens.
 
@@ -149,7 +154,9 @@ def empty_cache(
 
     Args:
       storage: "dtype", or "official" (packed).
+      stages: those of a DSpark drafter; 0 without one.
     """
+    stages = stages or cfg.num_nextn_predict_layers
     block = BLOCK * rules.shards("cache_slots")
     layer = functools.partial(
         empty_layer,
@@ -168,9 +175,7 @@ def empty_cache(
         for group in cfg.layer_groups
     }
     return Cache(
-        jnp.zeros(batch, jnp.int32),
-        layers,
-        layer(WINDOW_ONLY, 1) if cfg.num_nextn_predict_layers else None,
+        jnp.zeros(batch, jnp.int32), layers, layer(WINDOW_ONLY, stages) if stages else None
     )
 
 
@@ -206,14 +211,14 @@ def extend(
     """
     span = ChunkSpan(cache.length_B, count_B)
     variables = {
-        "params": {name: value for name, value in params.items() if name != "router"},
+        "params": {name: params[name] for name in params if name not in ("router", ROOT)},
         "router": params["router"],
     }
     view = CacheView(cache.layers, jnp.int32(0), span)
     segments = read_span(cfg, tokens_BT.shape[1], span)
     hidden = cast(Hidden, Transformer(ctx, cfg).apply(variables, tokens_BT, segments, view))
     assert hidden.cache is not None, "it was given one"
-    chunk = Chunk(hidden.x_BSD, hidden.streams_BSXD)
+    chunk = Chunk(hidden.x_BSD, hidden.streams_BSXD, hidden.taps)
     return chunk, Cache(cache.length_B + count_B, hidden.cache, cache.mtp)
 
 

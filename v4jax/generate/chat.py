@@ -16,6 +16,7 @@ import jax
 from v4jax.api import load, place_on
 from v4jax.chat.encoding import Message, encode_messages
 from v4jax.chat.parse import parse_message
+from v4jax.chat.release import chat_release
 from v4jax.chat.tokens import BOS, CHAT_TOKENS, END_THINK, EOS
 from v4jax.generate.choice import Choice, cache_tokens, model_and_choice
 from v4jax.generate.request import check_request
@@ -26,7 +27,7 @@ from v4jax.kernels.choice import interpreted
 from v4jax.stderr import say
 from v4jax.storage import folder_of_checkpoint
 from v4jax.tokenizer import Tokenizer, load_tokenizer, prompt_ids
-from v4jax.tokenizer.checks import disagreement, require_tokens
+from v4jax.tokenizer.checks import check_no_image, disagreement, require_tokens
 
 REASONING, ANSWER = "[reasoning]\n", "\n[answer]\n"
 """Headings on the terminal in thinking mode."""
@@ -49,6 +50,8 @@ def run(flags) -> dict | None:
             "thinking has an effort"
         )
     folder_of_checkpoint(flags.checkpoint, "checkpoint")
+    release = chat_release(flags.checkpoint, flags.release)
+    flags.release = release.name
     tokenizer = load_tokenizer(flags.checkpoint)
     require_tokens(tokenizer, (BOS, EOS, *CHAT_TOKENS), "a chat")
     history: list[Message] = []
@@ -72,6 +75,7 @@ def run(flags) -> dict | None:
         capacity,
         decoding,
     )
+    say(f"chat of {release}, {_mode(flags)}")
     say(choice.line, disagreement(cfg, tokenizer))
     say(interpreted(flags.kernels, jax.default_backend()))
     cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout)
@@ -83,6 +87,12 @@ def run(flags) -> dict | None:
         for line in _lines("" if flags.json else "> "):
             _turn(chat, history, line)
     return {"messages": history} if flags.json else None
+
+
+def _mode(flags) -> str:
+    if flags.thinking != "thinking":
+        return "no thinking"
+    return "thinking" if flags.effort is None else f"thinking, effort {flags.effort}"
 
 
 class _Chat(NamedTuple):
@@ -155,6 +165,7 @@ def _ids(flags, tokenizer: Tokenizer, messages: list[Message]) -> list[int]:
     text = encode_messages(
         messages, flags.thinking, reasoning_effort=flags.effort, release=flags.release
     )
+    check_no_image(tokenizer, text)
     return prompt_ids(tokenizer, text)
 
 

@@ -12,6 +12,7 @@ import jax
 
 from sharding.processes import is_first
 from v4jax.api import load, place_on
+from v4jax.checkpoint.load_drafter import drafter_config, load_drafter
 from v4jax.config import ModelConfig
 from v4jax.generate.choice import cache_tokens, model_and_choice
 from v4jax.generate.decode import Completion, generate
@@ -20,6 +21,7 @@ from v4jax.generate.request import check_request
 from v4jax.generate.steps import DecodeConfig
 from v4jax.generate.text import TextStop
 from v4jax.kernels.choice import interpreted
+from v4jax.model.dspark import ROOT
 from v4jax.stderr import say
 from v4jax.storage import folder_of_checkpoint
 from v4jax.tokenizer import Tokenizer, check_tokens, load_tokenizer, prompt_ids
@@ -54,6 +56,10 @@ def run(flags) -> dict | None:
     request = _read(flags)
     tokenizer, given = request.tokenizer, request.stop_tokens
     cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout)
+    if request.decoding.drafter is not None:
+        drafter = request.decoding.drafter
+        place = (flags.dtype, *place_on(flags.mesh, flags.layout))
+        params = params | {ROOT: load_drafter(flags.checkpoint, cfg, drafter, *place)}
     stream = tokenizer is not None and is_first() and not flags.json and flags.samples == 1
     write = functools.partial(print, end="", flush=True) if stream else None
     stop = TextStop(cfg.eos_token_ids if given is None else given, flags.stop, tokenizer, write)
@@ -65,7 +71,7 @@ def run(flags) -> dict | None:
         stop.close(completions[0].tokens)
         print()
         if flags.speculative:
-            say(f"{completions[0].accepted} of {completions[0].drafted} drafts accepted")
+            say(_acceptance(completions[0]))
     if stream or not is_first():
         return None
     results = [_result(completion, stop, tokenizer is not None) for completion in completions]
@@ -95,6 +101,7 @@ def _read(flags) -> _Request:
         sampling=choice.sampling,
         speculative=flags.speculative,
         kernels=flags.kernels,
+        dspark=drafter_config(flags.checkpoint) if flags.speculative else None,
     )
     prompts, seeds = [prompt] * flags.samples, list(range(flags.seed, flags.seed + flags.samples))
     capacity = cache_tokens(flags, model, len(prompt))
@@ -108,6 +115,19 @@ def _read(flags) -> _Request:
     say(choice.line, disagreement(model, tokenizer) if tokenizer else "")
     say(interpreted(flags.kernels, jax.default_backend()))
     return _Request(tokenizer, given, prompts, seeds, max_new_tokens, decoding)
+
+
+def _acceptance(completion: Completion) -> str:
+    """How many drafts stayed, and how often that of each position did.
+
+    Example: 9 of 20 drafts accepted; by position 1.00, 0.75, 0.50, 0.00, 0.00; 3.25 a round.
+    """
+    said = f"{completion.accepted} of {completion.drafted} drafts accepted"
+    if len(completion.accepted_at) < 2:
+        return said
+    shares = ", ".join(f"{count / completion.rounds:.2f}" for count in completion.accepted_at)
+    tokens = 1 + completion.accepted / completion.rounds
+    return f"{said}; by position {shares}; {tokens:.2f} a round"
 
 
 def _prefixes(flags, request: _Request, cfg: ModelConfig, params) -> PrefixStore | None:
@@ -164,4 +184,5 @@ def _result(completion: Completion, stop: TextStop, is_text: bool) -> dict:
     }
     if completion.drafted:
         result |= {"drafted": completion.drafted, "accepted": completion.accepted}
+        result |= {"rounds": completion.rounds, "accepted_at": list(completion.accepted_at)}
     return result | ({"text": stop.text(completion.tokens)} if is_text else {})

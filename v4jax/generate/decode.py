@@ -4,14 +4,14 @@ Two programs run, whatever the lengths (v4jax/generate/steps.py). One continues 
 of their prompts, and rows whose prompt is over wait. The other decodes a few steps at a time. The
 cache is donated to each, so it is never copied.
 
-Speculation: MTP drafts the token after the newest one, both run through the model at once, and the
-draft stays if the model chooses the same token there. Draft and choice use the same random key,
-that of the position, so they agree as often as coupled Gumbel noise allows, and the result equals
-plain decoding token for token, greedy or sampled. A rejected draft is taken back by a smaller
-length: the cache is addressed by position, so the draft's values are overwritten before anything
-reads them.
+Speculation: MTP drafts the token after the newest one, or DSpark the next few (drafts.py). All run
+through the model at once, and drafts stay up to the first where the model chooses another token.
+Draft and choice use the same random key, that of the position, so they agree as often as coupled
+Gumbel noise allows, and the result equals plain decoding token for token, greedy or sampled. A
+rejected draft is taken back by a smaller length: the cache is addressed by position, so the draft's
+values are overwritten before anything reads them.
 
-Shapes: B batch (padded to what the mesh cuts), P steps, T new tokens of a step (1 or 2).
+Shapes: B batch (padded to what the mesh cuts), P steps, T new tokens of a step.
 Next file to read: v4jax/generate/request.py.
 """
 
@@ -44,7 +44,9 @@ class Completion(NamedTuple):
       tokens: new tokens, the one that stopped it included.
       log_probs: log probability of each under the model, not as shaped for sampling.
       ended: "stop" or "length".
-      drafted, accepted: number of tokens that MTP proposed, and of those that stayed.
+      drafted, accepted: number of tokens that were drafted, and of those that stayed.
+      accepted_at: how often the first draft of a round stayed, the second one, and so on; `rounds`
+        times each was drafted.
     """
 
     tokens: list[int]
@@ -52,6 +54,8 @@ class Completion(NamedTuple):
     ended: str
     drafted: int = 0
     accepted: int = 0
+    accepted_at: tuple[int, ...] = ()
+    rounds: int = 0
 
 
 def generate(
@@ -172,17 +176,27 @@ class _Sequence:
         self.tokens: list[int] = []
         self.scores: list[float] = []
         self.ended = ""  # while it goes on
-        self.drafted = self.accepted = 0
+        self.drafted = self.accepted = self.rounds = 0
+        self.accepted_at: list[int] = []
 
     def take(self, tokens: Sequence[int], scores: Sequence[float]) -> None:
         if self.ended:
             return
-        self.drafted += len(scores) - 1
-        self.accepted += len(tokens) - 1
+        self._count(len(scores) - 1, len(tokens) - 1)
         before = len(self.tokens)
         self._append(tokens, scores)
         if self.on_tokens is not None:
             self.on_tokens(self.number, self.tokens[before:], self.scores[before:])
+
+    def _count(self, drafted: int, accepted: int) -> None:
+        if drafted == 0:
+            return
+        self.rounds += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        self.accepted_at += [0] * (drafted - len(self.accepted_at))
+        for slot in range(accepted):
+            self.accepted_at[slot] += 1
 
     def _append(self, tokens: Sequence[int], scores: Sequence[float]) -> None:
         for token, score in zip(tokens, scores, strict=False):
@@ -201,4 +215,5 @@ class _Sequence:
                 return
 
     def completion(self) -> Completion:
-        return Completion(self.tokens, self.scores, self.ended, self.drafted, self.accepted)
+        counts = (self.drafted, self.accepted, tuple(self.accepted_at), self.rounds)
+        return Completion(self.tokens, self.scores, self.ended, *counts)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from v4jax.cache.layer import SPARE_ROWS
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import check_storage
 from v4jax.generate.steps import DecodeConfig
@@ -21,6 +22,17 @@ def per_prompt(max_new_tokens: int | Sequence[int], prompts) -> list[int]:
     return numbers * len(prompts) if np.ndim(max_new_tokens) == 0 else numbers
 
 
+def _check_drafter(cfg: ModelConfig, decoding: DecodeConfig) -> None:
+    """Refuses speculation without a drafter, or with one whose drafts no ring has places for."""
+    if decoding.drafter is not None:
+        most = SPARE_ROWS - 1
+        if decoding.drafter.block_size > most:
+            got = decoding.drafter.block_size
+            raise ValueError(f"dspark_block_size: got {got}; v4jax drafts at most {most} tokens")
+    elif decoding.speculative and not cfg.num_nextn_predict_layers:
+        raise ValueError("speculative: the model has no MTP layer and no DSpark drafter")
+
+
 def check_request(
     cfg: ModelConfig,
     prompts,
@@ -33,8 +45,7 @@ def check_request(
     check_storage(decoding.storage, decoding.quant)
     check_quant(cfg, decoding.quant)
     kernels_from(decoding.kernels)
-    if decoding.speculative and not cfg.num_nextn_predict_layers:
-        raise ValueError("speculative: the model has no MTP layer to draft with")
+    _check_drafter(cfg, decoding)
     if not len(prompts) or not all(len(prompt) for prompt in prompts):
         raise ValueError(
             "prompt: got no tokens; at least one is needed (the begin-of-text token, for example)"

@@ -1,10 +1,11 @@
 """The compiled programs of decoding: a prompt's chunks, the first token, and some steps at a time.
 
-Shapes: B batch, T positions of a chunk (1 or 2 in a step of decoding), U the chunk and the token
-after it (T + 1), P steps, V vocabulary, X streams, D hidden.
-Next file to read: v4jax/generate/sampling.py.
+Shapes: B batch, T positions of a chunk (1 in a step of decoding, more with drafts), G drafts, U the
+chunk and the token after it (T + 1), P steps, V vocabulary, X streams, D hidden.
+Next file to read: v4jax/generate/drafts.py.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,8 +17,10 @@ import numpy as np
 from sharding.rules import AxisRules
 from v4jax.cache.layer import ChunkSpan
 from v4jax.config import ModelConfig
+from v4jax.config.releases import DSparkConfig
 from v4jax.context import Context
-from v4jax.generate.cache import Cache, draft, empty_cache, extend, logits_of
+from v4jax.generate.cache import Cache, Chunk, draft, empty_cache, extend, logits_of
+from v4jax.generate.drafts import draft_block, keep_context, with_taps
 from v4jax.generate.sampling import Sampling, choose_token
 from v4jax.kernels.choice import kernels_from
 
@@ -37,9 +40,10 @@ class DecodeConfig(NamedTuple):
       dtype: compute dtype.
       quant: "none" or "official".
       storage: format of the cache, "dtype" or "official".
-      speculative: draft with MTP.
+      speculative: draft, with MTP or with `dspark`.
       steps: decoding steps per call.
       kernels: implementations of ops, as kernels_from reads them (v4jax/kernels/choice.py).
+      dspark: the drafter whose parameters are among the model's, under "dspark"; None: none.
     """
 
     rules: AxisRules = AxisRules()
@@ -50,6 +54,12 @@ class DecodeConfig(NamedTuple):
     speculative: bool = False
     steps: int = STEPS
     kernels: str = ""
+    dspark: DSparkConfig | None = None
+
+    @property
+    def drafter(self) -> DSparkConfig | None:
+        """The DSpark drafter that drafts; None for MTP and where nothing does."""
+        return self.dspark if self.speculative else None
 
     @property
     def ctx(self) -> Context:
@@ -60,7 +70,8 @@ class DecodeConfig(NamedTuple):
     @property
     def formats(self) -> list:
         """What the contents of a cache depend on besides model, weights and tokens."""
-        return [self.dtype, self.quant, self.storage, self.speculative]
+        formats = [self.dtype, self.quant, self.storage, self.speculative]
+        return formats + ([dataclasses.asdict(self.drafter)] if self.drafter else [])
 
 
 class State(NamedTuple):
@@ -68,12 +79,12 @@ class State(NamedTuple):
 
     Attributes:
       token_B: each row's newest token, which is not yet in the cache.
-      draft_B: the token that MTP drafts after it; None without speculation.
+      draft_BG: the tokens drafted after it, by MTP one; None without speculation.
     """
 
     cache: Cache
     token_B: jax.Array
-    draft_B: jax.Array | None
+    draft_BG: jax.Array | None
 
 
 class StepOutput(NamedTuple):
@@ -125,18 +136,18 @@ def prefill(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def start_cache(cfg, decoding: DecodeConfig, batch: int, capacity: int) -> Cache:
     """An empty cache for `batch` rows of `capacity` tokens."""
-    return empty_cache(
-        cfg, batch, capacity, jnp.dtype(decoding.dtype), decoding.storage, decoding.rules
-    )
+    stages = 0 if decoding.drafter is None else decoding.drafter.stages
+    formats = (jnp.dtype(decoding.dtype), decoding.storage)
+    return empty_cache(cfg, batch, capacity, *formats, decoding.rules, stages)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _no_state(cfg, decoding: DecodeConfig, batch: int):
     """A placeholder for each row's last state: x_BD, and streams_BXD if MTP drafts."""
     dtype = jnp.dtype(decoding.dtype)
-    streams_BXD = (
-        jnp.zeros((batch, cfg.hc_mult, cfg.hidden_size), dtype) if decoding.speculative else None
-    )
+    streams_BXD = None
+    if _by_mtp(decoding):
+        streams_BXD = jnp.zeros((batch, cfg.hc_mult, cfg.hidden_size), dtype)
     return jnp.zeros((batch, cfg.hidden_size), dtype), streams_BXD
 
 
@@ -148,9 +159,11 @@ def _continue(cfg, decoding: DecodeConfig, params, cache, tokens_BU, left_B, las
     """
     size, start_B = tokens_BU.shape[1] - 1, cache.length_B
     count_B = jnp.clip(left_B, 0, size)
-    chunk, cache = extend(cfg, params, cache, tokens_BU[:, :-1], count_B, decoding.ctx)
-    states = (chunk.x_BTD, chunk.streams_BTXD if decoding.speculative else None)
-    if decoding.speculative:
+    chunk, cache = _extend(cfg, decoding, params, cache, tokens_BU[:, :-1], count_B)
+    states = (chunk.x_BTD, chunk.streams_BTXD if _by_mtp(decoding) else None)
+    if decoding.drafter is not None:
+        cache = _keep(cfg, decoding, params, cache, chunk, ChunkSpan(start_B, count_B))
+    elif decoding.speculative:
         known = ChunkSpan(start_B, jnp.clip(left_B - 1, 0, size))
         _, cache = draft(
             cfg, params, cache, chunk.streams_BTXD, tokens_BU[:, 1:], known, decoding.ctx
@@ -172,11 +185,13 @@ def _first(cfg, decoding: DecodeConfig, params, cache, last, seed_B):
     )
     if not decoding.speculative:
         return State(cache, token_B, None), output
+    if decoding.drafter is not None:
+        return _with_block(cfg, decoding, params, cache, token_B, seed_B), output
     span = ChunkSpan(cache.length_B - 1, jnp.ones_like(token_B))
-    draft_B, cache = _draft(
+    draft_BG, cache = _draft(
         cfg, decoding, params, cache, streams_BXD[:, None], token_B[:, None], span, seed_B
     )
-    return State(cache, token_B, draft_B), output
+    return State(cache, token_B, draft_BG), output
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -196,43 +211,75 @@ def _step(
 ) -> tuple[State, StepOutput]:
     start_B, token_B = state.cache.length_B, state.token_B
     tokens_BT = token_B[:, None]
-    if state.draft_B is not None:
-        tokens_BT = jnp.stack((token_B, state.draft_B), axis=1)
+    if state.draft_BG is not None:
+        tokens_BT = jnp.concatenate((tokens_BT, state.draft_BG), axis=1)
     size = tokens_BT.shape[1]
-    chunk, cache = extend(
-        cfg, params, state.cache, tokens_BT, size * active_B.astype(jnp.int32), decoding.ctx
-    )
+    count_B = size * active_B.astype(jnp.int32)
+    chunk, cache = _extend(cfg, decoding, params, state.cache, tokens_BT, count_B)
     logits_BTV = logits_of(params, chunk.x_BTD, decoding.ctx)
     chosen = [
         choose_token(decoding.sampling, logits_BTV[:, n], seed_B, start_B + 1 + n)
         for n in range(size)
     ]
     chosen_BT, score_BT = (jnp.stack(parts, axis=1) for parts in zip(*chosen, strict=True))
-    if not decoding.speculative:
-        return State(cache, chosen_BT[:, 0], None), StepOutput(
-            chosen_BT, score_BT, active_B.astype(jnp.int32)
-        )
-    count_B = jnp.where(active_B, 1 + (chosen_BT[:, 0] == state.draft_B), 0)
+    if state.draft_BG is None:
+        return State(cache, chosen_BT[:, 0], None), StepOutput(chosen_BT, score_BT, count_B)
+    count_B = jnp.where(active_B, 1 + _accepted(chosen_BT, state.draft_BG), 0)
+    output = StepOutput(chosen_BT, score_BT, count_B)
     cache = cache._replace(length_B=start_B + count_B)
     span = ChunkSpan(start_B, count_B)
-    draft_B, cache = _draft(
+    token_B = _at(chosen_BT, jnp.maximum(count_B - 1, 0))
+    if decoding.drafter is not None:
+        cache = _keep(cfg, decoding, params, cache, chunk, span)
+        return _with_block(cfg, decoding, params, cache, token_B, seed_B), output
+    draft_BG, cache = _draft(
         cfg, decoding, params, cache, chunk.streams_BTXD, chosen_BT, span, seed_B
     )
-    return State(cache, _at(chosen_BT, jnp.maximum(count_B - 1, 0)), draft_B), StepOutput(
-        chosen_BT, score_BT, count_B
-    )
+    return State(cache, token_B, draft_BG), output
+
+
+def _accepted(chosen_BT: jax.Array, draft_BG: jax.Array) -> jax.Array:
+    """How many drafts the model itself chooses before the first that it does not, int32 [B].
+
+    Example: chosen [5 7 2 9] and drafts [5 7 3] give 2.
+    """
+    same_BG = (chosen_BT[:, :-1] == draft_BG).astype(jnp.int32)
+    return jnp.sum(jnp.cumprod(same_BG, axis=1), axis=1)
+
+
+def _by_mtp(decoding: DecodeConfig) -> bool:
+    return decoding.speculative and decoding.dspark is None
+
+
+def _extend(cfg, decoding: DecodeConfig, params, cache, tokens_BT, count_B) -> tuple[Chunk, Cache]:
+    """`extend`, with taps if a DSpark drafter reads them."""
+    ctx = decoding.ctx if decoding.drafter is None else with_taps(decoding.ctx)
+    return extend(cfg, params, cache, tokens_BT, count_B, ctx)
+
+
+def _keep(cfg, decoding: DecodeConfig, params, cache, chunk: Chunk, span: ChunkSpan) -> Cache:
+    assert decoding.drafter is not None, "the caller asked"
+    return keep_context(cfg, decoding.drafter, params, cache, chunk, span, decoding.ctx)
+
+
+def _with_block(cfg, decoding: DecodeConfig, params, cache, token_B, seed_B) -> State:
+    """The state with the newest token and a drafted block after it."""
+    assert decoding.drafter is not None, "the caller asked"
+    own = (decoding.sampling, decoding.ctx)
+    draft_BG, _ = draft_block(cfg, decoding.drafter, params, cache, token_B, seed_B, *own)
+    return State(cache, token_B, draft_BG)
 
 
 def _draft(
     cfg, decoding: DecodeConfig, params, cache, streams_BTXD, next_BT, span: ChunkSpan, seed_B
 ) -> tuple[jax.Array, Cache]:
-    """Chooses MTP's token after the last real one of `next_BT`."""
+    """Chooses MTP's token after the last real one of `next_BT`, [B,1]."""
     x_BTD, cache = draft(cfg, params, cache, streams_BTXD, next_BT, span, decoding.ctx)
     x_BD = _at(x_BTD, jnp.maximum(span.count_B - 1, 0))
     logits_BV = logits_of(params, x_BD[:, None], decoding.ctx)[:, 0]
-    return choose_token(decoding.sampling, logits_BV, seed_B, span.start_B + span.count_B + 1)[
-        0
-    ], cache
+    position_B = span.start_B + span.count_B + 1
+    token_B, _ = choose_token(decoding.sampling, logits_BV, seed_B, position_B)
+    return token_B[:, None], cache
 
 
 def _at(x_BT: jax.Array, index_B: jax.Array) -> jax.Array:

@@ -90,11 +90,11 @@ class Attention(Weights):
             q_BSNH, rope, kv_BSH, sink_N, segments.segment_BS, entries, index, past
         )
         out_BSNH, loss = attend(self.ctx, cfg, inputs)
-        low_BSD = self.act_quant(_narrow(out_BSNH, wo_a, cfg.o_groups))
+        low_BSD = self.act_quant(narrowed(out_BSNH, wo_a, cfg.o_groups))
         return self.dense(low_BSD, wo_b), view, loss
 
 
-def _narrow(o_BSNH: jax.Array, wo_a: jax.Array, groups: int) -> jax.Array:
+def narrowed(o_BSNH: jax.Array, wo_a: jax.Array, groups: int) -> jax.Array:
     """[B,S,G*O]: each group of heads through its own block of wo_a [(N/G)*H, G*O]."""
     o_BSGI = o_BSNH.reshape(*o_BSNH.shape[:2], groups, -1)
     low_BSGO = jnp.einsum(

@@ -8,6 +8,7 @@ Next file to read: v4jax/model/attention.py.
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from v4jax.cache.layer import CacheView
@@ -74,11 +75,14 @@ class Pattern(Weights):
 
     @nn.compact
     def __call__(self, carry, tokens_BS, segments: Segments):
-        """(carry, (block name -> Routing, block name -> IndexLoss where an indexer is trained)).
+        """(carry, three dicts block name -> result).
+
+        They are Routing, IndexLoss where an indexer is trained, and taps [B,S,D] where the context
+        collects them.
 
         carry: (streams, CacheView or None). The view's cache is a dict block name -> LayerCache.
         """
-        (x_BSXD, view), routing, cache, index = carry, {}, {}, {}
+        (x_BSXD, view), routing, cache, index, taps = carry, {}, {}, {}, {}
         x_BSXD = checkpoint_name(x_BSXD, STREAMS)
         for i, kind in enumerate(self.kinds):
             name = f"block_{i}"
@@ -89,9 +93,12 @@ class Pattern(Weights):
             cache[name] = None if after is None else after.cache
             if loss is not None:
                 index[name] = loss
+            if self.ctx.collect.taps:
+                mean_BSD = jnp.mean(x_BSXD.astype(jnp.float32), axis=2)
+                taps[name] = mean_BSD.astype(self.ctx.dtype)
         if view is not None:
             view = CacheView(cache, view.layer + 1, view.span)
-        return (x_BSXD, view), (routing, index)
+        return (x_BSXD, view), (routing, index, taps)
 
 
 def stack(ctx: Context, cfg: ModelConfig, group: LayerGroup) -> nn.Module:

@@ -43,6 +43,8 @@ class Hidden(NamedTuple):
       index: group name -> block name -> IndexLoss with a first axis for layers, where the indexer
         is trained.
       cache: group name -> block name -> LayerCache with this chunk; None without a cache.
+      taps: group name -> block name -> means of the streams after each layer, [L,B,S,D], where the
+        context collects them.
       sums: what came in as sums of gradients (v4jax/gradient_sums.py); None without them.
     """
 
@@ -53,6 +55,7 @@ class Hidden(NamedTuple):
     routing: dict[str, dict[str, Routing]]
     index: dict[str, dict[str, IndexLoss]]
     cache: dict[str, Any] | None
+    taps: dict[str, dict[str, jax.Array]]
     sums: Any = None
 
 
@@ -76,13 +79,13 @@ class Transformer(Weights):
             x_BSD[:, :, None], (*x_BSD.shape[:2], cfg.hc_mult, cfg.hidden_size)
         )
         x_BSXD = ctx.rules.constrain(x_BSXD, "act_batch", "act_seq", "act_streams", "act_embed")
-        routing, index, cache = {}, {}, {}
+        routing, index, taps, cache = {}, {}, {}, {}
         for group in cfg.layer_groups:
             before = None
             if view is not None:
                 before = CacheView(view.cache[group.name], jnp.int32(0), view.span)
             (x_BSXD, after), results = self._group(group, (x_BSXD, before), tokens_BS, segments)
-            routing[group.name], index[group.name] = results
+            routing[group.name], index[group.name], taps[group.name] = results
             cache[group.name] = None if after is None else after.cache
         mtp_x_BSD = None
         if cfg.num_nextn_predict_layers and view is None:
@@ -91,7 +94,7 @@ class Transformer(Weights):
         x_BSD = HyperHead(ctx, cfg, name="hc_head")(x_BSXD)
         x_BSD = RMSNorm(ctx, cfg, name="norm")(x_BSD)
         cache = None if view is None else cache
-        return Hidden(x_BSD, mtp_x_BSD, head_DV, x_BSXD, routing, index, cache)
+        return Hidden(x_BSD, mtp_x_BSD, head_DV, x_BSXD, routing, index, cache, taps)
 
     def _group(self, group: LayerGroup, carry, tokens_BS, segments: Segments):
         """(carry, results) after a group of layers, as Pattern returns them for one repetition.

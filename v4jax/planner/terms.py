@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from sharding.rules import AxisRules
-from v4jax.config import CSA, HCA, ModelConfig
+from v4jax.config import CSA, HCA, WINDOW_ONLY, ModelConfig
 from v4jax.kernels.attention import GATHER_FROM
 
 
@@ -78,6 +78,16 @@ class Constants(NamedTuple):
 def constants_of(
     cfg: ModelConfig, rules: AxisRules, sizes: Mapping[str, int], micro_batches: int = 1
 ) -> Constants:
+    """The constants of a model on a mesh.
+
+    Raises:
+      ValueError: a compress ratio of no released model, for which the bases have no entries.
+    """
+    odd = sorted(set(cfg.compress_ratios) - {WINDOW_ONLY, CSA, HCA})
+    if odd:
+        raise ValueError(
+            f"compress_ratios: got {odd[0]}; the layout lab estimates 0, 4 and 128 only"
+        )
     batch, seq = (
         math.prod(sizes[axis] for axis in rules.mesh_axes(name))
         for name in ("act_batch", "act_seq")

@@ -18,8 +18,12 @@ from typing import Any
 from v4jax.storage.faults import retried
 from v4jax.storage.remote import Remote
 
-_SMALL = ("*.json", "*.jinja", "*.model", "*.txt")
-_WEIGHTS = (*_SMALL, "*.safetensors")
+_SMALL = (["*.json", "*.jinja", "*.model", "*.txt"], ["*/*"])
+"""Patterns of files that are downloaded, and of those that are not."""
+_ENCODING = (["encoding/*"], [])
+_OTHER_WEIGHTS = ("bin", "pt", "pth", "ckpt", "gguf", "h5", "msgpack", "onnx", "npz")
+_ALL = (["*"], ["*/*.safetensors", *(f"*.{suffix}" for suffix in _OTHER_WEIGHTS)])
+_Patterns = tuple[list[str], list[str]]
 _SHA256_DIGITS = 64
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -28,7 +32,8 @@ def snapshot(name: Remote, weights: bool) -> pathlib.Path:
     """The folder of a model's files on this machine, downloaded if they are not there yet.
 
     Args:
-      weights: its safetensors too; otherwise only config, tokenizer and other small files.
+      weights: its safetensors and all other files too; otherwise only config, tokenizer, encoding/
+        and other small files.
 
     Raises:
       ValueError: no such model or revision, or a model that this user may not read.
@@ -88,16 +93,17 @@ def _small_files(name: Remote) -> pathlib.Path:
     from v4jax.stderr import say  # it imports JAX, for which --help need not wait
 
     folder = _checked(name, _SMALL, name.key.partition("@")[2] or "main")
+    _checked(name, _ENCODING, folder.name)
     say(f"{name}: commit {folder.name} of the Hub, in {folder}")
     return folder
 
 
 @functools.cache
 def _all_files(name: Remote, commit: str) -> pathlib.Path:
-    return _checked(name, _WEIGHTS, commit)
+    return _checked(name, _ALL, commit)
 
 
-def _checked(name: Remote, patterns: tuple[str, ...], revision: str) -> pathlib.Path:
+def _checked(name: Remote, patterns: _Patterns, revision: str) -> pathlib.Path:
     """A snapshot whose files have the sha256 that the Hub gives them; damaged ones come twice."""
     folder = _download(name, patterns, revision)
     damaged = _damaged(folder)
@@ -113,7 +119,7 @@ def _checked(name: Remote, patterns: tuple[str, ...], revision: str) -> pathlib.
     return folder
 
 
-def _download(name: Remote, patterns: tuple[str, ...], revision: str) -> pathlib.Path:
+def _download(name: Remote, patterns: _Patterns, revision: str) -> pathlib.Path:
     from huggingface_hub.utils import disable_progress_bars
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -122,13 +128,13 @@ def _download(name: Remote, patterns: tuple[str, ...], revision: str) -> pathlib
     return pathlib.Path(retried(name, _snapshot_download, name, patterns, revision))
 
 
-def _snapshot_download(name: Remote, patterns: tuple[str, ...], revision: str) -> str:
+def _snapshot_download(name: Remote, patterns: _Patterns, revision: str) -> str:
     """huggingface_hub's download; its faults that no further try would mend are ValueErrors."""
     import huggingface_hub
     from huggingface_hub import errors
 
     repo = name.key.partition("@")[0]
-    options: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": ["*/*"]}
+    options: dict[str, Any] = {"allow_patterns": patterns[0], "ignore_patterns": patterns[1]}
     try:
         return huggingface_hub.snapshot_download(repo, revision=revision, **options)
     except errors.GatedRepoError:
@@ -169,7 +175,7 @@ def _out_of_reach(error: Exception, repo: str) -> str:
 
 def _damaged(folder: pathlib.Path) -> list[pathlib.Path]:
     """Files whose contents have not the sha256 that their blob in the cache is called by."""
-    links = [path for path in sorted(folder.iterdir()) if path.is_symlink()]
+    links = [path for path in sorted(folder.rglob("*")) if path.is_symlink()]
     hashed = [path for path in links if len(path.resolve().name) == _SHA256_DIGITS]
     return [path for path in hashed if not _is_proven(path.resolve())]
 

@@ -10,6 +10,9 @@ import numpy as np
 from v4jax.config import ModelConfig
 from v4jax.tokenizer.load import Tokenizer
 
+IMAGE = "<｜deepseek_image｜>"
+"""The token of Flash-Vision-Exp that stands for an image."""
+
 
 def disagreement(cfg: ModelConfig, tokenizer: Tokenizer) -> str:
     """Says how a tokenizer's special tokens differ from those of the config; "" if they do not."""
@@ -37,6 +40,12 @@ def require_tokens(tokenizer: Tokenizer, names: Iterable[str], purpose: str) -> 
                 f"tokenizer: has no token {name}, which {purpose} needs; take that of a "
                 "DeepSeek-V4 release, or 'byte-chat'"
             )
+
+
+def check_no_image(tokenizer: Tokenizer, text: str) -> None:
+    """Raises ValueError for a text with the token of an image, if the tokenizer has that token."""
+    if IMAGE in text and len(tokenizer.encode(IMAGE)) == 1:
+        raise ValueError(f"got {IMAGE} in a message; v4jax takes text only")
 
 
 def check_tokens(tokens, vocab_size: int, name: str = "tokens") -> None:

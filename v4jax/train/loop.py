@@ -42,6 +42,7 @@ from v4jax.train.prepare import (
     say_unused,
     stage_batches,
     still_ours,
+    with_chat_release,
     write_run,
 )
 from v4jax.train.profile import Profiler, check_ahead
@@ -79,6 +80,7 @@ def _train(cfg: TrainConfig, clock: Clock) -> dict[str, Any]:
     with agreed():
         rules, mesh = check_layout(cfg)
         run = check_folders(cfg)
+        cfg = with_chat_release(cfg, run)
     claim = Claim(run)
     with agreed():
         claim.require_free()

@@ -18,10 +18,15 @@ from sharding.process_rows import local_rows
 from sharding.processes import check_whole, is_first
 from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax import storage
+from v4jax.chat.release import ChatRelease, chat_release
 from v4jax.checkpoint.atomic import write_text
 from v4jax.checkpoint.bucket_clients import check_bucket
-from v4jax.checkpoint.export import carried_files, kinds_for
+from v4jax.checkpoint.carried import CARRIED, said
+from v4jax.checkpoint.carried_files import carried_files, copy_to
+from v4jax.checkpoint.export import kinds_for
+from v4jax.checkpoint.load import carried_of
 from v4jax.checkpoint.run_config import check_config, write_config
+from v4jax.checkpoint.tensor_files import carry
 from v4jax.data.config import tokenizer_of
 from v4jax.data.listing import Listings
 from v4jax.data.rows import Batch
@@ -34,6 +39,7 @@ from v4jax.storage import (
     Place,
     Remote,
     checkpoint_name,
+    checkpoint_path,
     folder_to_fill,
     is_remote,
     path_of_checkpoints,
@@ -89,6 +95,31 @@ def check_folders(cfg: TrainConfig) -> Place:
                 "so the cache must lie outside of it"
             )
     return run
+
+
+def with_chat_release(cfg: TrainConfig, run: Place) -> TrainConfig:
+    """The configuration with data.chat.release named, if conversations are read; says which it is.
+
+    It is the user's, else that of the run's or of init_from's checkpoint, else v4.
+
+    Raises:
+      ValueError: see check_source_model and chat_release; or an effort that this release does not
+        have.
+    """
+    data, begun = cfg.data, (run / "config.json").exists()
+    sources = (*data.sources, *data.evaluate_on)
+    if not any(source.format == "chat" for source in sources):
+        return cfg
+    if data.chat.release:
+        return cfg
+    found = ChatRelease(data.chat.wording, "")
+    if begun or cfg.init_from:
+        if not begun:
+            check_source_model(cfg)
+        found = chat_release(run if begun else cfg.init_from)
+        say(f"conversations in the format of {found}")
+    chat = dataclasses.replace(data.chat, release=found.name)
+    return dataclasses.replace(cfg, data=dataclasses.replace(data, chat=chat))
 
 
 class Layout(NamedTuple):
@@ -217,6 +248,19 @@ def say_unused(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings) -> No
     say(*lines)
 
 
+def _carry(source: str, run: Place) -> None:
+    """Copies into a new run the tensors that its source has beside the trunk, and says so.
+
+    config.json is written after that, so a run that was killed meanwhile begins anew.
+    """
+    for name in storage.listing(run / CARRIED):
+        storage.remove(run / CARRIED / name)
+    carried = carried_of(source)
+    carry(carried, run)
+    if carried:
+        say(f"carried as it is, not trained: {said(carried)}")
+
+
 def write_run(run: Place, cfg: TrainConfig, tokenizer: Tokenizer, claim: Claim) -> None:
     """Writes the run directory in the first process, once check_folders has passed in all.
 
@@ -226,11 +270,14 @@ def write_run(run: Place, cfg: TrainConfig, tokenizer: Tokenizer, claim: Claim) 
         if not is_first():
             return
         source = "" if (run / "config.json").exists() else cfg.init_from
+        if source:
+            _carry(source, run)
         write_config(run, cfg.model, source)
         if source and is_remote(checkpoint_name(source)):
             write_text(run / INIT_FROM_FILE, f"{pinned(source)}\n")
-        for path in carried_files(source) if source else ():
-            storage.copy(path, run / path.name)
+        if source:
+            origin = checkpoint_path(source, "init_from", weights=True)
+            copy_to(carried_files(origin), run, is_run=True)
         tokenizer.save(run)
         claim.take()
 

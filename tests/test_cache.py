@@ -108,6 +108,7 @@ def check(got, logits, mtp, first):
 
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+long = functools.partial(pytest.param, marks=pytest.mark.long)
 
 
 @pytest.mark.parametrize(
@@ -115,15 +116,15 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
     [
         ("few", 64),
         slow("flash", 1),
-        slow("flash", 3),
-        slow("flash", 64),
+        long("flash", 3),
+        long("flash", 64),
         slow("flash", 129),
-        slow("flash", LENGTH),
-        slow("pairs", 1),
-        slow("pairs", 3),
+        long("flash", LENGTH),
+        long("pairs", 1),
+        long("pairs", 3),
         slow("pairs", 64),
-        slow("pairs", 129),
-        slow("pairs", LENGTH),
+        long("pairs", 129),
+        long("pairs", LENGTH),
     ],
 )
 def test_any_chunks_then_decoding_give_the_full_forward(models, pattern, chunk):
@@ -144,7 +145,7 @@ def test_any_chunks_then_decoding_give_the_full_forward(models, pattern, chunk):
     assert step._cache_size() <= programs + 1
 
 
-@pytest.mark.parametrize("pattern", ["few", slow("flash"), slow("pairs")])
+@pytest.mark.parametrize("pattern", ["few", long("flash"), slow("pairs")])
 def test_rows_of_different_lengths_are_rows_alone(models, pattern):
     """Rows are prefilled together in chunks that leave some idle, then decoded together."""
     cfg, params, tokens, logits, mtp = models(pattern)

@@ -147,7 +147,7 @@ def test_what_is_stored_as_what(sources, dtype):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("format", ["fp8", "official"])
+@pytest.mark.parametrize("format", [pytest.param("fp8", marks=pytest.mark.long), "official"])
 def test_loading_is_official_dequantisation(sources, format):
     """Reads with torch's own types: code times scale, MXFP4 by its table."""
     import torch

@@ -86,6 +86,7 @@ def test_a_long_cache_is_searched_where_one_device_has_all_index_heads(mesh, sea
 
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+long = functools.partial(pytest.param, marks=pytest.mark.long)
 
 
 @pytest.mark.parametrize(
@@ -93,12 +94,12 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
     [
         ("data=2,context=4", None),
         slow("context=8", "cp_ep"),
-        slow("context=2,expert=2,tensor=2", None),
+        long("context=2,expert=2,tensor=2", None),
     ]
     + [
-        slow("tensor=8", None),
-        slow("expert=8", None),
-        slow("data=2,fsdp=4", None),
+        long("tensor=8", None),
+        long("expert=8", None),
+        long("data=2,fsdp=4", None),
         slow("context=2,expert=4", "pod"),
     ],
 )
@@ -156,8 +157,7 @@ def check_traffic(program: str, cache, parts: int) -> None:
         ), (shape, kind)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("speculative", [long(False), slow(True)])
 def test_generate_on_a_cut_cache(model, speculative):
     """One row leaves only its cache to cut."""
     params, tokens, _ = model

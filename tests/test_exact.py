@@ -40,9 +40,9 @@ PATTERNS = {
 }
 
 
-@pytest.fixture(scope="module", params=PATTERNS)
-def model(request):
-    cfg = small_config(**PATTERNS[request.param])
+@functools.cache
+def model(name):
+    cfg = small_config(**PATTERNS[name])
     weights = random_weights(cfg, 0)
     return cfg, weights, jax.tree.map(jnp.asarray, from_official(cfg, weights))
 
@@ -52,17 +52,13 @@ def tokens_of(cfg, shape, seed=0):
 
 
 @pytest.mark.parametrize(
-    "seq",
-    [
-        1,
-        5,
-        131,
-        pytest.param(300, marks=pytest.mark.slow),
-        pytest.param(700, marks=pytest.mark.slow),
-    ],
+    ("name", "seq"),
+    [(name, seq) for name in PATTERNS for seq in (1, 5, 131)]
+    + [pytest.param(*one, marks=pytest.mark.slow) for one in (("flash", 700), ("pro", 300))]
+    + [pytest.param(*one, marks=pytest.mark.long) for one in (("flash", 300), ("pro", 700))],
 )
-def test_logits_are_those_of_the_equations(model, seq):
-    cfg, weights, params = model
+def test_logits_are_those_of_the_equations(name, seq):
+    cfg, weights, params = model(name)
     tokens = tokens_of(cfg, (2, seq))
     expected = transformer.forward(cfg, weights, tokens)
     got = v4jax.forward(cfg, params, jnp.asarray(tokens))

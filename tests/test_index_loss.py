@@ -38,6 +38,8 @@ WEIGHTS = random_weights(ONE, 0)
 PARAMS = jax.tree.map(jnp.asarray, from_official(ONE, WEIGHTS))
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 70))
 SEGMENTS = np.repeat([[1, 2, 3, 0]], [3, 40, 20, 7], axis=1).repeat(2, 0).astype(np.int32)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+long = functools.partial(pytest.param, marks=pytest.mark.long)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -138,12 +140,16 @@ def test_no_array_is_quadratic_in_the_length(monkeypatch):
             assert sum(size >= seq // 4 for size in shape) <= 1, shape
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh, layout", [("fsdp=2,context=2,tensor=2", "full"), ("context=2,expert=2,tensor=2", "pod")]
+    "dense, mesh, layout",
+    [
+        slow(False, "fsdp=2,context=2,tensor=2", "full"),
+        long(False, "context=2,expert=2,tensor=2", "pod"),
+        long(True, "fsdp=2,context=2,tensor=2", "full"),
+        slow(True, "context=2,expert=2,tensor=2", "pod"),
+    ],
 )
-@pytest.mark.parametrize("dense", [False, True])
-def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh, layout, dense):
+def test_a_mesh_has_the_loss_and_gradients_of_one_device(dense, mesh, layout):
     """Heads are added across devices before the mass is normalised.
 
     The mean is over the queries of all devices.

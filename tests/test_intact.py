@@ -122,15 +122,10 @@ def largest(step_dir: pathlib.Path, item: str) -> pathlib.Path:
     [
         ("a flipped bit", "params"),
         ("a file gone", "optimizer"),
-        *(
-            pytest.param(*one, marks=pytest.mark.slow)
-            for one in (
-                ("a flipped bit", "optimizer"),
-                ("a file cut short", "params"),
-                ("a file cut short", "optimizer"),
-                ("a file gone", "params"),
-            )
-        ),
+        pytest.param("a flipped bit", "optimizer", marks=pytest.mark.slow),
+        pytest.param("a file cut short", "params", marks=pytest.mark.slow),
+        pytest.param("a file cut short", "optimizer", marks=pytest.mark.long),
+        pytest.param("a file gone", "params", marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(
@@ -329,7 +324,7 @@ def get_config():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_sigterm_saves_and_the_run_goes_on(text_folder, tmp_path, processes):
     file = tmp_path / "cfg.py"
     run = tmp_path / "run"

@@ -21,6 +21,8 @@ from v4jax.planner.estimate import estimate
 from v4jax.planner.hardware import hardware_of
 from v4jax.planner.portable import write_stablehlo
 
+long = functools.partial(pytest.param, marks=pytest.mark.long)
+
 
 def run(*arguments, code=0):
     done = subprocess.run(
@@ -34,7 +36,7 @@ def run(*arguments, code=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, parameters", [("flash", 284e9), ("pro", 1.6e12)])
+@pytest.mark.parametrize("name, parameters", [long("flash", 284e9), ("pro", 1.6e12)])
 def test_full_models_lower_on_512_devices(name, parameters):
     mesh = "slice=2,fsdp=4,context=2,expert=16,tensor=2"
     out = run(f"configs/{name}.py", "--mesh", mesh, "--layout", "pod", "--lower-only", "--json")
@@ -102,7 +104,11 @@ def test_a_step_of_decoding_lowers_and_holds_what_the_estimate_says(mesh, layout
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh, layout",
-    [("context=4,tensor=2", "full"), ("expert=4,tensor=2", "ep_tp"), ("fsdp=2,expert=4", "pod")],
+    [
+        long("context=4,tensor=2", "full"),
+        long("expert=4,tensor=2", "ep_tp"),
+        ("fsdp=2,expert=4", "pod"),
+    ],
 )
 def test_a_step_of_decoding_sends_what_the_estimate_says(mesh, layout):
     cfg = dataclasses.replace(TWO_LAYERS, mesh=mesh, layout=layout)

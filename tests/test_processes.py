@@ -321,7 +321,7 @@ def test_two_processes_score_and_generate_as_one(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_without_a_launcher_the_others_notice_too(lost):
     # On a cluster too, nobody kills the rest. The coordinator's loss shows at once, another's after
     # HEARTBEAT_SECONDS.

@@ -76,7 +76,9 @@ def states(cfg):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh", ["", "data=2,expert=2,tensor=2"], ids=["one device", "eight devices"]
+    "mesh",
+    [pytest.param("", marks=pytest.mark.long), "data=2,expert=2,tensor=2"],
+    ids=["one device", "eight devices"],
 )
 def test_two_runs_are_the_same(mesh, tmp_path):
     rng = np.random.default_rng(0)

@@ -354,7 +354,7 @@ def is_whole(run, step: int) -> bool:
 NAN = r"params/embed/weight, params/head/weight are not finite"
 
 
-@pytest.mark.parametrize("mesh", ["", pytest.param("fsdp=2,expert=2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh", ["", pytest.param("fsdp=2,expert=2", marks=pytest.mark.long)])
 def test_a_state_that_is_not_finite_is_neither_saved_nor_evaluated(clean, train, tmp_path, mesh):
     """The update of step 10 makes the NaN, which no loss shows before both are due."""
     changes = dict(mesh=mesh, stability=StabilityConfig(), eval_every=10)

@@ -1,5 +1,6 @@
 """The kernels of fused attention compiled for a TPU that is not there (extra `tpu`)."""
 
+import functools
 import importlib.util
 import re
 
@@ -26,6 +27,7 @@ pytestmark = [
         reason="needs the extra `tpu`: pip install -e '.[tpu]'",
     ),
 ]
+long = functools.partial(pytest.param, marks=pytest.mark.long)
 WHOLE = "data=4"
 """A row of its own for each chip."""
 CUT = "fsdp=2,context=2,tensor=2"
@@ -92,7 +94,7 @@ def kernels_in(text):
     return len(re.findall(r"custom_call_target=\"tpu_custom_call\"", text))
 
 
-@pytest.mark.parametrize(("ratio", "kernels"), [(0, 2), (128, 2), (4, 3)])
+@pytest.mark.parametrize(("ratio", "kernels"), [long(0, 2), long(128, 2), (4, 3)])
 def test_a_layer_of_flash_is_two_kernels(ratio, kernels):
     """At S 4096, documents packed; nothing but products and kernels goes over all heads."""
     text = compiled(models.flash(), WHOLE, 4, 4096, ratio, packed=True)
@@ -117,7 +119,7 @@ def test_long_rows_gather_entries_in_a_kernel():
     assert not re.search(r"\[(1,)?(16384|128|4096),512,512\]", text)
 
 
-@pytest.mark.parametrize("model", ["flash", "pro"])
+@pytest.mark.parametrize("model", [long("flash"), "pro"])
 def test_as_many_entries_as_hca_has_at_64k(model):
     """The last 4,096 queries of 65,536 would be a shard; here all entries fit beside the heads."""
     cfg = getattr(models, model)()
@@ -129,7 +131,7 @@ def test_float32_takes_full_precision():
     assert kernels_in(compiled(models.flash(), WHOLE, 4, 512, 128, dtype="float32")) == 2
 
 
-@pytest.mark.parametrize(("ratio", "kernels"), [(128, 2), (4, 3)])
+@pytest.mark.parametrize(("ratio", "kernels"), [long(128, 2), (4, 3)])
 def test_devices_that_cut_rows_positions_and_heads(ratio, kernels):
     """The kernel of a device's share, inside shard_map."""
     assert kernels_in(compiled(models.flash(), CUT, 2, 4096, ratio, packed=True)) == kernels
@@ -140,7 +142,7 @@ def test_an_indexer_that_trains_takes_two_kernels_more():
     assert kernels_in(compiled(cfg, CUT, 2, 4096, 4, packed=True, taught=True)) == 4
 
 
-@pytest.mark.parametrize("shape", [(1, 128, 1024), (3, 1, 2**16)])
+@pytest.mark.parametrize("shape", [long((1, 128, 1024)), (3, 1, 2**16)])
 def test_the_choice_of_a_chunk_and_of_decoding(shape):
     devices = topology_mesh("v5p:2x2x1", {"data": 4})
     place = NamedSharding(devices, jax.sharding.PartitionSpec())

@@ -25,7 +25,9 @@ pytestmark = [
 def test_experts_by_exchange_send_what_they_must(capfd):
     # Rows are as wide as V4-Flash's: a TPU moves whole lanes, so narrow rows would weigh more than
     # they hold.
-    model = CFG.model.replace(hidden_size=4096)
+    model = CFG.model.replace(
+        hidden_size=4096, num_hidden_layers=2, num_nextn_predict_layers=0, compress_ratios=(4, 128)
+    )
     cfg = dataclasses.replace(
         CFG, model=model, mesh="fsdp=2,expert=2,tensor=2", layout="pod", dtype="bfloat16"
     )

@@ -70,6 +70,16 @@ def test_an_export_to_a_bucket_carries_the_rest(release, folder, tmp_path):
     assert others(tmp_path / "back") == others(source)
 
 
+def test_an_export_onto_its_own_source_is_refused_in_a_bucket(release, folder):
+    source, cfg, params = release
+    there = str(folder / "onto")
+    convert(source, there, dtype="official")
+    before = sorted(storage.listing(folder / "onto"))
+    with pytest.raises(ValueError, match="onto: is the source too"):
+        v4jax.save_safetensors(cfg, params, there, source=f"{there}/", overwrite=True)
+    assert sorted(storage.listing(folder / "onto")) == before
+
+
 def test_a_model_of_the_hub_goes_to_a_bucket_with_all_it_has(
     release, folder, tmp_path, monkeypatch
 ):

@@ -70,6 +70,18 @@ def test_a_bad_profile_and_a_link_that_leads_out_are_refused(tmp_path):
         chat_release(folder)
 
 
+@pytest.mark.parametrize("encoder", [b"", "REASONING_EFFORT_MAX = 1".encode("utf-16")])
+def test_an_encoder_that_tells_nothing_is_said(tmp_path, encoder):
+    found = chat_release(checkpoint(tmp_path / "c", "flash-0731", encoder))
+    assert found.name == "0731" and "encoding_dsv4.py defines no REASONING_EFFORT_" in found.why
+
+
+def test_a_file_in_the_place_of_encoding_is_no_encoder(tmp_path):
+    folder = checkpoint(tmp_path / "c", "flash")
+    (folder / "encoding").write_text("")
+    assert chat_release(folder).name == "v4"
+
+
 class Stop(Exception):
     pass
 

@@ -19,6 +19,7 @@ from v4jax.checkpoint.formats import FP8, MXFP4, Kind, Stored, decode
 from v4jax.checkpoint.load_drafter import drafter_config, load_drafter
 from v4jax.checkpoint.names import from_official
 from v4jax.cli import main as cli
+from v4jax.generate import command as generate_command
 from v4jax.generate.cache import empty_cache, extend
 from v4jax.generate.decode import generate
 from v4jax.generate.drafts import block_logits, draft_block, keep_context, with_taps
@@ -161,3 +162,30 @@ def test_a_release_loads_as_its_tensors_say(tmp_path):
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
     ):
         np.testing.assert_array_equal(a, b, jax.tree_util.keystr(path))
+
+
+def _without_drafter(raw, carried):
+    carried.clear()
+
+
+def _not_finite(raw, carried):
+    carried["mtp.0.main_norm.weight"][0] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "reads_the_model"),
+    [
+        (_without_drafter, "has no mtp.* tensors of its DSpark drafter", False),
+        (_not_finite, "mtp.0.main_norm.weight: got numbers that are not finite", True),
+    ],
+)
+def test_a_drafter_that_cannot_be_used_ends_in_one_line(
+    tmp_path, capsys, monkeypatch, change, words, reads_the_model
+):
+    make_release(tmp_path / "model", "flash-0731", dtype="bfloat16", change=change)
+    load, read = generate_command.load, []
+    monkeypatch.setattr(generate_command, "load", lambda *given: read.append(1) or load(*given))
+    arguments = ["generate", str(tmp_path / "model"), "--tokens", "1,2", "--speculative"]
+    assert cli.main(arguments) == 2
+    assert words in capsys.readouterr().err
+    assert bool(read) == reads_the_model

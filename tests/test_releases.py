@@ -25,6 +25,7 @@ from trees import close
 import v4jax
 from configs import models
 from v4jax.checkpoint import save_safetensors
+from v4jax.checkpoint.carried import check_carried
 from v4jax.checkpoint.load import open_safetensors
 from v4jax.checkpoint.names import official_shapes
 from v4jax.checkpoint.run_config import check_config
@@ -35,6 +36,7 @@ from v4jax.convert.compare import compare
 from v4jax.convert.conversion import convert
 from v4jax.data.config import DataConfig
 from v4jax.drafter_parameters import drafter_tensors
+from v4jax.storage import Claim
 from v4jax.tokenizer import ByteTokenizer
 from v4jax.train.initial import check_source_model
 from v4jax.train.loop import train
@@ -289,6 +291,10 @@ HOSTILE_VISION = {
     "unknown tensor": (_tensor("vision.other.weight"), "unexpected tensor vision.other.weight"),
     "a bias lacks": (_without("layers.4.ffn.gate.bias_vl"), "missing tensor layers.4.ffn.gate"),
     "another width": (_tensor("image_pad"), "tensor image_pad: got shape [3]; must be [64]"),
+    "a stage's bias lacks": (
+        _without("mtp.1.ffn.gate.bias_vl"),
+        "missing tensor mtp.1.ffn.gate.bias_vl",
+    ),
     "a stage without layer": (_tensor("mtp.9.ffn.gate.bias_vl"), "mtp.9.ffn.gate.bias_vl"),
 }
 
@@ -348,7 +354,7 @@ def test_a_run_carries_what_it_does_not_train(releases, tmp_path, capsys, releas
         config = _run_config(cfg, source, run, tmp_path)
         check_config(run, cfg)
         check_source_model(config)
-        write_run(run, config, ByteTokenizer())
+        write_run(run, config, ByteTokenizer(), Claim(run))
         err = capsys.readouterr().err
         assert "carried as it is, not trained: the drafter (" in err
         assert ("vision" in err) == (release == "flash-vision-exp")
@@ -361,6 +367,23 @@ def test_a_run_carries_what_it_does_not_train(releases, tmp_path, capsys, releas
         assert names == files_of(folder).keys() | {"tokenizer_config.json"}
         raw = json.loads((run / "export/config.json").read_text())
         assert raw == json.loads((folder / "config.json").read_text())
+
+
+def test_a_start_without_a_checkpoint_is_begun_anew(releases, tmp_path):
+    """After one that was ended early: what is carried is that of the weights begun from now."""
+    (folder, cfg, _), run = releases["flash-0731"], tmp_path / "run"
+    for source in ("", folder, "", folder):
+        config = _run_config(cfg, source, run, tmp_path)
+        write_run(run, config, ByteTokenizer(), Claim(run))
+        raw = json.loads((run / "config.json").read_text())
+        assert ("dspark_block_size" in raw) == bool(source)
+        carried = carried_tensors(cfg, "flash-0731") if source else {}
+        assert check_carried(cfg, raw, run).keys() == carried.keys()
+    assert (run / "encoding/encoding_dsv4.py").exists()
+    # A run with a checkpoint keeps all, though its source is gone.
+    write_run(run, _run_config(cfg, "gone", run, tmp_path), ByteTokenizer(), Claim(run), newest=1)
+    assert json.loads((run / "config.json").read_text()) == raw
+    assert check_carried(cfg, raw, run)
 
 
 @pytest.mark.slow

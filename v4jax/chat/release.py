@@ -55,25 +55,28 @@ def chat_release(directory, given: str | None = None) -> ChatRelease:
             raise ValueError(f"release: got {given!r}; allowed: {', '.join(EFFORTS)}")
         return ChatRelease(given, "as asked for")
     folder = checkpoint_path(directory, "directory")
-    return _of_encoder(folder) or _of_config(folder)
+    text = _encoder(folder)
+    for constant, name in _BY_CONSTANT.items():
+        if text is not None and re.search(rf"^{constant}\b", text, re.MULTILINE):
+            return ChatRelease(name, ENCODER)
+    found = _of_config(folder)
+    if text is None:
+        return found
+    return ChatRelease(found.name, f"{found.why}; {ENCODER} defines no {' or '.join(_BY_CONSTANT)}")
 
 
-def _of_encoder(folder: Place) -> ChatRelease | None:
-    """What the checkpoint's encoder says; None without one, or if it is another."""
+def _encoder(folder: Place) -> str | None:
+    """The text of the checkpoint's encoder; None without one."""
     try:
         path = file_below(folder, ENCODER)
         size = storage.size(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     if size > _LONGEST:
         raise ValueError(f"{folder}: {ENCODER}: got {size} bytes; must be at most {_LONGEST}")
-    text = storage.read(path).decode("utf-8", "replace")
-    for constant, name in _BY_CONSTANT.items():
-        if re.search(rf"^{constant}\b", text, re.MULTILINE):
-            return ChatRelease(name, ENCODER)
-    return None
+    return storage.read(path).decode("utf-8", "replace")
 
 
 def _of_config(folder: Place) -> ChatRelease:
@@ -89,5 +92,5 @@ def _of_config(folder: Place) -> ChatRelease:
         return ChatRelease("0731", "config.json: vision_n_layers")
     if read_dspark(raw) is None:
         return ChatRelease("v4", "config.json: no dspark_* keys")
-    doubt = "config.json: dspark_* keys; Flash-DSpark has them too, and the checkpoint has no"
-    return ChatRelease("0731", f"{doubt} {ENCODER}: --release decides")
+    doubt = "config.json: dspark_* keys; Flash-DSpark has them too, and no encoder tells them apart"
+    return ChatRelease("0731", f"{doubt}: --release decides")

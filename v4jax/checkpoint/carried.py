@@ -55,8 +55,14 @@ def take_carried(
       ValueError: naming the tensor: a drafter or tower that is not whole, or that config.json does
         not describe.
     """
+    dspark = read_dspark(raw)
     carried = _take_vision(cfg, vision_layers(raw), headers)
-    return _take_drafter(cfg, read_dspark(raw), headers) | carried
+    drafter = _take_drafter(cfg, dspark, headers)
+    for stage in range(dspark.stages if dspark and drafter and carried else 0):
+        name = f"mtp.{stage}.ffn.gate.bias_vl"
+        if name not in carried:
+            raise ValueError(f"missing tensor {name} of the vision tower")
+    return drafter | carried
 
 
 def part_of(name: str) -> str:

@@ -74,6 +74,10 @@ def save_safetensors(
         raise ValueError(f"max_file_bytes: got {max_file_bytes!r}; must be a positive integer")
     given = _of_source(cfg, source)
     target = _checked(place(directory, "directory"), overwrite, given.folders)
+    if isinstance(target, Remote) and source is not None and target == place(source, "source"):
+        raise ValueError(
+            f"{target}: is the source too; in a bucket the old files go first, so choose another"
+        )
     leaves, slots = check_tree(cfg, params), official_names(cfg)
 
     def gathered(name: str) -> np.ndarray:

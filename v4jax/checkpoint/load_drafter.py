@@ -29,6 +29,15 @@ def drafter_config(directory) -> DSparkConfig | None:
     return read_dspark(read_config_json(checkpoint_path(directory, "path") / "config.json"))
 
 
+def check_drafter(directory) -> None:
+    """Reads the headers of a drafter that config.json describes.
+
+    Raises:
+      ValueError: there are no mtp.* tensors of it, or they do not fit.
+    """
+    _tensors(directory)
+
+
 def load_drafter(
     directory, cfg: ModelConfig, dspark: DSparkConfig, dtype: str, mesh: Mesh, rules: AxisRules
 ) -> dict[str, Any]:
@@ -43,9 +52,7 @@ def load_drafter(
       ValueError: no mtp.* tensors; or naming the tensor: numbers that are not finite.
     """
     plain = plain_dtype(dtype)
-    carried = {name: one for name, one in carried_of(directory).items() if part_of(name) == DRAFTER}
-    if not carried:
-        raise ValueError(f"{directory}: has no mtp.* tensors of its DSpark drafter")
+    carried = _tensors(directory)
     of_leaf: dict[Path, list[tuple[str, DraftTensor]]] = {}
     for name, tensor in drafter_tensors(cfg, dspark).items():
         of_leaf.setdefault(tensor.path, []).append((name, tensor))
@@ -64,6 +71,14 @@ def load_drafter(
     return unflatten_dict(arrays)
 
 
+def _tensors(directory) -> dict[str, Header]:
+    """Name -> place of the drafter's tensors."""
+    carried = {name: one for name, one in carried_of(directory).items() if part_of(name) == DRAFTER}
+    if not carried:
+        raise ValueError(f"{directory}: has no mtp.* tensors of its DSpark drafter")
+    return carried
+
+
 def _leaf_shape(tensors: list[tuple[str, DraftTensor]]) -> tuple[int, ...]:
     """The shape of an array of the tree; one of experts stacks a tensor of each."""
     tensor = tensors[0][1]
@@ -75,6 +90,9 @@ def _numbers(directory, carried: dict[str, Header], name: str) -> np.ndarray:
     stored, scale = stored_as_is(carried, name), carried.get(f"{name.removesuffix('weight')}scale")
     kind = Kind(carried[name].dtype, None if scale is None else scale.dtype)
     try:
-        return decode(kind, stored)
+        numbers = decode(kind, stored)
     except ValueError as error:
         raise ValueError(f"{directory}: {name}: {error}") from None
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{directory}: {name}: got numbers that are not finite")
+    return numbers

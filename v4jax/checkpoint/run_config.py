@@ -29,7 +29,7 @@ def check_config(directory, cfg: ModelConfig) -> None:
         )
 
 
-def write_config(directory, cfg: ModelConfig, source: str = "") -> None:
+def write_config(directory, cfg: ModelConfig, source: str = "", anew: bool = False) -> None:
     """Writes config.json, or checks that the one there describes the same model.
 
     The caller checks first what else is in the directory (check_config).
@@ -37,6 +37,7 @@ def write_config(directory, cfg: ModelConfig, source: str = "") -> None:
     Args:
       source: the checkpoint of this model that the weights come from. Its config.json says more
         than `cfg` does, so it is the base of the new one.
+      anew: replace the one there, if it describes the same model.
 
     Raises:
       ValueError: the directory belongs to another model.
@@ -45,7 +46,8 @@ def write_config(directory, cfg: ModelConfig, source: str = "") -> None:
     path = directory / "config.json"
     if path.exists():
         _check_same_model(directory, cfg)
-        return
+        if not anew:
+            return
     raw = cfg.to_dict()
     if source:
         raw = read_config_json(checkpoint_path(source, "source") / "config.json")

@@ -84,13 +84,15 @@ class Info:
                 f"{part.size / 1e9:.3f}",
                 "trained" if part.trained else "only carried",
             )
-            for part in (*self.parts, self._total())
+            for part in self.parts
         ]
-        return [head, *body]
+        return [head, *body, self._total()]
 
-    def _total(self) -> PartInfo:
+    def _total(self) -> tuple[str, ...]:
+        """The table's last row; what is trained differs by part."""
         numbers = sum(part.parameters for part in self.parts)
-        return PartInfo("total", numbers, "", sum(part.size for part in self.parts), True)
+        size = sum(part.size for part in self.parts)
+        return ("total", f"{numbers:,}", "", f"{size / 1e9:.3f}", "")
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values, for --json."""

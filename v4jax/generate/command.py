@@ -12,7 +12,7 @@ import jax
 
 from sharding.processes import is_first
 from v4jax.api import load, place_on
-from v4jax.checkpoint.load_drafter import drafter_config, load_drafter
+from v4jax.checkpoint.load_drafter import check_drafter, drafter_config, load_drafter
 from v4jax.config import ModelConfig
 from v4jax.generate.choice import cache_tokens, model_and_choice
 from v4jax.generate.decode import Completion, generate
@@ -55,6 +55,8 @@ def run(flags) -> dict | None:
     """
     request = _read(flags)
     tokenizer, given = request.tokenizer, request.stop_tokens
+    if request.decoding.drafter is not None:
+        check_drafter(flags.checkpoint)  # before the long work of reading the model
     cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout)
     if request.decoding.drafter is not None:
         drafter = request.decoding.drafter

@@ -96,7 +96,7 @@ def _train(cfg: TrainConfig, clock: Clock) -> dict[str, Any]:
         data, held_out = open_batches(cfg, tokenizer, batch_sharding(rules, mesh), listings)
         say_unused(cfg, tokenizer, listings)
         first = first_state(cfg, shardings, newest)
-        write_run(run, cfg, tokenizer, claim)
+        write_run(run, cfg, tokenizer, claim, newest)
         kept = cfg.keep, cfg.keep_every, cfg.keep_best
 
         def before_save() -> Callable[[], Any]:

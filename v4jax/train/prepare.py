@@ -251,28 +251,36 @@ def say_unused(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings) -> No
 def _carry(source: str, run: Place) -> None:
     """Copies into a new run the tensors that its source has beside the trunk, and says so.
 
-    config.json is written after that, so a run that was killed meanwhile begins anew.
+    What an earlier start from another checkpoint left there goes.
     """
     for name in storage.listing(run / CARRIED):
         storage.remove(run / CARRIED / name)
+    if not source:
+        return
     carried = carried_of(source)
     carry(carried, run)
     if carried:
         say(f"carried as it is, not trained: {said(carried)}")
 
 
-def write_run(run: Place, cfg: TrainConfig, tokenizer: Tokenizer, claim: Claim) -> None:
+def write_run(
+    run: Place, cfg: TrainConfig, tokenizer: Tokenizer, claim: Claim, newest: int | None = None
+) -> None:
     """Writes the run directory in the first process, once check_folders has passed in all.
 
-    From then on this job is the one that writes there.
+    From then on this job is the one that writes there. A run without a checkpoint begins anew,
+    perhaps from other weights, so config.json and what is carried are written anew too.
+
+    Args:
+      newest: step of the run's newest checkpoint; None for none.
     """
     with agreed():
         if not is_first():
             return
-        source = "" if (run / "config.json").exists() else cfg.init_from
-        if source:
+        source = cfg.init_from if newest is None else ""
+        if newest is None:
             _carry(source, run)
-        write_config(run, cfg.model, source)
+        write_config(run, cfg.model, source, anew=newest is None)
         if source and is_remote(checkpoint_name(source)):
             write_text(run / INIT_FROM_FILE, f"{pinned(source)}\n")
         if source:

@@ -8,11 +8,13 @@ import pytest
 from test_kernel_choice import OPS
 from trees import small_config
 
+from configs import demo
 from v4jax.context import Context
 from v4jax.generate.cache import empty_cache, extend, logits_of, split_layers
 from v4jax.kernels.choice import Kernels, kernels_from
 from v4jax.parameter_tree import abstract_params
 from v4jax.train.loss import loss_and_routing
+from v4jax.train.step import optimizer_of
 
 CFG = small_config(compress_ratios=(4, 128, 0), num_hidden_layers=2, num_hash_layers=0)
 
@@ -63,7 +65,16 @@ def trace_decoding(ctx):
 @pytest.mark.parametrize("trace", [trace_training, trace_decoding])
 def test_all_ops_are_the_reference(called, trace):
     trace(Context(kernels=kernels_from("reference")))
-    assert called == {(op, "reference") for op in OPS}
+    assert called == {(op, "reference") for op in OPS} - {("newton_schulz", "reference")}
+
+
+@pytest.mark.parametrize("name", OPS["newton_schulz"].IMPLEMENTATIONS)
+def test_the_optimizer_takes_the_name_that_is_chosen(called, name):
+    cfg = dataclasses.replace(demo.get_config(), model=CFG, kernels=f"newton_schulz={name}")
+    params = {key: x for key, x in abstract_params(CFG).items() if key != "router"}
+    optimizer = optimizer_of(cfg)
+    jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
+    assert called == {("newton_schulz", name)}
 
 
 @pytest.mark.parametrize("trace", [trace_training, trace_decoding])

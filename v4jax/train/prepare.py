@@ -249,10 +249,7 @@ def say_unused(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings) -> No
 
 
 def _carry(source: str, run: Place) -> None:
-    """Copies into a new run the tensors that its source has beside the trunk, and says so.
-
-    What an earlier start from another checkpoint left there goes.
-    """
+    """Copies what its source has beside the trunk into a run, in place of what is there."""
     for name in storage.listing(run / CARRIED):
         storage.remove(run / CARRIED / name)
     if not source:
@@ -277,10 +274,11 @@ def write_run(
     with agreed():
         if not is_first():
             return
-        source = cfg.init_from if newest is None else ""
-        if newest is None:
+        anew = newest is None
+        source = cfg.init_from if anew else ""
+        if anew:
             _carry(source, run)
-        write_config(run, cfg.model, source, anew=newest is None)
+        write_config(run, cfg.model, source, anew)
         if source and is_remote(checkpoint_name(source)):
             write_text(run / INIT_FROM_FILE, f"{pinned(source)}\n")
         if source:

@@ -84,13 +84,11 @@ class Info:
                 f"{part.size / 1e9:.3f}",
                 "trained" if part.trained else "only carried",
             )
-            for part in (*self.parts, self._total())
+            for part in self.parts
         ]
-        return [head, *body]
-
-    def _total(self) -> PartInfo:
         numbers = sum(part.parameters for part in self.parts)
-        return PartInfo("total", numbers, "", sum(part.size for part in self.parts), True)
+        size = sum(part.size for part in self.parts)
+        return [head, *body, ("total", f"{numbers:,}", "", f"{size / 1e9:.3f}", "")]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values, for --json."""

@@ -30,7 +30,6 @@ from sharding.manual import vary_like
 HEADROOM = 1.5
 """Rows of one round, as a multiple of the rows that an even load brings."""
 
-
 NOT_LANDED = 0.0
 """On CPUs, what `exchange` puts where no row lands; a test shows that NaN changes nothing."""
 

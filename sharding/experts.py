@@ -274,7 +274,7 @@ def _sums_of_tokens(loose: bool, y_PD, token_P, slot_TK) -> jax.Array:
     """The sum of each token's rows, in float32, in the order of its assignments; 0 without rows.
 
     Args:
-      loose: what tokens without rows get is read nowhere; it is anything then.
+      loose: K is 1, and what tokens without rows get is read nowhere: it may be anything.
     """
     rows = y_PD.shape[0]
 

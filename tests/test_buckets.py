@@ -240,6 +240,15 @@ def test_random_faults_change_nothing(broken, seed, monkeypatch):
     assert {name: one.size for name, one in storage.listing(folder).items()} == names
 
 
+def test_an_object_of_several_parts_may_replace_its_equal_within_a_second(folder, monkeypatch):
+    monkeypatch.setattr(uploads, "PART_BYTES", 2**18)
+    data = random.Random(0).randbytes(600_000)
+    for _ in range(5):  # several of them in one second
+        with storage.writer(folder / "x") as file:
+            file.write(data)
+    assert storage.read(folder / "x") == data
+
+
 def test_errors_of_this_program_are_not_taken_for_the_stores():
     calls = []
 

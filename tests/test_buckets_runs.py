@@ -137,11 +137,26 @@ def test_a_place_for_no_run_is_refused_before_any_work(servers, run_dir, words, 
         train(small_run(text, run_dir))
 
 
+def test_a_bucket_in_which_nothing_may_be_deleted_is_refused_before_any_work(broken, text):
+    folder, proxy = broken
+    proxy.rule = lambda method, path: ("status", 403) if method == "DELETE" else None
+    words = f"^{folder}: checkpoints need the permission to delete objects"
+    with pytest.raises(PermissionError, match=words) as error:
+        train(small_run(text, folder))
+    assert "\n" not in str(error.value) and not storage.listing(folder)
+
+
 def test_another_runs_folder_and_no_runs_folder_are_refused(broken, text):
     folder, _ = broken
     storage.write(folder / "x", b"")
     with pytest.raises(ValueError, match=f"^{folder} is not empty and holds no v4jax run"):
         train(small_run(text, folder))
+    export = folder / "export"
+    storage.write(export / "config.json", json.dumps(MODEL.to_dict()).encode())
+    storage.write(export / "model.safetensors", b"")
+    words = f"^{export} holds model.safetensors and no v4jax run; choose another run directory"
+    with pytest.raises(ValueError, match=words):
+        train(small_run(text, export))
 
 
 # ---- one writer ----------------------------------------------------------------------------------
@@ -158,7 +173,7 @@ def test_a_run_to_which_a_living_process_writes_is_refused(broken, text):
         with pytest.raises(ValueError, match=words) as error:
             train(small_run(text, folder))
         assert "\n" not in str(error.value)
-        assert not [path for method, path, _ in proxy.requests if method in ("PUT", "DELETE")][2:]
+        assert not [path for method, path, _ in proxy.requests if method == "PUT"][2:]
         other.communicate(b"\n")
     storage.Claim(folder).require_free()  # it has ended
 
@@ -195,6 +210,7 @@ def test_a_save_that_fails_is_said_and_followed_by_another_at_the_next_step(
     proxy.rule = refuse
     train(small_run(text, folder, **CHOICES))
     assert f"step 2 is not saved: a checkpoint could not be written to {folder}" in caplog.text
+    assert "Traceback" not in caplog.text
     names = storage.listing(folder)
     saved = [step for step in range(5) if f"checkpoints/{step}/checksums.json" in names]
     assert saved[-1] == 4 and 2 not in saved

@@ -96,3 +96,5 @@ def test_the_package_and_the_format_are_named(monkeypatch):
     words = r"format hf needs the package datasets; pip install 'v4jax\[datasets\]'"
     with pytest.raises(ValueError, match=words):
         Source(path="org/set", format="hf")
+    with pytest.raises(ValueError, match="split: got 'test' and format 'jsonl'; only a data set"):
+        Source(path="x", format="jsonl", split="test")

@@ -192,6 +192,8 @@ def test_info_of_a_store_and_for_people(releases, tmp_path, capsys):
     assert cli.main(["info", str(tmp_path / "store")]) == 0
     out = capsys.readouterr().out
     assert "format: a v4jax store" in out and "only carried" in out and "generation: none" in out
+    (total,) = (line for line in out.splitlines() if "total" in line)
+    assert "trained" not in total  # it counts what is only carried, too
 
 
 def test_the_published_counts():

@@ -212,6 +212,7 @@ COMMAND_LINES = {
     ("score", "--out"): "score {ckpt} --tokens t.npy --out {path}",
     ("convert", "source"): "convert {path} out",
     ("convert", "target"): "convert {ckpt} {path}",
+    ("info", "checkpoint"): "info {path}",
     ("cost", "config"): "cost {path}",
     ("layout", "config"): "layout {path}",
     ("layout", "--report"): "layout {cfg} --report {path}",

@@ -1,4 +1,4 @@
-"""Whose wording a checkpoint was trained on: found by its encoder, which is read and never run.
+"""The release whose wording a checkpoint was trained on, by its encoder, which is read, never run.
 
 Only what asks for effort differs between releases (`EFFORTS` of v4jax/chat/encoding.py).
 

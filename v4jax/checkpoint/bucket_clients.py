@@ -10,11 +10,13 @@ Next file to read: v4jax/checkpoint/store.py.
 import functools
 import importlib
 import importlib.metadata
+import logging
 import os
 from typing import Any
 
-from v4jax.storage import Place, Remote, require_writable
+from v4jax.storage import Place, Remote, remove, require_writable
 
+_NEVER_THERE = "no-object-has-this-name"
 DATA_FILE_BYTES = 400 * 2**20
 """Bytes of a file of an OCDBT database. TensorStore sends each to S3 in one request."""
 _REPLACED = (
@@ -55,10 +57,16 @@ def check_bucket(folder: Remote, what: str = "") -> None:
 
     Raises:
       ValueError: it is only read from, or there is no such bucket.
-      PermissionError: it may not be listed, or on GCS described, which Orbax asks for.
+      PermissionError: it may not be listed, nothing may be deleted in it, or on GCS it may not be
+        described, which Orbax asks for.
     """
     require_writable(folder, what)
     prepare(folder.scheme)
+    try:
+        remove(folder / _NEVER_THERE)  # a store that forbids it says so for a missing object too
+    except PermissionError as error:
+        needs = "checkpoints need the permission to delete objects"
+        raise PermissionError(f"{folder}: {needs} ({error})") from error
     if folder.scheme == "gs":
         from orbax.checkpoint._src.path import gcs_utils
 
@@ -84,8 +92,15 @@ def prepare(scheme: str) -> None:
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     for name in {"gs": ("gs", "gcs"), "s3": ("s3",)}[scheme]:
         fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
+    logging.getLogger("absl").addFilter(_without_traceback)
     if scheme == "s3":
         _teach_s3()
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Leaves the line of what Orbax logs; what it logs with a traceback it raises too."""
+    record.exc_info = None
+    return True
 
 
 def _teach_s3() -> None:

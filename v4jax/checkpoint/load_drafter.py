@@ -25,7 +25,7 @@ from v4jax.storage import checkpoint_path
 
 
 def drafter_config(directory) -> DSparkConfig | None:
-    """The DSpark drafter that a checkpoint's config.json describes; its tensors may lack."""
+    """The DSpark drafter that a checkpoint's config.json describes; its tensors may be missing."""
     return read_dspark(read_config_json(checkpoint_path(directory, "path") / "config.json"))
 
 

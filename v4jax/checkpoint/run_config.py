@@ -8,6 +8,7 @@ import json
 from v4jax import storage
 from v4jax.checkpoint.atomic import write_text
 from v4jax.checkpoint.carried import CARRIED
+from v4jax.checkpoint.store import is_run
 from v4jax.config import ModelConfig
 from v4jax.config.json_styles import read_config_json
 from v4jax.storage import Place, checkpoint_path, place
@@ -22,6 +23,7 @@ def check_config(directory, cfg: ModelConfig) -> None:
     """
     directory = place(directory, "directory")
     if (directory / "config.json").exists():
+        _check_is_no_export(directory)
         _check_same_model(directory, cfg)
     elif directory.exists() and any(path.name != CARRIED for path in directory.iterdir()):
         raise ValueError(
@@ -53,6 +55,18 @@ def write_config(directory, cfg: ModelConfig, source: str = "", anew: bool = Fal
         raw = read_config_json(checkpoint_path(source, "source") / "config.json")
     storage.make_folder(directory)
     write_text(path, json.dumps(raw, indent=2) + "\n")
+
+
+def _check_is_no_export(directory: Place) -> None:
+    """Refuses safetensors, which a run's checkpoints beside them would hide."""
+    if is_run(directory):
+        return
+    found = [path.name for path in directory.iterdir() if path.suffix == ".safetensors"]
+    if found:
+        raise ValueError(
+            f"{directory} holds {min(found)} and no v4jax run; choose another run directory, and "
+            "train from these weights by init_from"
+        )
 
 
 def _check_same_model(directory: Place, cfg: ModelConfig) -> None:

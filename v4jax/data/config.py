@@ -57,6 +57,11 @@ class Source:
         _check_place(self.path, "path", self.format)
         if not isinstance(self.split, str) or not _SPLIT.fullmatch(self.split):
             raise ValueError(f"split: got {self.split!r}; must be a split, or subset/split")
+        if self.split != "train" and self.format != "hf":
+            raise ValueError(
+                f"split: got {self.split!r} and format {self.format!r}; only a data set of the Hub "
+                "(format hf) has splits"
+            )
         if self.format != "arrayrecord" and not self.column:
             raise ValueError(f"column: got {self.column!r}; must name a column of {self.format}")
         if pathlib.PurePath(self.glob).is_absolute() or ".." in pathlib.PurePath(self.glob).parts:

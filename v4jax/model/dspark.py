@@ -209,7 +209,7 @@ class _Stage(Weights):
         x_BGXD = expanded(ctx, y_BGD, site)
         site = HyperConnection(ctx, cfg, name="hc_ffn")(x_BGXD)
         u_BGD = RMSNorm(ctx, cfg, name="ffn_norm")(site.u_BSD)
-        experts = MoE(ctx, cfg, False, name="ffn")  # scores choose, never a table
+        experts = MoE(ctx, cfg, hash_routed=False, name="ffn")  # scores choose, never a table
         y_BGD, _ = experts(u_BGD, ids_BG, segments)
         return expanded(ctx, y_BGD, site)
 

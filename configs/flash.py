@@ -9,7 +9,7 @@ last stage at 1M tokens needs another mesh (context=64,tensor=2 has the memory o
 Command: v4jax train configs/flash.py
 Plan first: v4jax train configs/flash.py --dry-run --target v5p:4x4x8
 Hardware: a slice of 128 v5p chips (v5p:4x4x8). Nobody has run it: the first stage, compiled ahead
-of time, takes 59 GB of a chip's 102 (benchmarks/README.md); times are estimates. On other chips,
+of time, takes 58 GB of a chip's 102 (benchmarks/README.md); times are estimates. On other chips,
 take mesh and micro-batches from `v4jax layout configs/flash.py --search --target ...`.
 Next file to read: configs/models.py.
 """

@@ -86,11 +86,11 @@ _BAD_TENSORS = [
     ),
     (
         without("mtp.0.enorm.weight"),
-        "tensor mtp.0.[a-z_.]*: this checkpoint's mtp.. is a DSpark drafter",
+        "tensor mtp.0.[a-z_.]*: is of a DSpark drafter, and config.json has no dspark_",
     ),
     (
         TENSORS | {"mtp.1.enorm.weight": np.ones(48, np.float32)},
-        "tensor mtp.1.enorm.weight: .* is a DSpark drafter",
+        "tensor mtp.1.enorm.weight: is of a DSpark drafter, and config.json has no dspark_",
     ),
     (
         TENSORS | {"model.norm.weight": np.ones(48, np.float32)},

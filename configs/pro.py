@@ -9,7 +9,7 @@ last stage at 1M tokens needs another mesh.
 Command: v4jax train configs/pro.py
 Plan first: v4jax train configs/pro.py --dry-run --target v5p:8x8x8
 Hardware: a slice of 512 v5p chips (v5p:8x8x8). Nobody has run it: the first stage, compiled ahead
-of time, takes 74 GB of a chip's 102 (benchmarks/README.md); times are estimates. On other chips,
+of time, takes 73 GB of a chip's 102 (benchmarks/README.md); times are estimates. On other chips,
 take mesh and micro-batches from `v4jax layout configs/pro.py --search --target ...`.
 Next file to read: configs/models.py.
 """

@@ -141,8 +141,8 @@ def expert_of_rows(
 def exchange(x_AD: jax.Array, rows: int, moves: Window, holders: tuple[str, ...]) -> jax.Array:
     """The rows that land on this device by `moves`, [rows,D]; where none lands, anything.
 
-    Its gradient, too, is anything in rows of x_AD that do not travel. XLA:TPU would take longer to
-    fill buffers with zeros than the experts take for their products.
+    Its gradient, too, is anything in rows of x_AD that do not travel. XLA:TPU expects zeros
+    in these buffers to cost about as much as the experts' products.
 
     XLA:CPU cannot run a ragged all-to-all. There every device gathers all rows and takes its own.
     """

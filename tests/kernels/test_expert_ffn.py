@@ -8,6 +8,7 @@ from reference import moe
 from trees import close, small_config
 
 from sharding.experts import Groups
+from v4jax.kernels.expert_ffn import rows_tpu
 from v4jax.kernels.expert_ffn.every_expert import FEW_ROWS, every_expert, pays_every_expert
 from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights, clamped_swiglu
 from v4jax.kernels.expert_ffn.op import IMPLEMENTATIONS, expert_ffn
@@ -62,6 +63,23 @@ def test_grouped_experts_are_a_loop_over_rows(implementation, sizes):
     )
     # Sums of 32 products in another order, for the kernel of wide tiles.
     close(of_used(got, *pull(ct)), of_used(want, *want_pull(ct)), 5e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "dtype", "fits"),
+    [
+        (128, 7168, jnp.bfloat16, True),
+        (128, 7168, jnp.float32, True),
+        (128, 16_384, jnp.float32, False),  # beyond a core's fast memory
+        (8, 256, jnp.bfloat16, False),  # a few rows of decoding
+        (128, 200, jnp.bfloat16, False),
+    ],
+)
+def test_what_the_kernel_of_rows_takes(rows, width, dtype, fits):
+    """XLA's own product computes the rest."""
+    groups = Groups(jnp.array([rows]), jnp.array([0], jnp.int32), jnp.int32(1))
+    x = jax.ShapeDtypeStruct((rows, width), dtype)
+    assert rows_tpu.suits(((x, jax.ShapeDtypeStruct((1, width, 128), dtype)),), groups) == fits
 
 
 def test_a_loop_over_rows_is_the_equation():

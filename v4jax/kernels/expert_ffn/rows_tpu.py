@@ -24,9 +24,20 @@ TILES = (512, 256, 128)
 """Widths of tiles of the result, the best first."""
 
 
-def suits(rows: int, *widths: int) -> bool:
-    """Whether whole vectors cover blocks of `rows` rows and these widths."""
-    return rows % 16 == 0 and all(width % LANES == 0 for width in widths)
+def suits(pairs, groups: Groups) -> bool:
+    """Whether whole vectors cover the blocks and widths of `pairs`, and fast memory holds a step.
+
+    Args:
+      pairs: rows and matrices, as the products below take them.
+    """
+    rows = pairs[0][0].shape[0] // groups.block_expert.shape[0]
+    deep = sum(x_PA.shape[1] for x_PA, _ in pairs)
+    numbers = deep * (rows + TILES[0]) + rows * TILES[0]
+    return (
+        rows % 16 == 0
+        and all(n % LANES == 0 for _, w in pairs for n in w.shape[1:])
+        and 2 * numbers * pairs[0][0].dtype.itemsize <= VMEM_BYTES  # two buffers each
+    )
 
 
 def grouped_dot(

@@ -60,18 +60,13 @@ def _grouped(dot, groups: Groups):
 
 def ragged_dot(x_PA, w_EAZ, groups: Groups, kernel=rows_tpu.grouped_dot):
     """out[p] = x[p] w[expert of p]: by the kernel where blocks and widths suit it, else by XLA."""
-    if _suits(groups, x_PA, w_EAZ):
+    if rows_tpu.suits(((x_PA, w_EAZ),), groups):
         return kernel(x_PA, w_EAZ, groups)
     return lax.ragged_dot(x_PA, w_EAZ, groups.group_sizes, precision=precision_of(x_PA))
 
 
 def ragged_back(pairs, groups: Groups, kernel=rows_tpu.grouped_back):
     """The gradients of products for the rows that they share, likewise."""
-    if _suits(groups, pairs[0][0], *(w_EAZ for _, w_EAZ in pairs)):
+    if rows_tpu.suits(pairs, groups):
         return kernel(pairs, groups)
     return turned(_grouped(ragged_dot, groups))(*pairs)
-
-
-def _suits(groups: Groups, x_PA, *matrices) -> bool:
-    rows = x_PA.shape[0] // groups.block_expert.shape[0]
-    return rows_tpu.suits(rows, *(n for w_EAZ in matrices for n in w_EAZ.shape[1:]))

@@ -1,4 +1,4 @@
-"""Decoding from packed weights beside bfloat16 and float32: one device, one row, the same checkpoint.
+"""Decoding from packed weights beside bfloat16 and float32: one device, one row, one checkpoint.
 
     python benchmarks/packed_decode.py [--tokens 64] [--rounds 5]
 

@@ -13,7 +13,7 @@ from sharding.rules import AxisRules
 
 
 def whole_experts(
-    rules: AxisRules, tokens: tuple[str, ...], w: jax.Array, names: tuple[str, ...], dtype
+    rules: AxisRules, tokens: tuple[str, ...], w: jax.Array, names: tuple[str | None, ...], dtype
 ) -> jax.Array:
     """This device's experts with their full width.
 

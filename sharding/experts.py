@@ -35,7 +35,6 @@ from jax import lax
 
 from sharding.counting import ranks
 from sharding.exchange import (
-    Route,
     exchange,
     expert_of_rows,
     round_rows,
@@ -84,6 +83,7 @@ def apply_experts(
     index_BSK: jax.Array,
     gate_BSK: jax.Array,
     share: float = 0.5,
+    constants: tuple[str, ...] = (),
 ) -> jax.Array:
     """y[b,s] = sum_k expert_i(x[b,s], gate[b,s,k]), i = index[b,s,k], over all experts of the mesh.
 
@@ -99,6 +99,7 @@ def apply_experts(
       gate_BSK: the weight of each assignment.
       share: the largest block, as a fraction of an average expert's rows. On average half a block
         per expert is filler.
+      constants: names of weights that have no gradient, so that none is computed.
 
     Returns:
       y_BSD in the dtype of x_BSD.
@@ -106,7 +107,7 @@ def apply_experts(
     num_experts, run = jax.tree.leaves(weights)[0].shape[0], functools.partial(_run, expert, share)
     if not rules:
         return run(weights, num_experts, x_BSD, index_BSK, gate_BSK)
-    local = functools.partial(_on_device, rules, run, axes, num_experts)
+    local = functools.partial(_on_device, rules, run, axes, num_experts, constants)
     act = rules.spec(("act_batch", "act_seq", None))
     return jax.shard_map(
         local,
@@ -115,7 +116,9 @@ def apply_experts(
     )(weights, x_BSD, index_BSK, gate_BSK)
 
 
-def _on_device(rules: AxisRules, run, axes, num_experts: int, weights, x_bsd, index_bsk, gate_bsk):
+def _on_device(
+    rules: AxisRules, run, axes, num_experts: int, constants, weights, x_bsd, index_bsk, gate_bsk
+):
     """`apply_experts` on one device of the mesh: brings tokens to its experts, and their sums back.
 
     Args:
@@ -131,7 +134,9 @@ def _on_device(rules: AxisRules, run, axes, num_experts: int, weights, x_bsd, in
     x_bsd, gate_bsk = (vary(a, cut) for a in (x_bsd, gate_bsk))
     index_bsk = vary(index_bsk, cut)
     if holders and rules.exchange:
-        y_bsd = _run_exchanged(run, weights, num_experts, holders, x_bsd, index_bsk, gate_bsk)
+        fixed = {name: weights.pop(name) for name in constants}
+        both = (fixed, weights)
+        y_bsd = _run_exchanged(run, both, num_experts, holders, x_bsd, index_bsk, gate_bsk)
         return lax.psum(y_bsd, cut) if cut else y_bsd
     if holders:
         x_bsd, index_bsk, gate_bsk = (
@@ -168,8 +173,12 @@ def _run(
     return y_TD.reshape(batch, seq, width)
 
 
-def _run_exchanged(run, weights, num_experts, holders, x_bsd, index_bsk, gate_bsk) -> jax.Array:
-    """Sends every assignment to its expert's device, and adds up the results that come back."""
+def _run_exchanged(run, both, num_experts, holders, x_bsd, index_bsk, gate_bsk) -> jax.Array:
+    """Sends every assignment to its expert's device, and adds up the results that come back.
+
+    both: weights that have no gradient, and those that do.
+    """
+    constants, weights = both
     batch, seq, width = x_bsd.shape
     active = index_bsk.shape[-1]
     index_TK = index_bsk.reshape(-1, active)
@@ -177,14 +186,18 @@ def _run_exchanged(run, weights, num_experts, holders, x_bsd, index_bsk, gate_bs
     rows = round_rows(index_TK.size)
     one = functools.partial(_one_round, run, holders, rows)
     inputs = (weights, x_bsd.reshape(-1, width), gate_bsk.reshape(-1, 1))
-    y_td = sum_rounds(one, rounds_needed(path, rows), path, inputs)
+    y_td = sum_rounds(one, rounds_needed(path, rows), (path, constants), inputs)
     # functools.partial hides from pyright what custom_vjp returns.
     return y_td.reshape(batch, seq, width)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _one_round(run, holders, rows, turn, path: Route, inputs) -> jax.Array:
-    """One round of the exchange: rows travel, experts run, results return and are summed."""
-    weights, x_TD, gate_A1 = inputs
+def _one_round(run, holders, rows, turn, fixed, inputs) -> jax.Array:
+    """One round of the exchange: rows travel, experts run, results return and are summed.
+
+    fixed: the Route, and weights that have no gradient.
+    """
+    (path, constants), (weights, x_TD, gate_A1) = fixed, inputs
+    weights = constants | weights
     moves, assignments = window(path, turn, rows), path.token_A.shape[0]
     travels_A = travelling(moves, assignments, holders)
     # What comes back in rows that do not travel is read nowhere: their slot is past the end.

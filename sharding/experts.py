@@ -135,8 +135,8 @@ def _on_device(
     index_bsk = vary(index_bsk, cut)
     if holders and rules.exchange:
         fixed = {name: weights.pop(name) for name in constants}
-        both = (fixed, weights)
-        y_bsd = _run_exchanged(run, both, num_experts, holders, x_bsd, index_bsk, gate_bsk)
+        inputs = (fixed, weights, x_bsd, index_bsk, gate_bsk)
+        y_bsd = _run_exchanged(run, num_experts, holders, *inputs)
         return lax.psum(y_bsd, cut) if cut else y_bsd
     if holders:
         x_bsd, index_bsk, gate_bsk = (
@@ -173,12 +173,13 @@ def _run(
     return y_TD.reshape(batch, seq, width)
 
 
-def _run_exchanged(run, both, num_experts, holders, x_bsd, index_bsk, gate_bsk) -> jax.Array:
+def _run_exchanged(
+    run, num_experts, holders, constants, weights, x_bsd, index_bsk, gate_bsk
+) -> jax.Array:
     """Sends every assignment to its expert's device, and adds up the results that come back.
 
-    both: weights that have no gradient, and those that do.
+    constants: the weights that have no gradient.
     """
-    constants, weights = both
     batch, seq, width = x_bsd.shape
     active = index_bsk.shape[-1]
     index_TK = index_bsk.reshape(-1, active)

@@ -17,7 +17,7 @@ from test_mesh import SMALL
 from trees import close
 
 from v4jax.adapters.config import Lora, adapted_paths, matches, target_name
-from v4jax.adapters.tree import abstract_adapters, adapter_axes, init_adapters, merged, scaled
+from v4jax.adapters.tree import abstract_adapters, adapter_axes, init_adapters, merged, times
 from v4jax.checkpoint.names import from_official
 from v4jax.context import Context, SparseMode
 from v4jax.functional import apply
@@ -76,7 +76,7 @@ def matmul(a, b):
 @pytest.mark.parametrize("alpha", [0.0, 16.0])
 def test_alpha_0_and_fresh_pairs_change_no_logit(alpha):
     lora = Lora(rank=RANK, alpha=alpha, targets=LORA.targets)
-    pairs = scaled(lora, fresh(noise=0.1 if alpha == 0 else 0.0))
+    pairs = times(lora.scale, fresh(noise=0.1 if alpha == 0 else 0.0))
     (_, logits), _ = adapted()(pairs)
     (_, expected), _ = whole()(weights())
     for got, want in zip(logits, expected, strict=True):

@@ -21,10 +21,11 @@ from v4jax.config import ModelConfig
 from v4jax.context import Context
 from v4jax.gradient_sums import LAYER, SUMS, layer_numbers
 from v4jax.kernels.choice import kernels_from
-from v4jax.model.adapted import ADAPTERS, DROPOUT
+from v4jax.model.adapted import DROPOUT
 from v4jax.model.router import Routing
 from v4jax.model.segments import read_segments
 from v4jax.model.transformer import Hidden, Transformer, project_logits
+from v4jax.parameter_tree import ADAPTERS
 from v4jax.quant.fake import check_quant
 from v4jax.remat import policy_name
 

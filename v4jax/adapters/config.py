@@ -3,6 +3,8 @@
 A matrix W [I,O] that has a pair multiplies as x W + scale (dropout(x) a) b, with a [I,r] and b
 [r,O]. W itself never changes.
 
+Shapes: I and O rows and columns of a matrix.
+
 Next file to read: v4jax/adapters/tree.py.
 """
 
@@ -22,7 +24,7 @@ _INDEXER = "indexer."
 class Lora:
     """Low-rank adapters: what is trained in place of the weights."""
 
-    rank: int
+    rank: int = 16
     """Columns of a and rows of b, 1 or more."""
     alpha: float = 16.0
     """What the pair's product is multiplied by, before it is divided as `scaling` says; 0 or
@@ -41,6 +43,9 @@ class Lora:
     """What alpha is divided by: plain (rank), or rank_stabilised (the root of rank)."""
     optimizer: str = "adamw"
     """What trains the pairs: adamw or muon."""
+    base_dtype: str = "float32"
+    """How the frozen weights lie in memory: float32 or bfloat16. What releases store in float32
+    stays so."""
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))
@@ -52,6 +57,7 @@ class Lora:
         for name, allowed in (
             ("scaling", ("plain", "rank_stabilised")),
             ("optimizer", ("adamw", "muon")),
+            ("base_dtype", ("float32", "bfloat16")),
         ):
             got = getattr(self, name)
             if got not in allowed:
@@ -94,6 +100,11 @@ def matches(target: str, name: str) -> bool:
         return target.startswith("indexer") and fnmatch.fnmatchcase(end, target)
     parts = name.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[first:]), target) for first in range(len(parts)))
+
+
+def adapts_indexer(cfg: ModelConfig, lora: Lora) -> bool:
+    """Whether a matrix of the indexer gets a pair."""
+    return any(leaves(cfg)[path].spec.part == "indexer" for path in adapted_paths(cfg, lora))
 
 
 def adapted_paths(cfg: ModelConfig, lora: Lora) -> Iterator[Path]:

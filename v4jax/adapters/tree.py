@@ -3,7 +3,8 @@
     {group: {block: {"attn": {"wq_b": {"a": [L,I,r], "b": [L,r,O]}}}}}
 
 It stands under "lora" in a dict of parameters, beside "router". There the scale is a factor of b:
-a matrix multiplies as x W + (x a) b, whatever alpha and rank a run trained with.
+a matrix multiplies as x W + (x a) b, whatever alpha and rank a run trains with. Only gradients and
+optimizer know the b that is not scaled (v4jax/train/adapters.py).
 
 Next file to read: v4jax/model/adapted.py.
 """
@@ -63,13 +64,13 @@ def init_adapters(cfg: ModelConfig, lora: Lora, key: jax.Array) -> Any:
     return unflatten_dict(found)
 
 
-def scaled(lora: Lora, adapters: Any) -> Any:
-    """The pairs as the model reads them: b times the scale."""
+def times(factor: float, adapters: Any) -> Any:
+    """The pairs with each b multiplied by `factor`."""
 
-    def scale(path, leaf):
-        return leaf * lora.scale if path[-1].key == "b" else leaf
+    def one(path, leaf):
+        return leaf * factor if path[-1].key == "b" else leaf
 
-    return jax.tree_util.tree_map_with_path(scale, adapters)
+    return jax.tree_util.tree_map_with_path(one, adapters)
 
 
 def merged(params: Any) -> Any:

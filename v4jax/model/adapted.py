@@ -16,8 +16,8 @@ from jax.typing import DTypeLike
 from v4jax.context import Context
 from v4jax.kernels.matmul import dense, precision_of
 
-ADAPTERS, DROPOUT = "lora", "dropout"
-"""The collection of pairs, and the name of the random numbers that drop inputs."""
+DROPOUT = "dropout"
+"""The name of the random numbers that drop inputs."""
 
 
 class Adapted(NamedTuple):

@@ -16,7 +16,7 @@ from v4jax.config import LayerGroup, LayerKind, ModelConfig
 from v4jax.context import Context
 from v4jax.diagnostics import measure, merge
 from v4jax.gradient_sums import LAYER, SUMS
-from v4jax.model.adapted import ADAPTERS, DROPOUT
+from v4jax.model.adapted import DROPOUT
 from v4jax.model.attention import Attention
 from v4jax.model.hyper import HyperConnection, expanded
 from v4jax.model.indexer import IndexLoss
@@ -25,6 +25,7 @@ from v4jax.model.norm import RMSNorm
 from v4jax.model.router import Routing
 from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
+from v4jax.parameter_tree import ADAPTERS
 from v4jax.remat import ATTENTION, EXPERTS, LAYERS, STREAMS, wrapped
 
 

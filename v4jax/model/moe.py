@@ -20,11 +20,11 @@ from v4jax.kernels.expert_ffn.blocked import JOINED_SHARE
 from v4jax.kernels.expert_ffn.every_expert import every_expert, pays_every_expert
 from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights, clamped_swiglu
 from v4jax.kernels.expert_ffn.op import expert_ffn
-from v4jax.model.adapted import ADAPTERS
 from v4jax.model.balance import balance_loss, expert_share
 from v4jax.model.router import Routing, choose, gate_weights, router_scores
 from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
+from v4jax.parameter_tree import ADAPTERS
 from v4jax.quant.fake import mxfp4_weight
 
 

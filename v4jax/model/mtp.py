@@ -13,14 +13,14 @@ from v4jax.cache.layer import CacheView
 from v4jax.config import ModelConfig
 from v4jax.context import Context
 from v4jax.gradient_sums import SUMS
-from v4jax.model.adapted import ADAPTERS, DROPOUT
+from v4jax.model.adapted import DROPOUT
 from v4jax.model.block import Block
 from v4jax.model.hyper import HyperHead
 from v4jax.model.norm import RMSNorm
 from v4jax.model.router import Routing
 from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
-from v4jax.parameter_tree import MTP_KIND
+from v4jax.parameter_tree import ADAPTERS, MTP_KIND
 from v4jax.remat import LAYERS, wrapped
 
 

@@ -21,8 +21,8 @@ from v4jax.context import Context
 from v4jax.gradient_sums import LAYER, SUMS, with_sum
 from v4jax.initializers import zeros
 from v4jax.kernels.rotate import Rotation, rotate
-from v4jax.model.adapted import ADAPTERS, DROPOUT, Adapted, Weight, product
-from v4jax.parameter_tree import spec_of
+from v4jax.model.adapted import DROPOUT, Adapted, Weight, product
+from v4jax.parameter_tree import ADAPTERS, spec_of
 from v4jax.parameters import ParamSpec
 from v4jax.quant.fake import fp8_input, fp8_weight
 from v4jax.remat import PRODUCTS

@@ -3,7 +3,6 @@
 Next file to read: v4jax/train/same_data.py.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from v4jax.storage import Place
 from v4jax.train.anticipate import ahead_placed
 from v4jax.train.config import TrainConfig
 from v4jax.train.finite import not_finite
+from v4jax.train.initial import frozen_base
 from v4jax.train.same_data import place_in_data
 from v4jax.train.stability import LossHistory
 from v4jax.train.step import TrainState, init_state
@@ -89,17 +89,20 @@ def _ahead(path: Place, rules: AxisRules, mesh: Mesh) -> dict[str, Any]:
 def items_of(state: TrainState, history: LossHistory) -> dict[str, Any]:
     """The items of a run's checkpoint, except its data position."""
     return {
-        "params": state.public,
+        "params": state.saved,
         "optimizer": state.optimizer,
         "record": JsonItem(history.to_json()),
     }
 
 
-def load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, Any]) -> Begin:
+def load(
+    cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, Any], base: Any = None
+) -> Begin:
     """A checkpoint's state and loss history.
 
     Args:
       more: the other items to load, as Store.load takes them.
+      base: the frozen weights, with cfg.lora; None: they are read.
 
     Raises:
       ValueError: the checkpoint does not fit the run.
@@ -109,18 +112,18 @@ def load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, A
         jax.eval_shape(functools.partial(init_state, cfg, shardings)),
         shardings,
     )
-    check_same_arrays(store.path(step), abstract.public)
+    check_same_arrays(store.path(step), abstract.saved)
     _check_state_dtypes(store.path(step), abstract.optimizer)
     item = JsonItem(LossHistory().to_json())
     # Checkpoints of older versions have no loss history; they resume with an empty one.
     if not anywhere(not (store.path(step) / "record").is_dir()):
         more = more | {"record": item}
-    items = store.load(step, {"params": abstract.public, "optimizer": abstract.optimizer} | more)
+    items = store.load(step, {"params": abstract.saved, "optimizer": abstract.optimizer} | more)
     router = items["params"].pop("router")
     count = jax.make_array_from_callback((), shardings.step, lambda _: np.asarray(step, np.int32))
-    state = dataclasses.replace(
-        abstract, params=items["params"], router=router, optimizer=items["optimizer"], step=count
-    )
+    if base is None:
+        base = frozen_base(cfg, shardings)
+    state = TrainState(items["params"], router, items["optimizer"], count, base)
     return Begin(state, step, LossHistory.from_json(item.value), items.get("ahead", {}))
 
 

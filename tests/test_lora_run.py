@@ -100,3 +100,18 @@ def test_what_adapters_cannot_do_is_refused_in_one_line(tmp_path, changes, said)
     with pytest.raises(ValueError, match=said) as refused:
         run_of(tmp_path, "run", **changes)
     assert "\n" not in str(refused.value)
+
+
+def test_a_packed_base_trains_as_its_numbers_in_bfloat16(place, tmp_path):
+    """The official formats of the base stay in memory; losses are those of the base read whole."""
+    model = MODEL.replace(hidden_size=64, moe_intermediate_size=32)
+    save_safetensors(model, random_params(model), tmp_path / "base", dtype="official")
+    losses = []
+    for base_dtype in ("packed", "bfloat16"):
+        lora = Lora(rank=2, targets=("wq_b", "experts.*"), base_dtype=base_dtype)
+        changes = dict(model=model, lora=lora, init_from=str(tmp_path / "base"), steps=2)
+        train(run_of(place, f"run-{base_dtype}", **changes))
+        lines = (place / f"run-{base_dtype}/metrics.jsonl").read_text().splitlines()
+        losses.append([one["loss"] for one in map(json.loads, lines) if "loss" in one])
+    assert len(losses[0]) == 2
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)

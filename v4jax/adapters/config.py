@@ -44,8 +44,8 @@ class Lora:
     optimizer: str = "adamw"
     """What trains the pairs: adamw or muon."""
     base_dtype: str = "float32"
-    """How the frozen weights lie in memory: float32 or bfloat16. What releases store in float32
-    stays so."""
+    """How the frozen weights lie in memory: float32, bfloat16, or packed (fp8 and MXFP4 as
+    init_from's safetensors hold them, docs/packed.md). What releases store in float32 stays so."""
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))
@@ -57,7 +57,7 @@ class Lora:
         for name, allowed in (
             ("scaling", ("plain", "rank_stabilised")),
             ("optimizer", ("adamw", "muon")),
-            ("base_dtype", ("float32", "bfloat16")),
+            ("base_dtype", ("float32", "bfloat16", "packed")),
         ):
             got = getattr(self, name)
             if got not in allowed:

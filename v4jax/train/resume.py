@@ -3,7 +3,7 @@
 Next file to read: v4jax/train/same_data.py.
 """
 
-import functools
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from sharding.rules import AxisRules
 from v4jax.checkpoint.json_item import JsonItem
 from v4jax.checkpoint.store import DAMAGED, Store
 from v4jax.checkpoint.store_params import check_same_arrays
+from v4jax.functional import init_params
 from v4jax.storage import Place
 from v4jax.train.anticipate import ahead_placed
 from v4jax.train.config import TrainConfig
@@ -24,7 +25,7 @@ from v4jax.train.finite import not_finite
 from v4jax.train.initial import frozen_base
 from v4jax.train.same_data import place_in_data
 from v4jax.train.stability import LossHistory
-from v4jax.train.step import TrainState, init_state
+from v4jax.train.step import TrainState, state_from
 
 
 class Begin(NamedTuple):
@@ -107,10 +108,10 @@ def load(
     Raises:
       ValueError: the checkpoint does not fit the run.
     """
+    fresh = jax.eval_shape(lambda: state_from(cfg, init_params(cfg.model, jax.random.key(0))))
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        jax.eval_shape(functools.partial(init_state, cfg, shardings)),
-        shardings,
+        *(dataclasses.replace(state, base={}) for state in (fresh, shardings)),
     )
     check_same_arrays(store.path(step), abstract.saved)
     _check_state_dtypes(store.path(step), abstract.optimizer)

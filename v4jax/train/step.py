@@ -20,6 +20,7 @@ from sharding.host_memory import on_host
 from sharding.params import named_shardings
 from sharding.rules import AxisRules
 from v4jax.adapters.tree import abstract_adapters
+from v4jax.api import PACKED, places_of
 from v4jax.context import Collect, Context, SparseMode
 from v4jax.functional import init_params
 from v4jax.kernels.choice import kernels_from
@@ -199,6 +200,9 @@ def state_shardings(cfg: TrainConfig, rules: AxisRules, mesh: Mesh) -> TrainStat
         pairs = abstract_adapters(cfg.model, cfg.lora)
         params = {ADAPTERS: named_shardings(mesh, rules, pairs, trained_axes(cfg)[ADAPTERS])}
         base = weights
+        if cfg.lora.base_dtype == PACKED:
+            base = places_of(cfg.init_from, cfg.model, PACKED, mesh, rules)
+            base.pop("router")
     everywhere: Any = NamedSharding(mesh, PartitionSpec())  # it takes the place of an array
     abstract = jax.eval_shape(lambda: state_from(cfg, init_params(cfg.model, jax.random.key(0))))
 

@@ -20,7 +20,7 @@ from v4jax.checkpoint.store import is_run
 from v4jax.checkpoint.store_params import load_store_params
 from v4jax.config import ModelConfig
 from v4jax.generation_config import with_end_tokens
-from v4jax.packed_tree import packed_shardings
+from v4jax.packed_tree import Formats, packed_shardings
 from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.python_files import read_layout
 from v4jax.storage import checkpoint_path, folder_of_checkpoint
@@ -102,6 +102,15 @@ def places_of(path, cfg: ModelConfig, dtype: str, mesh: Mesh, rules: AxisRules):
     """
     if dtype != PACKED:
         return named_shardings(mesh, rules, abstract_params(cfg), param_axes(cfg))
+    return packed_shardings(mesh, rules, cfg, packed_formats(path))
+
+
+def packed_formats(path) -> Formats:
+    """Which arrays of a checkpoint are packed, and how.
+
+    Raises:
+      ValueError: none are, as in a v4jax run, or one array has tensors of different formats.
+    """
     if is_run(path):
         raise ValueError(
             f"dtype: got {PACKED!r} for {path}, a v4jax run, which holds no fp8 or MXFP4; convert "
@@ -113,7 +122,7 @@ def places_of(path, cfg: ModelConfig, dtype: str, mesh: Mesh, rules: AxisRules):
             f"dtype: got {PACKED!r} for {path}, which holds no fp8 or MXFP4; allowed: 'float32', "
             "'bfloat16'"
         )
-    return packed_shardings(mesh, rules, cfg, formats)
+    return formats
 
 
 def load_onto(path, cfg: ModelConfig, dtype: str, places):

@@ -39,9 +39,10 @@ def _declare_what(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--what",
-        choices=("train", "decode"),
+        choices=("train", "decode", "lora"),
         default="train",
-        help="step to show: train (the default), or decode, one new token per row",
+        help="step to show: train (the default); decode, one new token per row; or lora, training "
+        "of CONFIG.py's adapters, or of rank 16 on all matrices, on the packed released weights",
     )
     sub.add_argument("--seq", type=int, help="tokens per row (default: those of CONFIG.py)")
     sub.add_argument(
@@ -149,6 +150,8 @@ def run(arguments: argparse.Namespace, _: list[str]) -> dict | None:
 
     names = ("target", "what", "paper", "lower_only", "effort", "fp8", "released", "estimate")
     request = Request(**{name: getattr(arguments, name) for name in names})
+    if request.what == "lora":  # training, of the configuration that config_of makes
+        request = request._replace(what="train")
     cfg = config_of(config, arguments)
     if arguments.target == "cpu" and arguments.search and arguments.confirm:
         start(f"data={devices_of('cpu', arguments.chips)}")

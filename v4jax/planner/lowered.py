@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.params import named_shardings
 from sharding.rules import AxisRules
+from v4jax.api import PACKED
 from v4jax.checkpoint.names import leaf_dtypes
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import cache_shardings, decoding_rules, empty_cache, split_layers
@@ -24,9 +25,12 @@ from v4jax.train.step import batch_sharding, compile_step, state_from, state_sha
 
 
 def lower_train(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
-    """(abstract parameters, abstract state, the lowered training step)."""
-    places = state_shardings(cfg, rules, mesh)
-    abstract = jax.eval_shape(functools.partial(state_from, cfg), abstract_params(cfg.model))
+    """(abstract parameters, abstract state, the lowered training step).
+
+    A packed base has the formats of an instruct release, whatever is at cfg.init_from.
+    """
+    places = state_shardings(cfg, rules, mesh, released_formats(cfg.model))
+    abstract = jax.eval_shape(functools.partial(state_from, cfg), _given(cfg))
     state = jax.tree.map(_placed, abstract, places)
     rows = jax.ShapeDtypeStruct(
         (cfg.batch_size, cfg.seq_len), jnp.int32, sharding=batch_sharding(rules, mesh)
@@ -75,16 +79,29 @@ def lower_decode(cfg: TrainConfig, rules: AxisRules, mesh: Mesh, released: bool 
         return params, (params, cache), lowered
 
 
+def _given(cfg: TrainConfig):
+    """Abstract parameters that a run begins with: float32, or the base of adapters."""
+    if cfg.lora is None or cfg.lora.base_dtype == "float32":
+        return abstract_params(cfg.model)
+    if cfg.lora.base_dtype == PACKED:
+        return abstract_packed(cfg.model, released_formats(cfg.model))
+    return _loaded(cfg.model, cfg.lora.base_dtype)
+
+
 def _plain_params(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
-    """Abstract parameters as `v4jax.load` gives them in cfg.dtype."""
-    model = cfg.model
-    dtypes = leaf_dtypes(model, cfg.dtype)
-    abstract = jax.tree_util.tree_map_with_path(
+    """Abstract parameters as `v4jax.load` gives them in cfg.dtype, with their places."""
+    abstract = _loaded(cfg.model, cfg.dtype)
+    places = named_shardings(mesh, rules, abstract, param_axes(cfg.model))
+    return jax.tree.map(_placed, abstract, places)
+
+
+def _loaded(model: ModelConfig, dtype):
+    """Abstract parameters as `v4jax.load` gives them in `dtype`."""
+    dtypes = leaf_dtypes(model, dtype)
+    return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtypes[tuple(key.key for key in path)]),
         abstract_params(model),
     )
-    places = named_shardings(mesh, rules, abstract, param_axes(model))
-    return jax.tree.map(_placed, abstract, places)
 
 
 def _packed_params(model: ModelConfig, rules: AxisRules, mesh: Mesh):

@@ -8,11 +8,16 @@ import math
 from typing import NamedTuple
 
 from sharding.mesh import parse_mesh
+from v4jax.adapters.config import Lora
 from v4jax.config import ModelConfig
 from v4jax.planner.estimate import USABLE
 from v4jax.planner.hardware import target_of
 from v4jax.planner.micro_batches import chosen_micro_batches
 from v4jax.train.config import TrainConfig
+
+
+_RELEASED = "the released weights"
+"""Stands for the base of adapters, which nothing here reads."""
 
 
 class Request(NamedTuple):
@@ -42,10 +47,10 @@ class Request(NamedTuple):
 def config_of(config: TrainConfig | str, options) -> TrainConfig:
     """`config`, or one for a config.json, with the command line's mesh, layout, seq and batch.
 
-    Without a batch on the command line, training takes the batch of a CONFIG.py; decoding and a
-    config.json take one row per device.
+    Without a batch on the command line, training takes the batch of a CONFIG.py; decoding, a
+    config.json, and adapters of a CONFIG.py that has none take one row per device.
     """
-    own_batch = None if isinstance(config, str) or options.what == "decode" else config.batch_size
+    theirs = isinstance(config, str) or options.what == "decode"
     if isinstance(config, str):
         model = ModelConfig.from_json(config)
         config = TrainConfig(
@@ -57,6 +62,9 @@ def config_of(config: TrainConfig | str, options) -> TrainConfig:
             learning_rate=1e-4,
             warmup_steps=0,
         )
+    if options.what == "lora" and config.lora is None:
+        config, theirs = _with_adapters(config), True
+    own_batch = None if theirs else config.batch_size
     # The micro-batches of CONFIG.py belong to its own batch.
     kept = own_batch is not None and options.batch is None
     accumulation = options.gradient_accumulation
@@ -80,6 +88,20 @@ def config_of(config: TrainConfig | str, options) -> TrainConfig:
     if options.batch is not None or own_batch is not None:
         return config if options.search else _numbered(config, options.target)
     return dataclasses.replace(config, batch_size=devices)
+
+
+def _with_adapters(config: TrainConfig) -> TrainConfig:
+    """`config` with pairs on all matrices of the packed released weights."""
+    return dataclasses.replace(
+        config,
+        lora=Lora(base_dtype="packed"),
+        init_from=config.init_from or _RELEASED,
+        gather="micro_batch",
+        sample_tokens=0,
+        index_learning_rate=0.0,
+        gradient_accumulation=1,
+        stages=(),
+    )
 
 
 def _numbered(config: TrainConfig, target: str) -> TrainConfig:

@@ -20,10 +20,11 @@ from sharding.host_memory import on_host
 from sharding.params import named_shardings
 from sharding.rules import AxisRules
 from v4jax.adapters.tree import abstract_adapters
-from v4jax.api import PACKED, places_of
+from v4jax.api import PACKED, packed_formats
 from v4jax.context import Collect, Context, SparseMode
 from v4jax.functional import init_params
 from v4jax.kernels.choice import kernels_from
+from v4jax.packed_tree import Formats, packed_shardings
 from v4jax.parameter_tree import ADAPTERS, abstract_params, param_axes
 from v4jax.train.adapters import dropout_key, from_b, of_b, split, trained_axes
 from v4jax.train.balance import load_metrics, update_bias
@@ -185,13 +186,19 @@ def train_step(
     return TrainState(params, router, opt_state, state.step + 1, state.base), metrics
 
 
-def state_shardings(cfg: TrainConfig, rules: AxisRules, mesh: Mesh) -> TrainState:
+def state_shardings(
+    cfg: TrainConfig, rules: AxisRules, mesh: Mesh, formats: Formats | None = None
+) -> TrainState:
     """NamedSharding of every array of the state; optimizer state is cut like its weight.
 
     Where cfg.optimizer_memory says so, it lies in the host's memory, except scalars.
 
+    Args:
+      formats: of a packed base; None: those of the files at cfg.init_from.
+
     Raises:
-      ValueError: a weight that does not divide over the mesh (see named_shardings).
+      ValueError: a weight that does not divide over the mesh (see named_shardings), or a layout
+        that would cut blocks of a packed base.
     """
     weights = named_shardings(mesh, rules, abstract_params(cfg.model), param_axes(cfg.model))
     router = weights.pop("router")
@@ -201,7 +208,8 @@ def state_shardings(cfg: TrainConfig, rules: AxisRules, mesh: Mesh) -> TrainStat
         params = {ADAPTERS: named_shardings(mesh, rules, pairs, trained_axes(cfg)[ADAPTERS])}
         base = weights
         if cfg.lora.base_dtype == PACKED:
-            base = places_of(cfg.init_from, cfg.model, PACKED, mesh, rules)
+            formats = packed_formats(cfg.init_from) if formats is None else formats
+            base = packed_shardings(mesh, rules, cfg.model, formats)
             base.pop("router")
     everywhere: Any = NamedSharding(mesh, PartitionSpec())  # it takes the place of an array
     abstract = jax.eval_shape(lambda: state_from(cfg, init_params(cfg.model, jax.random.key(0))))

@@ -21,16 +21,16 @@ from v4jax.train.stages import Stage
 
 
 def get_config() -> TrainConfig:
-    """0.5M tokens a step in 4 micro-batches; attention is dense for nine tenths of the run."""
+    """0.5M tokens a step in 2 micro-batches; attention is dense for nine tenths of the run."""
     return TrainConfig(
         model=models.small(),
         data=DataConfig(source="text", format="jsonl", tokenizer="tokenizer.json"),
         run_dir="runs/v5e_8",
-        mesh="fsdp=4,expert=2",
+        mesh="fsdp=8",
         layout="full",
         steps=50_000,
         batch_size=128,
-        gradient_accumulation=4,
+        gradient_accumulation=2,
         seq_len=4096,
         dtype="bfloat16",
         attention="dense",

@@ -33,7 +33,7 @@ CHIPS = {
 ONE_SEARCH = sorted({*CHIPS} - {"flash", "pro"})
 """Those whose mesh and micro-batches the search chose for their first stage alone."""
 SMALL_MESHES = {
-    "v5e_8": "fsdp=4,expert=2",
+    "v5e_8": "fsdp=8",
     "gpu_node": "fsdp=8",
     "flash_continue": "expert=8",
     "flash_sft": "expert=4,tensor=2",

@@ -3,9 +3,10 @@
     python benchmarks/remat_accuracy.py run [CASE ...]     # needs the extra `tpu`; minutes a case
     python benchmarks/remat_accuracy.py table
 
-Four layers (`none`: also six, which are a loop) as wide as V4-Flash's with 64 experts, on 8 v5p chips (`pod`, fsdp=2, expert=4), a row
-of 4096 tokens a chip at a time, compiled with quick effort. Bar: 10%. Results are appended to a
-file; the last result of a case counts. tests/test_memory_record.py holds the estimate to it.
+Four layers as wide as V4-Flash's with 64 experts, on 8 v5p chips (`pod`, fsdp=2, expert=4), a row
+of 4096 tokens a chip at a time, compiled with quick effort; under `none` also six layers, which are
+a loop. Bar: 10%. Results are appended to a file; the last result of a case counts.
+tests/test_memory_record.py holds the estimate to it.
 """
 
 import dataclasses

@@ -97,29 +97,39 @@ def working_terms(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) 
     elif any(in_loop(cfg, group.repeats) for group in model.layer_groups):
         both += _beside_a_loop(cfg, rules, sizes, pattern)
     terms = [term._replace(kind=kind) for term in both for kind in WORKING]
-    if rows.travel:
-        # A further round has its rows' gradients on both sides, and those that it sends home, in
-        # the order in which they landed; later it makes one matrix's gradient beside the three of
-        # the first round, while the rows of the next matrix wait.
-        terms += [
-            Term("layers", "rows", width * (2 * rows.landed + rows.landed), "tokens"),
-            Term("layers", "filler", 2 * width * rows.filler),
-            Term("layers", "gradients of matrices", 3 * 4 * rows.matrix),
-            Term("experts", "rows", width * (rows.sent + rows.landed), "tokens"),
-            Term("experts", "filler", width * rows.filler),
-            Term("experts", "gradients of matrices", 4 * 4 * rows.matrix),
-        ]
-    else:
-        # The experts' results, and those of each token, one choice beside the other. Later the
-        # gradients of rows and matrices.
-        terms += [
-            Term("layers", "rows", 2 * width * rows.landed, "tokens"),
-            Term("layers", "filler", width * rows.filler),
-            Term("experts", "rows", width * rows.landed, "tokens"),
-            Term("experts", "filler", width * rows.filler),
-            Term("experts", "gradients of matrices", 3 * 4 * rows.matrix),
-        ]
-    return terms
+    return terms + (_travelling if rows.travel else _gathered)(rows, width)
+
+
+def _travelling(rows: Rows, width: int) -> list[Term]:
+    """What the backward pass of experts makes in a further round of the exchange.
+
+    First the gradients of its rows, on both sides of the experts, and those that go home in the
+    order in which rows landed, beside the first round's gradients of matrices. Then the gradient of
+    one more matrix, beside rows' gradients and the buffer in which they come home.
+    """
+    return [
+        Term("layers", "rows", 3 * width * rows.landed, "tokens"),
+        Term("layers", "filler", 2 * width * rows.filler),
+        Term("layers", "gradients of matrices", 3 * 4 * rows.matrix),
+        Term("experts", "rows", width * (rows.sent + rows.landed), "tokens"),
+        Term("experts", "filler", width * rows.filler),
+        Term("experts", "gradients of matrices", 4 * 4 * rows.matrix),
+    ]
+
+
+def _gathered(rows: Rows, width: int) -> list[Term]:
+    """What experts make whose tokens are gathered, at the end of the recomputed forward pass.
+
+    There are their results, and those of each token, one choice beside the other. Later the
+    gradients of rows and matrices.
+    """
+    return [
+        Term("layers", "rows", 2 * width * rows.landed, "tokens"),
+        Term("layers", "filler", width * rows.filler),
+        Term("experts", "rows", width * rows.landed, "tokens"),
+        Term("experts", "filler", width * rows.filler),
+        Term("experts", "gradients of matrices", 3 * 4 * rows.matrix),
+    ]
 
 
 def is_late(cfg: TrainConfig, weight: Weight) -> bool:
@@ -144,21 +154,22 @@ def in_loop(cfg: TrainConfig, repeats: int) -> bool:
 
 
 def kept_by_a_layer(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> Kept:
-    """What a layer keeps that the backward pass recomputes just before."""
+    """What a layer keeps, in the forward pass that the backward pass has just recomputed."""
     model, rows, item = cfg.model, rows_of(cfg, rules, sizes), _item(cfg)
-    heads = _parts(rules, sizes, "act_heads")
+    heads, hidden = _parts(rules, sizes, "act_heads"), _parts(rules, sizes, "act_hidden")
     D, F = model.hidden_size, model.moe_intermediate_size
-    products = model.num_attention_heads * model.head_dim / heads  # queries
-    products += model.q_lora_rank + model.head_dim + model.o_groups * model.o_lora_rank / heads
-    products += 2 * F / _parts(rules, sizes, "act_hidden") + 2 * D
+    wide, shared = model.num_attention_heads * model.head_dim / heads, F / hidden
     token = (
         2 * model.hc_mult * D  # the streams that the two sites of mHC read
-        + model.num_attention_heads * model.head_dim / heads  # attention's output
-        + 5 * D  # what the sites give, once more normalised; the experts' sum
-        + F / _parts(rules, sizes, "act_hidden")  # the shared expert's activation
+        + wide  # attention's output
+        + 5 * D  # what the sites give, as it is and normalised; the experts' sum
+        + shared  # the shared expert's activation
     )
     if cfg.remat != "dots":  # which keeps products for the whole step: they are read in place
-        token += products
+        token += wide + model.q_lora_rank  # queries
+        token += model.head_dim  # keys
+        token += model.o_groups * model.o_lora_rank / heads + D  # the output's two products
+        token += 2 * shared + D  # the shared expert's products
     row = D + 3 * rows.hidden  # inputs, two products with matrices, and the activation
     weights = 3 * rows.matrix * item + _weights(cfg, rules, sizes)
     return Kept(token * item, row * item, weights)
@@ -263,11 +274,11 @@ def _padded(rows: int, columns: int) -> int:
 
 
 def _weights(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> float:
-    """Bytes of a layer's weights other than experts, as its products use them."""
+    """Bytes of an average layer's weights other than experts, as its products use them."""
     found: dict[str, float] = {}
     for weight in weights_of(cfg.model):
         if weight.axes[:1] == ("layers",) and not weight.is_expert and weight.optimizer != "none":
-            layer = weight.name.rpartition("/block_")[0] + weight.name.split("/")[1]
+            layer = "/".join(weight.name.split("/")[:2])  # group and block
             size = weight.size / weight.layers / cut_of(weight, rules, sizes).others
             found[layer] = found.get(layer, 0) + size * bytes_in_products(cfg, weight)
     return sum(found.values()) / len(found)

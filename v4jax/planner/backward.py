@@ -24,7 +24,7 @@ from v4jax.remat import ATTENTION, EXPERTS, LAYERS, POLICIES
 from v4jax.train.config import TrainConfig
 
 WORKING = ("layers", "experts")
-"""Two moments of a layer's experts: rows travel or are gathered; matrices' gradients are made."""
+"""Moments of a layer's experts: their rows are many; gradients of their matrices are made."""
 BLOCK = 128
 """Rows of a block; an expert's last block is filled up (sharding/experts.py)."""
 
@@ -120,15 +120,13 @@ def _travelling(rows: Rows, width: int) -> list[Term]:
 def _gathered(rows: Rows, width: int) -> list[Term]:
     """What experts make whose tokens are gathered, at the end of the recomputed forward pass.
 
-    There are their results, and those of each token, one choice beside the other. Later the
-    gradients of rows and matrices.
+    There are their results, and those of each token, one choice beside the other. The gradients of
+    matrices come when nothing reads the matrices any more, and each is cut as soon as it is made,
+    so they need no more.
     """
     return [
         Term("layers", "rows", 2 * width * rows.landed, "tokens"),
         Term("layers", "filler", width * rows.filler),
-        Term("experts", "rows", width * rows.landed, "tokens"),
-        Term("experts", "filler", width * rows.filler),
-        Term("experts", "gradients of matrices", 3 * 4 * rows.matrix),
     ]
 
 
@@ -247,26 +245,30 @@ def _head(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
     return [Term("", "the head's gradient", count * numbers * item)]
 
 
-def relaid(cfg: TrainConfig, weight: Weight, rules: AxisRules, sizes) -> tuple[float, float]:
-    """(bytes of a copy of `weight` in row-major order, bytes that its order adds to its sum).
+def relaid(cfg: TrainConfig, weight: Weight, rules: AxisRules, sizes) -> list[Term]:
+    """A copy of `weight` in row-major order, and what that order adds to its sum of gradients.
 
     With micro-batches products and sums have weights in row-major order (v4jax/gradient_sums.py).
     XLA keeps a weight with that of its last two axes innermost that is padded least: the innermost
-    to a multiple of 128, the next to one of 8. If that is not the last axis, there is a copy for
-    the whole step.
+    to a multiple of 128, the next to one of 8. If that is not the last axis, a copy lies beside the
+    weight until the optimizer runs.
     """
     if cfg.micro_batches == 1 or len(weight.shape) < 2 or weight.optimizer not in ("muon", "adamw"):
-        return 0.0, 0.0
-    parts = cut_of(weight, rules, sizes).parts
-    *_, rows, columns = (
+        return []
+    cut = cut_of(weight, rules, sizes)
+    rows, columns = (
         size // math.prod(sizes[axis] for axis in axes)
-        for size, axes in zip(weight.shape, parts, strict=True)
+        for size, axes in zip(weight.shape[-2:], cut.parts[-2:], strict=True)
     )
-    others = weight.size / cut_of(weight, rules, sizes).devices / (rows * columns)
-    given, turned = _padded(rows, columns), _padded(columns, rows)
-    if given <= turned:
-        return 0.0, 0.0
-    return 4 * others * given, 4 * others * (given - rows * columns)
+    given = _padded(rows, columns)
+    if given <= _padded(columns, rows):
+        return []
+    others = 4 * weight.size / cut.devices / (rows * columns)
+    copies = [
+        Term(kind, f"{weight.name}, row-major", others * given) for kind in (*WORKING, "head")
+    ]
+    added = others * (given - rows * columns)
+    return [*copies, Term("gradients", f"{weight.name}, padding", added)]
 
 
 def _padded(rows: int, columns: int) -> int:

@@ -58,11 +58,7 @@ def memory(
             late = platform == "tpu" and backward.is_late(cfg, weight)
             terms.append(Term("muon" if late else "gradients", weight.name, held))
         if platform == "tpu":
-            copy, padding = backward.relaid(cfg, weight, rules, sizes)
-            terms += [
-                Term(kind, f"{weight.name}, row-major", copy) for kind in WORKING if kind != "muon"
-            ]
-            terms.append(Term("gradients", f"{weight.name}, padding", padding))
+            terms += backward.relaid(cfg, weight, rules, sizes)
     if cfg.optimizer_memory == "host":
         terms.append(Term("optimizer", "slices", SLICES))
     # Newton-Schulz holds 3 arrays of m x n and 2 of m x m, m <= n.

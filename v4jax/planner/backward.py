@@ -49,7 +49,7 @@ class Rows(NamedTuple):
     hidden: float
 
 
-class Kept(NamedTuple):
+class LayerBytes(NamedTuple):
     """Bytes that one layer keeps: for each token, for each row of experts, and of weights."""
 
     token: float
@@ -151,7 +151,7 @@ def in_loop(cfg: TrainConfig, repeats: int) -> bool:
     return repeats > (2 if cfg.remat == "none" else 1)
 
 
-def kept_by_a_layer(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> Kept:
+def kept_by_a_layer(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> LayerBytes:
     """What a layer keeps, in the forward pass that the backward pass has just recomputed."""
     model, rows, item = cfg.model, rows_of(cfg, rules, sizes), _item(cfg)
     heads, hidden = _parts(rules, sizes, "act_heads"), _parts(rules, sizes, "act_hidden")
@@ -170,16 +170,16 @@ def kept_by_a_layer(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]
         token += 2 * shared + D  # the shared expert's products
     row = D + 3 * rows.hidden  # inputs, two products with matrices, and the activation
     weights = 3 * rows.matrix * item + _weights(cfg, rules, sizes)
-    return Kept(token * item, row * item, weights)
+    return LayerBytes(token * item, row * item, weights)
 
 
-def _kept_unrolled(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> Kept:
+def _kept_unrolled(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> LayerBytes:
     """What a layer keeps until the backward pass; norms keep their inputs in float32 too."""
     kept = kept_by_a_layer(cfg, rules, sizes)
     return kept._replace(token=kept.token + 2 * 4 * cfg.model.hidden_size)
 
 
-def _kept_in_a_loop(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> Kept:
+def _kept_in_a_loop(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> LayerBytes:
     """What a layer of a loop keeps: all that its gradient reads, in the dtype that it has there.
 
     So gathered matrices of experts are kept in float32, and norms and the shared expert keep
@@ -201,7 +201,7 @@ def _kept_in_a_loop(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]
         row = (D + 2 * rows.hidden) * item
         if any(cut_of(w, rules, sizes).tokens > 1 for w in weights_of(model) if w.is_expert):
             weights += 3 * rows.matrix * 4
-    return Kept(token, row, weights)
+    return LayerBytes(token, row, weights)
 
 
 def _beside_a_loop(cfg: TrainConfig, rules, sizes, pattern: int) -> list[Term]:
@@ -225,7 +225,7 @@ def _beside_a_loop(cfg: TrainConfig, rules, sizes, pattern: int) -> list[Term]:
     ]
 
 
-def _of_layers(kind: str, layers: int, kept: Kept, rows: Rows) -> list[Term]:
+def _of_layers(kind: str, layers: int, kept: LayerBytes, rows: Rows) -> list[Term]:
     return [
         Term(kind, "gathered weights", layers * kept.weights),
         Term(kind, "kept by tokens", layers * kept.token, "tokens"),

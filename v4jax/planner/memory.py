@@ -7,7 +7,7 @@ layers, of the head, or of the optimizer. What a backward pass holds is read off
 compiled programs: those of TPUs, where the fused kernels run, are in v4jax/planner/backward.py,
 those of other platforms here. benchmarks/layout_accuracy.py compares.
 
-Next file to read: v4jax/planner/estimate.py.
+Next file to read: v4jax/planner/backward.py.
 """
 
 import math

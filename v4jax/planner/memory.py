@@ -196,7 +196,7 @@ def largest_working_set(terms: Iterable[Term], values: Mapping[str, float]) -> s
 
 
 def _found(terms: Iterable[Term], values: Mapping[str, float]) -> dict[str, float]:
-    found = dict.fromkeys((*MEMORY, *WORKING), 0.0)
+    found: dict[str, float] = dict.fromkeys((*MEMORY, *WORKING), 0.0)
     for term in terms:
         if term.kind in found:
             found[term.kind] += term.value(values)

@@ -222,17 +222,31 @@ def test_gates_of_experts_without_any_score_are_equal():
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-20])
 def test_norms_of_rows_of_zeros(eps):
-    """The value is 0, with the gradient ct * weight / sqrt(eps)."""
+    """The value is 0; the gradient is that of a row of RMS 1, whatever eps."""
     ct, weight = jnp.arange(1.0, 5), jnp.asarray([1.0, -2, 0.5, 3])
     got, pull = jax.vjp(lambda x, weight: rms_norm(x, eps, weight), jnp.zeros((1, 4)), weight)
     slope, weight_slope = pull(ct[None])
     assert not np.asarray(got).any() and not np.asarray(weight_slope).any()
-    np.testing.assert_allclose(slope[0], ct * weight / np.sqrt(eps), rtol=1e-5)
+    np.testing.assert_allclose(slope[0], ct * weight, rtol=1e-5)
     fn = jax.random.normal(jax.random.key(0), (4, 3))
     got, pull = jax.vjp(lambda x: mixing_logits(x, fn, eps), jnp.zeros((1, 1, 2, 2)))
     assert not np.asarray(got).any()
     (slope,) = pull(jnp.ones((1, 1, 3)))
-    np.testing.assert_allclose(slope.reshape(-1), fn.sum(1) / np.sqrt(eps), rtol=1e-5)
+    np.testing.assert_allclose(slope.reshape(-1), fn.sum(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-20])
+def test_norms_of_all_other_rows_have_the_gradient_of_the_formula(eps):
+    """Rows of ordinary and of small numbers, beside one of zeros."""
+    x = jax.random.normal(jax.random.key(0), (3, 8)) * jnp.asarray([[1.0], [1e-6], [0.0]])
+    ct = jax.random.normal(jax.random.key(1), (3, 8))
+
+    def formula(x):
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+    values, pull = zip(*(jax.vjp(f, x) for f in (lambda x: rms_norm(x, eps), formula)), strict=True)
+    np.testing.assert_array_equal(*values)
+    np.testing.assert_array_equal(pull[0](ct)[0][:2], pull[1](ct)[0][:2])
 
 
 @pytest.mark.parametrize("name", ["rms_norm_eps", "hc_eps"])

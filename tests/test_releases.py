@@ -4,6 +4,7 @@ import json
 import math
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from releases import (
@@ -298,6 +299,48 @@ HOSTILE_VISION = {
         "missing tensor mtp.1.ffn.gate.bias_vl",
     ),
     "a stage without layer": (_tensor("mtp.9.ffn.gate.bias_vl"), "mtp.9.ffn.gate.bias_vl"),
+    "a bias of no stage": (
+        _tensor("mtp.9.ffn.gate.bias_vl", np.zeros(6, np.float32)),
+        "unexpected tensor mtp.9.ffn.gate.bias_vl: there are 3 draft stages",
+    ),
+    "a matrix of integers": (
+        _tensor("vision.blocks.0.mlp.w2.weight", np.zeros((16, 24), np.int64)),
+        "tensor vision.blocks.0.mlp.w2.weight: got I64; allowed: F32, BF16",
+    ),
+    "a norm in fp8": (
+        _tensor("vision.norm.weight", np.zeros(16, ml_dtypes.float8_e4m3fn)),
+        "tensor vision.norm.weight: got F8_E4M3; allowed: F32, BF16",
+    ),
+    "a matrix that is a vector": (
+        _tensor("vision.blocks.1.attn.wo.weight"),
+        "tensor vision.blocks.1.attn.wo.weight: got shape [3]; must be [16, any]",
+    ),
+    "a matrix that is a number": (
+        _tensor("aligner.w1.weight", np.zeros((), np.float32)),
+        "tensor aligner.w1.weight: got shape []; must be [any, any]",
+    ),
+    "a norm of another width": (_tensor("vision.blocks.0.norm2.weight"), "must be [16]"),
+    "a bias longer than its matrix": (
+        _tensor("vision.blocks.0.attn.wqkv.bias"),
+        "tensor vision.blocks.0.attn.wqkv.bias: got shape [3]; must be [48]",
+    ),
+    "matrices the wrong way round": (
+        _tensor("vision.blocks.0.mlp.w1.weight", np.zeros((16, 48), np.float32)),
+        "tensor vision.blocks.0.mlp.w1.weight: got shape [16, 48]; must be [any, 16]",
+    ),
+    "patches in five axes": (
+        _tensor("vision.patch_embed.proj.weight", np.zeros((16, 3, 1, 14, 14), np.float32)),
+        "must be [16, any]",
+    ),
+    "an aligner to another model": (
+        _tensor("aligner.w2.weight", np.zeros((48, 64), np.float32)),
+        "tensor aligner.w2.weight: got shape [48, 64]; must be [64, any]",
+    ),
+    "an aligner of nothing": (
+        _tensor("aligner.w1.weight", np.zeros((64, 0), np.float32)),
+        "tensor aligner.w1.weight: got shape [64, 0]",
+    ),
+    "another tower's width": (_with(vision_dim=17), "must be [17"),
 }
 
 

@@ -138,6 +138,17 @@ def test_the_kernel_has_values_and_gradients_of_the_reference(case):
     close(gradients(fused, queries, keys), gradients(composed, queries, keys), 1e-5)
 
 
+@pytest.mark.parametrize("case", ["chosen entries", "gathered entries"])
+def test_queries_of_zeros_have_the_gradient_of_the_reference(case):
+    """One head of some tokens, at an eps whose derivative rsqrt(eps) would hide all others."""
+    queries, keys = inputs(jnp.float32, **CASES[case])
+    q = queries.q_BSNH.at[:, 3:11, 1].set(0)
+    queries = queries._replace(q_BSNH=q, eps=1e-20)
+    got, want = (gradients(function, queries, keys) for function in (fused, composed))
+    assert 0 < jnp.abs(want[1][0][:, 3:11, 1]).max() < 100
+    close(got, want, 1e-5)  # sums in another order
+
+
 def test_blocks_of_an_odd_number_of_queries_gather_for_the_last_one_too(monkeypatch):
     monkeypatch.setitem(globals(), "WINDOW", 7)
     queries, keys = inputs(jnp.float32, seq=14, ratio=RATIO, gathered=True)

@@ -1,21 +1,21 @@
 """Tensors of a checkpoint that are no part of the trunk: the drafter's and the vision tower's.
 
-They are checked by name and shape, and copied with their bytes: training never changes them. In a
-run or store they are safetensors in a folder of their own.
+They are checked by name, shape and dtype, and copied with their bytes: training never changes them.
+In a run or store they are safetensors in a folder of their own.
 
-Next file to read: v4jax/checkpoint/carried_files.py.
+Next file to read: v4jax/checkpoint/vision_tensors.py.
 """
 
 import logging
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from v4jax.checkpoint.files import INDEX_FILE, Header, read_headers, read_tensor, tensor_size
 from v4jax.checkpoint.formats import Kind, Stored, kinds_of, shapes_of
+from v4jax.checkpoint.vision_tensors import VISION_BIAS, take_vision
 from v4jax.config import ModelConfig
-from v4jax.config.releases import DSparkConfig, read_dspark, vision_layers
+from v4jax.config.releases import DSparkConfig, read_dspark
 from v4jax.drafter_parameters import drafter_tensors
 from v4jax.storage import Place
 
@@ -24,21 +24,6 @@ CARRIED = "carried"
 """The folder of a run or store for what is carried."""
 _FIRST = "model.safetensors"
 _STAGE = re.compile(r"mtp\.(\d+)\.")
-_VISION_BIAS = re.compile(r"(layers|mtp)\.\d+\.ffn\.gate\.bias_vl")
-_HASH_BIAS = re.compile(r"layers\.(\d+)\.ffn\.gate\.bias")
-_IMAGE = ("image_start", "image_end", "image_newline", "image_pad")
-_TOWER = ("patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight")
-_TOWER_BLOCK = (
-    "norm1.weight",
-    "attn.wqkv.weight",
-    "attn.wqkv.bias",
-    "attn.wo.weight",
-    "attn.wo.bias",
-    "norm2.weight",
-    "mlp.w1.weight",
-    "mlp.w2.weight",
-)
-_ALIGNER = ("w1.weight", "w1.bias", "w2.weight", "w2.bias")
 
 
 def take_carried(
@@ -56,18 +41,27 @@ def take_carried(
         not describe.
     """
     dspark = read_dspark(raw)
-    carried = _take_vision(cfg, vision_layers(raw), headers)
+    carried = take_vision(cfg, raw, headers)
     drafter = _take_drafter(cfg, dspark, headers)
-    for stage in range(dspark.stages if dspark and drafter and carried else 0):
-        name = f"mtp.{stage}.ffn.gate.bias_vl"
+    if dspark and drafter and carried:
+        _check_stages(dspark.stages, carried)
+    return drafter | carried
+
+
+def _check_stages(stages: int, carried: Mapping[str, Header]) -> None:
+    """Refuses a tower unless each draft stage, and nothing else, has a bias that images need."""
+    expected = [f"mtp.{stage}.ffn.gate.bias_vl" for stage in range(stages)]
+    for name in expected:
         if name not in carried:
             raise ValueError(f"missing tensor {name} of the vision tower")
-    return drafter | carried
+    for name in carried:
+        if name.startswith("mtp.") and name not in expected:
+            raise ValueError(f"unexpected tensor {name}: there are {stages} draft stages")
 
 
 def part_of(name: str) -> str:
     """DRAFTER or VISION, of the name of a carried tensor."""
-    return DRAFTER if name.startswith("mtp.") and not _VISION_BIAS.fullmatch(name) else VISION
+    return DRAFTER if name.startswith("mtp.") and not VISION_BIAS.fullmatch(name) else VISION
 
 
 def parts_in(carried: Iterable[str]) -> list[str]:
@@ -197,7 +191,7 @@ def _check_module(found: list[str]) -> None:
 
 def _check_drafter(cfg: ModelConfig, dspark: DSparkConfig, taken: dict[str, Header]) -> None:
     """Refuses a drafter with other tensors, shapes or dtypes than config.json implies."""
-    left = {name: one for name, one in taken.items() if not _VISION_BIAS.fullmatch(name)}
+    left = {name: one for name, one in taken.items() if not VISION_BIAS.fullmatch(name)}
     for name, expected in drafter_tensors(cfg, dspark).items():
         if name not in left:
             raise ValueError(f"missing tensor {name} {list(expected.shape)} of the drafter")
@@ -216,66 +210,3 @@ def _check_drafter(cfg: ModelConfig, dspark: DSparkConfig, taken: dict[str, Head
             raise ValueError(f"tensor {scale.stored}: got shape {list(scale.shape)}; {must}")
     if left:
         raise ValueError(f"unexpected tensor {next(iter(left))} of the drafter")
-
-
-# ---- the vision tower ----------------------------------------------------------------------------
-
-
-def _take_vision(cfg: ModelConfig, blocks: int, headers: dict[str, Header]) -> dict[str, Header]:
-    """Takes the tower's tensors out of the headers, with the biases that images are routed by."""
-    found = [name for name in headers if _is_of_tower(cfg, name)]
-    if not blocks:
-        if found:
-            raise ValueError(
-                f"tensor {found[0]}: is of a vision tower, and config.json has no vision_n_layers"
-            )
-        return {}
-    if not found:
-        logging.getLogger("v4jax").warning(
-            "config.json describes a vision tower, and there are no vision.* tensors: opened "
-            "without"
-        )
-        return {}
-    expected = _vision_names(cfg, blocks)
-    for name in expected:
-        if name not in headers:
-            raise ValueError(f"missing tensor {name} of the vision tower")
-    stages = [name for name in found if name.startswith("mtp.")]
-    unknown = next((name for name in found if name not in expected and name not in stages), None)
-    if unknown is not None:
-        raise ValueError(f"unexpected tensor {unknown} of the vision tower")
-    for name in found:
-        _check_vision(cfg, headers[name])
-    return {name: headers.pop(name) for name in found}
-
-
-def _is_of_tower(cfg: ModelConfig, name: str) -> bool:
-    hashed = _HASH_BIAS.fullmatch(name)
-    return (
-        name.startswith(("vision.", "aligner.", "image_"))
-        or _VISION_BIAS.fullmatch(name) is not None
-        or (hashed is not None and int(hashed[1]) < cfg.num_hash_layers)
-    )
-
-
-def _vision_names(cfg: ModelConfig, blocks: int) -> set[str]:
-    """The tensors of a release with a tower, but for the biases of its draft stages."""
-    tower = [f"vision.{name}" for name in _TOWER]
-    tower += [f"vision.blocks.{n}.{name}" for n in range(blocks) for name in _TOWER_BLOCK]
-    layers = range(cfg.num_hidden_layers)
-    gates = [f"layers.{n}.ffn.gate.bias_vl" for n in layers]
-    gates += [f"layers.{n}.ffn.gate.bias" for n in layers[: cfg.num_hash_layers]]
-    return {*tower, *(f"aligner.{name}" for name in _ALIGNER), *_IMAGE, *gates}
-
-
-def _check_vision(cfg: ModelConfig, header: Header) -> None:
-    """Refuses a bias of another shape than the router's, and an embedding of another width."""
-    name, shape = header.stored, None
-    if ".gate." in name:
-        shape = (cfg.n_routed_experts,)
-    elif name in _IMAGE:
-        shape = (cfg.hidden_size,)
-    if shape is not None and header.shape != shape:
-        raise ValueError(f"tensor {name}: got shape {list(header.shape)}; must be {list(shape)}")
-    if math.prod(header.shape) == 0:
-        raise ValueError(f"tensor {name}: got shape {list(header.shape)}; must not be empty")

@@ -40,7 +40,7 @@ Other sizes: `_LARGEST_SIZE`."""
 _LARGEST_SIZE = 2**24
 _ABSURD = 1e30
 _LEAST_EPS = 1e-24
-"""A norm's gradient at a vector of zeros passes through eps^-1.5, which float32 must hold."""
+"""The gradient of a norm's rsqrt at a vector of zeros is eps^-1.5, which float32 must hold."""
 _INDEX_SIZES = ("index_n_heads", "index_head_dim", "index_topk")
 
 

@@ -23,6 +23,7 @@ from v4jax.kernels.choice import Kernels
 from v4jax.kernels.hyper_connection.blocks import Site
 from v4jax.kernels.hyper_connection.op import IMPLEMENTATIONS, SiteResult, in_kernels
 from v4jax.kernels.matmul import dense
+from v4jax.kernels.norm import over_rms
 from v4jax.kernels.sinkhorn import sinkhorn
 from v4jax.kernels.streams import collapse, expand
 from v4jax.kernels.tpu import on_tpu
@@ -32,10 +33,13 @@ from v4jax.model.weights import Weights
 def mixing_logits(
     x_BSXD: jax.Array, fn: jax.Array, eps: float, kernels: Kernels = Kernels()
 ) -> jax.Array:
-    """(vec(x) @ fn) * rsqrt(mean(vec(x)^2) + eps), float32 [B,S,M]."""
+    """(vec(x) @ fn) * rsqrt(mean(vec(x)^2) + eps), float32 [B,S,M].
+
+    The gradient at streams of zeros is that of RMS 1 (`over_rms`).
+    """
     x = x_BSXD.astype(jnp.float32).reshape(*x_BSXD.shape[:2], -1)
     logits = dense(x, fn, implementation=kernels.matmul)
-    return logits * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return over_rms(logits, jnp.mean(x * x, axis=-1, keepdims=True), eps)
 
 
 def balanced(

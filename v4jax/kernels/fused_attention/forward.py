@@ -133,7 +133,11 @@ def _attend(form: Form, parts: int, start_B, blocks_BU, x: Operands, out, lse, *
 
 
 def normalised(raw_RH: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """(rows over their root mean square, and one over that [R,1]), float32."""
+    """(rows over their root mean square, and one over that [R,1] as gradients take it), float32.
+
+    Gradients take the RMS of a row of zeros for 1, as `over_rms` does.
+    """
     x_RH = raw_RH.astype(jnp.float32)
-    inverse_R1 = lax.rsqrt(jnp.mean(x_RH * x_RH, axis=1, keepdims=True) + eps)
-    return x_RH * inverse_R1, inverse_R1
+    square_R1 = jnp.mean(x_RH * x_RH, axis=1, keepdims=True)
+    inverse_R1 = lax.rsqrt(square_R1 + eps)
+    return x_RH * inverse_R1, jnp.where(square_R1 == 0, 1.0, inverse_R1)

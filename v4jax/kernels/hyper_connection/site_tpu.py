@@ -52,7 +52,8 @@ class SiteWeights(NamedTuple):
 def forward(site: Site, x_BXSD: jax.Array, parameters: SiteWeights):
     """(collapsed streams [B,S,D], weights [B,M,S], logits [B,M,S], inverse RMS [B,1,S]).
 
-    Logits are those before scale and base. All but the first are float32.
+    Logits are those before scale and base. The inverse RMS is what the backward pass takes: 1 for
+    streams of zeros. All but the first are float32.
     """
     _, streams, seq, width = x_BXSD.shape
     rows = parameters.base_M1.shape[0]
@@ -82,11 +83,14 @@ def _forward(site: Site, x, fn, base, scale, u, weights, mix, inverse, square_TW
         square_TW[rows, :] = jnp.broadcast_to(jnp.sum(total, 1, keepdims=True), total.shape)
 
     strips(squares)
-    inverse_1T = jax.lax.rsqrt(square_TW[...].T[:1] / (streams * width) + site.norm_eps)
+    square_1T = square_TW[...].T[:1] / (streams * width)
+    inverse_1T = jax.lax.rsqrt(square_1T + site.norm_eps)
     logits_MT = added(exact(fn[j], x[j], NT) for j in range(streams))
     mix_MT = logits_MT * inverse_1T
     weights_MT = weights_of(site, mix_MT * scale[...] + base[...])
-    mix[...], inverse[...], weights[...] = mix_MT, inverse_1T, weights_MT
+    mix[...], weights[...] = mix_MT, weights_MT
+    # Gradients take the RMS of streams of zeros for 1, as `over_rms` does.
+    inverse[...] = jnp.where(square_1T == 0, 1.0, inverse_1T)
     square_TW[...] = by_token(weights_MT)
 
     def collapse(rows):

@@ -25,6 +25,7 @@ from v4jax.train.config import TrainConfig
 
 WORKING = ("layers", "experts")
 """Moments of a layer's experts: their rows are many; gradients of their matrices are made."""
+_OF_MATRICES = "gradients of matrices"
 BLOCK = 128
 """Rows of a block; an expert's last block is filled up (sharding/experts.py)."""
 
@@ -89,7 +90,7 @@ def working_terms(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) 
     model, rows, item = cfg.model, rows_of(cfg, rules, sizes), _item(cfg)
     width = model.hidden_size * item
     streams = Term("", "gradient of the streams", 2 * model.hc_mult * width, "tokens")
-    both = [streams, *_head(cfg, rules, sizes, item)]
+    both = [streams] if cfg.lora is not None else [streams, *_head(cfg, rules, sizes, item)]
     pattern = max(len(group.kinds) for group in model.layer_groups)
     if POLICIES[cfg.remat].part == LAYERS:
         kept = kept_by_a_layer(cfg, rules, sizes)
@@ -97,7 +98,10 @@ def working_terms(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) 
     elif any(in_loop(cfg, group.repeats) for group in model.layer_groups):
         both += _beside_a_loop(cfg, rules, sizes, pattern)
     terms = [term._replace(kind=kind) for term in both for kind in WORKING]
-    return terms + (_travelling if rows.travel else _gathered)(rows, width)
+    made = (_travelling if rows.travel else _gathered)(rows, width)
+    if cfg.lora is not None:  # constants have no gradients
+        made = [term for term in made if term.part != _OF_MATRICES]
+    return terms + made
 
 
 def _travelling(rows: Rows, width: int) -> list[Term]:
@@ -110,10 +114,10 @@ def _travelling(rows: Rows, width: int) -> list[Term]:
     return [
         Term("layers", "rows", 3 * width * rows.landed, "tokens"),
         Term("layers", "filler", 2 * width * rows.filler),
-        Term("layers", "gradients of matrices", 3 * 4 * rows.matrix),
+        Term("layers", _OF_MATRICES, 3 * 4 * rows.matrix),
         Term("experts", "rows", width * (rows.sent + rows.landed), "tokens"),
         Term("experts", "filler", width * rows.filler),
-        Term("experts", "gradients of matrices", 4 * 4 * rows.matrix),
+        Term("experts", _OF_MATRICES, 4 * 4 * rows.matrix),
     ]
 
 
@@ -254,6 +258,8 @@ def relaid(cfg: TrainConfig, weight: Weight, rules: AxisRules, sizes) -> list[Te
     weight until the optimizer runs.
     """
     if cfg.micro_batches == 1 or len(weight.shape) < 2 or weight.optimizer not in ("muon", "adamw"):
+        return []
+    if cfg.lora is not None:  # whose sums are added whole
         return []
     cut = cut_of(weight, rules, sizes)
     rows, columns = (

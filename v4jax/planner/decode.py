@@ -23,15 +23,9 @@ from v4jax.generate.cache import empty_cache
 from v4jax.planner.terms import Term, sent
 from v4jax.planner.token_traffic import experts_sent
 from v4jax.planner.weight_traffic import weight_gathered
-from v4jax.planner.weights import Weight, cut_of, weights_of
+from v4jax.planner.weights import RELEASED, Weight, cut_of, weights_of
 from v4jax.planner.work import layers_by_ratio
 from v4jax.train.config import TrainConfig
-
-RELEASED = {"mxfp4": 0.53, "fp8": 1.0, "bfloat16": 2.0, "float32": 4.0, "int64": 4.0}
-"""Bytes of a number in the released formats (docs/equations.md#low-precision).
-
-MXFP4 has a scale byte per 32 numbers, fp8 a scale per 128 x 128. Hash tables are held in float32.
-"""
 
 
 def decode_terms(

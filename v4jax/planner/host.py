@@ -14,7 +14,7 @@ from sharding.rules import AxisRules
 from v4jax.planner.hardware import Hardware
 from v4jax.planner.muon import state_bytes
 from v4jax.planner.terms import Term
-from v4jax.planner.weights import cut_of, weights_of
+from v4jax.planner.weights import cut_of, trained_weights
 from v4jax.train.config import TrainConfig
 
 SLICES = 4 * SLICE
@@ -25,7 +25,7 @@ def host_terms(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> 
     """The terms of kind "host" (bytes held) and "copied" (bytes there and back in a step)."""
     held = []
     if cfg.optimizer_memory == "host":
-        for weight in weights_of(cfg.model):
+        for weight in trained_weights(cfg):
             state = state_bytes(cfg, weight.optimizer) * weight.size
             held.append(Term("host", "optimizer", state / cut_of(weight, rules, sizes).devices))
     if cfg.remat == "offload":

@@ -21,7 +21,7 @@ from v4jax.planner.host import SLICES, patterns_of, stream_bytes
 from v4jax.planner.muon import muon, state_bytes
 from v4jax.planner.terms import Term
 from v4jax.planner.weight_traffic import bytes_in_products
-from v4jax.planner.weights import cut_of, weights_of
+from v4jax.planner.weights import cut_of, trained_weights, weights_of
 from v4jax.remat import ATTENTION, EXPERTS, LAYERS, POLICIES
 from v4jax.train.config import TrainConfig
 from v4jax.train.losses.next_token import LOGIT_BYTES
@@ -44,9 +44,9 @@ def memory(
     """
     item = 4 if cfg.dtype == "float32" else 2
     terms = []
-    for weight in weights_of(cfg.model):
+    for weight in trained_weights(cfg):
         cut = cut_of(weight, rules, sizes)
-        held = 4 * weight.size / cut.devices
+        held = weight.held * weight.size / cut.devices
         terms.append(Term("weights", weight.name, held))
         if cfg.gather == "step" and cut.tokens > 1:
             whole = bytes_in_products(cfg, weight) * weight.size / cut.others
@@ -64,7 +64,7 @@ def memory(
     # Newton-Schulz holds 3 arrays of m x n and 2 of m x m, m <= n.
     stacks = [
         stack.bytes * (3 + 2 * min(stack.shape) / max(stack.shape))
-        for stack in muon(cfg.model, rules, sizes).stacks
+        for stack in muon(cfg, rules, sizes).stacks
     ]
     terms.append(Term("muon", "updates", max(stacks, default=0.0)))
     terms += _head(cfg, rules, sizes, item, platform)
@@ -147,6 +147,7 @@ def _layers(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
     # Matrices are in the compute dtype, gradients in float32. Experts that rows travel to also have
     # copies in the layouts of their products, and gradients of earlier rounds.
     copies, gradients = (5 if gathered else 3, 7) if rows.travel else (3, 3)
+    gradients = 0 if cfg.lora is not None else gradients
     matrices = matrix * (layers * copies * item + gradients * 4)
     made_rows = 2 * model.hidden_size * item
     return [

@@ -68,9 +68,11 @@ def product_rate(cfg: TrainConfig, device: Hardware) -> float:
     return device.bf16_flops
 
 
-def muon(model: ModelConfig, rules: AxisRules, sizes: Mapping[str, int]) -> Muon:
-    """What Muon does with the matrices of `model`."""
-    return _muon(model, rules, tuple(sizes.items()))
+def muon(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> Muon:
+    """What Muon does with the matrices of the model; pairs of adapters are too small to count."""
+    if cfg.lora is not None:
+        return Muon((), ())
+    return _muon(cfg.model, rules, tuple(sizes.items()))
 
 
 @functools.lru_cache(64)

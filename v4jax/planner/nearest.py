@@ -12,7 +12,7 @@ from v4jax.planner.estimate import gigabytes
 from v4jax.planner.hardware import Target, target_of
 from v4jax.planner.request import Request
 from v4jax.planner.search import factorings, impossible, search
-from v4jax.planner.weights import cut_of, weights_of
+from v4jax.planner.weights import cut_of, trained_weights
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import check_batch
 
@@ -67,7 +67,7 @@ def _cuts(cfg: TrainConfig, sizes: dict[str, int]) -> bool:
         return False
     rules = layout_for(cfg.layout, sizes)
     try:
-        for weight in weights_of(cfg.model):
+        for weight in trained_weights(cfg):
             cut_of(weight, rules, sizes)
     except ValueError:
         return False

@@ -13,7 +13,7 @@ from sharding.rules import AxisRules, layout_for
 from v4jax.kernels.tpu import LANES
 from v4jax.planner.estimate import Estimate, estimate, gigabytes, platform_of
 from v4jax.planner.hardware import Hardware
-from v4jax.planner.weights import cut_of, weights_of
+from v4jax.planner.weights import cut_of, trained_weights
 from v4jax.train.config import TrainConfig
 
 LARGE = 64e6
@@ -66,11 +66,11 @@ def largest(found: Estimate) -> str:
 
 
 def parameters(cfg: TrainConfig) -> list[tuple[str, str, str, str, int]]:
-    """(name, shape, logical axes, spec, float32 bytes per device) of each parameter, by bytes."""
+    """(name, shape, logical axes, spec, bytes per device) of each array, by bytes."""
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes)
     rows = []
-    for weight in weights_of(cfg.model):
+    for weight in trained_weights(cfg):
         cut = cut_of(weight, rules, sizes)
         spec = ", ".join("+".join(part) or "-" for part in cut.parts)
         shape = " x ".join(map(str, weight.shape))
@@ -80,7 +80,7 @@ def parameters(cfg: TrainConfig) -> list[tuple[str, str, str, str, int]]:
                 shape,
                 ", ".join(str(name) for name in weight.axes),
                 spec,
-                4 * weight.size // cut.devices,
+                int(weight.held * weight.size) // cut.devices,
             )
         )
     return sorted(rows, key=lambda row: -row[4])
@@ -90,10 +90,12 @@ def _copies(
     cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], devices: int
 ) -> list[str]:
     found = []
-    for weight in weights_of(cfg.model):
+    for weight in trained_weights(cfg):
         cut = cut_of(weight, rules, sizes)
-        if devices // cut.devices > 1 and 4 * weight.size / cut.devices > LARGE:
-            found.append((4 * weight.size / cut.devices, devices // cut.devices, weight.name))
+        if devices // cut.devices > 1 and weight.held * weight.size / cut.devices > LARGE:
+            found.append(
+                (weight.held * weight.size / cut.devices, devices // cut.devices, weight.name)
+            )
     found.sort(reverse=True)
     if not found:
         return []
@@ -111,7 +113,7 @@ def _padded(
     lines = []
     if platform == "tpu":
         narrow = {}
-        for weight in weights_of(cfg.model):
+        for weight in trained_weights(cfg):
             shares = [
                 size // math.prod(sizes[a] for a in part)
                 for size, part in zip(weight.shape, cut_of(weight, rules, sizes).parts, strict=True)

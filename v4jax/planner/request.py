@@ -15,7 +15,6 @@ from v4jax.planner.hardware import target_of
 from v4jax.planner.micro_batches import chosen_micro_batches
 from v4jax.train.config import TrainConfig
 
-
 _RELEASED = "the released weights"
 """Stands for the base of adapters, which nothing here reads."""
 

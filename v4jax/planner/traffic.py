@@ -15,7 +15,7 @@ from v4jax.planner.muon import muon
 from v4jax.planner.terms import Term, sent
 from v4jax.planner.token_traffic import embedding_sent, experts_sent, sequence_sent, sums_sent
 from v4jax.planner.weight_traffic import weight_sent
-from v4jax.planner.weights import cut_of, weights_of
+from v4jax.planner.weights import cut_of, trained_weights
 from v4jax.train.config import TrainConfig
 
 
@@ -33,13 +33,12 @@ def traffic(
     }
     tokens = [axis for axis in MESH_AXES if axis in axes["act_batch"] + axes["act_seq"]]
     terms = []
-    for weight in weights_of(cfg.model):
+    for weight in trained_weights(cfg):
         terms += weight_sent(
             cfg, weight, cut_of(weight, rules, sizes), tokens, axes["act_seq"], sizes, platform
         )
     terms += [
-        sent("optimizer", [axis], kind, size)
-        for axis, kind, size in muon(cfg.model, rules, sizes).sent
+        sent("optimizer", [axis], kind, size) for axis, kind, size in muon(cfg, rules, sizes).sent
     ]
     terms += experts_sent(cfg, rules, sizes, platform)
     terms += sums_sent(cfg, rules, axes["act_heads"], sizes, platform)

@@ -24,7 +24,7 @@ def weight_sent(
     """What one weight sends: it is gathered where it is used, and its gradient is summed."""
     if weight.optimizer == "none":
         return []
-    item = bytes_in_products(cfg, weight)
+    item = min(bytes_in_products(cfg, weight), weight.held)  # packed weights travel as they are
     # Rows of the embedding table are looked up where they lie.
     cut_tokens = (
         [] if weight.part == "embedding" else [axis for axis in tokens if axis in cut.token_axes]
@@ -35,7 +35,7 @@ def weight_sent(
     else:
         times = 2 if recomputes(cfg, weight.part) else 1
         terms = weight_gathered(weight, cut, cut_tokens, item, sizes, times)
-    if weight.optimizer == "frozen":
+    if weight.optimizer in ("frozen", "constant"):
         return terms
     return terms + _gradient(cfg, weight, cut, cut_tokens, tokens, seq, sizes, platform)
 

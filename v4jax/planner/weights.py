@@ -12,11 +12,19 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from sharding.rules import AxisRules
+from v4jax.adapters.config import Lora, adapted_paths
 from v4jax.config import ModelConfig
 from v4jax.cost import NAMES
 from v4jax.parameter_tree import Leaf, Path, leaves
 from v4jax.parameters import sizes
+from v4jax.train.config import TrainConfig
 from v4jax.train.muon import optimizer_of
+
+RELEASED = {"mxfp4": 0.53, "fp8": 1.0, "bfloat16": 2.0, "float32": 4.0, "int64": 4.0}
+"""Bytes of a number in the released formats (docs/equations.md#low-precision).
+
+MXFP4 has a scale byte per 32 numbers, fp8 a scale per 128 x 128. Hash tables are held in float32.
+"""
 
 
 class Weight(NamedTuple):
@@ -26,12 +34,14 @@ class Weight(NamedTuple):
       name: its path in the tree.
       shape: its size along each axis.
       axes: the logical name of each axis.
-      optimizer: "muon", "adamw", "frozen", or "none" for router tables.
+      optimizer: "muon" or "adamw"; "frozen", where no gradient comes by, as in the indexer;
+        "constant", what adapters adapt, where gradients pass; or "none" for router tables.
       precision: what released files store (ParamSpec.precision).
       float32: whether its products keep it in float32.
       uses: how many products of one row a token makes with it; K/E for routed experts.
       part: the part of the model, by the names of v4jax/cost.py.
       in_mtp: whether MTP's module has it.
+      held: bytes of a number as it is held in training.
     """
 
     name: str
@@ -43,6 +53,7 @@ class Weight(NamedTuple):
     uses: float
     part: str
     in_mtp: bool
+    held: float = 4.0
 
     @property
     def size(self) -> int:
@@ -82,6 +93,33 @@ class Cut(NamedTuple):
 def weights_of(cfg: ModelConfig) -> tuple[Weight, ...]:
     """The table of all parameters, router tables included."""
     return tuple(_weight(cfg, path, leaf) for path, leaf in leaves(cfg).items())
+
+
+def trained_weights(cfg: TrainConfig) -> tuple[Weight, ...]:
+    """The arrays that a step of training works with: parameters, or constants and their pairs."""
+    return weights_of(cfg.model) if cfg.lora is None else _with_pairs(cfg.model, cfg.lora)
+
+
+@functools.cache
+def _with_pairs(cfg: ModelConfig, lora: Lora) -> tuple[Weight, ...]:
+    weights = {weight.name: weight for weight in weights_of(cfg)}
+    pairs = []
+    for path in adapted_paths(cfg, lora):
+        weight = weights["/".join(path)]
+        *lead, rows, columns = zip(weight.shape, weight.axes, strict=True)
+        for name, sides in (("a", (rows, (lora.rank, None))), ("b", ((lora.rank, None), columns))):
+            shape, axes = zip(*lead, *sides, strict=True)
+            pair = weight._replace(name=f"lora/{weight.name}/{name}", shape=shape, axes=axes)
+            pairs.append(pair._replace(optimizer=lora.optimizer, float32=False))
+    return tuple(_constant(weight, lora.base_dtype) for weight in weights.values()) + tuple(pairs)
+
+
+def _constant(weight: Weight, base_dtype: str) -> Weight:
+    """A weight of the base of adapters, as it lies in memory."""
+    exact = weight.precision in ("float32", "int64") or base_dtype == "float32"
+    held = 4.0 if exact else RELEASED[weight.precision] if base_dtype == "packed" else 2.0
+    kind = "constant" if weight.optimizer in ("muon", "adamw") else weight.optimizer
+    return weight._replace(held=held, optimizer=kind)
 
 
 def _weight(cfg: ModelConfig, path: Path, leaf: Leaf) -> Weight:

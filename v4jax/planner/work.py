@@ -16,7 +16,7 @@ from v4jax.config import CSA, HCA, ModelConfig
 from v4jax.planner.muon import Stack, muon, state_bytes
 from v4jax.planner.recompute import multiplies_again, recomputes
 from v4jax.planner.terms import Term
-from v4jax.planner.weights import Weight, cut_of, weights_of
+from v4jax.planner.weights import Weight, cut_of, trained_weights, weights_of
 from v4jax.train.config import TrainConfig
 from v4jax.train.newton_schulz import COEFFICIENTS
 
@@ -28,9 +28,21 @@ def passes(cfg: TrainConfig, weight: Weight) -> int:
     """Products per weight and step, in forward passes: a backward pass counts as two."""
     if weight.optimizer == "frozen":
         return 2 if multiplies_again(cfg, weight.part) else 1  # no gradient passes the indexer
+    own = weight.optimizer != "constant"  # has a gradient of its own
     if weight.part == "head":
-        return 4  # the loss keeps no logits under any policy
-    return 4 if multiplies_again(cfg, weight.part) else 3
+        return 3 + own  # the loss keeps no logits under any policy
+    return (3 if multiplies_again(cfg, weight.part) else 2) + own
+
+
+def _read(cfg: TrainConfig, weight: Weight, others: int, item: int, passes: int) -> list[Term]:
+    """Packed weights are read and written as numbers before each product, but once for a gradient.
+
+    The last product of a backward pass reads what was made for the one before.
+    """
+    if weight.held >= 2:
+        return []
+    times = passes - 1
+    return [Term("hbm", weight.part, weight.size / others * (weight.held + item) * times)]
 
 
 def work(
@@ -44,9 +56,9 @@ def work(
     """
     model, item = cfg.model, 4 if cfg.dtype == "float32" else 2
     terms = []
-    for weight in weights_of(model):
+    for weight in trained_weights(cfg):
         cut, part = cut_of(weight, rules, sizes), weight.part
-        if weight.optimizer != "none":
+        if weight.optimizer not in ("none", "constant"):
             # The gradient is read; the parameter and the state are read and written.
             moved = 12 + 2 * state_bytes(cfg, weight.optimizer)
             terms.append(Term("hbm", "optimizer", weight.size / cut.devices * moved))
@@ -58,7 +70,9 @@ def work(
             )
             terms.append(Term("flops", part, 2 * here * weight.uses * n, "tokens"))
             terms.append(Term("hbm", part, weight.size / cut.others * item * n))
-    for stack in muon(model, rules, sizes).stacks:
+            if weight.optimizer == "constant":
+                terms += _read(cfg, weight, cut.others, item, n)
+    for stack in muon(cfg, rules, sizes).stacks:
         terms += _orthogonalise(stack)
     layers = layers_by_ratio(model)
     terms += _scores(

@@ -57,10 +57,24 @@ def packed_shardings(
       ValueError: a layout that would cut a block of numbers that share a scale, or an axis that
         does not divide; names the array, the axis and the sizes.
     """
+    check_cuts(cfg, formats, rules, mesh.shape)
+    return named_shardings(mesh, rules, abstract_packed(cfg, formats), packed_axes(cfg, formats))
+
+
+def check_cuts(
+    cfg: ModelConfig, formats: Formats, rules: AxisRules, sizes: Mapping[str, int]
+) -> None:
+    """Checks that no device gets a part of a block of numbers that share a scale.
+
+    Args:
+      sizes: of the axes of the mesh.
+
+    Raises:
+      ValueError: names the array, the axis and the sizes.
+    """
     for path, leaf in leaves(cfg).items():
         if path in formats:
-            _check_cuts(mesh, rules, "/".join(path), leaf, formats[path])
-    return named_shardings(mesh, rules, abstract_packed(cfg, formats), packed_axes(cfg, formats))
+            _check_cuts(sizes, rules, "/".join(path), leaf, formats[path])
 
 
 def _abstract(leaf: Leaf, format: str | None) -> Any:
@@ -79,9 +93,11 @@ def _abstract(leaf: Leaf, format: str | None) -> Any:
     )
 
 
-def _check_cuts(mesh: Mesh, rules: AxisRules, name: str, leaf: Leaf, format: str) -> None:
+def _check_cuts(
+    sizes: Mapping[str, int], rules: AxisRules, name: str, leaf: Leaf, format: str
+) -> None:
     for size, axis, block in _blocks(leaf, format):
-        cuts = {cut: mesh.shape[cut] for cut in rules.mesh_axes(axis) if mesh.shape[cut] > 1}
+        cuts = {cut: sizes[cut] for cut in rules.mesh_axes(axis) if sizes[cut] > 1}
         parts = math.prod(cuts.values())
         if parts > 1 and size % (parts * block):
             over = " x ".join(f"{cut}={count}" for cut, count in cuts.items())

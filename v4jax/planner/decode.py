@@ -23,7 +23,7 @@ from v4jax.generate.cache import empty_cache
 from v4jax.planner.terms import Term, sent
 from v4jax.planner.token_traffic import experts_sent
 from v4jax.planner.weight_traffic import weight_gathered
-from v4jax.planner.weights import RELEASED, Weight, cut_of, weights_of
+from v4jax.planner.weights import RELEASED, Weight, check_packed, cut_of, weights_of
 from v4jax.planner.work import layers_by_ratio
 from v4jax.train.config import TrainConfig
 
@@ -38,8 +38,13 @@ def decode_terms(
     """The terms of one step of batch_size rows with a context of seq_len tokens each.
 
     Rows stand in for tokens, since a step makes one token a row.
+
+    Raises:
+      ValueError: the layout would cut blocks of packed weights.
     """
     model = cfg.model
+    if released:
+        check_packed(model, rules, sizes)
     tokens = [
         axis
         for axis in MESH_AXES

@@ -25,6 +25,7 @@ from v4jax.planner.muon import product_rate
 from v4jax.planner.roofline import bound_of, parts_of, sent_of
 from v4jax.planner.terms import Term, bases, constants_of, repeated
 from v4jax.planner.traffic import traffic
+from v4jax.planner.weights import weights_of
 from v4jax.planner.work import FP8, work
 from v4jax.train.config import TrainConfig
 
@@ -183,7 +184,7 @@ def estimate(
     exchanging = sum(row[2] for row in sent.values())
     seconds = _exposed(parts, exchanging, device.overlap) + copying
     tokens = cfg.batch_size * (cfg.seq_len if what == "train" else 1)
-    counted = _model_flops(cfg.model, cfg.seq_len, what) * tokens
+    counted = _model_flops(cfg.model, cfg.seq_len, what, cfg.lora is not None) * tokens
     chips = 1 if hardware.shared else devices / hardware.devices_per_chip
     rate = tokens / seconds
     return Estimate(
@@ -266,9 +267,13 @@ def micro_batches_of(cfg: TrainConfig, what: str) -> int:
 
 
 @functools.cache
-def _model_flops(model, seq: int, what: str) -> float:
+def _model_flops(model, seq: int, what: str, constant: bool) -> float:
+    """FLOPs of a token; `constant` weights have no gradient, which is a product each."""
     found = cost(model, seq)
-    return found.train_flops if what == "train" else found.total.flops
+    if what == "decode":
+        return found.total.flops
+    left_out = sum(w.size * w.uses for w in weights_of(model) if w.optimizer in ("muon", "adamw"))
+    return found.train_flops - 2 * left_out * constant
 
 
 def _rows_at_once(batch: int, micro_batches: int) -> str:

@@ -21,7 +21,7 @@ from v4jax.planner.host import SLICES, patterns_of, stream_bytes
 from v4jax.planner.muon import muon, state_bytes
 from v4jax.planner.terms import Term
 from v4jax.planner.weight_traffic import bytes_in_products
-from v4jax.planner.weights import cut_of, trained_weights, weights_of
+from v4jax.planner.weights import check_packed, cut_of, trained_weights, weights_of
 from v4jax.remat import ATTENTION, EXPERTS, LAYERS, POLICIES
 from v4jax.train.config import TrainConfig
 from v4jax.train.losses.next_token import LOGIT_BYTES
@@ -41,7 +41,12 @@ def memory(
 
     Args:
       platform: "tpu", "gpu" or "cpu".
+
+    Raises:
+      ValueError: the layout would cut blocks of a packed base.
     """
+    if cfg.lora is not None and cfg.lora.base_dtype == "packed":
+        check_packed(cfg.model, rules, sizes)
     item = 4 if cfg.dtype == "float32" else 2
     terms = []
     for weight in trained_weights(cfg):

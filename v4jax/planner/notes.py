@@ -163,7 +163,7 @@ def _unexpected(found: Estimate, sent: Iterable[tuple[str, str, int, int]]) -> l
 
 def _other_gather(cfg: TrainConfig, found: Estimate, hardware: Hardware) -> list[str]:
     """What the other choice of `gather` would need and send, where the two differ."""
-    if found.what != "train" or found.micro_batches == 1:
+    if found.what != "train" or found.micro_batches == 1 or cfg.lora is not None:
         return []
     name = "step" if cfg.gather == "micro_batch" else "micro_batch"
     other = estimate(dataclasses.replace(cfg, gather=name), hardware)

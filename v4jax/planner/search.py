@@ -214,6 +214,8 @@ def impossible(cfg: TrainConfig, mesh: dict[str, int]) -> str:
 
 
 def _reason(error: str) -> str:
+    if "would cut a block" in error:
+        return "would cut blocks of packed weights"
     return "a weight does not divide over the mesh" if "does not divide by" in error else error
 
 

@@ -15,6 +15,7 @@ from sharding.rules import AxisRules
 from v4jax.adapters.config import Lora, adapted_paths
 from v4jax.config import ModelConfig
 from v4jax.cost import NAMES
+from v4jax.packed_tree import check_cuts, released_formats
 from v4jax.parameter_tree import Leaf, Path, leaves
 from v4jax.parameters import sizes
 from v4jax.train.config import TrainConfig
@@ -112,6 +113,16 @@ def _with_pairs(cfg: ModelConfig, lora: Lora) -> tuple[Weight, ...]:
             pair = weight._replace(name=f"lora/{weight.name}/{name}", shape=shape, axes=axes)
             pairs.append(pair._replace(optimizer=lora.optimizer, float32=False))
     return tuple(_constant(weight, lora.base_dtype) for weight in weights.values()) + tuple(pairs)
+
+
+def check_packed(cfg: ModelConfig, rules: AxisRules, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError if the layout would cut blocks of a packed release."""
+    _check_packed(cfg, rules, tuple(sizes.items()))
+
+
+@functools.lru_cache(64)
+def _check_packed(cfg: ModelConfig, rules: AxisRules, items: tuple[tuple[str, int], ...]) -> None:
+    check_cuts(cfg, released_formats(cfg), rules, dict(items))
 
 
 def _constant(weight: Weight, base_dtype: str) -> Weight:

@@ -21,9 +21,12 @@ import jax
 
 from sharding.agreement import agreed
 from sharding.processes import is_first
+from v4jax.adapters.base import read_base
+from v4jax.adapters.files import save_adapter
 from v4jax.checkpoint.export import save_safetensors
 from v4jax.checkpoint.store import Store, newest_step
 from v4jax.data.listing import Listings
+from v4jax.parameter_tree import ADAPTERS
 from v4jax.storage import Claim, Place, Spool
 from v4jax.train.compile_cache import compile_cache
 from v4jax.train.config import TrainConfig
@@ -53,6 +56,8 @@ from v4jax.train.run_steps import Job, run_steps
 from v4jax.train.step import batch_sharding, state_shardings
 from v4jax.train.trackers import IDS
 
+ADAPTER = "adapter"
+"""The folder of a run's adapter, in PEFT's format."""
 UNIGRAM_BATCHES = 64
 """Training batches whose tokens the unigram model counts."""
 
@@ -138,6 +143,11 @@ def _finish(
     """
     summary: dict[str, Any] = {"run_dir": str(run), "steps": cfg.steps}
     exports = cfg.export != "none" and cfg.lora is None
+    if cfg.export != "none" and cfg.lora is not None:
+        target = run / ADAPTER
+        base = read_base(run)
+        save_adapter(cfg.model, state.params[ADAPTERS], target, cfg.lora, base)
+        summary["adapter"] = str(target)
     if exports:
         target = run / "export"
         save_safetensors(

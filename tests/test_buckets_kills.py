@@ -44,7 +44,7 @@ MOMENTS = {
     "all parts but the last": ("export/model.safetensors", 2, False),
     "an export that is not complete": ("export/config.json", 1, False),
 }
-IN_CI = ("all but the marker", "one part of an export")
+IN_CI = ("all but the marker", "the older half deleted", "one part of an export")
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,7 @@ def _train(cfg: TrainConfig, clock: Clock) -> dict[str, Any]:
         with Store(run, *kept, writes=True, before_save=before_save) as store:
             with clock.part("other" if newest is None else "restore"):
                 begin = start(cfg, rules, shardings, store, data, first)
+                store.remove_leftovers()
             reporter = functools.partial(Reporter, spool.folder, cfg, begin.step, begin.history)
             profiling = Profiler(spool.folder, cfg)
             with reporter() if is_first() else Silent() as report, profiling as profiler:

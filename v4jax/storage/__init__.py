@@ -11,7 +11,7 @@ from v4jax.storage.checkpoints import (
     place_of_checkpoints,
     streamed,
 )
-from v4jax.storage.claim import Claim
+from v4jax.storage.claim import WRITER, Claim
 from v4jax.storage.files import (
     Entry,
     copy,
@@ -36,6 +36,7 @@ from v4jax.storage.remote import Remote
 from v4jax.storage.spool import Spool
 
 __all__ = [
+    "WRITER",
     "Claim",
     "Entry",
     "Place",

@@ -1,4 +1,4 @@
-"""A deletion that was cut anywhere is finished by the process that goes on, and nothing else goes."""
+"""A deletion that was cut is finished by the process that goes on, and nothing else goes."""
 
 import pathlib
 import shutil

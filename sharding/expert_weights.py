@@ -4,8 +4,10 @@ Next file to read: sharding/counting.py.
 """
 
 import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from sharding.manual import vary
@@ -13,19 +15,28 @@ from sharding.rules import AxisRules
 
 
 def whole_experts(
-    rules: AxisRules, tokens: tuple[str, ...], w: jax.Array, names: tuple[str, ...], dtype
-) -> jax.Array:
+    rules: AxisRules, tokens: tuple[str, ...], w: Any, names: tuple[str, ...], dtype
+) -> Any:
     """This device's experts with their full width.
 
-    The weight is gathered over FSDP axes as numbers of `dtype`, and marked as used by every shard
-    of tokens.
+    A weight of floating-point numbers is gathered over FSDP axes as numbers of `dtype`; one of
+    integers (packed weights) as it is. It is marked as used by every shard of tokens.
+
+    Args:
+      w: an array, or a tree of arrays with the same axes.
     """
+    return jax.tree.map(lambda part: _whole(rules, tokens, part, names, dtype), w)
+
+
+def _whole(rules: AxisRules, tokens, w: jax.Array, names, dtype) -> jax.Array:
     for dim, name in enumerate(names):
         gathered = tuple(
             axis for axis in rules.mesh_axes(name) if axis in tokens and name != "experts"
         )
-        if gathered:
+        if gathered and jnp.issubdtype(w.dtype, jnp.floating):
             w = _gathered(gathered, dim, dtype, w)
+        elif gathered:
+            w = lax.all_gather(w, gathered, axis=dim, tiled=True)
     return vary(w, tokens + rules.mesh_axes("expert_hidden"))
 
 

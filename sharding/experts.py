@@ -84,6 +84,7 @@ def apply_experts(
     index_BSK: jax.Array,
     gate_BSK: jax.Array,
     share: float = 0.5,
+    read: Callable[[Any], Any] | None = None,
 ) -> jax.Array:
     """y[b,s] = sum_k expert_i(x[b,s], gate[b,s,k]), i = index[b,s,k], over all experts of the mesh.
 
@@ -92,21 +93,24 @@ def apply_experts(
     Args:
       rules: the layout; the empty one means one device.
       expert: runs once on each device, with that device's experts.
-      weights: dict of arrays whose first axis is the experts.
+      weights: dict of arrays whose first axis is the experts, or of trees of such arrays.
       axes: dict of their logical axis names, such as ("experts", "expert_embed", "expert_hidden").
       x_BSD: tokens.
       index_BSK: int32 in [0, E), the experts of each token.
       gate_BSK: the weight of each assignment.
       share: the largest block, as a fraction of an average expert's rows. On average half a block
         per expert is filler.
+      read: makes what `expert` takes of a device's weights, after they are gathered; None: they
+        are that.
 
     Returns:
       y_BSD in the dtype of x_BSD.
     """
     num_experts, run = jax.tree.leaves(weights)[0].shape[0], functools.partial(_run, expert, share)
     if not rules:
+        weights = weights if read is None else read(weights)
         return run(weights, num_experts, x_BSD, index_BSK, gate_BSK)
-    local = functools.partial(_on_device, rules, run, axes, num_experts)
+    local = functools.partial(_on_device, rules, run, read, axes, num_experts)
     act = rules.spec(("act_batch", "act_seq", None))
     return jax.shard_map(
         local,
@@ -115,11 +119,14 @@ def apply_experts(
     )(weights, x_BSD, index_BSK, gate_BSK)
 
 
-def _on_device(rules: AxisRules, run, axes, num_experts: int, weights, x_bsd, index_bsk, gate_bsk):
+def _on_device(
+    rules: AxisRules, run, read, axes, num_experts: int, weights, x_bsd, index_bsk, gate_bsk
+):
     """`apply_experts` on one device of the mesh: brings tokens to its experts, and their sums back.
 
     Args:
       run: `_run`, with the expert and the share.
+      read: as for `apply_experts`.
     """
     holders = rules.mesh_axes("experts")
     cut = rules.mesh_axes("expert_hidden")
@@ -128,6 +135,7 @@ def _on_device(rules: AxisRules, run, axes, num_experts: int, weights, x_bsd, in
         name: whole_experts(rules, tokens, weights[name], axes[name], x_bsd.dtype)
         for name in weights
     }
+    weights = weights if read is None else read(weights)
     x_bsd, gate_bsk = (vary(a, cut) for a in (x_bsd, gate_bsk))
     index_bsk = vary(index_bsk, cut)
     if holders and rules.exchange:

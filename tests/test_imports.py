@@ -27,6 +27,7 @@ ORDER = [
     "v4jax.tokenizer",
     "v4jax.chat",
     "v4jax.quant",
+    "v4jax.packed_tree",
     "v4jax.kernels",
     "v4jax.remat",
     "v4jax.gradient_sums",

@@ -6,23 +6,27 @@ Next file to read: v4jax/score.py.
 import math
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.params import named_shardings
 from sharding.processes import check_whole
 from sharding.rules import AxisRules, check_has_mesh, layout_for
-from v4jax.checkpoint.load import load_safetensors, open_safetensors
+from v4jax.checkpoint.load import open_safetensors
 from v4jax.checkpoint.load_shards import load_shards
 from v4jax.checkpoint.names import leaf_dtypes, plain_dtype
+from v4jax.checkpoint.packed_parts import formats_of
 from v4jax.checkpoint.store import is_run
 from v4jax.checkpoint.store_params import load_store_params
 from v4jax.config import ModelConfig
 from v4jax.generation_config import with_end_tokens
+from v4jax.packed_tree import packed_shardings
 from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.python_files import read_layout
-from v4jax.storage import checkpoint_path, folder_of_checkpoint, is_remote
+from v4jax.storage import checkpoint_path, folder_of_checkpoint
+
+PACKED = "packed"
+"""The dtype of `load` that leaves fp8 and MXFP4 as they are."""
 
 
 def place_on(mesh: str | None, layout: AxisRules | str | None) -> tuple[Mesh, AxisRules]:
@@ -55,7 +59,8 @@ def load(
       path: a directory with config.json and *.safetensors, or a v4jax run or store; or one of a
         bucket (gs://, s3://), or a model of the Hub (org/name[@revision]).
       dtype: "float32" or "bfloat16", of every *.weight; what official files keep in float32 stays
-        float32.
+        float32. Or "packed": what safetensors hold in fp8 or MXFP4 stays so on the devices
+        (v4jax/quant/packed.py) and is read where the model uses it; the rest is bfloat16.
       mesh: axis sizes such as "data=2,expert=4"; None: one device.
       layout: how the arrays lie on the mesh: a name, an AxisRules (sharding.rules.layout), or
         "FILE.py:NAME"; None: "full".
@@ -63,23 +68,62 @@ def load(
     Raises:
       ValueError: no such checkpoint, or anything in it that does not fit, naming the tensor.
     """
-    plain_dtype(dtype)
+    check_dtype(dtype)
     path = folder_of_checkpoint(path, "path", weights=True)
     cfg = ModelConfig.from_json(path)
     device_mesh, rules = place_on(mesh, layout)
     if not is_run(path):
         cfg = open_safetensors(path).cfg  # without MTP if transformers wrote it
     ending = with_end_tokens(cfg, path)
-    places = named_shardings(device_mesh, rules, abstract_params(cfg), param_axes(cfg))
-    return ending, load_onto(path, cfg, dtype, places)
+    return ending, load_onto(path, cfg, dtype, places_of(path, cfg, dtype, device_mesh, rules))
+
+
+def check_dtype(dtype) -> None:
+    """Raises ValueError unless `dtype` is one that `load` takes."""
+    if dtype != PACKED:
+        try:
+            plain_dtype(dtype)
+        except ValueError:
+            allowed = f"'float32', 'bfloat16', {PACKED!r}"
+            raise ValueError(f"dtype: got {dtype!r}; allowed: {allowed}") from None
+
+
+def compute_dtype(dtype: str) -> str:
+    """The dtype of products with weights loaded as `dtype`: bfloat16 with packed ones."""
+    return "bfloat16" if dtype == PACKED else dtype
+
+
+def places_of(path, cfg: ModelConfig, dtype: str, mesh: Mesh, rules: AxisRules):
+    """The sharding of every array that `load_onto` makes of this checkpoint.
+
+    Raises:
+      ValueError: a layout that does not fit the sizes, or would cut blocks of packed weights; or
+        packed weights asked of a run, which has none.
+    """
+    if dtype != PACKED:
+        return named_shardings(mesh, rules, abstract_params(cfg), param_axes(cfg))
+    if is_run(path):
+        raise ValueError(
+            f"dtype: got {PACKED!r} for {path}, a v4jax run, which holds no fp8 or MXFP4; convert "
+            "it first (v4jax convert RUN DIR --format safetensors --dtype official)"
+        )
+    formats = formats_of(open_safetensors(folder_of_checkpoint(path, "path", weights=True)))
+    if not formats:
+        raise ValueError(
+            f"dtype: got {PACKED!r} for {path}, which holds no fp8 or MXFP4; allowed: 'float32', "
+            "'bfloat16'"
+        )
+    return packed_shardings(mesh, rules, cfg, formats)
 
 
 def load_onto(path, cfg: ModelConfig, dtype: str, places):
     """Loads the parameters of a checkpoint of any kind, each array directly to its devices.
 
+    Of safetensors a process reads what its devices hold, piece by piece.
+
     Args:
       cfg: the config of the checkpoint.
-      places: tree of shardings, shaped like the parameters.
+      places: tree of shardings, as places_of returns it.
 
     Raises:
       ValueError: see load; or a model with MTP whose checkpoint has none.
@@ -87,21 +131,10 @@ def load_onto(path, cfg: ModelConfig, dtype: str, places):
     if is_run(path):
         return _load_run(path, cfg, dtype, places)
 
-    def put(where: tuple[str, ...], array: np.ndarray):
-        place = places
-        for key in where:
-            place = place[key]
-        return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
-
-    folder = checkpoint_path(path, "path", weights=True)
-    if is_remote(folder):
-        source = open_safetensors(folder)
-        found, params = source.cfg, load_shards(source, dtype, places)
-    else:
-        found, params = load_safetensors(folder, dtype, put)
-    if found.difference(cfg):
+    source = open_safetensors(checkpoint_path(path, "path", weights=True))
+    if source.cfg.difference(cfg):
         raise ValueError(f"{path}: has no MTP module; this model has one")
-    return params
+    return load_shards(source, dtype, places)
 
 
 def _load_run(path, cfg: ModelConfig, dtype: str, places):

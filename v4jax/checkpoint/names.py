@@ -24,6 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from v4jax.config import ModelConfig
 from v4jax.parameter_tree import MTP_KIND, Path, layer_specs, leaves, single_specs, spec_named
 from v4jax.parameters import ParamSpec
+from v4jax.quant.packed import is_packed
 
 # transformers 5's name -> official name. Its own pattern for `.norm.` also catches kv_norm
 # (docs/equations.md#trap-37).
@@ -219,6 +220,11 @@ def check_shapes(cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Non
 
 def check_tree(cfg: ModelConfig, tree: Mapping[str, Any]) -> dict[Path, Any]:
     """The leaves by path; refuses a tree whose leaves are not exactly those of `cfg`."""
+    if is_packed(tree):
+        raise ValueError(
+            "params: got packed weights; they are written by converting the checkpoint they came "
+            "from (v4jax convert)"
+        )
     arrays = cast(dict[Path, Any], flatten_dict(tree))
     expected = {"/".join(path): leaf.shape for path, leaf in leaves(cfg).items()}
     got = {"/".join(path): np.shape(array) for path, array in arrays.items()}

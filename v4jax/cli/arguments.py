@@ -56,8 +56,9 @@ def on_mesh(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--dtype",
         default="float32",
-        choices=("float32", "bfloat16"),
-        help="compute dtype (default float32)",
+        choices=("float32", "bfloat16", "packed"),
+        help="compute dtype (default float32); packed: bfloat16, with fp8 and MXFP4 weights kept "
+        "as the files have them and read layer by layer",
     )
 
 

@@ -67,7 +67,7 @@ def _declare_how(sub: argparse.ArgumentParser) -> None:
         "--released",
         action="store_true",
         help="with --what decode: weights and caches in the released formats (fp8, MXFP4), "
-        "estimated only",
+        "as generate --dtype packed --cache official holds them",
     )
     sub.add_argument(
         "--paper", action="store_true", help="estimate from the configuration, compile nothing"

@@ -20,10 +20,10 @@ _JOBS = {
 """Option that asks for something else than one layout -> the options that it reads."""
 
 _NOT_WITH = {
-    "lower_only": ("paper", "released"),
-    "effort": ("paper", "released", "lower_only"),
-    "estimate": ("paper", "released", "lower_only"),
-    "confirm": ("paper", "released"),
+    "lower_only": ("paper",),
+    "effort": ("paper", "lower_only"),
+    "estimate": ("paper", "lower_only"),
+    "confirm": ("paper",),
 }
 """Option -> options with which nothing is compiled, or not as far."""
 

@@ -36,6 +36,8 @@ from v4jax.model.mtp import Drafter
 from v4jax.model.router import Routing
 from v4jax.model.segments import read_span
 from v4jax.model.transformer import Hidden, Transformer, project_logits
+from v4jax.quant import fp8
+from v4jax.quant.packed import Packed
 
 BLOCK = math.lcm(CSA, HCA)
 """Capacity is a multiple of this, so that it is in whole windows of both ratios."""
@@ -122,10 +124,18 @@ def _is_swiglu(tree) -> bool:
 
 
 def _join(leaf):
-    """Concatenates w1 and w3 of routed experts, [E,D,2F]; returns anything else unchanged."""
+    """Concatenates w1 and w3 of routed experts, [E,D,2F]; returns anything else unchanged.
+
+    So do experts that are packed in different ways, or as fp8 with a width of partial blocks.
+    """
     if not _is_swiglu(leaf) or leaf["w1"].ndim == 2:
         return leaf
-    return {"w1": jnp.concatenate((leaf["w1"], leaf["w3"]), axis=-1), "w2": leaf["w2"]}
+    w1, w3 = leaf["w1"], leaf["w3"]
+    partial = isinstance(w1, Packed) and w1.format == "fp8" and w1.shape[-1] % fp8.BLOCK
+    if partial or jax.tree.structure(w1) != jax.tree.structure(w3):
+        return leaf
+    joined = jax.tree.map(lambda a, b: jnp.concatenate((a, b), axis=-1), w1, w3)
+    return {"w1": joined, "w2": leaf["w2"]}
 
 
 def check_storage(storage: str, quant: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from v4jax.api import load, place_on
+from v4jax.api import compute_dtype, load, place_on
 from v4jax.chat.encoding import Message, encode_messages
 from v4jax.chat.parse import parse_message
 from v4jax.chat.release import chat_release
@@ -59,7 +59,7 @@ def run(flags) -> dict | None:
         history.append({"role": "system", "content": flags.system})
     cfg, choice = model_and_choice(flags)
     decoding = DecodeConfig(
-        dtype=flags.dtype,
+        dtype=compute_dtype(flags.dtype),
         quant=flags.quant,
         storage=flags.cache,
         sampling=choice.sampling,

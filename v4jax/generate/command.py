@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 
 from sharding.processes import is_first
-from v4jax.api import load, place_on
+from v4jax.api import compute_dtype, load, place_on
 from v4jax.checkpoint.load_drafter import check_drafter, drafter_config, load_drafter
 from v4jax.config import ModelConfig
 from v4jax.generate.choice import cache_tokens, model_and_choice
@@ -60,7 +60,7 @@ def run(flags) -> dict | None:
     cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout)
     if request.decoding.drafter is not None:
         drafter = request.decoding.drafter
-        place = (flags.dtype, *place_on(flags.mesh, flags.layout))
+        place = (compute_dtype(flags.dtype), *place_on(flags.mesh, flags.layout))
         params = params | {ROOT: load_drafter(flags.checkpoint, cfg, drafter, *place)}
     stream = tokenizer is not None and is_first() and not flags.json and flags.samples == 1
     write = functools.partial(print, end="", flush=True) if stream else None
@@ -97,7 +97,7 @@ def _read(flags) -> _Request:
         rule = "must be 1 or more, and 1 without --temperature (all would be the same)"
         raise ValueError(f"--samples: got {flags.samples}; {rule}")
     decoding = DecodeConfig(
-        dtype=flags.dtype,
+        dtype=compute_dtype(flags.dtype),
         quant=flags.quant,
         storage=flags.cache,
         sampling=choice.sampling,

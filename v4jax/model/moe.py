@@ -24,6 +24,7 @@ from v4jax.model.router import Routing, choose, gate_weights, router_scores
 from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
 from v4jax.quant.fake import mxfp4_weight
+from v4jax.quant.packed import Packed, as_numbers, is_packed
 
 
 class MoE(Weights):
@@ -70,9 +71,10 @@ class MoE(Weights):
 
 
 class Experts(Weights):
-    """The routed experts; each device casts its own float32 matrices to the compute dtype.
+    """The routed experts; each device reads its own matrices in the compute dtype.
 
-    Without w3, w1 is both matrices side by side (`split_layers` in v4jax/generate/cache.py).
+    Without w3, w1 is both matrices side by side (`split_layers` in v4jax/generate/cache.py). Those
+    of packed weights are read expert by expert, the others all at once.
     """
 
     @nn.compact
@@ -84,7 +86,9 @@ class Experts(Weights):
         else:
             weights = {name: self.stored(name) for name in axes}
         if self.ctx.quant == "official":
-            weights = {name: mxfp4_weight(w) for name, w in weights.items()}
+            weights = {
+                name: w if isinstance(w, Packed) else mxfp4_weight(w) for name, w in weights.items()
+            }
 
         form, own = (
             Activation(cfg.swiglu_limit, self.ctx.quant),
@@ -104,9 +108,12 @@ class Experts(Weights):
             own = ExpertWeights(weights["w1"], weights.get("w3"), weights["w2"])
             return expert_ffn(form, own, x_PD, gate_P, groups, kernel)
 
+        def read(weights):
+            return {name: as_numbers(w, x_BSD.dtype) for name, w in weights.items()}
+
         apply = functools.partial(apply_experts, self.ctx.rules, expert, weights, axes)
         if own.w3 is not None:
-            return apply(x_BSD, index_BSK, weight_BSK)
+            return apply(x_BSD, index_BSK, weight_BSK, read=read if is_packed(weights) else None)
         large = functools.partial(apply, share=JOINED_SHARE)
         return jax.lax.platform_dependent(x_BSD, index_BSK, weight_BSK, cpu=large, default=apply)
 

@@ -25,6 +25,7 @@ from v4jax.kernels.rotate import Rotation, rotate
 from v4jax.parameter_tree import spec_of
 from v4jax.parameters import ParamSpec
 from v4jax.quant.fake import fp8_input, fp8_weight
+from v4jax.quant.packed import Packed
 from v4jax.remat import PRODUCTS
 
 
@@ -43,14 +44,18 @@ class Weights(nn.Module):
         """What the table of parameters says of this module's weight `name`."""
         return spec_of((*self.path, name))
 
-    def stored(self, name: str, ratio: int = WINDOW_ONLY) -> jax.Array:
-        """Declares a weight and returns it as it is stored, in float32 and cut over all devices.
+    def stored(self, name: str, ratio: int = WINDOW_ONLY) -> Any:
+        """Declares a weight and returns it as it is stored, cut over all devices.
 
-        With sums of gradients (v4jax/gradient_sums.py) it adds the weight's gradient to its sum.
+        That is in float32, or packed (v4jax/quant/packed.py). With sums of gradients
+        (v4jax/gradient_sums.py) it adds the weight's gradient to its sum.
 
         Args:
           ratio: the compress ratio, where the shape depends on it.
         """
+        given = self.get_variable("params", name)
+        if isinstance(given, Packed):  # Linen would compare it with one array
+            return given
         spec = self.spec(name)
         w = self.param(name, self._init(spec), spec.size(self.cfg, ratio), jnp.float32)
         if self.has_variable(SUMS, name):
@@ -65,13 +70,17 @@ class Weights(nn.Module):
         """Declares a weight and returns it as products use it, gathered over FSDP axes.
 
         It is float32 where the table says so, otherwise in the compute dtype. What released files
-        store as fp8 is rounded to that under quant="official".
+        store as fp8 is rounded to that under quant="official". A packed weight is gathered first
+        and read then: fewer bytes travel.
         """
         spec = self.spec(name)
         w = self.stored(name, ratio)
+        dtype = jnp.dtype(jnp.float32) if spec.float32 else self.ctx.dtype
+        if isinstance(w, Packed):
+            whole = jax.tree.map(lambda part: self.ctx.rules.gather(part, spec.axes), w)
+            return whole.numbers(dtype)
         if spec.precision == "fp8" and self.ctx.quant == "official":
             w = fp8_weight(w)
-        dtype = jnp.dtype(jnp.float32) if spec.float32 else self.ctx.dtype
         w = w.astype(dtype)
         return w if self.ctx.sums is not None else self.ctx.rules.gather(w, spec.axes)
 

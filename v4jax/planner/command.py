@@ -27,7 +27,7 @@ def examine(cfg: TrainConfig, request: Request) -> Result:
         does. Or JAX cannot compile for the target as asked.
     """
     target = checked(cfg, request)
-    compiles = not (request.paper or request.released) and target.compiles
+    compiles = not request.paper and target.compiles
     check_estimate(request.estimate, request.target, request.lower_only, request.effort)
     for option, given in (("--lower-only", request.lower_only), ("--effort", request.effort)):
         if given and not target.compiles:
@@ -44,7 +44,13 @@ def examine(cfg: TrainConfig, request: Request) -> Result:
                 f"on each device; {nearest_fit(cfg, request)}"
             )
         compiled = report_layout(
-            cfg, request.target, request.lower_only, request.what, request.effort, request.estimate
+            cfg,
+            request.target,
+            request.lower_only,
+            request.what,
+            request.effort,
+            request.estimate,
+            request.released,
         )
     lines = notes(cfg, found, target.hardware, compiled.collectives if compiled else ())
     if not found.fits:
@@ -94,6 +100,7 @@ def look_for(cfg: TrainConfig, request: Request, chips: int | None, confirm: int
                 what=request.what,
                 effort=request.effort,
                 estimate=request.estimate,
+                released=request.released,
             )
             for cut in cuts
         ),

@@ -120,6 +120,7 @@ def report_layout(
     what: str = "train",
     effort: str | None = None,
     estimate: str = "model",
+    released: bool = False,
 ) -> LayoutReport:
     """Lowers a step of `cfg` (its mesh, layout and lengths) for `target`, and compiles it.
 
@@ -131,6 +132,7 @@ def report_layout(
         tokens each.
       effort: for TPUs, a name of EFFORTS; default "quick", or "full" with estimate "compiler".
       estimate: one of ESTIMATES (v4jax/planner/timing.py).
+      released: decode from packed weights and caches in the released formats.
 
     Raises:
       ValueError: mesh, layout, batch, target, effort or estimate do not fit together.
@@ -145,7 +147,10 @@ def report_layout(
     check_effort(effort, target)
     effort = effort or ("quick" if _is_tpu(mesh) else "")
     start = time.perf_counter()
-    params, state, lowered = (lower_train if what == "train" else lower_decode)(cfg, rules, mesh)
+    if what == "train":
+        params, state, lowered = lower_train(cfg, rules, mesh)
+    else:
+        params, state, lowered = lower_decode(cfg, rules, mesh, released)
     lowered_at = time.perf_counter()
     with jax.set_mesh(mesh):
         compiled = None if lower_only else lowered.compile(_options(effort, mesh, estimate))

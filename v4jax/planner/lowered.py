@@ -14,8 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sharding.params import named_shardings
 from sharding.rules import AxisRules
 from v4jax.checkpoint.names import leaf_dtypes
+from v4jax.config import ModelConfig
 from v4jax.generate.cache import cache_shardings, decoding_rules, empty_cache, split_layers
 from v4jax.generate.steps import DecodeConfig, State, advance
+from v4jax.packed_tree import abstract_packed, packed_shardings, released_formats
 from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import batch_sharding, compile_step, state_from, state_shardings
@@ -34,31 +36,36 @@ def lower_train(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
         return state.public, state, step.lower(state, {"tokens": rows, "segment_ids": rows})
 
 
-def lower_decode(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
+def lower_decode(cfg: TrainConfig, rules: AxisRules, mesh: Mesh, released: bool = False):
     """(abstract parameters, these and the cache, the lowered decoding step).
 
     The step is that of v4jax/generate/decode.py on loaded weights.
+
+    Args:
+      released: weights are packed, and the cache is in the released formats; numbers are those of
+        the served model, in bfloat16.
     """
     model = cfg.model
-    dtypes = leaf_dtypes(model, cfg.dtype)
-    abstract = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtypes[tuple(key.key for key in path)]),
-        abstract_params(model),
-    )
-    params = jax.tree.map(
-        _placed, abstract, named_shardings(mesh, rules, abstract, param_axes(model))
-    )
+    params = _packed_params(model, rules, mesh) if released else _plain_params(cfg, rules, mesh)
+    dtype = "bfloat16" if released else cfg.dtype
     token_B, active_B, seed_B = (
         jax.ShapeDtypeStruct((cfg.batch_size,), dtype)
         for dtype in (jnp.int32, jnp.bool, jnp.uint32)
     )
     with jax.set_mesh(mesh):
         decoding = DecodeConfig(
-            rules=decoding_rules(rules), dtype=cfg.dtype, steps=1, kernels=cfg.kernels
+            rules=decoding_rules(rules), dtype=dtype, steps=1, kernels=cfg.kernels
         )
+        if released:
+            decoding = decoding._replace(quant="official", storage="official")
         cache = jax.eval_shape(
             lambda: empty_cache(
-                model, cfg.batch_size, cfg.seq_len, jnp.dtype(cfg.dtype), rules=decoding.rules
+                model,
+                cfg.batch_size,
+                cfg.seq_len,
+                jnp.dtype(dtype),
+                decoding.storage,
+                rules=decoding.rules,
             )
         )
         cache = jax.tree.map(_placed, cache, cache_shardings(mesh, decoding.rules, cache))
@@ -66,6 +73,25 @@ def lower_decode(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
         state = State(cache, token_B, None)  # pyright: ignore[reportArgumentType] (no array yet)
         lowered = advance.lower(model, decoding, split, state, active_B, seed_B)
         return params, (params, cache), lowered
+
+
+def _plain_params(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
+    """Abstract parameters as `v4jax.load` gives them in cfg.dtype."""
+    model = cfg.model
+    dtypes = leaf_dtypes(model, cfg.dtype)
+    abstract = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtypes[tuple(key.key for key in path)]),
+        abstract_params(model),
+    )
+    places = named_shardings(mesh, rules, abstract, param_axes(model))
+    return jax.tree.map(_placed, abstract, places)
+
+
+def _packed_params(model: ModelConfig, rules: AxisRules, mesh: Mesh):
+    """Abstract parameters of an instruct release, as `v4jax.load` gives them packed."""
+    formats = released_formats(model)
+    places = packed_shardings(mesh, rules, model, formats)
+    return jax.tree.map(_placed, abstract_packed(model, formats), places)
 
 
 def _placed(leaf, place: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -25,8 +25,7 @@ class Request(NamedTuple):
       lower_only: stop before compiling.
       effort: of the compiler for TPUs (planner/compiled.py).
       fp8: products run at the fp8 rate.
-      released: decode from the released formats; estimated only, as no program here computes with
-        them.
+      released: decode from packed weights, with caches in the released formats.
       estimate: "model", or "compiler": XLA's own estimate of a step's time too.
     """
 

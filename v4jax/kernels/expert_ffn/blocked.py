@@ -14,6 +14,7 @@ from jax import lax
 from sharding.experts import AT_ONCE
 from sharding.manual import vary_like
 from v4jax.kernels.expert_ffn.formulas import ExpertWeights, ffn, ffn_backward, matmul, turned
+from v4jax.quant.packed import as_numbers
 
 JOINED_SHARE = 2
 """Blocks have up to this many times an average expert's rows in the CPU's loop without gradients.
@@ -32,7 +33,8 @@ def _store(total, part, n, size):
 
 def _joined_one(w: ExpertWeights, expert, dtype) -> ExpertWeights:
     def take(m):
-        return lax.dynamic_index_in_dim(m, expert, keepdims=False).astype(dtype)
+        own = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, expert, keepdims=False), m)
+        return as_numbers(own, dtype)
 
     return ExpertWeights(take(w.w1), None, take(w.w2))
 

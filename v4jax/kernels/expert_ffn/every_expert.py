@@ -11,6 +11,7 @@ from jax import lax
 from sharding.experts import Groups
 from sharding.manual import vary_like
 from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights, ffn, gated, matmul
+from v4jax.quant.packed import as_numbers
 
 FEW_ROWS = 32
 """Number of rows up to which all experts on all rows take less time than the loop over blocks.
@@ -76,11 +77,12 @@ def every_expert(
     gate_ET = jnp.sum(jax.nn.one_hot(index_TK, experts) * gate_TK[..., None], axis=1).T
     x_ETD = jnp.broadcast_to(x_TD, (experts, *x_TD.shape))
     if w.w3 is None:
-        h1, h3 = jnp.split(matmul(x_ETD, w.w1.astype(x_TD.dtype)), 2, axis=-1)
+        h1, h3 = jnp.split(matmul(x_ETD, as_numbers(w.w1, x_TD.dtype)), 2, axis=-1)
     else:
-        h1, h3 = (matmul(x_ETD, matrix.astype(x_TD.dtype)) for matrix in (w.w1, w.w3))
+        h1, h3 = (matmul(x_ETD, as_numbers(matrix, x_TD.dtype)) for matrix in (w.w1, w.w3))
     h_ETF = gated(form, h1, h3, gate_ET)
     paired = jnp.moveaxis(h_ETF.reshape(-1, pair, rows, hidden), 1, 2).reshape(
         -1, rows, pair * hidden
     )
-    return matmul(paired, w.w2.reshape(-1, pair * hidden, width).astype(x_TD.dtype)).sum(0)
+    w2 = as_numbers(w.w2, x_TD.dtype)
+    return matmul(paired, w2.reshape(-1, pair * hidden, width)).sum(0)

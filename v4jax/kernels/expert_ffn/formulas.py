@@ -15,17 +15,19 @@ import jax.numpy as jnp
 
 from v4jax.kernels.matmul import precision_of
 from v4jax.quant.fake import fp8_input
+from v4jax.quant.packed import Packed
 
 
 class ExpertWeights(NamedTuple):
     """The experts' matrices w1, w3 [E,D,F] and w2 [E,F,D]; those of one expert have no axis E.
 
-    Joined (w3 None, forward only), w1 is both side by side, [E,D,2F].
+    Joined (w3 None, forward only), w1 is both side by side, [E,D,2F]. Joined matrices may be packed
+    (v4jax/quant/packed.py).
     """
 
-    w1: jax.Array
-    w3: jax.Array | None
-    w2: jax.Array
+    w1: jax.Array | Packed
+    w3: jax.Array | Packed | None
+    w2: jax.Array | Packed
 
 
 class Activation(NamedTuple):

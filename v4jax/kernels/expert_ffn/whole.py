@@ -19,6 +19,7 @@ from sharding.experts import Groups
 from v4jax.kernels.expert_ffn import rows_tpu
 from v4jax.kernels.expert_ffn.formulas import ffn, ffn_backward, turned
 from v4jax.kernels.matmul import precision_of
+from v4jax.quant.packed import as_numbers
 
 
 class Products(NamedTuple):
@@ -55,7 +56,7 @@ def backward(products: Products, form, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct
 
 
 def _grouped(dot, groups: Groups):
-    return lambda x_PA, w_EAZ: dot(x_PA, w_EAZ.astype(x_PA.dtype), groups)
+    return lambda x_PA, w_EAZ: dot(x_PA, as_numbers(w_EAZ, x_PA.dtype), groups)
 
 
 def ragged_dot(x_PA, w_EAZ, groups: Groups, kernel=rows_tpu.grouped_dot):

@@ -15,7 +15,7 @@ from sharding.rules import AxisRules
 
 
 def whole_experts(
-    rules: AxisRules, tokens: tuple[str, ...], w: Any, names: tuple[str, ...], dtype
+    rules: AxisRules, tokens: tuple[str, ...], w: Any, names: tuple[str | None, ...], dtype
 ) -> Any:
     """This device's experts with their full width.
 

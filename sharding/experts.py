@@ -35,7 +35,6 @@ from jax import lax
 
 from sharding.counting import ranks
 from sharding.exchange import (
-    Route,
     exchange,
     expert_of_rows,
     round_rows,
@@ -84,6 +83,7 @@ def apply_experts(
     index_BSK: jax.Array,
     gate_BSK: jax.Array,
     share: float = 0.5,
+    constants: tuple[str, ...] = (),
     read: Callable[[Any], Any] | None = None,
 ) -> jax.Array:
     """y[b,s] = sum_k expert_i(x[b,s], gate[b,s,k]), i = index[b,s,k], over all experts of the mesh.
@@ -100,6 +100,7 @@ def apply_experts(
       gate_BSK: the weight of each assignment.
       share: the largest block, as a fraction of an average expert's rows. On average half a block
         per expert is filler.
+      constants: names of weights that have no gradient, so that none is computed.
       read: makes what `expert` takes of a device's weights, after they are gathered; None: they
         are that.
 
@@ -110,7 +111,8 @@ def apply_experts(
     if not rules:
         weights = weights if read is None else read(weights)
         return run(weights, num_experts, x_BSD, index_BSK, gate_BSK)
-    local = functools.partial(_on_device, rules, run, read, axes, num_experts)
+    here = (run, read, axes, num_experts, constants)
+    local = functools.partial(_on_device, rules, here)
     act = rules.spec(("act_batch", "act_seq", None))
     return jax.shard_map(
         local,
@@ -119,15 +121,14 @@ def apply_experts(
     )(weights, x_BSD, index_BSK, gate_BSK)
 
 
-def _on_device(
-    rules: AxisRules, run, read, axes, num_experts: int, weights, x_bsd, index_bsk, gate_bsk
-):
+def _on_device(rules: AxisRules, here, weights, x_bsd, index_bsk, gate_bsk):
     """`apply_experts` on one device of the mesh: brings tokens to its experts, and their sums back.
 
     Args:
-      run: `_run`, with the expert and the share.
-      read: as for `apply_experts`.
+      here: `_run` with the expert and the share, how many experts all devices have, and `read`,
+        `axes` and `constants` as for `apply_experts`.
     """
+    run, read, axes, num_experts, constants = here
     holders = rules.mesh_axes("experts")
     cut = rules.mesh_axes("expert_hidden")
     tokens = rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq")
@@ -139,7 +140,9 @@ def _on_device(
     x_bsd, gate_bsk = (vary(a, cut) for a in (x_bsd, gate_bsk))
     index_bsk = vary(index_bsk, cut)
     if holders and rules.exchange:
-        y_bsd = _run_exchanged(run, weights, num_experts, holders, x_bsd, index_bsk, gate_bsk)
+        fixed = {name: weights.pop(name) for name in constants}
+        inputs = (fixed, weights, x_bsd, index_bsk, gate_bsk)
+        y_bsd = _run_exchanged(run, num_experts, holders, *inputs)
         return lax.psum(y_bsd, cut) if cut else y_bsd
     if holders:
         x_bsd, index_bsk, gate_bsk = (
@@ -176,8 +179,13 @@ def _run(
     return y_TD.reshape(batch, seq, width)
 
 
-def _run_exchanged(run, weights, num_experts, holders, x_bsd, index_bsk, gate_bsk) -> jax.Array:
-    """Sends every assignment to its expert's device, and adds up the results that come back."""
+def _run_exchanged(
+    run, num_experts, holders, constants, weights, x_bsd, index_bsk, gate_bsk
+) -> jax.Array:
+    """Sends every assignment to its expert's device, and adds up the results that come back.
+
+    constants: the weights that have no gradient.
+    """
     batch, seq, width = x_bsd.shape
     active = index_bsk.shape[-1]
     index_TK = index_bsk.reshape(-1, active)
@@ -185,14 +193,18 @@ def _run_exchanged(run, weights, num_experts, holders, x_bsd, index_bsk, gate_bs
     rows = round_rows(index_TK.size)
     one = functools.partial(_one_round, run, holders, rows)
     inputs = (weights, x_bsd.reshape(-1, width), gate_bsk.reshape(-1, 1))
-    y_td = sum_rounds(one, rounds_needed(path, rows), path, inputs)
+    y_td = sum_rounds(one, rounds_needed(path, rows), (path, constants), inputs)
     # functools.partial hides from pyright what custom_vjp returns.
     return y_td.reshape(batch, seq, width)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _one_round(run, holders, rows, turn, path: Route, inputs) -> jax.Array:
-    """One round of the exchange: rows travel, experts run, results return and are summed."""
-    weights, x_TD, gate_A1 = inputs
+def _one_round(run, holders, rows, turn, fixed, inputs) -> jax.Array:
+    """One round of the exchange: rows travel, experts run, results return and are summed.
+
+    fixed: the Route, and weights that have no gradient.
+    """
+    (path, constants), (weights, x_TD, gate_A1) = fixed, inputs
+    weights = constants | weights
     moves, assignments = window(path, turn, rows), path.token_A.shape[0]
     travels_A = travelling(moves, assignments, holders)
     # What comes back in rows that do not travel is read nowhere: their slot is past the end.

@@ -47,7 +47,7 @@ def on_whole_matrices(
       arrays: stacks, of any shape with two or more axes.
       specs: how each array lies on the ambient mesh. None: all are whole, and nothing moves.
     """
-    if specs is None:
+    if specs is None or not arrays:
         outs = _together(f, [x.reshape(-1, *x.shape[-2:]) for x in arrays])
         return [out.reshape(x.shape) for out, x in zip(outs, arrays, strict=True)]
     # Gathered results are equal on all devices, which the type system of shard_map cannot see.

@@ -37,6 +37,7 @@ ORDER = [
     "v4jax.model",
     "v4jax.functional",
     "v4jax.checkpoint",
+    "v4jax.adapters",
     "v4jax.data",
     "v4jax.api",
     "v4jax.train",

@@ -113,7 +113,7 @@ def test_logits_on_one_device_are_those_of_bfloat16(release):
     ("mesh", "layout"),
     [
         ("fsdp=2,expert=2,tensor=2", "full"),
-        ("data=2,context=2,expert=2", "full"),
+        pytest.param("data=2,context=2,expert=2", "full", marks=pytest.mark.slow),
         ("data=2,expert=2", "pod"),
     ],
 )
@@ -127,7 +127,7 @@ def test_logits_on_a_mesh_are_those_of_bfloat16(releases, mesh, layout):
     np.testing.assert_array_equal(*found)
 
 
-@pytest.mark.parametrize("mesh", [None, "expert=4,tensor=2"])
+@pytest.mark.parametrize("mesh", [None, pytest.param("expert=4,tensor=2", marks=pytest.mark.slow)])
 def test_generated_tokens_are_those_of_bfloat16(releases, mesh):
     device_mesh, rules = place_on(mesh, None)
     decoding = DecodeConfig(dtype="bfloat16", rules=rules, speculative=mesh is None)

@@ -56,6 +56,8 @@ class Context:
       remat: what the backward pass recomputes (v4jax/remat.py).
       sums: the layout of weights and of the sums of their gradients, where the model is given
         weights that are gathered already, for `rules` that say so; None: that of `rules`.
+      frozen: weights are constants, and only low-rank pairs learn (v4jax/model/adapted.py).
+      dropout: share of the inputs of pairs that are dropped; 0 but in training.
     """
 
     rules: AxisRules = AxisRules()
@@ -66,6 +68,8 @@ class Context:
     kernels: Kernels = Kernels()
     remat: str = "none"
     sums: AxisRules | None = None
+    frozen: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))

@@ -1,12 +1,14 @@
 """The network as functions of plain dicts of arrays: fresh parameters, hidden states, logits.
 
 Parameters are one nested dict. Its "router" holds what no gradient moves, selection bias and hash
-tables; tables are float32 arrays of integers, so that jax.grad takes the whole dict.
+tables; tables are float32 arrays of integers, so that jax.grad takes the whole dict. It may have
+low-rank pairs under "lora" (v4jax/adapters/tree.py): weights are then constants.
 
 Shapes: B batch, S positions, X streams, D hidden, V vocabulary, L layers, K active experts.
 Next file to read: v4jax/model/transformer.py.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple, cast
 
@@ -19,9 +21,11 @@ from v4jax.config import ModelConfig
 from v4jax.context import Context
 from v4jax.gradient_sums import LAYER, SUMS, layer_numbers
 from v4jax.kernels.choice import kernels_from
+from v4jax.model.adapted import DROPOUT
 from v4jax.model.router import Routing
 from v4jax.model.segments import read_segments
 from v4jax.model.transformer import Hidden, Transformer, project_logits
+from v4jax.parameter_tree import ADAPTERS
 from v4jax.quant.fake import check_quant
 from v4jax.remat import policy_name
 
@@ -67,12 +71,16 @@ def apply(
     ctx: Context = Context(),
     chosen=None,
     sums=None,
+    key: jax.Array | None = None,
 ) -> Hidden:
     """Runs the network up to the head; `params` is the public dict, "router" included.
+
+    If it has "lora" too, the weights are constants, and only the pairs there have gradients.
 
     Args:
       chosen: group -> block -> indices of experts [L,B,S,K], as `Collect(index=True)` returns them;
         None: the scores choose.
+      key: of the inputs that `ctx.dropout` drops; None where it drops none.
 
     Raises:
       ValueError: rows that do not divide over the devices that cut the sequence, or sizes that
@@ -85,8 +93,13 @@ def apply(
             f"tokens: got rows of {tokens_BS.shape[1]}; must divide by {shards}, "
             "the mesh axes that cut the sequence"
         )
-    weights = {name: value for name, value in params.items() if name != "router"}
+    apart = ("router", ADAPTERS)
+    weights = {name: value for name, value in params.items() if name not in apart}
     variables = {"params": weights, "router": params["router"]}
+    if ADAPTERS in params:
+        variables[ADAPTERS] = params[ADAPTERS]
+        ctx = dataclasses.replace(ctx, frozen=True)
+    keys = {} if key is None else {DROPOUT: key}
     if chosen is not None:
         variables["chosen"] = {
             group: {block: {"ffn": {"index": index}} for block, index in blocks.items()}
@@ -95,7 +108,7 @@ def apply(
     segments = read_segments(cfg, tokens_BS.shape[1], segment_BS, shards)
     network = Transformer(ctx, cfg)
     if sums is None:
-        return cast(Hidden, network.apply(variables, tokens_BS, segments))
+        return cast(Hidden, network.apply(variables, tokens_BS, segments, rngs=keys))
     groups = {group.name: sums[group.name] for group in cfg.layer_groups}
     variables |= {SUMS: sums, LAYER: layer_numbers(groups)}
     hidden, changed = network.apply(variables, tokens_BS, segments, mutable=SUMS)

@@ -20,6 +20,8 @@ from v4jax.parameters import TABLE, ParamSpec
 Path = tuple[str, ...]
 """The keys that lead to an array of the tree."""
 
+ADAPTERS = "lora"
+"""The key of low-rank pairs in a dict of parameters, beside "router" (v4jax/adapters/tree.py)."""
 MTP_KIND = LayerKind(WINDOW_ONLY, hash_routed=False)
 _BY_PATH = {spec.path: spec for spec in TABLE}
 _BY_NAME = {spec.official: spec for spec in TABLE}
@@ -97,11 +99,14 @@ def single_specs(cfg: ModelConfig) -> tuple[ParamSpec, ...]:
 def spec_of(path: Path) -> ParamSpec:
     """The line of the table for an array of the tree.
 
-    Example: ("layers_3_42", "block_1", "attn", "wq_a") is the line {block}/attn/wq_a.
+    Example: ("layers_3_42", "block_1", "attn", "wq_a") is the line {block}/attn/wq_a. The arrays of
+    its low-rank pair, ("lora", ..., "wq_a", "a") and "b", have the same line.
 
     Raises:
       ValueError: a path of no parameter.
     """
+    if path[0] == ADAPTERS:
+        path = path[1:-1]
     name = _BLOCK.sub("{block}/", "/".join(path), count=1)
     for own, same in _AS_IN_MTP.items():
         name = name.replace(own, same, 1) if name.startswith(own) else name

@@ -4,12 +4,14 @@ Next file to read: README.md, which shows every command.
 """
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import io
 import os
 import re
 
+from v4jax.adapters.config import Lora
 from v4jax.cli.arguments import BadInput
 
 ABOUT_OVERRIDES = (
@@ -23,6 +25,9 @@ def override(cfg, rest: list[str], program: str):
     """The config with typed command-line overrides; a bad one is one line on stderr."""
     import tyro
 
+    if cfg.lora is None and any(word.startswith("--lora.") for word in rest):
+        cfg = copy.copy(cfg)  # tyro reads flags of a nested config only where there is one
+        object.__setattr__(cfg, "lora", Lora())
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), _no_wrapping(rest):

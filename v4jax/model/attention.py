@@ -11,7 +11,6 @@ Next file to read: v4jax/model/attend.py.
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from v4jax.cache.attention_inputs import AttentionInputs
@@ -19,7 +18,8 @@ from v4jax.cache.layer import CacheView, LayerCache
 from v4jax.cache.quantized import as_kept
 from v4jax.cache.rows import window_rows
 from v4jax.config import CSA, WINDOW_ONLY
-from v4jax.kernels.matmul import precision_of
+from v4jax.context import Context
+from v4jax.model.adapted import Weight, grouped_product
 from v4jax.model.attend import attend
 from v4jax.model.compressor import Compressor
 from v4jax.model.indexer import Indexer
@@ -43,11 +43,11 @@ class Attention(Weights):
     def __call__(self, x_BSD: jax.Array, segments: Segments, view: CacheView | None = None):
         """(output [B,S,D], cache view with this chunk or None, the indexer's loss or None)."""
         cfg, dim, heads = self.cfg, self.cfg.head_dim, self.cfg.num_attention_heads
-        wq_a = self.weight("wq_a")
-        wq_b = self.weight("wq_b")
-        wkv = self.weight("wkv")
-        wo_a = self.weight("wo_a")
-        wo_b = self.weight("wo_b")
+        wq_a = self.matrix("wq_a")
+        wq_b = self.matrix("wq_b")
+        wkv = self.matrix("wkv")
+        wo_a = self.matrix("wo_a")
+        wo_b = self.matrix("wo_b")
         sink_N = self.weight("attn_sink")
         rope = segments.rope if self.ratio == WINDOW_ONLY else segments.compressed_rope
         windows = segments.windows.get(self.ratio)
@@ -90,17 +90,12 @@ class Attention(Weights):
             q_BSNH, rope, kv_BSH, sink_N, segments.segment_BS, entries, index, past
         )
         out_BSNH, loss = attend(self.ctx, cfg, inputs)
-        low_BSD = self.act_quant(narrowed(out_BSNH, wo_a, cfg.o_groups))
+        low_BSD = self.act_quant(narrowed(self.ctx, out_BSNH, wo_a, cfg.o_groups))
         return self.dense(low_BSD, wo_b), view, loss
 
 
-def narrowed(o_BSNH: jax.Array, wo_a: jax.Array, groups: int) -> jax.Array:
+def narrowed(ctx: Context, o_BSNH: jax.Array, wo_a: Weight, groups: int) -> jax.Array:
     """[B,S,G*O]: each group of heads through its own block of wo_a [(N/G)*H, G*O]."""
     o_BSGI = o_BSNH.reshape(*o_BSNH.shape[:2], groups, -1)
-    low_BSGO = jnp.einsum(
-        "BSGI,IGO->BSGO",
-        o_BSGI,
-        wo_a.reshape(wo_a.shape[0], groups, -1),
-        precision=precision_of(o_BSNH),
-    )
+    low_BSGO = grouped_product(ctx, o_BSGI, wo_a)
     return checkpoint_name(low_BSGO.reshape(*o_BSNH.shape[:2], -1), PRODUCTS)

@@ -16,6 +16,7 @@ from v4jax.config import LayerGroup, LayerKind, ModelConfig
 from v4jax.context import Context
 from v4jax.diagnostics import measure, merge
 from v4jax.gradient_sums import LAYER, SUMS
+from v4jax.model.adapted import DROPOUT
 from v4jax.model.attention import Attention
 from v4jax.model.hyper import HyperConnection, expanded
 from v4jax.model.indexer import IndexLoss
@@ -24,6 +25,7 @@ from v4jax.model.norm import RMSNorm
 from v4jax.model.router import Routing
 from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
+from v4jax.parameter_tree import ADAPTERS
 from v4jax.remat import ATTENTION, EXPERTS, LAYERS, STREAMS, wrapped
 
 
@@ -108,9 +110,9 @@ def stack(ctx: Context, cfg: ModelConfig, group: LayerGroup) -> nn.Module:
     loop = group.repeats > (2 if ctx.remat == "none" else 1)
     scanned = nn.scan(
         wrapped(Pattern, LAYERS, ctx.remat, in_loop=loop),
-        variable_axes={"params": 0, "router": 0, "chosen": 0, LAYER: 0},
+        variable_axes={"params": 0, "router": 0, "chosen": 0, ADAPTERS: 0, LAYER: 0},
         variable_carry=SUMS,
-        split_rngs={"params": True},
+        split_rngs={"params": True, DROPOUT: True},
         # Flax takes one for each argument, though its annotation says int.
         in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
         length=group.repeats,

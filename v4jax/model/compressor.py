@@ -45,8 +45,8 @@ class Compressor(Weights):
         """
         ctx = self.ctx
         ape_MW = self.weight("ape", self.ratio)
-        wkv = self.weight("wkv", self.ratio)
-        wgate = self.weight("wgate", self.ratio)
+        wkv = self.matrix("wkv", self.ratio)
+        wgate = self.matrix("wgate", self.ratio)
         norm = RMSNorm(ctx, self.cfg, name="norm")
         # A row shorter than a window has no entries, but the norm's weight must be declared.
         if windows is None:

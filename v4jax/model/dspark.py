@@ -242,7 +242,7 @@ class _BlockAttention(Weights):
         window = WindowKeys(key_BYH[:, None], mask_BGY[:, None])
         out_BGNH, _ = attention(q_BGNH, window, None, sink_N, ctx.kernels.attention)
         out_BGNH = self.rotate(out_BGNH.astype(x_BGD.dtype), rope.heads(), inverse=True)
-        low_BGD = self.act_quant(narrowed(out_BGNH, wo_a, cfg.o_groups))
+        low_BGD = self.act_quant(narrowed(self.ctx, out_BGNH, wo_a, cfg.o_groups))
         return self.dense(low_BGD, wo_b)
 
 

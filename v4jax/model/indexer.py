@@ -99,8 +99,8 @@ class Indexer(Weights):
         than may be chosen, and where the indexer is trained.
         """
         cfg, heads, dim = self.cfg, self.cfg.index_n_heads, self.cfg.index_head_dim
-        wq_b = self.weight("wq_b")
-        weights_proj = self.weight("weights_proj")
+        wq_b = self.matrix("wq_b")
+        weights_proj = self.matrix("weights_proj")
         slots = (
             0
             if windows is None

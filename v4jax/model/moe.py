@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from sharding.document_counts import times_chosen
 from sharding.experts import Groups, apply_experts
+from v4jax.kernels.expert_ffn.adapted import ExpertPairs, Pair, adapted_ffn
 from v4jax.kernels.expert_ffn.blocked import JOINED_SHARE
 from v4jax.kernels.expert_ffn.every_expert import every_expert, pays_every_expert
 from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights, clamped_swiglu
@@ -23,6 +24,7 @@ from v4jax.model.balance import balance_loss, expert_share
 from v4jax.model.router import Routing, choose, gate_weights, router_scores
 from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
+from v4jax.parameter_tree import ADAPTERS
 from v4jax.quant.fake import mxfp4_weight
 from v4jax.quant.packed import Packed, as_numbers, is_packed
 
@@ -41,8 +43,8 @@ class MoE(Weights):
         self, x_BSD: jax.Array, tokens_BS: jax.Array, segments: Segments
     ) -> tuple[jax.Array, Routing]:
         cfg, experts, active = self.cfg, self.cfg.n_routed_experts, self.cfg.num_experts_per_tok
-        gate_DE = self.weight("gate")
-        score_BSE = router_scores(x_BSD, gate_DE, self.ctx.kernels.matmul)
+        gate_DE = self.matrix("gate")
+        score_BSE = router_scores(x_BSD, gate_DE, self.ctx)
         if self.hash_routed:
             table_VK = self.router_state("tid2eid")
             index_BSK = jax.lax.stop_gradient(table_VK)[tokens_BS].astype(jnp.int32)
@@ -90,13 +92,18 @@ class Experts(Weights):
                 name: w if isinstance(w, Packed) else mxfp4_weight(w) for name, w in weights.items()
             }
 
-        form, own = (
-            Activation(cfg.swiglu_limit, self.ctx.quant),
-            ExpertWeights(weights["w1"], weights.get("w3"), weights["w2"]),
-        )
+        form, own = Activation(cfg.swiglu_limit, self.ctx.quant), _matrices(weights)
+        low = {}
+        for name in ("w1", "w3", "w2"):
+            pair = self.get_variable(ADAPTERS, name)
+            if pair is not None:
+                low |= {f"{name}.a": pair["a"], f"{name}.b": pair["b"]}
+                _, rows_axis, columns_axis = axes[name]
+                axes[f"{name}.a"] = ("experts", rows_axis, None)
+                axes[f"{name}.b"] = ("experts", None, columns_axis)
         rows, active = index_BSK.size // index_BSK.shape[-1], index_BSK.shape[-1]
         kernel = self.ctx.kernels.expert_ffn
-        if not self.ctx.rules and pays_every_expert(own, rows, active, kernel):
+        if not self.ctx.rules and not low and pays_every_expert(own, rows, active, kernel):
             flat = (
                 x_BSD.reshape(rows, hidden),
                 index_BSK.reshape(rows, active),
@@ -105,17 +112,41 @@ class Experts(Weights):
             return every_expert(form, own, *flat).reshape(x_BSD.shape)
 
         def expert(weights, x_PD, gate_P, groups: Groups):
-            own = ExpertWeights(weights["w1"], weights.get("w3"), weights["w2"])
+            own = _matrices(weights)
+            if self.ctx.frozen:
+                return adapted_ffn(form, own, _pairs(weights), x_PD, gate_P, groups, kernel)
             return expert_ffn(form, own, x_PD, gate_P, groups, kernel)
 
         def read(weights):
-            return {name: as_numbers(w, x_BSD.dtype) for name, w in weights.items()}
+            return weights | {name: as_numbers(weights[name], x_BSD.dtype) for name in names}
 
-        apply = functools.partial(apply_experts, self.ctx.rules, expert, weights, axes)
+        names = tuple(weights)
+        apply = functools.partial(
+            apply_experts,
+            self.ctx.rules,
+            expert,
+            weights | low,
+            axes,
+            constants=names if self.ctx.frozen else (),
+        )
         if own.w3 is not None:
             return apply(x_BSD, index_BSK, weight_BSK, read=read if is_packed(weights) else None)
         large = functools.partial(apply, share=JOINED_SHARE)
         return jax.lax.platform_dependent(x_BSD, index_BSK, weight_BSK, cpu=large, default=apply)
+
+
+def _matrices(weights) -> ExpertWeights:
+    return ExpertWeights(weights["w1"], weights.get("w3"), weights["w2"])
+
+
+def _pairs(weights) -> ExpertPairs:
+    """The low-rank pairs among the arrays of `apply_experts`, where name.a and name.b are one."""
+    found = {
+        name: Pair(weights[f"{name}.a"], weights[f"{name}.b"])
+        for name in ExpertPairs._fields
+        if f"{name}.a" in weights
+    }
+    return ExpertPairs(**found)
 
 
 class SharedExpert(Weights):
@@ -126,9 +157,9 @@ class SharedExpert(Weights):
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        w1 = self.weight("w1")
-        w3 = self.weight("w3")
-        w2 = self.weight("w2")
+        w1 = self.matrix("w1")
+        w3 = self.matrix("w3")
+        w2 = self.matrix("w2")
         h = clamped_swiglu(self.dense(x_BSD, w1), self.dense(x_BSD, w3), self.cfg.swiglu_limit)
         h = self.act_quant(
             self.ctx.rules.constrain(h.astype(x_BSD.dtype), "act_batch", "act_seq", "act_hidden")

@@ -13,13 +13,14 @@ from v4jax.cache.layer import CacheView
 from v4jax.config import ModelConfig
 from v4jax.context import Context
 from v4jax.gradient_sums import SUMS
+from v4jax.model.adapted import DROPOUT
 from v4jax.model.block import Block
 from v4jax.model.hyper import HyperHead
 from v4jax.model.norm import RMSNorm
 from v4jax.model.router import Routing
 from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
-from v4jax.parameter_tree import MTP_KIND
+from v4jax.parameter_tree import ADAPTERS, MTP_KIND
 from v4jax.remat import LAYERS, wrapped
 
 
@@ -47,8 +48,8 @@ class MTP(Weights):
           next_BSD, next_BS: embeddings and ids of the tokens that follow.
         """
         cfg, ctx = self.cfg, self.ctx
-        e_proj = self.weight("e_proj")
-        h_proj = self.weight("h_proj")
+        e_proj = self.matrix("e_proj")
+        h_proj = self.matrix("h_proj")
         e_BSD = RMSNorm(ctx, cfg, name="enorm")(next_BSD)
         h_BSXD = RMSNorm(ctx, cfg, name="hnorm")(x_BSXD)
         next_BSD = self.dense(self.act_quant(e_BSD), e_proj)
@@ -69,7 +70,7 @@ class Drafter(Weights):
         return MTP(self.ctx, self.cfg, name="mtp")(*inputs)
 
 
-def run_mtp(ctx: Context, cfg: ModelConfig, variables, x_BSXD: jax.Array, *others):
+def run_mtp(ctx: Context, cfg: ModelConfig, variables, key, x_BSXD: jax.Array, *others):
     """(what MTP returns, sums of gradients), with weight gradients that are ready in time.
 
     XLA delays work that only the optimizer waits for: whole gradients of MTP's experts, not yet
@@ -77,12 +78,15 @@ def run_mtp(ctx: Context, cfg: ModelConfig, variables, x_BSXD: jax.Array, *other
 
     Args:
       variables: collection -> {"mtp": its variables}.
+      key: of dropped inputs (v4jax/model/adapted.py), or None.
       x_BSXD, others: inputs of MTP.
     """
-    trained = {name: variables[name] for name in ("params", SUMS) if name in variables}
+    learns = (ADAPTERS,) if ctx.frozen else ("params", SUMS)
+    trained = {name: variables[name] for name in learns if name in variables}
     x_BSXD, trained = _ready_together(x_BSXD, trained)
     drafter = wrapped(Drafter, LAYERS, ctx.remat)(ctx, cfg)
-    found: Any = drafter.apply(dict(variables) | trained, x_BSXD, *others, mutable=SUMS)
+    keys = {} if key is None else {DROPOUT: key}
+    found: Any = drafter.apply(dict(variables) | trained, x_BSXD, *others, mutable=SUMS, rngs=keys)
     results, changed = found
     return results, changed.get(SUMS, {}).get("mtp")
 

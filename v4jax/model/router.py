@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from sharding.manual import on_own_tokens
 from sharding.rules import AxisRules
+from v4jax.context import Context
 from v4jax.diagnostics import Diagnostics
-from v4jax.kernels.matmul import dense
+from v4jax.model.adapted import Weight, product
 
 
 class Routing(NamedTuple):
@@ -36,11 +37,9 @@ class Routing(NamedTuple):
     diagnostics: Diagnostics | None = None
 
 
-def router_scores(
-    x_BSD: jax.Array, gate_DE: jax.Array, implementation: str | None = None
-) -> jax.Array:
+def router_scores(x_BSD: jax.Array, gate_DE: Weight, ctx: Context = Context()) -> jax.Array:
     """sqrt(softplus(x @ gate)), float32 [B,S,E]."""
-    logit = dense(x_BSD.astype(jnp.float32), gate_DE, implementation=implementation)
+    logit = product(ctx, x_BSD.astype(jnp.float32), gate_DE)
     # Below -20, softplus(z) is exp(z) to float32 precision, and its root is exp(z / 2). The split
     # keeps the gradient of the root finite at any logit. The clip at -160 keeps every score above
     # 0, or a token whose experts all score 0 would have no weights.

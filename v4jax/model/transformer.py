@@ -18,7 +18,7 @@ from v4jax.cache.layer import CacheView
 from v4jax.config import LayerGroup
 from v4jax.context import Context
 from v4jax.gradient_sums import SUMS
-from v4jax.kernels.matmul import dense
+from v4jax.model.adapted import DROPOUT, Weight, product
 from v4jax.model.block import Pattern, stack
 from v4jax.model.hyper import HyperHead
 from v4jax.model.indexer import IndexLoss
@@ -36,7 +36,8 @@ class Hidden(NamedTuple):
       x_BSD: normalised final state; x @ head gives the logits of the next token.
       mtp_x_BSD: the same for the token after the next; None without MTP and where rows are
         continued. It is meaningless at a document's last position.
-      head_DV: the head in the compute dtype, so that a loss can apply it piece by piece.
+      head_DV: the head in the compute dtype, so that a loss can apply it piece by piece; it may
+        have a low-rank pair.
       streams_BSXD: residual streams before their last collapse.
       routing: group name -> block name -> Routing with a first axis for layers; "mtp" -> "block" ->
         Routing.
@@ -50,7 +51,7 @@ class Hidden(NamedTuple):
 
     x_BSD: jax.Array
     mtp_x_BSD: jax.Array | None
-    head_DV: jax.Array
+    head_DV: Weight
     streams_BSXD: jax.Array
     routing: dict[str, dict[str, Routing]]
     index: dict[str, dict[str, IndexLoss]]
@@ -125,7 +126,8 @@ class Transformer(Weights):
                 for name, found in self.variables.items()
                 if "mtp" in found
             }
-            results, sums = run_mtp(self.ctx, self.cfg, variables, *inputs)
+            key = self.make_rng(DROPOUT) if self.ctx.dropout > 0 else None
+            results, sums = run_mtp(self.ctx, self.cfg, variables, key, *inputs)
             if sums is not None:
                 self.put_variable(SUMS, "mtp", sums)
             return results[:2]
@@ -143,11 +145,11 @@ class Head(Weights):
     """The output matrix, which is not tied to the embedding."""
 
     @nn.compact
-    def __call__(self) -> jax.Array:
-        return self.weight("weight")
+    def __call__(self) -> Weight:
+        return self.matrix("weight")
 
 
-def project_logits(ctx: Context, x_BSD: jax.Array, head_DV: jax.Array) -> jax.Array:
+def project_logits(ctx: Context, x_BSD: jax.Array, head_DV: Weight) -> jax.Array:
     """Logits x @ head, float32 [B,S,V]."""
-    logits = dense(x_BSD, head_DV, jnp.float32, ctx.kernels.matmul)
+    logits = product(ctx, x_BSD, head_DV, jnp.float32)
     return ctx.rules.constrain(logits, "act_batch", "act_seq", "act_vocab")

@@ -20,9 +20,9 @@ from v4jax.config import WINDOW_ONLY, ModelConfig
 from v4jax.context import Context
 from v4jax.gradient_sums import LAYER, SUMS, with_sum
 from v4jax.initializers import zeros
-from v4jax.kernels.matmul import dense
 from v4jax.kernels.rotate import Rotation, rotate
-from v4jax.parameter_tree import spec_of
+from v4jax.model.adapted import DROPOUT, Adapted, Weight, product
+from v4jax.parameter_tree import ADAPTERS, spec_of
 from v4jax.parameters import ParamSpec
 from v4jax.quant.fake import fp8_input, fp8_weight
 from v4jax.quant.packed import Packed
@@ -48,7 +48,8 @@ class Weights(nn.Module):
         """Declares a weight and returns it as it is stored, cut over all devices.
 
         That is in float32, or packed (v4jax/quant/packed.py). With sums of gradients
-        (v4jax/gradient_sums.py) it adds the weight's gradient to its sum.
+        (v4jax/gradient_sums.py) it adds the weight's gradient to its sum. Where the context says
+        that weights are frozen it is a constant.
 
         Args:
           ratio: the compress ratio, where the shape depends on it.
@@ -58,6 +59,8 @@ class Weights(nn.Module):
             return given
         spec = self.spec(name)
         w = self.param(name, self._init(spec), spec.size(self.cfg, ratio), jnp.float32)
+        if self.ctx.frozen:
+            return jax.lax.stop_gradient(w)
         if self.has_variable(SUMS, name):
             total = self.variable(SUMS, name, jnp.zeros_like, w)
             layer = self.get_variable(LAYER, name)
@@ -82,7 +85,21 @@ class Weights(nn.Module):
         if spec.precision == "fp8" and self.ctx.quant == "official":
             w = fp8_weight(w)
         w = w.astype(dtype)
-        return w if self.ctx.sums is not None else self.ctx.rules.gather(w, spec.axes)
+        return self._whole(w, spec.axes)
+
+    def matrix(self, name: str, ratio: int = WINDOW_ONLY) -> Weight:
+        """`weight`, with its low-rank pair where the collection "lora" has one."""
+        w, axes = self.weight(name, ratio), self.spec(name).axes
+        pair = self.get_variable(ADAPTERS, name)
+        if pair is None:
+            return w
+        a = self._whole(pair["a"].astype(w.dtype), (axes[0], None))
+        b = self._whole(pair["b"].astype(w.dtype), (None, axes[1]))
+        return Adapted(w, a, b, self.make_rng(DROPOUT) if self.ctx.dropout > 0 else None)
+
+    def _whole(self, w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """`w`, gathered over FSDP axes unless it is already."""
+        return w if self.ctx.sums is not None else self.ctx.rules.gather(w, axes)
 
     def router_state(self, name: str) -> jax.Array:
         """Declares what the router keeps, in the collection "router", and returns it in float32."""
@@ -99,9 +116,9 @@ class Weights(nn.Module):
         """The initializer, whose values carry their logical axes."""
         return nn.with_logical_partitioning(spec.init(self.cfg), spec.axes)
 
-    def dense(self, x: jax.Array, w: jax.Array) -> jax.Array:
+    def dense(self, x: jax.Array, w: Weight) -> jax.Array:
         """x @ w in the dtype of x, by the implementation that `ctx` names; "dots" keeps it."""
-        return checkpoint_name(dense(x, w, implementation=self.ctx.kernels.matmul), PRODUCTS)
+        return checkpoint_name(product(self.ctx, x, w), PRODUCTS)
 
     def rotate(self, x: jax.Array, rope: Rotation, inverse: bool = False) -> jax.Array:
         """x rotated (v4jax/kernels/rotate.py), by the implementation that `ctx` names."""

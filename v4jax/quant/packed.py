@@ -96,10 +96,12 @@ def _mxfp4_numbers(codes: jax.Array, scale: jax.Array) -> jax.Array:
     mantissa.
     """
     *lead, rows, width = codes.shape
-    byte = codes.reshape(*lead, -1, HALF, width)
-    code = jnp.concatenate((byte & 15, byte >> 4), axis=-2).astype(jnp.uint16)
+    byte = codes.reshape(*lead, -1, 1, HALF, width).astype(jnp.uint16)
+    shift = jnp.array([0, 4], jnp.uint16).reshape(*(1,) * len(lead), 1, 2, 1, 1)
+    # Halves are computed, not concatenated: XLA:CPU fuses a concatenation badly.
+    code = byte >> shift & 15
     size = code & 7
-    exponent = (scale.astype(jnp.uint16)[..., :, None, :] - 1) << 7
+    exponent = (scale.astype(jnp.uint16)[..., :, None, None, :] - 1) << 7
     bits = jnp.where(size == 0, 0, (jnp.where(size == 1, 0, size) << 6) + exponent)
     bits = bits | (code & 8) << 12
     return lax.bitcast_convert_type(bits, jnp.bfloat16).reshape(*lead, rows * 2, width)

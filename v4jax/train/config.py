@@ -8,10 +8,12 @@ Next file to read: v4jax/train/prepare.py.
 import dataclasses
 from typing import Annotated, Literal
 
+from tyro.conf import AvoidSubcommands
 from tyro.constructors import PrimitiveConstructorSpec
 
 from sharding.mesh import parse_mesh
 from sharding.rules import AxisRules, rules_of
+from v4jax.adapters.config import Lora, adapts_indexer
 from v4jax.checkpoint.formats import FORMATS
 from v4jax.config import CSA, ModelConfig
 from v4jax.data.config import DataConfig
@@ -116,7 +118,7 @@ class TrainConfig:
     """Largest global gradient norm; gradients above it are scaled down. Above 0."""
     bias_rate: float | None = None
     """How far the router's selection bias moves in a step, 0 or more. None: 1e-3, and 0 when
-    training on conversations."""
+    training on conversations or with lora."""
     log_every: int = 10
     """Steps between lines of metrics, 1 or more."""
     watch_every: int = 0
@@ -135,7 +137,11 @@ class TrainConfig:
     """Also keep this many checkpoints with the lowest held-out loss; 0: none."""
     init_from: str = ""
     """Checkpoint of any kind, or org/name[@revision] of the Hub, to take the first weights from;
-    empty: random weights. A run with checkpoints of its own resumes from those."""
+    empty: random weights. A run with checkpoints of its own resumes from those. With lora it is
+    the frozen base, which every start reads."""
+    lora: AvoidSubcommands[Lora | None] = None
+    """Train low-rank adapters of init_from's weights instead of these (docs/lora.md); None: all
+    weights. --lora.rank and its other fields turn it on."""
     strict: bool = False
     """Stop if the newest checkpoint is damaged, instead of resuming from an older one."""
     export: str = "bfloat16"
@@ -168,6 +174,7 @@ class TrainConfig:
         _check_rates(self)
         _check_indexer(self)
         _check_rollbacks(self)
+        _check_lora(self)
         tracker_names(self.trackers)
         profiled_steps(self.profile, self.steps)
         check_stages(self)
@@ -183,8 +190,10 @@ class TrainConfig:
 
     @property
     def router_bias_rate(self) -> float:
-        """`bias_rate`, or its default: 1e-3, and 0 when training on conversations."""
-        return (0.0 if self.data.masked else 1e-3) if self.bias_rate is None else self.bias_rate
+        """`bias_rate`, or its default: 1e-3, and 0 for conversations and with lora."""
+        if self.bias_rate is not None:
+            return self.bias_rate
+        return 0.0 if self.data.masked or self.lora is not None else 1e-3
 
 
 def _check_places(cfg: TrainConfig) -> None:
@@ -256,6 +265,22 @@ def _check_rollbacks(cfg: TrainConfig) -> None:
     proven, every = cfg.stability.proven, cfg.checkpoint_every
     _require(cfg, "keep", cfg.keep >= 2, "at least 2 with stability.rollbacks")
     _require(cfg, "checkpoint_every", every > proven, f"above stability.proven={proven}")
+
+
+def _check_lora(cfg: TrainConfig) -> None:
+    """What a run of adapters needs, and what it cannot do."""
+    if cfg.lora is None:
+        return
+    _require(cfg, "init_from", cfg.init_from != "", "a checkpoint with lora: the frozen base")
+    _require(cfg, "gather", cfg.gather == "micro_batch", "micro_batch with lora")
+    _require(cfg, "sample_tokens", cfg.sample_tokens == 0, "0 with lora")
+    parts = cfg.gradient_accumulation
+    _require(cfg, "gradient_accumulation", parts != "auto", "a number with lora")
+    learns, rate = adapts_indexer(cfg.model, cfg.lora), cfg.index_learning_rate
+    rule = "above 0 where lora.targets name the indexer: no other loss reaches it"
+    _require(cfg, "index_learning_rate", rate > 0 or not learns, rule)
+    rule = "0 where no target of lora begins with indexer: its weights are frozen"
+    _require(cfg, "index_learning_rate", rate == 0 or learns, rule)
 
 
 def _allow(cfg: TrainConfig, name: str, allowed: tuple[str, ...]) -> None:

@@ -24,14 +24,22 @@ from v4jax.diagnostics import over_batches
 from v4jax.functional import apply
 from v4jax.model.router import Routing
 from v4jax.model.transformer import Hidden
-from v4jax.parameter_tree import param_axes, spec_of
+from v4jax.parameter_tree import spec_of
+from v4jax.train.adapters import trained_axes
 from v4jax.train.config import TrainConfig
 from v4jax.train.loss import counts_of, loss_of
 from v4jax.train.losses.indexer import captured
 
 
 def gradients(
-    cfg: TrainConfig, ctx: Context, params, router, batch: Mapping[str, jax.Array], chosen=None
+    cfg: TrainConfig,
+    ctx: Context,
+    params,
+    router,
+    batch: Mapping[str, jax.Array],
+    chosen=None,
+    base: Mapping[str, Any] | None = None,
+    key: jax.Array | None = None,
 ) -> tuple[Any, dict[str, Any], dict[str, dict[str, Routing]]]:
     """(gradients of params, metrics, routing) of cfg.gradient_accumulation micro-batches.
 
@@ -39,13 +47,18 @@ def gradients(
 
     Args:
       batch, chosen: as for `train_step`.
+      base: the frozen weights, with cfg.lora.
+      key: of the inputs of low-rank pairs that are dropped; None: none are.
     """
 
+    fixed = dict(base or {}) | {"router": router}
+    if cfg.micro_batches > 1 and cfg.lora is not None:
+        return _added(cfg, ctx, params, fixed, batch, chosen, key)
     if cfg.micro_batches > 1 or cfg.gather == "step":
-        return _summed(cfg, ctx, params, router, batch, chosen)
+        return _summed(cfg, ctx, params, fixed, batch, chosen)
 
     def objective(params):
-        hidden = _hidden(cfg, ctx, params, router, batch, chosen)
+        hidden = _hidden(cfg, ctx, fixed | params, batch, chosen, key=key)
         loss, metrics = _loss(cfg, ctx, hidden, batch)
         return loss, (metrics, hidden.routing)
 
@@ -53,7 +66,33 @@ def gradients(
     return grads, metrics, routing
 
 
-def _summed(cfg: TrainConfig, ctx: Context, params, router, batch, chosen):
+def _added(cfg: TrainConfig, ctx: Context, params, fixed, batch, chosen, key):
+    """What `gradients` returns, micro-batch by micro-batch, of low-rank pairs.
+
+    They are small, so the gradients of a micro-batch may exist whole.
+    """
+    rules, count = ctx.rules, cfg.micro_batches
+    zeros = _placed(cfg, rules, jax.tree.map(jnp.zeros_like, params))
+    numbers_M = jnp.arange(count)
+    parts = (split_batch(rules, batch, count), _split_chosen(rules, chosen, count), numbers_M)
+    counts_all = counts_of(cfg.model, batch, cfg.loss)
+
+    def add(total, part):
+        batch, chosen, number = part
+        own = None if key is None else jax.random.fold_in(key, number)
+
+        def objective(params):
+            hidden = _hidden(cfg, ctx, fixed | params, batch, chosen, key=own)
+            loss, metrics = _loss(cfg, ctx, hidden, batch, _share(cfg, batch, counts_all))
+            return loss, (metrics, hidden.routing)
+
+        grads, results = jax.grad(objective, has_aux=True)(params)
+        return _placed(cfg, rules, jax.tree.map(jnp.add, total, grads)), results
+
+    return _of_scan(jax.lax.scan(add, zeros, parts))
+
+
+def _summed(cfg: TrainConfig, ctx: Context, params, fixed, batch, chosen):
     """What `gradients` returns, micro-batch by micro-batch (v4jax/gradient_sums.py)."""
     rules, count = ctx.rules, cfg.micro_batches
     zeros = _placed(cfg, rules, jax.tree.map(jnp.zeros_like, params))
@@ -65,11 +104,10 @@ def _summed(cfg: TrainConfig, ctx: Context, params, router, batch, chosen):
 
     def add(total, part):
         batch, chosen = part
-        counts = counts_of(cfg.model, batch, cfg.loss)
-        share = [n / jnp.maximum(n_all, 1) for n, n_all in zip(counts, counts_all, strict=True)]
+        share = _share(cfg, batch, counts_all)
 
         def objective(sums):
-            hidden = _hidden(cfg, ctx, params, router, batch, chosen, sums)
+            hidden = _hidden(cfg, ctx, fixed | params, batch, chosen, sums)
             loss, metrics = _loss(cfg, ctx, hidden, batch, share)
             return (loss, hidden.sums), (metrics, hidden.routing)
 
@@ -77,14 +115,25 @@ def _summed(cfg: TrainConfig, ctx: Context, params, router, batch, chosen):
         (total,) = backward((jnp.ones(()), total))
         return total, results
 
-    grads, (metrics_M, routing_M) = jax.lax.scan(add, zeros, parts)
+    return _of_scan(jax.lax.scan(add, zeros, parts))
+
+
+def _of_scan(results):
+    """What `gradients` returns, of a loop over micro-batches."""
+    grads, (metrics_M, routing_M) = results
     metrics = {name: value_M.sum() for name, value_M in metrics_M.items()}
     return grads, metrics | captured(metrics), _of_all(routing_M)
 
 
-def _hidden(cfg: TrainConfig, ctx: Context, params, router, batch, chosen, sums=None) -> Hidden:
-    public, segments = dict(params) | {"router": router}, batch.get("segment_ids")
-    return apply(cfg.model, public, batch["tokens"], segments, ctx=ctx, chosen=chosen, sums=sums)
+def _share(cfg: TrainConfig, batch, counts_all) -> list[jax.Array]:
+    """A micro-batch's share of each term of the loss."""
+    counts = counts_of(cfg.model, batch, cfg.loss)
+    return [n / jnp.maximum(n_all, 1) for n, n_all in zip(counts, counts_all, strict=True)]
+
+
+def _hidden(cfg: TrainConfig, ctx: Context, params, batch, chosen, sums=None, key=None) -> Hidden:
+    tokens, segments = batch["tokens"], batch.get("segment_ids")
+    return apply(cfg.model, params, tokens, segments, ctx=ctx, chosen=chosen, sums=sums, key=key)
 
 
 def _loss(cfg: TrainConfig, ctx: Context, hidden: Hidden, batch, share=None):
@@ -121,7 +170,7 @@ def _gathered(cfg: TrainConfig, ctx: Context, params):
 
 
 def _axes(cfg: TrainConfig, params):
-    return {name: tree for name, tree in param_axes(cfg.model).items() if name in params}
+    return {name: tree for name, tree in trained_axes(cfg).items() if name in params}
 
 
 def _of_all(routing_M):

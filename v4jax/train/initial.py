@@ -12,6 +12,7 @@ from sharding.agreement import agreed
 from v4jax.api import load_onto
 from v4jax.checkpoint.store import is_run
 from v4jax.config import ModelConfig
+from v4jax.parameter_tree import ADAPTERS
 from v4jax.storage import checkpoint_path
 from v4jax.tokenizer import Tokenizer
 from v4jax.tokenizer.table import token_table, tokens_in
@@ -91,9 +92,22 @@ def fresh(cfg: TrainConfig, shardings: TrainState) -> TrainState:
     return state
 
 
+def frozen_base(cfg: TrainConfig, shardings: TrainState):
+    """TrainState.base of a run that resumes: with cfg.lora the weights of init_from, else {}.
+
+    Raises:
+      ValueError: see fresh.
+    """
+    if cfg.lora is None:
+        return {}
+    return {name: tree for name, tree in _given(cfg, shardings).items() if name != "router"}
+
+
 def _given(cfg: TrainConfig, shardings: TrainState):
     """The parameters of `cfg.init_from`; each array goes straight to its place on the mesh."""
-    read = functools.partial(load_onto, cfg.init_from, cfg.model, "float32", shardings.public)
+    dtype = "float32" if cfg.lora is None else cfg.lora.base_dtype
+    places = {name: place for name, place in shardings.public.items() if name != ADAPTERS}
+    read = functools.partial(load_onto, cfg.init_from, cfg.model, dtype, places)
     if is_run(cfg.init_from):  # all processes read it together (checkpoint/store.py)
         return read()
     with agreed():

@@ -35,6 +35,7 @@ from v4jax.train.metrics_file import METRICS, plot_losses
 from v4jax.train.prepare import (
     Layout,
     as_read,
+    check_base,
     check_folders,
     check_layout,
     check_text,
@@ -99,6 +100,8 @@ def _run(
     newest = newest_step(run)
     with agreed():
         check_ahead(cfg, run, newest or 0)
+    with agreed():
+        base = check_base(cfg, run, newest)
     listings = Listings()
     tokenizer = check_text(cfg, newest, listings)
     spooling = Spool(run, (METRICS, IDS), is_first(), claim.holds)
@@ -108,7 +111,7 @@ def _run(
         data, held_out = open_batches(cfg, tokenizer, batch_sharding(rules, mesh), listings)
         say_unused(cfg, tokenizer, listings)
         first = first_state(cfg, shardings, newest)
-        write_run(run, cfg, tokenizer, claim, newest)
+        write_run(run, cfg, tokenizer, claim, newest, base)
         kept = cfg.keep, cfg.keep_every, cfg.keep_best
 
         def before_save() -> Callable[[], Any]:
@@ -147,7 +150,8 @@ def _finish(
       folder: of the metrics (storage/spool.py).
     """
     summary: dict[str, Any] = {"run_dir": str(run), "steps": cfg.steps}
-    if cfg.export != "none":
+    exports = cfg.export != "none" and cfg.lora is None
+    if exports:
         target = run / "export"
         save_safetensors(
             cfg.model, state.public, target, dtype=cfg.export, overwrite=True, source=run
@@ -155,7 +159,7 @@ def _finish(
         summary["export"] = str(target)
     if not is_first():
         return {}
-    if cfg.export != "none":
+    if exports:
         tokenizer.save(target)
     if held_out := evaluation_sets(cfg, tokenizer, None, listings):
         rows = stage_batches(cfg, tokenizer, None, listings)

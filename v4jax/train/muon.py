@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 
 from sharding.host_memory import slice_by_slice
 from sharding.matrices import on_whole_matrices
-from v4jax.parameter_tree import spec_of
+from v4jax.parameter_tree import ADAPTERS, spec_of
 from v4jax.train.newton_schulz import newton_schulz
 
 Specs = Mapping[tuple[str, ...], PartitionSpec]
@@ -171,8 +171,8 @@ def is_index(path: tuple[str, ...]) -> bool:
     return spec_of(path).part == "indexer"
 
 
-def optimizer_of(path: tuple[str, ...], trains_index: bool = False) -> str:
-    """The optimizer of a parameter, as v4jax/parameters.py says.
+def optimizer_of(path: tuple[str, ...], trains_index: bool = False, pairs: str = "adamw") -> str:
+    """The optimizer of a parameter, as v4jax/parameters.py says; of a low-rank pair, `pairs`.
 
     It is "muon" or "adamw", and "index_muon" or "index_adamw" for the indexer. If nothing trains
     the indexer, it is "frozen": no gradient passes top-k, and weight decay alone would only shrink
@@ -181,7 +181,7 @@ def optimizer_of(path: tuple[str, ...], trains_index: bool = False) -> str:
     Raises:
       ValueError: a path of no parameter, or of one that the router keeps.
     """
-    kind = spec_of(path).optimizer
+    kind = pairs if path[0] == ADAPTERS else spec_of(path).optimizer
     if kind is None:
         raise ValueError(f"{'/'.join(path)}: no optimizer moves what the router keeps")
     if not is_index(path):
@@ -196,6 +196,7 @@ def optimizer(
     specs: Specs | None = None,
     index_schedule: optax.Schedule | None = None,
     numbers: Numbers = FLOAT32,
+    pairs: str = "adamw",
 ) -> optax.GradientTransformation:
     """Muon for matrices and AdamW (0.9, 0.95, eps 1e-20) for the rest, with one schedule and decay.
 
@@ -206,6 +207,7 @@ def optimizer(
       specs: as for scale_by_muon.
       index_schedule: the indexer's learning rate; None: the indexer does not change.
       numbers: how state is stored, and dtypes of Muon's products.
+      pairs: what trains low-rank pairs, "muon" or "adamw".
 
     Its `init` raises ValueError for a parameter that v4jax/parameters.py does not have.
     """
@@ -223,14 +225,14 @@ def optimizer(
     else:
         transforms["index_muon"], transforms["index_adamw"] = pair(index_schedule)
     return optax.partition(
-        transforms, lambda params: label_parameters(params, index_schedule is not None)
+        transforms, lambda params: label_parameters(params, index_schedule is not None, pairs)
     )
 
 
-def label_parameters(params, trains_index: bool = False):
+def label_parameters(params, trains_index: bool = False, pairs: str = "adamw"):
     """The tree of optimizer names, one for each parameter (see `optimizer_of`)."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: optimizer_of(tuple(key.key for key in path), trains_index), params
+        lambda path, _: optimizer_of(tuple(key.key for key in path), trains_index, pairs), params
     )
 
 

@@ -18,6 +18,7 @@ from sharding.process_rows import local_rows
 from sharding.processes import check_whole, is_first
 from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax import storage
+from v4jax.adapters.base import BASE_FILE, Base, base_at, check_same_base, read_base, write_base
 from v4jax.chat.release import ChatRelease, chat_release
 from v4jax.checkpoint.atomic import write_text
 from v4jax.checkpoint.bucket_clients import check_bucket
@@ -181,6 +182,25 @@ def check_text(cfg: TrainConfig, newest: int | None, listings: Listings) -> Toke
     return tokenizer
 
 
+def check_base(cfg: TrainConfig, run: Place, newest: int | None) -> Base | None:
+    """The frozen base of a run of adapters, after a check that it is the one of the checkpoints.
+
+    Raises:
+      ValueError: the run has checkpoints of another base, or of all weights; or of adapters, where
+        cfg trains all weights.
+    """
+    known = read_base(run)
+    if newest is not None and (known is None) != (cfg.lora is None):
+        has, wants = ("adapters", "no lora") if known else ("all weights", "lora")
+        raise ValueError(f"run_dir: {run} has checkpoints of {has}; this run has {wants}")
+    if cfg.lora is None:
+        return None
+    given = base_at(cfg.init_from)
+    if newest is not None and known is not None:
+        check_same_base(f"run_dir: {run}", known, given)
+    return given
+
+
 def make_cache(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings) -> None:
     """Makes the token cache in the first process.
 
@@ -261,7 +281,12 @@ def _carry(source: str, run: Place) -> None:
 
 
 def write_run(
-    run: Place, cfg: TrainConfig, tokenizer: Tokenizer, claim: Claim, newest: int | None = None
+    run: Place,
+    cfg: TrainConfig,
+    tokenizer: Tokenizer,
+    claim: Claim,
+    newest: int | None = None,
+    base: Base | None = None,
 ) -> None:
     """Writes the run directory in the first process, once check_folders has passed in all.
 
@@ -270,6 +295,7 @@ def write_run(
 
     Args:
       newest: step of the run's newest checkpoint; None for none.
+      base: of a run of adapters (check_base).
     """
     with agreed():
         if not is_first():
@@ -277,7 +303,7 @@ def write_run(
         anew = newest is None
         source = cfg.init_from if anew else ""
         if anew:
-            _carry(source, run)
+            _carry("" if cfg.lora else source, run)
         write_config(run, cfg.model, source, anew)
         if source and is_remote(checkpoint_name(source)):
             write_text(run / INIT_FROM_FILE, f"{pinned(source)}\n")
@@ -285,6 +311,10 @@ def write_run(
             origin = checkpoint_path(source, "init_from", weights=True)
             copy_to(carried_files(origin), run, is_run=True)
         tokenizer.save(run)
+        if base is not None:
+            write_base(run, base)
+        elif anew:
+            storage.remove(run / BASE_FILE)
         claim.take()
 
 

@@ -110,6 +110,8 @@ class Reporter:
         """
         self._tokens = view.batch_size * view.seq_len
         self._flops = train_flops_per_token(view.model, view.seq_len) * self._tokens
+        if view.lora is not None:  # no gradients of weights
+            self._flops *= 2 / 3
         self._last = (step, None)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:

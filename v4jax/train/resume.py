@@ -4,7 +4,6 @@ Next file to read: v4jax/train/same_data.py.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,13 +17,15 @@ from sharding.rules import AxisRules
 from v4jax.checkpoint.json_item import JsonItem
 from v4jax.checkpoint.store import DAMAGED, Store
 from v4jax.checkpoint.store_params import check_same_arrays
+from v4jax.functional import init_params
 from v4jax.storage import Place
 from v4jax.train.anticipate import ahead_placed
 from v4jax.train.config import TrainConfig
 from v4jax.train.finite import not_finite
+from v4jax.train.initial import frozen_base
 from v4jax.train.same_data import place_in_data
 from v4jax.train.stability import LossHistory
-from v4jax.train.step import TrainState, init_state
+from v4jax.train.step import TrainState, state_from
 
 
 class Begin(NamedTuple):
@@ -89,38 +90,41 @@ def _ahead(path: Place, rules: AxisRules, mesh: Mesh) -> dict[str, Any]:
 def items_of(state: TrainState, history: LossHistory) -> dict[str, Any]:
     """The items of a run's checkpoint, except its data position."""
     return {
-        "params": state.public,
+        "params": state.saved,
         "optimizer": state.optimizer,
         "record": JsonItem(history.to_json()),
     }
 
 
-def load(cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, Any]) -> Begin:
+def load(
+    cfg: TrainConfig, shardings, store: Store, step: int, more: dict[str, Any], base: Any = None
+) -> Begin:
     """A checkpoint's state and loss history.
 
     Args:
       more: the other items to load, as Store.load takes them.
+      base: the frozen weights, with cfg.lora; None: they are read.
 
     Raises:
       ValueError: the checkpoint does not fit the run.
     """
+    fresh = jax.eval_shape(lambda: state_from(cfg, init_params(cfg.model, jax.random.key(0))))
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        jax.eval_shape(functools.partial(init_state, cfg, shardings)),
-        shardings,
+        *(dataclasses.replace(state, base={}) for state in (fresh, shardings)),
     )
-    check_same_arrays(store.path(step), abstract.public)
+    check_same_arrays(store.path(step), abstract.saved)
     _check_state_dtypes(store.path(step), abstract.optimizer)
     item = JsonItem(LossHistory().to_json())
     # Checkpoints of older versions have no loss history; they resume with an empty one.
     if not anywhere(not (store.path(step) / "record").is_dir()):
         more = more | {"record": item}
-    items = store.load(step, {"params": abstract.public, "optimizer": abstract.optimizer} | more)
+    items = store.load(step, {"params": abstract.saved, "optimizer": abstract.optimizer} | more)
     router = items["params"].pop("router")
     count = jax.make_array_from_callback((), shardings.step, lambda _: np.asarray(step, np.int32))
-    state = dataclasses.replace(
-        abstract, params=items["params"], router=router, optimizer=items["optimizer"], step=count
-    )
+    if base is None:
+        base = frozen_base(cfg, shardings)
+    state = TrainState(items["params"], router, items["optimizer"], count, base)
     return Begin(state, step, LossHistory.from_json(item.value), items.get("ahead", {}))
 
 

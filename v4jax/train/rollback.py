@@ -3,6 +3,7 @@
 Next file to read: v4jax/train/loop.py.
 """
 
+import dataclasses
 import logging
 
 import jax
@@ -48,7 +49,7 @@ def go_back(
     _free(state)
     newest = max(step - 1 - cfg.stability.proven, history.base)
     try:
-        good = _newest_good(cfg, shardings, store, newest)
+        good = _newest_good(cfg, shardings, store, newest, state.base)
     except ValueError as error:
         raise TrainingFailed(f"{head}; there is nothing to go back to: {error}") from error
     if good is None and newest >= cfg.checkpoint_every:
@@ -57,6 +58,7 @@ def go_back(
             f"last: {store.latest}"
         )
     if good is None:
+        jax.tree.map(lambda leaf: leaf.delete(), state.base)
         good = Begin(fresh(cfg, shardings), 0, LossHistory(), {})
     logging.getLogger("v4jax").warning("%s; going back to step %d", head, good.step)
     store.put_aside_after(good.step, ABANDONED)
@@ -64,7 +66,7 @@ def go_back(
     return good._replace(history=back)
 
 
-def _newest_good(cfg: TrainConfig, shardings, store: Store, newest: int) -> Begin | None:
+def _newest_good(cfg: TrainConfig, shardings, store: Store, newest: int, base) -> Begin | None:
     """The newest checkpoint up to step `newest` that is intact and finite; None for none.
 
     Older versions did not check (train/finite.py) and saved states that are not finite.
@@ -73,7 +75,7 @@ def _newest_good(cfg: TrainConfig, shardings, store: Store, newest: int) -> Begi
       ValueError: all are damaged, or one is of another model.
     """
     while (step := store.latest_intact(newest=newest)) is not None:
-        good = load(cfg, shardings, store, step, {})
+        good = load(cfg, shardings, store, step, {}, base)
         wrong = not_finite(good.state)
         if wrong is None:
             return good
@@ -84,5 +86,5 @@ def _newest_good(cfg: TrainConfig, shardings, store: Store, newest: int) -> Begi
 
 
 def _free(state: TrainState) -> None:
-    """Frees the device memory of a state."""
-    jax.tree.map(lambda leaf: leaf.delete(), state)
+    """Frees the device memory of a state, except the frozen base, which stays in use."""
+    jax.tree.map(lambda leaf: leaf.delete(), dataclasses.replace(state, base={}))

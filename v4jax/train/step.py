@@ -19,10 +19,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sharding.host_memory import on_host
 from sharding.params import named_shardings
 from sharding.rules import AxisRules
+from v4jax.adapters.tree import abstract_adapters
+from v4jax.api import PACKED, places_of
 from v4jax.context import Collect, Context, SparseMode
 from v4jax.functional import init_params
 from v4jax.kernels.choice import kernels_from
-from v4jax.parameter_tree import abstract_params, param_axes
+from v4jax.parameter_tree import ADAPTERS, abstract_params, param_axes
+from v4jax.train.adapters import dropout_key, from_b, of_b, split, trained_axes
 from v4jax.train.balance import load_metrics, update_bias
 from v4jax.train.config import TrainConfig
 from v4jax.train.gradients import gradients
@@ -35,7 +38,7 @@ from v4jax.train.watch import watched
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("params", "router", "optimizer", "step"),
+    data_fields=("params", "router", "optimizer", "step", "base"),
     meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
@@ -43,20 +46,27 @@ class TrainState:
     """The state of a run, without its place in the data.
 
     Attributes:
-      params: the weights that gradients train.
+      params: the weights that gradients train; with cfg.lora the pairs, {"lora": ...}.
       router: selection bias and hash tables, which no gradient trains.
       optimizer: optax state.
       step: steps done, int32 scalar.
+      base: with cfg.lora all other weights, which never change; otherwise {}.
     """
 
     params: Any
     router: Any
     optimizer: Any
     step: jax.Array
+    base: Any = dataclasses.field(default_factory=dict)
 
     @property
     def public(self):
         """The nested dict that `v4jax.forward` takes."""
+        return dict(self.base) | self.saved
+
+    @property
+    def saved(self):
+        """The part of it that a checkpoint holds: all but the base."""
         return dict(self.params) | {"router": self.router}
 
 
@@ -74,7 +84,7 @@ def optimizer_of(cfg: TrainConfig, rules: AxisRules = AxisRules()) -> optax.Grad
     """
     axes = (
         jax.tree_util.tree_leaves_with_path(
-            param_axes(cfg.model), is_leaf=lambda x: isinstance(x, tuple)
+            trained_axes(cfg), is_leaf=lambda x: isinstance(x, tuple)
         )
         if rules
         else ()
@@ -94,6 +104,7 @@ def optimizer_of(cfg: TrainConfig, rules: AxisRules = AxisRules()) -> optax.Grad
             cfg.optimizer_memory,
             kernels_from(cfg.kernels).newton_schulz,
         ),
+        "adamw" if cfg.lora is None else cfg.lora.optimizer,
     )
     return optax.chain(clip_apart(cfg.clip_norm), inner)
 
@@ -109,10 +120,10 @@ def sparse_mode(cfg: TrainConfig) -> SparseMode:
 
 def state_from(cfg: TrainConfig, params) -> TrainState:
     """A fresh state around the public parameter dict."""
-    trained = {name: value for name, value in params.items() if name != "router"}
-    return TrainState(
-        trained, params["router"], optimizer_of(cfg).init(trained), jnp.zeros((), jnp.int32)
-    )
+    weights = {name: value for name, value in params.items() if name != "router"}
+    trained, base = split(cfg, weights)
+    begun = optimizer_of(cfg).init(trained)
+    return TrainState(trained, params["router"], begun, jnp.zeros((), jnp.int32), base)
 
 
 def train_step(
@@ -146,12 +157,16 @@ def train_step(
         collect=Collect(watch=watch),
         kernels=kernels_from(cfg.kernels),
         remat=cfg.remat,
+        dropout=0.0 if cfg.lora is None else cfg.lora.dropout,
     )
 
-    grads, metrics, routing = gradients(cfg, ctx, state.params, state.router, batch, chosen)
+    frozen = {"base": state.base, "key": dropout_key(cfg, state.step)}
+    weights = (state.params, state.router)
+    grads, metrics, routing = gradients(cfg, ctx, *weights, batch, chosen, **frozen)
     with jax.named_scope("optimizer"):
-        updates, opt_state = optimizer_of(cfg, rules).update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        grads, weights = from_b(cfg, grads), of_b(cfg, state.params)
+        updates, opt_state = optimizer_of(cfg, rules).update(grads, state.optimizer, weights)
+        params = optax.apply_updates(state.params, from_b(cfg, updates))
         # One of the two, indexer and main model, does not train in this stage.
         if alone or (cfg.index_learning_rate and not sparse.train_indexer):
 
@@ -167,7 +182,7 @@ def train_step(
     if watch:
         metrics["watch"] = watched(cfg.model, routing, state.router, grads, updates)
     router = state.router if alone else update_bias(state.router, routing, cfg.router_bias_rate)
-    return TrainState(params, router, opt_state, state.step + 1), metrics
+    return TrainState(params, router, opt_state, state.step + 1, state.base), metrics
 
 
 def state_shardings(cfg: TrainConfig, rules: AxisRules, mesh: Mesh) -> TrainState:
@@ -178,8 +193,16 @@ def state_shardings(cfg: TrainConfig, rules: AxisRules, mesh: Mesh) -> TrainStat
     Raises:
       ValueError: a weight that does not divide over the mesh (see named_shardings).
     """
-    params = named_shardings(mesh, rules, abstract_params(cfg.model), param_axes(cfg.model))
-    router = params.pop("router")
+    weights = named_shardings(mesh, rules, abstract_params(cfg.model), param_axes(cfg.model))
+    router = weights.pop("router")
+    params, base = weights, {}
+    if cfg.lora is not None:
+        pairs = abstract_adapters(cfg.model, cfg.lora)
+        params = {ADAPTERS: named_shardings(mesh, rules, pairs, trained_axes(cfg)[ADAPTERS])}
+        base = weights
+        if cfg.lora.base_dtype == PACKED:
+            base = places_of(cfg.init_from, cfg.model, PACKED, mesh, rules)
+            base.pop("router")
     everywhere: Any = NamedSharding(mesh, PartitionSpec())  # it takes the place of an array
     abstract = jax.eval_shape(lambda: state_from(cfg, init_params(cfg.model, jax.random.key(0))))
 
@@ -195,7 +218,7 @@ def state_shardings(cfg: TrainConfig, rules: AxisRules, mesh: Mesh) -> TrainStat
         transform_non_params=lambda _: everywhere,
         is_leaf=masked,
     )
-    return TrainState(params, router, opt_state, everywhere)
+    return TrainState(params, router, opt_state, everywhere, base)
 
 
 def batch_sharding(rules: AxisRules, mesh: Mesh) -> NamedSharding:

@@ -39,8 +39,8 @@ def _joined_one(w: ExpertWeights, expert, dtype) -> ExpertWeights:
     return ExpertWeights(take(w.w1), None, take(w.w2))
 
 
-def _several(w: ExpertWeights, expert_G, dtype) -> ExpertWeights:
-    """The matrices of N blocks' experts, stacked."""
+def _several(w, expert_G, dtype):
+    """The matrices of G blocks' experts, stacked; `w` is one array or a tree of them."""
 
     def take(m, n):
         return lax.dynamic_index_in_dim(m, expert_G[n], keepdims=False)
@@ -103,6 +103,31 @@ def backward(form, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):
         return ct_w, _store(ct_x, part_x, n, size), _store(ct_gate, part_gate, n, size)
 
     zeros = jax.tree.map(lambda a: vary_like(jnp.zeros(a.shape, a.dtype), x_PD), (w, x_PD, gate_P))
+    return lax.fori_loop(0, -(-groups.blocks_in_use // AT_ONCE), some_blocks, zeros)
+
+
+def dot(x_PA, w_EAZ, groups):
+    """Each row times its expert's matrix, [P,Z]; 0 in blocks not in use."""
+    return _product(_batched, x_PA, w_EAZ, w_EAZ.shape[2], groups)
+
+
+def back(ct_PZ, w_EAZ, groups):
+    """The gradient of `dot` for its rows, [P,A]."""
+
+    def transposed(ct_PZ, w_GAZ):
+        return _batched(ct_PZ, jnp.swapaxes(w_GAZ, 1, 2))
+
+    return _product(transposed, ct_PZ, w_EAZ, w_EAZ.shape[1], groups)
+
+
+def _product(multiply, x_PA, w_EAZ, width: int, groups):
+    size = x_PA.shape[0] // groups.block_expert.shape[0] * AT_ONCE
+
+    def some_blocks(n, total):
+        w_GAZ = _several(w_EAZ, _rows(groups.block_expert, n, AT_ONCE), x_PA.dtype)
+        return _store(total, multiply(_rows(x_PA, n, size), w_GAZ), n, size)
+
+    zeros = vary_like(jnp.zeros((x_PA.shape[0], width), x_PA.dtype), x_PA)
     return lax.fori_loop(0, -(-groups.blocks_in_use // AT_ONCE), some_blocks, zeros)
 
 

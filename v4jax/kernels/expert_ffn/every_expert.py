@@ -24,7 +24,7 @@ def reference(
     form: Activation, w: ExpertWeights, x_PD: jax.Array, gate_P: jax.Array, groups: Groups
 ) -> jax.Array:
     """Adds up what each expert makes of its rows, one expert after another."""
-    x_PD, expert_P = jnp.where(gate_P[:, None] == 0, 0, x_PD), _expert_of(x_PD, groups)
+    x_PD, expert_P = jnp.where(gate_P[:, None] == 0, 0, x_PD), expert_of_rows(x_PD, groups)
 
     def add(y_PD, one):
         expert, own = one
@@ -42,10 +42,10 @@ def every_expert_on_rows(
 ) -> jax.Array:
     """`every_expert` for rows sorted by expert."""
     x_PD = jnp.where(gate_P[:, None] == 0, 0, x_PD)
-    return every_expert(form, w, x_PD, _expert_of(x_PD, groups)[:, None], gate_P[:, None])
+    return every_expert(form, w, x_PD, expert_of_rows(x_PD, groups)[:, None], gate_P[:, None])
 
 
-def _expert_of(x_PD: jax.Array, groups: Groups) -> jax.Array:
+def expert_of_rows(x_PD: jax.Array, groups: Groups) -> jax.Array:
     """The expert of each row, int32 [P]."""
     return jnp.repeat(groups.block_expert, x_PD.shape[0] // groups.block_expert.shape[0])
 

@@ -66,16 +66,21 @@ def expert_ffn(
     Raises:
       ValueError: an unknown implementation, or "triton" for widths that it cannot cut.
     """
+    check(implementation, w, x_PD, groups)
     if implementation is None:
         return _written(BEST, form, w, x_PD, gate_P, groups)
+    function = pick("expert_ffn", IMPLEMENTATIONS, implementation, best="blocked")
+    return function(form, w, x_PD, gate_P, groups)
+
+
+def check(implementation: str | None, w: ExpertWeights, x_PD: jax.Array, groups: Groups) -> None:
+    """Raises ValueError for "triton" with widths that it cannot cut."""
     if implementation == "triton" and not _suits(w, x_PD, groups):
         raise ValueError(
             f"kernels: expert_ffn: got 'triton' for widths {x_PD.shape[1]} and {w.w2.shape[-2]} "
             f"and {x_PD.shape[0] // len(groups.block_expert)} rows a block; must divide by "
             f"{gpu.LEAST}"
         )
-    function = pick("expert_ffn", IMPLEMENTATIONS, implementation, best="blocked")
-    return function(form, w, x_PD, gate_P, groups)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -132,19 +137,20 @@ def _anywhere(kernel: Callable, platform: str) -> Callable:
     return run
 
 
-_RAGGED_ANYWHERE = Products(
+ragged_back_anywhere = functools.partial(
+    ragged_back, kernel=_anywhere(rows_tpu.grouped_back, "tpu")
+)
+RAGGED_ANYWHERE = Products(
     functools.partial(ragged_dot, kernel=_anywhere(rows_tpu.grouped_dot, "tpu")),
     _anywhere(grad_tpu.grouped_outer, "tpu"),
-    functools.partial(ragged_back, kernel=_anywhere(rows_tpu.grouped_back, "tpu")),
+    ragged_back_anywhere,
 )
-_TRITON_ANYWHERE = Products(
-    _anywhere(gpu.grouped_dot, "cuda"), _anywhere(gpu.grouped_outer, "cuda")
-)
+TRITON_ANYWHERE = Products(_anywhere(gpu.grouped_dot, "cuda"), _anywhere(gpu.grouped_outer, "cuda"))
 
 IMPLEMENTATIONS = {
     "reference": reference,
     "blocked": functools.partial(_written, BLOCKED),
-    "ragged": functools.partial(_written, _whole(_RAGGED_ANYWHERE)),
-    "triton": functools.partial(_written, _whole(_TRITON_ANYWHERE)),
+    "ragged": functools.partial(_written, _whole(RAGGED_ANYWHERE)),
+    "triton": functools.partial(_written, _whole(TRITON_ANYWHERE)),
     "every_expert": every_expert_on_rows,
 }

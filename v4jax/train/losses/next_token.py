@@ -17,6 +17,7 @@ from sharding.manual import vary, vary_like
 from v4jax.config import ModelConfig
 from v4jax.context import Context
 from v4jax.kernels.matmul import dense
+from v4jax.model.adapted import Weight, base_product, factors
 from v4jax.model.transformer import Hidden
 from v4jax.train.losses.term import Batch, Term
 
@@ -40,7 +41,7 @@ TERM = Term(mean, count)
 
 
 def mean_nll(
-    x_BSD: jax.Array, head_DV: jax.Array, batch: Batch, ahead: int, ctx: Context
+    x_BSD: jax.Array, head_DV: Weight, batch: Batch, ahead: int, ctx: Context
 ) -> jax.Array:
     """Mean of -log softmax(x @ head)[token `ahead` positions later] over those that count."""
     label_BS, counts_BS = targets(batch, ahead)
@@ -69,42 +70,48 @@ def targets(batch: Batch, ahead: int) -> tuple[jax.Array, jax.Array]:
     ) if "loss_mask" in batch else counts_BS
 
 
-def token_nll(ctx: Context, x_BSD: jax.Array, head_DV: jax.Array, label_BS: jax.Array) -> jax.Array:
+def token_nll(ctx: Context, x_BSD: jax.Array, head_DV: Weight, label_BS: jax.Array) -> jax.Array:
     """-log softmax(x @ head)[label], float32 [B,S], from the logits of a few positions at a time.
 
     Where the vocabulary is cut, each device computes the logits of its own tokens of the
     vocabulary. The devices exchange only the maximum, the sum and the label's logit.
     """
-    rules, product = ctx.rules, ctx.kernels.matmul
+    rules = ctx.rules
+    rows, columns = zip(*factors(ctx, x_BSD, head_DV), strict=True)
     if not rules:
-        return _token_nll((), product, x_BSD, head_DV, label_BS)
+        return _token_nll(ctx, (), rows, columns, label_BS)
     words = rules.mesh_axes("vocab")
     tokens = rules.spec(("act_batch", "act_seq"))
     return jax.shard_map(
-        functools.partial(_token_nll, words, product),
+        functools.partial(_token_nll, ctx, words),
         in_specs=(rules.spec(("act_batch", "act_seq", None)), rules.spec((None, "vocab")), tokens),
         out_specs=tokens,
-    )(x_BSD, head_DV, label_BS)
+    )(rows, columns, label_BS)
 
 
-def _token_nll(words: tuple[str, ...], product: str | None, x_BSD, head_DV, label_BS) -> jax.Array:
+def _token_nll(ctx: Context, words: tuple[str, ...], rows, columns, label_BS) -> jax.Array:
     """`token_nll` of one device's positions.
 
     Args:
       words: mesh axes that cut the vocabulary.
-      product: implementation of the head's product (v4jax/kernels/matmul.py).
+      rows, columns: the factors of the logits (`factors` in v4jax/model/adapted.py), of which the
+        first columns are the head.
       label_BS: ids in the whole vocabulary.
     """
-    batch, seq, _ = x_BSD.shape
-    x_BSD, head_DV = vary(x_BSD, words), vary_like(head_DV, x_BSD)
+    batch, seq = label_BS.shape
+    rows = tuple(vary(x, words) for x in rows)
+    head_DV, *others = (vary_like(w, x) for x, w in zip(rows, columns, strict=True))
     if words:
         label_BS = label_BS - jax.lax.axis_index(words) * head_DV.shape[1]
     chunk = max(1, min(seq, LOGIT_BYTES // (4 * batch * head_DV.shape[1])))
     chunks = -(-seq // chunk)
     chunk = -(-seq // chunks)
 
-    def nll(x_BSD, label_BS):
-        logits = dense(x_BSD, head_DV, jnp.float32, product)
+    def nll(rows, label_BS):
+        x_BSD, *low = rows
+        logits = base_product(ctx, x_BSD, head_DV, jnp.float32)
+        for x, w in zip(low, others, strict=True):
+            logits = logits + dense(x, w, jnp.float32, ctx.kernels.matmul)
         peak = jax.lax.stop_gradient(logits).max(-1)
         peak = jax.lax.pmax(peak, words) if words else peak
         total = jnp.exp(logits - peak[..., None]).sum(-1)
@@ -115,11 +122,14 @@ def _token_nll(words: tuple[str, ...], product: str | None, x_BSD, head_DV, labe
         return jnp.log(total) + peak - picked
 
     if chunks == 1:
-        return nll(x_BSD, label_BS)
+        return nll(rows, label_BS)
     pad = chunks * chunk - seq
-    x = jnp.moveaxis(
-        jnp.pad(x_BSD, ((0, 0), (0, pad), (0, 0))).reshape(batch, chunks, chunk, -1), 1, 0
-    )
+
+    def cut(x):
+        padded = jnp.pad(x, ((0, 0), (0, pad), (0, 0)))
+        return jnp.moveaxis(padded.reshape(batch, chunks, chunk, -1), 1, 0)
+
     label = jnp.moveaxis(jnp.pad(label_BS, ((0, 0), (0, pad))).reshape(batch, chunks, chunk), 1, 0)
-    out = jax.lax.map(lambda args: jax.checkpoint(nll, prevent_cse=False)(*args), (x, label))
+    each = jax.tree.map(cut, rows), label
+    out = jax.lax.map(lambda args: jax.checkpoint(nll, prevent_cse=False)(*args), each)
     return jnp.moveaxis(out, 0, 1).reshape(batch, -1)[:, :seq]

@@ -1,0 +1,89 @@
+"""Experts with constant matrices and low-rank pairs: values and gradients of merged matrices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from trees import close
+
+from sharding.experts import Groups
+from v4jax.kernels.expert_ffn.adapted import IMPLEMENTATIONS, ExpertPairs, Pair, adapted_ffn
+from v4jax.kernels.expert_ffn.every_expert import reference
+from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights
+
+FORM = Activation(2.0)
+
+
+def case(implementation, sizes):
+    """(matrices, pairs, rows, gates, groups) with rows of weight 0 and blocks not in use."""
+    block, width, hidden = {"triton": (16, 16, 32), "ragged": (16, 256, 128)}.get(
+        implementation, (8, 6, 5)
+    )
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    def pair(rows, columns):
+        return Pair(0.3 * normal(4, rows, 3), 0.3 * normal(4, 3, columns))
+
+    w = ExpertWeights(normal(4, width, hidden), normal(4, width, hidden), normal(4, hidden, width))
+    pairs = ExpertPairs(pair(width, hidden), None, pair(hidden, width))
+    rows, by_block = 8 * block, np.repeat(np.arange(4), sizes)
+    used = (np.arange(rows) < len(by_block) * block) & (np.arange(rows) % 5 > 0)
+    groups = Groups(
+        jnp.array(sizes, jnp.int32) * block,
+        jnp.array(np.append(by_block, np.full(8 - len(by_block), 3)), jnp.int32),
+        jnp.array(sum(sizes), jnp.int32),
+    )
+    return w, pairs, normal(rows, width), jnp.where(used, normal(rows), 0), groups
+
+
+def merged(w: ExpertWeights, pairs: ExpertPairs) -> ExpertWeights:
+    def one(m, pair):
+        return m if pair is None else m + pair.a @ pair.b
+
+    return ExpertWeights(*(one(m, pair) for m, pair in zip(w, pairs, strict=True)))
+
+
+@pytest.mark.parametrize("sizes", [(0, 0, 4, 0), (1, 2, 0, 3)])  # in blocks
+@pytest.mark.parametrize("implementation", [None, *(n for n in IMPLEMENTATIONS if n != "best")])
+def test_pairs_are_merged_matrices(implementation, sizes):
+    w, pairs, x, gate, groups = case(implementation, sizes)
+    ct, used = jnp.cos(x), (gate != 0)[:, None]
+
+    def results(function):
+        value, pull = jax.vjp(function, pairs, x, gate)
+        ct_pairs, ct_x, ct_gate = pull(ct)
+        masked = [jnp.where(used, a, 0) for a in (value, ct_x, ct_gate[:, None])]
+        return [*masked, ct_pairs]
+
+    want = results(lambda p, *rows: reference(FORM, merged(w, p), *rows, groups))
+    got = results(lambda p, *rows: adapted_ffn(FORM, w, p, *rows, groups, implementation))
+    close(got, want, 5e-6)
+
+
+def test_rows_of_weight_0_may_hold_anything():
+    """Neither they nor what flows back to them reaches a pair's gradient."""
+    w, pairs, x, gate, groups = case(None, (1, 2, 0, 3))
+    unused, ct = (gate == 0)[:, None], jnp.cos(x)
+
+    def ct_pairs(x, ct):
+        return jax.vjp(lambda p: adapted_ffn(FORM, w, p, x, gate, groups), pairs)[1](ct)[0]
+
+    spoilt = ct_pairs(jnp.where(unused, jnp.nan, x), jnp.where(unused, jnp.nan, ct))
+    close(spoilt, ct_pairs(x, ct), 0)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blocked"])
+def test_joined_matrices_have_the_pairs_of_both(implementation):
+    w, pairs, x, gate, groups = case(None, (1, 2, 0, 3))
+    joined = ExpertWeights(jnp.concatenate((w.w1, w.w3), axis=-1), None, w.w2)
+    got = adapted_ffn(FORM, joined, pairs, x, gate, groups, implementation)
+    close(got, reference(FORM, merged(w, pairs), x, gate, groups), 5e-6)
+
+
+def test_kernels_refuse_widths_that_they_cannot_cut():
+    w, pairs, x, gate, groups = case(None, (1, 2, 0, 3))
+    with pytest.raises(ValueError, match="expert_ffn: got 'triton' for widths 6 and 5 and 8"):
+        adapted_ffn(FORM, w, pairs, x, gate, groups, "triton")

@@ -1,0 +1,191 @@
+"""The experts' feed-forward with constant matrices, of which some have a low-rank pair (LoRA).
+
+Each product is x W + (x a) b. Products with W have a gradient for x alone; W's is never computed.
+Those with a and b work on whole blocks of rows, each with its expert's pair beside it, on every
+platform: a pair is no larger than the rows of its block.
+
+Shapes: P rows in blocks, G blocks, M rows of a block, A and Z widths of a product's factors, R
+rank, D hidden, E experts, F expert hidden.
+Next file to read: v4jax/kernels/expert_ffn/op.py.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sharding.experts import Groups
+from sharding.manual import vary_like
+from v4jax.kernels.choice import pick
+from v4jax.kernels.expert_ffn import blocked, gpu, op, whole
+from v4jax.kernels.expert_ffn.every_expert import expert_of_rows
+from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights, gated, matmul
+
+
+class Pair(NamedTuple):
+    """a [E,A,R] and b [E,R,Z]; those of one expert have no axis E."""
+
+    a: jax.Array
+    b: jax.Array
+
+
+class ExpertPairs(NamedTuple):
+    """The pairs of the experts' matrices; None for a matrix without one."""
+
+    w1: Pair | None = None
+    w3: Pair | None = None
+    w2: Pair | None = None
+
+
+class Rows(NamedTuple):
+    """How a platform multiplies rows by constant matrices.
+
+    Attributes:
+      dot: dot(x, w, groups).
+      back: back(ct, w, groups): its gradient for x.
+    """
+
+    dot: Callable[..., jax.Array]
+    back: Callable[..., jax.Array]
+
+
+def adapted_ffn(
+    form: Activation,
+    w: ExpertWeights,
+    pairs: ExpertPairs,
+    x_PD: jax.Array,
+    gate_P: jax.Array,
+    groups: Groups,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`expert_ffn` with constant matrices and their pairs; arguments and errors are those there.
+
+    Args:
+      pairs: cast to the dtype of x when used. Their gradients are sums in their own dtype.
+    """
+    op.check(implementation, w, x_PD, groups)
+    function = pick("expert_ffn", IMPLEMENTATIONS, implementation, best="best")
+    return function(form, w, pairs, x_PD, gate_P, groups)
+
+
+def _fast(rows: Rows, form, w, pairs: ExpertPairs, x_PD, gate_P, groups):
+    """Products with matrices by `rows`, products with pairs block by block."""
+    up = functools.partial(_up, lambda x, m: _constant(rows, x, m, groups), w)
+    added = functools.partial(_in_blocks, groups, gate_P != 0)
+    h1_PF, h3_PF = up(x_PD)
+    h1_PF, h3_PF = _plus(h1_PF, added, x_PD, pairs.w1), _plus(h3_PF, added, x_PD, pairs.w3)
+    # What the activation computes inside is recomputed: it is several arrays in float32.
+    h_PF = jax.checkpoint(functools.partial(gated, form))(h1_PF, h3_PF, gate_P)
+    return _plus(_constant(rows, h_PF, w.w2, groups), added, h_PF, pairs.w2)
+
+
+def _up(dot: Callable, w: ExpertWeights, x):
+    """(x w1, x w3); joined matrices are multiplied at once."""
+    if w.w3 is None:
+        h1, h3 = jnp.split(dot(x, w.w1), 2, axis=-1)
+        return h1, h3
+    return dot(x, w.w1), dot(x, w.w3)
+
+
+def _plus(y, added: Callable, x, pair: Pair | None):
+    return y if pair is None else y + added(x, pair)
+
+
+def _in_blocks(groups: Groups, used_P, x_PA, pair: Pair) -> jax.Array:
+    """(x a) b of each row's expert, 0 in rows that are not used.
+
+    These may hold anything on TPU: they are replaced, here and in what flows back.
+    """
+    rows, blocks = x_PA.shape[0], groups.block_expert.shape[0]
+    x_GMA = jnp.where(used_P[:, None], x_PA, 0).reshape(blocks, rows // blocks, -1)
+    a_GAR, b_GRZ = (m[groups.block_expert].astype(x_PA.dtype) for m in pair)
+    y_GMZ = matmul(matmul(x_GMA, a_GAR), b_GRZ)
+    return jnp.where(used_P[:, None], y_GMZ.reshape(rows, -1), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _constant(rows: Rows, x_PA, w_EAZ, groups: Groups) -> jax.Array:
+    """x w of each row's expert; the gradient is that of x."""
+    return rows.dot(x_PA, w_EAZ, groups)
+
+
+def _forward(rows, x_PA, w_EAZ, groups):
+    return _constant(rows, x_PA, w_EAZ, groups), (w_EAZ, groups)
+
+
+def _backward(rows, saved, ct_PZ):
+    return rows.back(ct_PZ, *saved), None, None
+
+
+_constant.defvjp(_forward, _backward)
+
+
+def _low(x, pair: Pair):
+    return matmul(matmul(x, pair.a), pair.b)
+
+
+def _every(form, w, pairs: ExpertPairs, x_PD, gate_P, groups):
+    """One expert after another on all rows: the reference."""
+    expert_P, x_PD = expert_of_rows(x_PD, groups), jnp.where(gate_P[:, None] == 0, 0, x_PD)
+
+    def add(y_PD, one):
+        expert, own, low = one
+        own, low = jax.tree.map(lambda m: m.astype(x_PD.dtype), (own, low))
+        h1_PF, h3_PF = _up(matmul, own, x_PD)
+        h1_PF, h3_PF = _plus(h1_PF, _low, x_PD, low.w1), _plus(h3_PF, _low, x_PD, low.w3)
+        h_PF = gated(form, h1_PF, h3_PF, jnp.where(expert_P == expert, gate_P, 0))
+        return y_PD + _plus(matmul(h_PF, own.w2), _low, h_PF, low.w2), None
+
+    numbers_E = jnp.arange(groups.group_sizes.shape[0], dtype=expert_P.dtype)
+    zeros_PD = vary_like(jnp.zeros_like(x_PD), x_PD)
+    return lax.scan(add, zeros_PD, (numbers_E, lax.stop_gradient(w), pairs))[0]
+
+
+def _whole(dot: Callable) -> Rows:
+    """All rows at once, by a platform's grouped product."""
+
+    def multiply(x_PA, w_EAZ, groups):
+        return dot(x_PA, w_EAZ.astype(x_PA.dtype), groups)
+
+    def back(ct_PZ, w_EAZ, groups):
+        return multiply(ct_PZ, jnp.swapaxes(w_EAZ, 1, 2), groups)
+
+    return Rows(multiply, back)
+
+
+def _ragged(dot: Callable, back: Callable) -> Rows:
+    """The same on TPU, whose kernel reads a matrix transposed."""
+
+    def of_rows(ct_PZ, w_EAZ, groups):
+        return back(((ct_PZ, w_EAZ.astype(ct_PZ.dtype)),), groups)
+
+    return _whole(dot)._replace(back=of_rows)
+
+
+BLOCKED = Rows(blocked.dot, blocked.back)
+RAGGED = _ragged(whole.ragged_dot, whole.ragged_back)
+TRITON = _whole(gpu.grouped_dot)
+
+
+def _best(name: str, *args) -> jax.Array:
+    """What the platform computes best, chosen when the program is compiled."""
+    loop, ragged, triton = (getattr(rows, name) for rows in (BLOCKED, RAGGED, TRITON))
+    x_PA, w_EAZ, groups = args
+    size = x_PA.shape[0] // groups.block_expert.shape[0]
+    cuda = triton if gpu.suits(size, *w_EAZ.shape[1:]) else loop
+    return lax.platform_dependent(*args, cpu=loop, cuda=cuda, rocm=loop, default=ragged)
+
+
+BEST = Rows(functools.partial(_best, "dot"), functools.partial(_best, "back"))
+IMPLEMENTATIONS = {
+    "reference": _every,
+    "best": functools.partial(_fast, BEST),
+    "blocked": functools.partial(_fast, BLOCKED),
+    "ragged": functools.partial(_fast, _ragged(op.RAGGED_ANYWHERE.dot, op.ragged_back_anywhere)),
+    "triton": functools.partial(_fast, _whole(op.TRITON_ANYWHERE.dot)),
+    "every_expert": _every,
+}
+"""Those of `expert_ffn`; "every_expert" is the reference, as decoding has no loop of its own."""

@@ -1,0 +1,53 @@
+"""What a LoRA run trains, in the terms of a step: the pairs, their axes, and their gradients.
+
+The weights hold scale * b (v4jax/adapters/tree.py). Gradients, clipping, weight decay and the
+optimizer are those of b itself, so that alpha and rank mean what they mean elsewhere.
+
+Next file to read: v4jax/train/step.py.
+"""
+
+from typing import Any
+
+import jax
+
+from v4jax.adapters.tree import adapter_axes, init_adapters, times
+from v4jax.parameter_tree import ADAPTERS, param_axes
+from v4jax.train.config import TrainConfig
+
+
+def trained_axes(cfg: TrainConfig) -> Any:
+    """Logical axes of what is trained: the same tree as TrainState.params."""
+    if cfg.lora is None:
+        return {name: tree for name, tree in param_axes(cfg.model).items() if name != "router"}
+    return {ADAPTERS: adapter_axes(cfg.model, cfg.lora)}
+
+
+def split(cfg: TrainConfig, params: Any) -> tuple[Any, Any]:
+    """(what is trained, what is frozen) of the parameters without "router"; pairs are fresh."""
+    if cfg.lora is None:
+        return params, {}
+    key = jax.random.fold_in(jax.random.key(cfg.seed), 0)
+    return {ADAPTERS: init_adapters(cfg.model, cfg.lora, key)}, params
+
+
+def dropout_key(cfg: TrainConfig, step: jax.Array) -> jax.Array | None:
+    """The key of the inputs that step number `step` drops; None without dropout.
+
+    It depends on the seed and the step alone, so a run that resumes drops what it would have.
+    """
+    if cfg.lora is None or cfg.lora.dropout == 0:
+        return None
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.seed), 1), step)
+
+
+def of_b(cfg: TrainConfig, params: Any) -> Any:
+    """The weights that the optimizer moves: b instead of scale * b."""
+    if cfg.lora is None:
+        return params
+    scale = cfg.lora.scale
+    return {ADAPTERS: times(1 / scale if scale else 0, params[ADAPTERS])}
+
+
+def from_b(cfg: TrainConfig, tree: Any) -> Any:
+    """Gradients by scale * b become those by b, and updates of b those of scale * b."""
+    return tree if cfg.lora is None else {ADAPTERS: times(cfg.lora.scale, tree[ADAPTERS])}

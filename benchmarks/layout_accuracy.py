@@ -3,20 +3,23 @@
     python benchmarks/layout_accuracy.py run tpu-fsdp cpu-full ...   # without names: all of CASES
     python benchmarks/layout_accuracy.py table
 
-The tpu- cases need the extra `tpu`. Bars: weights and optimizer within 10%, all memory within 25%,
-bytes sent within 10%. "All memory" is compared for TPU targets only: XLA:CPU plans temporary memory
-for no device that exists. pods.py compiles the full models and keeps its results here; the other
-cases have Flash's pattern with fewer and narrower layers. Results are appended to a file, so that
-cases can run one by one; the last result of a case counts. TPU cases compile with quick effort, the
-default of `v4jax layout`.
+Cases other than cpu- need the extra `tpu`. Bars: weights and optimizer, all memory, and bytes sent
+within 10%. "All memory" is not compared for CPUs: XLA:CPU plans temporary memory for no device that
+exists. The config- cases are configurations as shipped, in their first stage. pods.py compiles the
+full models and keeps its results here; the other cases have Flash's pattern with fewer and narrower
+layers. Results are appended to a file, so that cases can run one by one; the last result of a case
+counts. TPU cases compile with quick effort, the default of `v4jax layout`.
+tests/test_memory_record.py holds the estimate to the file.
 """
 
 import dataclasses
+import importlib
 import json
 import math
 import os
 import pathlib
 import sys
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
@@ -92,15 +95,23 @@ CASES = {  # name: (layers, MTP, sizes, mesh, layout, target, tokens a row, rows
     "cpu-ep-tp": (4, 0, SMALL, "expert=4,tensor=2", "ep_tp", "cpu", 512, 8),
     "cpu-pod-8": (4, 0, SMALL, "fsdp=2,expert=4", "pod", "cpu", 512, 8),
 }
+SHIPPED = {
+    "config-flash": ("flash", "v5p:4x4x8"),
+    "config-pro": ("pro", "v5p:8x8x8"),
+    "config-v5e-8": ("v5e_8", "v5e:2x4"),
+    "config-gpu-node": ("gpu_node", "h100:8"),
+}
+"""Name -> configuration, target."""
 
 
 def main() -> None:
     command, names = (sys.argv[1:] or ["table"])[0], sys.argv[2:]
     if command not in ("run", "table") or (
-        unknown := [name for name in names if name not in CASES]
+        unknown := [name for name in names if name not in CASES | SHIPPED]
     ):
         raise SystemExit(
-            f"usage: layout_accuracy.py run [CASE ...] | table; cases: {', '.join(CASES)}; "
+            f"usage: layout_accuracy.py run [CASE ...] | table; cases: "
+            f"{', '.join(CASES | SHIPPED)}; "
             f"unknown: {locals().get('unknown')}"
         )
     if command == "run":
@@ -108,7 +119,7 @@ def main() -> None:
         from sharding.mesh import simulate_devices
 
         simulate_devices(8)
-        for name in names or CASES:
+        for name in names or CASES | SHIPPED:
             run(name)
     table()
 
@@ -117,6 +128,10 @@ def config(name: str):
     """The training config of a case and its target."""
     if name in PODS:
         return pod_config(name), PODS[name][1]
+    if name in SHIPPED:
+        module, target = SHIPPED[name]
+        cfg = importlib.import_module(f"configs.{module}").get_config()
+        return dataclasses.replace(cfg, stages=()), target
     from configs import models
     from v4jax.train.config import TrainConfig
 
@@ -155,35 +170,41 @@ def run(name: str) -> None:
     keep(name, report_layout(cfg, target).to_dict())
 
 
-def table() -> None:
-    """Prints every case that was run; ratios are estimated / compiled."""
+def recorded() -> dict[str, tuple[dict, Any]]:
+    """Case -> (what compiling found, today's Estimate)."""
     from sharding.mesh import parse_mesh
     from v4jax.planner.estimate import estimate
     from v4jax.planner.hardware import target_of
 
     rows = {row["case"]: row for row in map(json.loads, RESULTS.read_text().splitlines())}
+    found = {}
+    for name in (name for name in (*CASES, *PODS, *SHIPPED) if name in rows):
+        cfg, target = config(name)
+        devices = math.prod(parse_mesh(cfg.mesh).values())
+        found[name] = rows[name], estimate(cfg, target_of(target, devices).hardware)
+    return found
+
+
+def table() -> None:
+    """Prints every case that was run; ratios are estimated / compiled."""
     print(
         "| case | layers | mesh | layout | target | weights + optimizer | ratio | all memory | "
         "ratio | sent | ratio |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for name in (name for name in (*CASES, *PODS) if name in rows):
+    for name, (row, paper) in recorded().items():
         cfg, target = config(name)
-        found = rows[name]
-        devices = math.prod(parse_mesh(cfg.mesh).values())
-        paper = estimate(dataclasses.replace(cfg), target_of(target, devices).hardware)
-        state, sent = (
-            paper.memory["weights"] + paper.memory["optimizer"],
-            sum(row[0] for row in paper.sent.values()),
-        )
-        held, moved = found["state"] + found["temporary"], sum(found["sent"].values())
-        whole = (
-            "- | -" if target == "cpu" else f"{held / 1e9:.2f} GB | {paper.memory_bytes / held:.2f}"
-        )
+        state = paper.memory["weights"] + paper.memory["optimizer"]
+        held, moved = row["state"] + row["temporary"], sum(row["sent"].values())
+        whole, sent = "- | -", "- | -"
+        if target != "cpu":
+            whole = f"{held / 1e9:.2f} GB | {paper.memory_bytes / held:.2f}"
+        if moved:
+            sent = sum(size for size, *_ in paper.sent.values())
+            sent = f"{moved / 1e9:.3f} GB | {sent / moved:.3f}"
         print(
             f"| {name} | {cfg.model.num_hidden_layers} | {cfg.mesh} | {cfg.layout} | {target} | "
-            f"{found['state'] / 1e9:.3f} GB | {state / found['state']:.3f} "
-            f"| {whole} | {moved / 1e9:.3f} GB | {sent / moved:.3f} |"
+            f"{row['state'] / 1e9:.3f} GB | {state / row['state']:.3f} | {whole} | {sent} |"
         )
 
 

@@ -35,7 +35,7 @@ def test_auto_becomes_a_number_for_every_stage():
     cfg = dataclasses.replace(shipped, gradient_accumulation="auto", stages=tuple(stages))
     found = chosen_micro_batches(cfg, 95e9, V5P)
     counts = [found.gradient_accumulation, *(stage.gradient_accumulation for stage in found.stages)]
-    assert counts == [32, 32, 36, 36, 36] and found.batch_size == 18_432
+    assert counts == [24, 24, 24, 24, 24] and found.batch_size == 18_432
     with pytest.raises(ValueError, match=r"auto: 288 micro-batches of 16 rows still need .* GB"):
         chosen_micro_batches(cfg, 1e9, V5P)
     assert chosen_micro_batches(shipped, 1.0, V5P) is shipped  # a number is left alone

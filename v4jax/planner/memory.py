@@ -1,21 +1,22 @@
 """Estimates what one device holds in a training step, by kind of memory.
 
 Weights and optimizer are exact. The rest restates when arrays live. Gradients grow during the
-backward pass. What layers keep depends on the remat policy (v4jax/remat.py). The largest of three
+backward pass. What layers keep depends on the remat policy (v4jax/remat.py). The largest of the
 working sets comes on top: that of the backward pass of one pattern, which first recomputes its
-layers, of the head, or of Muon. How many copies a backward pass holds is read
-off XLA:TPU's buffers at the peak of compiled programs; benchmarks/layout_accuracy.py compares.
+layers, of the head, or of the optimizer. What a backward pass holds is read off the buffers of
+compiled programs: those of TPUs, where the fused kernels run, are in v4jax/planner/backward.py,
+those of other platforms here. benchmarks/layout_accuracy.py compares.
 
-Next file to read: v4jax/planner/estimate.py.
+Next file to read: v4jax/planner/backward.py.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 
-from sharding.exchange import HEADROOM
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.kernels.attention import CHUNK_BYTES
+from v4jax.planner import backward
 from v4jax.planner.host import SLICES, patterns_of, stream_bytes
 from v4jax.planner.muon import muon, state_bytes
 from v4jax.planner.terms import Term
@@ -26,16 +27,21 @@ from v4jax.train.config import TrainConfig
 from v4jax.train.losses.next_token import LOGIT_BYTES
 
 MEMORY = ("weights", "optimizer", "gradients", "activations", "caches")
-WORKING = ("layers", "head", "muon")
+WORKING = (*backward.WORKING, "head", "muon")
 """Working sets; the largest counts."""
 
-_BLOCK = 128
 _SITES = 2
 """Sites of mHC in a layer."""
 
 
-def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list[Term]:
-    """The terms of the kinds MEMORY, which add up, and WORKING, of which the largest counts."""
+def memory(
+    cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int], platform: str
+) -> list[Term]:
+    """The terms of the kinds MEMORY, which add up, and WORKING, of which the largest counts.
+
+    Args:
+      platform: "tpu", "gpu" or "cpu".
+    """
     item = 4 if cfg.dtype == "float32" else 2
     terms = []
     for weight in weights_of(cfg.model):
@@ -49,7 +55,10 @@ def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list
         if cfg.optimizer_memory == "device":
             terms.append(Term("optimizer", weight.name, state * weight.size / cut.devices))
         if weight.optimizer in ("muon", "adamw"):
-            terms.append(Term("gradients", weight.name, held))
+            late = platform == "tpu" and backward.is_late(cfg, weight)
+            terms.append(Term("muon" if late else "gradients", weight.name, held))
+        if platform == "tpu":
+            terms += backward.relaid(cfg, weight, rules, sizes)
     if cfg.optimizer_memory == "host":
         terms.append(Term("optimizer", "slices", SLICES))
     # Newton-Schulz holds 3 arrays of m x n and 2 of m x m, m <= n.
@@ -58,31 +67,37 @@ def memory(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> list
         for stack in muon(cfg.model, rules, sizes).stacks
     ]
     terms.append(Term("muon", "updates", max(stacks, default=0.0)))
-    return (
-        terms
-        + _activations(cfg, item)
-        + _layers(cfg, rules, sizes, item)
-        + _head(cfg, rules, sizes, item)
-    )
+    terms += _head(cfg, rules, sizes, item, platform)
+    whole = POLICIES[cfg.remat].part == LAYERS
+    if platform == "tpu":
+        kept = _streams(cfg, 0) if whole else backward.kept_terms(cfg, rules, sizes)
+        return terms + kept + backward.working_terms(cfg, rules, sizes)
+    # MTP's module counts as two patterns.
+    kept = _streams(cfg, cfg.model.num_nextn_predict_layers) if whole else _kept(cfg, item)
+    return terms + kept + _layers(cfg, rules, sizes, item)
 
 
-def _activations(cfg: TrainConfig, item: int) -> list[Term]:
-    """What the forward pass keeps.
+def _streams(cfg: TrainConfig, mtp: int) -> list[Term]:
+    """What a recomputed pattern of layers keeps: its residual streams, with "dots" also products.
 
-    A recomputed pattern of layers keeps its residual streams, with "dots" also the products with
-    weights. Otherwise each layer keeps everything that its gradient needs, except inside a part
-    that is recomputed by itself.
+    Args:
+      mtp: MTP's modules whose streams are still there when the memory is largest.
     """
-    model, policy = cfg.model, POLICIES[cfg.remat]
-    streams, patterns = stream_bytes(cfg), patterns_of(cfg)
+    model, layers = cfg.model, cfg.model.num_hidden_layers + mtp
+    patterns = patterns_of(cfg) - 2 * (model.num_nextn_predict_layers - mtp)
+    if cfg.remat == "offload":  # those of one pattern come back while another's are in use
+        patterns = min(patterns, 2)
+    kept = [Term("activations", "streams", stream_bytes(cfg) * patterns, "tokens")]
+    if cfg.remat == "dots":
+        item = 4 if cfg.dtype == "float32" else 2
+        kept.append(Term("activations", "products", _products(model) * item * layers, "tokens"))
+    return kept
+
+
+def _kept(cfg: TrainConfig, item: int) -> list[Term]:
+    """What each layer keeps: all that its gradient needs, except inside a recomputed part."""
+    model, policy, streams = cfg.model, POLICIES[cfg.remat], stream_bytes(cfg)
     layers = model.num_hidden_layers + model.num_nextn_predict_layers
-    if policy.part == LAYERS:
-        if cfg.remat == "offload":  # those of one pattern come back while another's are in use
-            patterns = min(patterns, 2)
-        kept = [Term("activations", "streams", streams * patterns, "tokens")]
-        if cfg.remat == "dots":
-            kept.append(Term("activations", "products", _products(model) * item * layers, "tokens"))
-        return kept
     row = 5 * streams + 8 * model.hidden_size * (item + 4) / 2
     if policy.part != ATTENTION:
         row += 3 * model.num_attention_heads * model.head_dim * (item + 4) / 2
@@ -113,16 +128,8 @@ def _layers(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
     # Elsewhere `_activations` counts what layers keep.
     whole = POLICIES[cfg.remat].part == LAYERS
     layers = max(len(group.kinds) for group in model.layer_groups) if whole else 1
-    holders, cut = (
-        math.prod(sizes[axis] for axis in rules.mesh_axes(name))
-        for name in ("experts", "expert_hidden")
-    )
-    here, hidden = model.n_routed_experts / holders, model.moe_intermediate_size / cut
-    travels = rules.exchange and holders > 1
-    rows = model.num_experts_per_tok * (HEADROOM if travels else 1)
-    if holders > 1 and not travels:  # buffers hold all tokens of the group
-        rows *= holders
-    blocks, matrix = here * _BLOCK, here * hidden * model.hidden_size
+    rows = backward.rows_of(cfg, rules, sizes)
+    hidden, matrix, blocks = rows.hidden, rows.matrix, rows.filler
     gathered = any(
         cut_of(weight, rules, sizes).tokens > 1 for weight in weights_of(model) if weight.is_expert
     )
@@ -139,12 +146,12 @@ def _layers(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
     kept_rows = (model.hidden_size + 2 * hidden) * item
     # Matrices are in the compute dtype, gradients in float32. Experts that rows travel to also have
     # copies in the layouts of their products, and gradients of earlier rounds.
-    copies, gradients = (5 if gathered else 3, 7) if travels else (3, 3)
+    copies, gradients = (5 if gathered else 3, 7) if rows.travel else (3, 3)
     matrices = matrix * (layers * copies * item + gradients * 4)
     made_rows = 2 * model.hidden_size * item
     return [
         Term("layers", "matrices and blocks", matrices + blocks * (layers * kept_rows + made_rows)),
-        Term("layers", "rows of experts", rows * (layers * kept_rows + made_rows), "tokens"),
+        Term("layers", "rows of experts", rows.landed * (layers * kept_rows + made_rows), "tokens"),
         Term("layers", "streams, queries and outputs", layers * kept, "tokens"),
         Term(
             "layers",
@@ -157,8 +164,10 @@ def _layers(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
     ]
 
 
-def _head(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
+def _head(cfg: TrainConfig, rules: AxisRules, sizes, item: int, platform: str) -> list[Term]:
     """The head's gathered matrix, its gradient, and the logits of some positions."""
+    # XLA:TPU sums the gradient in the compute dtype.
+    grad = item if platform == "tpu" else item + 4
     model = cfg.model
     numbers = (
         model.hidden_size
@@ -167,7 +176,7 @@ def _head(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
     )
     words = model.vocab_size / math.prod(sizes[axis] for axis in rules.mesh_axes("vocab"))
     return [
-        Term("head", "matrix and gradient", numbers * (2 * item + 4)),
+        Term("head", "matrix and gradient", numbers * (item + grad)),
         Term("head", "logits", 2 * 4 * words, "tokens", cap=2 * LOGIT_BYTES),
         Term("head", "streams", 3 * model.hc_mult * model.hidden_size * item, "tokens"),
     ]
@@ -175,19 +184,30 @@ def _head(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
 
 def held(terms: Iterable[Term], values: Mapping[str, float]) -> dict[str, float]:
     """Bytes of each kind of MEMORY, and of "temporaries", the largest working set."""
-    found = dict.fromkeys((*MEMORY, *WORKING), 0.0)
-    for term in terms:
-        if term.kind in found:
-            found[term.kind] += term.value(values)
-    return {kind: found[kind] for kind in MEMORY} | {
-        "temporaries": max(found[kind] for kind in WORKING)
-    }
+    found = _found(terms, values)
+    sets = _beside_activations(found)
+    return {kind: found[kind] for kind in MEMORY} | {"temporaries": max(0.0, *sets.values())}
 
 
 def largest_working_set(terms: Iterable[Term], values: Mapping[str, float]) -> str:
     """The name of the largest working set."""
-    found = dict.fromkeys(WORKING, 0.0)
+    sets = _beside_activations(_found(terms, values))
+    return max(sets, key=lambda kind: sets[kind])
+
+
+def _found(terms: Iterable[Term], values: Mapping[str, float]) -> dict[str, float]:
+    found: dict[str, float] = dict.fromkeys((*MEMORY, *WORKING), 0.0)
     for term in terms:
         if term.kind in found:
             found[term.kind] += term.value(values)
-    return max(found, key=lambda kind: found[kind])
+    return found
+
+
+def _beside_activations(found: Mapping[str, float]) -> dict[str, float]:
+    """Bytes of each working set that come on top of activations; page.html repeats this.
+
+    Activations are gone when the optimizer runs, so its working set takes their place.
+    """
+    return {
+        kind: found[kind] - (found["activations"] if kind == "muon" else 0.0) for kind in WORKING
+    }

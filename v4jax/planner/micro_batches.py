@@ -18,6 +18,9 @@ from v4jax.planner.hardware import Hardware, hardware_of
 from v4jax.train.config import TrainConfig
 from v4jax.train.stages import stage_at
 
+_PROFILES = {"cpu": "cpu", "tpu": "v5p", "gpu": "h100"}
+"""Platform -> some profile of it."""
+
 
 def least_micro_batches(
     cfg: TrainConfig, hardware: Hardware, has: float, what: str = "train", released: bool = False
@@ -58,14 +61,15 @@ def chosen_micro_batches(
 
     Args:
       has: bytes of a device that the run may use; None: those of this machine's devices.
-      hardware: None: the profile of a CPU; memory in training does not depend on it.
+      hardware: None: a profile of this machine's platform, on which alone memory in training
+        depends.
 
     Raises:
       ValueError: even one row a device at a time does not fit.
     """
     if cfg.gradient_accumulation != "auto":
         return cfg
-    hardware = hardware_of("cpu") if hardware is None else hardware
+    hardware = hardware_of(_PROFILES[jax.default_backend()]) if hardware is None else hardware
     has = device_bytes() if has is None else has
 
     def number(view: TrainConfig) -> int:

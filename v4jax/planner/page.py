@@ -17,7 +17,7 @@ from typing import Any
 from sharding.mesh import parse_mesh
 from sharding.rules import layout_for
 from v4jax.cost import cost
-from v4jax.planner.estimate import platform_of, rates_of, terms_of
+from v4jax.planner.estimate import USABLE, platform_of, rates_of, terms_of
 from v4jax.planner.hardware import Hardware, target_of
 from v4jax.planner.memory import MEMORY, WORKING
 from v4jax.planner.notes import notes, parameters
@@ -90,6 +90,7 @@ def page_data(
         ],
         "kinds": MEMORY,
         "working": WORKING,
+        "usable": USABLE,
         "compiler": _timing(result),
         "notes": result.notes,
         "parameters": parameters(cfg),

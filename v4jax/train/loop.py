@@ -36,6 +36,7 @@ from v4jax.train.goodput import Clock
 from v4jax.train.initial import first_state
 from v4jax.train.metrics_file import METRICS, plot_losses
 from v4jax.train.prepare import (
+    Layout,
     as_read,
     check_base,
     check_folders,
@@ -82,14 +83,25 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
 
 
 def _train(cfg: TrainConfig, clock: Clock) -> dict[str, Any]:
-    """`train`, without the figures of the clock in the summary."""
+    """`train`, without the figures of the clock in the summary: the checks that take no time."""
     with agreed():
-        rules, mesh = check_layout(cfg)
+        layout = check_layout(cfg)
         run = check_folders(cfg)
         cfg = with_chat_release(cfg, run)
     claim = Claim(run)
-    with agreed():
-        claim.require_free()
+    with contextlib.ExitStack() as stack:
+        with agreed():
+            claim.require_free()
+            if is_first():
+                stack.enter_context(claim.announced())
+        return _run(cfg, clock, layout, run, claim)
+
+
+def _run(
+    cfg: TrainConfig, clock: Clock, layout: Layout, run: Place, claim: Claim
+) -> dict[str, Any]:
+    """The rest of `_train`, once layout and run directory fit and nobody else writes there."""
+    rules, mesh = layout
     newest = newest_step(run)
     with agreed():
         check_ahead(cfg, run, newest or 0)
@@ -114,6 +126,7 @@ def _train(cfg: TrainConfig, clock: Clock) -> dict[str, Any]:
         with Store(run, *kept, writes=True, before_save=before_save) as store:
             with clock.part("other" if newest is None else "restore"):
                 begin = start(cfg, rules, shardings, store, data, first)
+                store.remove_leftovers()
             reporter = functools.partial(Reporter, spool.folder, cfg, begin.step, begin.history)
             profiling = Profiler(spool.folder, cfg)
             with reporter() if is_first() else Silent() as report, profiling as profiler:

@@ -1,7 +1,7 @@
 """How much asynchronous saves slow training: the time that a save takes from the steps beside it.
 
-    python benchmarks/save_stall.py [--steps 20] [--rounds 5] [--into disk,gs,s3] [--megabytes 20]
-    python benchmarks/save_stall.py --calls --into disk,gs,s3      # the call alone, 100 MB
+    python benchmarks/save_stall.py [--steps 12] [--rounds 5] [--into disk,gs,s3] [--megabytes 20]
+    python benchmarks/save_stall.py --calls --into disk,gs,s3      # saves alone, of 100 MB
 
 Each round saves the whole state (weights, router, Muon and AdamW state), which Orbax writes while
 further steps run. The cost of a save is its call, plus what the steps until it is on the disk take
@@ -10,7 +10,10 @@ minute does not drown it. A save must be on the disk before the last third of it
 machine without accelerators the writing threads take cores from the steps: the worst case.
 
 gs and s3 are servers on loopback (tests/stores.py; extra buckets-tests) behind a link of so many
-megabytes a second. They are a process of their own and take cores too.
+megabytes a second. They are a process of their own and take cores too. Rounds into several places
+take turns, so that all of them meet the same machine; the ratio to the first one is the median of
+those of the turns. `CPU` is what the process itself computed for a save, in seconds of one core:
+a busy machine changes it least.
 """
 
 import argparse
@@ -35,6 +38,8 @@ from v4jax.storage import Place, place
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import compile_step, init_state, state_shardings
 
+EVERY = 20
+"""Steps between two saves, for the stall."""
 TESTS = pathlib.Path(__file__).parent.parent / "tests"
 
 
@@ -43,24 +48,34 @@ class Round:
     """What one save took.
 
     Attributes:
-      call: seconds of the call.
-      steps: seconds of each step after it.
+      call: seconds of the call, and CPU seconds.
+      steps: the same of each step after it.
       beside: how many steps began before the save was complete.
     """
 
-    call: float
-    steps: tuple[float, ...]
+    call: tuple[float, float]
+    steps: tuple[tuple[float, float], ...]
     beside: int
 
-    @property
-    def usual(self) -> float:
-        """Seconds of a step that runs beside no save."""
-        return float(np.median(self.steps[self.beside :]))
+    def usual(self, clock: int = 0) -> float:
+        """Seconds of a step that runs beside no save; clock 1: CPU seconds."""
+        return float(np.median([one[clock] for one in self.steps[self.beside :]]))
 
-    @property
-    def cost(self) -> float:
-        """Seconds that the save took from training."""
-        return self.call + sum(self.steps[: self.beside]) - self.beside * self.usual
+    def cost(self, clock: int = 0) -> float:
+        """Seconds that the save took from training; clock 1: CPU seconds."""
+        beside = sum(one[clock] for one in self.steps[: self.beside])
+        return self.call[clock] + beside - self.beside * self.usual(clock)
+
+
+def now() -> tuple[float, float]:
+    """(seconds, CPU seconds of this process)."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(begin: tuple[float, float]) -> tuple[float, float]:
+    """What has passed by both clocks."""
+    seconds, computed = now()
+    return seconds - begin[0], computed - begin[1]
 
 
 @contextlib.contextmanager
@@ -79,13 +94,13 @@ def target(kind: str, megabytes: float) -> Iterator[Place]:
         assert server.stdout is not None
         url = server.stdout.readline().strip()
         of_s3, of_gs = (url, None) if kind == "s3" else (None, url)
-        os.environ.update(stores.environment(of_s3, of_gs))
+        os.environ.update(stores.environment(of_s3, of_gs))  # adds one store to the other
         yield place(f"{kind}://bucket/stall")
         server.communicate("")
 
 
-def rounds(folder: Place, steps: int, count: int) -> tuple[int, list[Round]]:
-    """(bytes of the state, what the save of each of `count` rounds of `steps` steps took)."""
+def rounds(folders: list[Place], steps: int, count: int) -> tuple[int, list[list[Round]]]:
+    """(bytes of the state, for each folder what the save of each round of `steps` steps took)."""
     model = dataclasses.replace(
         MODEL, num_nextn_predict_layers=1, compress_ratios=(*MODEL.compress_ratios, 0)
     )
@@ -99,64 +114,88 @@ def rounds(folder: Place, steps: int, count: int) -> tuple[int, list[Round]]:
         warmup_steps=0,
     )
     mesh, rules = make_mesh(parse_mesh("")), AxisRules()
-    found = []
-    with jax.set_mesh(mesh), Store(folder, keep=1, writes=True) as store:
+    found: list[list[Round]] = [[] for _ in folders]
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(Store(one, keep=1, writes=True)) for one in folders]
         shardings = state_shardings(cfg, rules, mesh)
         step, state = compile_step(cfg, rules, shardings, mesh), init_state(cfg, shardings)
         size = (cfg.batch_size, cfg.seq_len)
         tokens = np.random.default_rng(0).integers(2, model.vocab_size, size, np.int32)
         batch = {"tokens": jax.numpy.asarray(tokens), "segment_ids": jax.numpy.ones_like(tokens)}
-        for i in range(count + 1):
-            start = begin = time.perf_counter()
-            if i:  # the first round compiles
+        state, metrics = step(state, batch)  # compiles
+        jax.block_until_ready(metrics)
+        for i in range(1, count + 2):
+            for store, own in zip(opened, found, strict=True):
+                begin = now()
                 store.save(i, {"params": state.public, "optimizer": state.optimizer})
-            call, times, beside = time.perf_counter() - begin, [], 0
-            for _ in range(steps):
-                begin = time.perf_counter()
-                state, metrics = step(state, batch)
-                jax.block_until_ready(metrics)
-                times.append(time.perf_counter() - begin)
-                # A step that began before the save was done runs beside it.
-                is_done = beside or (store.path(i) / "checksums.json").exists()
-                beside = beside or (len(times) if is_done else 0)
-            seconds = time.perf_counter() - start
-            print(f"{folder}: round {i} of {count}, {seconds:.0f} s", file=sys.stderr)
-            if i and not 0 < beside <= steps * 2 / 3:
-                sys.exit(f"save {i} took more than two thirds of {steps} steps: give more --steps")
-            if i:
-                found.append(Round(call, tuple(times), beside))
+                call, times, beside = since(begin), [], 0
+                for _ in range(steps):
+                    begin = now()
+                    state, metrics = step(state, batch)
+                    jax.block_until_ready(metrics)
+                    times.append(since(begin))
+                    # A step that began before the save was done runs beside it.
+                    is_done = beside or (store.path(i) / "checksums.json").exists()
+                    beside = beside or (len(times) if is_done else 0)
+                if not 0 < beside <= steps * 2 / 3:
+                    sys.exit(f"save {i} took more than two thirds of {steps} steps: more --steps")
+                one = Round(call, tuple(times), beside)
+                print(f"{store.path(i)}: {one.cost():.2f} s of {one.usual():.2f}", file=sys.stderr)
+                if i > 1:  # the first save imports and opens clients
+                    own.append(one)
         return sum(leaf.nbytes for leaf in jax.tree.leaves(state)), found
 
 
 def calls(folder: Place, count: int) -> str:
-    """A row: milliseconds of `count` calls that save 100 MB, and seconds until it is complete."""
+    """A row of `count` saves of 100 MB: the call, until it is complete, and who computed for it."""
     sizes = np.random.default_rng(0)
     arrays = {
         str(i): jax.numpy.asarray(sizes.integers(0, 2**32, (1, 5 * 10**6), np.uint32))
         for i in range(5)
     }
-    times, whole = [], []
+    called, whole, served = [], [], []
     with Store(folder, keep=1, writes=True) as store:
         for i in range(count + 1):
-            begin = time.perf_counter()
+            begin, before = now(), of_children(os.getpid())
             store.save(i + 1, {"params": arrays})
-            times.append((time.perf_counter() - begin) * 1e3)
+            called.append(since(begin)[0] * 1e3)
             store.wait()
-            whole.append(time.perf_counter() - begin)
-    del times[0], whole[0]  # Orbax imports and opens its clients
-    spread = f"{min(times):.0f} to {max(times):.0f}"
-    return f"{np.median(times):.0f} ms ({spread}) | {np.median(whole):.1f} s |"
+            whole.append(since(begin))
+            served.append(of_children(os.getpid()) - before)
+    del called[0], whole[0], served[0]  # Orbax imports and opens its clients
+    spread = f"{min(called):.0f} to {max(called):.0f}"
+    seconds, own = np.median(whole, axis=0)
+    return (
+        f"{np.median(called):.0f} ms ({spread}) | {seconds:.1f} s | {own:.2f} s "
+        f"| {np.median(served):.2f} s |"
+    )
+
+
+def of_children(pid: int) -> float:
+    """CPU seconds of the processes that a process has started, and those that they have; Linux."""
+    total = 0.0
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid:
+                total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+                total += of_children(int(path.parent.name))
+    return total
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--steps", type=int, default=20, help="steps of a round: what lies between two saves"
+        "--steps", type=int, default=12, help="steps of a round: beside a save, and after it"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--into", default="disk", help="some of disk, gs and s3")
     parser.add_argument("--megabytes", type=float, default=20, help="a second, to gs and s3")
-    parser.add_argument("--calls", action="store_true", help="time only the call, without steps")
+    parser.add_argument(
+        "--calls",
+        action="store_true",
+        help="saves without steps: the call, until complete, CPU of this process and of servers",
+    )
     arguments = parser.parse_args()
     simulate_devices(1)
     if arguments.calls:
@@ -164,25 +203,30 @@ def main() -> None:
             with target(kind, arguments.megabytes) as folder:
                 print(f"| {kind} | {calls(folder, arguments.rounds)}", flush=True)
         return
+    kinds = arguments.into.split(",")
+    with contextlib.ExitStack() as stack:
+        folders = [stack.enter_context(target(kind, arguments.megabytes)) for kind in kinds]
+        size, found = rounds(folders, arguments.steps, arguments.rounds)
     print(
-        "| into | state | save call | steps beside it | a save costs (least to most) | step | "
-        "stall, saving every so many steps | bar |\n|---|---|---|---|---|---|---|---|"
+        f"| into | state | save call | steps beside it | a save costs (least to most) | CPU | to "
+        f"{kinds[0]} | step | stall, saving every {EVERY} steps | bar |\n{'|---' * 10}|"
     )
-    for kind in arguments.into.split(","):
-        with target(kind, arguments.megabytes) as folder:
-            size, found = rounds(folder, arguments.steps, arguments.rounds)
-        costs = [one.cost for one in found]
-        cost = float(np.median(costs))
-        call = float(np.median([one.call for one in found]))
-        usual = float(np.median([one.usual for one in found]))
-        print(
-            f"| {kind} | {size / 1e6:.0f} MB | {call * 1e3:.0f} ms | "
-            f"{max(one.beside for one in found)} | "
-            f"{cost * 1e3:.0f} ms ({min(costs) * 1e3:.0f} to {max(costs) * 1e3:.0f}) | "
-            f"{usual * 1e3:.0f} ms | {arguments.steps}: "
-            f"{cost / (usual * arguments.steps):+.1%} | 5% |",
-            flush=True,
-        )
+    for kind, own in zip(kinds, found, strict=True):
+        print(row(kind, size, own, found[0]), flush=True)
+
+
+def row(kind: str, size: int, own: list[Round], first: list[Round]) -> str:
+    """What a table says of one place, and in ratio to the first one."""
+    costs = [one.cost() for one in own]
+    cost, usual = float(np.median(costs)), float(np.median([one.usual() for one in own]))
+    ratio = np.median([one.cost() / other.cost() for one, other in zip(own, first, strict=True)])
+    return (
+        f"| {kind} | {size / 1e6:.0f} MB | {np.median([one.call[0] for one in own]) * 1e3:.0f} ms "
+        f"| {max(one.beside for one in own)} "
+        f"| {cost * 1e3:.0f} ms ({min(costs) * 1e3:.0f} to {max(costs) * 1e3:.0f}) "
+        f"| {np.median([one.cost(1) for one in own]):.1f} s | {ratio:.2f} "
+        f"| {usual * 1e3:.0f} ms | {cost / (usual * EVERY):+.1%} | 5% |"
+    )
 
 
 if __name__ == "__main__":

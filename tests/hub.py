@@ -2,18 +2,18 @@
 
 import contextlib
 import hashlib
-import http.server
 import json
 import re
-import threading
 import types
 import urllib.parse
+
+from loopback import Loopback, QuietHandler
 
 FIRST, SECOND = "a" * 39 + "1", "b" * 39 + "2"
 """Commits."""
 
 
-class Hub:
+class Hub(Loopback):
     """Serves `repos`: name -> commit -> file -> bytes; `heads`: name -> commit of main.
 
     Files of more than 1,000 bytes have a sha256, as those in LFS. `rule(method, path)` breaks
@@ -25,13 +25,7 @@ class Hub:
         self.requests, self.rule = [], lambda method, path: None
         hub = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            wbufsize = 2**16  # head and body at once: Nagle would wait 40 ms
-
-            def log_message(self, *_):
-                pass
-
+        class Handler(QuietHandler):
             def do_GET(self):
                 with contextlib.suppress(ConnectionError):
                     hub._answer(self)
@@ -43,17 +37,7 @@ class Hub:
                 self.asked = urllib.parse.parse_qs(body).get("paths") or json.loads(body)["paths"]
                 self.do_GET()
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)
 
     @contextlib.contextmanager
     def used(self, patch, cache):

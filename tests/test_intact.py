@@ -213,6 +213,16 @@ def test_what_is_kept(whole, tmp_path):
     assert kept == {4, 6, best}
 
 
+def test_a_run_that_goes_on_finishes_a_deletion_though_it_saves_no_more(whole, tmp_path):
+    """Its process was killed while it deleted the older checkpoints, after the last save."""
+    cfg = dataclasses.replace(copy_of(whole, tmp_path), keep=1)
+    checkpoints = pathlib.Path(cfg.run_dir) / "checkpoints"
+    largest(checkpoints / "2", "params").unlink()
+    train(cfg)
+    assert [path.name for path in checkpoints.iterdir()] == ["6"]
+    same_weights(cfg.run_dir, whole.run_dir)
+
+
 FULL_DISK = """
 import resource, signal
 from test_intact import config

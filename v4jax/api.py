@@ -6,12 +6,16 @@ Next file to read: v4jax/score.py.
 import math
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.params import named_shardings
 from sharding.processes import check_whole
 from sharding.rules import AxisRules, check_has_mesh, layout_for
+from v4jax.adapters.base import read_base
+from v4jax.adapters.read import load_adapter
+from v4jax.adapters.tree import axes_like
 from v4jax.checkpoint.load import open_safetensors
 from v4jax.checkpoint.load_shards import load_shards
 from v4jax.checkpoint.names import leaf_dtypes, plain_dtype
@@ -21,7 +25,7 @@ from v4jax.checkpoint.store_params import load_store_params
 from v4jax.config import ModelConfig
 from v4jax.generation_config import with_end_tokens
 from v4jax.packed_tree import Formats, packed_shardings
-from v4jax.parameter_tree import abstract_params, param_axes
+from v4jax.parameter_tree import ADAPTERS, abstract_params, param_axes
 from v4jax.python_files import read_layout
 from v4jax.storage import checkpoint_path, folder_of_checkpoint
 
@@ -49,7 +53,11 @@ def place_on(mesh: str | None, layout: AxisRules | str | None) -> tuple[Mesh, Ax
 
 
 def load(
-    path, dtype: str = "float32", mesh: str | None = None, layout: AxisRules | str | None = None
+    path,
+    dtype: str = "float32",
+    mesh: str | None = None,
+    layout: AxisRules | str | None = None,
+    adapter=None,
 ):
     """Opens a safetensors directory or a v4jax run: (ModelConfig, nested dict of jax arrays).
 
@@ -64,18 +72,41 @@ def load(
       mesh: axis sizes such as "data=2,expert=4"; None: one device.
       layout: how the arrays lie on the mesh: a name, an AxisRules (sharding.rules.layout), or
         "FILE.py:NAME"; None: "full".
+      adapter: a folder of a low-rank adapter (docs/lora.md), whose pairs come under "lora".
 
     Raises:
       ValueError: no such checkpoint, or anything in it that does not fit, naming the tensor.
     """
     check_dtype(dtype)
+    given = path
     path = folder_of_checkpoint(path, "path", weights=True)
+    _refuse_adapters(path)
     cfg = ModelConfig.from_json(path)
     device_mesh, rules = place_on(mesh, layout)
     if not is_run(path):
         cfg = open_safetensors(path).cfg  # without MTP if transformers wrote it
     ending = with_end_tokens(cfg, path)
-    return ending, load_onto(path, cfg, dtype, places_of(path, cfg, dtype, device_mesh, rules))
+    low = {}
+    if adapter is not None:  # refused before the long work
+        pairs = load_adapter(cfg, adapter, str(given))
+        axes = axes_like(cfg, pairs)
+        places = named_shardings(device_mesh, rules, pairs, axes)
+        low = {ADAPTERS: jax.tree.map(_placed, pairs, places)}
+    places = places_of(path, cfg, dtype, device_mesh, rules)
+    return ending, load_onto(path, cfg, dtype, places) | low
+
+
+def _placed(array: np.ndarray, place) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+
+
+def _refuse_adapters(path) -> None:
+    """Raises ValueError for a run of adapters, which has no weights but these."""
+    base = read_base(path) if is_run(path) else None
+    if base is not None:
+        raise ValueError(
+            f"{path}: a run of adapters; open its base {base.path} with the adapter {path}/adapter"
+        )
 
 
 def check_dtype(dtype) -> None:

@@ -60,6 +60,7 @@ def score(
     dtype="float32",
     quant="none",
     kernels="",
+    adapter=None,
 ) -> dict:
     """Writes logits, MTP logits and per-token loss of a file of tokens to an .npz file.
 
@@ -78,7 +79,7 @@ def score(
         check_quant(model, quant)
         read_tokens(tokens_path, model.vocab_size)
     say(interpreted(kernels, jax.default_backend()))
-    cfg, params = load(checkpoint, dtype, mesh, layout)
+    cfg, params = load(checkpoint, dtype, mesh, layout, adapter)
     tokens = read_tokens(tokens_path, cfg.vocab_size)
     device_mesh, rules = place_on(mesh, layout)
     parts: dict[str, list[np.ndarray]] = {"logits": [], "mtp_logits": [], "nll": []}

@@ -75,14 +75,6 @@ def test_rows_of_weight_0_may_hold_anything():
     close(spoilt, ct_pairs(x, ct), 0)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blocked"])
-def test_joined_matrices_have_the_pairs_of_both(implementation):
-    w, pairs, x, gate, groups = case(None, (1, 2, 0, 3))
-    joined = ExpertWeights(jnp.concatenate((w.w1, w.w3), axis=-1), None, w.w2)
-    got = adapted_ffn(FORM, joined, pairs, x, gate, groups, implementation)
-    close(got, reference(FORM, merged(w, pairs), x, gate, groups), 5e-6)
-
-
 def test_kernels_refuse_widths_that_they_cannot_cut():
     w, pairs, x, gate, groups = case(None, (1, 2, 0, 3))
     with pytest.raises(ValueError, match="expert_ffn: got 'triton' for widths 6 and 5 and 8"):

@@ -37,11 +37,16 @@ def abstract_adapters(cfg: ModelConfig, lora: Lora) -> Any:
 
 def adapter_axes(cfg: ModelConfig, lora: Lora) -> Any:
     """Logical axes of the pairs: those of the matrix, and None for the rank."""
+    return axes_like(cfg, abstract_adapters(cfg, lora))
+
+
+def axes_like(cfg: ModelConfig, adapters: Any) -> Any:
+    """`adapter_axes` of a tree of pairs, whichever matrices it adapts."""
     found = {}
-    for path in adapted_paths(cfg, lora):
-        *lead, rows, columns = leaves(cfg)[path].axes
-        found[(*path, "a")] = (*lead, rows, None)
-        found[(*path, "b")] = (*lead, None, columns)
+    flat: Any = flatten_dict(adapters)
+    for path in flat:
+        *lead, rows, columns = leaves(cfg)[path[:-1]].axes
+        found[path] = (*lead, rows, None) if path[-1] == "a" else (*lead, None, columns)
     return unflatten_dict(found)
 
 

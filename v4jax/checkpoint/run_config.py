@@ -11,7 +11,10 @@ from v4jax.checkpoint.carried import CARRIED
 from v4jax.checkpoint.store import is_run
 from v4jax.config import ModelConfig
 from v4jax.config.json_styles import read_config_json
-from v4jax.storage import Place, checkpoint_path, place
+from v4jax.storage import WRITER, Place, checkpoint_path, place
+
+_BEFORE = (CARRIED, WRITER)
+"""What a process that was killed may have written before config.json."""
 
 
 def check_config(directory, cfg: ModelConfig) -> None:
@@ -25,7 +28,7 @@ def check_config(directory, cfg: ModelConfig) -> None:
     if (directory / "config.json").exists():
         _check_is_no_export(directory)
         _check_same_model(directory, cfg)
-    elif directory.exists() and any(path.name != CARRIED for path in directory.iterdir()):
+    elif directory.exists() and any(path.name not in _BEFORE for path in directory.iterdir()):
         raise ValueError(
             f"{directory} is not empty and holds no v4jax run; choose another run directory"
         )

@@ -12,7 +12,7 @@ A checkpoint appears under its name only when it is complete, since Orbax rename
 writes a file that says so at the end. So a crash leaves nothing half-written. One whose files are
 not what was written (checkpoint/checksums.py) is skipped, with a warning.
 
-Next file to read: v4jax/checkpoint/run_config.py.
+Next file to read: v4jax/checkpoint/orbax_settings.py.
 """
 
 import concurrent.futures
@@ -28,16 +28,13 @@ from orbax.checkpoint import v1 as ocp
 from sharding.agreement import anywhere, wait_for_all
 from sharding.processes import is_first
 from v4jax import storage
-from v4jax.checkpoint.bucket_clients import DATA_FILE_BYTES, prepare
+from v4jax.checkpoint.bucket_clients import prepare
 from v4jax.checkpoint.checksums import NOT_NOTED, damage, write_sums
+from v4jax.checkpoint.keeping import COMMITTED, leftovers, rule
+from v4jax.checkpoint.orbax_settings import context_for
 from v4jax.storage import Place, Remote, checkpoint_path, place_of_checkpoints
 
 CHECKPOINTS, DAMAGED, ABANDONED = "checkpoints", "damaged", "abandoned"
-COMMITTED = "commit_success.txt"
-"""Orbax's file that makes a checkpoint in a bucket complete."""
-_CHUNK_BYTES = 64 * 2**20
-"""Bytes of a chunk of a stored array. Orbax would make each device's share one chunk, and reading
-one expert would decode them all."""
 logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it touches at INFO
 
 
@@ -67,13 +64,16 @@ class Store:
         if isinstance(self._directory, Remote):
             prepare(self._directory.scheme)
         # The default policy skips a save, silently, while another one runs. The caller decides.
+        self._kept = rule(keep, keep_every, keep_best)
         every_step = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         self._checkpointer = ocp.training.Checkpointer(
             str(self._directory / CHECKPOINTS),
-            context=_context(self._directory),
+            context=context_for(self._directory),
             save_decision_policy=every_step,  # pyright: ignore[reportArgumentType] (Orbax's own)
-            preservation_policy=_kept(keep, keep_every, keep_best),
-            cleanup_tmp_directories=writes,  # a reader must not touch a save under way
+            preservation_policy=self._kept,
+            # A reader must not touch a save under way. In a bucket `remove_leftovers` cleans up:
+            # Orbax would do it in a thread, for which only another save waits.
+            cleanup_tmp_directories=writes and not isinstance(self._directory, Remote),
         )
         self._before_save = before_save
         self._summing = concurrent.futures.ThreadPoolExecutor(1)
@@ -155,6 +155,19 @@ class Store:
         wait_for_all("checkpoints are out of the way")
         self._checkpointer.reload()
 
+    def remove_leftovers(self) -> None:
+        """Removes checkpoints that the rule does not keep, and in a bucket incomplete ones.
+
+        A process that was killed while it saved or deleted a checkpoint leaves them. Every process
+        calls it, before the first save and once the state is loaded.
+        """
+        folder = self._directory / CHECKPOINTS
+        found = self._checkpointer.checkpoints
+        for one in leftovers(folder, found, self._kept) if is_first() else ():
+            storage.remove_folder(one, first=COMMITTED)
+        wait_for_all("leftovers are removed")
+        self._checkpointer.reload()
+
     def path(self, step: int) -> Place:
         """The directory of a step's checkpoint."""
         return self._directory / CHECKPOINTS / str(step)
@@ -178,7 +191,8 @@ class Store:
         sent = self._before_save()
         metrics: dict[str, Any] | None = None if loss is None else {"loss": loss}
         with self._writing():
-            saving = self._checkpointer.save_checkpointables_async(step, items, metrics=metrics)
+            own = dict(items)  # Orbax adds the metrics to it
+            saving = self._checkpointer.save_checkpointables_async(step, own, metrics=metrics)
         if saving is None:
             raise RuntimeError(f"checkpoint {step} was not saved to {self._checkpointer.directory}")
         self._summed.append(self._summing.submit(self._sum, saving, step, sent))
@@ -265,40 +279,6 @@ class Store:
         Trees of jax.ShapeDtypeStruct give the shapes, dtypes and shardings of what is loaded.
         """
         return self._checkpointer.load_checkpointables(step, items)
-
-
-def _kept(keep: int, keep_every: int, keep_best: int) -> Any:
-    """Orbax's policy that keeps a checkpoint for any of the reasons that Store names."""
-    policies = ocp.training.preservation_policies
-    kept: list[Any] = [policies.LatestN(keep)]
-    if keep_every:
-        kept.append(policies.EveryNSteps(keep_every))
-    if keep_best:
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["loss"],
-            reverse=True,
-            n=keep_best,
-            keep_checkpoints_without_metrics=False,
-        )
-        kept.append(best)
-    return policies.AnyPreservationPolicy(kept)
-
-
-def _context(directory: Place) -> ocp.Context:
-    """Orbax's settings: small chunks, cut along stacked axes (layers, experts) first.
-
-    So `stream` can read one matrix at a time. In a bucket, where nothing can be renamed, a step
-    counts once COMMITTED stands in it, which is written last.
-    """
-    context = ocp.Context()
-    if isinstance(directory, Remote):
-        context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
-        context.array.saving.ocdbt_target_data_file_size = DATA_FILE_BYTES
-    options = context.array.saving.StorageOptions
-    context.array.saving.scoped_storage_options_creator = lambda key, value: options(
-        chunk_byte_size=_CHUNK_BYTES, shard_axes=tuple(range(max(0, len(value.shape) - 2)))
-    )
-    return context
 
 
 def is_run(directory) -> bool:

@@ -65,6 +65,12 @@ def on_mesh(sub: argparse.ArgumentParser) -> None:
 def numbers(sub: argparse.ArgumentParser) -> None:
     """The flags that choose the served model's numbers, and what computes them."""
     sub.add_argument(
+        "--adapter",
+        type=CHECKPOINT,
+        metavar="DIR",
+        help="folder of a low-rank adapter, as v4jax train or PEFT writes it (default: none)",
+    )
+    sub.add_argument(
         "--quant",
         default="none",
         choices=("none", "official"),

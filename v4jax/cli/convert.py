@@ -5,7 +5,7 @@ Next file to read: v4jax/convert/conversion.py.
 
 import argparse
 
-from v4jax.cli.arguments import CHECKPOINT, CKPT, PLACE
+from v4jax.cli.arguments import CHECKPOINT, CKPT, PLACE, BadInput
 
 
 def declare(sub: argparse.ArgumentParser) -> None:
@@ -38,6 +38,12 @@ def declare(sub: argparse.ArgumentParser) -> None:
         "It may be given twice",
     )
     sub.add_argument(
+        "--adapter",
+        type=CHECKPOINT,
+        metavar="DIR",
+        help="merge this low-rank adapter, as v4jax train or PEFT writes it, into the matrices",
+    )
+    sub.add_argument(
         "--verify",
         action="store_true",
         help="compare TARGET with SOURCE tensor by tensor; TARGET is made first if it is missing",
@@ -63,6 +69,8 @@ def run(arguments: argparse.Namespace, _: list[str]) -> dict:
     from v4jax.convert.conversion import convert
     from v4jax.storage import place
 
+    if arguments.verify and arguments.adapter is not None:
+        raise BadInput("--verify compares TARGET with SOURCE; it does not go with --adapter")
     keep_freed_memory(one_heap=True)
     result = {}
     if not arguments.verify or not place(arguments.target).exists():
@@ -74,6 +82,7 @@ def run(arguments: argparse.Namespace, _: list[str]) -> dict:
             arguments.max_file_bytes,
             arguments.workers,
             arguments.drop,
+            arguments.adapter,
         )
     if not arguments.verify:
         return result

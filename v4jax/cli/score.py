@@ -33,5 +33,6 @@ def run(arguments: argparse.Namespace, _: list[str]) -> dict | None:
         arguments.dtype,
         arguments.quant,
         arguments.kernels,
+        arguments.adapter,
     )
     return result if is_first() else None

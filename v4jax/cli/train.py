@@ -91,9 +91,14 @@ def sample(cfg: TrainConfig) -> dict:
     from v4jax.generate.text import TextStop
     from v4jax.storage import place
     from v4jax.tokenizer import load_tokenizer, prompt_ids
+    from v4jax.train.loop import ADAPTER
 
     tokenizer = load_tokenizer(cfg.run_dir)
-    model, params = load(cfg.run_dir, mesh=cfg.mesh, layout=cfg.layout)
+    source: dict = {"path": cfg.run_dir}
+    if cfg.lora is not None:
+        adapter = place(cfg.run_dir, "run_dir") / ADAPTER
+        source = {"path": cfg.init_from, "dtype": cfg.lora.base_dtype, "adapter": adapter}
+    model, params = load(**source, mesh=cfg.mesh, layout=cfg.layout)
     mesh, rules = place_on(cfg.mesh, cfg.layout)
     prompt = prompt_ids(tokenizer, cfg.sample_prompt)
     with jax.set_mesh(mesh):

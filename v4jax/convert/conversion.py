@@ -17,6 +17,7 @@ from v4jax.checkpoint.carried import said
 from v4jax.checkpoint.carried_files import carried_files, copy_to
 from v4jax.checkpoint.formats import check_format
 from v4jax.checkpoint.tensor_files import MAX_FILE_BYTES
+from v4jax.convert.merged import AnySource, Merged
 from v4jax.convert.partial import PLAN_FILE, begun, begun_in_bucket, fingerprint
 from v4jax.convert.sources import open_checkpoint, without_parts
 from v4jax.convert.targets import to_safetensors, to_store
@@ -43,6 +44,7 @@ def convert(
     max_file_bytes: int = MAX_FILE_BYTES,
     workers: int = 2,
     drop: Sequence[str] = (),
+    adapter=None,
 ) -> dict:
     """Converts the checkpoint `source`, of any kind and precision, to the new directory `target`.
 
@@ -52,6 +54,7 @@ def convert(
       max_file_bytes: largest size of a safetensors file.
       workers: tensors converted at a time; for safetensors, files.
       drop: what to leave out: "drafter" (DSpark, or the MTP module), "vision".
+      adapter: a folder of a low-rank adapter (docs/lora.md) to merge into the matrices; None: none.
 
     Raises:
       ValueError: a part that the source does not have; a target that exists and is not empty, or
@@ -65,7 +68,14 @@ def convert(
     if is_remote(target):  # a model of the Hub goes there without a copy on this disk
         source = streamed(source)
     source = checkpoint_path(source, "source", weights=True)
-    opened = without_parts(open_checkpoint(source), drop)
+    opened: AnySource = without_parts(open_checkpoint(source), drop)
+    if adapter is not None:
+        if format == "orbax" and opened.format in ("fp8", "official"):
+            raise ValueError(
+                f"adapter: a store of {opened.format} files keeps their scales, which merged "
+                "matrices do not have; merge into safetensors"
+            )
+        opened = Merged(opened, adapter, str(source))
     files = carried_files(source)
     plan = {
         "source": fingerprint(source),
@@ -74,6 +84,8 @@ def convert(
         "max_file_bytes": max_file_bytes,
         "drop": sorted(drop),
     }
+    if adapter is not None:
+        plan["adapter"] = fingerprint(checkpoint_path(adapter, "adapter", weights=True))
     with _begun(target, plan) as partial:
         copy_to(files, partial, is_run=format == "orbax")
         if format == "safetensors":

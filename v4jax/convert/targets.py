@@ -13,7 +13,7 @@ from v4jax.checkpoint.config_json import config_json
 from v4jax.checkpoint.export import kinds_for
 from v4jax.checkpoint.files import read_tensor, write_file
 from v4jax.checkpoint.formats import DTYPES, Stored, encode, shapes_of
-from v4jax.checkpoint.load import Source, open_safetensors
+from v4jax.checkpoint.load import open_safetensors
 from v4jax.checkpoint.memory_budget import MemoryBudget
 from v4jax.checkpoint.names import official_shapes, plain_dtype
 from v4jax.checkpoint.stream import StoreWriter
@@ -27,8 +27,9 @@ from v4jax.checkpoint.tensor_files import (
     working_bytes,
     write_tensors,
 )
+from v4jax.convert.merged import AnySource, as_it_was
 from v4jax.convert.progress import progress
-from v4jax.convert.sources import RELEASED, StoreSource
+from v4jax.convert.sources import RELEASED
 from v4jax.convert.written import WrittenLog
 from v4jax.storage import Place
 
@@ -37,7 +38,7 @@ _GROUP_BYTES = 32 * 2**20
 
 
 def to_safetensors(
-    source: Source | StoreSource, partial: Place, dtype: str, max_file_bytes: int, workers: int
+    source: AnySource, partial: Place, dtype: str, max_file_bytes: int, workers: int
 ) -> int:
     """Fills `partial` with safetensors and config.json; returns the bytes of its tensors."""
     same = source.format == dtype  # then each tensor is stored as in the source
@@ -46,8 +47,9 @@ def to_safetensors(
     def stored(name: str) -> Stored:
         if name in source.carried:
             return stored_as_is(source.carried, name)
-        if isinstance(source, Source) and source.kinds[name] == kinds[name]:
-            return source.stored(name)
+        file = as_it_was(source, name)
+        if file is not None and source.kinds[name] == kinds[name]:
+            return file.stored(name)
         try:
             return encode(
                 kinds[name],
@@ -75,7 +77,7 @@ def to_safetensors(
     return total_bytes(files)
 
 
-def to_store(source: Source | StoreSource, partial: Place, dtype: str, workers: int) -> int:
+def to_store(source: AnySource, partial: Place, dtype: str, workers: int) -> int:
     """Fills `partial` with a store and config.json; returns the bytes of its tensors.
 
     What an earlier try wrote, and reads back as the log says, is not written again.
@@ -120,7 +122,7 @@ def to_store(source: Source | StoreSource, partial: Place, dtype: str, workers: 
     return sum(sizes.values()) + size
 
 
-def _keep_form(source: Source | StoreSource, directory: Place) -> None:
+def _keep_form(source: AnySource, directory: Place) -> None:
     """Writes how the source stored each tensor, and its scales unchanged."""
     storage.make_folder(directory)
     write_json(directory / "kinds.json", source.kinds)

@@ -31,11 +31,13 @@ from v4jax.cache.layer import CacheView, ChunkSpan, LayerCache, empty_layer
 from v4jax.cache.quantized import STORAGES
 from v4jax.config import CSA, HCA, WINDOW_ONLY, ModelConfig
 from v4jax.context import Context
+from v4jax.model.adapted import Adapted
 from v4jax.model.dspark import ROOT
 from v4jax.model.mtp import Drafter
 from v4jax.model.router import Routing
 from v4jax.model.segments import read_span
 from v4jax.model.transformer import Hidden, Transformer, project_logits
+from v4jax.parameter_tree import ADAPTERS
 from v4jax.quant import fp8
 from v4jax.quant.packed import Packed
 
@@ -99,23 +101,29 @@ def split_layers(
     Layers of short groups become arrays of their own, named by LayerGroup.layer. A scan over
     stacked layers would copy each layer's weights off the stack, with all experts, where a token
     needs a few. On one device w1 and w3 of the experts become one array, [E,D,2F], so that one
-    product computes both (v4jax/kernels/expert_ffn/every_expert.py).
+    product computes both (v4jax/kernels/expert_ffn/every_expert.py); not where they have low-rank
+    pairs.
 
     Args:
       take: returns layer n of stacked layers.
     """
-    params = dict(params, router=dict(params["router"]))
+    low = dict(params.get(ADAPTERS, {}))
+    params = dict(params, router=dict(params["router"])) | ({ADAPTERS: low} if low else {})
     for group in cfg.layer_groups:
         if group.repeats > APART or group.name not in params:
             continue
-        for tree in (params, params["router"]):
+        for tree in (params, params["router"], low):
+            if group.name not in tree:
+                continue
             stacked = tree.pop(group.name)
             for n in range(group.repeats):
                 tree[group.layer(n)] = jax.tree.map(functools.partial(take, n=n), stacked)
         if not rules:
             for n in range(group.repeats):
-                layer = params[group.layer(n)]
-                params[group.layer(n)] = jax.tree.map(_join, layer, is_leaf=_is_swiglu)
+                for name, block in params[group.layer(n)].items():
+                    if "experts" not in low.get(group.layer(n), {}).get(name, {}).get("ffn", {}):
+                        joined = jax.tree.map(_join, block, is_leaf=_is_swiglu)
+                        params[group.layer(n)][name] = joined
     return params
 
 
@@ -220,10 +228,9 @@ def extend(
       count_B: int32, real tokens of each row, 0 to T.
     """
     span = ChunkSpan(cache.length_B, count_B)
-    variables = {
-        "params": {name: params[name] for name in params if name not in ("router", ROOT)},
-        "router": params["router"],
-    }
+    apart = ("router", ADAPTERS, ROOT)
+    weights = {name: params[name] for name in params if name not in apart}
+    variables, ctx = _with_pairs(params, {"params": weights, "router": params["router"]}, ctx)
     view = CacheView(cache.layers, jnp.int32(0), span)
     segments = read_span(cfg, tokens_BT.shape[1], span)
     hidden = cast(Hidden, Transformer(ctx, cfg).apply(variables, tokens_BT, segments, view))
@@ -254,13 +261,29 @@ def draft(
     segments = read_span(cfg, next_BT.shape[1], span)
     next_BTD = embed_lookup(ctx.rules, params["embed"]["weight"], next_BT).astype(ctx.dtype)
     weights = {"params": {"mtp": params["mtp"]}, "router": {"mtp": params["router"]["mtp"]}}
+    variables, ctx = _with_pairs(params, weights, ctx)
     view = CacheView(cache.mtp, jnp.int32(0), span)
-    drafted = Drafter(ctx, cfg).apply(weights, streams_BTXD, next_BTD, next_BT, segments, view)
+    drafted = Drafter(ctx, cfg).apply(variables, streams_BTXD, next_BTD, next_BT, segments, view)
     x_BTD, _, view = cast(tuple[jax.Array, Routing, CacheView], drafted)
     return x_BTD, cache._replace(mtp=view.cache)
 
 
+def _with_pairs(params, variables, ctx: Context):
+    """(variables, ctx) of a module with the low-rank pairs of `params`, if it has some."""
+    if ADAPTERS not in params:
+        return variables, ctx
+    return variables | {ADAPTERS: params[ADAPTERS]}, dataclasses.replace(ctx, frozen=True)
+
+
 def logits_of(params, x_BTD: jax.Array, ctx: Context = Context()) -> jax.Array:
     """Logits of hidden states x_BTD, float32 [B,T,V]."""
-    head_DV = ctx.rules.gather(params["head"]["weight"].astype(x_BTD.dtype), ("embed", "vocab"))
+
+    def whole(w, *axes):
+        return ctx.rules.gather(w.astype(x_BTD.dtype), axes)
+
+    head_DV = whole(params["head"]["weight"], "embed", "vocab")
+    pair = params.get(ADAPTERS, {}).get("head", {}).get("weight")
+    if pair is not None:
+        a, b = whole(pair["a"], "embed", None), whole(pair["b"], None, "vocab")
+        head_DV = Adapted(head_DV, a, b)
     return project_logits(ctx, x_BTD, head_DV)

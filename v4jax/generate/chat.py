@@ -78,7 +78,7 @@ def run(flags) -> dict | None:
     say(f"chat of {release}, {_mode(flags)}")
     say(choice.line, disagreement(cfg, tokenizer))
     say(interpreted(flags.kernels, jax.default_backend()))
-    cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout)
+    cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout, flags.adapter)
     mesh, rules = place_on(flags.mesh, flags.layout)
     with jax.set_mesh(mesh):
         row = Row(cfg, params, decoding._replace(rules=rules), capacity)

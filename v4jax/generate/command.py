@@ -57,7 +57,7 @@ def run(flags) -> dict | None:
     tokenizer, given = request.tokenizer, request.stop_tokens
     if request.decoding.drafter is not None:
         check_drafter(flags.checkpoint)  # before the long work of reading the model
-    cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout)
+    cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout, flags.adapter)
     if request.decoding.drafter is not None:
         drafter = request.decoding.drafter
         place = (compute_dtype(flags.dtype), *place_on(flags.mesh, flags.layout))

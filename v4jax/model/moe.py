@@ -113,7 +113,7 @@ class Experts(Weights):
 
         def expert(weights, x_PD, gate_P, groups: Groups):
             own = _matrices(weights)
-            if self.ctx.frozen:
+            if self.ctx.frozen and own.w3 is not None:  # joined ones run forward only
                 return adapted_ffn(form, own, _pairs(weights), x_PD, gate_P, groups, kernel)
             return expert_ffn(form, own, x_PD, gate_P, groups, kernel)
 

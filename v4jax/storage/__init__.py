@@ -11,7 +11,7 @@ from v4jax.storage.checkpoints import (
     place_of_checkpoints,
     streamed,
 )
-from v4jax.storage.claim import Claim
+from v4jax.storage.claim import WRITER, Claim
 from v4jax.storage.files import (
     Entry,
     copy,
@@ -24,6 +24,7 @@ from v4jax.storage.files import (
     read_into,
     reader,
     remove,
+    remove_folder,
     size,
     write,
     writer,
@@ -35,6 +36,7 @@ from v4jax.storage.remote import Remote
 from v4jax.storage.spool import Spool
 
 __all__ = [
+    "WRITER",
     "Claim",
     "Entry",
     "Place",
@@ -62,6 +64,7 @@ __all__ = [
     "read_into",
     "reader",
     "remove",
+    "remove_folder",
     "require_writable",
     "size",
     "streamed",

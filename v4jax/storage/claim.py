@@ -2,10 +2,13 @@
 
 A process that begins notes itself in RUN/writer.json in place of the one before, which is dead, as
 a rule, and cannot say so. If it lives, it finds the other's note before its next save, and ends.
+Where nobody can be alive, it notes itself before its long work, the tokenising; else after all
+checks, so that a job that is refused takes no run from a living one.
 
 Next file to read: v4jax/storage/spool.py.
 """
 
+import contextlib
 import datetime
 import json
 import logging
@@ -13,9 +16,10 @@ import os
 import pathlib
 import socket
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
-from v4jax.storage.files import read, write
+from v4jax.storage.files import read, remove, write
 from v4jax.storage.places import Place
 from v4jax.storage.remote import Remote
 
@@ -30,6 +34,7 @@ class Claim:
         """Takes the run's folder; asks and writes nothing."""
         self._path = run / WRITER if isinstance(run, Remote) else None
         self._own = {"token": uuid.uuid4().hex, **_this_process()}
+        self._is_taken = False
 
     def require_free(self) -> None:
         """Refuses a run to which a process of this machine writes, before any work.
@@ -44,10 +49,41 @@ class Claim:
                 f"since {noted['since']}; end it first, or choose another run directory"
             )
 
+    @contextlib.contextmanager
+    def announced(self) -> Iterator[None]:
+        """Notes this process early, if no other can be alive; a fault before `take` undoes it.
+
+        Raises:
+          OSError: the store does not answer, or does not permit it.
+        """
+        early = self._path is not None and not _may_live(self._noted())
+        if early:
+            self._write()
+        try:
+            yield
+        except BaseException:
+            if early and not self._is_taken:
+                with contextlib.suppress(OSError):
+                    self._take_back()
+            raise
+
     def take(self) -> None:
-        """Makes this process the one that writes."""
+        """Makes this process the one that writes.
+
+        Raises:
+          ValueError: see `require_free`; another process of this machine began in the meantime.
+        """
+        self.require_free()
+        self._write()
+        self._is_taken = True
+
+    def _write(self) -> None:
         if self._path is not None:
             write(self._path, json.dumps(self._own).encode() + b"\n")
+
+    def _take_back(self) -> None:
+        if self._path is not None and (self._noted() or {}).get("token") == self._own["token"]:
+            remove(self._path)
 
     def holds(self) -> bool:
         """Whether no other process has taken the run over. A store that does not answer is logged.
@@ -56,6 +92,8 @@ class Claim:
         """
         if self._path is None:
             return True
+        if not self._is_taken:
+            return False
         try:
             return (self._noted() or {}).get("token") == self._own["token"]
         except OSError as error:
@@ -101,10 +139,20 @@ def _this_process() -> dict[str, Any]:
 
 def _lives(noted: dict[str, Any]) -> bool:
     """Whether a note is of another process of this machine that has not ended."""
-    own = _this_process()
-    if noted["pid"] == own["pid"] or (noted["host"], noted["boot"]) != (own["host"], own["boot"]):
+    if noted["pid"] == os.getpid() or not _is_of_this_machine(noted):
         return False
     return noted["started"] != "" and noted["started"] == _started(noted["pid"])
+
+
+def _may_live(noted: dict[str, Any] | None) -> bool:
+    """Whether the process of a note may live: it does, or it is of another machine."""
+    return noted is not None and (not _is_of_this_machine(noted) or _lives(noted))
+
+
+def _is_of_this_machine(noted: dict[str, Any]) -> bool:
+    """Whether it ran here since the machine started."""
+    own = _this_process()
+    return (noted["host"], noted["boot"]) == (own["host"], own["boot"])
 
 
 def _started(pid: Any) -> str:

@@ -228,6 +228,23 @@ def move_folder(source: Place, target: Place, first: str) -> None:
         remove(source / name)
 
 
+def remove_folder(path: Place, first: str) -> None:
+    """Removes a folder with all that is in it; in a bucket `first` before the others.
+
+    So whatever counts only with the file `first` in it counts no more once anything is gone.
+    Whoever is stopped in between may call it again. Nothing happens if there is none.
+
+    Raises:
+      OSError: see `write`.
+    """
+    if not isinstance(path, Remote):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
+        return
+    remove(path / first)
+    list(_readers().map(remove, [path / name for name in listing(path)]))
+
+
 def remove(path: Place) -> None:
     """Removes a file; nothing happens if there is none."""
     if not isinstance(path, Remote):

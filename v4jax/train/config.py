@@ -146,7 +146,7 @@ class TrainConfig:
     """Stop if the newest checkpoint is damaged, instead of resuming from an older one."""
     export: str = "bfloat16"
     """Format of the official safetensors written at the end: float32, bfloat16, fp8, official,
-    or none."""
+    or none. With lora, anything but none writes the adapter instead (docs/lora.md)."""
     sample_prompt: str = ""
     """Text that the finished model continues in sample.txt."""
     sample_tokens: int = 0
@@ -273,7 +273,8 @@ def _check_lora(cfg: TrainConfig) -> None:
         return
     _require(cfg, "init_from", cfg.init_from != "", "a checkpoint with lora: the frozen base")
     _require(cfg, "gather", cfg.gather == "micro_batch", "micro_batch with lora")
-    _require(cfg, "sample_tokens", cfg.sample_tokens == 0, "0 with lora")
+    rule = "0 with lora and export none: the sample reads the run's adapter"
+    _require(cfg, "sample_tokens", cfg.sample_tokens == 0 or cfg.export != "none", rule)
     parts = cfg.gradient_accumulation
     _require(cfg, "gradient_accumulation", parts != "auto", "a number with lora")
     learns, rate = adapts_indexer(cfg.model, cfg.lora), cfg.index_learning_rate

@@ -21,9 +21,12 @@ import jax
 
 from sharding.agreement import agreed
 from sharding.processes import is_first
+from v4jax.adapters.base import read_base
+from v4jax.adapters.files import save_adapter
 from v4jax.checkpoint.export import save_safetensors
 from v4jax.checkpoint.store import Store, newest_step
 from v4jax.data.listing import Listings
+from v4jax.parameter_tree import ADAPTERS
 from v4jax.storage import Claim, Place, Spool
 from v4jax.train.compile_cache import compile_cache
 from v4jax.train.config import TrainConfig
@@ -33,6 +36,7 @@ from v4jax.train.goodput import Clock
 from v4jax.train.initial import first_state
 from v4jax.train.metrics_file import METRICS, plot_losses
 from v4jax.train.prepare import (
+    Layout,
     as_read,
     check_base,
     check_folders,
@@ -53,6 +57,8 @@ from v4jax.train.run_steps import Job, run_steps
 from v4jax.train.step import batch_sharding, state_shardings
 from v4jax.train.trackers import IDS
 
+ADAPTER = "adapter"
+"""The folder of a run's adapter, in PEFT's format."""
 UNIGRAM_BATCHES = 64
 """Training batches whose tokens the unigram model counts."""
 
@@ -77,14 +83,25 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
 
 
 def _train(cfg: TrainConfig, clock: Clock) -> dict[str, Any]:
-    """`train`, without the figures of the clock in the summary."""
+    """`train`, without the figures of the clock in the summary: the checks that take no time."""
     with agreed():
-        rules, mesh = check_layout(cfg)
+        layout = check_layout(cfg)
         run = check_folders(cfg)
         cfg = with_chat_release(cfg, run)
     claim = Claim(run)
-    with agreed():
-        claim.require_free()
+    with contextlib.ExitStack() as stack:
+        with agreed():
+            claim.require_free()
+            if is_first():
+                stack.enter_context(claim.announced())
+        return _run(cfg, clock, layout, run, claim)
+
+
+def _run(
+    cfg: TrainConfig, clock: Clock, layout: Layout, run: Place, claim: Claim
+) -> dict[str, Any]:
+    """The rest of `_train`, once layout and run directory fit and nobody else writes there."""
+    rules, mesh = layout
     newest = newest_step(run)
     with agreed():
         check_ahead(cfg, run, newest or 0)
@@ -109,6 +126,7 @@ def _train(cfg: TrainConfig, clock: Clock) -> dict[str, Any]:
         with Store(run, *kept, writes=True, before_save=before_save) as store:
             with clock.part("other" if newest is None else "restore"):
                 begin = start(cfg, rules, shardings, store, data, first)
+                store.remove_leftovers()
             reporter = functools.partial(Reporter, spool.folder, cfg, begin.step, begin.history)
             profiling = Profiler(spool.folder, cfg)
             with reporter() if is_first() else Silent() as report, profiling as profiler:
@@ -138,6 +156,11 @@ def _finish(
     """
     summary: dict[str, Any] = {"run_dir": str(run), "steps": cfg.steps}
     exports = cfg.export != "none" and cfg.lora is None
+    if cfg.export != "none" and cfg.lora is not None:
+        target = run / ADAPTER
+        base = read_base(run)
+        save_adapter(cfg.model, state.params[ADAPTERS], target, cfg.lora, base)
+        summary["adapter"] = str(target)
     if exports:
         target = run / "export"
         save_safetensors(

@@ -64,6 +64,7 @@ def adapted_ffn(
     """`expert_ffn` with constant matrices and their pairs; arguments and errors are those there.
 
     Args:
+      w: not joined, and not packed.
       pairs: cast to the dtype of x when used. Their gradients are sums in their own dtype.
     """
     op.check(implementation, w, x_PD, groups)
@@ -73,21 +74,14 @@ def adapted_ffn(
 
 def _fast(rows: Rows, form, w, pairs: ExpertPairs, x_PD, gate_P, groups):
     """Products with matrices by `rows`, products with pairs block by block."""
-    up = functools.partial(_up, lambda x, m: _constant(rows, x, m, groups), w)
     added = functools.partial(_in_blocks, groups, gate_P != 0)
-    h1_PF, h3_PF = up(x_PD)
-    h1_PF, h3_PF = _plus(h1_PF, added, x_PD, pairs.w1), _plus(h3_PF, added, x_PD, pairs.w3)
+    h1_PF, h3_PF = (
+        _plus(_constant(rows, x_PD, m, groups), added, x_PD, pair)
+        for m, pair in ((w.w1, pairs.w1), (w.w3, pairs.w3))
+    )
     # What the activation computes inside is recomputed: it is several arrays in float32.
     h_PF = jax.checkpoint(functools.partial(gated, form))(h1_PF, h3_PF, gate_P)
     return _plus(_constant(rows, h_PF, w.w2, groups), added, h_PF, pairs.w2)
-
-
-def _up(dot: Callable, w: ExpertWeights, x):
-    """(x w1, x w3); joined matrices are multiplied at once."""
-    if w.w3 is None:
-        h1, h3 = jnp.split(dot(x, w.w1), 2, axis=-1)
-        return h1, h3
-    return dot(x, w.w1), dot(x, w.w3)
 
 
 def _plus(y, added: Callable, x, pair: Pair | None):
@@ -134,8 +128,10 @@ def _every(form, w, pairs: ExpertPairs, x_PD, gate_P, groups):
     def add(y_PD, one):
         expert, own, low = one
         own, low = jax.tree.map(lambda m: m.astype(x_PD.dtype), (own, low))
-        h1_PF, h3_PF = _up(matmul, own, x_PD)
-        h1_PF, h3_PF = _plus(h1_PF, _low, x_PD, low.w1), _plus(h3_PF, _low, x_PD, low.w3)
+        h1_PF, h3_PF = (
+            _plus(matmul(x_PD, m), _low, x_PD, pair)
+            for m, pair in ((own.w1, low.w1), (own.w3, low.w3))
+        )
         h_PF = gated(form, h1_PF, h3_PF, jnp.where(expert_P == expert, gate_P, 0))
         return y_PD + _plus(matmul(h_PF, own.w2), _low, h_PF, low.w2), None
 

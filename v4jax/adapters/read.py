@@ -1,0 +1,201 @@
+"""Reads adapters that v4jax or PEFT wrote into a tree of pairs.
+
+Next file to read: v4jax/adapters/base.py.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from v4jax.adapters.base import base_at, check_same_base, read_base
+from v4jax.adapters.files import CONFIG_FILE, FUSED, MODEL_FILE, MTP_FILE
+from v4jax.adapters.names import FACTORS, MODULES, MTP, PARAMETERS, Spot, module_of, spots
+from v4jax.adapters.stacked import Pair, from_peft, part
+from v4jax.checkpoint.files import Header, headers_of, read_tensor
+from v4jax.config import ModelConfig
+from v4jax.parameter_tree import leaves
+from v4jax.storage import Place, checkpoint_path
+from v4jax.untrusted import file_in, read_json
+
+_PLAIN = {
+    "bias": ("none",),
+    "use_dora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "lora_bias": (False, None),
+}
+"""Fields of adapter_config.json that are read at these values alone."""
+
+
+def load_adapter(cfg: ModelConfig, directory, base: str | None = None) -> dict[str, Any]:
+    """The tree of pairs for params["lora"], NumPy float32: b times its scale.
+
+    A layer that has no pair where another of its kind has one gets zeros.
+
+    Args:
+      base: the checkpoint that they are to be used with. It must be the one of base.json, if the
+        adapter has that file.
+
+    Raises:
+      ValueError: no adapter, one of another kind, model or base, or a tensor that adapts nothing or
+        has another shape; names it.
+    """
+    folder = checkpoint_path(directory, "adapter", weights=True)
+    try:
+        return _load(cfg, folder, base)
+    except ValueError as error:
+        raise ValueError(f"adapter: {folder}: {error}") from None
+
+
+def _load(cfg: ModelConfig, folder: Place, base: str | None) -> dict[str, Any]:
+    try:
+        config = read_json(file_in(folder, CONFIG_FILE))
+        headers = headers_of(file_in(folder, MODEL_FILE))
+    except FileNotFoundError as error:
+        raise ValueError(f"no adapter: {error}") from None
+    _check_config(config)
+    known = read_base(folder)
+    if known is not None and base is not None:
+        check_same_base("it", known, base_at(base))
+    found = _read(cfg, config, {header.stored: header for header in headers})
+    if (folder / MTP_FILE).is_file():
+        own = {header.stored: header for header in headers_of(file_in(folder, MTP_FILE))}
+        found |= _read_mtp(cfg, config, own)
+    if not found:
+        raise ValueError(f"{MODEL_FILE} has no pairs")
+    return _tree(cfg, found)
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type: got {config.get('peft_type')!r}; must be 'LORA'")
+    for name, allowed in _PLAIN.items():
+        if config.get(name, allowed[0]) not in allowed:
+            raise ValueError(f"{name}: got {config[name]!r}; must be {allowed[0]!r}")
+    rank = config.get("r")
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"r: got {rank!r}; must be at least 1")
+
+
+_Found = dict[tuple[str, str], Pair]
+"""(layer, target name) -> a and b, b times the scale."""
+
+
+def _read(cfg: ModelConfig, config, headers: dict[str, Header]) -> _Found:
+    # PEFT adds the base's own head if that is adapted.
+    left = {name: one for name, one in headers.items() if not name.endswith(".base_layer.weight")}
+    found: _Found = {}
+    for (layer, name), spot in spots(cfg).items():
+        if layer == MTP or name.startswith("ffn.experts."):
+            continue
+        module = (MODULES | PARAMETERS)[name]
+        pair = _take(left, module_of(layer, module.removesuffix(".weight")))
+        if pair is not None:
+            a, b = (m.T for m in pair)
+            scale = _scale(config, layer, module, a)
+            found[layer, name] = _fitting(cfg, layer, name, spot, (a, b), scale)
+    experts = {layer for layer, name in spots(cfg) if name == "ffn.experts.w1" and layer != MTP}
+    for layer in sorted(experts):
+        found |= _read_experts(cfg, config, layer, left)
+    if left:
+        raise ValueError(f"{MODEL_FILE}: {min(left)} adapts nothing in this model")
+    return found
+
+
+def _read_experts(cfg: ModelConfig, config, layer: str, left: dict[str, Header]) -> _Found:
+    """The pairs of a layer's routed experts; the later of two parameters is the outer wrapper."""
+    targets = config.get("target_parameters") or []
+    stacks = (FUSED, PARAMETERS["ffn.experts.w2"])
+    names = [name for name in stacks if any(f".{name}".endswith(f".{one}") for one in targets)]
+    outer = module_of(layer, "mlp.experts")
+    places = dict(zip(names, [f"{outer}.base_layer", outer][-len(names) :], strict=False))
+    found: _Found = {}
+    for name in names:
+        pair = _take(left, places[name])
+        if pair is None:
+            continue
+        if pair[0].shape[0] % cfg.n_routed_experts or pair[1].shape[1] % cfg.n_routed_experts:
+            raise ValueError(
+                f"{places[name]}: got {pair[0].shape[0]} rows; must divide by "
+                f"n_routed_experts={cfg.n_routed_experts}"
+            )
+        a, b = from_peft(cfg.n_routed_experts, pair)
+        scale = _scale(config, layer, name, a)
+        split = zip(("w1", "w3"), part((a, b)), strict=True) if name == FUSED else [("w2", (a, b))]
+        for matrix, own in split:
+            key = (layer, f"ffn.experts.{matrix}")
+            if own is not None:
+                found[key] = _fitting(cfg, *key, spots(cfg)[key], own, scale)
+    return found
+
+
+def _read_mtp(cfg: ModelConfig, config, left: dict[str, Header]) -> _Found:
+    if not cfg.num_nextn_predict_layers:
+        return {}  # the base was opened without its MTP module
+    found: _Found = {}
+    for (layer, name), spot in spots(cfg).items():
+        pair = _take(left, f"{MTP}.{name}") if layer == MTP else None
+        if pair is not None:
+            a, b = (m.swapaxes(-1, -2) for m in pair)
+            scale = _scale(config, MTP, "", a, whole=config["r"])
+            found[layer, name] = _fitting(cfg, layer, name, spot, (a, b), scale)
+    if left:
+        raise ValueError(f"{MTP_FILE}: {min(left)} adapts nothing in this model")
+    return found
+
+
+def _take(left: dict[str, Header], module: str) -> Pair | None:
+    """A and B of a module, float32, which are then no longer left; None if it has none."""
+    names = [f"{module}.{factor}" for factor in FACTORS]
+    missing = [name for name in names if name not in left]
+    if len(missing) == 2:
+        return None
+    if missing:
+        raise ValueError(f"{MODEL_FILE} lacks {missing[0]}")
+    first, second = (read_tensor(left.pop(name)).astype(np.float32) for name in names)
+    return first, second
+
+
+def _scale(config, layer: str, module: str, a: np.ndarray, whole: int | None = None) -> float:
+    """alpha / rank of a module, or alpha / sqrt(rank), as PEFT computes it."""
+    rank, alpha = a.shape[-1] if whole is None else whole, config.get("lora_alpha", 8)
+    full = module_of(layer, module).removeprefix("base_model.model.")
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", full):
+            alpha = value
+            break
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _fitting(cfg: ModelConfig, layer: str, name: str, spot: Spot, pair: Pair, scale: float) -> Pair:
+    """The pair with its scale, after a check of shapes."""
+    a, b = pair
+    *lead, rows, columns = leaves(cfg)[spot.path].shape[len(spot.index) :]
+    rank = a.shape[-1]
+    if a.shape != (*lead, rows, rank) or b.shape != (*lead, rank, columns) or rank < 1:
+        raise ValueError(
+            f"{layer or 'model'} {name}: got a {list(a.shape)} and b {list(b.shape)}; the matrix "
+            f"is {[*lead, rows, columns]}"
+        )
+    return a, b * np.float32(scale)
+
+
+def _tree(cfg: ModelConfig, found: _Found) -> dict[str, Any]:
+    """The tree of pairs; ranks of a stack are filled up with zeros to the largest."""
+    where, ranks = spots(cfg), {}
+    for key, (a, _) in found.items():
+        path = where[key].path
+        ranks[path] = max(ranks.get(path, 0), a.shape[-1])
+    flat = {}
+    for path, rank in ranks.items():
+        *lead, rows, columns = leaves(cfg)[path].shape
+        flat[(*path, "a")] = np.zeros((*lead, rows, rank), np.float32)
+        flat[(*path, "b")] = np.zeros((*lead, rank, columns), np.float32)
+    for key, (a, b) in found.items():
+        path, index = where[key]
+        flat[(*path, "a")][index][..., : a.shape[-1]] = a
+        flat[(*path, "b")][index][..., : a.shape[-1], :] = b
+    return unflatten_dict(flat)

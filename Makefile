@@ -2,10 +2,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint types docs clean
+.PHONY: help demo demo-lora test lint types docs clean
 
 help:  ## this list; every target makes the environment that it needs in $(VENV)
-	@sed -n 's/^\([a-z]*\):.*  ## /\1	/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1	/p' $(MAKEFILE_LIST)
 
 $(VENV)/demo.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "v4jax needs Python 3.11 or newer; try make PYTHON=python3.12")'
@@ -20,6 +20,15 @@ $(VENV)/%.done: $(VENV)/demo.done  # the extra of that name
 
 demo: $(VENV)/demo.done  ## train a small V4 on 8 simulated devices
 	JAX_PLATFORMS=cpu $(BIN)/v4jax train configs/demo.py
+
+demo-lora: $(VENV)/demo.done  ## then adapters on the demo's own fp8 and MXFP4 release
+	test -d runs/demo/export || $(MAKE) demo
+	test -d runs/demo-official || $(BIN)/v4jax convert runs/demo/export runs/demo-official --dtype official
+	JAX_PLATFORMS=cpu $(BIN)/v4jax train configs/demo_lora.py
+	rm -rf runs/demo-lora/merged
+	$(BIN)/v4jax convert runs/demo-official runs/demo-lora/merged --dtype official --adapter runs/demo-lora/adapter
+	JAX_PLATFORMS=cpu $(BIN)/v4jax generate runs/demo-official --prompt 'def times_7(' --max-new-tokens 40
+	JAX_PLATFORMS=cpu $(BIN)/v4jax generate runs/demo-lora/merged --prompt 'def times_7(' --max-new-tokens 40
 
 test: $(VENV)/tests.done  ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile  # mostly compiling, one core a process

@@ -90,7 +90,6 @@ def test_another_base_is_refused(place):
     [
         ({"init_from": ""}, "init_from: got ; must be a checkpoint with lora"),
         ({"gather": "step"}, "gather: got step; must be micro_batch with lora"),
-        ({"gradient_accumulation": "auto"}, "gradient_accumulation: got auto; must be a number"),
         ({"lora": Lora(targets=("indexer.*",))}, "index_learning_rate: got 0.0; must be above 0"),
         ({"index_learning_rate": 1e-3}, "must be 0 where no target of lora begins with indexer"),
         ({"lora": Lora(targets=("q_proj",))}, "'q_proj' matches no matrix"),

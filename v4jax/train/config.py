@@ -275,8 +275,6 @@ def _check_lora(cfg: TrainConfig) -> None:
     _require(cfg, "gather", cfg.gather == "micro_batch", "micro_batch with lora")
     rule = "0 with lora and export none: the sample reads the run's adapter"
     _require(cfg, "sample_tokens", cfg.sample_tokens == 0 or cfg.export != "none", rule)
-    parts = cfg.gradient_accumulation
-    _require(cfg, "gradient_accumulation", parts != "auto", "a number with lora")
     learns, rate = adapts_indexer(cfg.model, cfg.lora), cfg.index_learning_rate
     rule = "above 0 where lora.targets name the indexer: no other loss reaches it"
     _require(cfg, "index_learning_rate", rate > 0 or not learns, rule)

@@ -37,6 +37,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> dict | None:
             "train needs a CONFIG.py; see v4jax train CONFIG.py --help for its overrides"
         )
     cfg = override(read_config_file(arguments.config), rest, f"v4jax train {arguments.config}")
+    if arguments.dry_run and cfg.lora is not None:
+        raise BadInput("--dry-run: the plan's memory is that of all weights; leave lora out")
     if arguments.dry_run:
         return _plan(cfg, arguments.target, arguments.json)
     if arguments.target is not None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from sharding.agreement import wait_for_all
 from sharding.process_rows import gather
 from sharding.processes import is_first
 from v4jax import storage
@@ -35,7 +36,8 @@ def save_adapter(
 ) -> None:
     """Writes a tree of pairs as PEFT would; files of an earlier adapter are replaced.
 
-    Every process calls it; the first one writes. Layer by layer is in memory.
+    Every process calls it; the first one writes, and the others return when it has. Layer by layer
+    is in memory.
 
     Args:
       adapters: params["lora"]: b holds the scale, which is divided out again.
@@ -52,6 +54,7 @@ def save_adapter(
         write_json(folder / CONFIG_FILE, _config(pairs, lora, base))
         if base is not None:
             write_base(folder, base)
+    wait_for_all("the adapter is written")
 
 
 class _Pairs:

@@ -92,7 +92,7 @@ def test_estimated_muon_is_the_program(mesh, layout):
     for name, axis, size in moves(program.jaxpr):
         if sizes[axis] > 1:
             sent[axis, name] += size * (sizes[axis] - 1) // sizes[axis]
-    found = muon(CFG.model, rules, sizes)
+    found = muon(CFG, rules, sizes)
     assert sorted((stack.shape, stack.count) for stack in found.stacks) == sorted(stacks)
     paper = collections.Counter()
     for axis, kind, size in found.sent:

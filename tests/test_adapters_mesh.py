@@ -63,7 +63,7 @@ def on_one_device():
 @pytest.mark.parametrize(
     ("mesh", "layout"),
     [
-        ("fsdp=2,expert=2,tensor=2", "full"),
+        pytest.param("fsdp=2,expert=2,tensor=2", "full", marks=pytest.mark.slow),
         pytest.param("context=2,expert=2,tensor=2", "pod", marks=pytest.mark.slow),
         pytest.param("fsdp=2,expert=4", "pod", marks=pytest.mark.long),
         pytest.param("fsdp=8", "fsdp", marks=pytest.mark.long),

@@ -70,11 +70,7 @@ def convert(
     source = checkpoint_path(source, "source", weights=True)
     opened: AnySource = without_parts(open_checkpoint(source), drop)
     if adapter is not None:
-        if format == "orbax" and opened.format in ("fp8", "official"):
-            raise ValueError(
-                f"adapter: a store of {opened.format} files keeps their scales, which merged "
-                "matrices do not have; merge into safetensors"
-            )
+        _check_merges(opened.format, format)
         opened = Merged(opened, adapter, str(source))
     files = carried_files(source)
     plan = {
@@ -132,6 +128,15 @@ def _check(target: Place, format: str, dtype: str, max_file_bytes: int, workers:
     for name, value in (("max_file_bytes", max_file_bytes), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{name}: got {value}; must be at least 1")
+
+
+def _check_merges(stored: str, format: str) -> None:
+    """Refuses to merge low-precision files into a store."""
+    if format == "orbax" and stored in ("fp8", "official"):
+        raise ValueError(
+            f"adapter: a store of {stored} files keeps their scales, which merged matrices do not "
+            "have; merge into safetensors"
+        )
 
 
 def _check_local(target: pathlib.Path, format: str) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from sharding.document_counts import times_chosen
 from sharding.experts import Groups, apply_experts
-from v4jax.kernels.expert_ffn.adapted import ExpertPairs, Pair, adapted_ffn
+from v4jax.kernels.expert_ffn.adapted import ExpertPairs, adapted_ffn
 from v4jax.kernels.expert_ffn.blocked import JOINED_SHARE
 from v4jax.kernels.expert_ffn.every_expert import every_expert, pays_every_expert
 from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights, clamped_swiglu
@@ -92,7 +92,7 @@ class Experts(Weights):
                 name: w if isinstance(w, Packed) else mxfp4_weight(w) for name, w in weights.items()
             }
 
-        form, own = Activation(cfg.swiglu_limit, self.ctx.quant), _matrices(weights)
+        form, own = Activation(cfg.swiglu_limit, self.ctx.quant), ExpertWeights.of(weights)
         low = {}
         for name in ("w1", "w3", "w2"):
             pair = self.get_variable(ADAPTERS, name)
@@ -112,9 +112,9 @@ class Experts(Weights):
             return every_expert(form, own, *flat).reshape(x_BSD.shape)
 
         def expert(weights, x_PD, gate_P, groups: Groups):
-            own = _matrices(weights)
+            own = ExpertWeights.of(weights)
             if self.ctx.frozen and own.w3 is not None:  # joined ones run forward only
-                return adapted_ffn(form, own, _pairs(weights), x_PD, gate_P, groups, kernel)
+                return adapted_ffn(form, own, ExpertPairs.of(weights), x_PD, gate_P, groups, kernel)
             return expert_ffn(form, own, x_PD, gate_P, groups, kernel)
 
         def read(weights):
@@ -133,20 +133,6 @@ class Experts(Weights):
             return apply(x_BSD, index_BSK, weight_BSK, read=read if is_packed(weights) else None)
         large = functools.partial(apply, share=JOINED_SHARE)
         return jax.lax.platform_dependent(x_BSD, index_BSK, weight_BSK, cpu=large, default=apply)
-
-
-def _matrices(weights) -> ExpertWeights:
-    return ExpertWeights(weights["w1"], weights.get("w3"), weights["w2"])
-
-
-def _pairs(weights) -> ExpertPairs:
-    """The low-rank pairs among the arrays of `apply_experts`, where name.a and name.b are one."""
-    found = {
-        name: Pair(weights[f"{name}.a"], weights[f"{name}.b"])
-        for name in ExpertPairs._fields
-        if f"{name}.a" in weights
-    }
-    return ExpertPairs(**found)
 
 
 class SharedExpert(Weights):

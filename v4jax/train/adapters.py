@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 
+from v4jax.adapters.base import Base, base_at, check_same_base, read_base
 from v4jax.adapters.tree import adapter_axes, init_adapters, times
 from v4jax.parameter_tree import ADAPTERS, param_axes
+from v4jax.storage import Place
 from v4jax.train.config import TrainConfig
 
 
@@ -51,3 +53,22 @@ def of_b(cfg: TrainConfig, params: Any) -> Any:
 def from_b(cfg: TrainConfig, tree: Any) -> Any:
     """Gradients by scale * b become those by b, and updates of b those of scale * b."""
     return tree if cfg.lora is None else {ADAPTERS: times(cfg.lora.scale, tree[ADAPTERS])}
+
+
+def check_base(cfg: TrainConfig, run: Place, newest: int | None) -> Base | None:
+    """The frozen base of a run of adapters, after a check that it is the one of the checkpoints.
+
+    Raises:
+      ValueError: the run has checkpoints of another base, or of all weights; or of adapters, where
+        cfg trains all weights.
+    """
+    known = read_base(run)
+    if newest is not None and (known is None) != (cfg.lora is None):
+        has, wants = ("adapters", "no lora") if known else ("all weights", "lora")
+        raise ValueError(f"run_dir: {run} has checkpoints of {has}; this run has {wants}")
+    if cfg.lora is None:
+        return None
+    given = base_at(cfg.init_from)
+    if newest is not None and known is not None:
+        check_same_base(f"run_dir: {run}", known, given)
+    return given

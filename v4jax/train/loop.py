@@ -28,6 +28,7 @@ from v4jax.checkpoint.store import Store, newest_step
 from v4jax.data.listing import Listings
 from v4jax.parameter_tree import ADAPTERS
 from v4jax.storage import Claim, Place, Spool
+from v4jax.train.adapters import check_base
 from v4jax.train.compile_cache import compile_cache
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import unigram_loss
@@ -38,7 +39,6 @@ from v4jax.train.metrics_file import METRICS, plot_losses
 from v4jax.train.prepare import (
     Layout,
     as_read,
-    check_base,
     check_folders,
     check_layout,
     check_text,

@@ -18,7 +18,7 @@ from sharding.process_rows import local_rows
 from sharding.processes import check_whole, is_first
 from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax import storage
-from v4jax.adapters.base import BASE_FILE, Base, base_at, check_same_base, read_base, write_base
+from v4jax.adapters.base import BASE_FILE, Base, write_base
 from v4jax.chat.release import ChatRelease, chat_release
 from v4jax.checkpoint.atomic import write_text
 from v4jax.checkpoint.bucket_clients import check_bucket
@@ -180,25 +180,6 @@ def check_text(cfg: TrainConfig, newest: int | None, listings: Listings) -> Toke
         lines = unread_lines(cfg.data, listings)
     say(*lines)
     return tokenizer
-
-
-def check_base(cfg: TrainConfig, run: Place, newest: int | None) -> Base | None:
-    """The frozen base of a run of adapters, after a check that it is the one of the checkpoints.
-
-    Raises:
-      ValueError: the run has checkpoints of another base, or of all weights; or of adapters, where
-        cfg trains all weights.
-    """
-    known = read_base(run)
-    if newest is not None and (known is None) != (cfg.lora is None):
-        has, wants = ("adapters", "no lora") if known else ("all weights", "lora")
-        raise ValueError(f"run_dir: {run} has checkpoints of {has}; this run has {wants}")
-    if cfg.lora is None:
-        return None
-    given = base_at(cfg.init_from)
-    if newest is not None and known is not None:
-        check_same_base(f"run_dir: {run}", known, given)
-    return given
 
 
 def make_cache(cfg: TrainConfig, tokenizer: Tokenizer, listings: Listings) -> None:

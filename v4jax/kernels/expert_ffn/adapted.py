@@ -39,6 +39,12 @@ class ExpertPairs(NamedTuple):
     w3: Pair | None = None
     w2: Pair | None = None
 
+    @classmethod
+    def of(cls, arrays) -> "ExpertPairs":
+        """Those of a dict of arrays, where w1.a and w1.b are the pair of w1."""
+        there = {name for name in cls._fields if f"{name}.a" in arrays}
+        return cls(**{name: Pair(arrays[f"{name}.a"], arrays[f"{name}.b"]) for name in there})
+
 
 class Rows(NamedTuple):
     """How a platform multiplies rows by constant matrices.

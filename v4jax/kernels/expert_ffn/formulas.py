@@ -29,6 +29,11 @@ class ExpertWeights(NamedTuple):
     w3: jax.Array | Packed | None
     w2: jax.Array | Packed
 
+    @classmethod
+    def of(cls, arrays) -> "ExpertWeights":
+        """Those of a dict by name."""
+        return cls(arrays["w1"], arrays.get("w3"), arrays["w2"])
+
 
 class Activation(NamedTuple):
     """How the hidden activation is made.

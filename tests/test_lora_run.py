@@ -85,6 +85,12 @@ def test_another_base_is_refused(place):
         assert "\n" not in str(refused.value)
 
 
+def test_a_base_that_is_not_there_is_refused_and_nothing_is_made(place):
+    with pytest.raises(ValueError, match="nowhere: no such folder; expected config.json"):
+        train(run_of(place, "none", init_from=str(place / "nowhere")))
+    assert not (place / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

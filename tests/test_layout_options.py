@@ -77,6 +77,7 @@ def test_an_option_without_effect_is_refused_and_both_are_named(job, name, capsy
         (["--chips", "8"], "--chips has no effect without --search"),
         (["--confirm", "1"], "--confirm has no effect without --search"),
         (["--released"], "--released has no effect without --what decode"),
+        (["--what", "lora", "--released"], "--released has no effect without --what decode"),
         (["--search", "--effort", "full"], "--effort has no effect without --confirm K"),
         (["--search", "--confirm", "1", "--paper"], "--confirm has no effect with --paper"),
         (["--search", "--confirm", "-1"], "--confirm: got -1; must be 0 or more"),

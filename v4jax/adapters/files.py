@@ -3,7 +3,7 @@
 Beside them, base.json names the base that they were trained on (v4jax/adapters/base.py), and
 adapter_mtp.safetensors holds pairs of the MTP module, which transformers and PEFT do not have.
 
-Next file to read: v4jax/adapters/read.py.
+Next file to read: v4jax/adapters/peft_config.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping

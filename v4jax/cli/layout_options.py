@@ -41,7 +41,7 @@ def check_options(arguments: argparse.Namespace, defaults: argparse.Namespace) -
       BadInput: names two options that do not go together, or one that lacks another.
     """
     given = [name for name, value in vars(defaults).items() if getattr(arguments, name) != value]
-    for name, other in _clashes(given):
+    for name, other in _clashes(given, arguments):
         raise BadInput(f"{_flag(name)} has no effect with {_flag(other)}; leave one of them out")
     for name, other in _lacking(given, arguments):
         raise BadInput(f"{_flag(name)} has no effect without {other}")
@@ -49,14 +49,14 @@ def check_options(arguments: argparse.Namespace, defaults: argparse.Namespace) -
         raise BadInput(f"--confirm: got {arguments.confirm}; must be 0 or more")
 
 
-def _clashes(given: list[str]) -> Iterator[tuple[str, str]]:
+def _clashes(given: list[str], arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """(an option without effect, the option that leaves it none)."""
     job = next((job for job in _JOBS if job in given), None)
     if job is not None:
         yield from ((name, job) for name in given if name != job and name not in _JOBS[job])
     for name, others in _NOT_WITH.items():
         yield from ((name, other) for other in others if name in given and other in given)
-    if {"gradient_accumulation", "what"} <= set(given):
+    if "gradient_accumulation" in given and arguments.what == "decode":
         yield "gradient_accumulation", "what"
 
 
@@ -65,7 +65,7 @@ def _lacking(given: list[str], arguments: argparse.Namespace) -> Iterator[tuple[
     for name, other in _ONLY_WITH.items():
         if name in given and other not in given:
             yield name, _flag(other)
-    if "released" in given and "what" not in given:
+    if "released" in given and arguments.what != "decode":
         yield "released", "--what decode"
     if "search" in given and "confirm" not in given:
         yield from (

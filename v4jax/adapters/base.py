@@ -35,12 +35,12 @@ class Base(NamedTuple):
     fingerprint: str
 
 
-def base_at(path: str) -> Base:
+def base_at(path: str | Place) -> Base:
     """The base at `path`, a checkpoint of any kind."""
     return Base(pinned(path), fingerprint(path))
 
 
-def fingerprint(path: str) -> str:
+def fingerprint(path: str | Place) -> str:
     """A hash of the weights of a checkpoint: names, sizes, and 64 KiB at three places of each file.
 
     So 160 GB are known by a few MB, read where they lie. Weights that were trained differ

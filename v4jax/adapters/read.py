@@ -20,7 +20,7 @@ from v4jax.storage import Place, checkpoint_path
 from v4jax.untrusted import file_in, read_json
 
 
-def load_adapter(cfg: ModelConfig, directory, base: str | None = None) -> dict[str, Any]:
+def load_adapter(cfg: ModelConfig, directory, base: str | Place | None = None) -> dict[str, Any]:
     """The tree of pairs for params["lora"], NumPy float32: b times its scale.
 
     A layer that has no pair where another of its kind has one gets zeros.
@@ -40,7 +40,7 @@ def load_adapter(cfg: ModelConfig, directory, base: str | None = None) -> dict[s
         raise ValueError(f"adapter: {folder}: {error}") from None
 
 
-def _load(cfg: ModelConfig, folder: Place, base: str | None) -> dict[str, Any]:
+def _load(cfg: ModelConfig, folder: Place, base: str | Place | None) -> dict[str, Any]:
     for name, others in ((CONFIG_FILE, ()), (MODEL_FILE, (MTP_FILE,))):
         if not any((folder / one).is_file() for one in (name, *others)):
             raise ValueError(f"no {name} there; must be a folder as v4jax train or PEFT writes it")

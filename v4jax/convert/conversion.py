@@ -71,7 +71,7 @@ def convert(
     opened: AnySource = without_parts(open_checkpoint(source), drop)
     if adapter is not None:
         _check_merges(opened.format, format)
-        opened = Merged(opened, adapter, str(source))
+        opened = Merged(opened, adapter, source)
     files = carried_files(source)
     plan = {
         "source": fingerprint(source),

@@ -13,16 +13,17 @@ from v4jax.checkpoint.formats import format_of
 from v4jax.checkpoint.load import Source
 from v4jax.checkpoint.names import official_names
 from v4jax.convert.sources import StoreSource
+from v4jax.storage import Place
 
 
 class Merged:
     """What a StoreSource or load.Source is, with a b added to each matrix that has a pair."""
 
-    def __init__(self, source: Source | StoreSource, adapter, given: str):
+    def __init__(self, source: Source | StoreSource, adapter, given: Place):
         """Reads the adapter whole; of the checkpoint, nothing yet.
 
         Args:
-          given: the checkpoint as the user names it.
+          given: where the checkpoint is read.
 
         Raises:
           ValueError: see load_adapter.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from v4jax.cli.arguments import BadInput
 
-_ANY = ("config", "target", "seq", "batch", "gradient_accumulation")
+_ANY = ("config", "target", "seq", "batch", "gradient_accumulation", "remat")
 _ESTIMATED = (*_ANY, "what", "fp8", "released", "paper")
 
 _JOBS = {
@@ -41,7 +41,7 @@ def check_options(arguments: argparse.Namespace, defaults: argparse.Namespace) -
       BadInput: names two options that do not go together, or one that lacks another.
     """
     given = [name for name, value in vars(defaults).items() if getattr(arguments, name) != value]
-    for name, other in _clashes(given):
+    for name, other in _clashes(given, arguments):
         raise BadInput(f"{_flag(name)} has no effect with {_flag(other)}; leave one of them out")
     for name, other in _lacking(given, arguments):
         raise BadInput(f"{_flag(name)} has no effect without {other}")
@@ -49,15 +49,15 @@ def check_options(arguments: argparse.Namespace, defaults: argparse.Namespace) -
         raise BadInput(f"--confirm: got {arguments.confirm}; must be 0 or more")
 
 
-def _clashes(given: list[str]) -> Iterator[tuple[str, str]]:
+def _clashes(given: list[str], arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """(an option without effect, the option that leaves it none)."""
     job = next((job for job in _JOBS if job in given), None)
     if job is not None:
         yield from ((name, job) for name in given if name != job and name not in _JOBS[job])
     for name, others in _NOT_WITH.items():
         yield from ((name, other) for other in others if name in given and other in given)
-    if {"gradient_accumulation", "what"} <= set(given):
-        yield "gradient_accumulation", "what"
+    if arguments.what == "decode":
+        yield from ((name, "what") for name in ("gradient_accumulation", "remat") if name in given)
 
 
 def _lacking(given: list[str], arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
@@ -65,7 +65,7 @@ def _lacking(given: list[str], arguments: argparse.Namespace) -> Iterator[tuple[
     for name, other in _ONLY_WITH.items():
         if name in given and other not in given:
             yield name, _flag(other)
-    if "released" in given and "what" not in given:
+    if "released" in given and arguments.what != "decode":
         yield "released", "--what decode"
     if "search" in given and "confirm" not in given:
         yield from (

@@ -211,7 +211,8 @@ def test_a_search_tries_remat_policies():
     for one in layer:
         other = found[one.layout, one.mesh, "none"]
         assert other.step_seconds <= one.step_seconds and other.memory_bytes > one.memory_bytes
-    assert as_estimated(cfg, found["fsdp", "fsdp=8", "none"]).remat == "none"
+    first = next(one for one in roomy.ranked if one.remat == "none")
+    assert as_estimated(cfg, first).remat == "none"
     assert policies_of(cfg, V5P, "decode") == ("layer",)
     assert "offload" not in policies_of(cfg, hardware_of("cpu"), "train")
 

@@ -10,9 +10,9 @@ from reference.weights import random_weights
 from test_mesh import SMALL
 
 import v4jax
-from v4jax.adapters.base import base_at
+from v4jax.adapters.base import CONFIG_FILE, base_at
 from v4jax.adapters.config import Lora
-from v4jax.adapters.files import CONFIG_FILE, MODEL_FILE, MTP_FILE, save_adapter
+from v4jax.adapters.files import MODEL_FILE, MTP_FILE, save_adapter
 from v4jax.adapters.read import load_adapter
 from v4jax.adapters.tree import init_adapters
 from v4jax.checkpoint.export import save_safetensors
@@ -85,7 +85,28 @@ Q = "base_model.model.model.layers.0.self_attn.q_b_proj.lora_A.weight"
         (lambda at: change(at, r=0), "r: got 0; must be at least 1"),
         (lambda at: change(at, peft_type="IA3"), "peft_type: got 'IA3'; must be 'LORA'"),
         (lambda at: change(at, use_dora=True), "use_dora: got True; must be False"),
-        (lambda at: (at / MODEL_FILE).unlink(), "no adapter: .*adapter_model.safetensors"),
+        (lambda at: (at / MODEL_FILE).unlink(), "no adapter_model.safetensors there"),
+        (lambda at: (at / CONFIG_FILE).write_text("[1]"), "got list; must be an object"),
+        (lambda at: change(at, r=4), "layers.0.self_attn.q_b_proj: got rank 2; .* say 4"),
+        (lambda at: change(at, r="2"), "r: got '2'; must be at least 1"),
+        (lambda at: change(at, lora_alpha=None), "lora_alpha: got None; must be a finite number"),
+        (lambda at: change(at, lora_alpha=float("nan")), "lora_alpha: got nan"),
+        (lambda at: change(at, use_rslora="no"), "use_rslora: got 'no'; must be True or False"),
+        (lambda at: change(at, alpha_pattern=[1]), r"alpha_pattern: got \[1\]; must be an object"),
+        (
+            lambda at: change(at, alpha_pattern={"q[": 1}),
+            "alpha_pattern: got 'q\\['; must be a reg",
+        ),
+        (lambda at: change(at, rank_pattern={"q_b_proj": 0}), "q_b_proj: got 0; must be at least"),
+        (
+            lambda at: change(at, target_parameters="w"),
+            "target_parameters: got 'w'; must be a list",
+        ),
+        (lambda at: change(at, init_lora_weights="pissa"), "init_lora_weights: got 'pissa'; must"),
+        (lambda at: change(at, alora_invocation_tokens=[1]), r"alora_invocation_tokens: got \[1\]"),
+        (lambda at: change(at, layer_replication=[[0, 2]]), "layer_replication: got"),
+        (lambda at: rewrite(at, lambda t: t.update({Q: t[Q][0]})), r"got shape \[16\]; must"),
+        (lambda at: rewrite(at, lambda t: t.update({Q: t[Q] * np.nan})), "not finite"),
         (lambda at: rewrite(at, lambda t: t.pop(Q)), f"lacks {Q}"),
         (
             lambda at: rewrite(at, lambda t: t.update({Q: t[Q][:, 1:]})),

@@ -17,6 +17,7 @@ from v4jax.api import load
 from v4jax.checkpoint.export import save_safetensors
 from v4jax.checkpoint.names import from_official, to_official
 from v4jax.convert.conversion import convert
+from v4jax.convert.info import describe
 from v4jax.generate.decode import generate
 from v4jax.train.loop import train
 
@@ -107,5 +108,16 @@ def test_a_run_writes_its_adapter_and_names_it(tmp_path):
     moved = v4jax.forward(model, params, tokens).logits
     still = v4jax.forward(model, {k: v for k, v in params.items() if k != "lora"}, tokens).logits
     assert jnp.abs(moved - still).max() > 1e-4
-    with pytest.raises(ValueError, match="a run of adapters; open its base .*base with the"):
-        load(tmp_path / "run")
+    again = small_run(tmp_path / "text", tmp_path / "again", init_from=str(tmp_path / "run"))
+    said = "a run of adapters; open its base .*base with the"
+    for use in (
+        lambda: load(tmp_path / "run"),
+        lambda: convert(tmp_path / "run", tmp_path / "out"),
+        lambda: describe(tmp_path / "run"),
+        lambda: train(again),
+    ):
+        with pytest.raises(ValueError, match=said):
+            use()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "again").exists()
+    with pytest.raises(ValueError, match="an adapter; open its base with --adapter"):
+        describe(tmp_path / "run/adapter")

@@ -97,6 +97,8 @@ def test_the_command_gives_any_configuration_adapters(capsys):
     options = ["--what", "lora", "--mesh", "data=2,expert=4", "--paper", "--target", "h100:8"]
     assert cli.main(["layout", "configs/demo.py", *options]) == 0
     assert "8 devices" in capsys.readouterr().out
+    more = ["--gradient-accumulation", "2", "--batch", "16"]
+    assert cli.main(["layout", "configs/demo.py", *options, *more]) == 0
     cut = ["--what", "lora", "--mesh", "data=4,tensor=2", "--paper", "--target", "h100:8"]
     assert cli.main(["layout", "configs/demo.py", *cut]) == 2
     assert "would cut a block of 128 numbers" in capsys.readouterr().err

@@ -15,6 +15,8 @@ from trees import random_params
 from v4jax.adapters.config import Lora
 from v4jax.checkpoint.export import save_safetensors
 from v4jax.checkpoint.store import Store
+from v4jax.cli.arguments import BadInput
+from v4jax.cli.overrides import override
 from v4jax.train.loop import train
 
 LORA = Lora(rank=2, alpha=8, targets=("attn.*", "shared_experts.*", "head"), dropout=0.2)
@@ -85,6 +87,12 @@ def test_another_base_is_refused(place):
         assert "\n" not in str(refused.value)
 
 
+def test_a_base_that_is_not_there_is_refused_and_nothing_is_made(place):
+    with pytest.raises(ValueError, match="nowhere: no such folder; expected config.json"):
+        train(run_of(place, "none", init_from=str(place / "nowhere")))
+    assert not (place / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -99,6 +107,14 @@ def test_what_adapters_cannot_do_is_refused_in_one_line(tmp_path, changes, said)
     with pytest.raises(ValueError, match=said) as refused:
         run_of(tmp_path, "run", **changes)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("given", ["--lora", "--lora.rnk"])
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_an_unknown_flag_of_adapters_names_the_nearest(tmp_path, lora, given):
+    cfg = small_run(tmp_path, tmp_path / "run", lora=lora, init_from="base")
+    with pytest.raises(BadInput, match=rf"no option {given} \(did you mean --lora.rank\?\)"):
+        override(cfg, [given, "2"], "v4jax train")
 
 
 def test_a_packed_base_trains_as_its_numbers_in_bfloat16(place, tmp_path):

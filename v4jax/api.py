@@ -13,7 +13,7 @@ from sharding.mesh import make_mesh, parse_mesh
 from sharding.params import named_shardings
 from sharding.processes import check_whole
 from sharding.rules import AxisRules, check_has_mesh, layout_for
-from v4jax.adapters.base import read_base
+from v4jax.adapters.base import refuse_adapters
 from v4jax.adapters.read import load_adapter
 from v4jax.adapters.tree import axes_like
 from v4jax.checkpoint.load import open_safetensors
@@ -80,7 +80,7 @@ def load(
     check_dtype(dtype)
     given = path
     path = folder_of_checkpoint(path, "path", weights=True)
-    _refuse_adapters(path)
+    refuse_adapters(path)
     cfg = ModelConfig.from_json(path)
     device_mesh, rules = place_on(mesh, layout)
     if not is_run(path):
@@ -98,15 +98,6 @@ def load(
 
 def _placed(array: np.ndarray, place) -> jax.Array:
     return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
-
-
-def _refuse_adapters(path) -> None:
-    """Raises ValueError for a run of adapters, which has no weights but these."""
-    base = read_base(path) if is_run(path) else None
-    if base is not None:
-        raise ValueError(
-            f"{path}: a run of adapters; open its base {base.path} with the adapter {path}/adapter"
-        )
 
 
 def check_dtype(dtype) -> None:
@@ -166,9 +157,10 @@ def load_onto(path, cfg: ModelConfig, dtype: str, places):
       places: tree of shardings, as places_of returns it.
 
     Raises:
-      ValueError: see load; or a model with MTP whose checkpoint has none.
+      ValueError: see load; or a run of adapters, or a model with MTP whose checkpoint has none.
     """
     if is_run(path):
+        refuse_adapters(checkpoint_path(path, "path", weights=True))
         return _load_run(path, cfg, dtype, places)
 
     source = open_safetensors(checkpoint_path(path, "path", weights=True))

@@ -12,8 +12,12 @@ from typing import NamedTuple
 from v4jax import storage
 from v4jax.checkpoint.atomic import write_text
 from v4jax.checkpoint.store import CHECKPOINTS, is_run
-from v4jax.storage import Place, checkpoint_path, pinned
+from v4jax.storage import Place, folder_of_checkpoint, pinned
 
+ADAPTER = "adapter"
+"""The folder of a run's adapter, in PEFT's format."""
+CONFIG_FILE = "adapter_config.json"
+"""PEFT's file that makes a folder an adapter."""
 BASE_FILE = "base.json"
 """Beside what was made from a base: its path (at a commit, if it is of the Hub) and fingerprint."""
 _PIECE = 64 * 2**10
@@ -43,9 +47,10 @@ def fingerprint(path: str) -> str:
     everywhere; a copy of the files has the same fingerprint.
 
     Raises:
-      ValueError: no weights there.
+      ValueError: no such folder, a run of adapters, or no weights there.
     """
-    folder = checkpoint_path(path, "init_from", weights=True)
+    folder = folder_of_checkpoint(path, "init_from", weights=True)
+    refuse_adapters(folder)
     if is_run(folder):
         steps = [int(one.name) for one in (folder / CHECKPOINTS).iterdir() if one.name.isdigit()]
         folder = folder / CHECKPOINTS / str(max(steps, default=0)) / "params"
@@ -82,6 +87,20 @@ def read_base(folder: Place) -> Base | None:
         return Base(str(found["path"]), str(found["fingerprint"]))
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: not a path and a fingerprint of base weights") from None
+
+
+def refuse_adapters(folder: Place) -> None:
+    """Raises ValueError for a run of adapters or an adapter, which lack the weights of a model."""
+    if not is_run(folder):
+        if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+            raise ValueError(f"{folder}: an adapter; open its base with --adapter {folder}")
+        return
+    base = read_base(folder)
+    if base is not None:
+        raise ValueError(
+            f"{folder}: a run of adapters; open its base {base.path} with the adapter "
+            f"{folder}/{ADAPTER}"
+        )
 
 
 def check_same_base(what: str, wanted: Base, given: Base) -> None:

@@ -3,7 +3,7 @@
 Beside them, base.json names the base that they were trained on (v4jax/adapters/base.py), and
 adapter_mtp.safetensors holds pairs of the MTP module, which transformers and PEFT do not have.
 
-Next file to read: v4jax/adapters/read.py.
+Next file to read: v4jax/adapters/peft_config.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ from sharding.agreement import wait_for_all
 from sharding.process_rows import gather
 from sharding.processes import is_first
 from v4jax import storage
-from v4jax.adapters.base import Base, write_base
+from v4jax.adapters.base import CONFIG_FILE, Base, write_base
 from v4jax.adapters.config import Lora
 from v4jax.adapters.names import FACTORS, MODULES, MTP, PARAMETERS, module_of, spots
 from v4jax.adapters.stacked import Pair, join, to_peft
@@ -25,7 +25,7 @@ from v4jax.checkpoint.files import dtype_name, write_file
 from v4jax.config import ModelConfig
 from v4jax.storage import place
 
-CONFIG_FILE, MODEL_FILE = "adapter_config.json", "adapter_model.safetensors"
+MODEL_FILE = "adapter_model.safetensors"
 MTP_FILE = "adapter_mtp.safetensors"
 FUSED = PARAMETERS["ffn.experts.w1"]
 _EXPERTS = "mlp.experts"

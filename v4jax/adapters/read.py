@@ -3,31 +3,21 @@
 Next file to read: v4jax/adapters/base.py.
 """
 
-import re
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from v4jax.adapters.base import base_at, check_same_base, read_base
-from v4jax.adapters.files import CONFIG_FILE, FUSED, MODEL_FILE, MTP_FILE
-from v4jax.adapters.names import FACTORS, MODULES, MTP, PARAMETERS, Spot, module_of, spots
+from v4jax.adapters.base import CONFIG_FILE, base_at, check_same_base, read_base
+from v4jax.adapters.files import FUSED, MODEL_FILE, MTP_FILE
+from v4jax.adapters.names import FACTORS, MODULES, MTP, PARAMETERS, PREFIX, Spot, module_of, spots
+from v4jax.adapters.peft_config import PeftConfig, parse_config
 from v4jax.adapters.stacked import Pair, from_peft, part
 from v4jax.checkpoint.files import Header, headers_of, read_tensor
 from v4jax.config import ModelConfig
 from v4jax.parameter_tree import leaves
 from v4jax.storage import Place, checkpoint_path
 from v4jax.untrusted import file_in, read_json
-
-_PLAIN = {
-    "bias": ("none",),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "lora_bias": (False, None),
-}
-"""Fields of adapter_config.json that are read at these values alone."""
 
 
 def load_adapter(cfg: ModelConfig, directory, base: str | None = None) -> dict[str, Any]:
@@ -51,12 +41,11 @@ def load_adapter(cfg: ModelConfig, directory, base: str | None = None) -> dict[s
 
 
 def _load(cfg: ModelConfig, folder: Place, base: str | None) -> dict[str, Any]:
-    try:
-        config = read_json(file_in(folder, CONFIG_FILE))
-        headers = headers_of(file_in(folder, MODEL_FILE))
-    except FileNotFoundError as error:
-        raise ValueError(f"no adapter: {error}") from None
-    _check_config(config)
+    for name in (CONFIG_FILE, MODEL_FILE):
+        if not (folder / name).is_file():
+            raise ValueError(f"no {name} there; must be a folder as v4jax train or PEFT writes it")
+    config = _config(folder)
+    headers = headers_of(file_in(folder, MODEL_FILE))
     known = read_base(folder)
     if known is not None and base is not None:
         check_same_base("it", known, base_at(base))
@@ -69,22 +58,19 @@ def _load(cfg: ModelConfig, folder: Place, base: str | None) -> dict[str, Any]:
     return _tree(cfg, found)
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type: got {config.get('peft_type')!r}; must be 'LORA'")
-    for name, allowed in _PLAIN.items():
-        if config.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"{name}: got {config[name]!r}; must be {allowed[0]!r}")
-    rank = config.get("r")
-    if type(rank) is not int or rank < 1:
-        raise ValueError(f"r: got {rank!r}; must be at least 1")
+def _config(folder: Place) -> PeftConfig:
+    found = read_json(file_in(folder, CONFIG_FILE))
+    try:
+        return parse_config(found)
+    except ValueError as error:
+        raise ValueError(f"{CONFIG_FILE}: {error}") from None
 
 
 _Found = dict[tuple[str, str], Pair]
 """(layer, target name) -> a and b, b times the scale."""
 
 
-def _read(cfg: ModelConfig, config, headers: dict[str, Header]) -> _Found:
+def _read(cfg: ModelConfig, config: PeftConfig, headers: dict[str, Header]) -> _Found:
     # PEFT adds the base's own head if that is adapted.
     left = {name: one for name, one in headers.items() if not name.endswith(".base_layer.weight")}
     found: _Found = {}
@@ -95,7 +81,7 @@ def _read(cfg: ModelConfig, config, headers: dict[str, Header]) -> _Found:
         pair = _take(left, module_of(layer, module.removesuffix(".weight")))
         if pair is not None:
             a, b = (m.T for m in pair)
-            scale = _scale(config, layer, module, a)
+            scale = config.scale(a.shape[-1], _name(layer, module))
             found[layer, name] = _fitting(cfg, layer, name, spot, (a, b), scale)
     experts = {layer for layer, name in spots(cfg) if name == "ffn.experts.w1" and layer != MTP}
     for layer in sorted(experts):
@@ -105,9 +91,11 @@ def _read(cfg: ModelConfig, config, headers: dict[str, Header]) -> _Found:
     return found
 
 
-def _read_experts(cfg: ModelConfig, config, layer: str, left: dict[str, Header]) -> _Found:
+def _read_experts(
+    cfg: ModelConfig, config: PeftConfig, layer: str, left: dict[str, Header]
+) -> _Found:
     """The pairs of a layer's routed experts; the later of two parameters is the outer wrapper."""
-    targets = config.get("target_parameters") or []
+    targets = config.target_parameters
     stacks = (FUSED, PARAMETERS["ffn.experts.w2"])
     names = [name for name in stacks if any(f".{name}".endswith(f".{one}") for one in targets)]
     outer = module_of(layer, "mlp.experts")
@@ -123,7 +111,7 @@ def _read_experts(cfg: ModelConfig, config, layer: str, left: dict[str, Header])
                 f"n_routed_experts={cfg.n_routed_experts}"
             )
         a, b = from_peft(cfg.n_routed_experts, pair)
-        scale = _scale(config, layer, name, a)
+        scale = config.scale(a.shape[-1], _name(layer, name))
         split = zip(("w1", "w3"), part((a, b)), strict=True) if name == FUSED else [("w2", (a, b))]
         for matrix, own in split:
             key = (layer, f"ffn.experts.{matrix}")
@@ -132,42 +120,40 @@ def _read_experts(cfg: ModelConfig, config, layer: str, left: dict[str, Header])
     return found
 
 
-def _read_mtp(cfg: ModelConfig, config, left: dict[str, Header]) -> _Found:
+def _read_mtp(cfg: ModelConfig, config: PeftConfig, left: dict[str, Header]) -> _Found:
     if not cfg.num_nextn_predict_layers:
         return {}  # the base was opened without its MTP module
     found: _Found = {}
     for (layer, name), spot in spots(cfg).items():
-        pair = _take(left, f"{MTP}.{name}") if layer == MTP else None
+        pair = _take(left, f"{MTP}.{name}", MTP_FILE) if layer == MTP else None
         if pair is not None:
             a, b = (m.swapaxes(-1, -2) for m in pair)
-            scale = _scale(config, MTP, "", a, whole=config["r"])
-            found[layer, name] = _fitting(cfg, layer, name, spot, (a, b), scale)
+            found[layer, name] = _fitting(cfg, layer, name, spot, (a, b), config.scale(a.shape[-1]))
     if left:
         raise ValueError(f"{MTP_FILE}: {min(left)} adapts nothing in this model")
     return found
 
 
-def _take(left: dict[str, Header], module: str) -> Pair | None:
+def _take(left: dict[str, Header], module: str, file: str = MODEL_FILE) -> Pair | None:
     """A and B of a module, float32, which are then no longer left; None if it has none."""
     names = [f"{module}.{factor}" for factor in FACTORS]
     missing = [name for name in names if name not in left]
     if len(missing) == 2:
         return None
     if missing:
-        raise ValueError(f"{MODEL_FILE} lacks {missing[0]}")
+        raise ValueError(f"{file} lacks {missing[0]}")
     first, second = (read_tensor(left.pop(name)).astype(np.float32) for name in names)
+    for name, array in zip(names, (first, second), strict=True):
+        if array.ndim < 2:
+            raise ValueError(f"{file}: {name}: got shape {list(array.shape)}; must be a matrix")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{file}: {name}: has numbers that are not finite")
     return first, second
 
 
-def _scale(config, layer: str, module: str, a: np.ndarray, whole: int | None = None) -> float:
-    """alpha / rank of a module, or alpha / sqrt(rank), as PEFT computes it."""
-    rank, alpha = a.shape[-1] if whole is None else whole, config.get("lora_alpha", 8)
-    full = module_of(layer, module).removeprefix("base_model.model.")
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", full):
-            alpha = value
-            break
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+def _name(layer: str, module: str) -> str:
+    """The full name of a layer's module in transformers."""
+    return module_of(layer, module).removeprefix(PREFIX)
 
 
 def _fitting(cfg: ModelConfig, layer: str, name: str, spot: Spot, pair: Pair, scale: float) -> Pair:

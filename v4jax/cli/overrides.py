@@ -10,6 +10,8 @@ import difflib
 import io
 import os
 import re
+import types
+import typing
 
 from v4jax.adapters.config import Lora
 from v4jax.cli.arguments import BadInput
@@ -60,14 +62,24 @@ def _fields(config: type, head: str = "") -> list[str]:
     """Names of the fields of a config and of the configs in it, such as data.chat.too_long."""
     found = []
     for field in dataclasses.fields(config):
-        inner = field.default if dataclasses.is_dataclass(field.default) else field.type
-        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+        inner = _config_of(field.type)
+        if inner is not None:
             found += _fields(inner, f"{head}{field.name}.")
-        elif dataclasses.is_dataclass(inner):
-            found += _fields(type(inner), f"{head}{field.name}.")
         else:
             found.append(f"{head}{field.name}")
     return found
+
+
+def _config_of(kind) -> type | None:
+    """The config class of a field of this type, which may be optional; None for a plain value."""
+    if isinstance(kind, type):
+        return kind if dataclasses.is_dataclass(kind) else None
+    if typing.get_origin(kind) is typing.Annotated:
+        return _config_of(typing.get_args(kind)[0])
+    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
+        return None
+    given = [one for one in typing.get_args(kind) if one is not types.NoneType]
+    return _config_of(given[0]) if len(given) == 1 else None
 
 
 @contextlib.contextmanager

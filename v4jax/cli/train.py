@@ -84,6 +84,7 @@ def sample(cfg: TrainConfig) -> dict:
 
     from sharding.processes import is_first
     from v4jax import storage
+    from v4jax.adapters.base import ADAPTER
     from v4jax.api import load, place_on
     from v4jax.generate.decode import generate
     from v4jax.generate.sampling import Sampling
@@ -91,7 +92,6 @@ def sample(cfg: TrainConfig) -> dict:
     from v4jax.generate.text import TextStop
     from v4jax.storage import place
     from v4jax.tokenizer import load_tokenizer, prompt_ids
-    from v4jax.train.loop import ADAPTER
 
     tokenizer = load_tokenizer(cfg.run_dir)
     source: dict = {"path": cfg.run_dir}

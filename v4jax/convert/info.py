@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from v4jax.adapters.base import refuse_adapters
 from v4jax.chat.release import ENCODER, ChatRelease, chat_release
 from v4jax.checkpoint.carried import DRAFTER, VISION, check_carried, part_of
 from v4jax.checkpoint.export import kinds_for
@@ -111,6 +112,7 @@ def describe(checkpoint) -> Info:
       ValueError: no checkpoint, or one whose files do not fit each other.
     """
     folder = folder_of_checkpoint(streamed(checkpoint), "checkpoint")
+    refuse_adapters(folder)
     raw = read_config_json(folder / "config.json")
     if is_run(folder):
         cfg = ModelConfig.from_json(folder)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from v4jax.adapters.base import refuse_adapters
 from v4jax.checkpoint.carried import DRAFTER, VISION, check_carried, without_part
 from v4jax.checkpoint.export import kinds_for, store_slot
 from v4jax.checkpoint.files import Header, dtype_name, headers_of, read_tensor
@@ -68,6 +69,7 @@ def open_checkpoint(directory) -> Source | StoreSource:
       ValueError: no checkpoint, or one that does not fit its config.json.
     """
     directory = folder_of_checkpoint(directory, "directory", weights=True)
+    refuse_adapters(directory)
     if not is_run(directory):
         return open_safetensors(directory)._replace(once=True)
     cfg = ModelConfig.from_json(directory)

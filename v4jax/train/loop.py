@@ -21,7 +21,7 @@ import jax
 
 from sharding.agreement import agreed
 from sharding.processes import is_first
-from v4jax.adapters.base import read_base
+from v4jax.adapters.base import ADAPTER, read_base
 from v4jax.adapters.files import save_adapter
 from v4jax.checkpoint.export import save_safetensors
 from v4jax.checkpoint.store import Store, newest_step
@@ -57,8 +57,6 @@ from v4jax.train.run_steps import Job, run_steps
 from v4jax.train.step import batch_sharding, state_shardings
 from v4jax.train.trackers import IDS
 
-ADAPTER = "adapter"
-"""The folder of a run's adapter, in PEFT's format."""
 UNIGRAM_BATCHES = 64
 """Training batches whose tokens the unigram model counts."""
 

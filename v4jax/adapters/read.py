@@ -41,21 +41,25 @@ def load_adapter(cfg: ModelConfig, directory, base: str | None = None) -> dict[s
 
 
 def _load(cfg: ModelConfig, folder: Place, base: str | None) -> dict[str, Any]:
-    for name in (CONFIG_FILE, MODEL_FILE):
-        if not (folder / name).is_file():
+    for name, others in ((CONFIG_FILE, ()), (MODEL_FILE, (MTP_FILE,))):
+        if not any((folder / one).is_file() for one in (name, *others)):
             raise ValueError(f"no {name} there; must be a folder as v4jax train or PEFT writes it")
     config = _config(folder)
-    headers = headers_of(file_in(folder, MODEL_FILE))
     known = read_base(folder)
     if known is not None and base is not None:
         check_same_base("it", known, base_at(base))
-    found = _read(cfg, config, {header.stored: header for header in headers})
-    if (folder / MTP_FILE).is_file():
-        own = {header.stored: header for header in headers_of(file_in(folder, MTP_FILE))}
-        found |= _read_mtp(cfg, config, own)
+    found = _read(cfg, config, _headers(folder, MODEL_FILE))
+    found |= _read_mtp(cfg, config, _headers(folder, MTP_FILE))
     if not found:
-        raise ValueError(f"{MODEL_FILE} has no pairs")
+        raise ValueError("has no pairs of this model's matrices")
     return _tree(cfg, found)
+
+
+def _headers(folder: Place, name: str) -> dict[str, Header]:
+    """The tensors of a file by name; none without the file: MTP's pairs have one of their own."""
+    if not (folder / name).is_file():
+        return {}
+    return {header.stored: header for header in headers_of(file_in(folder, name))}
 
 
 def _config(folder: Place) -> PeftConfig:

@@ -11,7 +11,7 @@ Command: v4jax convert DeepSeek-V4-Flash-Base checkpoints/flash-base --format or
 Plan first: v4jax train configs/flash_continue.py --dry-run --target v5p:4x4x4
 Hardware: 64 v5p chips (v5p:4x4x4), the fewest that fit: float32 weights, bfloat16 momentum, one
     micro-batch. The mesh is the fastest of `v4jax layout configs/flash_continue.py --search
-    --target v5p:4x4x4`. Nobody has run it; 80 GB of a chip's 102 is an estimate.
+    --remat layer --target v5p:4x4x4`. Nobody has run it; 80 GB of a chip's 102 is an estimate.
 Time: 9.4 s a step, 13 hours in all, estimated.
 Next file to read: configs/from_flash.py.
 """

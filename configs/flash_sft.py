@@ -11,8 +11,8 @@ Command: v4jax convert DeepSeek-V4-Flash checkpoints/flash --format orbax
     conversation a line (docs/data.md).
 Plan first: v4jax train configs/flash_sft.py --dry-run --target h200:32
 Hardware: 4 nodes of 8 H200s, the fewest that fit: float32 weights, bfloat16 momentum, one
-    micro-batch. Mesh: the fastest of `v4jax layout configs/flash_sft.py --search --target
-    h200:32`, 113 GB of 141, estimated; nobody has run it, and the estimate of
+    micro-batch. Mesh: the fastest of `v4jax layout configs/flash_sft.py --search --remat
+    layer --target h200:32`, 113 GB of 141, estimated; nobody has run it, and the estimate of
     configs/gpu_node.py is 6% too low. JAX takes 75% of a GPU's memory unless
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 is set. On 64 v5p chips (57 GB of 102, 3.8 s a step):
     --mesh context=2,expert=32 --batch-size 32.

@@ -8,7 +8,7 @@ Command: v4jax train configs/gpu_node.py --data.source TEXT --data.tokenizer FOL
     tokenizer.json; that of a DeepSeek-V4 release has the model's vocabulary.
 Plan first: v4jax train configs/gpu_node.py --dry-run --target h100:8
 Hardware: 8 H100s or H200s of one node. Mesh and micro-batches are the fastest of
-    `v4jax layout configs/gpu_node.py --search --target h100:8`. Nobody has run it:
+    `v4jax layout configs/gpu_node.py --search --remat layer --target h100:8`. Nobody has run it:
     compiled ahead of time, the first stage takes 48 GB of an H100's 80
     (benchmarks/README.md), of which JAX takes 60 unless told otherwise.
 Time: 3.2 s a step, three and a half days in all, estimated.

@@ -8,9 +8,9 @@ Command: v4jax train configs/v5e_8.py --data.source TEXT --data.tokenizer FOLDER
     tokenizer.json; that of a DeepSeek-V4 release has the model's vocabulary.
 Plan first: v4jax train configs/v5e_8.py --dry-run --target v5e:2x4
 Hardware: the 8 chips of a v5e-8. Mesh and micro-batches are within 2% of the fastest of
-    `v4jax layout configs/v5e_8.py --search --target v5e:2x4`, which libtpu 0.0.42 cannot compile.
-    Nobody has run it: compiled ahead of time, the first stage takes 10.0 GB of a chip's 16
-    (benchmarks/README.md).
+    `v4jax layout configs/v5e_8.py --search --remat layer --target v5e:2x4`, which libtpu 0.0.42
+    cannot compile. Nobody has run it: compiled ahead of time, the first stage takes 10.0 GB of a
+    chip's 16 (benchmarks/README.md).
 Time: 3.5 s a step, two days in all, estimated.
 Next file to read: configs/models.py.
 """

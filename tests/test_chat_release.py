@@ -116,6 +116,7 @@ def test_chat_says_the_release_first(tmp_path, monkeypatch, capsys, encoder, eff
         mesh=None,
         layout=None,
         dtype="float32",
+        adapter=None,
     )
     with pytest.raises(Stop):
         chat.run(flags)

@@ -25,8 +25,9 @@ from v4jax.planner.nearest import checked, nearest_mesh
 from v4jax.planner.notes import notes, parameters
 from v4jax.planner.request import Request
 from v4jax.planner.roofline import exchange_time
-from v4jax.planner.search import factorings, search
+from v4jax.planner.search import as_estimated, factorings, policies_of, search
 from v4jax.planner.weights import weights_of
+from v4jax.remat import POLICIES
 from v4jax.train.step import state_from, state_shardings
 
 V5P = hardware_of("v5p")
@@ -197,6 +198,23 @@ def test_a_search_ranks_what_fits_and_says_why():
         )
     assert found.ranked[0].mesh in found.why() and "times as long" in found.why()
     assert found.rejected["tensor beyond the output groups"] > 0
+
+
+def test_a_search_tries_remat_policies():
+    """What keeps more computes less and holds more."""
+    cfg = dataclasses.replace(CFG, batch_size=16)
+    roomy = search(cfg, V5P, 8, policies=policies_of(cfg, V5P, "train"))
+    found = {(one.layout, one.mesh, one.remat): one for one in roomy.ranked}
+    assert {remat for _, _, remat in found} == set(POLICIES)
+    layer = [one for one in roomy.ranked if one.remat == "layer"]
+    assert layer == list(search(cfg, V5P, 8).ranked)
+    for one in layer:
+        other = found[one.layout, one.mesh, "none"]
+        assert other.step_seconds <= one.step_seconds and other.memory_bytes > one.memory_bytes
+    first = next(one for one in roomy.ranked if one.remat == "none")
+    assert as_estimated(cfg, first).remat == "none"
+    assert policies_of(cfg, V5P, "decode") == ("layer",)
+    assert "offload" not in policies_of(cfg, hardware_of("cpu"), "train")
 
 
 def test_factorings():

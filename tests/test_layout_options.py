@@ -17,6 +17,7 @@ GIVEN = {
     "seq": ["--seq", "512"],
     "batch": ["--batch", "16"],
     "gradient_accumulation": ["--gradient-accumulation", "2"],
+    "remat": ["--remat", "none"],
     "fp8": ["--fp8"],
     "released": ["--released"],
     "paper": ["--paper"],
@@ -37,14 +38,14 @@ ALL = frozenset(GIVEN)
 WITHOUT_EFFECT = {
     "measure": ALL - {"measure"},
     "stablehlo": ALL
-    - {"config", "mesh", "layout", "target", "seq", "batch", "gradient_accumulation"}
+    - {"config", "mesh", "layout", "target", "seq", "batch", "gradient_accumulation", "remat"}
     - {"stablehlo", "measure"},
     "compare": {"mesh", "layout", "lower_only", "effort", "estimate", "chips", "confirm", "report"}
     | {"search"},
     "search": {"mesh", "layout", "lower_only", "effort", "estimate"},
     "paper": {"lower_only", "effort", "estimate"},
     "lower_only": {"effort", "estimate"},
-    "what": {"gradient_accumulation"},
+    "what": {"gradient_accumulation", "remat"},
 }
 """What is asked for -> the options that it does not read."""
 PAIRS = [(job, name) for job, names in WITHOUT_EFFECT.items() for name in sorted(names)]

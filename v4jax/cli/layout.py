@@ -57,6 +57,12 @@ def _declare_what(sub: argparse.ArgumentParser) -> None:
         help="micro-batches per step (default: CONFIG.py's with its own batch, else 1); "
         "--search takes more where memory asks for it",
     )
+    sub.add_argument(
+        "--remat",
+        metavar="NAME",
+        help="what the backward pass recomputes: none, layer, attention, experts, dots or offload "
+        "(default: that of CONFIG.py; --search tries all)",
+    )
 
 
 def _declare_how(sub: argparse.ArgumentParser) -> None:
@@ -150,6 +156,7 @@ def run(arguments: argparse.Namespace, _: list[str]) -> dict | None:
 
     names = ("target", "what", "paper", "lower_only", "effort", "fp8", "released", "estimate")
     request = Request(**{name: getattr(arguments, name) for name in names})
+    request = request._replace(any_remat=arguments.search and arguments.remat is None)
     if request.what == "lora":  # training, of the configuration that config_of makes
         request = request._replace(what="train")
     cfg = config_of(config, arguments)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from v4jax.cli.arguments import BadInput
 
-_ANY = ("config", "target", "seq", "batch", "gradient_accumulation")
+_ANY = ("config", "target", "seq", "batch", "gradient_accumulation", "remat")
 _ESTIMATED = (*_ANY, "what", "fp8", "released", "paper")
 
 _JOBS = {
@@ -56,8 +56,8 @@ def _clashes(given: list[str], arguments: argparse.Namespace) -> Iterator[tuple[
         yield from ((name, job) for name in given if name != job and name not in _JOBS[job])
     for name, others in _NOT_WITH.items():
         yield from ((name, other) for other in others if name in given and other in given)
-    if "gradient_accumulation" in given and arguments.what == "decode":
-        yield "gradient_accumulation", "what"
+    if arguments.what == "decode":
+        yield from ((name, "what") for name in ("gradient_accumulation", "remat") if name in given)
 
 
 def _lacking(given: list[str], arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from v4jax.planner.nearest import checked, nearest_fit
 from v4jax.planner.notes import notes
 from v4jax.planner.request import Request, devices_of, layout_and_mesh
 from v4jax.planner.results import Comparison, Result, Searched
-from v4jax.planner.search import as_estimated, search
+from v4jax.planner.search import as_estimated, policies_of, search
 from v4jax.planner.timing import check_estimate
 from v4jax.python_files import read_layout
 from v4jax.train.config import TrainConfig
@@ -88,7 +88,9 @@ def look_for(cfg: TrainConfig, request: Request, chips: int | None, confirm: int
     target, devices = target_of(request.target), devices_of(request.target, chips)
     if confirm:
         _check_confirm(target, devices, request)
-    found = search(cfg, target.hardware, devices, request.what, request.fp8, request.released)
+    policies = policies_of(cfg, target.hardware, request.what) if request.any_remat else ()
+    kind = (request.what, request.fp8, request.released)
+    found = search(cfg, target.hardware, devices, *kind, policies)
     best = found.ranked[:confirm]
     cuts = (as_estimated(cfg, one) for one in best)
     return Searched(

@@ -54,6 +54,7 @@ class Estimate:
       bound: what takes most of a step (v4jax/planner/roofline.py).
       mfu: the model's FLOPs (none recomputed or masked) over what the chips could do.
       cost: money per million tokens, 0 without a price.
+      remat: what the backward pass recomputes; "" for decoding.
     """
 
     what: str
@@ -77,6 +78,7 @@ class Estimate:
     mfu: float
     tokens_per_second: float
     cost: float
+    remat: str = ""
 
     @property
     def memory_bytes(self) -> float:
@@ -209,6 +211,7 @@ def estimate(
         mfu=counted / (seconds * hardware.bf16_flops * chips),
         tokens_per_second=rate,
         cost=hardware.price * chips / 3600 / rate * 1e6,
+        remat=cfg.remat if what == "train" else "",
     )
 
 

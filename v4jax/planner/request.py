@@ -31,6 +31,7 @@ class Request(NamedTuple):
       fp8: products run at the fp8 rate.
       released: decode from packed weights, with caches in the released formats.
       estimate: "model", or "compiler": XLA's own estimate of a step's time too.
+      any_remat: search every remat policy, not the configuration's alone.
     """
 
     target: str = "cpu"
@@ -41,6 +42,7 @@ class Request(NamedTuple):
     fp8: bool = False
     released: bool = False
     estimate: str = "model"
+    any_remat: bool = False
 
 
 def config_of(config: TrainConfig | str, options) -> TrainConfig:
@@ -73,6 +75,7 @@ def config_of(config: TrainConfig | str, options) -> TrainConfig:
         "mesh": options.mesh,
         "layout": options.layout,
         "seq_len": options.seq,
+        "remat": options.remat,
         "batch_size": own_batch if options.batch is None else options.batch,
         "gradient_accumulation": accumulation,
         "stages": (),

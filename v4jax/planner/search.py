@@ -1,15 +1,17 @@
 """Searches layouts and meshes for a number of chips: estimates all, and rejects with a reason.
 
-Each gets the fewest micro-batches that fit. Meshes are all factorings of the device count over the
-axes that a layout uses, as far as the model can be cut: `tensor` at most the output groups,
-`context` no shorter than a window. `slice` is left out. Layouts are ranked by estimated step time.
-The front is every layout that no other beats in both memory and time.
+Each gets the fewest micro-batches that fit, with each remat policy that is asked for. Meshes are
+all factorings of the device count over the axes that a layout uses, as far as the model can be cut:
+`tensor` at most the output groups, `context` no shorter than a window. `slice` is left out. Layouts
+are ranked by estimated step time. The front is every layout that no other beats in both memory and
+time.
 
 Next file to read: v4jax/planner/compiled.py.
 """
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +20,7 @@ from sharding.rules import LAYOUTS, MESH_AXES, AxisRules
 from v4jax.planner.estimate import USABLE, Estimate, estimate, gigabytes
 from v4jax.planner.hardware import Hardware
 from v4jax.planner.micro_batches import least_micro_batches
+from v4jax.remat import POLICIES
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import check_batch
 
@@ -98,7 +101,19 @@ class Found:
 
 
 def _times(found: Estimate) -> str:
-    return f", {found.micro_batches} micro-batches" if found.micro_batches > 1 else ""
+    times = f", {found.micro_batches} micro-batches" if found.micro_batches > 1 else ""
+    return times + (f", remat {found.remat}" if found.remat else "")
+
+
+def policies_of(cfg: TrainConfig, hardware: Hardware, what: str) -> tuple[str, ...]:
+    """The remat policies worth a search, that of `cfg` first.
+
+    "offload" needs memory of the host beside that of the device.
+    """
+    if what == "decode":
+        return (cfg.remat,)
+    named = [name for name in POLICIES if name != "offload" or not hardware.shared]
+    return (cfg.remat, *(name for name in named if name != cfg.remat))
 
 
 def search(
@@ -108,8 +123,12 @@ def search(
     what: str = "train",
     fp8: bool = False,
     released: bool = False,
+    policies: tuple[str, ...] = (),
 ) -> Found:
     """Ranks every layout of `cfg`'s model, length and batch on `devices` devices.
+
+    Args:
+      policies: remat policies to try; none: that of `cfg`.
 
     Raises:
       ValueError: nothing fits; names what comes closest and how many devices would do.
@@ -118,9 +137,10 @@ def search(
     fits: list[Estimate] = []
     closest: tuple[float, TrainConfig] | None = None
     tried = 0
-    for layout, mesh in candidates(cfg, devices, rejected):
+    pairs = itertools.product(candidates(cfg, devices, rejected), policies or (cfg.remat,))
+    for (layout, mesh), policy in pairs:
         tried += 1
-        one = dataclasses.replace(cfg, mesh=mesh, layout=layout)
+        one = dataclasses.replace(cfg, mesh=mesh, layout=layout, remat=policy)
         has = USABLE * hardware.of_a_device(devices).hbm_bytes
         try:
             one, need = least_micro_batches(one, hardware, has, what, released)
@@ -141,10 +161,14 @@ def search(
 
 
 def as_estimated(cfg: TrainConfig, found: Estimate) -> TrainConfig:
-    """`cfg` with the mesh, layout and micro-batches of one of its search's estimates."""
+    """`cfg` with mesh, layout, micro-batches and remat of one of its search's estimates."""
     layout = cfg.layout if found.layout == str(cfg.layout) else found.layout
     return dataclasses.replace(
-        cfg, mesh=found.mesh, layout=layout, gradient_accumulation=found.micro_batches
+        cfg,
+        mesh=found.mesh,
+        layout=layout,
+        gradient_accumulation=found.micro_batches,
+        remat=found.remat or cfg.remat,
     )
 
 

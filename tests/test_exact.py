@@ -212,7 +212,7 @@ def test_gradients_of_mtp_are_whole_before_the_layers_go_on(monkeypatch, remat):
     assert any(needed <= shapes(var.aval for var in eqn.outvars) for eqn in barriers)
     got = jax.jit(grad)(params)
 
-    def plain(ctx, cfg, variables, *inputs):
+    def plain(ctx, cfg, variables, key, *inputs):
         return Drafter(ctx, cfg).apply(variables, *inputs), None
 
     monkeypatch.setattr(v4jax.model.transformer, "run_mtp", plain)

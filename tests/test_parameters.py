@@ -154,6 +154,7 @@ FREE = (
     "v4jax/parameter_tree.py",
     "v4jax/checkpoint/load.py",
     "v4jax/checkpoint/carried.py",
+    "v4jax/checkpoint/vision_tensors.py",
 )
 """The table, its readers by name, and what reads the names of a file that may be anything."""
 

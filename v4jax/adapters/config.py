@@ -97,7 +97,7 @@ def matches(target: str, name: str) -> bool:
     """Whether `target` names the matrix `name`, or its end after a dot; see Lora.targets."""
     if _INDEXER in name:
         end = name[name.index(_INDEXER) :]
-        return target.startswith("indexer") and fnmatch.fnmatchcase(end, target)
+        return target.startswith(_INDEXER[:-1]) and fnmatch.fnmatchcase(end, target)
     parts = name.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[first:]), target) for first in range(len(parts)))
 

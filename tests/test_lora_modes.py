@@ -38,7 +38,7 @@ def lines(folder, name):
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stages_micro_batches_and_evaluation_on_a_mesh(place):
     """Losses are those of one device; the base stays what it was."""
     changes = dict(

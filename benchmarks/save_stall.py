@@ -19,6 +19,7 @@ a busy machine changes it least.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import subprocess
@@ -78,9 +79,16 @@ def since(begin: tuple[float, float]) -> tuple[float, float]:
     return seconds - begin[0], computed - begin[1]
 
 
+def last_core() -> int:
+    return (os.cpu_count() or 1) - 1
+
+
 @contextlib.contextmanager
-def target(kind: str, megabytes: float) -> Iterator[Place]:
-    """An empty folder on a disk, or in a bucket behind a link of so many megabytes a second."""
+def target(kind: str, megabytes: float, apart: bool) -> Iterator[Place]:
+    """An empty folder on a disk, or in a bucket behind a link of so many megabytes a second.
+
+    apart: its server runs on the last core.
+    """
     if kind == "disk":
         with tempfile.TemporaryDirectory(prefix="v4jax-stall-") as folder:
             yield pathlib.Path(folder)
@@ -90,7 +98,8 @@ def target(kind: str, megabytes: float) -> Iterator[Place]:
 
     command = [sys.executable, str(TESTS / "stores.py"), kind, str(megabytes * 1e6)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as server:
+    there = functools.partial(os.sched_setaffinity, 0, {last_core()}) if apart else None
+    with subprocess.Popen(command, preexec_fn=there, **pipes) as server:
         assert server.stdout is not None
         url = server.stdout.readline().strip()
         of_s3, of_gs = (url, None) if kind == "s3" else (None, url)
@@ -192,20 +201,28 @@ def main() -> None:
     parser.add_argument("--into", default="disk", help="some of disk, gs and s3")
     parser.add_argument("--megabytes", type=float, default=20, help="a second, to gs and s3")
     parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="steps on all cores but the last, servers on the last; Linux",
+    )
+    parser.add_argument(
         "--calls",
         action="store_true",
         help="saves without steps: the call, until complete, CPU of this process and of servers",
     )
     arguments = parser.parse_args()
+    if arguments.apart:  # before XLA makes its threads
+        os.sched_setaffinity(0, set(range(last_core())))
     simulate_devices(1)
     if arguments.calls:
         for kind in arguments.into.split(","):
-            with target(kind, arguments.megabytes) as folder:
+            with target(kind, arguments.megabytes, arguments.apart) as folder:
                 print(f"| {kind} | {calls(folder, arguments.rounds)}", flush=True)
         return
     kinds = arguments.into.split(",")
     with contextlib.ExitStack() as stack:
-        folders = [stack.enter_context(target(kind, arguments.megabytes)) for kind in kinds]
+        where = (arguments.megabytes, arguments.apart)
+        folders = [stack.enter_context(target(kind, *where)) for kind in kinds]
         size, found = rounds(folders, arguments.steps, arguments.rounds)
     print(
         f"| into | state | save call | steps beside it | a save costs (least to most) | CPU | to "

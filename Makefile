@@ -23,7 +23,8 @@ demo: $(VENV)/demo.done  ## train a small V4 on 8 simulated devices
 
 demo-lora: $(VENV)/demo.done  ## then adapters on the demo's own fp8 and MXFP4 release
 	test -d runs/demo/export || $(MAKE) demo
-	test -d runs/demo-official || $(BIN)/v4jax convert runs/demo/export runs/demo-official --dtype official
+	rm -rf runs/demo-official
+	$(BIN)/v4jax convert runs/demo/export runs/demo-official --dtype official
 	JAX_PLATFORMS=cpu $(BIN)/v4jax train configs/demo_lora.py
 	rm -rf runs/demo-lora/merged
 	$(BIN)/v4jax convert runs/demo-official runs/demo-lora/merged --dtype official --adapter runs/demo-lora/adapter

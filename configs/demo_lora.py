@@ -5,9 +5,9 @@ The task is made up: Python functions whose names say what they return, in demo_
 Command: make demo-lora
     It comes after make demo, whose export it converts to runs/demo-official.
 Hardware: 2 CPU cores; 8 simulated devices as data=2, expert=4.
-Time: 4 minutes on two free cores.
-Expected result: the held-out loss falls from 2.4 to below 0.3 within the 60 steps; of the weights
-    that a step trains, less than a tenth of the model's, only they are in the run's checkpoints.
+Time: 2 minutes on two free cores, after the demo.
+Expected result: the loss falls from 2.6 to 0.4 within the 60 steps, to 0.29 held out. The pairs
+    have an eighth as many numbers as the model; checkpoints hold nothing else of the weights.
 Next file to read: v4jax/adapters/config.py.
 """
 

@@ -30,7 +30,8 @@ def place_in_pieces(
     """An array whose parts `read` returns, on the devices of this process.
 
     A device's part is cut along its leading axes (layers, experts), never within a matrix. Devices
-    that hold the same part get it from one reading. The host holds one piece at a time.
+    that hold the same part get it from one reading. The host holds one piece at a time (on CPUs
+    the devices' parts too).
 
     Args:
       read: returns a block of the array.
@@ -56,7 +57,7 @@ def _fill(block: Block, dtype, holders: list[Any], read, piece_bytes: int) -> li
     shards = [_zeros(shape, dtype, SingleDeviceSharding(device)) for device in holders]
     for piece in pieces:
         array = read(piece)
-        start = tuple(own.start - all.start for own, all in zip(piece, block, strict=True))
+        start = tuple(own.start - whole.start for own, whole in zip(piece, block, strict=True))
         shards = [
             _written(shard, jax.device_put(array, device), start)
             for shard, device in zip(shards, holders, strict=True)

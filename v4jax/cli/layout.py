@@ -42,7 +42,8 @@ def _declare_what(sub: argparse.ArgumentParser) -> None:
         choices=("train", "decode", "lora"),
         default="train",
         help="step to show: train (the default); decode, one new token per row; or lora, training "
-        "of CONFIG.py's adapters, or of rank 16 on all matrices, on the packed released weights",
+        "of CONFIG.py's adapters; without any, of rank 16 on all matrices of the packed released "
+        "weights, with one micro-batch and no stages, samples or gather=step",
     )
     sub.add_argument("--seq", type=int, help="tokens per row (default: those of CONFIG.py)")
     sub.add_argument(

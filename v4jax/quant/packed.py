@@ -107,6 +107,33 @@ def _mxfp4_numbers(codes: jax.Array, scale: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.bfloat16).reshape(*lead, rows * 2, width)
 
 
+def mxfp4_exponent(scale: jax.Array) -> jax.Array:
+    """What `mxfp4_value` takes of a block's scale: int32 of a ue8m0 byte."""
+    return (scale.astype(jnp.int32) - 1) << 23
+
+
+def mxfp4_value(code: jax.Array, exponent: jax.Array) -> jax.Array:
+    """float32 numbers of 4-bit codes; kernels read them with it.
+
+    Args:
+      code: int32; bits above the lowest four may be anything.
+      exponent: that of each code's block, int32 in the shape of `code`.
+    """
+    size = code & 7
+    bits = jnp.where(size == 0, 0, (jnp.where(size == 1, 0, size) << 22) + exponent)
+    return lax.bitcast_convert_type(bits | (code & 8) << 28, jnp.float32)
+
+
+def halves_of_inputs(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Inputs [..., I] of the low and of the high halves of MXFP4 bytes, [..., I/2] each.
+
+    Example: of 64 inputs, 0 to 15 and 32 to 47 are those of the low halves.
+    """
+    blocks = x.reshape(*x.shape[:-1], -1, 2, HALF)
+    low, high = (blocks[..., n, :].reshape(*x.shape[:-1], -1) for n in range(2))
+    return low, high
+
+
 def bytes_by_halves(packed: np.ndarray) -> np.ndarray:
     """MXFP4 bytes of a file [O, I/2], neighbours in a byte -> numbers k and 16+k in a byte, uint8.
 

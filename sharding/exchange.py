@@ -138,50 +138,37 @@ def expert_of_rows(
     return jnp.where(place_Q < ends[-1], segment_Q % here, -1)
 
 
-def in_parts(x: jax.Array) -> jax.Array:
-    """Rows [T,D] as XLA:TPU sends them, [T,Y,D/Y]: a row of 16-bit numbers is two of 32 bits.
+def exchange(x_AD: jax.Array, rows: int, moves: Window, holders: tuple[str, ...]) -> jax.Array:
+    """The rows that land on this device by `moves`, [rows,D]; where none lands, anything.
 
-    Otherwise XLA copies all rows into that shape before they travel, and out of it after. Rows that
-    are gathered one by one can be gathered so: a copy of the fewer tokens is enough.
-    """
-    parts = 2 if x.dtype.itemsize == 2 and x.shape[1] % 2 == 0 else 1
-    return x.reshape(x.shape[0], parts, -1)
-
-
-def exchange(x_A: jax.Array, rows: int, moves: Window, holders: tuple[str, ...]) -> jax.Array:
-    """The rows that land on this device by `moves`, [rows,...]; where none lands, anything.
-
-    Its gradient, too, is anything in rows of x_A that do not travel. XLA:TPU expects zeros
+    Its gradient, too, is anything in rows of x_AD that do not travel. XLA:TPU expects zeros
     in these buffers to cost about as much as the experts' products.
-
-    Args:
-      x_A: [A,...], of one shape a row.
 
     XLA:CPU cannot run a ragged all-to-all. There every device gathers all rows and takes its own.
     """
-    moves = Window(*(vary_like(a, x_A) for a in moves))
+    moves = Window(*(vary_like(a, x_AD) for a in moves))
     return lax.platform_dependent(
-        x_A,
+        x_AD,
         moves,
         cpu=functools.partial(_exchange_by_gather, rows=rows, holders=holders),
         default=functools.partial(_exchange_ragged, rows=rows, holders=holders),
     )
 
 
-def _exchange_ragged(x_A, moves: Window, rows, holders):
-    return _ragged(holders, rows, x_A.shape[0], x_A, moves)
+def _exchange_ragged(x_AD, moves: Window, rows, holders):
+    return _ragged(holders, rows, x_AD.shape[0], x_AD, moves)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _ragged(holders, rows: int, given: int, x_A, moves: Window):
+def _ragged(holders, rows: int, given: int, x_AD, moves: Window):
     """`exchange` of `given` rows by XLA's own operation, whose gradient takes the rows home.
 
     The gradient that JAX derives would fill its buffer with zeros.
     """
     me = lax.axis_index(holders)
     return lax.ragged_all_to_all(
-        x_A,
-        vary_like(lax.empty((rows, *x_A.shape[1:]), x_A.dtype), x_A),
+        x_AD,
+        vary_like(lax.empty((rows, x_AD.shape[1]), x_AD.dtype), x_AD),
         moves.source[me],
         moves.size[me],
         moves.target[me],
@@ -190,32 +177,31 @@ def _ragged(holders, rows: int, given: int, x_A, moves: Window):
     )
 
 
-def _ragged_fwd(holders, rows, given, x_A, moves):
-    return _ragged(holders, rows, given, x_A, moves), moves
+def _ragged_fwd(holders, rows, given, x_AD, moves):
+    return _ragged(holders, rows, given, x_AD, moves), moves
 
 
-def _ragged_bwd(holders, rows, given, moves, ct_Q):
-    return _ragged(holders, given, rows, ct_Q, moves.back()), None
+def _ragged_bwd(holders, rows, given, moves, ct_QD):
+    return _ragged(holders, given, rows, ct_QD, moves.back()), None
 
 
 _ragged.defvjp(_ragged_fwd, _ragged_bwd)
 
 
-def _exchange_by_gather(x_A, moves: Window, rows, holders):
+def _exchange_by_gather(x_AD, moves: Window, rows, holders):
     me = lax.axis_index(holders)
     # Rows are the same in every round. Without a barrier XLA would gather those of further rounds
     # before their loop, whether or not it runs.
-    x_A, moves = lax.optimization_barrier((x_A, moves))
-    x_PA = lax.all_gather(x_A, holders)
+    x_AD, moves = lax.optimization_barrier((x_AD, moves))
+    x_PAD = lax.all_gather(x_AD, holders)
     offset_PQ = (
-        vary_like(jnp.arange(rows, dtype=jnp.int32), x_A)[None] - moves.target[:, me][:, None]
+        vary_like(jnp.arange(rows, dtype=jnp.int32), x_AD)[None] - moves.target[:, me][:, None]
     )
     lands_PQ = (offset_PQ >= 0) & (offset_PQ < moves.size[:, me][:, None])
     sender_Q = jnp.argmax(lands_PQ, axis=0)
     row_Q = moves.source[sender_Q, me] + jnp.take_along_axis(offset_PQ, sender_Q[None], axis=0)[0]
-    found_Q = x_PA[sender_Q, jnp.clip(row_Q, 0, x_A.shape[0] - 1)]
-    lands_Q = lands_PQ.any(0).reshape(-1, *(1,) * (x_A.ndim - 1))
-    return jnp.where(lands_Q, found_Q, NOT_LANDED)
+    found_QD = x_PAD[sender_Q, jnp.clip(row_Q, 0, x_AD.shape[0] - 1)]
+    return jnp.where(lands_PQ.any(0)[:, None], found_QD, NOT_LANDED)
 
 
 Round = Callable[[jax.Array | int, Any, Any], jax.Array]

@@ -19,9 +19,8 @@ With n devices in a group that holds all experts:
 The experts' hidden width may be cut too; the partial sums are then added.
 
 Shapes: B batch, S positions, T tokens (B*S), K active experts, A assignments (T*K), P rows in
-blocks, Q rows of one round of the exchange, D hidden, Y parts of a row that travels and W their
-width, E experts (those of this device, in what runs on one device); lower case = this device's
-share.
+blocks, Q rows of one round of the exchange, D hidden, E experts (those of this device, in what runs
+on one device); lower case = this device's share.
 
 Next file to read: sharding/expert_weights.py.
 """
@@ -38,7 +37,6 @@ from sharding.counting import ranks
 from sharding.exchange import (
     exchange,
     expert_of_rows,
-    in_parts,
     round_rows,
     rounds_needed,
     route,
@@ -211,16 +209,16 @@ def _one_round(run, holders, rows, turn, fixed, inputs) -> jax.Array:
     travels_A = travelling(moves, assignments, holders)
     # What comes back in rows that do not travel is read nowhere: their slot is past the end.
     slot_TK = jnp.where(travels_A[path.slot_TK], path.slot_TK, assignments)
-    x_AYW = _spread(False, in_parts(x_TD), path.token_A, slot_TK)
-    x_QD = exchange(x_AYW, rows, moves, holders).reshape(rows, -1)
+    x_AD = _spread(False, x_TD, path.token_A, slot_TK)
+    x_QD = exchange(x_AD, rows, moves, holders)
     gate_Q1 = exchange(
         _spread(False, gate_A1, path.assignment_A, slot_TK.reshape(-1, 1)), rows, moves, holders
     )
     index_Q = expert_of_rows(path, turn, rows, holders)
     here = jax.tree.leaves(weights)[0].shape[0]  # every row that arrived is for one of these
     y_QD = run(weights, here, x_QD[None], index_Q[None, :, None], gate_Q1[None], loose=True)[0]
-    y_AYW = exchange(in_parts(y_QD), assignments, moves.back(), holders)
-    return _collect(False, y_AYW, path.token_A, slot_TK).reshape(x_TD.shape)
+    y_AD = exchange(y_QD, assignments, moves.back(), holders)
+    return _collect(False, y_AD, path.token_A, slot_TK)
 
 
 def _block_size(assignments: int, num_experts: int, share: float) -> int:
@@ -303,8 +301,7 @@ def _sums_of_tokens(loose: bool, y_PD, token_P, slot_TK) -> jax.Array:
     def of_assignment(k: int) -> jax.Array:
         slot_T1 = slot_TK[:, k : k + 1]
         y_TD = y_PD[jnp.minimum(slot_T1[:, 0], rows - 1)]
-        there = (slot_T1 < rows).reshape(-1, *(1,) * (y_PD.ndim - 1))
-        return (y_TD if loose else jnp.where(there, y_TD, 0)).astype(jnp.float32)
+        return (y_TD if loose else jnp.where(slot_T1 < rows, y_TD, 0)).astype(jnp.float32)
 
     first, *rest = map(of_assignment, range(slot_TK.shape[1]))
     return sum(rest, first).astype(y_PD.dtype)

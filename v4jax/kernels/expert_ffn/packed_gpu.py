@@ -1,6 +1,6 @@
 """The same for NVIDIA GPUs (v4jax/kernels/expert_ffn/packed_tpu.py says why): Pallas, Triton.
 
-Shapes: P rows in blocks, E experts, A what is summed over, H half of it, Z width of the result.
+Shapes: P rows in blocks, E experts, A what is summed over, Y half of it, Z width of the result.
 Next file to read: sharding/experts.py.
 """
 
@@ -62,7 +62,7 @@ def grouped_dot(x_PA: jax.Array, w: Packed, groups: Groups, interpret: bool = Fa
         out[...] = total.astype(out.dtype)
 
     rows = pl.BlockSpec((size, deep // 2), lambda block, z: (block, 0))
-    low_PH, high_PH = halves_of_inputs(x_PA)
+    low_PY, high_PY = halves_of_inputs(x_PA)
     return pl.pallas_call(
         one_tile,
         out_shape=gpu.like(x_PA, (x_PA.shape[0], wide), x_PA.dtype),
@@ -72,4 +72,4 @@ def grouped_dot(x_PA: jax.Array, w: Packed, groups: Groups, interpret: bool = Fa
         compiler_params=gpu.options(x_PA),
         interpret=interpret,
         name="packed_grouped_dot",
-    )(groups.block_expert, groups.blocks_in_use[None], low_PH, high_PH, w.codes, w.scale)
+    )(groups.block_expert, groups.blocks_in_use[None], low_PY, high_PY, w.codes, w.scale)

@@ -7,7 +7,7 @@ to fast memory, a tile at a time, and become numbers there; experts without rows
 A byte holds numbers k and 16+k of a block of 32 inputs (v4jax/quant/packed.py). So the low and the
 high halves of the bytes are two matrices, which belong to different inputs: x is parted likewise.
 
-Shapes: P rows in blocks, E experts, A what is summed over, H half of it, Z width of the result.
+Shapes: P rows in blocks, E experts, A what is summed over, Y half of it, Z width of the result.
 Next file to read: v4jax/kernels/expert_ffn/grad_tpu.py.
 """
 
@@ -64,8 +64,8 @@ def grouped_dot(x_PA: jax.Array, w: Packed, groups: Groups, interpret: bool = Fa
     def matrix(z, block, expert, in_use):
         return expert[last(block, in_use)], 0, z
 
-    x_PH = pl.BlockSpec((size, deep // 2), rows)
-    low_PH, high_PH = halves_of_inputs(x_PA)
+    x_PY = pl.BlockSpec((size, deep // 2), rows)
+    low_PY, high_PY = halves_of_inputs(x_PA)
     struct = jax.ShapeDtypeStruct(
         (x_PA.shape[0], wide), x_PA.dtype, manual_axis_type=jax.typeof(x_PA).manual_axis_type
     )
@@ -77,8 +77,8 @@ def grouped_dot(x_PA: jax.Array, w: Packed, groups: Groups, interpret: bool = Fa
             num_scalar_prefetch=2,
             grid=(wide // tile, blocks),
             in_specs=[
-                x_PH,
-                x_PH,
+                x_PY,
+                x_PY,
                 pl.BlockSpec((None, deep // 2, tile), matrix),
                 pl.BlockSpec((None, deep // 2 // HALF, tile), matrix),
             ],
@@ -93,7 +93,7 @@ def grouped_dot(x_PA: jax.Array, w: Packed, groups: Groups, interpret: bool = Fa
         ),
         interpret=interpret,
         name="packed_grouped_dot",
-    )(groups.block_expert, groups.blocks_in_use[None], low_PH, high_PH, w.codes, w.scale)
+    )(groups.block_expert, groups.blocks_in_use[None], low_PY, high_PY, w.codes, w.scale)
 
 
 def _one_block(expert, in_use, low, high, codes, scale, out):

@@ -21,8 +21,11 @@ from v4jax.model.adapted import Weight, base_product, factors
 from v4jax.model.transformer import Hidden
 from v4jax.train.losses.term import Batch, Term
 
-LOGIT_BYTES = 2**27
-"""Bytes of float32 logits that one device computes at a time."""
+LOGIT_BYTES = 2**29
+"""Bytes of float32 logits that one device computes at a time.
+
+Each time, the gradient of the head is read, added to and written.
+"""
 
 
 def mean(hidden: Hidden, batch: Batch, ctx: Context):

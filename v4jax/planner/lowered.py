@@ -35,9 +35,10 @@ def lower_train(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
     rows = jax.ShapeDtypeStruct(
         (cfg.batch_size, cfg.seq_len), jnp.int32, sharding=batch_sharding(rules, mesh)
     )
+    names = ("tokens", "segment_ids", "loss_mask") if cfg.data.masked else ("tokens", "segment_ids")
     with jax.set_mesh(mesh):
         step = compile_step(cfg, rules, places, mesh)
-        return state.public, state, step.lower(state, {"tokens": rows, "segment_ids": rows})
+        return state.public, state, step.lower(state, dict.fromkeys(names, rows))
 
 
 def lower_decode(cfg: TrainConfig, rules: AxisRules, mesh: Mesh, released: bool = False):

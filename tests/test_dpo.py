@@ -2,25 +2,24 @@
 
 import dataclasses
 import functools
-import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from pairs import CFG, LORA, MODEL, pair_batch, write_pairs
+from pairs import CFG, MODEL, WHOLE_MODEL, pair_batch, pairs_of, write_pairs
 from reference.weights import random_weights
 from small_runs import MODEL as TINY
 from small_runs import small_run
-from trees import random_params
+from trees import close, random_params
 
 import v4jax
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.params import named_shardings
 from sharding.rules import AxisRules, layout_for
 from v4jax.adapters.config import Lora
-from v4jax.adapters.tree import init_adapters
 from v4jax.checkpoint.export import save_safetensors
 from v4jax.checkpoint.names import from_official
 from v4jax.context import Context
@@ -37,31 +36,24 @@ from v4jax.train.step import batch_sharding
 
 SETTINGS = Dpo(beta=0.3, label_smoothing=0.1, sft=0.5)
 CFG = dataclasses.replace(CFG, dpo=SETTINGS)
+MICRO = dataclasses.replace(CFG, gradient_accumulation=4, batch_size=4)
 
 
 @functools.cache
-def weights():
-    return from_official(MODEL, random_weights(MODEL, 0))
-
-
-def pairs_of(moved: bool = True):
-    """Low-rank pairs; `moved`: b is not 0."""
-    fresh = init_adapters(MODEL, LORA, jax.random.key(0))
-    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(fresh))))
-    shift = jax.tree.map(lambda x: 0.05 * jax.random.normal(next(keys), x.shape), fresh)
-    return jax.tree.map(jnp.add, fresh, shift) if moved else fresh
+def weights(model=MODEL):
+    return from_official(model, random_weights(model, 0))
 
 
 @functools.cache
 def step_of(cfg):
     """The gradients of a step as a function of (pairs, batch)."""
-    base = {name: tree for name, tree in weights().items() if name != "router"}
+    base = dict(weights(cfg.model))
+    router = base.pop("router")
 
     @jax.jit
     def take(low, batch):
         ctx = Context(remat=cfg.remat)
-        found = gradients(cfg, ctx, {"lora": low}, weights()["router"], batch, base=base)
-        return found[:2]
+        return gradients(cfg, ctx, {"lora": low}, router, batch, base=base)[:2]
 
     return take
 
@@ -69,8 +61,11 @@ def step_of(cfg):
 # ---- the formula ---------------------------------------------------------------------------------
 
 
-def by_the_formula(settings, log_p_BSV, reference_BSV, batch):
-    """(loss, metrics) of DPO, pair by pair; log_p[b,t] is the distribution of token t."""
+def by_the_formula(settings, log_p_BSV, reference_BSV, batch, xp=jnp):
+    """(loss, metrics) of DPO, pair by pair; log_p[b,t] is the distribution of token t.
+
+    xp: jax.numpy for gradients, or numpy.
+    """
     tokens, segments, mask = (batch[name] for name in ("tokens", "segment_ids", "loss_mask"))
     found = []
     for row, ids in enumerate(segments):
@@ -81,13 +76,13 @@ def by_the_formula(settings, log_p_BSV, reference_BSV, batch):
                 policy, before = (
                     log_p[row, places, tokens[row, places]] for log_p in (log_p_BSV, reference_BSV)
                 )
-                ratio = jnp.mean if settings.per_token else jnp.sum
-                sides.append((settings.beta * ratio(policy - before), -jnp.mean(policy)))
+                ratio = xp.mean if settings.per_token else xp.sum
+                sides.append((settings.beta * ratio(policy - before), -xp.mean(policy)))
             (better, nll), (worse, _) = sides
             found.append((better, worse, nll))
-    better, worse, nll = (jnp.stack(column) for column in zip(*found, strict=True))
+    better, worse, nll = (xp.stack(column) for column in zip(*found, strict=True))
     margin, swapped = better - worse, settings.label_smoothing
-    losses = (1 - swapped) * jnp.log1p(jnp.exp(-margin)) + swapped * jnp.log1p(jnp.exp(margin))
+    losses = (1 - swapped) * xp.log1p(xp.exp(-margin)) + swapped * xp.log1p(xp.exp(margin))
     metrics = {
         "dpo": losses.mean(),
         "margin": margin.mean(),
@@ -106,12 +101,15 @@ def log_p_of(params, batch):
 
 
 def test_gradients_are_those_of_the_formula():
+    """In four micro-batches, of 3, 2, 1 and no pairs."""
     batch, low = pair_batch(), pairs_of()
-    grads, metrics = step_of(CFG)(low, batch)
+    grads, metrics = step_of(MICRO)(low, batch)
     reference = log_p_of(weights(), batch)
 
     def plain(low):
-        found = by_the_formula(SETTINGS, log_p_of(weights() | {"lora": low}, batch), reference, batch)
+        found = by_the_formula(
+            SETTINGS, log_p_of(weights() | {"lora": low}, batch), reference, batch
+        )
         return found[0], found[1]
 
     expected, told = jax.jit(jax.grad(plain, has_aux=True))(low)
@@ -124,11 +122,12 @@ def test_gradients_are_those_of_the_formula():
 
 def agree(got, expected, tolerance):
     """Gradients agree up to sums in another order, leaf by leaf."""
-    flat = flatten_dict(expected)
-    assert all(np.abs(value).max() > 0 for value in flat.values())
+    flat = {path: x for path, x in flatten_dict(expected).items() if path[0] != "mtp"}
+    assert min(np.abs(value).max() for value in flat.values()) > 0
     for path, value in flatten_dict(got).items():
-        error = np.linalg.norm(value - flat[path])
-        assert error <= tolerance * np.linalg.norm(flat[path]) + 1e-8, path
+        want = flat.get(path, 0)  # MTP takes no part
+        error = np.linalg.norm(value - want)
+        assert error <= tolerance * np.linalg.norm(want) + 1e-8, path
 
 
 @pytest.mark.parametrize(
@@ -143,17 +142,14 @@ def agree(got, expected, tolerance):
 )
 def test_every_setting_is_that_of_the_formula(settings):
     batch = pair_batch(vocab=12)
-    rng = np.random.default_rng(1)
-    hidden, reference = (
-        _Hidden(rng.normal(size=(4, 64, 8)).astype(np.float32), head)
-        for head in rng.normal(size=(2, 8, 12)).astype(np.float32)
-    )
-    loss, metrics = dpo.mean(settings, (reference,), hidden, batch, Context())
+    hidden, reference = hidden_of(0, 12), hidden_of(1, 12)
+    take = jax.jit(lambda *arrays: dpo.mean(settings, arrays[:1], *arrays[1:], Context()))
+    loss, metrics = take(reference, hidden, batch)
     log_ps = [
-        np.pad(jax.nn.log_softmax(one.x_BSD @ one.head_DV), ((0, 0), (1, 0), (0, 0)))[:, :-1]
-        for one in (hidden, reference)
+        np.pad(x - np.log(np.exp(x).sum(-1, keepdims=True)), ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        for x in (one.x_BSD @ one.head_DV for one in (hidden, reference))
     ]
-    expected, told = by_the_formula(settings, *log_ps, batch)
+    expected, told = by_the_formula(settings, *log_ps, batch, np)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert metrics.keys() == told.keys()
     for name, value in told.items():
@@ -161,17 +157,39 @@ def test_every_setting_is_that_of_the_formula(settings):
     assert dpo.count(MODEL, batch) == 6
 
 
-@dataclasses.dataclass
-class _Hidden:
+class _Hidden(NamedTuple):
     """What the loss reads of the network's results."""
 
     x_BSD: np.ndarray
     head_DV: np.ndarray
 
 
+def hidden_of(seed: int, vocab: int, rows: int = 4):
+    rng = np.random.default_rng(seed)
+    x_BSD, head_DV = rng.normal(size=(rows, 64, 8)), rng.normal(size=(8, vocab))
+    return _Hidden(x_BSD.astype(np.float32), head_DV.astype(np.float32))
+
+
+def test_the_loss_of_cut_rows_and_a_cut_vocabulary_is_that_of_one_device():
+    """Pairs lie across the devices that cut the sequence."""
+    batch, one, other = pair_batch(vocab=12), hidden_of(0, 12), hidden_of(1, 12)
+
+    def loss(ctx, x_BSD, batch):
+        return dpo.mean(SETTINGS, (other,), one._replace(x_BSD=x_BSD), batch, ctx)
+
+    sizes = parse_mesh("data=2,context=2,tensor=2")
+    rules, mesh = layout_for("full", sizes), make_mesh(sizes)
+    results = []
+    for ctx in (Context(), Context(rules=rules)):
+        with jax.set_mesh(mesh if ctx.rules else make_mesh(parse_mesh(""))):
+            take = jax.jit(jax.value_and_grad(functools.partial(loss, ctx), has_aux=True))
+            results.append(jax.tree.map(np.asarray, take(one.x_BSD, batch)))
+    close(results[1], results[0])
+
+
 def test_the_first_step_is_at_log_2():
     """The policy begins as its reference: rewards are 0 up to rounding."""
-    grads, metrics = step_of(CFG)(pairs_of(moved=False), pair_batch())
+    grads, metrics = step_of(MICRO)(pairs_of(moved=False), pair_batch())
     np.testing.assert_allclose(metrics["dpo"], np.log(2), rtol=1e-6)
     for name in ("margin", "reward_chosen", "reward_rejected"):
         assert abs(metrics[name]) < 1e-5
@@ -179,45 +197,36 @@ def test_the_first_step_is_at_log_2():
     assert min(moves) > 0
 
 
-def test_micro_batches_are_one_batch():
-    """They have 3, 2, 1 and no pairs."""
-    batch, low = pair_batch(), pairs_of()
-    expected, metrics = step_of(CFG)(low, batch)
-    grads, summed = step_of(dataclasses.replace(CFG, gradient_accumulation=4, batch_size=4))(
-        low, batch
-    )
-    for name, value in metrics.items():
-        np.testing.assert_allclose(summed[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
-    agree(grads["lora"], expected["lora"], 1e-5)
-
-
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("mesh", "layout"),
     [
-        pytest.param("context=2,expert=2,tensor=2", "pod", marks=pytest.mark.slow),
-        pytest.param("fsdp=2,expert=2,tensor=2", "full", marks=pytest.mark.long),
-        pytest.param("context=4,expert=2", "cp_ep", marks=pytest.mark.long),
-        pytest.param("data=2,fsdp=2,expert=2", "ep_fsdp", marks=pytest.mark.long),
+        ("context=2,expert=2,tensor=2", "pod"),
+        ("fsdp=2,expert=2,tensor=2", "full"),
+        ("context=4,expert=2", "cp_ep"),
+        ("data=2,fsdp=2,expert=2", "ep_fsdp"),
     ],
 )
 def test_gradients_on_eight_devices_are_those_on_one(mesh, layout):
-    batch, low = pair_batch(8), pairs_of()
-    expected, metrics = step_of(CFG)(low, batch)
+    model = WHOLE_MODEL
+    cfg = dataclasses.replace(CFG, model=model, remat="layer")
+    batch, low = pair_batch(8), pairs_of(model)
+    expected, metrics = step_of(cfg)(low, batch)
     sizes = parse_mesh(mesh)
     rules, device_mesh = layout_for(layout, sizes), make_mesh(sizes)
 
     def take(low, params, batch):
         base = {name: tree for name, tree in params.items() if name != "router"}
         ctx = Context(rules=rules, remat="layer")
-        return gradients(CFG, ctx, {"lora": low}, params["router"], batch, base=base)[:2]
+        return gradients(cfg, ctx, {"lora": low}, params["router"], batch, base=base)[:2]
 
     with jax.set_mesh(device_mesh):
         places = [
-            named_shardings(device_mesh, rules, low, trained_axes(CFG)["lora"]),
-            named_shardings(device_mesh, rules, abstract_params(MODEL), param_axes(MODEL)),
+            named_shardings(device_mesh, rules, low, trained_axes(cfg)["lora"]),
+            named_shardings(device_mesh, rules, abstract_params(model), param_axes(model)),
             batch_sharding(rules, device_mesh),
         ]
-        placed = jax.device_put((low, weights(), batch), tuple(places))
+        placed = jax.device_put((low, weights(model), batch), tuple(places))
         got, told = jax.tree.map(np.asarray, jax.jit(take)(*placed))
     for name, value in metrics.items():
         np.testing.assert_allclose(told[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -227,8 +236,9 @@ def test_gradients_on_eight_devices_are_those_on_one(mesh, layout):
 # ---- a run ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_learns_to_prefer(tmp_path):
-    model = TINY.replace(vocab_size=280)
+    model = TINY.replace(vocab_size=280, compress_ratios=(0,), num_nextn_predict_layers=0)
     save_safetensors(model, random_params(model), tmp_path / "base", dtype="float32")
     cfg = small_run(
         tmp_path,
@@ -238,11 +248,11 @@ def test_a_run_learns_to_prefer(tmp_path):
         objective="dpo",
         lora=Lora(rank=4, targets=("attn.*", "head")),
         init_from=str(tmp_path / "base"),
-        steps=12,
+        steps=8,
         seq_len=128,
         learning_rate=1e-2,
         eval_batches=2,
-        eval_every=6,
+        eval_every=4,
         log_every=1,
     )
     summary = train(cfg)
@@ -261,7 +271,6 @@ LOOSE = dict(objective="next_token", dpo=Dpo(), data=DataConfig())
     [
         ({"lora": None}, "lora: got None with objective dpo; must be set"),
         ({"attention": "indexer", "index_learning_rate": 1e-3}, "attention: got indexer with"),
-        ({"stages": (Stage(after=2, attention="indexer"),)}, "attention: got sparse with .* stages"),
         ({"index_learning_rate": 1e-3}, "index_learning_rate: got 0.001 with objective dpo"),
         ({"lora": Lora(targets=("indexer.*",))}, "lora.targets: .* must not name the indexer"),
         ({"bias_rate": 1e-3}, "bias_rate: got 0.001 with objective dpo; must be 0"),
@@ -269,12 +278,12 @@ LOOSE = dict(objective="next_token", dpo=Dpo(), data=DataConfig())
         ({"data": DataConfig()}, "data.format: got text with objective dpo; must be preference"),
         (LOOSE | {"data": CFG.data}, "data.format: got preference with objective next_token"),
         (LOOSE | {"dpo": Dpo(beta=1.0)}, "dpo: got .*beta=1.0.* only dpo reads it"),
-        (LOOSE | {"objective": "ppo"}, "objective: got 'ppo'; allowed: next_token, dpo"),
+        (LOOSE | {"objective": "ppo"}, "objective: got 'ppo'; allowed: next_token, dpo, distill"),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_one_line(changes, said):
     with pytest.raises(ValueError, match=said) as refused:
-        dataclasses.replace(CFG, **changes)
+        dataclasses.replace(CFG, **{"model": WHOLE_MODEL} | changes)
     assert "\n" not in str(refused.value)
 
 

@@ -22,6 +22,7 @@ from v4jax.python_files import read_layout
 from v4jax.quant.fake import check_quant
 from v4jax.remat import policy_name
 from v4jax.storage import checkpoint_name, local_path, place
+from v4jax.train.losses.distill import Distill
 from v4jax.train.losses.dpo import Dpo
 from v4jax.train.losses.weights import LossWeights
 from v4jax.train.objective import check_objective
@@ -50,12 +51,15 @@ class TrainConfig:
     """Which text to train on, and how it becomes rows."""
     loss: LossWeights = LossWeights()
     """Weights of the terms of the loss."""
-    objective: Literal["next_token", "dpo"] = "next_token"
-    """What is learned: next_token (text; of conversations, what the assistant wrote), or dpo (to
-    prefer the chosen answers of data.format preference; needs lora, whose frozen base is the
-    reference; MTP has no loss then)."""
+    objective: Literal["next_token", "dpo", "distill"] = "next_token"
+    """What is learned: next_token (text; of conversations, what the assistant wrote), dpo (to
+    prefer the chosen answers of data.format preference), or distill (the distributions of
+    distill.teachers). The last two need lora, whose frozen base is that of reference and teachers;
+    MTP has no loss in them."""
     dpo: Dpo = Dpo()
     """Settings of objective dpo."""
+    distill: Distill = Distill()
+    """Settings of objective distill."""
     stability: StabilityConfig = StabilityConfig()
     """What counts as a loss spike, and what the run does about it."""
     run_dir: str

@@ -17,6 +17,7 @@ CURVES = {
     "nll": "next token",
     "mtp_nll": "token after next (MTP)",
     "dpo": "DPO loss",
+    "kl": "KL to the teachers",
     "accuracy": "pairs with the chosen answer ahead",
 }
 """Metrics that a picture of losses shows where a run has them, and what they are."""

@@ -19,12 +19,13 @@ from v4jax.adapters.config import adapts_indexer
 from v4jax.context import Collect, Context
 from v4jax.functional import apply
 from v4jax.model.transformer import Hidden
-from v4jax.parameter_tree import ADAPTERS
-from v4jax.train.losses import balance, dpo
+from v4jax.parameter_tree import ADAPTERS, TEACHERS
+from v4jax.train.losses import balance, distill, dpo
+from v4jax.train.losses.distill import Distill
 from v4jax.train.losses.dpo import Dpo
 from v4jax.train.losses.term import Term
 
-MEASURES = {"next_token": "nll", "dpo": "dpo"}
+MEASURES = {"next_token": "nll", "dpo": "dpo", "distill": "kl"}
 """Objective -> the metric that ranks checkpoints on held-out data."""
 
 
@@ -36,12 +37,15 @@ def terms_of(cfg, frozen: Sequence[Hidden] = ()) -> list[tuple[float, Term]]:
     """
     if cfg.objective == "next_token":
         return list(cfg.loss.terms())
-    return [(1.0, dpo.term(cfg.dpo, frozen)), (cfg.loss.balance, balance.LAYERS)]
+    main = dpo.term(cfg.dpo, frozen)
+    if cfg.objective == "distill":
+        main = distill.term(cfg.distill, frozen)
+    return [(1.0, main), (cfg.loss.balance, balance.LAYERS)]
 
 
 def frozen_passes(cfg) -> int:
     """Forward passes of frozen models for each batch of a step."""
-    return 1 if cfg.objective == "dpo" else 0
+    return {"next_token": 0, "dpo": 1, "distill": len(cfg.distill.teachers)}[cfg.objective]
 
 
 def passes_of(cfg) -> int:
@@ -52,24 +56,29 @@ def passes_of(cfg) -> int:
     return (3 if cfg.lora is None else 2) + frozen_passes(cfg)
 
 
-def frozen_models(
-    cfg, ctx: Context, params, batch: Mapping[str, jax.Array]
-) -> tuple[Hidden, ...]:
-    """What the reference makes of a batch, constants; () for next_token.
+def frozen_models(cfg, ctx: Context, params, batch: Mapping[str, jax.Array]) -> tuple[Hidden, ...]:
+    """What reference or teachers make of a batch, constants; () for next_token.
 
     Args:
-      params: the public dict; its pairs are left out.
+      params: the public dict; its pairs are left out, those of teachers are used one by one.
     """
     if cfg.objective == "next_token":
         return ()
-    base = {name: tree for name, tree in params.items() if name != ADAPTERS}
+    base = {name: tree for name, tree in params.items() if name not in (ADAPTERS, TEACHERS)}
+    pairs = [{}]
+    if cfg.objective == "distill":
+        pairs = [
+            {ADAPTERS: params[TEACHERS][str(n)]} if name else {}
+            for n, name in enumerate(cfg.distill.teachers)
+        ]
     sparse = dataclasses.replace(ctx.sparse, train_indexer=False)
     ctx = dataclasses.replace(
         ctx, sparse=sparse, collect=Collect(), remat="none", frozen=True, dropout=0.0
     )
+    inputs = batch["tokens"], batch.get("segment_ids")
     with jax.named_scope("reference"):
-        hidden = apply(cfg.model, base, batch["tokens"], batch.get("segment_ids"), ctx=ctx)
-    return (jax.lax.stop_gradient(hidden),)
+        found = [apply(cfg.model, base | one, *inputs, ctx=ctx) for one in pairs]
+    return tuple(map(jax.lax.stop_gradient, found))
 
 
 def check_objective(cfg) -> None:
@@ -81,8 +90,15 @@ def check_objective(cfg) -> None:
     name = cfg.objective
     if name not in MEASURES:
         raise ValueError(f"objective: got {name!r}; allowed: {', '.join(MEASURES)}")
-    if cfg.dpo != Dpo() and name != "dpo":
-        raise ValueError(f"dpo: got {cfg.dpo} with objective {name}; only dpo reads it")
+    for field, unset in (("dpo", Dpo()), ("distill", Distill())):
+        if getattr(cfg, field) != unset and name != field:
+            got = getattr(cfg, field)
+            raise ValueError(f"{field}: got {got} with objective {name}; only {field} reads it")
+    if name == "distill" and not any(cfg.distill.teachers):
+        raise ValueError(
+            f"distill.teachers: got {cfg.distill.teachers}; at least one must be an adapter: the "
+            "student begins as the base"
+        )
     if cfg.data.paired != (name == "dpo"):
         formats = ", ".join(source.format for source in cfg.data.sources)
         wanted = "preference" if name == "dpo" else "another: only objective dpo reads pairs"
@@ -95,12 +111,16 @@ def _check_frozen(cfg) -> None:
     """What an objective with frozen models needs, and what has no part in it."""
     name = f"with objective {cfg.objective}"
     if cfg.lora is None:
-        raise ValueError(f"lora: got None {name}; must be set: the base is what it compares with")
-    modes = [cfg.attention] + [stage.attention for stage in cfg.stages]
+        raise ValueError(f"lora: got None {name}; must be set: all models share its base")
     rules = [
-        ("attention", cfg.attention, "indexer" not in modes, "sparse or dense, in stages too"),
+        ("attention", cfg.attention, cfg.attention != "indexer", "sparse or dense"),
         ("index_learning_rate", cfg.index_learning_rate, not cfg.index_learning_rate, "0"),
-        ("bias_rate", cfg.router_bias_rate, not cfg.router_bias_rate, "0: both have one router"),
+        (
+            "bias_rate",
+            cfg.router_bias_rate,
+            not cfg.router_bias_rate,
+            "0: all models share one router",
+        ),
     ]
     for field, got, holds, rule in rules:
         if not holds:

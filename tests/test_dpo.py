@@ -18,7 +18,7 @@ from trees import close, random_params
 import v4jax
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.params import named_shardings
-from sharding.rules import AxisRules, layout_for
+from sharding.rules import layout_for
 from v4jax.adapters.config import Lora
 from v4jax.checkpoint.export import save_safetensors
 from v4jax.checkpoint.names import from_official
@@ -27,9 +27,9 @@ from v4jax.data.config import DataConfig
 from v4jax.parameter_tree import abstract_params, param_axes
 from v4jax.train.adapters import trained_axes
 from v4jax.train.gradients import gradients
+from v4jax.train.loop import train
 from v4jax.train.losses import dpo
 from v4jax.train.losses.dpo import Dpo
-from v4jax.train.loop import train
 from v4jax.train.metrics_file import read_metrics
 from v4jax.train.stages import Stage
 from v4jax.train.step import batch_sharding

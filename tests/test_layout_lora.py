@@ -98,7 +98,8 @@ def test_a_step_with_frozen_models_is_lowered_from_shapes():
     """No file of a teacher is read."""
     sizes = parse_mesh(MESH)
     changes = dict(objective="distill", distill=Distill(teachers=("", "./nowhere")))
-    cfg = run(lora=Lora(rank=4, targets=("wq_b",), base_dtype="packed"), **changes)
+    model = MODEL.replace(num_hidden_layers=1, compress_ratios=(0,), num_hash_layers=0)
+    cfg = run(model=model, **changes)
     params, _, lowered = lower_train(cfg, layout_for(None, sizes), make_mesh(sizes))
     assert list(params["teachers"]) == ["1"] and "while" in lowered.as_text()
 

@@ -123,8 +123,8 @@ class ChatFormat:
     "weight": 0 is never learned."""
     too_long: str = "error"
     """What happens to a conversation or pair longer than a row: error, drop, or, of a
-    conversation, cut (its end is left out). If nothing is left to learn, the whole conversation is left out, and the run says how many
-    are."""
+    conversation, cut (its end is left out). If nothing is left to learn, the whole conversation
+    is left out, and the run says how many are."""
 
     def __post_init__(self):
         allowed = {
@@ -198,17 +198,9 @@ class DataConfig:
         if self.cache != "":
             local_path(self.cache, "cache")
         checkpoint_name(self.tokenizer, "tokenizer")
-        if (
-            isinstance(self.held_out, bool)
-            or not isinstance(self.held_out, float)
-            or not 0 < self.held_out < 1
-        ):
+        if not isinstance(self.held_out, float) or not 0 < self.held_out < 1:
             raise ValueError(f"held_out: got {self.held_out!r}; must be a share in (0, 1)")
-        if (
-            isinstance(self.seed, bool)
-            or not isinstance(self.seed, int)
-            or not 0 <= self.seed < 2**32
-        ):
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: got {self.seed!r}; must be an integer in [0, 2**32)")
         if self.packing not in ("split", "best_fit"):
             raise ValueError(f"packing: got {self.packing!r}; allowed: split, best_fit")

@@ -47,7 +47,7 @@ def pair_tokens(
     made = []
     for name, messages in zip(ANSWERS, both, strict=True):
         # A message of weight 0 is not learned.
-        begins = [message | {"weight": 0} for message in messages[:shared]]
+        begins = [{**message, "weight": 0} for message in messages[:shared]]
         whole = {key: value for key, value in record.items() if key not in _AUTHORS}
         whole["messages"] = begins + messages[shared:]
         try:

@@ -1,8 +1,8 @@
 """Which conversations, or pairs of them, a run uses, and why the others are left out.
 
 A conversation without anything to learn is left out, and so is a pair in which one has nothing: a
-step on such rows would only decay the weights. The split does not depend on the length of rows, so no stage of a run trains on what
-another one holds out.
+step on such rows would only decay the weights. The split does not depend on the length of rows, so
+no stage of a run trains on what another one holds out.
 
 Axes: M conversations or pairs.
 
@@ -120,7 +120,7 @@ def _sizes(source: Source, store: TokenStore) -> np.ndarray:
 def _learnable(source: Source, store: TokenStore) -> np.ndarray:
     """Whether something of each conversation, or of both in a pair, is learned, bool [M]."""
     learned = _learned_within(store, np.diff(store.ends, prepend=0))
-    return learned.reshape(-1, _documents(source)).all(1)
+    return np.all(learned.reshape(-1, _documents(source)), axis=1)
 
 
 def _learned_within(store: TokenStore, first_M: np.ndarray) -> np.ndarray:

@@ -22,8 +22,8 @@ def least_expert_bytes(
 
     The load is taken as even; the result is 0 if no axis holds experts. Tokens travel there and
     back in the forward pass; in training, again where experts are recomputed, once each way as
-    gradients, and in each pass of a frozen model. With K experts a token and n devices a group, a token is sent n-1 times where
-    tokens are gathered, and K (n-1)/n times where they are exchanged.
+    gradients, and in each pass of a frozen model. With K experts a token and n devices a group, a
+    token is sent n-1 times where tokens are gathered, and K (n-1)/n times where they are exchanged.
     """
     holders = math.prod(sizes[axis] for axis in rules.mesh_axes("experts"))
     if holders == 1:

@@ -86,7 +86,8 @@ def mean(cfg: Distill, frozen: Sequence[Hidden], hidden: Hidden, batch: Batch, c
 def divergences(ctx: Context, student: Hidden, teachers: Sequence[Hidden]) -> list[jax.Array]:
     """KL(student || teacher) of each position's next token, float32 [B,S] for each teacher.
 
-    It has gradients for the student alone. Devices that cut the vocabulary exchange maxima and sums.
+    It has gradients for the student alone. Devices that cut the vocabulary exchange maxima and
+    sums.
     """
     rules = ctx.rules
     models = [factors(ctx, one.x_BSD, one.head_DV) for one in (student, *teachers)]
@@ -103,9 +104,9 @@ def divergences(ctx: Context, student: Hidden, teachers: Sequence[Hidden]) -> li
 
 def _divergences(ctx: Context, words: tuple[str, ...], rows, columns) -> list[jax.Array]:
     """`divergences` of one device's positions; factors of the logits of student, then teachers."""
-    rows, columns = zip(*(varying(words, *one) for one in zip(rows, columns, strict=True)))
-    batch, seq = rows[0][0].shape[:2]
-    size = 4 * batch * columns[0][0].shape[1] * len(rows)
+    models = [varying(words, *one) for one in zip(rows, columns, strict=True)]
+    rows, columns = ([one[n] for one in models] for n in (0, 1))
+    size = 4 * rows[0][0].shape[0] * columns[0][0].shape[1] * len(models)
 
     def kl(rows) -> list[jax.Array]:
         own, *others = (chunk_logits(ctx, *one) for one in zip(rows, columns, strict=True))

@@ -79,11 +79,11 @@ def plot_losses(run: pathlib.Path, unigram_nll: float | None = None) -> pathlib.
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     there = {name for line in lines for name in line}
-    for name, label in CURVES.items():
-        if name in there:
-            top.plot(*series(name), label=f"training, {label}", alpha=0.6 if "mtp" in name else 1)
-        if f"held_out_{name}" in there:
-            top.plot(*series(f"held_out_{name}"), "o-", label=f"held out, {label}")
+    for head, words, style in (("", "training, ", "-"), ("held_out_", "held out, ", "o-")):
+        for name, label in CURVES.items():
+            if head + name in there:
+                alpha = 0.6 if "mtp" in name else 1
+                top.plot(*series(head + name), style, label=words + label, alpha=alpha)
     if unigram_nll is not None:
         top.axhline(unigram_nll, color="grey", linestyle="--", label="unigram model, held out")
     top.set_ylabel("nats per pair; share" if "dpo" in there else "nats per token")

@@ -143,8 +143,8 @@ def _extremes(looks, name: str, pick) -> tuple[list, list]:
 
 def _losses(axes, lines, looks) -> None:
     there = {name for line in lines for name in line}
-    for name, label in CURVES.items():
-        for head, words, style in (("", "", "-"), ("held_out_", "held out, ", "o-")):
+    for head, words, style in (("", "", "-"), ("held_out_", "held out, ", "o-")):
+        for name, label in CURVES.items():
             if head + name in there:
                 shown = _series(lines, head + name)
                 axes.plot(*shown, style, label=words + label, alpha=0.8)
@@ -170,8 +170,9 @@ def _rewards(axes, lines, looks) -> None:
         ("reward_rejected", "rejected"),
         ("margin", "margin"),
     ):
-        axes.plot(*_series(lines, name), label=label)
-        axes.plot(*_series(lines, f"held_out_{name}"), "o", label=f"{label}, held out", alpha=0.6)
+        (line,) = axes.plot(*_series(lines, name), label=label)
+        held_out = _series(lines, f"held_out_{name}")
+        axes.plot(*held_out, "o", color=line.get_color(), label=f"{label}, held out")
     axes.set_title("rewards: beta times log likelihood above the reference's")
     axes.legend(fontsize=7, ncols=2)
 

@@ -42,10 +42,10 @@ def pair_tokens(
       ValueError: conversations that `conversation_tokens` refuses, that are the same, or that first
         differ in something else than an assistant's message.
     """
-    both = _conversations(record)
-    shared = _common_beginning(both)
+    two = _conversations(record)
+    shared = _common_beginning(two)
     made = []
-    for name, messages in zip(ANSWERS, both, strict=True):
+    for name, messages in zip(ANSWERS, two, strict=True):
         # A message of weight 0 is not learned.
         begins = [{**message, "weight": 0} for message in messages[:shared]]
         whole = {key: value for key, value in record.items() if key not in _AUTHORS}
@@ -56,20 +56,20 @@ def pair_tokens(
             raise ValueError(f"{name}: {error}") from None
     if np.array_equal(made[0][0], made[1][0]):
         raise ValueError("chosen and rejected become the same text")
-    unread = unread_keys(record, tuple(_AUTHORS), both[0] + both[1])
-    return made, unit_hash(json.dumps(both[0][:shared])), unread
+    unread = unread_keys(record, tuple(_AUTHORS), two[0] + two[1])
+    return made, unit_hash(json.dumps(two[0][:shared])), unread
 
 
 def _conversations(record: dict[str, Any]) -> list[list[Message]]:
     """The whole chosen and the whole rejected conversation."""
     prompt = [] if is_empty(record.get("prompt")) else _messages(record, "prompt")
-    both = []
+    two = []
     for name in ANSWERS:
         if isinstance(record[name], str) and not prompt:
             raise ValueError(f"{name}: got text without a prompt; must be a list of messages then")
         found = _messages(record, name)
-        both.append(found if found[: len(prompt)] == prompt else prompt + found)
-    return both
+        two.append(found if found[: len(prompt)] == prompt else prompt + found)
+    return two
 
 
 def _messages(record: dict[str, Any], name: str) -> list[Message]:
@@ -83,15 +83,15 @@ def _messages(record: dict[str, Any], name: str) -> list[Message]:
     return list(given)
 
 
-def _common_beginning(both: list[list[Message]]) -> int:
+def _common_beginning(two: list[list[Message]]) -> int:
     """How many messages the two conversations begin with alike."""
-    if both[0] == both[1]:
+    if two[0] == two[1]:
         raise ValueError("chosen and rejected are the same")
-    alike = (one == other for one, other in zip(*both, strict=False))
+    alike = (one == other for one, other in zip(*two, strict=False))
     shared = sum(itertools.takewhile(bool, alike))
     if not shared:
         raise ValueError("chosen and rejected begin with different messages; must share a prompt")
-    for name, messages in zip(ANSWERS, both, strict=True):
+    for name, messages in zip(ANSWERS, two, strict=True):
         if len(messages) == shared:
             raise ValueError(f"{name}: has no answer after the {shared} message(s) of both")
         role = messages[shared].get("role")

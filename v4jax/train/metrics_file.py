@@ -82,8 +82,7 @@ def plot_losses(run: pathlib.Path, unigram_nll: float | None = None) -> pathlib.
     for head, words, style in (("", "training, ", "-"), ("held_out_", "held out, ", "o-")):
         for name, label in CURVES.items():
             if head + name in there:
-                alpha = 0.6 if "mtp" in name else 1
-                top.plot(*series(head + name), style, label=words + label, alpha=alpha)
+                top.plot(*series(head + name), style, label=words + label, alpha=0.8)
     if unigram_nll is not None:
         top.axhline(unigram_nll, color="grey", linestyle="--", label="unigram model, held out")
     top.set_ylabel("nats per pair; share" if "dpo" in there else "nats per token")

@@ -4,7 +4,7 @@
 segments 2k + 1 (chosen) and 2k + 2 (rejected), see v4jax/data/pairs.py.
 
 Equations: docs/equations.md#dpo.
-Axes: B batch, S positions.
+Shapes: B batch, S positions, D hidden, V vocabulary.
 Next file to read: v4jax/train/losses/distill.py.
 """
 

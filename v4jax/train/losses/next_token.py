@@ -136,13 +136,13 @@ def log_total(logits: jax.Array, words: tuple[str, ...]) -> jax.Array:
     return jnp.log(total) + peak
 
 
-def in_chunks(function: Callable, most: int, arrays):
-    """function(*arrays) [B,S] of trees of arrays [B,S,...], at most `most` positions at a time.
+def in_chunks(function: Callable, limit: int, arrays):
+    """function(*arrays) [B,S] of trees of arrays [B,S,...], at most `limit` positions at a time.
 
     The backward pass computes each chunk again instead of keeping what it made.
     """
     batch, seq = jax.tree.leaves(arrays)[0].shape[:2]
-    chunks = -(-seq // max(1, min(seq, most)))
+    chunks = -(-seq // max(1, min(seq, limit)))
     if chunks == 1:
         return function(*arrays)
     chunk = -(-seq // chunks)

@@ -4,8 +4,11 @@ Each product is x W + (x a) b. Products with W have a gradient for x alone; W's 
 Those with a and b work on whole blocks of rows, each with its expert's pair beside it, on every
 platform: a pair is no larger than the rows of its block.
 
-Shapes: P rows in blocks, G blocks, M rows of a block, A and Z widths of a product's factors, R
-rank, D hidden, E experts, F expert hidden.
+Where rows have different adapters, the pairs of all lie side by side: one product with a serves all
+rows, and each row keeps the ranks of its own adapter before the product with b.
+
+Shapes: P rows in blocks, G blocks, M rows of a block, A and Z widths of a product's factors, U
+adapters, R rank, J ranks of all adapters (U*R), D hidden, E experts, F expert hidden.
 Next file to read: v4jax/kernels/expert_ffn/op.py.
 """
 
@@ -26,7 +29,10 @@ from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights, gated, 
 
 
 class Pair(NamedTuple):
-    """a [E,A,R] and b [E,R,Z]; those of one expert have no axis E."""
+    """a [E,A,R] and b [E,R,Z]; of several adapters a [E,A,U,R] and b [E,U,R,Z].
+
+    Those of one expert have no axis E.
+    """
 
     a: jax.Array
     b: jax.Array
@@ -66,21 +72,37 @@ def adapted_ffn(
     gate_P: jax.Array,
     groups: Groups,
     implementation: str | None = None,
+    adapter_P: jax.Array | None = None,
 ) -> jax.Array:
     """`expert_ffn` with constant matrices and their pairs; arguments and errors are those there.
 
     Args:
       w: not joined, and not packed.
       pairs: cast to the dtype of x when used. Their gradients are sums in their own dtype.
+      adapter_P: int32, the number of each row's adapter; below 0: none. Then pairs are those
+        of several adapters. None: they are those of one.
     """
     op.check(implementation, w, x_PD, groups)
     function = pick("expert_ffn", IMPLEMENTATIONS, implementation, best="best")
-    return function(form, w, pairs, x_PD, gate_P, groups)
+    return function(form, w, pairs, x_PD, gate_P, groups, adapter_P)
 
 
-def _fast(rows: Rows, form, w, pairs: ExpertPairs, x_PD, gate_P, groups):
+def kept_ranks(adapter: jax.Array, adapters: int, rank: int) -> jax.Array:
+    """Which of the ranks of all adapters are those of the given ones, bool [..., U*R].
+
+    Example: numbers [1, -1] of 2 adapters of rank 2 give [[0, 0, 1, 1], [0, 0, 0, 0]].
+    """
+    return jnp.repeat(jax.nn.one_hot(adapter, adapters, dtype=bool), rank, axis=-1)
+
+
+def side_by_side(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """a [...,A,U,R] and b [...,U,R,Z] of several adapters as one pair [...,A,U*R], [...,U*R,Z]."""
+    return a.reshape(*a.shape[:-2], -1), b.reshape(*b.shape[:-3], -1, b.shape[-1])
+
+
+def _fast(rows: Rows, form, w, pairs: ExpertPairs, x_PD, gate_P, groups, adapter_P):
     """Products with matrices by `rows`, products with pairs block by block."""
-    added = functools.partial(_in_blocks, groups, gate_P != 0)
+    added = functools.partial(_in_blocks, groups, gate_P != 0, adapter_P)
     h1_PF, h3_PF = (
         _plus(_constant(rows, x_PD, m, groups), added, x_PD, pair)
         for m, pair in ((w.w1, pairs.w1), (w.w3, pairs.w3))
@@ -94,15 +116,19 @@ def _plus(y, added: Callable, x, pair: Pair | None):
     return y if pair is None else y + added(x, pair)
 
 
-def _in_blocks(groups: Groups, used_P, x_PA, pair: Pair) -> jax.Array:
-    """(x a) b of each row's expert, 0 in rows that are not used.
+def _in_blocks(groups: Groups, used_P, adapter_P, x_PA, pair: Pair) -> jax.Array:
+    """(x a) b of each row's expert and adapter, 0 in rows that are not used.
 
     These may hold anything on TPU: they are replaced, here and in what flows back.
     """
+    kept_PJ, pair = _kept(adapter_P, pair)
     rows, blocks = x_PA.shape[0], groups.block_expert.shape[0]
     x_GMA = jnp.where(used_P[:, None], x_PA, 0).reshape(blocks, rows // blocks, -1)
     a_GAR, b_GRZ = (m[groups.block_expert].astype(x_PA.dtype) for m in pair)
-    y_GMZ = matmul(matmul(x_GMA, a_GAR), b_GRZ)
+    low_GMR = matmul(x_GMA, a_GAR)
+    if kept_PJ is not None:
+        low_GMR = jnp.where(kept_PJ.reshape(low_GMR.shape), low_GMR, 0)
+    y_GMZ = matmul(low_GMR, b_GRZ)
     return jnp.where(used_P[:, None], y_GMZ.reshape(rows, -1), 0)
 
 
@@ -123,23 +149,33 @@ def _backward(rows, saved, ct_PZ):
 _constant.defvjp(_forward, _backward)
 
 
-def _low(x, pair: Pair):
-    return matmul(matmul(x, pair.a), pair.b)
+def _kept(adapter_P, pair: Pair) -> tuple[jax.Array | None, Pair]:
+    """(which ranks each row keeps, or None for all; the pairs of all adapters as one)."""
+    if adapter_P is None:
+        return None, pair
+    return kept_ranks(adapter_P, *pair.a.shape[-2:]), Pair(*side_by_side(*pair))
 
 
-def _every(form, w, pairs: ExpertPairs, x_PD, gate_P, groups):
+def _low(adapter_P, x_PA, pair: Pair):
+    kept_PJ, pair = _kept(adapter_P, pair)
+    low_PR = matmul(x_PA, pair.a)
+    return matmul(low_PR if kept_PJ is None else jnp.where(kept_PJ, low_PR, 0), pair.b)
+
+
+def _every(form, w, pairs: ExpertPairs, x_PD, gate_P, groups, adapter_P):
     """One expert after another on all rows: the reference."""
     expert_P, x_PD = expert_of_rows(x_PD, groups), jnp.where(gate_P[:, None] == 0, 0, x_PD)
+    added = functools.partial(_low, adapter_P)
 
     def add(y_PD, one):
         expert, own, low = one
         own, low = jax.tree.map(lambda m: m.astype(x_PD.dtype), (own, low))
         h1_PF, h3_PF = (
-            _plus(matmul(x_PD, m), _low, x_PD, pair)
+            _plus(matmul(x_PD, m), added, x_PD, pair)
             for m, pair in ((own.w1, low.w1), (own.w3, low.w3))
         )
         h_PF = gated(form, h1_PF, h3_PF, jnp.where(expert_P == expert, gate_P, 0))
-        return y_PD + _plus(matmul(h_PF, own.w2), _low, h_PF, low.w2), None
+        return y_PD + _plus(matmul(h_PF, own.w2), added, h_PF, low.w2), None
 
     numbers_E = jnp.arange(groups.group_sizes.shape[0], dtype=expert_P.dtype)
     zeros_PD = vary_like(jnp.zeros_like(x_PD), x_PD)

@@ -63,6 +63,8 @@ class Groups(NamedTuple):
       block_expert: int32 [P / block], the expert of each block; the last expert for blocks that are
         not in use. Its length is a multiple of AT_ONCE.
       blocks_in_use: int32 [], how many blocks hold rows.
+
+    Where all blocks are B of M rows each, at most (B - E) * M rows are no filler.
     """
 
     group_sizes: jax.Array

@@ -103,9 +103,12 @@ def continued(cfg, rules: AxisRules, params, tokens_BT):
     return [jax.nn.log_softmax(logits) for logits in found]
 
 
+def chosen(params):
+    return with_choice(params, NAMES, len(NAMES), len(NAMES))
+
+
 def of_several(params, rules=AxisRules(), cfg=SMALL):
-    params = with_choice(params, NAMES, len(NAMES), len(NAMES))
-    return continued(cfg, rules, cache.split_layers(cfg, params, rules), TOKENS)
+    return continued(cfg, rules, cache.split_layers(cfg, chosen(params), rules), TOKENS)
 
 
 def whole(cfg, params):
@@ -175,6 +178,12 @@ def test_a_mixed_batch_on_eight_devices_is_that_on_one(place, alone, mesh, layou
     with jax.set_mesh(make_mesh(sizes)):
         rules = cache.decoding_rules(layout_for(layout, sizes))
         check(of_several(params, rules=rules), alone)
+        # A few tokens: each row has its own pair beside it.
+        few = continued(
+            SMALL, rules, cache.split_layers(SMALL, chosen(params), rules), TOKENS[:, :3]
+        )
+        for row, name in enumerate(NAMES):
+            np.testing.assert_allclose(few[0][row], alone[name][0][row, :2], **CLOSE)
 
 
 @pytest.mark.long

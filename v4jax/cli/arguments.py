@@ -47,10 +47,6 @@ PLACE = _checked(place)
 NEW_FILE = _checked(file_to_write)
 
 
-_NAMED = re.compile(r"[\w.-]+=")
-"""How NAME=DIR begins. In gs://... and paths with a folder before a = it is no name."""
-
-
 class Adapter(NamedTuple):
     """What a value of --adapter names.
 
@@ -63,9 +59,14 @@ class Adapter(NamedTuple):
     folder: str
 
 
+def _is_named(text: str) -> bool:
+    """Whether it is NAME=DIR, or NAME=. A path that exists is a path, whatever its name."""
+    return re.match(r"[\w.-]+=", text) is not None and not os.path.lexists(text)
+
+
 def _adapter(text: str) -> Adapter:
-    """NAME=DIR, NAME= for the base, or DIR: a folder that exists may have = in its path."""
-    if not _NAMED.match(text) or os.path.lexists(text):
+    """NAME=DIR, NAME= for the base, or DIR."""
+    if not _is_named(text):
         return Adapter("", CHECKPOINT(text))
     name, _, folder = text.partition("=")
     return Adapter(name, CHECKPOINT(folder) if folder else "")
@@ -82,7 +83,7 @@ def with_flags(argv: list[str]) -> list[str]:
     """
     found: list[str] = []
     for word in argv:
-        if found[-2:-1] == ["--adapter"] and _NAMED.match(word):
+        if found[-2:-1] == ["--adapter"] and _is_named(word):
             found.append("--adapter")
         found.append(word)
     return found

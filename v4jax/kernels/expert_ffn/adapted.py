@@ -2,13 +2,15 @@
 
 Each product is x W + (x a) b. Products with W have a gradient for x alone; W's is never computed.
 Those with a and b work on whole blocks of rows, each with its expert's pair beside it, on every
-platform: a pair is no larger than the rows of its block.
+platform: a pair is no larger than the rows of its block. Where rows of a block have different
+adapters, the pairs of all lie side by side: one product with a serves all rows, and each keeps the
+ranks of its own adapter before the product with b.
 
-Where rows have different adapters, the pairs of all lie side by side: one product with a serves all
-rows, and each row keeps the ranks of its own adapter before the product with b.
+A few rows, as in decoding, fill few of the blocks. Each then has its own pair beside it: that takes
+the same time for any number of adapters.
 
-Shapes: P rows in blocks, G blocks, M rows of a block, A and Z widths of a product's factors, U
-adapters, R rank, J ranks of all adapters (U*R), D hidden, E experts, F expert hidden.
+Shapes: P rows in blocks, G blocks, M rows of a block, Q rows in use, A and Z widths of a product's
+factors, U adapters, R rank, J ranks of all adapters (U*R), D hidden, E experts, F expert hidden.
 Next file to read: v4jax/kernels/expert_ffn/op.py.
 """
 
@@ -102,7 +104,7 @@ def side_by_side(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _fast(rows: Rows, form, w, pairs: ExpertPairs, x_PD, gate_P, groups, adapter_P):
     """Products with matrices by `rows`, products with pairs block by block."""
-    added = functools.partial(_in_blocks, groups, gate_P != 0, adapter_P)
+    added = _added(groups, gate_P != 0, adapter_P, pairs)
     h1_PF, h3_PF = (
         _plus(_constant(rows, x_PD, m, groups), added, x_PD, pair)
         for m, pair in ((w.w1, pairs.w1), (w.w3, pairs.w3))
@@ -116,10 +118,66 @@ def _plus(y, added: Callable, x, pair: Pair | None):
     return y if pair is None else y + added(x, pair)
 
 
-def _in_blocks(groups: Groups, used_P, adapter_P, x_PA, pair: Pair) -> jax.Array:
-    """(x a) b of each row's expert and adapter, 0 in rows that are not used.
+def _added(groups: Groups, used_P, adapter_P, pairs: ExpertPairs) -> Callable[..., jax.Array]:
+    """What adds (x a) b of each row's expert and adapter, 0 in rows that are not used."""
+    rank_axes = [pair.a.shape[2:] for pair in pairs if pair is not None]
+    adapters = 1 if adapter_P is None else rank_axes[0][0]
+    blocks = groups.block_expert.shape[0]
+    size = used_P.shape[0] // blocks
+    most_rows = (blocks - groups.group_sizes.shape[0]) * size  # as Groups says
+    if most_rows > blocks * adapters:
+        return functools.partial(_in_blocks, groups, used_P, adapter_P)
+    # What would lie beside rows is no more than what would lie beside blocks.
+    place_P = jnp.cumsum(used_P.astype(jnp.int32))
+    wanted_Q = vary_like(jnp.arange(1, most_rows + 1, dtype=jnp.int32), place_P)
+    row_Q = jnp.minimum(jnp.searchsorted(place_P, wanted_Q), used_P.shape[0] - 1)
+    in_use = _InUse(
+        row_Q,
+        groups.block_expert[row_Q // size],
+        None if adapter_P is None else adapter_P[row_Q],
+        used_P,
+        jnp.clip(place_P - 1, 0, most_rows - 1),
+    )
+    return functools.partial(_by_row, in_use)
 
-    These may hold anything on TPU: they are replaced, here and in what flows back.
+
+class _InUse(NamedTuple):
+    """The rows in use, one after another, and where each is.
+
+    Example: P rows in use [0 1 0 1] and Q = 3 give row [1 3 3] and place [0 0 0 1].
+
+    Attributes:
+      row_Q: int32; what follows the last one means nothing.
+      expert_Q, adapter_Q: of each; adapter_Q is None where all have one adapter.
+      used_P: bool.
+      place_P: int32, which of the Q rows each is, if it is in use.
+    """
+
+    row_Q: jax.Array
+    expert_Q: jax.Array
+    adapter_Q: jax.Array | None
+    used_P: jax.Array
+    place_P: jax.Array
+
+
+def _by_row(rows: _InUse, x_PA, pair: Pair) -> jax.Array:
+    """(x a) b of the rows in use, each with its own pair beside it."""
+    has_Q = rows.used_P[rows.row_Q]
+    if rows.adapter_Q is None:
+        a_QAR, b_QRZ = pair.a[rows.expert_Q], pair.b[rows.expert_Q]
+    else:
+        has_Q &= rows.adapter_Q >= 0
+        adapter_Q = jnp.maximum(rows.adapter_Q, 0)
+        a_QAR, b_QRZ = pair.a[rows.expert_Q, :, adapter_Q], pair.b[rows.expert_Q, adapter_Q]
+    x_Q1A = jnp.where(has_Q[:, None], x_PA[rows.row_Q], 0)[:, None]
+    y_QZ = matmul(matmul(x_Q1A, a_QAR.astype(x_PA.dtype)), b_QRZ.astype(x_PA.dtype))[:, 0]
+    return jnp.where(rows.used_P[:, None], y_QZ[rows.place_P], 0)
+
+
+def _in_blocks(groups: Groups, used_P, adapter_P, x_PA, pair: Pair) -> jax.Array:
+    """(x a) b block by block, with the pair of its expert beside each.
+
+    Rows that are not used may hold anything on TPU: they are replaced, here and in what flows back.
     """
     kept_PJ, pair = _kept(adapter_P, pair)
     rows, blocks = x_PA.shape[0], groups.block_expert.shape[0]

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from v4jax.context import Context
 from v4jax.kernels.expert_ffn.adapted import kept_ranks, side_by_side
 from v4jax.kernels.matmul import dense, precision_of
+from v4jax.parameter_tree import ADAPTERS, spec_of
 
 ROW = "row"
 """Beside a and b of a pair of several adapters: the number of each row's adapter, int32 [B]."""
@@ -61,7 +62,8 @@ def with_rows(pairs: Any, adapter_B: jax.Array) -> Any:
     found = dict(flat)
     for path, a in flat.items():
         if path[-1] == "a":
-            layers = a.shape[: a.ndim - (4 if "experts" in path else 3)]
+            axes = spec_of((ADAPTERS, *path)).axes
+            layers = a.shape[: a.ndim - len(axes) - 1]
             found[(*path[:-1], ROW)] = jnp.broadcast_to(adapter_B, (*layers, *adapter_B.shape))
     return unflatten_dict(found)
 

@@ -7,15 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from test_layout_lora import run as small_run
 
 from sharding.experts import Groups
+from sharding.mesh import parse_mesh
+from sharding.rules import layout_for
 from sharding.targets import topology_mesh, tpu_devices
 from v4jax.kernels.expert_ffn import packed_gpu, packed_tpu
 from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights
 from v4jax.kernels.expert_ffn.op import IMPLEMENTATIONS, expert_ffn
+from v4jax.planner.lowered import lower_decode
 from v4jax.quant.packed import Packed, halves_of_inputs, mxfp4_exponent, mxfp4_value
 
-EXPERTS, BLOCK = 4, 16
+EXPERTS = 4
 KERNELS = {"tpu": packed_tpu, "gpu": packed_gpu}
 
 
@@ -27,12 +31,12 @@ def packed(rng, *shape: int) -> Packed:
     return Packed(jnp.asarray(codes), jnp.asarray(scale), "mxfp4")
 
 
-def groups_of(sizes: tuple[int, ...], blocks: int) -> Groups:
-    """Experts with so many blocks each; the blocks after them are not in use."""
+def groups_of(sizes: tuple[int, ...], blocks: int, block: int = 16) -> Groups:
+    """Experts with so many blocks of rows each; the blocks after them are not in use."""
     by_block = np.repeat(np.arange(EXPERTS), sizes)
     filler = np.full(blocks - len(by_block), EXPERTS - 1)
     return Groups(
-        jnp.array(sizes, jnp.int32) * BLOCK,
+        jnp.array(sizes, jnp.int32) * block,
         jnp.array(np.append(by_block, filler), jnp.int32),
         jnp.array(len(by_block), jnp.int32),
     )
@@ -53,19 +57,19 @@ def test_inputs_are_parted_as_their_bytes():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("sizes", [(0, 2, 1, 0), (1, 1, 1, 1)])
+@pytest.mark.parametrize(("sizes", "block"), [((0, 2, 1, 0), 8), ((1, 1, 1, 1), 16)])
 @pytest.mark.parametrize("platform", KERNELS)
-def test_a_product_is_that_with_the_numbers(platform, sizes, dtype):
+def test_a_product_is_that_with_the_numbers(platform, sizes, block, dtype):
     """Float32: other orders of 128 summands. bfloat16: one rounding of the result."""
     kernel, rng = KERNELS[platform], np.random.default_rng(0)
-    w, groups = packed(rng, EXPERTS, 128, 256), groups_of(sizes, 5)
-    x = jnp.asarray(rng.standard_normal((5 * BLOCK, 128)), dtype)
+    w, groups = packed(rng, EXPERTS, 128, 256), groups_of(sizes, 5, block)
+    x = jnp.asarray(rng.standard_normal((5 * block, 128)), dtype)
     assert kernel.suits(x, w, groups)
     got = kernel.grouped_dot(x, w, groups, interpret=True)
-    expert_P = np.repeat(np.asarray(groups.block_expert), BLOCK)
+    expert_P = np.repeat(np.asarray(groups.block_expert), block)
     x32, numbers = x.astype(jnp.float32), w.numbers(jnp.float32)
     want = jnp.einsum("pa,paz->pz", x32, numbers[expert_P], precision="highest")
-    used, largest = slice(sum(sizes) * BLOCK), float(jnp.abs(want).max())
+    used, largest = slice(sum(sizes) * block), float(jnp.abs(want).max())
     tolerance = {"float32": 1e-6, "bfloat16": 2**-8}[dtype]
     assert got.dtype == jnp.dtype(dtype)
     np.testing.assert_allclose(
@@ -78,8 +82,8 @@ def test_experts_run_on_packed_matrices(implementation, platform, monkeypatch):
     """Joined, as decoding has them; and the kernel is what multiplies."""
     rng, form = np.random.default_rng(1), Activation(7.0)
     w = ExpertWeights(packed(rng, EXPERTS, 128, 256), None, packed(rng, EXPERTS, 128, 128))
-    x = jnp.asarray(rng.standard_normal((5 * BLOCK, 128)), jnp.float32)
-    gate, groups = jnp.full(5 * BLOCK, 0.5), groups_of((2, 0, 1, 2), 5)
+    x = jnp.asarray(rng.standard_normal((5 * 16, 128)), jnp.float32)
+    gate, groups = jnp.full(5 * 16, 0.5), groups_of((2, 0, 1, 2), 5)
     plain = jax.tree.map(
         lambda m: m.numbers(jnp.float32), w, is_leaf=lambda m: isinstance(m, Packed)
     )
@@ -92,17 +96,15 @@ def test_experts_run_on_packed_matrices(implementation, platform, monkeypatch):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * largest)
 
 
-@pytest.mark.parametrize("platform", KERNELS)
-def test_many_rows_take_the_numbers_once(platform):
-    """With more than two blocks an expert, and of fp8, the kernel would read them too often."""
-    rng, blocks = np.random.default_rng(2), 2 * EXPERTS + 1
-    w, groups = packed(rng, EXPERTS, 128, 128), groups_of((3, 2, 2, 2), blocks)
-    x = jnp.zeros((blocks * BLOCK, 128))
-    assert not KERNELS[platform].suits(x, w, groups)
-    few = groups_of((1, 1, 1, 1), 4)
-    assert KERNELS[platform].suits(x[: 4 * BLOCK], w, few)
+def test_what_the_kernels_leave_to_numbers():
+    """fp8, on both; on GPUs large blocks, whose experts would be read too often."""
+    rng, rows = np.random.default_rng(2), 2 * packed_gpu.MOST_ROWS
+    w, groups = packed(rng, EXPERTS, 128, 128), groups_of((1, 1, 1, 1), 4)
     fp8 = Packed(jnp.zeros((EXPERTS, 128, 128), jnp.uint8), jnp.ones((EXPERTS, 1, 1)), "fp8")
-    assert not KERNELS[platform].suits(x[: 4 * BLOCK], fp8, few)
+    few, many = jnp.zeros((4 * 8, 128)), jnp.zeros((4 * rows, 128))
+    assert packed_tpu.suits(few, w, groups) and packed_gpu.suits(few, w, groups)
+    assert packed_tpu.suits(many, w, groups) and not packed_gpu.suits(many, w, groups)
+    assert not packed_tpu.suits(few, fp8, groups) and not packed_gpu.suits(few, fp8, groups)
 
 
 def needs(extra: str, module: str):
@@ -112,23 +114,37 @@ def needs(extra: str, module: str):
     )
 
 
-@pytest.mark.parametrize(
+COMPILED = pytest.mark.parametrize(
     ("platform", "target", "call"),
     [
         pytest.param(
             "tpu", "v5p:2x2x1", "tpu_custom_call", marks=[pytest.mark.tpu, needs("tpu", "libtpu")]
         ),
         pytest.param(
-            "gpu", "h100:1", "triton", marks=[pytest.mark.gpu, needs("gpu", "jax_cuda13_plugin")]
+            "gpu", "h100:4", "triton", marks=[pytest.mark.gpu, needs("gpu", "jax_cuda13_plugin")]
         ),
     ],
 )
+
+
+@COMPILED
+def test_decoding_on_a_mesh_multiplies_packed_matrices(platform, target, call):
+    """Two rows a device, as the layout lab lowers it."""
+    del platform, call
+    cfg = small_run(batch_size=8, mesh="expert=4", layout="ep", lora=None)
+    sizes = parse_mesh(cfg.mesh)
+    rules = layout_for(cfg.layout, sizes)
+    text = lower_decode(cfg, rules, topology_mesh(target, sizes), released=True)[2].as_text()
+    assert text.count("packed_grouped_dot") > 0
+
+
+@COMPILED
 def test_the_kernels_compile_at_sizes_of_flash(platform, target, call):
     """w1 beside w3 of 32 experts, and w2, of V4-Flash; 64 rows in blocks of 16."""
     if platform == "tpu":  # a kernel on several devices would want a shard_map
         mesh = Mesh(np.array(tpu_devices(target)[:1]), ("data",), axis_types=(AxisType.Auto,))
     else:
-        mesh = topology_mesh(target, {"data": 1})
+        mesh = topology_mesh("h100:1", {"data": 1})
 
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))

@@ -139,7 +139,9 @@ class Experts(Weights):
             constants=names if self.ctx.frozen else (),
         )
         if own.w3 is not None:
-            return apply(x_BSD, index_BSK, weight_BSK, read=read if is_packed(weights) else None)
+            # Kernels of frozen matrices and their pairs take numbers, the others packed ones too.
+            numbers = self.ctx.frozen and is_packed(weights)
+            return apply(x_BSD, index_BSK, weight_BSK, read=read if numbers else None)
         large = functools.partial(apply, share=JOINED_SHARE)
         return jax.lax.platform_dependent(x_BSD, index_BSK, weight_BSK, cpu=large, default=apply)
 

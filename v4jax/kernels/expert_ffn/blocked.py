@@ -62,6 +62,7 @@ def forward(form, w, x_PD, gate_P, groups):
 
     Joined weights (decoding) go block by block, because few rows use few blocks.
     """
+    w = w.read(x_PD.dtype) if w.w3 is not None else w
     count = 1 if w.w3 is None else AT_ONCE
     size = x_PD.shape[0] // groups.block_expert.shape[0] * count
 

@@ -24,6 +24,7 @@ def reference(
     form: Activation, w: ExpertWeights, x_PD: jax.Array, gate_P: jax.Array, groups: Groups
 ) -> jax.Array:
     """Adds up what each expert makes of its rows, one expert after another."""
+    w = w.read(x_PD.dtype)
     x_PD, expert_P = jnp.where(gate_P[:, None] == 0, 0, x_PD), expert_of_rows(x_PD, groups)
 
     def add(y_PD, one):

@@ -21,8 +21,8 @@ from v4jax.quant.packed import Packed
 class ExpertWeights(NamedTuple):
     """The experts' matrices w1, w3 [E,D,F] and w2 [E,F,D]; those of one expert have no axis E.
 
-    Joined (w3 None, forward only), w1 is both side by side, [E,D,2F]. Joined matrices may be packed
-    (v4jax/quant/packed.py).
+    Joined (w3 None, forward only), w1 is both side by side, [E,D,2F]. Forward only, matrices may be
+    packed (v4jax/quant/packed.py).
     """
 
     w1: jax.Array | Packed
@@ -33,6 +33,11 @@ class ExpertWeights(NamedTuple):
     def of(cls, arrays) -> "ExpertWeights":
         """Those of a dict by name."""
         return cls(arrays["w1"], arrays.get("w3"), arrays["w2"])
+
+    def read(self, dtype) -> "ExpertWeights":
+        """Packed matrices as their numbers in `dtype`, the others as they are."""
+        read = (w.numbers(dtype) if isinstance(w, Packed) else w for w in self)
+        return ExpertWeights(*read)
 
 
 class Activation(NamedTuple):

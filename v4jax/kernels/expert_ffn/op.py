@@ -20,6 +20,7 @@ from v4jax.kernels.expert_ffn import blocked, gpu, grad_tpu, packed_gpu, packed_
 from v4jax.kernels.expert_ffn.every_expert import every_expert_on_rows, reference
 from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights
 from v4jax.kernels.expert_ffn.whole import Products, ragged_back, ragged_dot
+from v4jax.quant.packed import Packed
 
 
 class Way(NamedTuple):
@@ -111,9 +112,15 @@ _written.defvjp(_fwd, _bwd)
 
 
 def _suits(w: ExpertWeights, x_PD: jax.Array, groups: Groups) -> bool:
-    """Whether the kernels for NVIDIA GPUs can cut these widths, and the rows of a block."""
+    """Whether the kernels for NVIDIA GPUs can cut these widths, and the rows of a block.
+
+    That for packed matrices takes blocks of any size.
+    """
     rows = x_PD.shape[0] // groups.block_expert.shape[0]
-    return gpu.suits(rows, x_PD.shape[1], w.w2.shape[-2])
+    if gpu.suits(rows, x_PD.shape[1], w.w2.shape[-2]):
+        return True
+    matrices = [m for m in w if m is not None]
+    return all(isinstance(m, Packed) and packed_gpu.suits(x_PD, m, groups) for m in matrices)
 
 
 def _best_forward(form, *args):

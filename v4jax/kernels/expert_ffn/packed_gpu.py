@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 
 from sharding.experts import Groups
 from v4jax.kernels.expert_ffn import gpu
+from v4jax.kernels.expert_ffn.packed_tpu import in_whole_blocks, without_filler
 from v4jax.quant.packed import HALF, Packed, halves_of_inputs, mxfp4_exponent, mxfp4_value
 
 DEPTH = 32
@@ -20,16 +21,15 @@ WIDE = 128
 """Widest tile of the result."""
 
 
+MOST_ROWS = 32
+"""Rows of a block up to which its expert is likely to have no other: each block reads the codes."""
+
+
 def suits(x_PA: jax.Array, w: Packed, groups: Groups) -> bool:
-    """Whether whole tiles cover the blocks and widths, and few enough blocks share an expert."""
-    experts, deep, wide = w.shape
-    blocks = groups.block_expert.shape[0]
-    return (
-        w.format == "mxfp4"
-        and gpu.suits(x_PA.shape[0] // blocks, wide)
-        and deep % (2 * DEPTH) == 0
-        and blocks <= 2 * experts
-    )
+    """Whether whole tiles cover the widths, and experts have few rows."""
+    _, deep, wide = w.shape
+    few = x_PA.shape[0] // groups.block_expert.shape[0] <= MOST_ROWS
+    return w.format == "mxfp4" and few and gpu.suits(wide) and deep % (2 * DEPTH) == 0
 
 
 def grouped_dot(x_PA: jax.Array, w: Packed, groups: Groups, interpret: bool = False) -> jax.Array:
@@ -42,6 +42,8 @@ def grouped_dot(x_PA: jax.Array, w: Packed, groups: Groups, interpret: bool = Fa
       interpret: run the kernel step by step on any platform (tests).
     """
     blocks, (_, deep, wide) = groups.block_expert.shape[0], w.shape
+    given = x_PA.shape[0] // blocks
+    x_PA = in_whole_blocks(x_PA, blocks)
     size, tile = x_PA.shape[0] // blocks, gpu.tile_of(wide, WIDE)
 
     def one_tile(expert, in_use, low, high, codes, scale, out):
@@ -63,7 +65,7 @@ def grouped_dot(x_PA: jax.Array, w: Packed, groups: Groups, interpret: bool = Fa
 
     rows = pl.BlockSpec((size, deep // 2), lambda block, z: (block, 0))
     low_PY, high_PY = halves_of_inputs(x_PA)
-    return pl.pallas_call(
+    out_PZ = pl.pallas_call(
         one_tile,
         out_shape=gpu.like(x_PA, (x_PA.shape[0], wide), x_PA.dtype),
         grid=(blocks, wide // tile),
@@ -73,3 +75,4 @@ def grouped_dot(x_PA: jax.Array, w: Packed, groups: Groups, interpret: bool = Fa
         interpret=interpret,
         name="packed_grouped_dot",
     )(groups.block_expert, groups.blocks_in_use[None], low_PY, high_PY, w.codes, w.scale)
+    return without_filler(out_PZ, blocks, given)

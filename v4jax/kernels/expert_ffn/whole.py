@@ -41,9 +41,10 @@ class Products(NamedTuple):
 
     def product(self, x_PA: jax.Array, w: jax.Array | Packed, groups: Groups) -> jax.Array:
         """x w of each row's expert, w packed or not."""
-        if isinstance(w, Packed) and self.packed is not None and self.suits is not None:
-            if self.suits(x_PA, w, groups):
-                return self.packed(x_PA, w, groups)
+        kernel = self.packed
+        taken = isinstance(w, Packed) and self.suits is not None and self.suits(x_PA, w, groups)
+        if taken and kernel is not None:
+            return kernel(x_PA, w, groups)
         return self.dot(x_PA, as_numbers(w, x_PA.dtype), groups)
 
 

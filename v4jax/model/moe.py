@@ -76,7 +76,8 @@ class Experts(Weights):
     """The routed experts; each device reads its own matrices in the compute dtype.
 
     Without w3, w1 is both matrices side by side (`split_layers` in v4jax/generate/cache.py). Those
-    of packed weights are read expert by expert, the others all at once.
+    of packed weights are read expert by expert, frozen ones product by product, the others all at
+    once.
     """
 
     @nn.compact
@@ -130,7 +131,8 @@ class Experts(Weights):
             constants=names if self.ctx.frozen else (),
         )
         if own.w3 is not None:
-            return apply(x_BSD, index_BSK, weight_BSK, read=read if is_packed(weights) else None)
+            first = is_packed(weights) and not self.ctx.frozen
+            return apply(x_BSD, index_BSK, weight_BSK, read=read if first else None)
         large = functools.partial(apply, share=JOINED_SHARE)
         return jax.lax.platform_dependent(x_BSD, index_BSK, weight_BSK, cpu=large, default=apply)
 

@@ -145,6 +145,7 @@ RAGGED_ANYWHERE = Products(
     _anywhere(grad_tpu.grouped_outer, "tpu"),
     ragged_back_anywhere,
 )
+grouped_back_anywhere = _anywhere(gpu.grouped_back, "cuda")
 TRITON_ANYWHERE = Products(_anywhere(gpu.grouped_dot, "cuda"), _anywhere(gpu.grouped_outer, "cuda"))
 
 IMPLEMENTATIONS = {

@@ -82,10 +82,10 @@ def adapted_ffn(
 def _fast(rows: Rows, form, w, pairs: ExpertPairs, x_PD, gate_P, groups):
     """Products with matrices by `rows`, products with pairs block by block."""
     added = functools.partial(_in_blocks, groups, gate_P != 0)
-    h1_PF, h3_PF = (
-        _plus(_constant(rows, x_PD, m, groups), added, x_PD, pair)
-        for m, pair in ((w.w1, pairs.w1), (w.w3, pairs.w3))
-    )
+    h1_PF = _plus(_constant(rows, x_PD, w.w1, groups), added, x_PD, pairs.w1)
+    if isinstance(w.w3, Packed):  # is read when w1 is no longer needed; backwards, w1 after it
+        x_PD, h1_PF = lax.optimization_barrier((x_PD, h1_PF))
+    h3_PF = _plus(_constant(rows, x_PD, w.w3, groups), added, x_PD, pairs.w3)
     # What the activation computes inside is recomputed: it is several arrays in float32.
     h_PF = jax.checkpoint(functools.partial(gated, form))(h1_PF, h3_PF, gate_P)
     return _plus(_constant(rows, h_PF, w.w2, groups), added, h_PF, pairs.w2)

@@ -1,4 +1,4 @@
-"""What adapters change in a layer's memory on TPUs: matrices are read packed, pairs come in.
+"""What adapters change in a layer's memory: matrices are read packed, pairs come in.
 
 The arrays were read off compiled programs, as in v4jax/planner/backward.py.
 
@@ -37,18 +37,21 @@ def read_now(cfg: TrainConfig, matrix: float, item: int) -> list[Term]:
     return [Term("", "a matrix as it is read", _READ_AT_ONCE * item * matrix)]
 
 
-def row_bytes(cfg: TrainConfig, hidden: float, block: int, item: int) -> float:
+def row_bytes(cfg: TrainConfig, hidden: float, block: int, item: int, pair_item: int) -> float:
     """What a row of experts keeps besides: its share of its block's pairs, and their result.
 
     Args:
       hidden: F, as far as this device has it.
+      block: rows of a block.
+      pair_item: bytes of a number of the pairs, as they lie beside each block.
     """
     if cfg.lora is None or not any(
         weight.is_expert and weight.optimizer == cfg.lora.optimizer
         for weight in trained_weights(cfg)
     ):
         return 0.0
-    return 4 * 3 * cfg.lora.rank * (cfg.model.hidden_size + hidden) / block + hidden * item
+    pairs = 3 * cfg.lora.rank * (cfg.model.hidden_size + hidden)
+    return pairs * pair_item / block + hidden * item
 
 
 def spread_scales(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> float:

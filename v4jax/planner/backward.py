@@ -174,7 +174,7 @@ def kept_by_a_layer(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]
         token += 2 * shared + D  # the shared expert's products
     row = D + 3 * rows.hidden  # inputs, two products with matrices, and the activation
     weights = 3 * rows.matrix * adapted.expert_bytes(cfg, item) + _weights(cfg, rules, sizes)
-    pairs = adapted.row_bytes(cfg, rows.hidden, BLOCK, item)
+    pairs = adapted.row_bytes(cfg, rows.hidden, BLOCK, item, 4)
     return LayerBytes(token * item, row * item + pairs, weights)
 
 

@@ -131,7 +131,7 @@ def _read(x, w: jax.Array | Packed) -> tuple[jax.Array, jax.Array]:
     if not isinstance(w, Packed):
         return x, w
     x, w = lax.optimization_barrier((x, w))
-    return x, w.numbers(x.dtype)
+    return x, as_numbers(w, x.dtype)
 
 
 _constant.defvjp(_forward, _backward)

@@ -5,21 +5,20 @@ streams, C entries, I index heads, J index dim, K chosen entries, Z matrices.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from chip_case import Case, Sizes, of
+from chip_experts import experts, packed_experts
 
 from configs import models
-from sharding.experts import Groups
 from v4jax.cache.attention_inputs import AttentionInputs, IndexInputs, WindowKV
 from v4jax.checkpoint.names import leaf_dtypes
-from v4jax.config import CSA, ModelConfig
+from v4jax.config import CSA
 from v4jax.context import Context
 from v4jax.kernels.choice import kernels_from
-from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights
-from v4jax.kernels.expert_ffn.op import expert_ffn
 from v4jax.kernels.index_scores import index_scores
 from v4jax.kernels.norm import rms_norm
 from v4jax.kernels.rotate import rotate
@@ -43,48 +42,18 @@ OPS = (
     "site",
     "newton_schulz",
     "experts",
+    "packed_experts",
     "projections",
     *(f"{name}_layer" for name in RATIOS),
 )
-FORWARD_ONLY = ("choice", "newton_schulz")
+FORWARD_ONLY = ("choice", "newton_schulz", "packed_experts")
 """Ops without a gradient."""
 
 MATRICES = (32, 2048, 4096)
 """One call of Newton-Schulz: matrices of an expert's size."""
 
-EXPERTS, BLOCK = 16, 128
-"""Experts of a device, and rows of a block."""
-
 _BF16 = jnp.bfloat16
 _F32 = jnp.float32
-
-
-class Case(NamedTuple):
-    """An op to compile.
-
-    Attributes:
-      run: a function of arrays.
-      shapes: of these; the first `diff` of them get gradients. 0: there is no backward pass.
-      flops, bytes: useful ones of a forward pass.
-      back_flops, back_bytes: the same of a backward pass.
-    """
-
-    run: Any
-    shapes: tuple
-    diff: int
-    flops: float = 0
-    bytes: float = 0
-    back_flops: float = 0
-    back_bytes: float = 0
-
-
-class Sizes(NamedTuple):
-    """What a case is made for: the last `queries` positions of a row of `seq`."""
-
-    ctx: Context
-    cfg: ModelConfig
-    seq: int
-    queries: int
 
 
 def case_of(op: str, model: str, kernels: str, seq: int, queries: int) -> Case:
@@ -102,27 +71,24 @@ def case_of(op: str, model: str, kernels: str, seq: int, queries: int) -> Case:
         "output": _output,
         "site": _site,
         "newton_schulz": _newton_schulz,
-        "experts": _experts,
+        "experts": experts,
+        "packed_experts": packed_experts,
         "projections": _projections,
     }
     return made[op](sizes)
 
 
-def _of(shape: tuple[int, ...], dtype=_BF16) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
 def _heads(sizes: Sizes) -> jax.ShapeDtypeStruct:
     cfg = sizes.cfg
-    return _of((1, sizes.queries, cfg.num_attention_heads, cfg.head_dim))
+    return of((1, sizes.queries, cfg.num_attention_heads, cfg.head_dim))
 
 
 def _index_shapes(sizes: Sizes) -> tuple:
     cfg, heads = sizes.cfg, sizes.cfg.index_n_heads
     return (
-        _of((1, sizes.queries, heads, cfg.index_head_dim)),
-        _of((1, sizes.queries, heads), _F32),
-        _of((1, sizes.seq // CSA, cfg.index_head_dim)),
+        of((1, sizes.queries, heads, cfg.index_head_dim)),
+        of((1, sizes.queries, heads), _F32),
+        of((1, sizes.seq // CSA, cfg.index_head_dim)),
     )
 
 
@@ -155,13 +121,13 @@ def _attend(sizes: Sizes, ratio: int) -> Case:
         return jnp.moveaxis(out_BTNH.reshape(1, queries, cfg.o_groups, -1), 2, 1)
 
     heads, dim = cfg.num_attention_heads, cfg.head_dim
-    shapes = [_of((1, queries, heads * dim)), _of((1, before + queries, dim)), _of((heads,), _F32)]
+    shapes = [of((1, queries, heads * dim)), of((1, before + queries, dim)), of((heads,), _F32)]
     if ratio:
-        shapes.append(_of((1, seq // ratio, dim)))
+        shapes.append(of((1, seq // ratio, dim)))
     if ratio == CSA:
         shapes += _index_shapes(sizes)
     if continues:
-        shapes.append(_of((1,), jnp.int32))
+        shapes.append(of((1,), jnp.int32))
     flops, moved = _attention_floor(sizes, ratio)
     scored = _scores_flops(sizes) if ratio == CSA else 0
     diff = 4 if ratio else 3
@@ -216,7 +182,7 @@ def _choice(sizes: Sizes) -> Case:
         return jax.lax.map(one, _chunked(score_BTC, 128))
 
     slots = sizes.seq // CSA
-    return Case(run, (_of((1, sizes.queries, slots), _F32),), 0, 0, 5 * sizes.queries * slots)
+    return Case(run, (of((1, sizes.queries, slots), _F32),), 0, 0, 5 * sizes.queries * slots)
 
 
 def _rope(sizes: Sizes):
@@ -232,7 +198,7 @@ def _q(sizes: Sizes) -> Case:
         q_BTNH = rotate(q_BTNH, _rope(sizes), implementation=sizes.ctx.kernels.rotate)
         return q_BTNH.reshape(q_BTW.shape)
 
-    return Case(run, (_of((1, sizes.queries, heads.shape[2] * heads.shape[3])),), 1)
+    return Case(run, (of((1, sizes.queries, heads.shape[2] * heads.shape[3])),), 1)
 
 
 def _output(sizes: Sizes) -> Case:
@@ -244,7 +210,7 @@ def _output(sizes: Sizes) -> Case:
         turned_BTNH = rotate(out_BTNH, _rope(sizes), inverse=True, implementation=kernel)
         return turned_BTNH.reshape(out_BTW.shape)
 
-    return Case(run, (_of((1, sizes.queries, heads.shape[2] * heads.shape[3])),), 1)
+    return Case(run, (of((1, sizes.queries, heads.shape[2] * heads.shape[3])),), 1)
 
 
 class _Placed(nn.Module):
@@ -271,7 +237,7 @@ def _module(sizes: Sizes, ratio: int, name: str, kind, fields: tuple, *inputs):
     made = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     dtypes = leaf_dtypes(sizes.cfg, "bfloat16")
     params = jax.tree_util.tree_map_with_path(
-        lambda place, leaf: _of(leaf.shape, dtypes[tuple(key.key for key in place)]),
+        lambda place, leaf: of(leaf.shape, dtypes[tuple(key.key for key in place)]),
         nn.meta.unbox(made),
     )
     return module, params
@@ -280,7 +246,7 @@ def _module(sizes: Sizes, ratio: int, name: str, kind, fields: tuple, *inputs):
 def _layer(sizes: Sizes, ratio: int) -> Case:
     """The module Attention with its projections, on a whole row."""
     cfg = sizes.cfg
-    x = _of((1, sizes.seq, cfg.hidden_size))
+    x = of((1, sizes.seq, cfg.hidden_size))
     segments = jax.eval_shape(lambda: read_segments(cfg, sizes.seq, None))
     module, params = _module(sizes, ratio, "attn", Attention, (ratio,), x, segments)
     leaves, tree = jax.tree.flatten(params)
@@ -314,8 +280,8 @@ def _projections(sizes: Sizes) -> Case:
         (wide // cfg.o_groups, ranks),
         (ranks, hidden),
     )
-    a, b, kv, o_a, o_b = map(_of, weights)
-    shapes = (_of((rows, hidden)), a, b, kv, _of((rows, wide)), o_a, o_b)
+    a, b, kv, o_a, o_b = map(of, weights)
+    shapes = (of((rows, hidden)), a, b, kv, of((rows, wide)), o_a, o_b)
     flops = 2 * rows * sum(math.prod(shape) for shape in weights)
     return Case(run, shapes, len(shapes), flops, 0, 2 * flops)
 
@@ -323,8 +289,8 @@ def _projections(sizes: Sizes) -> Case:
 def _site(sizes: Sizes) -> Case:
     """A site of mHC: logits, Sinkhorn, collapse; then the expansion of a sublayer's output."""
     cfg = sizes.cfg
-    x = _of((1, sizes.queries, cfg.hc_mult, cfg.hidden_size))
-    y = _of((1, sizes.queries, cfg.hidden_size))
+    x = of((1, sizes.queries, cfg.hc_mult, cfg.hidden_size))
+    y = of((1, sizes.queries, cfg.hidden_size))
     module, params = _module(sizes, CSA, "hc_attn", HyperConnection, (), x)
     leaves, tree = jax.tree.flatten(params)
 
@@ -343,28 +309,4 @@ def _newton_schulz(sizes: Sizes) -> Case:
     del sizes
     count, m, n = MATRICES
     flops = len(COEFFICIENTS) * (4 * m * m * n + 2 * m**3) * count
-    return Case(newton_schulz, (_of(MATRICES, _F32),), 0, flops)
-
-
-def _experts(sizes: Sizes) -> Case:
-    """The experts of a device on the rows that it gets where all get equally many."""
-    cfg = sizes.cfg
-    rows, wide = sizes.queries * cfg.num_experts_per_tok, cfg.moe_intermediate_size
-    into, out = (EXPERTS, cfg.hidden_size, wide), (EXPERTS, wide, cfg.hidden_size)
-    blocks = rows // BLOCK
-    shapes = (_of((rows, cfg.hidden_size)), _of((rows,), _F32), *map(_of, (into, into, out)))
-
-    def run(x_PD, gate_P, w1, w3, w2):
-        groups = Groups(
-            jnp.full(EXPERTS, rows // EXPERTS, jnp.int32),
-            jnp.arange(blocks, dtype=jnp.int32) * EXPERTS // blocks,
-            jnp.int32(blocks),
-        )
-        form = Activation(cfg.swiglu_limit)
-        return expert_ffn(
-            form, ExpertWeights(w1, w3, w2), x_PD, gate_P, groups, sizes.ctx.kernels.expert_ffn
-        )
-
-    flops = 2 * rows * 3 * wide * cfg.hidden_size
-    moved = 2 * (2 * rows * cfg.hidden_size + EXPERTS * 3 * wide * cfg.hidden_size)
-    return Case(run, shapes, len(shapes), flops, moved, 2 * flops, 2 * moved)
+    return Case(newton_schulz, (of(MATRICES, _F32),), 0, flops)

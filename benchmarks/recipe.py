@@ -101,7 +101,7 @@ def also_with_a_new_indexer(evaluator, held_out: list[float]):
                 return new if part == "indexer" else old
 
             mixed = jax.tree_util.tree_map_with_path(choose, params, new)
-            held_out.append(evaluate(mixed, batches))
+            held_out.append(evaluate(mixed, batches)["nll"])
             return evaluate(params, batches)
 
         return both

@@ -249,7 +249,7 @@ def test_experts_chosen_ahead_and_evaluation_are_those_of_one_batch():
     )
     assert one.keys() == four.keys()
     jax.tree.map(np.testing.assert_array_equal, one, four)
-    losses = [evaluator(c, AxisRules(), lambda b: b)(weights(), [batch]) for c in (CFG, cfg)]
+    losses = [evaluator(c, AxisRules(), lambda b: b)(weights(), [batch])["nll"] for c in (CFG, cfg)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=TOLERANCE)
 
 

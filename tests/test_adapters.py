@@ -37,7 +37,7 @@ def with_logits(params):
     """(loss, logits of both heads), the indexer's loss among the terms."""
     ctx = Context(sparse=SparseMode(train_indexer=True))
     hidden = apply(MODEL, params, TOKENS, ctx=ctx)
-    loss, _ = loss_of(hidden, {"tokens": TOKENS}, ctx, LossWeights())
+    loss, _ = loss_of(hidden, {"tokens": TOKENS}, ctx, list(LossWeights().terms()))
     outputs = hidden.x_BSD, hidden.mtp_x_BSD
     return loss, [project_logits(ctx, x_BSD, hidden.head_DV) for x_BSD in outputs]
 

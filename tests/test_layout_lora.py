@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import pytest
+from pairs import DATA
 
 from configs.demo import get_model
 from sharding.mesh import make_mesh, parse_mesh
@@ -17,6 +18,7 @@ from v4jax.planner.hardware import hardware_of
 from v4jax.planner.lowered import lower_decode, lower_train
 from v4jax.planner.search import search
 from v4jax.train.config import TrainConfig
+from v4jax.train.losses.distill import Distill
 
 MODEL = get_model().replace(
     hidden_size=256,
@@ -71,6 +73,35 @@ def test_an_adapter_costs_less_than_training_all_weights():
     assert sum(part[0] for part in lora.parts.values()) < 0.75 * sum(
         part[0] for part in full.parts.values()
     )
+
+
+@pytest.mark.parametrize("remat", ["layer", "none"])
+def test_a_frozen_model_adds_a_forward_pass_of_each_layer(remat):
+    """An adapter's step has two products a weight, three with remat; a reference adds one."""
+    cfg = run(remat=remat)
+    teachers = Distill(teachers=("", "./a", "./b"))
+    dpo = dataclasses.replace(cfg, objective="dpo", data=DATA)
+    three = dataclasses.replace(cfg, objective="distill", distill=teachers)
+    plain, one, more = (estimate(each, hardware_of("v5p")) for each in (cfg, dpo, three))
+    for part in ("routed experts", "attention", "shared experts"):
+        flops, hbm = ([each.parts[part][n] for each in (plain, one, more)] for n in (0, 1))
+        passes = 3 if remat == "layer" else 2
+        assert flops[1] == pytest.approx((passes + 1) / passes * flops[0], rel=0.05), part
+        assert hbm[0] < hbm[1] < hbm[2]
+        assert flops[2] - flops[0] == pytest.approx(3 * (flops[1] - flops[0])), part
+    gathers = [each.sent[("fsdp",), "all-gather"][0] for each in (plain, one)]
+    assert gathers[1] > 1.3 * gathers[0]
+    assert one.memory == plain.memory and more.memory["weights"] > plain.memory["weights"]
+
+
+def test_a_step_with_frozen_models_is_lowered_from_shapes():
+    """No file of a teacher is read."""
+    sizes = parse_mesh(MESH)
+    changes = dict(objective="distill", distill=Distill(teachers=("", "./nowhere")))
+    model = MODEL.replace(num_hidden_layers=1, compress_ratios=(0,), num_hash_layers=0)
+    cfg = run(model=model, **changes)
+    params, _, lowered = lower_train(cfg, layout_for(None, sizes), make_mesh(sizes))
+    assert list(params["teachers"]) == ["1"] and "while" in lowered.as_text()
 
 
 def test_a_search_leaves_out_what_would_cut_blocks():

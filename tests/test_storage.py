@@ -224,7 +224,14 @@ COMMAND_LINES = {
     ("layout", "--measure"): "layout --measure {path}",
 }
 """Every argument that the parser takes for a path."""
-OVERRIDES = ("run-dir", "init-from", "data.source", "data.tokenizer", "data.cache")
+OVERRIDES = (
+    "run-dir",
+    "init-from",
+    "data.source",
+    "data.tokenizer",
+    "data.cache",
+    "distill.teachers",
+)
 ALL_LINES = [
     *((where[1], line) for where, line in COMMAND_LINES.items()),
     *(

@@ -25,7 +25,7 @@ from v4jax.model.adapted import DROPOUT
 from v4jax.model.router import Routing
 from v4jax.model.segments import read_segments
 from v4jax.model.transformer import Hidden, Transformer, project_logits
-from v4jax.parameter_tree import ADAPTERS
+from v4jax.parameter_tree import ADAPTERS, TEACHERS
 from v4jax.quant.fake import check_quant
 from v4jax.remat import policy_name
 
@@ -93,7 +93,7 @@ def apply(
             f"tokens: got rows of {tokens_BS.shape[1]}; must divide by {shards}, "
             "the mesh axes that cut the sequence"
         )
-    apart = ("router", ADAPTERS)
+    apart = ("router", ADAPTERS, TEACHERS)
     weights = {name: value for name, value in params.items() if name not in apart}
     variables = {"params": weights, "router": params["router"]}
     if ADAPTERS in params:

@@ -21,6 +21,7 @@ Path = tuple[str, ...]
 """The keys that lead to an array of the tree."""
 
 ADAPTERS = "lora"
+TEACHERS = "teachers"
 """The key of low-rank pairs in a dict of parameters, beside "router" (v4jax/adapters/tree.py)."""
 MTP_KIND = LayerKind(WINDOW_ONLY, hash_routed=False)
 _BY_PATH = {spec.path: spec for spec in TABLE}

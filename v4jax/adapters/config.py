@@ -74,6 +74,40 @@ def _require(name: str, got, holds: bool, rule: str) -> None:
         raise ValueError(f"lora.{name}: got {got}; must be {rule}")
 
 
+def check_lora(cfg) -> None:
+    """Checks what a run of adapters (a TrainConfig) needs, and what it cannot do.
+
+    Raises:
+      ValueError: names the field, what was got and what is allowed.
+    """
+    if cfg.lora is None:
+        return
+    exports, rate = cfg.export != "none", cfg.index_learning_rate
+    learns = adapts_indexer(cfg.model, cfg.lora)
+    rules = [
+        ("init_from", cfg.init_from != "", "a checkpoint with lora: the frozen base"),
+        ("gather", cfg.gather == "micro_batch", "micro_batch with lora"),
+        (
+            "sample_tokens",
+            cfg.sample_tokens == 0 or exports,
+            "0 with lora and export none: the sample reads the run's adapter",
+        ),
+        (
+            "index_learning_rate",
+            rate > 0 or not learns,
+            "above 0 where lora.targets name the indexer: no other loss reaches it",
+        ),
+        (
+            "index_learning_rate",
+            rate == 0 or learns,
+            "0 where no target of lora begins with indexer: its weights are frozen",
+        ),
+    ]
+    for name, holds, rule in rules:
+        if not holds:
+            raise ValueError(f"{name}: got {getattr(cfg, name)}; must be {rule}")
+
+
 def target_name(spec: ParamSpec) -> str:
     """What `targets` call a matrix: its official name without layer, expert and .weight.
 

@@ -3,7 +3,7 @@
 Next file to read: v4jax/data/tools.py.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from v4jax.chat.tokens import ASSISTANT, BOS, EOS, LATEST_REMINDER, TASKS, USER
@@ -47,22 +47,27 @@ def check_keys(given: Mapping[str, Any], known: tuple[str, ...], what: str) -> N
             )
 
 
-def unread_keys(record: Mapping[str, Any], column: str) -> list[str]:
-    """Keys of a conversation's record that have a value and are not read.
+def unread_keys(
+    record: Mapping[str, Any], columns: Sequence[str], messages: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Keys of a record of conversations that have a value and are not read.
 
-    column: holds the messages, which `training_messages` has checked.
+    Args:
+      columns: hold the messages.
+      messages: all of them, which `training_messages` has checked.
 
     Raises:
       ValueError: a key whose value belongs into the text, unless a message says the same.
     """
-    texts = [message.get("content") for message in record[column]]
+    texts = [message.get("content") for message in messages]
     unread = []
     for key, value in record.items():
-        if key == column or key in _READ_BESIDE or is_empty(value):
+        if key in columns or key in _READ_BESIDE or is_empty(value):
             continue
         if key in _LOST_BESIDE and value not in texts:
             way = _LOST_BESIDE[key]
-            raise ValueError(f"got key {key!r} beside {column}, which would be lost; {way}")
+            beside = columns[-1]
+            raise ValueError(f"got key {key!r} beside {beside}, which would be lost; {way}")
         unread.append(key)
     return unread
 

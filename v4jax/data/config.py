@@ -14,7 +14,9 @@ from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS
 from v4jax.storage import Remote, checkpoint_name, local_path, place
 from v4jax.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
-FORMATS = ("text", "jsonl", "parquet", "arrayrecord", "chat", "hf")
+FORMATS = ("text", "jsonl", "parquet", "arrayrecord", "chat", "preference", "hf")
+ANSWERS = ("chosen", "rejected")
+"""Keys of a preference record's two answers, in the order of a row."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _SPLIT = re.compile(r"([\w.-]+/)?[\w.]+")
 
@@ -29,12 +31,13 @@ class Source:
     (gs://, s3://). If format is hf, org/name[@revision] of a data set of the Hub."""
     format: str = "text"
     """text (each UTF-8 file is a document), or one document per record: jsonl, parquet (extra
-    v4jax[parquet]), arrayrecord (JSON objects), chat (JSON lines of conversations). Files of text,
-    jsonl and chat may be compressed: .gz, or .zst (extra v4jax[zstd]). hf: a data set of the Hub
-    (extra v4jax[datasets])."""
+    v4jax[parquet]), arrayrecord (JSON objects), chat (JSON lines of conversations), preference
+    (JSON lines with chosen, rejected and perhaps prompt). Files of text and of JSON lines may be
+    compressed: .gz, or .zst (extra v4jax[zstd]). hf: a data set of the Hub (extra
+    v4jax[datasets])."""
     column: str = "text"
-    """Key in a record for the document's text, or for a conversation's messages. Empty, for
-    arrayrecord: the record itself is the text."""
+    """Key in a record for the document's text, or for a conversation's messages; not used by
+    preference. Empty, for arrayrecord: the record itself is the text."""
     glob: str = "**/*"
     """Which files of a folder are read, as a pattern relative to it. Links are followed. The run
     says what it leaves out besides: suffixes of other formats, empty files, names with a leading
@@ -72,6 +75,23 @@ class Source:
             raise ValueError(f"weight: got {self.weight!r}; must be above 0")
 
     @property
+    def talks(self) -> bool:
+        """Whether its records are conversations, of which only an assistant's part is learned."""
+        return self.format in ("chat", "preference")
+
+    @property
+    def paired(self) -> bool:
+        """Whether a record is two conversations: the chosen and the rejected one."""
+        return self.format == "preference"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Keys that a record must have."""
+        if self.paired:
+            return ANSWERS
+        return (self.column,) if self.column else ()
+
+    @property
     def label(self) -> str:
         """The source's name in metrics."""
         path = pathlib.PurePath(self.path)
@@ -102,9 +122,9 @@ class ChatFormat:
     """all: every assistant message is learned; last: those of the last turn. A message with
     "weight": 0 is never learned."""
     too_long: str = "error"
-    """What happens to a conversation longer than a row: error, drop, or cut (its end is left
-    out). If nothing is left to learn, the whole conversation is left out, and the run says how many
-    are."""
+    """What happens to a conversation or pair longer than a row: error, drop, or, of a
+    conversation, cut (its end is left out). If nothing is left to learn, the whole conversation
+    is left out, and the run says how many are."""
 
     def __post_init__(self):
         allowed = {
@@ -134,7 +154,7 @@ class DataConfig:
     source: str = "stdlib"
     """Where the text comes from: "stdlib", a folder, or a file of records; unused with mixture."""
     format: str = "text"
-    """Format of source: text, jsonl, parquet, arrayrecord, chat or hf."""
+    """Format of source: text, jsonl, parquet, arrayrecord, chat, preference or hf."""
     column: str = "text"
     """Key in source's records for the document's text or the conversation's messages."""
     glob: str = "**/*"
@@ -178,17 +198,9 @@ class DataConfig:
         if self.cache != "":
             local_path(self.cache, "cache")
         checkpoint_name(self.tokenizer, "tokenizer")
-        if (
-            isinstance(self.held_out, bool)
-            or not isinstance(self.held_out, float)
-            or not 0 < self.held_out < 1
-        ):
+        if not isinstance(self.held_out, float) or not 0 < self.held_out < 1:
             raise ValueError(f"held_out: got {self.held_out!r}; must be a share in (0, 1)")
-        if (
-            isinstance(self.seed, bool)
-            or not isinstance(self.seed, int)
-            or not 0 <= self.seed < 2**32
-        ):
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: got {self.seed!r}; must be an integer in [0, 2**32)")
         if self.packing not in ("split", "best_fit"):
             raise ValueError(f"packing: got {self.packing!r}; allowed: split, best_fit")
@@ -202,6 +214,7 @@ class DataConfig:
                 f"name: got {sorted(twice)[0]!r} more than once; give each source its own "
                 "(held_out is all of them)"
             )
+        _check_pairs(self)
         if self.masked and self.packing != "best_fit":
             raise ValueError(
                 f"packing: got {self.packing!r}; conversations must stay whole; "
@@ -224,7 +237,34 @@ class DataConfig:
     @property
     def masked(self) -> bool:
         """Whether only some tokens are learned: those that an assistant wrote."""
-        return any(source.format == "chat" for source in (*self.sources, *self.evaluate_on))
+        return any(source.talks for source in (*self.sources, *self.evaluate_on))
+
+    @property
+    def paired(self) -> bool:
+        """Whether rows hold pairs of conversations: one chosen, one rejected."""
+        return any(source.paired for source in (*self.sources, *self.evaluate_on))
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What pieces of documents have for each token beside its id."""
+        return ("loss_mask",) * self.masked + ("rejected",) * self.paired
+
+
+def _check_pairs(cfg: DataConfig) -> None:
+    """Refuses what would part the two conversations of a pair, or mix pairs with something else."""
+    if not cfg.paired:
+        return
+    for source in (*cfg.sources, *cfg.evaluate_on):
+        if not source.paired:
+            raise ValueError(
+                f"format: got {source.format!r} for {source.label} beside preference; pairs are "
+                "not mixed with other documents"
+            )
+    if cfg.chat.too_long == "cut":
+        raise ValueError(
+            "chat.too_long: got 'cut'; allowed with preference: error, drop (the two answers of a "
+            "pair would lose different parts)"
+        )
 
 
 def _check_place(path: str, what: str, format: str) -> None:

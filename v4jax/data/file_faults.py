@@ -16,12 +16,13 @@ _LINES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = {
     "jsonl": _LINES,
     "chat": _LINES,
+    "preference": _LINES,
     "parquet": (".parquet",),
     "arrayrecord": (".array_record", ".arrayrecord"),
 }
 DOT, EMPTY = "dot name", "empty"
 _SHARD = re.compile(r"-\d+-of-\d+$")
-_COMPRESSIBLE = ("text", "jsonl", "chat")
+_COMPRESSIBLE = ("text", "jsonl", "chat", "preference")
 _HEAD_BYTES = 4096
 """More than a compressed file of no bytes takes."""
 _JSON_LINE_BYTES = 64 * 2**20
@@ -52,7 +53,7 @@ def fault_in_content(path: Place, size: int, source: Source) -> str:
     if size == 0 or (compressed and size < _HEAD_BYTES and _is_empty(path)):
         return EMPTY
     if source.format != "text" and suffix == ".json":
-        return _json_fault(path, source.column)
+        return _json_fault(path, source.columns)
     return ""
 
 
@@ -61,7 +62,7 @@ def _is_empty(path: Place) -> bool:
         return not file.read(1)
 
 
-def _json_fault(path: Place, column: str) -> str:
+def _json_fault(path: Place, columns: tuple[str, ...]) -> str:
     """Why a .json file is not read; "" if its first line shows that it has JSON lines."""
     with open_data(path) as file:
         line = file.readline(_JSON_LINE_BYTES)
@@ -75,4 +76,5 @@ def _json_fault(path: Place, column: str) -> str:
         record = None
     if not isinstance(record, dict):
         return "not JSON lines"
-    return "" if column in record else f"its first line has no {column!r}"
+    missing = [column for column in columns if column not in record]
+    return f"its first line has no {missing[0]!r}" if missing else ""

@@ -57,7 +57,7 @@ def settings_of(
       listings: the run's; None: look the files up now.
     """
     listings = Listings() if listings is None else listings
-    talks = any(source.format == "chat" for source in cfg.sources)
+    talks = any(source.talks for source in cfg.sources)
     chat = dataclasses.asdict(cfg.chat) | {"release": cfg.chat.wording} if talks else {}
     return {
         "tokenizer": f"{type(tokenizer).__name__} of {tokenizer.vocab_size}",

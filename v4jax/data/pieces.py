@@ -67,18 +67,20 @@ def open_pieces(
         documents = listings[source].documents
         return _read_in_place(cfg, source, tokenizer, seq_len, part, documents)
     store = open_store(cfg, source, tokenizer, listings)
-    if source.format == "chat":
+    if source.talks:
         chosen_M = used_conversations(cfg, source, store, seq_len, part)
     elif part == "all":
         chosen_M = np.ones(len(store.ends), bool)
     else:
         with at(source.path):
             chosen_M = held_out_of(store.hashes, cfg.held_out) == (part == "held_out")
+    mark = f"{store.fingerprint}-{zlib.crc32(chosen_M.tobytes()):08x}"
+    if source.paired:
+        return StoredPairs(store, np.flatnonzero(chosen_M)), Mark(mark, mark)
     step = seq_len if cfg.packing == "best_fit" else READ_ROWS * seq_len
     pieces = StoredPieces(
-        store, np.flatnonzero(chosen_M), step, cfg.masked, first_only=source.format == "chat"
+        store, np.flatnonzero(chosen_M), step, cfg.masked, first_only=source.talks
     )
-    mark = f"{store.fingerprint}-{zlib.crc32(chosen_M.tobytes()):08x}"
     mark = f"{mark}-{pieces.lone}" if pieces.lone else mark
     return pieces, Mark(mark, mark)
 
@@ -155,6 +157,39 @@ class StoredPieces:
     @property
     def mean_tokens(self) -> float:
         """Mean tokens per piece."""
+        return float((self._stops - self._begins).sum()) / len(self)
+
+
+class StoredPairs:
+    """Random access to pairs of a store, each whole.
+
+    Piece i is tokens int32 [T] of the chosen conversation and then of the rejected one, loss_mask
+    int32 [T], and rejected int32 [T], which is 1 on tokens of the rejected one.
+
+    Args:
+      pairs: numbers of the pairs in the store.
+    """
+
+    def __init__(self, store: TokenStore, pairs: np.ndarray):
+        ends_M2 = np.asarray(store.ends).reshape(-1, 2)
+        begins_M = np.concatenate([[0], ends_M2[:-1, 1]])
+        self._store = store
+        self._begins, self._middles, self._stops = begins_M[pairs], *ends_M2[pairs].T
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        begin, middle, stop = (x[index] for x in (self._begins, self._middles, self._stops))
+        return {
+            "tokens": np.array(self._store.tokens[begin:stop], np.int32),
+            "loss_mask": np.array(self._store.learned[begin:stop], np.int32),
+            "rejected": (np.arange(begin, stop) >= middle).astype(np.int32),
+        }
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean tokens per pair."""
         return float((self._stops - self._begins).sum()) / len(self)
 
 

@@ -43,23 +43,24 @@ def record_files(source: Source, found: Found | None = None) -> list[Place]:
 def read_records(
     source: Source, found: Found | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and place, record as a dict) of every record, in order; each has source.column.
+    """(file and place, record as a dict) of every record, in order; each has source.columns.
 
     Handle a record within `with at(place):` (v4jax/data/places.py), so that errors name its place.
 
     Raises:
       ValueError: a file that is not of the format, or a record without the column; names both.
     """
-    readers = {"jsonl": _lines, "chat": _lines, "parquet": _rows, "arrayrecord": _array_records}
+    readers = {name: _lines for name in ("jsonl", "chat", "preference")}
+    readers |= {"parquet": _rows, "arrayrecord": _array_records}
     readers["hf"] = functools.partial(data_set_rows, split=source.split)
     for path in record_files(source, found):
         for place, data in readers[source.format](path, source.column):
             with at(f"{path}:{place}"):
                 record = _object(data, place, path) if isinstance(data, bytes) else data
-                if source.column and source.column not in record:
-                    raise ValueError(
-                        f"has no column {source.column!r}; there are: {', '.join(sorted(record))}"
-                    )
+                for column in source.columns:
+                    if column not in record:
+                        there = ", ".join(sorted(record))
+                        raise ValueError(f"has no column {column!r}; there are: {there}")
             yield f"{path}:{place}", record
 
 

@@ -6,7 +6,7 @@ Next file to read: v4jax/train/data.py.
 """
 
 import json
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 
 import grain
 import jax
@@ -17,8 +17,9 @@ from v4jax.data.identity import differences
 Batch = dict[str, np.ndarray]
 """tokens int32 [B,S]; segment_ids int32 [B,S]; for conversations also loss_mask int32 [B,S].
 
-segment_ids are 1, 2, ... for the documents of a row, and 0 on padding. loss_mask is 1 on tokens to
-be learned.
+segment_ids are 1, 2, ... for the documents of a row, and 0 on padding. Of a pair the chosen
+conversation has an odd number, and the rejected one comes right after it with the next. loss_mask
+is 1 on tokens to be learned.
 """
 
 _LISTS = ("files", "evaluate_on")
@@ -28,7 +29,9 @@ _BINS = 16
 """How many rows best-fit packing fills at a time, for each row of the batch."""
 
 
-def packed(pieces: grain.MapDataset, seq_len: int, packing: str, masked: bool) -> grain.IterDataset:
+def packed(
+    pieces: grain.MapDataset, seq_len: int, packing: str, marks: Sequence[str]
+) -> grain.IterDataset:
     """Rows of seq_len tokens, whose segments count from 1.
 
     A row that begins with the rest of a cut piece counts it as segment 1 too.
@@ -36,12 +39,12 @@ def packed(pieces: grain.MapDataset, seq_len: int, packing: str, masked: bool) -
     Args:
       packing: "split" cuts pieces where a row ends; "best_fit" puts each piece whole into the
         fullest row with enough space.
-      masked: whether pieces have a loss_mask.
+      marks: what pieces have for each token beside its id (DataConfig.marks).
     """
     # No read-ahead threads: reading a piece is fast, and every row would start many threads.
     in_line = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     stream = pieces.to_iter_dataset(in_line)
-    lengths = {"tokens": seq_len} | ({"loss_mask": seq_len} if masked else {})
+    lengths = dict.fromkeys(("tokens", *marks), seq_len)
     if packing == "best_fit":
         return grain.experimental.BestFitPackIterDataset(
             stream, length_struct=lengths, num_packing_bins=_BINS
@@ -146,8 +149,15 @@ class _StackedRowsIterator(grain.DatasetIterator):
 
 
 def stack(rows: list[dict[str, np.ndarray]]) -> Batch:
-    """Packed rows as a batch."""
+    """Packed rows as a batch.
+
+    Example: a pair of 2 + 3 tokens, packed as segment [2 2 2 2 2], is segments [3 3 4 4 4].
+    """
     names = {"tokens": "tokens", "segment_ids": "tokens_segment_ids", "loss_mask": "loss_mask"}
-    return {
+    batch = {
         name: np.stack([row[key] for row in rows]) for name, key in names.items() if key in rows[0]
     }
+    if "rejected" in rows[0]:
+        rejected_BS, pair_BS = np.stack([row["rejected"] for row in rows]), batch["segment_ids"]
+        batch["segment_ids"] = np.where(pair_BS > 0, 2 * pair_BS - 1 + rejected_BS, 0)
+    return batch

@@ -1,10 +1,10 @@
-"""Which conversations of a store are used, and why the others are left out.
+"""Which conversations, or pairs of them, a run uses, and why the others are left out.
 
-A conversation without anything to learn is left out: a step on such rows would only decay the
-weights. The split does not depend on the length of rows, so no stage of a run trains on what
-another one holds out.
+A conversation without anything to learn is left out, and so is a pair in which one has nothing: a
+step on such rows would only decay the weights. The split does not depend on the length of rows, so
+no stage of a run trains on what another one holds out.
 
-Axes: M conversations.
+Axes: M conversations or pairs.
 
 Next file to read: v4jax/data/pieces.py.
 """
@@ -28,7 +28,7 @@ _ADVICE = {
 def used_conversations(
     cfg: DataConfig, source: Source, store: TokenStore, seq_len: int, part: str
 ) -> np.ndarray:
-    """Which conversations of a source are used in `part`, bool [M].
+    """Which conversations (or pairs) of a source are used in `part`, bool [M].
 
     Args:
       part: "train", "held_out" or "all".
@@ -36,12 +36,12 @@ def used_conversations(
     Raises:
       ValueError: one is too long and chat.too_long is "error", or none is left.
     """
-    learnable_M = _learned_within(store, _sizes(store))
+    learnable_M, hashes_M = _learnable(source, store), store.hashes[:: _documents(source)]
     left_out = _left_out(cfg, source, store, learnable_M, seq_len)
     chosen_M = learnable_M.copy()
     if part != "all" and learnable_M.any():
         with at(source.path):
-            held_M = held_out_of(np.asarray(store.hashes)[learnable_M], cfg.held_out)
+            held_M = held_out_of(np.asarray(hashes_M)[learnable_M], cfg.held_out)
         chosen_M[learnable_M] = held_M == (part == "held_out")
     used_M = chosen_M & ~np.any(list(left_out.values()), axis=0)
     if not used_M.any():
@@ -49,25 +49,27 @@ def used_conversations(
         why = _counted(left_out, chosen_M | ~learnable_M)
         advice = _ADVICE[part] if learnable_M.any() else "see weight of messages and train_on"
         raise ValueError(
-            f"source: no conversation of {source.path} is left {purpose}: {why}; {advice}"
+            f"source: no {_noun(source)} of {source.path} is left {purpose}: {why}; {advice}"
         )
     return used_M
 
 
 def unused_conversations(cfg: DataConfig, source: Source, store: TokenStore, seq_len: int) -> str:
-    """Says how many conversations rows of seq_len tokens leave out or cut, and why; "" for none.
+    """Says how many conversations or pairs rows of seq_len tokens leave out or cut, and why.
+
+    It is "" for none.
 
     Raises:
       ValueError: one is too long and chat.too_long is "error".
     """
-    sizes_M = _sizes(store)
-    left_out = _left_out(cfg, source, store, _learned_within(store, sizes_M), seq_len)
+    sizes_M = _sizes(source, store)
+    left_out = _left_out(cfg, source, store, _learnable(source, store), seq_len)
     gone_M = np.any(list(left_out.values()), axis=0)
     cut = int((sizes_M > seq_len)[~gone_M].sum())
     said = []
     if gone_M.any():
         why = _counted(left_out, gone_M)
-        said.append(f"{gone_M.sum()} of {len(gone_M)} conversations are left out ({why})")
+        said.append(f"{gone_M.sum()} of {len(gone_M)} {_noun(source)}s are left out ({why})")
     if cut:
         said.append(f"{cut} of {len(gone_M)} conversations are cut to seq_len={seq_len}")
     return ", ".join(said)
@@ -77,17 +79,20 @@ def _left_out(
     cfg: DataConfig, source: Source, store: TokenStore, learnable_M: np.ndarray, seq_len: int
 ) -> dict[str, np.ndarray]:
     """Reason -> which conversations it leaves out, bool [M]; each has at most one reason."""
-    sizes_M = _sizes(store)
+    sizes_M = _sizes(source, store)
     long_M = learnable_M & (sizes_M > seq_len)
     if cfg.chat.too_long == "error" and long_M.any():
         longest = int(np.argmax(np.where(long_M, sizes_M, 0)))
         raise ValueError(
-            f"{place_of(source, longest)}: this conversation has {sizes_M[longest]} tokens, and a "
-            f"row holds {seq_len}; raise seq_len, or set chat.too_long to drop or cut"
+            f"{place_of(source, longest)}: this {_noun(source)} has {sizes_M[longest]} tokens, and "
+            f"a row holds {seq_len}; raise seq_len, or set chat.too_long to drop"
+            + ("" if source.paired else " or cut")
         )
     reasons = {"without a token to learn (weight, train_on)": ~learnable_M}
     if cfg.chat.too_long == "drop":
         return reasons | {f"longer than seq_len={seq_len}": long_M}
+    if cfg.chat.too_long == "error":
+        return reasons
     beyond_M = learnable_M & ~_learned_within(store, np.minimum(sizes_M, seq_len))
     return reasons | {f"without a token to learn once cut to seq_len={seq_len}": beyond_M}
 
@@ -98,9 +103,24 @@ def _counted(left_out: dict[str, np.ndarray], among_M: np.ndarray) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
 
 
-def _sizes(store: TokenStore) -> np.ndarray:
-    """Tokens of each conversation, [M]."""
-    return np.diff(store.ends, prepend=0)
+def _documents(source: Source) -> int:
+    """Documents of the store for each of what is used or left out."""
+    return 2 if source.paired else 1
+
+
+def _noun(source: Source) -> str:
+    return "pair" if source.paired else "conversation"
+
+
+def _sizes(source: Source, store: TokenStore) -> np.ndarray:
+    """Tokens of each conversation or pair, [M]."""
+    return np.diff(store.ends, prepend=0).reshape(-1, _documents(source)).sum(1)
+
+
+def _learnable(source: Source, store: TokenStore) -> np.ndarray:
+    """Whether something of each conversation, or of both in a pair, is learned, bool [M]."""
+    learned = _learned_within(store, np.diff(store.ends, prepend=0))
+    return np.all(learned.reshape(-1, _documents(source)), axis=1)
 
 
 def _learned_within(store: TokenStore, first_M: np.ndarray) -> np.ndarray:

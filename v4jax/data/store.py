@@ -41,9 +41,9 @@ def open_store(
         source needs.
     """
     listing = (Listings() if listings is None else listings)[source]
-    if source.format == "chat":
+    if source.talks:
         require_tokens(tokenizer, CHAT_TOKENS, "a conversation")
-    if cfg.fim_rate > 0 and source.format != "chat":
+    if cfg.fim_rate > 0 and not source.talks:
         require_tokens(tokenizer, FIM_TOKENS, "fim_rate")
     key = _key(cfg, listing, tokenizer)
     known = cfg.cache, key
@@ -70,7 +70,7 @@ def _key(cfg: DataConfig, listing: Listing, tokenizer: Tokenizer) -> str:
         tokenizer.fingerprint,
         list(zip(map(str, files), states, strict=True)),
     ]
-    if source.format == "chat":
+    if source.talks:
         about.append(dataclasses.asdict(cfg.chat) | {"release": cfg.chat.wording})
     elif cfg.fim_rate:
         about += [cfg.fim_rate, cfg.seed]

@@ -65,7 +65,7 @@ def unused_lines(
         said[source] = [f"{store.empty} record(s) have an empty text"] if store.empty else []
         if store.unread:
             said[source].append(f"keys that are not read: {_some(store.unread)}")
-        for seq_len in wanted if source.format == "chat" else ():
+        for seq_len in wanted if source.talks else ():
             unused = unused_conversations(cfg, source, store, seq_len)
             head = f"at seq_len={seq_len}, " if len(wanted) > 1 and unused else ""
             said[source].append(head + unused)

@@ -18,6 +18,7 @@ from v4jax.data.config import DataConfig
 from v4jax.data.conversations import conversation_tokens
 from v4jax.data.documents import Document, name_hash, unit_hash
 from v4jax.data.listing import Listing
+from v4jax.data.pairs import pair_tokens
 from v4jax.data.places import at
 from v4jax.data.records import read_records, read_texts
 from v4jax.tokenizer import Tokenizer, document_ids
@@ -87,15 +88,22 @@ def _tokenised(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, float, list[str]] | None]:
     """(tokens, learned, hash, keys that are not read) of each document; None for an empty text.
 
-    A file's hash is that of its name. A record's is that of its content, so that equal records are
-    on one side of the split.
+    A pair is two documents, chosen and rejected. A file's hash is that of its name. A record's is
+    that of its content, so that equal records are on one side of the split.
     """
     source = listing.source
-    if source.format == "chat":
+    if source.paired:
+        for place, record in read_records(source, listing.found):
+            with at(place):
+                pair, place_in_split, unread = pair_tokens(record, cfg.chat, tokenizer)
+            for tokens in pair:
+                yield *tokens, place_in_split, unread
+        return
+    if source.talks:
         for place, record in read_records(source, listing.found):
             with at(place):
                 tokens = conversation_tokens(record, source.column, cfg.chat, tokenizer)
-                unread = unread_keys(record, source.column)
+                unread = unread_keys(record, source.columns, record[source.column])
                 made = *tokens, unit_hash(json.dumps(record)), unread
             yield made
         return

@@ -9,7 +9,7 @@ sharding/audit.py.
 An operation in a loop counts as often as the loop runs, and of the branches of a conditional the
 dearest counts.
 
-Next file to read: v4jax/planner/bundles.py.
+Next file to read: v4jax/planner/cycle_sources.py.
 """
 
 import re
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from sharding.audit import KINDS, size_of
 from sharding.hlo_loops import computation_of, computations, trips
+from v4jax.planner.cycle_sources import sources_of
 
 _FREE = (
     "parameter",
@@ -50,7 +51,8 @@ class Op(NamedTuple):
     Attributes:
       name: what the program calls it.
       kind: opcode; of a custom call its target.
-      source: the JAX operation that it stems from, after the scopes around it; "" if unknown.
+      source: the JAX operation that it stems from, after the scopes around it, or that it serves
+        (v4jax/planner/cycle_sources.py); "" if unknown.
       calls: how often one run of the program runs it.
       seconds: XLA's estimate of one call; None where it gives none.
       bytes: what one call writes; of a custom call (a kernel) what it reads too.
@@ -110,6 +112,7 @@ def _ops(program: _Program, name: str, times: int, around: str) -> list[Op]:
     Those without a source have that of the loop around them.
     """
     found: list[Op] = []
+    sources = sources_of(program.bodies[name], program.bodies)
     types: dict[str, str] = {}
     for line in program.bodies[name]:
         match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\(", line)
@@ -117,7 +120,7 @@ def _ops(program: _Program, name: str, times: int, around: str) -> list[Op]:
             continue
         label, type_, kind = match.groups()
         types[label] = type_
-        source = _source(line) or around
+        source = sources[label] or around
         if kind == "while":
             runs = trips(line, program.bodies, program.bodies[name])
             if runs is None:
@@ -190,11 +193,6 @@ def _gpu_estimate(line: str) -> float:
     by_model = {name: float(microseconds) * 1e-6 for microseconds, name in each}
     models = _GPU_MODELS[::-1] if re.search(r'"kind":"__\w*gemm', line) else _GPU_MODELS
     return next(by_model[name] for name in models if name in by_model)
-
-
-def _source(line: str) -> str:
-    found = re.search(r'op_name="([^"]*)"', line)
-    return found[1] if found else ""
 
 
 def _target(line: str) -> str:

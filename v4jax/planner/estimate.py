@@ -22,12 +22,14 @@ from v4jax.planner.hardware import Hardware
 from v4jax.planner.host import copies_of, held_on_host, host_terms
 from v4jax.planner.memory import held, largest_working_set, memory
 from v4jax.planner.muon import product_rate
+from v4jax.planner.reference import reference_terms
 from v4jax.planner.roofline import bound_of, parts_of, sent_of
 from v4jax.planner.terms import Term, bases, constants_of, repeated
 from v4jax.planner.traffic import traffic
 from v4jax.planner.weights import weights_of
 from v4jax.planner.work import FP8, work
 from v4jax.train.config import TrainConfig
+from v4jax.train.objective import frozen_passes
 
 USABLE = 0.97 / 1.07
 """Share of a device's memory that an estimate may fill.
@@ -186,7 +188,9 @@ def estimate(
     exchanging = sum(row[2] for row in sent.values())
     seconds = _exposed(parts, exchanging, device.overlap) + copying
     tokens = cfg.batch_size * (cfg.seq_len if what == "train" else 1)
-    counted = _model_flops(cfg.model, cfg.seq_len, what, cfg.lora is not None) * tokens
+    counted = _model_flops(cfg.model, cfg.seq_len, what, cfg.lora is not None)
+    if what == "train":
+        counted += frozen_passes(cfg) * cost(cfg.model, cfg.seq_len).train_flops / 3
     chips = 1 if hardware.shared else devices / hardware.devices_per_chip
     rate = tokens / seconds
     return Estimate(
@@ -208,7 +212,7 @@ def estimate(
         step_seconds=seconds,
         exchange_seconds=exchanging,
         bound=bound_of(parts, device, exchanging, copying),
-        mfu=counted / (seconds * hardware.bf16_flops * chips),
+        mfu=counted * tokens / (seconds * hardware.bf16_flops * chips),
         tokens_per_second=rate,
         cost=hardware.price * chips / 3600 / rate * 1e6,
         remat=cfg.remat if what == "train" else "",
@@ -259,7 +263,11 @@ def terms_of(
     """All terms of one step of training or decoding."""
     if what == "decode":
         return decode_terms(cfg, rules, sizes, platform, released)
-    terms = work(cfg, rules, sizes, platform, fp8) + traffic(cfg, rules, sizes, platform)
+
+    def step(one: TrainConfig) -> list[Term]:
+        return work(one, rules, sizes, platform, fp8) + traffic(one, rules, sizes, platform)
+
+    terms = step(cfg) + reference_terms(cfg, step)
     terms += host_terms(cfg, rules, sizes)
     return repeated(terms, cfg.micro_batches) + memory(cfg, rules, sizes, platform)
 

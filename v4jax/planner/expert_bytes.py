@@ -12,6 +12,7 @@ from sharding.audit import Collective
 from sharding.rules import AxisRules
 from v4jax.planner.recompute import recomputes
 from v4jax.train.config import TrainConfig
+from v4jax.train.objective import frozen_passes
 
 
 def least_expert_bytes(
@@ -20,23 +21,22 @@ def least_expert_bytes(
     """Bytes that a device must send per step so that tokens reach experts and come back.
 
     The load is taken as even; the result is 0 if no axis holds experts. Tokens travel there and
-    back in the forward pass; in training, again where experts are recomputed, and once each way
-    as gradients. With K experts a token and n devices a group, a token is sent n-1 times where
-    tokens are gathered, and K (n-1)/n times where they are exchanged.
+    back in the forward pass; in training, again where experts are recomputed, once each way as
+    gradients, and in each pass of a frozen model. With K experts a token and n devices a group, a
+    token is sent n-1 times where tokens are gathered, and K (n-1)/n times where they are exchanged.
     """
     holders = math.prod(sizes[axis] for axis in rules.mesh_axes("experts"))
     if holders == 1:
         return 0
     model = cfg.model
     if what == "decode":
-        tokens, ways, layers = cfg.batch_size, 2, model.num_hidden_layers
+        tokens, ways = cfg.batch_size, 2 * model.num_hidden_layers
         devices = math.prod(sizes[axis] for axis in rules.mesh_axes("act_batch"))
     else:
-        tokens, ways, layers = (
-            cfg.batch_size * cfg.seq_len,
-            6 if recomputes(cfg, "routed experts") else 4,
-            model.num_hidden_layers + model.num_nextn_predict_layers,
-        )
+        tokens = cfg.batch_size * cfg.seq_len
+        layers = model.num_hidden_layers + model.num_nextn_predict_layers
+        ways = layers * (6 if recomputes(cfg, "routed experts") else 4)
+        ways += 2 * frozen_passes(cfg) * model.num_hidden_layers
         devices = math.prod(
             sizes[axis] for axis in rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq")
         )
@@ -45,7 +45,7 @@ def least_expert_bytes(
         // devices
         * (model.num_experts_per_tok * (holders - 1) / holders if rules.exchange else holders - 1)
     )
-    return int(rows * ways * layers * model.hidden_size * jnp.dtype(cfg.dtype).itemsize)
+    return int(rows * ways * model.hidden_size * jnp.dtype(cfg.dtype).itemsize)
 
 
 def sent_to_experts(found: list[Collective], rules: AxisRules) -> int:

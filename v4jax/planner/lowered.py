@@ -13,13 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.params import named_shardings
 from sharding.rules import AxisRules
+from v4jax.adapters.tree import abstract_adapters
 from v4jax.api import PACKED
 from v4jax.checkpoint.names import leaf_dtypes
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import cache_shardings, decoding_rules, empty_cache, split_layers
 from v4jax.generate.steps import DecodeConfig, State, advance
 from v4jax.packed_tree import abstract_packed, packed_shardings, released_formats
-from v4jax.parameter_tree import abstract_params, param_axes
+from v4jax.parameter_tree import TEACHERS, abstract_params, param_axes
 from v4jax.train.config import TrainConfig
 from v4jax.train.step import batch_sharding, compile_step, state_from, state_shardings
 
@@ -27,17 +28,21 @@ from v4jax.train.step import batch_sharding, compile_step, state_from, state_sha
 def lower_train(cfg: TrainConfig, rules: AxisRules, mesh: Mesh):
     """(abstract parameters, abstract state, the lowered training step).
 
-    A packed base has the formats of an instruct release, whatever is at cfg.init_from.
+    A packed base has the formats of an instruct release, whatever is at cfg.init_from, and teachers
+    have the pairs of cfg.lora.
     """
-    places = state_shardings(cfg, rules, mesh, released_formats(cfg.model))
-    abstract = jax.eval_shape(functools.partial(state_from, cfg), _given(cfg))
+    teachers = _teachers(cfg)
+    places = state_shardings(cfg, rules, mesh, released_formats(cfg.model), teachers)
+    given = _given(cfg) | ({TEACHERS: teachers} if cfg.objective == "distill" else {})
+    abstract = jax.eval_shape(functools.partial(state_from, cfg), given)
     state = jax.tree.map(_placed, abstract, places)
     rows = jax.ShapeDtypeStruct(
         (cfg.batch_size, cfg.seq_len), jnp.int32, sharding=batch_sharding(rules, mesh)
     )
+    names = ("tokens", "segment_ids", "loss_mask") if cfg.data.masked else ("tokens", "segment_ids")
     with jax.set_mesh(mesh):
         step = compile_step(cfg, rules, places, mesh)
-        return state.public, state, step.lower(state, {"tokens": rows, "segment_ids": rows})
+        return state.public, state, step.lower(state, dict.fromkeys(names, rows))
 
 
 def lower_decode(cfg: TrainConfig, rules: AxisRules, mesh: Mesh, released: bool = False):
@@ -77,6 +82,14 @@ def lower_decode(cfg: TrainConfig, rules: AxisRules, mesh: Mesh, released: bool 
         state = State(cache, token_B, None)  # pyright: ignore[reportArgumentType] (no array yet)
         lowered = advance.lower(model, decoding, split, state, active_B, seed_B)
         return params, (params, cache), lowered
+
+
+def _teachers(cfg: TrainConfig):
+    """Abstract pairs of the teachers that are adapters, by number."""
+    if cfg.objective != "distill" or cfg.lora is None:
+        return {}
+    pairs = abstract_adapters(cfg.model, cfg.lora)
+    return {str(n): pairs for n, name in enumerate(cfg.distill.teachers) if name}
 
 
 def _given(cfg: TrainConfig):

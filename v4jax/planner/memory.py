@@ -48,11 +48,13 @@ def memory(
     if cfg.lora is not None and cfg.lora.base_dtype == "packed":
         check_packed(cfg.model, rules, sizes)
     item = 4 if cfg.dtype == "float32" else 2
+    teachers = sum(map(bool, cfg.distill.teachers))  # as large as what is trained
     terms = []
     for weight in trained_weights(cfg):
         cut = cut_of(weight, rules, sizes)
         held = weight.held * weight.size / cut.devices
-        terms.append(Term("weights", weight.name, held))
+        same = 1 + teachers * weight.name.startswith("lora/")
+        terms.append(Term("weights", weight.name, same * held))
         if cfg.gather == "step" and cut.tokens > 1:
             whole = bytes_in_products(cfg, weight) * weight.size / cut.others
             terms.append(Term("weights", f"{weight.name}, gathered", whole))

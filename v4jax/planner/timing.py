@@ -37,7 +37,7 @@ Between its modules a block expands the streams, which is mHC's.
 """
 
 OTHER = "other"
-"""Operations in no scope: casts and copies that XLA took out of the layers, or made itself."""
+"""Operations that serve no scope: casts of stacked weights, what a loop of layers begins with."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,15 @@ Next file to read: v4jax/train/step.py.
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from sharding.agreement import agreed
+from sharding.params import named_shardings
+from sharding.rules import AxisRules
 from v4jax.adapters.base import Base, base_at, check_same_base, read_base
-from v4jax.adapters.tree import adapter_axes, init_adapters, times
-from v4jax.parameter_tree import ADAPTERS, param_axes
+from v4jax.adapters.read import load_adapter
+from v4jax.adapters.tree import adapter_axes, axes_like, init_adapters, times
+from v4jax.parameter_tree import ADAPTERS, TEACHERS, param_axes
 from v4jax.storage import Place
 from v4jax.train.config import TrainConfig
 
@@ -30,6 +35,38 @@ def split(cfg: TrainConfig, params: Any) -> tuple[Any, Any]:
         return params, {}
     key = jax.random.fold_in(jax.random.key(cfg.seed), 0)
     return {ADAPTERS: init_adapters(cfg.model, cfg.lora, key)}, params
+
+
+def teacher_pairs(cfg: TrainConfig) -> dict[str, Any]:
+    """The pairs of each teacher that is an adapter, by its number; NumPy float32, scaled.
+
+    Raises:
+      ValueError: see load_adapter; another base than cfg.init_from is refused there.
+    """
+    found = {}
+    for n, name in enumerate(cfg.distill.teachers):
+        if name:
+            try:
+                found[str(n)] = load_adapter(cfg.model, name, cfg.init_from)
+            except ValueError as error:
+                raise ValueError(f"distill.teachers: {error}") from None
+    return found
+
+
+def teacher_shardings(
+    cfg: TrainConfig, rules: AxisRules, mesh: Mesh, pairs: Any = None
+) -> dict[str, Any]:
+    """{"teachers": where their pairs lie}; {} for an objective without.
+
+    Args:
+      pairs: of which the shapes count; None: those of the files.
+    """
+    if cfg.objective != "distill":
+        return {}
+    with agreed():
+        pairs = teacher_pairs(cfg) if pairs is None else pairs
+    axes = {number: axes_like(cfg.model, tree) for number, tree in pairs.items()}
+    return {TEACHERS: named_shardings(mesh, rules, pairs, axes)}
 
 
 def dropout_key(cfg: TrainConfig, step: jax.Array) -> jax.Array | None:

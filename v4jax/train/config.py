@@ -13,7 +13,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from sharding.mesh import parse_mesh
 from sharding.rules import AxisRules, rules_of
-from v4jax.adapters.config import Lora, adapts_indexer
+from v4jax.adapters.config import Lora, check_lora
 from v4jax.checkpoint.formats import FORMATS
 from v4jax.config import CSA, ModelConfig
 from v4jax.data.config import DataConfig
@@ -22,7 +22,10 @@ from v4jax.python_files import read_layout
 from v4jax.quant.fake import check_quant
 from v4jax.remat import policy_name
 from v4jax.storage import checkpoint_name, local_path, place
+from v4jax.train.losses.distill import Distill
+from v4jax.train.losses.dpo import Dpo
 from v4jax.train.losses.weights import LossWeights
+from v4jax.train.objective import check_objective
 from v4jax.train.profile import profiled_steps
 from v4jax.train.stability import StabilityConfig
 from v4jax.train.stages import Stage, check_stages
@@ -48,6 +51,15 @@ class TrainConfig:
     """Which text to train on, and how it becomes rows."""
     loss: LossWeights = LossWeights()
     """Weights of the terms of the loss."""
+    objective: Literal["next_token", "dpo", "distill"] = "next_token"
+    """What is learned: next_token (text; of conversations, what the assistant wrote), dpo (to
+    prefer the chosen answers of data.format preference), or distill (the distributions of
+    distill.teachers). The last two need lora, whose frozen base is that of reference and teachers;
+    MTP has no loss in them."""
+    dpo: Dpo = Dpo()
+    """Settings of objective dpo."""
+    distill: Distill = Distill()
+    """Settings of objective distill."""
     stability: StabilityConfig = StabilityConfig()
     """What counts as a loss spike, and what the run does about it."""
     run_dir: str
@@ -174,7 +186,8 @@ class TrainConfig:
         _check_rates(self)
         _check_indexer(self)
         _check_rollbacks(self)
-        _check_lora(self)
+        check_objective(self)
+        check_lora(self)
         tracker_names(self.trackers)
         profiled_steps(self.profile, self.steps)
         check_stages(self)
@@ -265,21 +278,6 @@ def _check_rollbacks(cfg: TrainConfig) -> None:
     proven, every = cfg.stability.proven, cfg.checkpoint_every
     _require(cfg, "keep", cfg.keep >= 2, "at least 2 with stability.rollbacks")
     _require(cfg, "checkpoint_every", every > proven, f"above stability.proven={proven}")
-
-
-def _check_lora(cfg: TrainConfig) -> None:
-    """What a run of adapters needs, and what it cannot do."""
-    if cfg.lora is None:
-        return
-    _require(cfg, "init_from", cfg.init_from != "", "a checkpoint with lora: the frozen base")
-    _require(cfg, "gather", cfg.gather == "micro_batch", "micro_batch with lora")
-    rule = "0 with lora and export none: the sample reads the run's adapter"
-    _require(cfg, "sample_tokens", cfg.sample_tokens == 0 or cfg.export != "none", rule)
-    learns, rate = adapts_indexer(cfg.model, cfg.lora), cfg.index_learning_rate
-    rule = "above 0 where lora.targets name the indexer: no other loss reaches it"
-    _require(cfg, "index_learning_rate", rate > 0 or not learns, rule)
-    rule = "0 where no target of lora begins with indexer: its weights are frozen"
-    _require(cfg, "index_learning_rate", rate == 0 or learns, rule)
 
 
 def _allow(cfg: TrainConfig, name: str, allowed: tuple[str, ...]) -> None:

@@ -74,7 +74,7 @@ def train_batches(
     settings = settings_of(cfg, tokenizer, seq_len, batch_size, listings)
     settings["documents"] = " ".join(mark.documents for mark in marks)
     settings["content"] = " ".join(mark.content for mark in marks)
-    streams = [packed(pieces[row::batch_size], seq_len, cfg.packing, cfg.masked) for row in rows]
+    streams = [packed(pieces[row::batch_size], seq_len, cfg.packing, cfg.marks) for row in rows]
     return iter(StackedRows(streams, rows, settings))
 
 
@@ -112,7 +112,7 @@ def held_out_batches(
     ]
     pieces = grain.MapDataset.source(Joined(parts)).seed(0).shuffle()
     limit = None if max_batches is None else max_batches * batch_size
-    every = list(itertools.islice(packed(pieces, seq_len, cfg.packing, cfg.masked), limit))
+    every = list(itertools.islice(packed(pieces, seq_len, cfg.packing, cfg.marks), limit))
     if not any(predicted_tokens(stack([row])).size for row in every):
         raise ValueError(
             f"held_out: got no token to predict in {len(every)} row(s) of seq_len={seq_len}: none "

@@ -1,4 +1,4 @@
-"""The loss on sets that are never trained on: one mean over all predicted tokens of a set.
+"""The objective on sets that are never trained on: one mean over all tokens (or pairs) of a set.
 
 Axes: M micro-batches.
 Next file to read: v4jax/train/loop.py.
@@ -16,12 +16,12 @@ from sharding.rules import AxisRules
 from v4jax.context import Context, SparseMode
 from v4jax.data.listing import Listings
 from v4jax.data.rows import Batch
+from v4jax.functional import apply
 from v4jax.kernels.choice import kernels_from
 from v4jax.train.config import TrainConfig
 from v4jax.train.data import held_out_sets
 from v4jax.train.gradients import split_batch
-from v4jax.train.loss import loss_and_routing
-from v4jax.train.losses.next_token import targets
+from v4jax.train.objective import frozen_models, terms_of
 from v4jax.train.programs import CompiledTogether, Compiling
 
 
@@ -50,7 +50,9 @@ def evaluation_sets(
 def evaluator(
     cfg: TrainConfig, rules: AxisRules, put: Callable, compiling: Compiling = contextlib.nullcontext
 ) -> Callable:
-    """The function (public params, batches) -> mean nats per token.
+    """The function (public params, batches) -> metrics of the objective's main term, by name.
+
+    Those of next_token are {"nll": mean nats per token}.
 
     Args:
       put: places a batch on the mesh.
@@ -65,26 +67,32 @@ def evaluator(
         kernels=kernels_from(cfg.kernels),
     )
 
-    def rows_nll(params, batch):
-        _, (metrics, _) = loss_and_routing(cfg.model, params, batch, ctx)
-        return metrics["nll"], targets(batch, 1)[1].sum()
+    def of_rows(params, batch):
+        """(metrics, how much they are means over)."""
+        frozen = frozen_models(cfg, ctx, params, batch)
+        _, term = terms_of(cfg, frozen)[0]
+        hidden = apply(cfg.model, params, batch["tokens"], batch.get("segment_ids"), ctx=ctx)
+        return term.mean(hidden, batch, ctx)[1], term.count(cfg.model, batch)
 
     @jax.jit
-    def nll(params, batch):
+    def of_batch(params, batch):
         count = cfg.micro_batches
         if count == 1:
-            return rows_nll(params, batch)
+            return of_rows(params, batch)
         parts = split_batch(rules, batch, count)
-        nll_M, counts_M = jax.lax.map(functools.partial(rows_nll, params), parts)
-        return jnp.sum(nll_M * counts_M) / jnp.maximum(counts_M.sum(), 1), counts_M.sum()
+        metrics_M, counts_M = jax.lax.map(functools.partial(of_rows, params), parts)
+        total = counts_M.sum()
+        share_M = counts_M / jnp.maximum(total, 1)
+        return {name: jnp.sum(x_M * share_M) for name, x_M in metrics_M.items()}, total
 
-    compiled = CompiledTogether(nll, compiling)
+    compiled = CompiledTogether(of_batch, compiling)
 
-    def evaluate(params, batches: Iterable[Batch]) -> float:
+    def evaluate(params, batches: Iterable[Batch]) -> dict[str, float]:
         # One at a time: on CPU two independent programs of several processes must not overlap
         # (sharding/processes.py).
-        pairs = [jax.block_until_ready(compiled(params, put(batch))) for batch in batches]
-        counts = np.array([float(count) for _, count in pairs])
-        return float(np.dot(counts, [float(value) for value, _ in pairs]) / counts.sum())
+        found = [jax.block_until_ready(compiled(params, put(batch))) for batch in batches]
+        counts = np.array([float(count) for _, count in found])
+        values = {name: [float(metrics[name]) for metrics, _ in found] for name in found[0][0]}
+        return {name: float(np.dot(counts, x) / counts.sum()) for name, x in values.items()}
 
     return evaluate

@@ -29,6 +29,7 @@ from v4jax.train.adapters import trained_axes
 from v4jax.train.config import TrainConfig
 from v4jax.train.loss import counts_of, loss_of
 from v4jax.train.losses.indexer import captured
+from v4jax.train.objective import frozen_models, terms_of
 
 
 def gradients(
@@ -57,9 +58,11 @@ def gradients(
     if cfg.micro_batches > 1 or cfg.gather == "step":
         return _summed(cfg, ctx, params, fixed, batch, chosen)
 
+    frozen = frozen_models(cfg, ctx, fixed, batch)
+
     def objective(params):
         hidden = _hidden(cfg, ctx, fixed | params, batch, chosen, key=key)
-        loss, metrics = _loss(cfg, ctx, hidden, batch)
+        loss, metrics = _loss(cfg, ctx, hidden, batch, frozen=frozen)
         return loss, (metrics, hidden.routing)
 
     grads, (metrics, routing) = jax.grad(objective, has_aux=True)(params)
@@ -75,15 +78,17 @@ def _added(cfg: TrainConfig, ctx: Context, params, fixed, batch, chosen, key):
     zeros = _placed(cfg, rules, jax.tree.map(jnp.zeros_like, params))
     numbers_M = jnp.arange(count)
     parts = (split_batch(rules, batch, count), _split_chosen(rules, chosen, count), numbers_M)
-    counts_all = counts_of(cfg.model, batch, cfg.loss)
+    counts_all = counts_of(cfg.model, batch, terms_of(cfg))
 
     def add(total, part):
         batch, chosen, number = part
         own = None if key is None else jax.random.fold_in(key, number)
+        frozen = frozen_models(cfg, ctx, fixed, batch)
+        share = _share(cfg, batch, counts_all)
 
         def objective(params):
             hidden = _hidden(cfg, ctx, fixed | params, batch, chosen, key=own)
-            loss, metrics = _loss(cfg, ctx, hidden, batch, _share(cfg, batch, counts_all))
+            loss, metrics = _loss(cfg, ctx, hidden, batch, share, frozen)
             return loss, (metrics, hidden.routing)
 
         grads, results = jax.grad(objective, has_aux=True)(params)
@@ -97,7 +102,7 @@ def _summed(cfg: TrainConfig, ctx: Context, params, fixed, batch, chosen):
     rules, count = ctx.rules, cfg.micro_batches
     zeros = _placed(cfg, rules, jax.tree.map(jnp.zeros_like, params))
     parts = (split_batch(rules, batch, count), _split_chosen(rules, chosen, count))
-    counts_all = counts_of(cfg.model, batch, cfg.loss)
+    counts_all = counts_of(cfg.model, batch, terms_of(cfg))
     if cfg.gather == "step":
         params = _gathered(cfg, ctx, params)
         ctx = dataclasses.replace(ctx, rules=rules.whole_weights(), sums=rules)
@@ -127,7 +132,7 @@ def _of_scan(results):
 
 def _share(cfg: TrainConfig, batch, counts_all) -> list[jax.Array]:
     """A micro-batch's share of each term of the loss."""
-    counts = counts_of(cfg.model, batch, cfg.loss)
+    counts = counts_of(cfg.model, batch, terms_of(cfg))
     return [n / jnp.maximum(n_all, 1) for n, n_all in zip(counts, counts_all, strict=True)]
 
 
@@ -136,9 +141,9 @@ def _hidden(cfg: TrainConfig, ctx: Context, params, batch, chosen, sums=None, ke
     return apply(cfg.model, params, tokens, segments, ctx=ctx, chosen=chosen, sums=sums, key=key)
 
 
-def _loss(cfg: TrainConfig, ctx: Context, hidden: Hidden, batch, share=None):
+def _loss(cfg: TrainConfig, ctx: Context, hidden: Hidden, batch, share=None, frozen=()):
     """(what the stage minimises, metrics)."""
-    loss, metrics = loss_of(hidden, batch, ctx, cfg.loss, share)
+    loss, metrics = loss_of(hidden, batch, ctx, terms_of(cfg, frozen), share)
     return cfg.loss.index * metrics["index_kl"] if cfg.attention == "indexer" else loss, metrics
 
 

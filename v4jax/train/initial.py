@@ -7,15 +7,17 @@ import functools
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from sharding.agreement import agreed
 from v4jax.api import load_onto
 from v4jax.checkpoint.store import is_run
 from v4jax.config import ModelConfig
-from v4jax.parameter_tree import ADAPTERS
+from v4jax.parameter_tree import ADAPTERS, TEACHERS
 from v4jax.storage import checkpoint_path
 from v4jax.tokenizer import Tokenizer
 from v4jax.tokenizer.table import token_table, tokens_in
+from v4jax.train.adapters import teacher_pairs
 from v4jax.train.config import TrainConfig
 from v4jax.train.finite import not_finite
 from v4jax.train.step import TrainState, init_state, state_from
@@ -104,11 +106,26 @@ def frozen_base(cfg: TrainConfig, shardings: TrainState):
 
 
 def _given(cfg: TrainConfig, shardings: TrainState):
-    """The parameters of `cfg.init_from`; each array goes straight to its place on the mesh."""
+    """The parameters of `cfg.init_from`, and teachers' pairs; each goes straight to its place."""
     dtype = "float32" if cfg.lora is None else cfg.lora.base_dtype
-    places = {name: place for name, place in shardings.public.items() if name != ADAPTERS}
+    apart = (ADAPTERS, TEACHERS)
+    places = {name: place for name, place in shardings.public.items() if name not in apart}
     read = functools.partial(load_onto, cfg.init_from, cfg.model, dtype, places)
     if is_run(cfg.init_from):  # all processes read it together (checkpoint/store.py)
-        return read()
+        return read() | _teachers(cfg, shardings)
     with agreed():
-        return read()
+        given = read()
+    return given | _teachers(cfg, shardings)
+
+
+def _teachers(cfg: TrainConfig, shardings: TrainState):
+    """{"teachers": their pairs}, each array in its place; {} for an objective without."""
+    if cfg.objective != "distill":
+        return {}
+    with agreed():
+        pairs = teacher_pairs(cfg)
+    return {TEACHERS: jax.tree.map(_placed, pairs, shardings.base[TEACHERS])}
+
+
+def _placed(array: np.ndarray, place) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, place, lambda index: array[index])

@@ -169,7 +169,8 @@ def _finish(
         return {}
     if exports:
         tokenizer.save(target)
-    if held_out := evaluation_sets(cfg, tokenizer, None, listings):
+    held_out = evaluation_sets(cfg, tokenizer, None, listings)
+    if held_out and cfg.objective == "next_token":
         rows = stage_batches(cfg, tokenizer, None, listings)
         train_rows = itertools.islice(rows, UNIGRAM_BATCHES)
         summary["unigram_nll"] = unigram_loss(

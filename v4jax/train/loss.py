@@ -1,4 +1,4 @@
-"""The training objective: the sum of the terms in v4jax/train/losses.
+"""The loss of a batch: the sum of terms in v4jax/train/losses.
 
 Equations: docs/equations.md#losses.
 Next file to read: v4jax/train/balance.py.
@@ -18,7 +18,7 @@ from v4jax.kernels.choice import kernels_from
 from v4jax.model.transformer import Hidden
 from v4jax.remat import policy_name
 from v4jax.train.losses.indexer import captured
-from v4jax.train.losses.term import Batch
+from v4jax.train.losses.term import Batch, Term
 from v4jax.train.losses.weights import LossWeights
 
 
@@ -31,9 +31,9 @@ def loss_and_routing(
     weights: LossWeights = LossWeights(),
     chosen=None,
 ):
-    """(loss, (metrics, routing)) of a batch. Arguments are those of `apply` and `loss_of`."""
+    """(loss, (metrics, routing)) of a batch, next token. Arguments: see `apply` and `loss_of`."""
     hidden = apply(cfg, params, batch["tokens"], batch.get("segment_ids"), ctx=ctx, chosen=chosen)
-    total, metrics = loss_of(hidden, batch, ctx, weights)
+    total, metrics = loss_of(hidden, batch, ctx, list(weights.terms()))
     return total, (metrics, hidden.routing)
 
 
@@ -41,22 +41,23 @@ def loss_of(
     hidden: Hidden,
     batch: Batch,
     ctx: Context,
-    weights: LossWeights,
+    terms: Sequence[tuple[float, Term]],
     share: Sequence[jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(loss, metrics) of what the network made of a batch.
 
-        loss = nll + mtp weight * mtp_nll + balance weight * balance + index weight * index_kl
+        loss = sum of weight * term
 
     Terms that do not apply are left out (v4jax/train/losses).
 
     Args:
       batch: as for `loss`.
+      terms: (weight, term) of each (LossWeights.terms, or terms_of in v4jax/train/objective.py).
       share: this batch's share of each term in a larger batch (`counts_of`), float32 scalars. Loss
         and metrics are then summands of the larger batch's. None: 1 each.
     """
     total, metrics = jnp.zeros(()), {}
-    for n, (weight, term) in enumerate(weights.terms()):
+    for n, (weight, term) in enumerate(terms):
         with jax.named_scope("loss"):
             value, measured = term.mean(hidden, batch, ctx)
         if share is not None:
@@ -70,9 +71,11 @@ def loss_of(
     return total, metrics | {"loss": total}
 
 
-def counts_of(cfg: ModelConfig, batch: Batch, weights: LossWeights) -> list[jax.Array]:
-    """What each term of `weights` counts in a batch, float32 scalars."""
-    return [term.count(cfg, batch) for _, term in weights.terms()]
+def counts_of(
+    cfg: ModelConfig, batch: Batch, terms: Sequence[tuple[float, Term]]
+) -> list[jax.Array]:
+    """What each term counts in a batch, float32 scalars."""
+    return [term.count(cfg, batch) for _, term in terms]
 
 
 @functools.partial(

@@ -13,6 +13,14 @@ from v4jax.checkpoint.atomic import json_text
 from v4jax.storage import place
 
 METRICS = "metrics.jsonl"
+CURVES = {
+    "nll": "next token",
+    "mtp_nll": "token after next (MTP)",
+    "dpo": "DPO loss",
+    "kl": "KL to the teachers",
+    "accuracy": "pairs with the chosen answer ahead",
+}
+"""Metrics that a picture of losses shows where a run has them, and what they are."""
 
 
 def require_plots() -> None:
@@ -55,7 +63,7 @@ def read_metrics(run) -> list[dict[str, Any]]:
 
 
 def plot_losses(run: pathlib.Path, unigram_nll: float | None = None) -> pathlib.Path:
-    """Draws loss.png: training and held-out nats per token, MTP, expert load and learning rate.
+    """Draws loss.png: training and held-out loss, expert load and learning rate.
 
     Args:
       unigram_nll: held-out nats per token of a unigram model, drawn as a line; None: no line.
@@ -70,12 +78,14 @@ def plot_losses(run: pathlib.Path, unigram_nll: float | None = None) -> pathlib.
 
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    top.plot(*series("nll"), label="training, next token")
-    top.plot(*series("mtp_nll"), label="training, token after next (MTP)", alpha=0.6)
-    top.plot(*series("held_out_nll"), "o-", label="held out, next token")
+    there = {name for line in lines for name in line}
+    for head, words, style in (("", "training, ", "-"), ("held_out_", "held out, ", "o-")):
+        for name, label in CURVES.items():
+            if head + name in there:
+                top.plot(*series(head + name), style, label=words + label, alpha=0.8)
     if unigram_nll is not None:
         top.axhline(unigram_nll, color="grey", linestyle="--", label="unigram model, held out")
-    top.set_ylabel("nats per token")
+    top.set_ylabel("nats per pair; share" if "dpo" in there else "nats per token")
     top.legend()
     bottom.plot(
         *series("expert_load_max"), color="tab:red", label="max / mean expert load, worst layer"

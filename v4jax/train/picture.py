@@ -17,7 +17,7 @@ from v4jax.checkpoint.atomic import write_text
 from v4jax.storage import Place, Remote
 from v4jax.storage import place as place_of
 from v4jax.train.goodput import PARTS
-from v4jax.train.metrics_file import METRICS, read_metrics, require_plots
+from v4jax.train.metrics_file import CURVES, METRICS, read_metrics, require_plots
 
 PAGE = "summary.html"
 _STYLE = (
@@ -94,6 +94,7 @@ def _draw(lines: list[dict[str, Any]]) -> bytes:
         [_loads, _balance, _bias, _mixing, _activations, _rms] if looks else []
     )
     panels += [_goodput] if any("goodput" in line for line in lines) else []
+    panels += [_rewards] if any("margin" in line for line in lines) else []
     panels += [_indexers] if any("index_captured" in line for line in lines) else []
     figure = Figure(figsize=(13, 3.4 * math.ceil(len(panels) / 2)), layout="constrained")
     for place, panel in enumerate(panels, 1):
@@ -141,12 +142,12 @@ def _extremes(looks, name: str, pick) -> tuple[list, list]:
 
 
 def _losses(axes, lines, looks) -> None:
-    for name, label, style in (
-        ("nll", "next token", "-"),
-        ("mtp_nll", "token after next", "-"),
-        ("held_out_nll", "held out", "o-"),
-    ):
-        axes.plot(*_series(lines, name), style, label=label, alpha=0.8)
+    there = {name for line in lines for name in line}
+    for head, words, style in (("", "", "-"), ("held_out_", "held out, ", "o-")):
+        for name, label in CURVES.items():
+            if head + name in there:
+                shown = _series(lines, head + name)
+                axes.plot(*shown, style, label=words + label, alpha=0.8)
     for event in (line for line in lines if line.get("event") == "rollback"):
         given_up = [_number(loss) for loss in event["losses_given_up"]]
         steps = range(event["at"] - len(given_up) + 1, event["at"] + 1)
@@ -158,8 +159,22 @@ def _losses(axes, lines, looks) -> None:
             marker=".",
             label="given up (whole loss)" if event["rollback"] == 1 else None,
         )
-    axes.set_title("nats per token; dotted: rollbacks and other events")
+    unit = "nats per pair; share" if "dpo" in there else "nats per token"
+    axes.set_title(f"{unit}; dotted: rollbacks and other events")
     axes.legend(fontsize=8)
+
+
+def _rewards(axes, lines, looks) -> None:
+    for name, label in (
+        ("reward_chosen", "chosen"),
+        ("reward_rejected", "rejected"),
+        ("margin", "margin"),
+    ):
+        (line,) = axes.plot(*_series(lines, name), label=label)
+        held_out = _series(lines, f"held_out_{name}")
+        axes.plot(*held_out, "o", color=line.get_color(), label=f"{label}, held out")
+    axes.set_title("rewards: beta times log likelihood above the reference's")
+    axes.legend(fontsize=7, ncols=2)
 
 
 def _rates(axes, lines, looks) -> None:

@@ -109,7 +109,7 @@ def with_chat_release(cfg: TrainConfig, run: Place) -> TrainConfig:
     """
     data, begun = cfg.data, (run / "config.json").exists()
     sources = (*data.sources, *data.evaluate_on)
-    if not any(source.format == "chat" for source in sources):
+    if not any(source.talks for source in sources):
         return cfg
     if data.chat.release:
         return cfg

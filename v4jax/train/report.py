@@ -20,6 +20,7 @@ from v4jax.cost import train_flops_per_token
 from v4jax.train.config import TrainConfig
 from v4jax.train.goodput import MOST_DATA_WAIT
 from v4jax.train.metrics_file import METRICS, JsonLines, read_metrics
+from v4jax.train.objective import passes_of
 from v4jax.train.profile_table import table
 from v4jax.train.stability import LossHistory
 from v4jax.train.trackers import TensorBoard, open_trackers
@@ -110,8 +111,7 @@ class Reporter:
         """
         self._tokens = view.batch_size * view.seq_len
         self._flops = train_flops_per_token(view.model, view.seq_len) * self._tokens
-        if view.lora is not None:  # no gradients of weights
-            self._flops *= 2 / 3
+        self._flops *= passes_of(view) / 3
         self._last = (step, None)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:

@@ -22,6 +22,7 @@ from v4jax.train.config import TrainConfig
 from v4jax.train.evaluation import evaluator
 from v4jax.train.finite import not_finite
 from v4jax.train.goodput import Clock
+from v4jax.train.objective import MEASURES
 from v4jax.train.profile import Profiler
 from v4jax.train.profile_table import parts_of, seconds_by_part
 from v4jax.train.report import Reporter, Silent
@@ -214,24 +215,25 @@ def _evaluate_and_save(
     job: Job, stage: _Stage, due: _Due, step: int, state: TrainState, history: LossHistory
 ) -> None:
     """Evaluates and saves as `due` says."""
-    held_out_nll = None
+    rank = None
     if due.evaluate:
         with job.clock.part("evaluation"):
-            nll = {
-                f"{name}_nll": stage.evaluate(state.public, batches)
+            found = {
+                f"{name}_{metric}": value
                 for name, batches in job.held_out.items()
+                for metric, value in stage.evaluate(state.public, batches).items()
             }
-        if math.isfinite(nll["held_out_nll"]):  # NaN cannot be ranked among the best
-            held_out_nll = nll["held_out_nll"]
-        job.report.evaluation(step, nll)
+        measured = found[f"held_out_{MEASURES[job.cfg.objective]}"]
+        rank = measured if math.isfinite(measured) else None  # NaN cannot be among the best
+        job.report.evaluation(step, found)
     if due.save:
         with job.clock.step(step):
             jax.block_until_ready(state)
         items = items_of(state, history) | stage.queue.items() | {"data": job.data}
         with job.clock.part("save"):
-            job.store.save(step, items, held_out_nll)
+            job.store.save(step, items, rank)
             if due.last and job.store.needs_another(wait=True):
-                job.store.save(step, items, held_out_nll)
+                job.store.save(step, items, rank)
 
 
 def _putter(place: NamedSharding, view: TrainConfig) -> Callable:

@@ -26,7 +26,7 @@ from v4jax.functional import init_params
 from v4jax.kernels.choice import kernels_from
 from v4jax.packed_tree import Formats, packed_shardings
 from v4jax.parameter_tree import ADAPTERS, abstract_params, param_axes
-from v4jax.train.adapters import dropout_key, from_b, of_b, split, trained_axes
+from v4jax.train.adapters import dropout_key, from_b, of_b, split, teacher_shardings, trained_axes
 from v4jax.train.balance import load_metrics, update_bias
 from v4jax.train.config import TrainConfig
 from v4jax.train.gradients import gradients
@@ -51,7 +51,8 @@ class TrainState:
       router: selection bias and hash tables, which no gradient trains.
       optimizer: optax state.
       step: steps done, int32 scalar.
-      base: with cfg.lora all other weights, which never change; otherwise {}.
+      base: with cfg.lora all other weights, which never change, and with objective distill the
+        pairs of teachers; otherwise {}.
     """
 
     params: Any
@@ -187,7 +188,11 @@ def train_step(
 
 
 def state_shardings(
-    cfg: TrainConfig, rules: AxisRules, mesh: Mesh, formats: Formats | None = None
+    cfg: TrainConfig,
+    rules: AxisRules,
+    mesh: Mesh,
+    formats: Formats | None = None,
+    teachers: Any = None,
 ) -> TrainState:
     """NamedSharding of every array of the state; optimizer state is cut like its weight.
 
@@ -195,10 +200,12 @@ def state_shardings(
 
     Args:
       formats: of a packed base; None: those of the files at cfg.init_from.
+      teachers: their pairs (teacher_pairs), of which the shapes count; None: those of the files at
+        cfg.distill.teachers.
 
     Raises:
-      ValueError: a weight that does not divide over the mesh (see named_shardings), or a layout
-        that would cut blocks of a packed base.
+      ValueError: a weight that does not divide over the mesh (see named_shardings), a layout that
+        would cut blocks of a packed base, or teachers that cannot be read.
     """
     weights = named_shardings(mesh, rules, abstract_params(cfg.model), param_axes(cfg.model))
     router = weights.pop("router")
@@ -211,6 +218,7 @@ def state_shardings(
             formats = packed_formats(cfg.init_from) if formats is None else formats
             base = packed_shardings(mesh, rules, cfg.model, formats)
             base.pop("router")
+        base |= teacher_shardings(cfg, rules, mesh, teachers)
     everywhere: Any = NamedSharding(mesh, PartitionSpec())  # it takes the place of an array
     abstract = jax.eval_shape(lambda: state_from(cfg, init_params(cfg.model, jax.random.key(0))))
 

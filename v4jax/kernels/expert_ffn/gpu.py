@@ -72,14 +72,14 @@ def _grouped(part_of, wide: int, x_PA, w, groups: Groups, interpret: bool) -> ja
       part_of: (w, expert, rows, columns) -> that part of the matrix that rows multiply.
     """
     blocks, (rows, deep) = groups.block_expert.shape[0], x_PA.shape
-    size, tile, depth = rows // blocks, _tile(wide, WIDE), _tile(deep, DEPTH)
+    size, tile, depth = rows // blocks, tile_of(wide, WIDE), tile_of(deep, DEPTH)
 
     def one_tile(expert, in_use, x, w, out):
         block, columns = pl.program_id(0), pl.ds(pl.program_id(1) * tile, tile)
 
         def add(k, total):
             part = pl.ds(k * depth, depth)
-            return total + _dot(x[:, part], part_of(w, expert[block], part, columns))
+            return total + dot(x[:, part], part_of(w, expert[block], part, columns))
 
         steps = (block < in_use[0]).astype(jnp.int32) * (deep // depth)
         out[...] = lax.fori_loop(0, steps, add, jnp.zeros((size, tile), jnp.float32)).astype(
@@ -88,15 +88,15 @@ def _grouped(part_of, wide: int, x_PA, w, groups: Groups, interpret: bool) -> ja
 
     return pl.pallas_call(
         one_tile,
-        out_shape=_like(x_PA, (rows, wide), x_PA.dtype),
+        out_shape=like(x_PA, (rows, wide), x_PA.dtype),
         grid=(blocks, wide // tile),
         in_specs=[
-            *_anywhere(2),
+            *anywhere(2),
             pl.BlockSpec((size, deep), lambda block, z: (block, 0)),
-            *_anywhere(1),
+            *anywhere(1),
         ],
         out_specs=pl.BlockSpec((size, tile), lambda block, z: (block, z)),
-        compiler_params=_options(x_PA),
+        compiler_params=options(x_PA),
         interpret=interpret,
     )(groups.block_expert, groups.blocks_in_use[None], x_PA, w)
 
@@ -108,7 +108,7 @@ def grouped_outer(
     widths = x_PA.shape[1], ct_PZ.shape[1]
     size, tiles = (
         x_PA.shape[0] // groups.block_expert.shape[0],
-        tuple(_tile(width, SQUARE) for width in widths),
+        tuple(tile_of(width, SQUARE) for width in widths),
     )
     blocks_E = groups.group_sizes // size
     last_E = jnp.cumsum(blocks_E)
@@ -119,25 +119,26 @@ def grouped_outer(
 
         def add(block, total):
             rows = pl.ds(block * size, size)
-            return total + _dot(x[rows, columns[0]].T, ct[rows, columns[1]])
+            return total + dot(x[rows, columns[0]].T, ct[rows, columns[1]])
 
         out[...] = lax.fori_loop(first[expert], last[expert], add, jnp.zeros(tiles, jnp.float32))
 
     return pl.pallas_call(
         one_tile,
-        out_shape=_like(x_PA, (groups.group_sizes.shape[0], *widths), jnp.float32),
+        out_shape=like(x_PA, (groups.group_sizes.shape[0], *widths), jnp.float32),
         grid=(
             groups.group_sizes.shape[0],
             *(width // tile for width, tile in zip(widths, tiles, strict=True)),
         ),
-        in_specs=_anywhere(4),
+        in_specs=anywhere(4),
         out_specs=pl.BlockSpec((None, *tiles), lambda expert, a, z: (expert, a, z)),
-        compiler_params=_options(x_PA),
+        compiler_params=options(x_PA),
         interpret=interpret,
     )(last_E - blocks_E, last_E, x_PA, ct_PZ)
 
 
-def _dot(a, b):
+def dot(a, b):
+    """a b with sums in float32, inside a kernel."""
     return lax.dot_general(
         a,
         b,
@@ -147,21 +148,23 @@ def _dot(a, b):
     )
 
 
-def _tile(width: int, limit: int) -> int:
+def tile_of(width: int, limit: int) -> int:
     """The largest power of two that cuts `width` evenly, up to `limit`."""
     return min(width & -width, limit)
 
 
-def _anywhere(count: int) -> list[pl.BlockSpec]:
+def anywhere(count: int) -> list[pl.BlockSpec]:
     """Specs of arrays that a program indexes itself."""
     return [pl.BlockSpec(memory_space=pl.ANY)] * count
 
 
-def _like(x: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+def like(x: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    """What a kernel returns that varies over the mesh as x does."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
-def _options(x: jax.Array) -> plgpu.CompilerParams:
+def options(x: jax.Array) -> plgpu.CompilerParams:
+    """How kernels on rows of the dtype of x are compiled."""
     # Tiles of float32 fill twice the memory.
     wide = x.dtype == jnp.float32
     return plgpu.CompilerParams(num_warps=8, num_stages=2 if wide else 3)

@@ -16,7 +16,7 @@ from jax import lax
 
 from sharding.experts import Groups
 from v4jax.kernels.choice import pick
-from v4jax.kernels.expert_ffn import blocked, gpu, grad_tpu, rows_tpu, whole
+from v4jax.kernels.expert_ffn import blocked, gpu, grad_tpu, packed_gpu, packed_tpu, rows_tpu, whole
 from v4jax.kernels.expert_ffn.every_expert import every_expert_on_rows, reference
 from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights
 from v4jax.kernels.expert_ffn.whole import Products, ragged_back, ragged_dot
@@ -36,8 +36,16 @@ def _whole(products: Products) -> Way:
 
 
 BLOCKED = Way(blocked.forward, blocked.backward)
-RAGGED = _whole(Products(ragged_dot, grad_tpu.grouped_outer, ragged_back))
-TRITON = _whole(Products(gpu.grouped_dot, gpu.grouped_outer))
+RAGGED = _whole(
+    Products(
+        ragged_dot, grad_tpu.grouped_outer, ragged_back, packed_tpu.grouped_dot, packed_tpu.suits
+    )
+)
+TRITON = _whole(
+    Products(
+        gpu.grouped_dot, gpu.grouped_outer, packed=packed_gpu.grouped_dot, suits=packed_gpu.suits
+    )
+)
 
 
 def expert_ffn(
@@ -144,9 +152,16 @@ RAGGED_ANYWHERE = Products(
     functools.partial(ragged_dot, kernel=_anywhere(rows_tpu.grouped_dot, "tpu")),
     _anywhere(grad_tpu.grouped_outer, "tpu"),
     ragged_back_anywhere,
+    _anywhere(packed_tpu.grouped_dot, "tpu"),
+    packed_tpu.suits,
+)
+TRITON_ANYWHERE = Products(
+    _anywhere(gpu.grouped_dot, "cuda"),
+    _anywhere(gpu.grouped_outer, "cuda"),
+    packed=_anywhere(packed_gpu.grouped_dot, "cuda"),
+    suits=packed_gpu.suits,
 )
 grouped_back_anywhere = _anywhere(gpu.grouped_back, "cuda")
-TRITON_ANYWHERE = Products(_anywhere(gpu.grouped_dot, "cuda"), _anywhere(gpu.grouped_outer, "cuda"))
 
 IMPLEMENTATIONS = {
     "reference": reference,

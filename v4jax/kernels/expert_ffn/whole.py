@@ -1,8 +1,8 @@
 """The experts on all rows at once, with the grouped products of a platform.
 
 TPU: kernels (v4jax/kernels/expert_ffn/rows_tpu.py, grad_tpu.py), and lax.ragged_dot for sizes that
-they do not take. NVIDIA GPUs: kernels for both products
-(v4jax/kernels/expert_ffn/gpu.py).
+they do not take. NVIDIA GPUs: kernels for both products (v4jax/kernels/expert_ffn/gpu.py). Both
+have one for packed matrices and few rows; many rows take packed matrices as numbers, read once.
 
 Shapes: P rows in blocks, A and Z widths of a product's factors, E experts, D hidden, F expert
 hidden.
@@ -19,7 +19,7 @@ from sharding.experts import Groups
 from v4jax.kernels.expert_ffn import rows_tpu
 from v4jax.kernels.expert_ffn.formulas import ffn, ffn_backward, turned
 from v4jax.kernels.matmul import precision_of
-from v4jax.quant.packed import as_numbers
+from v4jax.quant.packed import Packed, as_numbers
 
 
 class Products(NamedTuple):
@@ -29,16 +29,26 @@ class Products(NamedTuple):
       dot: dot(x, w, groups).
       outer: outer(x, ct, groups), float32: its gradient for w.
       back: back(pairs of ct and w, groups): its gradients for x, added up; None: by `dot`.
+      packed: packed(x, w, groups) of MXFP4 matrices; None: by `dot`.
+      suits: suits(x, w, groups): whether `packed` takes them, and is faster.
     """
 
     dot: Callable[..., jax.Array]
     outer: Callable[..., jax.Array]
     back: Callable[..., jax.Array] | None = None
+    packed: Callable[..., jax.Array] | None = None
+    suits: Callable[..., bool] | None = None
+
+    def product(self, x_PA: jax.Array, w: jax.Array | Packed, groups: Groups) -> jax.Array:
+        """x w of each row's expert, w packed or not."""
+        if self.packed is not None and isinstance(w, Packed) and self.suits(x_PA, w, groups):
+            return self.packed(x_PA, w, groups)
+        return self.dot(x_PA, as_numbers(w, x_PA.dtype), groups)
 
 
 def forward(products: Products, form, w, x_PD, gate_P, groups):
     """(y, h1, h3); the backward pass needs h1 and h3."""
-    return ffn(form, _grouped(products.dot, groups), w, x_PD, gate_P)
+    return ffn(form, lambda x, w: products.product(x, w, groups), w, x_PD, gate_P)
 
 
 def backward(products: Products, form, w, x_PD, gate_P, groups, h1_PF, h3_PF, ct_PD):

@@ -9,6 +9,7 @@ Next file to read: v4jax/train/losses/mtp.py.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,11 @@ from v4jax.model.adapted import Weight, base_product, factors
 from v4jax.model.transformer import Hidden
 from v4jax.train.losses.term import Batch, Term
 
-LOGIT_BYTES = 2**27
-"""Bytes of float32 logits that one device computes at a time."""
+LOGIT_BYTES = 2**29
+"""Bytes of float32 logits that one device computes at a time.
+
+Each time, the gradient of the head is read, added to and written.
+"""
 
 
 def mean(hidden: Hidden, batch: Batch, ctx: Context):
@@ -98,38 +102,58 @@ def _token_nll(ctx: Context, words: tuple[str, ...], rows, columns, label_BS) ->
         first columns are the head.
       label_BS: ids in the whole vocabulary.
     """
-    batch, seq = label_BS.shape
-    rows = tuple(vary(x, words) for x in rows)
-    head_DV, *others = (vary_like(w, x) for x, w in zip(rows, columns, strict=True))
+    rows, columns = varying(words, rows, columns)
+    batch, vocabulary = label_BS.shape[0], columns[0].shape[1]
     if words:
-        label_BS = label_BS - jax.lax.axis_index(words) * head_DV.shape[1]
-    chunk = max(1, min(seq, LOGIT_BYTES // (4 * batch * head_DV.shape[1])))
-    chunks = -(-seq // chunk)
-    chunk = -(-seq // chunks)
+        label_BS = label_BS - jax.lax.axis_index(words) * vocabulary
 
     def nll(rows, label_BS):
-        x_BSD, *low = rows
-        logits = base_product(ctx, x_BSD, head_DV, jnp.float32)
-        for x, w in zip(low, others, strict=True):
-            logits = logits + dense(x, w, jnp.float32, ctx.kernels.matmul)
-        peak = jax.lax.stop_gradient(logits).max(-1)
-        peak = jax.lax.pmax(peak, words) if words else peak
-        total = jnp.exp(logits - peak[..., None]).sum(-1)
-        picked = jnp.where(jax.nn.one_hot(label_BS, logits.shape[-1], dtype=bool), logits, 0).sum(
-            -1
-        )
-        total, picked = jax.lax.psum((total, picked), words) if words else (total, picked)
-        return jnp.log(total) + peak - picked
+        logits = chunk_logits(ctx, rows, columns)
+        picked = jnp.where(jax.nn.one_hot(label_BS, vocabulary, dtype=bool), logits, 0).sum(-1)
+        picked = jax.lax.psum(picked, words) if words else picked
+        return log_total(logits, words) - picked
 
+    return in_chunks(nll, LOGIT_BYTES // (4 * batch * vocabulary), (rows, label_BS))
+
+
+def varying(words: tuple[str, ...], rows, columns):
+    """The factors of one device's logits, as what differs between the devices that cut V."""
+    rows = tuple(vary(x, words) for x in rows)
+    return rows, tuple(vary_like(w, x) for x, w in zip(rows, columns, strict=True))
+
+
+def chunk_logits(ctx: Context, rows, columns) -> jax.Array:
+    """Logits of some positions, float32, from their factors; the first columns are the head."""
+    logits = base_product(ctx, rows[0], columns[0], jnp.float32)
+    for x, w in zip(rows[1:], columns[1:], strict=True):
+        logits = logits + dense(x, w, jnp.float32, ctx.kernels.matmul)
+    return logits
+
+
+def log_total(logits: jax.Array, words: tuple[str, ...]) -> jax.Array:
+    """log of the sum of exp(logits) over the whole vocabulary, which mesh axes `words` cut."""
+    peak = jax.lax.stop_gradient(logits).max(-1)
+    peak = jax.lax.pmax(peak, words) if words else peak
+    total = jnp.exp(logits - peak[..., None]).sum(-1)
+    total = jax.lax.psum(total, words) if words else total
+    return jnp.log(total) + peak
+
+
+def in_chunks(function: Callable, limit: int, arrays):
+    """function(*arrays) [B,S] of trees of arrays [B,S,...], at most `limit` positions at a time.
+
+    The backward pass computes each chunk again instead of keeping what it made.
+    """
+    batch, seq = jax.tree.leaves(arrays)[0].shape[:2]
+    chunks = -(-seq // max(1, min(seq, limit)))
     if chunks == 1:
-        return nll(rows, label_BS)
-    pad = chunks * chunk - seq
+        return function(*arrays)
+    chunk = -(-seq // chunks)
 
     def cut(x):
-        padded = jnp.pad(x, ((0, 0), (0, pad), (0, 0)))
-        return jnp.moveaxis(padded.reshape(batch, chunks, chunk, -1), 1, 0)
+        padded = jnp.pad(x, ((0, 0), (0, chunks * chunk - seq), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(padded.reshape(batch, chunks, chunk, *x.shape[2:]), 1, 0)
 
-    label = jnp.moveaxis(jnp.pad(label_BS, ((0, 0), (0, pad))).reshape(batch, chunks, chunk), 1, 0)
-    each = jax.tree.map(cut, rows), label
-    out = jax.lax.map(lambda args: jax.checkpoint(nll, prevent_cse=False)(*args), each)
-    return jnp.moveaxis(out, 0, 1).reshape(batch, -1)[:, :seq]
+    again = jax.checkpoint(function, prevent_cse=False)
+    out = jax.lax.map(lambda args: again(*args), jax.tree.map(cut, arrays))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :seq], out)

@@ -19,8 +19,8 @@ With n devices in a group that holds all experts:
 The experts' hidden width may be cut too; the partial sums are then added.
 
 Shapes: B batch, S positions, T tokens (B*S), K active experts, A assignments (T*K), P rows in
-blocks, Q rows of one round of the exchange, D hidden, E experts (those of this device, in what runs
-on one device); lower case = this device's share.
+blocks, Q rows of one round of the exchange, G a gate and what travels with it, D hidden, E experts
+(those of this device, in what runs on one device); lower case = this device's share.
 
 Next file to read: sharding/expert_weights.py.
 """
@@ -63,6 +63,8 @@ class Groups(NamedTuple):
       block_expert: int32 [P / block], the expert of each block; the last expert for blocks that are
         not in use. Its length is a multiple of AT_ONCE.
       blocks_in_use: int32 [], how many blocks hold rows.
+
+    Where all blocks are B of M rows each, at most (B - E) * M rows are no filler.
     """
 
     group_sizes: jax.Array
@@ -71,7 +73,9 @@ class Groups(NamedTuple):
 
 
 ExpertFunction = Callable[[Any, jax.Array, jax.Array, Groups], jax.Array]
-"""(weights, x [P,D], gate [P], groups) -> y [P,D]; a row whose gate is 0 must give 0."""
+"""(weights, x [P,D], gate [P], groups) -> y [P,D]; a row whose gate is 0 must give 0.
+
+Where numbers travel with the gates, gate is [P,G], and all of a row's are 0 in filler."""
 
 
 def apply_experts(
@@ -97,7 +101,8 @@ def apply_experts(
       axes: dict of their logical axis names, such as ("experts", "expert_embed", "expert_hidden").
       x_BSD: tokens.
       index_BSK: int32 in [0, E), the experts of each token.
-      gate_BSK: the weight of each assignment.
+      gate_BSK: the weight of each assignment; or [B,S,K,G], the weight and what else `expert` takes
+        of each: these numbers travel with it, wherever its expert is.
       share: the largest block, as a fraction of an average expert's rows. On average half a block
         per expert is filler.
       constants: names of weights that have no gradient, so that none is computed.
@@ -173,8 +178,10 @@ def _run(
     # Filler repeats the first token, with weight 0: no gradient passes it. In a round of the
     # exchange the first row is there if any is.
     x_PD = _spread(loose, x_BSD.reshape(-1, width), token_P, slot_TK)
-    gate_P1 = _spread(loose, gate_BSK.reshape(-1, 1), plan.row, plan.slot[:, None])
-    y_PD = expert(weights, x_PD, jnp.where(plan.used, gate_P1[:, 0], 0), plan.groups)
+    gate_PG = _spread(loose, gate_BSK.reshape(assignments, -1), plan.row, plan.slot[:, None])
+    gate_PG = jnp.where(plan.used[:, None], gate_PG, 0)
+    gate_P = gate_PG.reshape(-1, *gate_BSK.shape[3:])
+    y_PD = expert(weights, x_PD, gate_P, plan.groups)
     y_TD = _collect(loose, y_PD, token_P, slot_TK)
     return y_TD.reshape(batch, seq, width)
 
@@ -192,7 +199,7 @@ def _run_exchanged(
     path = route(index_TK, num_experts, holders)
     rows = round_rows(index_TK.size)
     one = functools.partial(_one_round, run, holders, rows)
-    inputs = (weights, x_bsd.reshape(-1, width), gate_bsk.reshape(-1, 1))
+    inputs = (weights, x_bsd.reshape(-1, width), gate_bsk.reshape(-1, 1, *gate_bsk.shape[3:]))
     y_td = sum_rounds(one, rounds_needed(path, rows), (path, constants), inputs)
     # functools.partial hides from pyright what custom_vjp returns.
     return y_td.reshape(batch, seq, width)  # pyright: ignore[reportAttributeAccessIssue]
@@ -203,7 +210,7 @@ def _one_round(run, holders, rows, turn, fixed, inputs) -> jax.Array:
 
     fixed: the Route, and weights that have no gradient.
     """
-    (path, constants), (weights, x_TD, gate_A1) = fixed, inputs
+    (path, constants), (weights, x_TD, gate_A1G) = fixed, inputs
     weights = constants | weights
     moves, assignments = window(path, turn, rows), path.token_A.shape[0]
     travels_A = travelling(moves, assignments, holders)
@@ -211,12 +218,14 @@ def _one_round(run, holders, rows, turn, fixed, inputs) -> jax.Array:
     slot_TK = jnp.where(travels_A[path.slot_TK], path.slot_TK, assignments)
     x_AD = _spread(False, x_TD, path.token_A, slot_TK)
     x_QD = exchange(x_AD, rows, moves, holders)
-    gate_Q1 = exchange(
-        _spread(False, gate_A1, path.assignment_A, slot_TK.reshape(-1, 1)), rows, moves, holders
+    gate_AG = gate_A1G.reshape(assignments, -1)
+    gate_QG = exchange(
+        _spread(False, gate_AG, path.assignment_A, slot_TK.reshape(-1, 1)), rows, moves, holders
     )
+    gate_Q1G = gate_QG.reshape(-1, *gate_A1G.shape[1:])
     index_Q = expert_of_rows(path, turn, rows, holders)
     here = jax.tree.leaves(weights)[0].shape[0]  # every row that arrived is for one of these
-    y_QD = run(weights, here, x_QD[None], index_Q[None, :, None], gate_Q1[None], loose=True)[0]
+    y_QD = run(weights, here, x_QD[None], index_Q[None, :, None], gate_Q1G[None], loose=True)[0]
     y_AD = exchange(y_QD, assignments, moves.back(), holders)
     return _collect(False, y_AD, path.token_A, slot_TK)
 

@@ -109,7 +109,7 @@ def test_a_run_writes_its_adapter_and_names_it(tmp_path):
     still = v4jax.forward(model, {k: v for k, v in params.items() if k != "lora"}, tokens).logits
     assert jnp.abs(moved - still).max() > 1e-4
     again = small_run(tmp_path / "text", tmp_path / "again", init_from=str(tmp_path / "run"))
-    said = "a run of adapters; open its base .*base with the"
+    said = "a run of adapters, which has no weights of its own; use its base: .*base"
     for use in (
         lambda: load(tmp_path / "run"),
         lambda: convert(tmp_path / "run", tmp_path / "out"),
@@ -119,5 +119,5 @@ def test_a_run_writes_its_adapter_and_names_it(tmp_path):
         with pytest.raises(ValueError, match=said):
             use()
     assert not (tmp_path / "out").exists() and not (tmp_path / "again").exists()
-    with pytest.raises(ValueError, match="an adapter; open its base with --adapter"):
+    with pytest.raises(ValueError, match="an adapter, which has no weights of its own"):
         describe(tmp_path / "run/adapter")

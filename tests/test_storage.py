@@ -17,7 +17,7 @@ from v4jax.checkpoint.load import load_safetensors, open_safetensors, read_confi
 from v4jax.checkpoint.run_config import check_config, write_config
 from v4jax.checkpoint.store import Store, is_run
 from v4jax.cli import main as cli
-from v4jax.cli.arguments import CHECKPOINT, NEW_FILE, PATH, PLACE
+from v4jax.cli.arguments import ADAPTER, CHECKPOINT, NEW_FILE, PATH, PLACE
 from v4jax.cli.commands import parser
 from v4jax.convert.compare import compare
 from v4jax.convert.conversion import convert
@@ -261,7 +261,7 @@ def test_every_path_of_the_parser_is_walked():
         (name, action.option_strings[0] if action.option_strings else action.metavar or action.dest)
         for name, sub in commands.choices.items()
         for action in sub._actions
-        if action.type in (PATH, CHECKPOINT, PLACE, NEW_FILE)
+        if action.type in (PATH, CHECKPOINT, PLACE, NEW_FILE, ADAPTER)
     }
     assert found == set(COMMAND_LINES)
 

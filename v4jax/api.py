@@ -4,6 +4,8 @@ Next file to read: v4jax/score.py.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from sharding.processes import check_whole
 from sharding.rules import AxisRules, check_has_mesh, layout_for
 from v4jax.adapters.base import refuse_adapters
 from v4jax.adapters.read import load_adapter
+from v4jax.adapters.several import together
 from v4jax.adapters.tree import axes_like
 from v4jax.checkpoint.load import open_safetensors
 from v4jax.checkpoint.load_shards import load_shards
@@ -25,7 +28,7 @@ from v4jax.checkpoint.store_params import load_store_params
 from v4jax.config import ModelConfig
 from v4jax.generation_config import with_end_tokens
 from v4jax.packed_tree import Formats, packed_shardings
-from v4jax.parameter_tree import ADAPTERS, abstract_params, param_axes
+from v4jax.parameter_tree import ADAPTERS, NUMBERS, abstract_params, param_axes
 from v4jax.python_files import read_layout
 from v4jax.storage import checkpoint_path, folder_of_checkpoint
 
@@ -57,7 +60,7 @@ def load(
     dtype: str = "float32",
     mesh: str | None = None,
     layout: AxisRules | str | None = None,
-    adapter=None,
+    adapter: Any = None,
 ):
     """Opens a safetensors directory or a v4jax run: (ModelConfig, nested dict of jax arrays).
 
@@ -72,7 +75,9 @@ def load(
       mesh: axis sizes such as "data=2,expert=4"; None: one device.
       layout: how the arrays lie on the mesh: a name, an AxisRules (sharding.rules.layout), or
         "FILE.py:NAME"; None: "full".
-      adapter: a folder of a low-rank adapter (docs/lora.md), whose pairs come under "lora".
+      adapter: a folder of a low-rank adapter (docs/lora.md), whose pairs come under "lora"; or
+        several folders by name, {"sql": DIR, "chat": DIR}, from which each prompt of `generate`
+        chooses (v4jax/adapters/several.py).
 
     Raises:
       ValueError: no such checkpoint, or anything in it that does not fit, naming the tensor.
@@ -80,7 +85,7 @@ def load(
     check_dtype(dtype)
     given = path
     path = folder_of_checkpoint(path, "path", weights=True)
-    refuse_adapters(path)
+    refuse_adapters(path, 'v4jax.load("{base}", adapter="{adapter}")')
     cfg = ModelConfig.from_json(path)
     device_mesh, rules = place_on(mesh, layout)
     if not is_run(path):
@@ -88,12 +93,30 @@ def load(
     ending = with_end_tokens(cfg, path)
     low = {}
     if adapter is not None:  # refused before the long work
-        pairs = load_adapter(cfg, adapter, str(given))
+        pairs, numbers = _read_adapters(cfg, adapter, str(given))
         axes = axes_like(cfg, pairs)
         places = named_shardings(device_mesh, rules, pairs, axes)
-        low = {ADAPTERS: jax.tree.map(_placed, pairs, places)}
+        low = {ADAPTERS: jax.tree.map(_placed, pairs, places)} | numbers
     places = places_of(path, cfg, dtype, device_mesh, rules)
     return ending, load_onto(path, cfg, dtype, places) | low
+
+
+def _read_adapters(cfg: ModelConfig, adapter: Any, base: str) -> tuple[Any, dict[str, Any]]:
+    """(pairs of one adapter, {}), or of several with {"adapters": their numbers}.
+
+    Raises:
+      ValueError: no adapter, a name that is no text, or see load_adapter.
+    """
+    if not isinstance(adapter, Mapping):
+        return load_adapter(cfg, adapter, base), {}
+    for name in adapter or [None]:
+        if not isinstance(name, str) or not name:
+            got = "no adapter" if name is None else f"the name {name!r}"
+            raise ValueError(f"adapter: got {got}; must be a folder, or names and their folders")
+    pairs, numbers = together(
+        {name: load_adapter(cfg, folder, base) for name, folder in adapter.items()}
+    )
+    return pairs, {NUMBERS: numbers}
 
 
 def _placed(array: np.ndarray, place) -> jax.Array:

@@ -2,7 +2,7 @@
 
 Parameters are one nested dict. Its "router" holds what no gradient moves, selection bias and hash
 tables; tables are float32 arrays of integers, so that jax.grad takes the whole dict. It may have
-low-rank pairs under "lora" (v4jax/adapters/tree.py): weights are then constants.
+low-rank pairs of one adapter under "lora" (v4jax/adapters/tree.py): weights are then constants.
 
 Shapes: B batch, S positions, X streams, D hidden, V vocabulary, L layers, K active experts.
 Next file to read: v4jax/model/transformer.py.
@@ -25,7 +25,7 @@ from v4jax.model.adapted import DROPOUT
 from v4jax.model.router import Routing
 from v4jax.model.segments import read_segments
 from v4jax.model.transformer import Hidden, Transformer, project_logits
-from v4jax.parameter_tree import ADAPTERS, TEACHERS
+from v4jax.parameter_tree import ADAPTERS, NUMBERS, TEACHERS
 from v4jax.quant.fake import check_quant
 from v4jax.remat import policy_name
 
@@ -83,8 +83,8 @@ def apply(
       key: of the inputs that `ctx.dropout` drops; None where it drops none.
 
     Raises:
-      ValueError: rows that do not divide over the devices that cut the sequence, or sizes that
-        `ctx.quant` cannot represent.
+      ValueError: rows that do not divide over the devices that cut the sequence, sizes that
+        `ctx.quant` cannot represent, or several adapters.
     """
     check_quant(cfg, ctx.quant, ctx.rules.shards("expert_hidden"))
     shards = ctx.rules.shards("act_seq")
@@ -92,6 +92,12 @@ def apply(
         raise ValueError(
             f"tokens: got rows of {tokens_BS.shape[1]}; must divide by {shards}, "
             "the mesh axes that cut the sequence"
+        )
+    if NUMBERS in params:
+        names = ", ".join(map(repr, params[NUMBERS]))
+        raise ValueError(
+            f"params: have the adapters {names}, of which `generate` takes one for each prompt; "
+            "elsewhere choose one with v4jax.adapters.several.only(params, NAME)"
         )
     apart = ("router", ADAPTERS, TEACHERS)
     weights = {name: value for name, value in params.items() if name not in apart}

@@ -23,6 +23,11 @@ Path = tuple[str, ...]
 ADAPTERS = "lora"
 TEACHERS = "teachers"
 """The key of low-rank pairs in a dict of parameters, beside "router" (v4jax/adapters/tree.py)."""
+NUMBERS = "adapters"
+"""The key of several adapters' numbers by name, beside ADAPTERS (v4jax/adapters/several.py)."""
+ROWS = "adapter_rows"
+"""The key of the number of each row's adapter, int32 [B], which programs of decoding get beside
+ADAPTERS; -1 for a row without one."""
 MTP_KIND = LayerKind(WINDOW_ONLY, hash_routed=False)
 _BY_PATH = {spec.path: spec for spec in TABLE}
 _BY_NAME = {spec.official: spec for spec in TABLE}

@@ -13,6 +13,7 @@ import numpy as np
 
 from sharding.process_rows import gather
 from sharding.processes import is_first
+from v4jax.adapters.base import refuse_adapters
 from v4jax.api import load, place_on
 from v4jax.config import ModelConfig
 from v4jax.functional import forward
@@ -74,6 +75,7 @@ def score(
     folder = checkpoint_path(checkpoint, "checkpoint")
     out = file_to_write(out_path, "out")
     kernels_from(kernels)
+    refuse_adapters(folder, "v4jax score {base} --adapter {adapter} ...")
     if folder.is_dir():  # so bad tokens are refused before a large checkpoint is read
         model = ModelConfig.from_json(folder)
         check_quant(model, quant)

@@ -17,10 +17,10 @@ from v4jax.quant.packed import Packed
 FORM = Activation(2.0)
 
 
-def case(implementation, sizes):
+def case(implementation, sizes, block=8, adapters=()):
     """(matrices, pairs, rows, gates, groups) with rows of weight 0 and blocks not in use."""
     block, width, hidden = {"triton": (16, 16, 32), "ragged": (16, 256, 128)}.get(
-        implementation, (8, 6, 5)
+        implementation, (block, 6, 5)
     )
     rng = np.random.default_rng(0)
 
@@ -28,7 +28,7 @@ def case(implementation, sizes):
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
     def pair(rows, columns):
-        return Pair(0.3 * normal(4, rows, 3), 0.3 * normal(4, 3, columns))
+        return Pair(0.3 * normal(4, rows, *adapters, 3), 0.3 * normal(4, *adapters, 3, columns))
 
     w = ExpertWeights(normal(4, width, hidden), normal(4, width, hidden), normal(4, hidden, width))
     pairs = ExpertPairs(pair(width, hidden), None, pair(hidden, width))
@@ -64,6 +64,35 @@ def test_pairs_are_merged_matrices(implementation, sizes):
     want = results(lambda p, *rows: reference(FORM, merged(w, p), *rows, groups))
     got = results(lambda p, *rows: adapted_ffn(FORM, w, p, *rows, groups, implementation))
     close(got, want, 5e-6)
+
+
+def test_a_few_rows_with_a_pair_beside_each_are_merged_matrices():
+    """Values and gradients; blocks of one row, as one token has them."""
+    w, pairs, x, gate, groups = case(None, (1, 0, 2, 1), block=1)
+    ct = jnp.cos(x)
+
+    def results(function):
+        value, pull = jax.vjp(function, pairs, x, gate)
+        return value, pull(ct)
+
+    want = results(jax.jit(lambda p, *rows: reference(FORM, merged(w, p), *rows, groups)))
+    close(results(jax.jit(lambda p, *rows: adapted_ffn(FORM, w, p, *rows, groups))), want, 5e-6)
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize("adapters", [2, 4])  # the pairs lie beside blocks, beside rows
+def test_each_row_has_the_pair_of_its_own_adapter(adapters, implementation):
+    """A row whose number is -1 has none."""
+    w, pairs, x, gate, groups = case(None, (1, 2, 0, 1), adapters=(adapters,))
+    number = jnp.asarray(np.random.default_rng(1).integers(-1, adapters, len(x)))
+    got = adapted_ffn(FORM, w, pairs, x, gate, groups, implementation, number)
+    plain = jax.jit(functools.partial(reference, FORM))
+    for n in range(-1, adapters):
+        mine = ExpertPairs(*(p and Pair(p.a[:, :, n], p.b[:, n]) for p in pairs))
+        want = plain(w if n < 0 else merged(w, mine), x, gate, groups)
+        rows = np.asarray((number == n) & (gate != 0))
+        assert rows.sum() > 2
+        close(got[rows], want[rows], 5e-6)
 
 
 def test_rows_of_weight_0_may_hold_anything():

@@ -89,18 +89,27 @@ def read_base(folder: Place) -> Base | None:
         raise ValueError(f"{path}: not a path and a fingerprint of base weights") from None
 
 
-def refuse_adapters(folder: Place) -> None:
-    """Raises ValueError for a run of adapters or an adapter, which lack the weights of a model."""
-    if not is_run(folder):
-        if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
-            raise ValueError(f"{folder}: an adapter; open its base with --adapter {folder}")
+def refuse_adapters(folder: Place, right: str = "{base}") -> None:
+    """Refuses a run of adapters or an adapter where a checkpoint is wanted: they lack its weights.
+
+    Args:
+      right: what to write instead, with {base} and {adapter} in it.
+
+    Raises:
+      ValueError: it is one; the message shows `right`.
+    """
+    is_adapter = (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
+    if not is_adapter and not is_run(folder):
         return
     base = read_base(folder)
-    if base is not None:
-        raise ValueError(
-            f"{folder}: a run of adapters; open its base {base.path} with the adapter "
-            f"{folder}/{ADAPTER}"
-        )
+    if is_adapter:
+        what, adapter = "an adapter", str(folder)
+    elif base is not None:
+        what, adapter = "a run of adapters", f"{folder}/{ADAPTER}"
+    else:  # a run of all weights
+        return
+    said = right.format(base="BASE" if base is None else base.path, adapter=adapter)
+    raise ValueError(f"{folder}: {what}, which has no weights of its own; use its base: {said}")
 
 
 def check_same_base(what: str, wanted: Base, given: Base) -> None:

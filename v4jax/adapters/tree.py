@@ -2,7 +2,8 @@
 
     {group: {block: {"attn": {"wq_b": {"a": [L,I,r], "b": [L,r,O]}}}}}
 
-It stands under "lora" in a dict of parameters, beside "router". There the scale is a factor of b:
+It stands under "lora" in a dict of parameters, beside "router"; for several adapters in one batch
+see v4jax/adapters/several.py. There the scale is a factor of b:
 a matrix multiplies as x W + (x a) b, whatever alpha and rank a run trains with. Only gradients and
 optimizer know the b that is not scaled (v4jax/train/adapters.py).
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from v4jax.adapters.config import Lora, adapted_paths
+from v4jax.adapters.several import refuse_several
 from v4jax.config import ModelConfig
 from v4jax.parameter_tree import leaves
 
@@ -41,12 +43,13 @@ def adapter_axes(cfg: ModelConfig, lora: Lora) -> Any:
 
 
 def axes_like(cfg: ModelConfig, adapters: Any) -> Any:
-    """`adapter_axes` of a tree of pairs, whichever matrices it adapts."""
+    """`adapter_axes` of a tree of pairs of one or several adapters, whatever they adapt."""
     found = {}
     flat: Any = flatten_dict(adapters)
-    for path in flat:
+    for path, leaf in flat.items():
         *lead, rows, columns = leaves(cfg)[path[:-1]].axes
-        found[path] = (*lead, rows, None) if path[-1] == "a" else (*lead, None, columns)
+        ranks = (None,) * (len(leaf.shape) - len(lead) - 1)
+        found[path] = (*lead, rows, *ranks) if path[-1] == "a" else (*lead, *ranks, columns)
     return unflatten_dict(found)
 
 
@@ -83,7 +86,11 @@ def merged(params: Any) -> Any:
 
     Whole matrices are made: this is for checks and small models. `v4jax convert --adapter` merges a
     model of any size, tensor by tensor.
+
+    Raises:
+      ValueError: several adapters.
     """
+    refuse_several(params, "merged")
     flat: Any = flatten_dict({name: tree for name, tree in params.items() if name != "lora"})
     pairs: Any = flatten_dict(params["lora"])
     for path in pairs:

@@ -4,8 +4,10 @@ Next file to read: v4jax/cli/train.py.
 """
 
 import argparse
+import os
+import re
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from sharding.axes import MESH_AXES
 from v4jax.storage import checkpoint_name, file_to_write, local_path, place
@@ -45,6 +47,81 @@ PLACE = _checked(place)
 NEW_FILE = _checked(file_to_write)
 
 
+class Adapter(NamedTuple):
+    """What a value of --adapter names.
+
+    Attributes:
+      name: "" for a folder without a name.
+      folder: "" for the base itself.
+    """
+
+    name: str
+    folder: str
+
+
+def _is_named(text: str) -> bool:
+    """Whether it is NAME=DIR, or NAME=. A path that exists is a path, whatever its name."""
+    return re.match(r"[\w.-]+=", text) is not None and not os.path.lexists(text)
+
+
+def _adapter(text: str) -> Adapter:
+    """NAME=DIR, NAME= for the base, or DIR."""
+    if not _is_named(text):
+        return Adapter("", CHECKPOINT(text))
+    name, _, folder = text.partition("=")
+    return Adapter(name, CHECKPOINT(folder) if folder else "")
+
+
+ADAPTER: Callable[[str], Adapter] = _adapter
+
+
+def with_flags(argv: list[str]) -> list[str]:
+    """The command line with --adapter before each NAME=DIR that follows another.
+
+    With nargs="+" argparse would take the checkpoint for one more folder where it comes last.
+    Example: --adapter a=A b=B CKPT becomes --adapter a=A --adapter b=B CKPT.
+    """
+    found: list[str] = []
+    for word in argv:
+        if found[-2:-1] == ["--adapter"] and _is_named(word):
+            found.append("--adapter")
+        found.append(word)
+    return found
+
+
+def one_adapter(given: list[Adapter] | None, command: str) -> str | None:
+    """The folder of a command that takes one adapter; None without the flag.
+
+    Raises:
+      BadInput: several, or the base.
+    """
+    if given is None:
+        return None
+    if len(given) > 1 or not given[0].folder:
+        got = " ".join(f"{one.name}={one.folder}".removeprefix("=") for one in given)
+        raise BadInput(
+            f"--adapter: got {got}; {command} takes one folder, and only generate takes several"
+        )
+    return given[0].folder
+
+
+def named_adapters(given: list[Adapter]) -> dict[str, str | None]:
+    """Name -> folder, or None for the base, of several adapters.
+
+    Raises:
+      BadInput: one without a name, a name twice, or no folder at all.
+    """
+    names = [one.name for one in given]
+    for one in given:
+        if not one.name:
+            raise BadInput(f"--adapter: got {one.folder} among several; name each, as NAME=DIR")
+        if names.count(one.name) > 1:
+            raise BadInput(f"--adapter: got the name {one.name} twice; each must have its own")
+    if not any(one.folder for one in given):
+        raise BadInput(f"--adapter: got {names[0]}= alone, which is the base; add NAME=DIR")
+    return {one.name: one.folder or None for one in given}
+
+
 def on_mesh(sub: argparse.ArgumentParser) -> None:
     """Flags that place a model on devices."""
     sub.add_argument("--mesh", help=f"for example data=2,expert=4 (axes: {', '.join(MESH_AXES)})")
@@ -62,13 +139,21 @@ def on_mesh(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def numbers(sub: argparse.ArgumentParser) -> None:
-    """The flags that choose the served model's numbers, and what computes them."""
+def numbers(sub: argparse.ArgumentParser, several: bool = False) -> None:
+    """The flags that choose the served model's numbers, and what computes them.
+
+    Args:
+      several: whether the command takes several adapters.
+    """
+    more = "; or several, NAME=DIR NAME=DIR ..., each of which continues the prompt, in one batch"
+    more = f"{more}; NAME= is the base without an adapter" if several else ""
     sub.add_argument(
         "--adapter",
-        type=CHECKPOINT,
+        type=ADAPTER,
+        action="append",
         metavar="DIR",
-        help="folder of a low-rank adapter, as v4jax train or PEFT writes it (default: none)",
+        help="folder of a low-rank adapter, as v4jax train or PEFT writes it (default: none)"
+        + more,
     )
     sub.add_argument(
         "--quant",
@@ -85,8 +170,8 @@ def numbers(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def continues(sub: argparse.ArgumentParser, tokens: int) -> None:
-    """Flags of commands that add tokens, by default `tokens` of them."""
+def continues(sub: argparse.ArgumentParser, tokens: int, several: bool = False) -> None:
+    """Flags of commands that add tokens, by default `tokens` of them; `several` as in `numbers`."""
     sub.set_defaults(default_new_tokens=tokens)
     default = "default: the checkpoint's generation_config.json, else "
     sub.add_argument(
@@ -110,7 +195,7 @@ def continues(sub: argparse.ArgumentParser, tokens: int) -> None:
         help="sample from tokens at least this share as probable as the likeliest, 0 to 1 "
         f"({default}0: all)",
     )
-    numbers(sub)
+    numbers(sub, several)
     sub.add_argument(
         "--cache",
         default="dtype",

@@ -5,7 +5,7 @@ Next file to read: v4jax/generate/chat.py.
 
 import argparse
 
-from v4jax.cli.arguments import CHECKPOINT, continues
+from v4jax.cli.arguments import CHECKPOINT, continues, one_adapter
 from v4jax.cli.start import start
 
 
@@ -39,6 +39,7 @@ def declare(sub: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, _: list[str]) -> dict | None:
     """Answers each line of input."""
+    arguments.adapter = one_adapter(arguments.adapter, "chat")
     start(arguments.mesh)
     from v4jax.generate import chat
 

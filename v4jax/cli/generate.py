@@ -5,7 +5,7 @@ Next file to read: v4jax/generate/command.py.
 
 import argparse
 
-from v4jax.cli.arguments import CHECKPOINT, CKPT, PATH, continues
+from v4jax.cli.arguments import CHECKPOINT, CKPT, PATH, continues, named_adapters, one_adapter
 from v4jax.cli.start import start
 
 
@@ -15,7 +15,7 @@ def declare(sub: argparse.ArgumentParser) -> None:
     _declare_samples(sub)
     _declare_ends(sub)
     _declare_shortcuts(sub)
-    continues(sub, 64)
+    continues(sub, 64, several=True)
 
 
 def _declare_samples(sub: argparse.ArgumentParser) -> None:
@@ -74,6 +74,11 @@ def _declare_shortcuts(sub: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, _: list[str]) -> dict | None:
     """Continues the prompt."""
+    given = arguments.adapter
+    if given is not None and (len(given) > 1 or given[0].name):
+        arguments.adapter = named_adapters(given)
+    else:
+        arguments.adapter = one_adapter(given, "generate")
     start(arguments.mesh)
     from v4jax.generate import command
 

@@ -11,7 +11,7 @@ import sys
 import traceback
 
 from v4jax.cli import launch
-from v4jax.cli.arguments import BadInput
+from v4jax.cli.arguments import BadInput, with_flags
 from v4jax.cli.commands import COMMANDS, command_help, parser
 from v4jax.cli.printing import print_result
 
@@ -65,6 +65,8 @@ def _run(argv: list[str]) -> int:
     if argv[:1] == ["launch"] and "--" in argv:  # what follows -- is another program's
         command = argv[argv.index("--") + 1 :]
         argv = argv[: argv.index("--")]
+    if argv[:1] and argv[0] in ("generate", "chat", "score"):
+        argv = with_flags(argv)
     arguments, rest = parser().parse_known_args(argv)
     if rest and arguments.command == "launch" and not rest[0].startswith("-"):
         raise BadInput(

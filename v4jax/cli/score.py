@@ -5,7 +5,7 @@ Next file to read: v4jax/score.py.
 
 import argparse
 
-from v4jax.cli.arguments import CHECKPOINT, CKPT, NEW_FILE, PATH, numbers, on_mesh
+from v4jax.cli.arguments import CHECKPOINT, CKPT, NEW_FILE, PATH, numbers, on_mesh, one_adapter
 from v4jax.cli.start import start
 
 
@@ -20,6 +20,7 @@ def declare(sub: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, _: list[str]) -> dict | None:
     """Writes the .npz file."""
+    adapter = one_adapter(arguments.adapter, "score")
     start(arguments.mesh)
     from sharding.processes import is_first
     from v4jax.score import score
@@ -33,6 +34,6 @@ def run(arguments: argparse.Namespace, _: list[str]) -> dict | None:
         arguments.dtype,
         arguments.quant,
         arguments.kernels,
-        arguments.adapter,
+        adapter,
     )
     return result if is_first() else None

@@ -112,7 +112,7 @@ def describe(checkpoint) -> Info:
       ValueError: no checkpoint, or one whose files do not fit each other.
     """
     folder = folder_of_checkpoint(streamed(checkpoint), "checkpoint")
-    refuse_adapters(folder)
+    refuse_adapters(folder, "v4jax info {base}")
     raw = read_config_json(folder / "config.json")
     if is_run(folder):
         cfg = ModelConfig.from_json(folder)

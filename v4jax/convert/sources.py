@@ -69,7 +69,7 @@ def open_checkpoint(directory) -> Source | StoreSource:
       ValueError: no checkpoint, or one that does not fit its config.json.
     """
     directory = folder_of_checkpoint(directory, "directory", weights=True)
-    refuse_adapters(directory)
+    refuse_adapters(directory, "v4jax convert {base} TARGET --adapter {adapter}")
     if not is_run(directory):
         return open_safetensors(directory)._replace(once=True)
     cfg = ModelConfig.from_json(directory)

@@ -31,13 +31,13 @@ from v4jax.cache.layer import CacheView, ChunkSpan, LayerCache, empty_layer
 from v4jax.cache.quantized import STORAGES
 from v4jax.config import CSA, HCA, WINDOW_ONLY, ModelConfig
 from v4jax.context import Context
-from v4jax.model.adapted import Adapted
+from v4jax.model.adapted import ROW, with_pair, with_rows
 from v4jax.model.dspark import ROOT
 from v4jax.model.mtp import Drafter
 from v4jax.model.router import Routing
 from v4jax.model.segments import read_span
 from v4jax.model.transformer import Hidden, Transformer, project_logits
-from v4jax.parameter_tree import ADAPTERS
+from v4jax.parameter_tree import ADAPTERS, ROWS
 from v4jax.quant import fp8
 from v4jax.quant.packed import Packed
 
@@ -219,6 +219,9 @@ def extend(
 ) -> tuple[Chunk, Cache]:
     """Continues each row by the first `count_B` of its tokens.
 
+    Pairs of several adapters need the number of each row's beside them (ROWS in
+    v4jax/parameter_tree.py).
+
     Results at later positions mean nothing. The caller must not let a row outgrow the cache:
     entries without a place are dropped.
 
@@ -228,7 +231,7 @@ def extend(
       count_B: int32, real tokens of each row, 0 to T.
     """
     span = ChunkSpan(cache.length_B, count_B)
-    apart = ("router", ADAPTERS, ROOT)
+    apart = ("router", ADAPTERS, ROWS, ROOT)
     weights = {name: params[name] for name in params if name not in apart}
     variables, ctx = _with_pairs(params, {"params": weights, "router": params["router"]}, ctx)
     view = CacheView(cache.layers, jnp.int32(0), span)
@@ -272,18 +275,19 @@ def _with_pairs(params, variables, ctx: Context):
     """(variables, ctx) of a module with the low-rank pairs of `params`, if it has some."""
     if ADAPTERS not in params:
         return variables, ctx
-    return variables | {ADAPTERS: params[ADAPTERS]}, dataclasses.replace(ctx, frozen=True)
+    pairs = params[ADAPTERS]
+    if ROWS in params:
+        pairs = with_rows(pairs, params[ROWS])
+    return variables | {ADAPTERS: pairs}, dataclasses.replace(ctx, frozen=True)
 
 
 def logits_of(params, x_BTD: jax.Array, ctx: Context = Context()) -> jax.Array:
     """Logits of hidden states x_BTD, float32 [B,T,V]."""
 
-    def whole(w, *axes):
-        return ctx.rules.gather(w.astype(x_BTD.dtype), axes)
-
-    head_DV = whole(params["head"]["weight"], "embed", "vocab")
+    axes = ("embed", "vocab")
+    head_DV = ctx.rules.gather(params["head"]["weight"].astype(x_BTD.dtype), axes)
     pair = params.get(ADAPTERS, {}).get("head", {}).get("weight")
     if pair is not None:
-        a, b = whole(pair["a"], "embed", None), whole(pair["b"], None, "vocab")
-        head_DV = Adapted(head_DV, a, b)
+        pair = pair | ({ROW: params[ROWS]} if ROWS in params else {})
+        head_DV = with_pair(head_DV, pair, axes, ctx.rules.gather)
     return project_logits(ctx, x_BTD, head_DV)

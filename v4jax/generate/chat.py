@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from v4jax.adapters.base import refuse_adapters
 from v4jax.api import compute_dtype, load, place_on
 from v4jax.chat.encoding import Message, encode_messages
 from v4jax.chat.parse import parse_message
@@ -49,7 +50,8 @@ def run(flags) -> dict | None:
             f"--effort: got {flags.effort!r} with --thinking {flags.thinking}; only --thinking "
             "thinking has an effort"
         )
-    folder_of_checkpoint(flags.checkpoint, "checkpoint")
+    folder = folder_of_checkpoint(flags.checkpoint, "checkpoint")
+    refuse_adapters(folder, "v4jax chat {base} --adapter {adapter}")
     release = chat_release(flags.checkpoint, flags.release)
     flags.release = release.name
     tokenizer = load_tokenizer(flags.checkpoint)

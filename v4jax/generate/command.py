@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 
 from sharding.processes import is_first
+from v4jax.adapters.base import refuse_adapters
 from v4jax.api import compute_dtype, load, place_on
 from v4jax.checkpoint.load_drafter import check_drafter, drafter_config, load_drafter
 from v4jax.config import ModelConfig
@@ -33,11 +34,15 @@ class _Request(NamedTuple):
 
     Attributes:
       tokenizer: None if the prompt is ids.
+      labels: the name that the flags give to each prompt's adapter; None without names.
+      adapters: the same, with None for the base.
       stop_tokens: None for the checkpoint's end tokens.
     """
 
     tokenizer: Tokenizer | None
     stop_tokens: list[int] | None
+    labels: list[str] | None
+    adapters: list[str | None] | None
     prompts: list[list[int]]
     seeds: list[int]
     max_new_tokens: int
@@ -57,12 +62,15 @@ def run(flags) -> dict | None:
     tokenizer, given = request.tokenizer, request.stop_tokens
     if request.decoding.drafter is not None:
         check_drafter(flags.checkpoint)  # before the long work of reading the model
-    cfg, params = load(flags.checkpoint, flags.dtype, flags.mesh, flags.layout, flags.adapter)
+    cfg, params = load(
+        flags.checkpoint, flags.dtype, flags.mesh, flags.layout, _folders(flags.adapter)
+    )
     if request.decoding.drafter is not None:
         drafter = request.decoding.drafter
         place = (compute_dtype(flags.dtype), *place_on(flags.mesh, flags.layout))
         params = params | {ROOT: load_drafter(flags.checkpoint, cfg, drafter, *place)}
-    stream = tokenizer is not None and is_first() and not flags.json and flags.samples == 1
+    one = flags.samples == 1 and request.labels is None
+    stream = tokenizer is not None and is_first() and not flags.json and one
     write = functools.partial(print, end="", flush=True) if stream else None
     stop = TextStop(cfg.eos_token_ids if given is None else given, flags.stop, tokenizer, write)
     prefixes = _prefixes(flags, request, cfg, params)
@@ -77,8 +85,11 @@ def run(flags) -> dict | None:
     if stream or not is_first():
         return None
     results = [_result(completion, stop, tokenizer is not None) for completion in completions]
+    if request.labels is not None:
+        named = zip(request.labels, results, strict=True)
+        results = [{"adapter": label} | result for label, result in named]
     if tokenizer is not None and not flags.json:
-        print("\n\n".join(flags.prompt + result["text"] for result in results))
+        print("\n\n".join(_head(result) + flags.prompt + result["text"] for result in results))
         return None
     return results[0] if len(results) == 1 else {"samples": results}
 
@@ -89,7 +100,8 @@ def _read(flags) -> _Request:
     Raises:
       ValueError: see run.
     """
-    folder_of_checkpoint(flags.checkpoint, "checkpoint")
+    folder = folder_of_checkpoint(flags.checkpoint, "checkpoint")
+    refuse_adapters(folder, "v4jax generate {base} --adapter {adapter} ...")
     tokenizer, prompt = _read_prompt(flags)
     given = None if flags.stop_tokens is None else _ids(flags.stop_tokens, "--stop-tokens")
     model, choice = model_and_choice(flags)
@@ -105,7 +117,9 @@ def _read(flags) -> _Request:
         kernels=flags.kernels,
         dspark=drafter_config(flags.checkpoint) if flags.speculative else None,
     )
-    prompts, seeds = [prompt] * flags.samples, list(range(flags.seed, flags.seed + flags.samples))
+    labels, adapters = _adapters(flags)
+    rows = flags.samples if labels is None else len(labels)
+    prompts, seeds = [prompt] * rows, [flags.seed + row % flags.samples for row in range(rows)]
     capacity = cache_tokens(flags, model, len(prompt))
     max_new_tokens = choice.new_tokens(len(prompt), capacity)
     check_request(model, prompts, seeds, max_new_tokens, flags.cache_tokens, decoding)
@@ -116,7 +130,28 @@ def _read(flags) -> _Request:
     TextStop(given or [], flags.stop, tokenizer)
     say(choice.line, disagreement(model, tokenizer) if tokenizer else "")
     say(interpreted(flags.kernels, jax.default_backend()))
-    return _Request(tokenizer, given, prompts, seeds, max_new_tokens, decoding)
+    return _Request(tokenizer, given, labels, adapters, prompts, seeds, max_new_tokens, decoding)
+
+
+def _adapters(flags) -> tuple[list[str] | None, list[str | None] | None]:
+    """(labels, adapters) as _Request has them: each name for all of its samples."""
+    folders = flags.adapter
+    if not isinstance(folders, dict):
+        return None, None
+    labels = [name for name in folders for _ in range(flags.samples)]
+    return labels, [None if folders[label] is None else label for label in labels]
+
+
+def _folders(adapter: dict[str, str | None] | str | None) -> dict[str, str] | str | None:
+    """What `load` takes of --adapter: the base needs no folder."""
+    if not isinstance(adapter, dict):
+        return adapter
+    return {name: folder for name, folder in adapter.items() if folder is not None}
+
+
+def _head(result: dict) -> str:
+    """The line over a text that names the adapter; "" without names."""
+    return f"[{result['adapter']}]\n" if "adapter" in result else ""
 
 
 def _acceptance(completion: Completion) -> str:
@@ -156,6 +191,7 @@ def _continue(
             capacity=flags.cache_tokens,
             decoding=request.decoding._replace(rules=rules),
             prefixes=prefixes,
+            adapters=request.adapters,
         )
     if prefixes is not None:
         say(f"prefix cache: {prefixes.reused} tokens read, {prefixes.kept} written")

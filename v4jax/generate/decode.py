@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sharding.process_rows import gather
+from v4jax.adapters.several import check_choice, with_choice
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import Cache, decoding_rules, split_layers
 from v4jax.generate.prefix import PrefixStore
@@ -71,6 +72,7 @@ def generate(
     rows: int = 1,
     decoding: DecodeConfig = DecodeConfig(),
     prefixes: PrefixStore | None = None,
+    adapters: Sequence[str | None] | None = None,
 ) -> list[Completion]:
     """Continues each prompt by at most max_new_tokens: one number for all, or one for each.
 
@@ -82,27 +84,33 @@ def generate(
       rows: least number of rows of the batch.
       decoding: its rules are a layout, with the mesh ambient (jax.set_mesh).
       prefixes: the store in which beginnings of prompts are looked up and kept.
+      adapters: where `params` have named adapters (v4jax/adapters/several.py), the name of each
+        prompt's, or None for the base. Another choice is not compiled anew.
 
     Raises:
       ValueError: no prompt, an empty one, ids outside the vocabulary, lengths beyond the cache or
-        the model, no MTP to draft with, or NaN logits.
+        the model, no MTP to draft with, an adapter that `params` do not have, or NaN logits.
     """
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     check_request(cfg, prompts, seeds, max_new_tokens, capacity, decoding)
+    check_choice(params, adapters, len(prompts))
     stop = stop or (lambda _, tokens: tokens[-1] in cfg.eos_token_ids)
     decoding = decoding._replace(rules=decoding_rules(decoding.rules))
     params = split_layers(cfg, params, decoding.rules)
+    names = [None] * len(prompts) if adapters is None else list(adapters)
     shards = decoding.rules.shards("act_batch")
     max_new_tokens = per_prompt(max_new_tokens, prompts)
     rows = -(-max(rows, len(prompts)) // shards) * shards
     padded = [*prompts, *[prompts[0][:1]] * (rows - len(prompts))]  # every device must hold a row
+    params = with_choice(params, adapters, len(prompts), rows)
+    names += [None] * (rows - len(prompts))
     seed_B = np.array([*seeds, *[0] * (rows - len(prompts))], np.uint32)
     capacity = (
         max(len(prompt) + new for prompt, new in zip(prompts, max_new_tokens, strict=True))
         if capacity is None
         else capacity
     )
-    cache, known, keep = _known_prefixes(prefixes, cfg, decoding, padded, capacity)
+    cache, known, keep = _known_prefixes(prefixes, cfg, decoding, padded, capacity, names)
     state, output = prefill(
         cfg,
         decoding,
@@ -122,6 +130,7 @@ def _known_prefixes(
     decoding: DecodeConfig,
     prompts: Sequence[Sequence[int]],
     capacity: int,
+    adapters: Sequence[str | None],
 ) -> tuple[Cache | None, list[int], Callable | None]:
     """(a cache that holds the beginnings that the store knows, how long they are, what keeps more).
 
@@ -131,8 +140,9 @@ def _known_prefixes(
     if prefixes is None:
         return None, known, None
     plain = decoding._replace(sampling=Sampling())
-    cache, known = prefixes.begin(start_cache(cfg, plain, len(prompts), capacity), prompts)
-    return cache, known, functools.partial(prefixes.keep, prompts, known)
+    cache = start_cache(cfg, plain, len(prompts), capacity)
+    cache, known = prefixes.begin(cache, prompts, adapters)
+    return cache, known, functools.partial(prefixes.keep, prompts, known, adapters=adapters)
 
 
 def decode(

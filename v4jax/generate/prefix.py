@@ -4,11 +4,11 @@ A beginning is kept in stretches of STRETCH tokens, one file each. A file has th
 and index keys, and the rings (window, tokens not yet pooled) at its end. A prompt goes on from the
 last stretch that it shares with an earlier one; of the stretches before, only entries are used.
 
-A file's name is the hash of all that its numbers depend on: model, weights, formats, and every
-token up to the one after the stretch, which MTP has seen. The file begins with a checksum and is
-renamed when complete, so a killed run leaves nothing that would be read; a damaged file is removed
-and computed again. Above `limit` bytes the least recently used files are removed, later stretches
-before earlier ones. Other files in the folder are neither counted nor touched.
+A file's name is the hash of all that its numbers depend on: model, weights, the row's adapter,
+formats, and every token up to the one after the stretch, which MTP has seen. The file begins with a
+checksum and is renamed when complete, so a killed run leaves nothing that would be read; a damaged
+file is removed and computed again. Above `limit` bytes the least recently used files are removed,
+later stretches before earlier ones. Other files in the folder are neither counted nor touched.
 
 Shapes: L layers, B batch, R slots of a ring or of entries, W width.
 Next file to read: v4jax/generate/rollout.py.
@@ -16,6 +16,7 @@ Next file to read: v4jax/generate/rollout.py.
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -25,9 +26,11 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
+from v4jax.adapters.several import only
 from v4jax.cache.layer import LayerCache
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import Cache
+from v4jax.parameter_tree import ADAPTERS, NUMBERS
 from v4jax.stderr import say
 from v4jax.storage import folder_to_fill, local_path
 
@@ -56,18 +59,27 @@ class PrefixStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         model = cfg.replace(more_eos_token_ids=()).to_dict()  # end tokens change no cache
         known = json.dumps([_VERSION, STRETCH, model, formats], sort_keys=True)
-        self._base = hashlib.sha256(known.encode() + digest(params))
+        # Of several adapters a row's numbers depend on its own alone, and not on its name.
+        names = params.get(NUMBERS, {})
+        shared = only(params, None) if names else params
+        self._base = hashlib.sha256(known.encode() + digest(shared))
+        self._of_adapter = {name: digest(only(params, name)[ADAPTERS]) for name in names}
         self.reused = self.kept = 0
 
-    def begin(self, cache: Cache, rows: Sequence[Sequence[int]]) -> tuple[Cache, list[int]]:
+    def begin(
+        self, cache: Cache, rows: Sequence[Sequence[int]], adapters: Sequence[str | None] = ()
+    ) -> tuple[Cache, list[int]]:
         """Fills an empty cache with the beginnings of rows that are on disk.
 
         The last token of a row is never among them, since it must run.
 
+        Args:
+          adapters: the name of each row's adapter, of several; None or missing: none.
+
         Returns:
           The cache, and the number of tokens that it has of each row.
         """
-        found = [self._chain(row) for row in rows]
+        found = [self._chain(*one) for one in itertools.zip_longest(rows, adapters)]
         known = [STRETCH * len(chain) for chain in found]
         self.reused += sum(known)
         if not any(known):
@@ -91,15 +103,23 @@ class PrefixStore:
         ), known
 
     def keep(
-        self, rows: Sequence[Sequence[int]], known: Sequence[int], cache: Cache, done: int
+        self,
+        rows: Sequence[Sequence[int]],
+        known: Sequence[int],
+        cache: Cache,
+        done: int,
+        adapters: Sequence[str | None] = (),
     ) -> None:
         """Writes the stretches that end where the rows are now, if they are new.
 
-        done: tokens run of each row since the `known` ones.
+        Args:
+          done: tokens run of each row since the `known` ones.
+          adapters: as in `begin`.
         """
-        for b, (row, end) in enumerate(zip(rows, (n + done for n in known), strict=True)):
+        for b, (row, had, adapter) in enumerate(itertools.zip_longest(rows, known, adapters)):
+            end = had + done
             if end % STRETCH == 0 and end < len(row):
-                path = list(self._paths(row[: end + 1]))[-1]
+                path = list(self._paths(row[: end + 1], adapter))[-1]
                 if not path.exists():
                     self._write(path, cache, b, end)
 
@@ -128,18 +148,20 @@ class PrefixStore:
             return
         self.kept += STRETCH
 
-    def _paths(self, tokens: Sequence[int]) -> Iterator[pathlib.Path]:
+    def _paths(self, tokens: Sequence[int], adapter: str | None) -> Iterator[pathlib.Path]:
         """Yields the files of the whole stretches that a token follows."""
         ids, name = np.asarray(tokens, "<i4"), self._base.copy()
+        if adapter is not None:
+            name.update(self._of_adapter[adapter])
         name.update(ids[:1].tobytes())
         for end in range(STRETCH, len(ids), STRETCH):
             name.update(ids[end - STRETCH + 1 : end + 1].tobytes())
             yield self._folder / (name.hexdigest() + _SUFFIX)
 
-    def _chain(self, tokens: Sequence[int]) -> list[bytes]:
+    def _chain(self, tokens: Sequence[int], adapter: str | None = None) -> list[bytes]:
         """The contents of the row's first stretches, up to one that is missing or damaged."""
         chain, used = [], []
-        for path in self._paths(tokens):
+        for path in self._paths(tokens, adapter):
             if not path.is_file():
                 break
             try:

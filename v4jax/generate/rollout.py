@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from v4jax.adapters.several import refuse_several
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import split_layers
 from v4jax.generate.decode import Completion, generate
@@ -81,7 +82,7 @@ def rollout(
       prefixes: likewise.
 
     Raises:
-      ValueError: see `check_request`; a log of another batch; several processes.
+      ValueError: see `check_request`; a log of another batch; several processes or adapters.
     """
     if jax.process_count() > 1:
         raise ValueError(f"rollout: one process writes the log; this job has {jax.process_count()}")
@@ -89,6 +90,7 @@ def rollout(
     stops = cfg.eos_token_ids if plan.stop_tokens is None else plan.stop_tokens
     each = [prompt for prompt in prompts for _ in range(plan.samples)]
     seeds = [(plan.seed + job) % 2**32 for job in range(len(each))]
+    refuse_several(params, "rollout")
     check_request(cfg, each, seeds, plan.max_new_tokens, None, decoding)
     check_tokens(np.array(stops, int), cfg.vocab_size, "stop_tokens")
     jobs = [np.asarray(prompt).tolist() for prompt in each]

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from v4jax.adapters.several import refuse_several
 from v4jax.cache.layer import SPARE_ROWS
 from v4jax.config import ModelConfig
 from v4jax.generate.cache import Cache, decoding_rules, split_layers
@@ -39,6 +40,7 @@ class Row:
     def __init__(self, cfg: ModelConfig, params, decoding: DecodeConfig, capacity: int):
         if decoding.speculative:
             raise ValueError("speculative: a kept row is continued a token at a time")
+        refuse_several(params, "Row")
         self._cfg, self._capacity = cfg, capacity
         self._params = split_layers(cfg, params, decoding.rules)
         # One step per call: tokens after a stop would have to be taken back.

@@ -20,6 +20,7 @@ from v4jax.kernels.expert_ffn.blocked import JOINED_SHARE
 from v4jax.kernels.expert_ffn.every_expert import every_expert, pays_every_expert
 from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights, clamped_swiglu
 from v4jax.kernels.expert_ffn.op import expert_ffn
+from v4jax.model.adapted import ROW
 from v4jax.model.balance import balance_loss, expert_share
 from v4jax.model.router import Routing, choose, gate_weights, router_scores
 from v4jax.model.segments import Segments
@@ -94,14 +95,16 @@ class Experts(Weights):
             }
 
         form, own = Activation(cfg.swiglu_limit, self.ctx.quant), ExpertWeights.of(weights)
-        low = {}
+        low, adapter_B = {}, None
         for name in ("w1", "w3", "w2"):
             pair = self.get_variable(ADAPTERS, name)
             if pair is not None:
                 low |= {f"{name}.a": pair["a"], f"{name}.b": pair["b"]}
+                adapter_B = pair.get(ROW)
                 _, rows_axis, columns_axis = axes[name]
-                axes[f"{name}.a"] = ("experts", rows_axis, None)
-                axes[f"{name}.b"] = ("experts", None, columns_axis)
+                ranks = (None,) * (pair["a"].ndim - 2)
+                axes[f"{name}.a"] = ("experts", rows_axis, *ranks)
+                axes[f"{name}.b"] = ("experts", *ranks, columns_axis)
         rows, active = index_BSK.size // index_BSK.shape[-1], index_BSK.shape[-1]
         kernel = self.ctx.kernels.expert_ffn
         if not self.ctx.rules and not low and pays_every_expert(own, rows, active, kernel):
@@ -112,10 +115,16 @@ class Experts(Weights):
             )
             return every_expert(form, own, *flat).reshape(x_BSD.shape)
 
+        if adapter_B is not None:  # its number travels to the experts with the gate
+            adapter_BSK = jnp.broadcast_to(adapter_B[:, None, None], weight_BSK.shape)
+            weight_BSK = jnp.stack((weight_BSK, adapter_BSK.astype(weight_BSK.dtype)), axis=-1)
+
         def expert(weights, x_PD, gate_P, groups: Groups):
-            own = ExpertWeights.of(weights)
+            own, pairs, adapter_P = ExpertWeights.of(weights), ExpertPairs.of(weights), None
+            if adapter_B is not None:
+                gate_P, adapter_P = gate_P[:, 0], gate_P[:, 1].astype(jnp.int32)
             if self.ctx.frozen and own.w3 is not None:  # joined ones run forward only
-                return adapted_ffn(form, own, ExpertPairs.of(weights), x_PD, gate_P, groups, kernel)
+                return adapted_ffn(form, own, pairs, x_PD, gate_P, groups, kernel, adapter_P)
             return expert_ffn(form, own, x_PD, gate_P, groups, kernel)
 
         def read(weights):

@@ -21,7 +21,7 @@ from v4jax.context import Context
 from v4jax.gradient_sums import LAYER, SUMS, with_sum
 from v4jax.initializers import zeros
 from v4jax.kernels.rotate import Rotation, rotate
-from v4jax.model.adapted import DROPOUT, Adapted, Weight, product
+from v4jax.model.adapted import DROPOUT, Weight, product, with_pair
 from v4jax.parameter_tree import ADAPTERS, spec_of
 from v4jax.parameters import ParamSpec
 from v4jax.quant.fake import fp8_input, fp8_weight
@@ -93,9 +93,8 @@ class Weights(nn.Module):
         pair = self.get_variable(ADAPTERS, name)
         if pair is None:
             return w
-        a = self._whole(pair["a"].astype(w.dtype), (axes[0], None))
-        b = self._whole(pair["b"].astype(w.dtype), (None, axes[1]))
-        return Adapted(w, a, b, self.make_rng(DROPOUT) if self.ctx.dropout > 0 else None)
+        key = self.make_rng(DROPOUT) if self.ctx.dropout > 0 else None
+        return with_pair(w, pair, axes, self._whole, key)
 
     def _whole(self, w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         """`w`, gathered over FSDP axes unless it is already."""

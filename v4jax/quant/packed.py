@@ -80,9 +80,8 @@ def _fp8_numbers(codes: jax.Array, scale: jax.Array) -> jax.Array:
     """float32 [..., I, O], each rounded to bfloat16."""
     *lead, rows, width = codes.shape
     pads = [(0, 0)] * len(lead) + [(0, -size % fp8.BLOCK) for size in (rows, width)]
-    blocks = jnp.pad(_fp8_values(codes), pads).reshape(
-        *lead, scale.shape[-2], fp8.BLOCK, -1, fp8.BLOCK
-    )
+    whole = jnp.pad(_fp8_values(codes), pads)
+    blocks = whole.reshape(*lead, scale.shape[-2], fp8.BLOCK, -1, fp8.BLOCK)
     product = blocks * scale[..., :, None, :, None]
     whole = product.reshape(*lead, rows + pads[-2][1], width + pads[-1][1])
     # XLA may drop a conversion to bfloat16 and back.

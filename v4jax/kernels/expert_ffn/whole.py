@@ -41,8 +41,9 @@ class Products(NamedTuple):
 
     def product(self, x_PA: jax.Array, w: jax.Array | Packed, groups: Groups) -> jax.Array:
         """x w of each row's expert, w packed or not."""
-        if self.packed is not None and isinstance(w, Packed) and self.suits(x_PA, w, groups):
-            return self.packed(x_PA, w, groups)
+        if isinstance(w, Packed) and self.packed is not None and self.suits is not None:
+            if self.suits(x_PA, w, groups):
+                return self.packed(x_PA, w, groups)
         return self.dot(x_PA, as_numbers(w, x_PA.dtype), groups)
 
 

@@ -1,14 +1,15 @@
 """The estimate beside compiled programs: bytes of a device that are kept and sent.
 
-    python benchmarks/layout_accuracy.py run tpu-fsdp cpu-full ...   # without names: all of CASES
+    python benchmarks/layout_accuracy.py run tpu-fsdp cpu-full ...   # without names: all of NAMES
     python benchmarks/layout_accuracy.py table
 
-Cases other than cpu- need the extra `tpu`. Bars: weights and optimizer, all memory, and bytes sent
-within 10%. "All memory" is not compared for CPUs: XLA:CPU plans temporary memory for no device that
-exists. The config- cases are configurations as shipped, in their first stage. pods.py compiles the
-full models and keeps its results here; the other cases have Flash's pattern with fewer and narrower
-layers. Results are appended to a file, so that cases can run one by one; the last result of a case
-counts. TPU cases compile with quick effort, the default of `v4jax layout`.
+Cases other than cpu- need the extra `tpu` or `gpu`. Bars: weights and optimizer, all memory, and
+bytes sent within 10%. "All memory" is not compared for CPUs: XLA:CPU plans temporary memory for no
+device that exists. The config- cases are configurations as shipped, in their first stage; the lora-
+cases are those of adapters, in one micro-batch. pods.py compiles the full models and keeps its
+results here; the other cases have Flash's pattern with fewer and narrower layers. Results are
+appended to a file, so that cases can run one by one; the last result of a case counts. TPU cases
+compile with quick effort, the default of `v4jax layout`.
 tests/test_memory_record.py holds the estimate to the file.
 """
 
@@ -102,16 +103,25 @@ SHIPPED = {
     "config-gpu-node": ("gpu_node", "h100:8"),
 }
 """Name -> configuration, target."""
+ADAPTERS = {
+    "lora-flash-h100": ("flash_lora", "h100:8", None, None, 8),
+    "lora-flash-v5p": ("flash_lora", "v5p:2x2x2", "fsdp=2,expert=4", None, 8),
+    "lora-flash-v6e": ("flash_lora", "v6e:4x8", "context=2,expert=8,tensor=2", "full", 8),
+    "lora-pro-h200": ("pro_lora", "h200:16", None, None, 16),
+    "lora-pro-v5p": ("pro_lora", "v5p:4x4x2", "data=4,fsdp=8", None, 32),
+}
+"""Name -> configuration, target, mesh and layout where they differ from its own, rows at once."""
+NAMES = (*CASES, *SHIPPED, *ADAPTERS)
 
 
 def main() -> None:
     command, names = (sys.argv[1:] or ["table"])[0], sys.argv[2:]
     if command not in ("run", "table") or (
-        unknown := [name for name in names if name not in CASES | SHIPPED]
+        unknown := [name for name in names if name not in NAMES]
     ):
         raise SystemExit(
             f"usage: layout_accuracy.py run [CASE ...] | table; cases: "
-            f"{', '.join(CASES | SHIPPED)}; "
+            f"{', '.join(NAMES)}; "
             f"unknown: {locals().get('unknown')}"
         )
     if command == "run":
@@ -119,7 +129,7 @@ def main() -> None:
         from sharding.mesh import simulate_devices
 
         simulate_devices(8)
-        for name in names or CASES | SHIPPED:
+        for name in names or NAMES:
             run(name)
     table()
 
@@ -132,6 +142,11 @@ def config(name: str):
         module, target = SHIPPED[name]
         cfg = importlib.import_module(f"configs.{module}").get_config()
         return dataclasses.replace(cfg, stages=()), target
+    if name in ADAPTERS:
+        module, target, mesh, layout, rows = ADAPTERS[name]
+        cfg = importlib.import_module(f"configs.{module}").get_config()
+        own = {"mesh": mesh or cfg.mesh, "layout": layout or cfg.layout}
+        return dataclasses.replace(cfg, **own, batch_size=rows, gradient_accumulation=1), target
     from configs import models
     from v4jax.train.config import TrainConfig
 
@@ -178,7 +193,7 @@ def recorded() -> dict[str, tuple[dict, Any]]:
 
     rows = {row["case"]: row for row in map(json.loads, RESULTS.read_text().splitlines())}
     found = {}
-    for name in (name for name in (*CASES, *PODS, *SHIPPED) if name in rows):
+    for name in (name for name in (*CASES, *PODS, *SHIPPED, *ADAPTERS) if name in rows):
         cfg, target = config(name)
         devices = math.prod(parse_mesh(cfg.mesh).values())
         found[name] = rows[name], estimate(cfg, target_of(target, devices).hardware)

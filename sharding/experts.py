@@ -88,7 +88,6 @@ def apply_experts(
     gate_BSK: jax.Array,
     share: float = 0.5,
     constants: tuple[str, ...] = (),
-    read: Callable[[Any], Any] | None = None,
 ) -> jax.Array:
     """y[b,s] = sum_k expert_i(x[b,s], gate[b,s,k]), i = index[b,s,k], over all experts of the mesh.
 
@@ -106,17 +105,14 @@ def apply_experts(
       share: the largest block, as a fraction of an average expert's rows. On average half a block
         per expert is filler.
       constants: names of weights that have no gradient, so that none is computed.
-      read: makes what `expert` takes of a device's weights, after they are gathered; None: they
-        are that.
 
     Returns:
       y_BSD in the dtype of x_BSD.
     """
     num_experts, run = jax.tree.leaves(weights)[0].shape[0], functools.partial(_run, expert, share)
     if not rules:
-        weights = weights if read is None else read(weights)
         return run(weights, num_experts, x_BSD, index_BSK, gate_BSK)
-    here = (run, read, axes, num_experts, constants)
+    here = (run, axes, num_experts, constants)
     local = functools.partial(_on_device, rules, here)
     act = rules.spec(("act_batch", "act_seq", None))
     return jax.shard_map(
@@ -130,10 +126,10 @@ def _on_device(rules: AxisRules, here, weights, x_bsd, index_bsk, gate_bsk):
     """`apply_experts` on one device of the mesh: brings tokens to its experts, and their sums back.
 
     Args:
-      here: `_run` with the expert and the share, how many experts all devices have, and `read`,
-        `axes` and `constants` as for `apply_experts`.
+      here: `_run` with the expert and the share, how many experts all devices have, and `axes` and
+        `constants` as for `apply_experts`.
     """
-    run, read, axes, num_experts, constants = here
+    run, axes, num_experts, constants = here
     holders = rules.mesh_axes("experts")
     cut = rules.mesh_axes("expert_hidden")
     tokens = rules.mesh_axes("act_batch") + rules.mesh_axes("act_seq")
@@ -141,7 +137,6 @@ def _on_device(rules: AxisRules, here, weights, x_bsd, index_bsk, gate_bsk):
         name: whole_experts(rules, tokens, weights[name], axes[name], x_bsd.dtype)
         for name in weights
     }
-    weights = weights if read is None else read(weights)
     x_bsd, gate_bsk = (vary(a, cut) for a in (x_bsd, gate_bsk))
     index_bsk = vary(index_bsk, cut)
     if holders and rules.exchange:

@@ -1,4 +1,4 @@
-"""Meshes of accelerators that this machine lacks: TPU slices and H100 clusters to compile for.
+"""Meshes of accelerators that this machine lacks: TPU slices and clusters of GPUs to compile for.
 
 Next file to read: sharding/params.py.
 """
@@ -6,7 +6,7 @@ Next file to read: sharding/params.py.
 import importlib.util
 import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,13 +14,13 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 NODE = 8
-"""GPUs of one host, which NVLink joins, as in a DGX or HGX H100."""
+"""GPUs of one host, which NVLink joins, as in a DGX or HGX H100 or H200."""
 
 _PLUGINS = {"tpu": "libtpu", "gpu": "jax_cuda13_plugin"}
 """Extra -> the package of its that has the compiler."""
 
-# What an H100 SXM tells CUDA about itself (openxla/xla, specs/h100_sxm.txtpb).
-_H100 = {
+# What a Hopper GPU tells CUDA about itself (openxla/xla, specs/h100_sxm.txtpb and h200.txtpb).
+_HOPPER = {
     "threads_per_block_limit": 1024,
     "threads_per_warp": 32,
     "shared_memory_per_block": 49152,
@@ -31,21 +31,33 @@ _H100 = {
     "block_dim_limit_x": 2147483647,
     "block_dim_limit_y": 65535,
     "block_dim_limit_z": 65535,
-    "memory_bandwidth": 3352320000000,
     "l2_cache_size": 52428800,
     "clock_rate_ghz": 1.98,
-    "device_memory_size": 84978434048,
     "shared_memory_per_block_optin": 232448,
     "registers_per_core_limit": 65536,
     "registers_per_block_limit": 65536,
 }
-_H100_TEXT = (
-    "gpu_device_info { cuda_compute_capability { major: 9 } "
-    + " ".join(f"{name}: {value}" for name, value in _H100.items())
-    + " }"
-    ' platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }'
-    ' device_description_str: "NVIDIA H100 80GB HBM3"'
-)
+
+
+class _Memory(NamedTuple):
+    """In what Hopper GPUs differ; bytes, and bytes per second."""
+
+    name: str
+    size: int
+    bandwidth: int
+
+
+GPUS = {
+    "h100": _Memory("NVIDIA H100 80GB HBM3", 84978434048, 3352320000000),
+    "h200": _Memory("NVIDIA H200 141GB HBM3e", 151397597184, 4800000000000),
+}
+"""GPUs to compile for, by the names of v4jax/planner/hardware.json."""
+
+
+def gpu_of(target: str) -> str:
+    """The GPU that a target such as "h100:64" names, of GPUS; "" for any other target."""
+    name, colon, _ = target.partition(":")
+    return name if colon and name in GPUS else ""
 
 
 def check_target(target: str) -> None:
@@ -59,9 +71,9 @@ def check_target(target: str) -> None:
     """
     if target == "cpu":
         return
-    if target.startswith("h100:"):
-        _check_gpus(target.removeprefix("h100:"))
-    extra = "gpu" if target.startswith("h100:") else "tpu"
+    if gpu_of(target):
+        _check_gpus(target)
+    extra = "gpu" if gpu_of(target) else "tpu"
     if importlib.util.find_spec(_PLUGINS[extra]) is None:
         raise ValueError(
             f"target: compiling for {target!r} needs the extra `{extra}`: pip install "
@@ -69,10 +81,11 @@ def check_target(target: str) -> None:
         )
 
 
-def _check_gpus(count: str) -> None:
+def _check_gpus(target: str) -> None:
+    name, _, count = target.partition(":")
     if not count.isdecimal() or int(count) < 1 or (int(count) > NODE and int(count) % NODE):
         raise ValueError(
-            f"target: got 'h100:{count}'; must be h100:N with N up to {NODE}, or a multiple of "
+            f"target: got {target!r}; must be {name}:N with N up to {NODE}, or a multiple of "
             f"{NODE} (GPUs of a host)"
         )
 
@@ -81,19 +94,20 @@ def topology_mesh(target: str, sizes: dict[str, int]) -> Mesh:
     """A mesh of devices to compile for.
 
     Args:
-      target: TPU chips, as "v5p:4x4x8", "v6e:16x16" or "tpu7x:4x4x8", or GPUs, as "h100:64".
+      target: TPU chips, as "v5p:4x4x8", "v6e:16x16" or "tpu7x:4x4x8", or GPUs, as "h100:64" or
+        "h200:16".
       sizes: mesh axis -> size.
 
     Raises:
       ValueError: an unknown target, one whose extra (`tpu` or `gpu`) is not installed, or a mesh
         with another number of devices.
     """
-    devices = _gpus(target) if target.startswith("h100:") else tpu_devices(target)
+    devices = _gpus(target) if gpu_of(target) else tpu_devices(target)
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(
             f"mesh has {math.prod(sizes.values())} devices; target {target} has {len(devices)}"
         )
-    if target.startswith("h100:"):  # outer axes across hosts, inner ones within
+    if gpu_of(target):  # outer axes across hosts, inner ones within
         placed = np.array(devices).reshape(tuple(sizes.values()))
     else:
         placed = mesh_utils.create_device_mesh(
@@ -118,10 +132,21 @@ def tpu_devices(target: str) -> list[Any]:
 
 def _gpus(target: str) -> list[Any]:
     check_target(target)
-    count = target.removeprefix("h100:")
+    name, _, count = target.partition(":")
     hosts, each = max(int(count) // NODE, 1), min(int(count), NODE)
     return list(
         topologies.get_topology_desc(
-            platform="cuda", topology=f"1x{hosts}x{each}", target_config=_H100_TEXT
+            platform="cuda", topology=f"1x{hosts}x{each}", target_config=_description(GPUS[name])
         ).devices
+    )
+
+
+def _description(gpu: _Memory) -> str:
+    """The GPU as XLA's GpuTargetConfigProto, in text."""
+    figures = _HOPPER | {"memory_bandwidth": gpu.bandwidth, "device_memory_size": gpu.size}
+    return (
+        "gpu_device_info { cuda_compute_capability { major: 9 } "
+        + " ".join(f"{name}: {value}" for name, value in figures.items())
+        + ' } platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }'
+        f' device_description_str: "{gpu.name}"'
     )

@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict
 from reference.weights import random_weights
 from test_mesh import SMALL, batch_of
 
+from configs.pro_lora import NODES
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.params import named_shardings
 from sharding.rules import AxisRules, layout_for
@@ -30,7 +31,7 @@ def pairs():
     return jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), fresh)
 
 
-def run(mesh: str, layout: str = "full"):
+def run(mesh: str, layout: str | AxisRules = "full"):
     """(loss, gradients of the pairs) of 8 packed rows."""
     sizes = parse_mesh(mesh)
     rules = layout_for(layout, sizes) if mesh else AxisRules()
@@ -65,6 +66,7 @@ def on_one_device():
     [
         pytest.param("fsdp=2,expert=2,tensor=2", "full", marks=pytest.mark.slow),
         pytest.param("context=2,expert=2,tensor=2", "pod", marks=pytest.mark.slow),
+        pytest.param("data=2,fsdp=4", NODES, marks=pytest.mark.long),
         pytest.param("fsdp=2,expert=4", "pod", marks=pytest.mark.long),
         pytest.param("fsdp=8", "fsdp", marks=pytest.mark.long),
         pytest.param("data=8", "dp", marks=pytest.mark.long),

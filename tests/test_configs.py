@@ -29,9 +29,10 @@ CHIPS = {
     "flash_continue": "v5p:4x4x4",
     "flash_sft": "h200:32",
     "flash_lora": "h100:8",
+    "pro_lora": "h200:16",
 }
 """Configuration -> the chips that its docstring names."""
-ONE_SEARCH = sorted({*CHIPS} - {"flash", "pro", "v5e_8", "flash_lora"})
+ONE_SEARCH = sorted({*CHIPS} - {"flash", "pro", "v5e_8", "flash_lora", "pro_lora"})
 """Those whose mesh and micro-batches the search chose for their first stage alone."""
 SMALL_MESHES = {
     "v5e_8": "fsdp=4,expert=2",

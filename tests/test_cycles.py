@@ -179,7 +179,7 @@ ENTRY %main (x: bf16[8]) -> bf16[8] {{
     [
         ("guess", "cpu", False, None, "must be one of model, compiler"),
         ("compiler", "cpu", False, None, "XLA gives none for 'cpu'"),
-        ("compiler", "h200:8", False, None, "XLA gives none for 'h200:8'"),
+        ("compiler", "b200:8", False, None, "XLA gives none for 'b200:8'"),
         ("compiler", "v5p:2x2x1", True, None, "leave out --lower-only"),
         ("compiler", "v5p:2x2x1", False, "quick", "picks other tiles"),
     ],

@@ -5,6 +5,7 @@ Experts' tokens travel by a ragged all-to-all, and only as needed.
 
 import dataclasses
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,10 @@ from test_mesh import CFG
 from sharding.experts import Groups
 from sharding.targets import topology_mesh
 from v4jax.kernels.expert_ffn import gpu
+from v4jax.kernels.expert_ffn.adapted import ExpertPairs, adapted_ffn
+from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights
 from v4jax.planner import report_layout
+from v4jax.quant.packed import Packed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,8 +75,38 @@ def test_the_kernels_compile(dtype):
             array(dtype, 40 * size, wide),
         )
         with jax.set_mesh(mesh):
-            for kernel, operands in ((gpu.grouped_dot, (x, w)), (gpu.grouped_outer, (x, ct))):
+            for kernel, operands in (
+                (gpu.grouped_dot, (x, w)),
+                (gpu.grouped_back, (ct, w)),
+                (gpu.grouped_outer, (x, ct)),
+            ):
                 assert "triton" in jax.jit(kernel).lower(*operands, groups).compile().as_text()
+
+
+def test_a_loop_over_layers_reads_packed_experts_as_they_lie():
+    """Turned around for the backward pass, those of all layers would be copied before the loop."""
+    mesh, (layers, experts, side, blocks) = topology_mesh("h200:1", {"data": 1}), (3, 4, 64, 8)
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    codes = array(jnp.uint8, layers, experts, side // 2, side)
+    packed = Packed(codes, array(jnp.uint8, layers, experts, side // 32, side), "mxfp4")
+    groups = Groups(array(jnp.int32, experts), array(jnp.int32, blocks), array(jnp.int32))
+
+    def total(x, gate, stack, groups):
+        @jax.checkpoint
+        def layer(x, w):
+            return x + adapted_ffn(Activation(10.0), w, ExpertPairs(), x, gate, groups), None
+
+        return jax.lax.scan(layer, x, stack)[0].sum()
+
+    x, gate = array(jnp.bfloat16, 16 * blocks, side), array(jnp.float32, 16 * blocks)
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(total)).lower(x, gate, ExpertWeights(*3 * [packed]), groups)
+        text = step.compile().as_text()
+    assert "triton" in text
+    assert not re.search(r"= u8\[3,\S* (transpose|copy)\(", text)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ def test_every_figure_has_a_source_and_a_sane_size(name):
 def test_a_target_is_a_chip_and_a_number():
     assert target_of("v5p:4x4x8").devices == 128 and target_of("v5p:4x4x8").topology == "v5p:4x4x8"
     assert target_of("tpu7x:2x2x1").devices == 8  # two devices a chip
-    assert target_of("h200:64").devices == 64 and target_of("h200:64").topology == ""
+    assert target_of("b200:64").devices == 64 and target_of("b200:64").topology == ""
+    assert target_of("h200:64").topology == "h200:64"
     assert target_of("cpu", 8).devices == 8
 
 

@@ -95,7 +95,7 @@ def test_an_option_that_lacks_another_is_refused(words, line, capsys):
 @pytest.mark.parametrize(
     "more", [[], ["--lower-only"], ["--estimate", "compiler"], ["--search", "--confirm", "1"]]
 )
-@pytest.mark.parametrize("target, extra", [("h100:8", "gpu"), ("v5p:2x2x2", "tpu")])
+@pytest.mark.parametrize("target, extra", [("h200:8", "gpu"), ("v5p:2x2x2", "tpu")])
 def test_without_the_compiler_its_extra_is_named(target, extra, more, capsys, monkeypatch):
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
     error = refusal(["configs/demo.py", "--target", target, *more], capsys)
@@ -116,9 +116,9 @@ def test_an_estimate_needs_no_compiler(target, capsys, monkeypatch):
     [
         ("h100:8", ["--effort", "full"], "only the compiler for TPUs has a choice"),
         ("h100:12", ["--search", "--confirm", "1"], "or a multiple of 8 (GPUs of a host)"),
-        ("h200:8", ["--lower-only"], "--lower-only: JAX cannot compile for 'h200:8'"),
+        ("b200:8", ["--lower-only"], "--lower-only: JAX cannot compile for 'b200:8'"),
         ("v5p:8", ["--effort", "full"], "--effort: JAX cannot compile for 'v5p:8'"),
-        ("h200:8", ["--search", "--confirm", "1"], "--confirm: JAX cannot compile for 'h200:8'"),
+        ("b200:8", ["--search", "--confirm", "1"], "--confirm: JAX cannot compile for 'b200:8'"),
     ],
 )
 def test_what_no_compiler_can_do_is_refused(target, more, line, capsys):

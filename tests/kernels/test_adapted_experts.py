@@ -12,6 +12,7 @@ from sharding.experts import Groups
 from v4jax.kernels.expert_ffn.adapted import IMPLEMENTATIONS, ExpertPairs, Pair, adapted_ffn
 from v4jax.kernels.expert_ffn.every_expert import reference
 from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights
+from v4jax.quant.packed import Packed
 
 FORM = Activation(2.0)
 
@@ -104,6 +105,37 @@ def test_rows_of_weight_0_may_hold_anything():
 
     spoilt = ct_pairs(jnp.where(unused, jnp.nan, x), jnp.where(unused, jnp.nan, ct))
     close(spoilt, ct_pairs(x, ct), 0)
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_packed_matrices_are_their_numbers(implementation):
+    """Values and gradients are the same bits: a packed matrix is read where it multiplies."""
+    _, _, _, gate, groups = case(None, (1, 2, 0, 3))
+    rng, side = np.random.default_rng(1), 32
+
+    def packed():
+        codes = rng.integers(0, 256, (4, side // 2, side), np.uint8)
+        return Packed(jnp.asarray(codes), jnp.full((4, 1, side), 125, jnp.uint8), "mxfp4")
+
+    def normal(*shape):
+        return jnp.asarray(0.3 * rng.standard_normal(shape), jnp.float32)
+
+    w = ExpertWeights(packed(), packed(), packed())
+    numbers = ExpertWeights(*(m.numbers(jnp.float32) for m in w))
+    assert all(np.abs(np.asarray(m)).max() == 1.5 for m in numbers)  # 6 times 2^(125 - 127)
+    pairs = ExpertPairs(*(Pair(normal(4, side, 3), normal(4, 3, side)) for _ in w))
+    x = normal(len(gate), side)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def results(implementation, w, pairs, x, gate):
+        def run(*inputs):
+            return adapted_ffn(FORM, w, *inputs, groups, implementation)
+
+        value, pull = jax.vjp(run, pairs, x, gate)
+        return value, pull(jnp.cos(x))
+
+    rows = (pairs, x, gate)
+    close(results(implementation, w, *rows), results(implementation, numbers, *rows), 0)
 
 
 def test_kernels_refuse_widths_that_they_cannot_cut():

@@ -33,8 +33,8 @@ def _declare_what(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--target",
         default="cpu",
-        help="cpu; a TPU topology such as v5p:4x4x8 (extra `tpu`); h100:N (extra `gpu`); "
-        "estimated only: cloudmatrix384:1024, my-chip.json:16 and others "
+        help="cpu; a TPU topology such as v5p:4x4x8 (extra `tpu`); h100:N or h200:N (extra "
+        "`gpu`); estimated only: cloudmatrix384:1024, my-chip.json:16 and others "
         "(v4jax/planner/hardware.json)",
     )
     sub.add_argument(
@@ -96,7 +96,7 @@ def _declare_how(sub: argparse.ArgumentParser) -> None:
         choices=("model", "compiler"),
         default="model",
         help="whose estimate of a step's time: the fast model's (the default), or XLA's too, by "
-        "part, compiled with full effort for a TPU topology or h100:N",
+        "part, compiled with full effort for a TPU topology, h100:N or h200:N",
     )
 
 

@@ -27,7 +27,7 @@ from v4jax.model.segments import Segments
 from v4jax.model.weights import Weights
 from v4jax.parameter_tree import ADAPTERS
 from v4jax.quant.fake import mxfp4_weight
-from v4jax.quant.packed import Packed, as_numbers, is_packed
+from v4jax.quant.packed import Packed, is_packed
 
 
 class MoE(Weights):
@@ -76,8 +76,8 @@ class MoE(Weights):
 class Experts(Weights):
     """The routed experts; each device reads its own matrices in the compute dtype.
 
-    Without w3, w1 is both matrices side by side (`split_layers` in v4jax/generate/cache.py). Those
-    of packed weights are read expert by expert, the others all at once.
+    Without w3, w1 is both matrices side by side (`split_layers` in v4jax/generate/cache.py). Packed
+    weights are read where they are multiplied.
     """
 
     @nn.compact
@@ -126,9 +126,6 @@ class Experts(Weights):
                 return adapted_ffn(form, own, pairs, x_PD, gate_P, groups, kernel, adapter_P)
             return expert_ffn(form, own, x_PD, gate_P, groups, kernel)
 
-        def read(weights):
-            return weights | {name: as_numbers(weights[name], x_BSD.dtype) for name in names}
-
         names = tuple(weights)
         apply = functools.partial(
             apply_experts,
@@ -136,12 +133,10 @@ class Experts(Weights):
             expert,
             weights | low,
             axes,
-            constants=names if self.ctx.frozen else (),
+            constants=names if self.ctx.frozen or is_packed(weights) else (),
         )
         if own.w3 is not None:
-            # Kernels of frozen matrices and their pairs take numbers, the others packed ones too.
-            numbers = self.ctx.frozen and is_packed(weights)
-            return apply(x_BSD, index_BSK, weight_BSK, read=read if numbers else None)
+            return apply(x_BSD, index_BSK, weight_BSK)
         large = functools.partial(apply, share=JOINED_SHARE)
         return jax.lax.platform_dependent(x_BSD, index_BSK, weight_BSK, cpu=large, default=apply)
 

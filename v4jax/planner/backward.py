@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from sharding.exchange import HEADROOM
 from sharding.rules import AxisRules
+from v4jax.planner import adapted
 from v4jax.planner.terms import Term
 from v4jax.planner.weight_traffic import bytes_in_products
 from v4jax.planner.weights import Weight, cut_of, weights_of
@@ -90,7 +91,8 @@ def working_terms(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) 
     model, rows, item = cfg.model, rows_of(cfg, rules, sizes), _item(cfg)
     width = model.hidden_size * item
     streams = Term("", "gradient of the streams", 2 * model.hc_mult * width, "tokens")
-    both = [streams] if cfg.lora is not None else [streams, *_head(cfg, rules, sizes, item)]
+    both = [streams, *adapted.read_now(cfg, rows.matrix, item)]
+    both += [] if cfg.lora is not None else _head(cfg, rules, sizes, item)
     pattern = max(len(group.kinds) for group in model.layer_groups)
     if POLICIES[cfg.remat].part == LAYERS:
         kept = kept_by_a_layer(cfg, rules, sizes)
@@ -99,9 +101,7 @@ def working_terms(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) 
         both += _beside_a_loop(cfg, rules, sizes, pattern)
     terms = [term._replace(kind=kind) for term in both for kind in WORKING]
     made = (_travelling if rows.travel else _gathered)(rows, width)
-    if cfg.lora is not None:  # constants have no gradients
-        made = [term for term in made if term.part != _OF_MATRICES]
-    return terms + made
+    return terms + [t for t in made if cfg.lora is None or t.part != _OF_MATRICES]
 
 
 def _travelling(rows: Rows, width: int) -> list[Term]:
@@ -173,8 +173,9 @@ def kept_by_a_layer(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]
         token += model.o_groups * model.o_lora_rank / heads + D  # the output's two products
         token += 2 * shared + D  # the shared expert's products
     row = D + 3 * rows.hidden  # inputs, two products with matrices, and the activation
-    weights = 3 * rows.matrix * item + _weights(cfg, rules, sizes)
-    return LayerBytes(token * item, row * item, weights)
+    weights = 3 * rows.matrix * adapted.expert_bytes(cfg, item) + _weights(cfg, rules, sizes)
+    pairs = adapted.row_bytes(cfg, rows.hidden, BLOCK, item, 4)
+    return LayerBytes(token * item, row * item + pairs, weights)
 
 
 def _kept_unrolled(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> LayerBytes:
@@ -257,9 +258,8 @@ def relaid(cfg: TrainConfig, weight: Weight, rules: AxisRules, sizes) -> list[Te
     to a multiple of 128, the next to one of 8. If that is not the last axis, a copy lies beside the
     weight until the optimizer runs.
     """
-    if cfg.micro_batches == 1 or len(weight.shape) < 2 or weight.optimizer not in ("muon", "adamw"):
-        return []
-    if cfg.lora is not None:  # whose sums are added whole
+    summed = cfg.micro_batches > 1 and cfg.lora is None  # adapters' sums are added whole
+    if not summed or len(weight.shape) < 2 or weight.optimizer not in ("muon", "adamw"):
         return []
     cut = cut_of(weight, rules, sizes)
     rows, columns = (
@@ -289,7 +289,7 @@ def _weights(cfg: TrainConfig, rules: AxisRules, sizes: Mapping[str, int]) -> fl
             layer = "/".join(weight.name.split("/")[:2])  # group and block
             size = weight.size / weight.layers / cut_of(weight, rules, sizes).others
             found[layer] = found.get(layer, 0) + size * bytes_in_products(cfg, weight)
-    return sum(found.values()) / len(found)
+    return sum(found.values()) / len(found) + adapted.spread_scales(cfg, rules, sizes)
 
 
 def _item(cfg: TrainConfig) -> int:

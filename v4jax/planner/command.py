@@ -126,5 +126,5 @@ def _check_confirm(target: Target, devices: int, request: Request) -> None:
 def _estimated_only(target: str) -> str:
     return (
         f"JAX cannot compile for {target!r}, which is estimated only; it can for cpu, a TPU "
-        "topology such as v5p:4x4x8, and h100:N"
+        "topology such as v5p:4x4x8, h100:N and h200:N"
     )

@@ -18,7 +18,7 @@ from sharding.host_memory import is_on_host
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.params import bytes_per_device
 from sharding.rules import layout_for
-from sharding.targets import topology_mesh
+from sharding.targets import gpu_of, topology_mesh
 from v4jax.planner.estimate import platform_of
 from v4jax.planner.expert_bytes import least_expert_bytes, sent_to_experts
 from v4jax.planner.hardware import target_of
@@ -126,7 +126,7 @@ def report_layout(
 
     Args:
       target: "cpu" (simulated devices), a TPU topology such as "v5p:4x4x8", or GPUs such as
-        "h100:64".
+        "h100:64" or "h200:16".
       lower_only: do not compile.
       what: "train", or "decode": one new token for each of batch_size rows, in a cache of seq_len
         tokens each.
@@ -138,7 +138,7 @@ def report_layout(
       ValueError: mesh, layout, batch, target, effort or estimate do not fit together.
     """
     check_estimate(estimate, target, lower_only, effort)
-    if estimate == "compiler" and not target.startswith("h100:"):
+    if estimate == "compiler" and not gpu_of(target):
         effort = "full"
     sizes = parse_mesh(cfg.mesh)
     rules = layout_for(cfg.layout, sizes)

@@ -17,6 +17,7 @@ import pathlib
 import re
 from typing import Any
 
+from sharding.targets import gpu_of
 from v4jax.storage import local_path
 
 HERE = pathlib.Path(__file__).parent
@@ -160,9 +161,7 @@ def target_of(text: str, devices: int | None = None) -> Target:
         raise ValueError(f"target: got size {size!r} in {text!r}; must be chips, as 64 or 4x4x8")
     chips = math.prod(map(int, size.split("x")))
     is_tpu = bool(hardware.tiers[0].torus) and not name.endswith(".json") and "x" in size
-    # Only the H100 has a description to compile for, in sharding/targets.py.
-    is_gpu = name == "h100"
-    compiles = is_tpu or is_gpu
+    compiles = is_tpu or bool(gpu_of(text))
     return Target(hardware, chips * hardware.devices_per_chip, text if compiles else "", compiles)
 
 

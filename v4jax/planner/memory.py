@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from sharding.rules import AxisRules
 from v4jax.config import ModelConfig
 from v4jax.kernels.attention import CHUNK_BYTES
-from v4jax.planner import backward
+from v4jax.planner import adapted, backward
 from v4jax.planner.host import SLICES, patterns_of, stream_bytes
 from v4jax.planner.muon import muon, state_bytes
 from v4jax.planner.terms import Term
@@ -154,9 +154,14 @@ def _layers(cfg: TrainConfig, rules: AxisRules, sizes, item: int) -> list[Term]:
     # Matrices are in the compute dtype, gradients in float32. Experts that rows travel to also have
     # copies in the layouts of their products, and gradients of earlier rounds.
     copies, gradients = (5 if gathered else 3, 7) if rows.travel else (3, 3)
-    gradients = 0 if cfg.lora is not None else gradients
     matrices = matrix * (layers * copies * item + gradients * 4)
     made_rows = 2 * model.hidden_size * item
+    if cfg.lora is not None:
+        # Constants have no gradients; one at a time is in the compute dtype. Rows are masked for
+        # pairs, and their gradients come from W and from a pair.
+        matrices = matrix * (layers * 3 * adapted.expert_bytes(cfg, item) + item)
+        kept_rows += adapted.row_bytes(cfg, hidden, backward.BLOCK, item, item)
+        made_rows = 5 * model.hidden_size * item
     return [
         Term("layers", "matrices and blocks", matrices + blocks * (layers * kept_rows + made_rows)),
         Term("layers", "rows of experts", rows.landed * (layers * kept_rows + made_rows), "tokens"),

@@ -118,7 +118,7 @@ def check_estimate(estimate: str, target: str, lower_only: bool, effort: str | N
     if not found.topology:
         raise ValueError(
             f"--estimate compiler: XLA gives none for {target!r}; it does for a TPU topology such "
-            "as v5p:4x4x8 (extra `tpu`) and for h100:N (extra `gpu`)"
+            "as v5p:4x4x8 (extra `tpu`), for h100:N and h200:N (extra `gpu`)"
         )
     if lower_only:
         raise ValueError("--estimate compiler: nothing is compiled; leave out --lower-only")

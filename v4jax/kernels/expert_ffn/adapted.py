@@ -28,6 +28,7 @@ from v4jax.kernels.choice import pick
 from v4jax.kernels.expert_ffn import blocked, gpu, op, whole
 from v4jax.kernels.expert_ffn.every_expert import expert_of_rows
 from v4jax.kernels.expert_ffn.formulas import Activation, ExpertWeights, gated, matmul
+from v4jax.quant.packed import Packed, as_numbers
 
 
 class Pair(NamedTuple):
@@ -79,7 +80,7 @@ def adapted_ffn(
     """`expert_ffn` with constant matrices and their pairs; arguments and errors are those there.
 
     Args:
-      w: not joined, and not packed.
+      w: not joined; packed ones are read when used.
       pairs: cast to the dtype of x when used. Their gradients are sums in their own dtype.
       adapter_P: int32, the number of each row's adapter; below 0: none. Then pairs are those
         of several adapters. None: they are those of one.
@@ -105,10 +106,10 @@ def side_by_side(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _fast(rows: Rows, form, w, pairs: ExpertPairs, x_PD, gate_P, groups, adapter_P):
     """Products with matrices by `rows`, products with pairs block by block."""
     added = _added(groups, gate_P != 0, adapter_P, pairs)
-    h1_PF, h3_PF = (
-        _plus(_constant(rows, x_PD, m, groups), added, x_PD, pair)
-        for m, pair in ((w.w1, pairs.w1), (w.w3, pairs.w3))
-    )
+    h1_PF = _plus(_constant(rows, x_PD, w.w1, groups), added, x_PD, pairs.w1)
+    if isinstance(w.w3, Packed):  # is read when w1 is no longer needed; backwards, w1 after it
+        x_PD, h1_PF = lax.optimization_barrier((x_PD, h1_PF))
+    h3_PF = _plus(_constant(rows, x_PD, w.w3, groups), added, x_PD, pairs.w3)
     # What the activation computes inside is recomputed: it is several arrays in float32.
     h_PF = jax.checkpoint(functools.partial(gated, form))(h1_PF, h3_PF, gate_P)
     return _plus(_constant(rows, h_PF, w.w2, groups), added, h_PF, pairs.w2)
@@ -191,17 +192,30 @@ def _in_blocks(groups: Groups, used_P, adapter_P, x_PA, pair: Pair) -> jax.Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _constant(rows: Rows, x_PA, w_EAZ, groups: Groups) -> jax.Array:
-    """x w of each row's expert; the gradient is that of x."""
-    return rows.dot(x_PA, w_EAZ, groups)
+def _constant(rows: Rows, x_PA, w, groups: Groups) -> jax.Array:
+    """x w of each row's expert; the gradient is that of x. A packed w is read in each pass."""
+    return rows.dot(*_read(x_PA, w), groups)
 
 
-def _forward(rows, x_PA, w_EAZ, groups):
-    return _constant(rows, x_PA, w_EAZ, groups), (w_EAZ, groups)
+def _forward(rows, x_PA, w, groups):
+    return _constant(rows, x_PA, w, groups), (w, groups)
 
 
 def _backward(rows, saved, ct_PZ):
-    return rows.back(ct_PZ, *saved), None, None
+    w, groups = saved
+    return rows.back(*_read(ct_PZ, w), groups), None, None
+
+
+def _read(x, w: jax.Array | Packed) -> tuple[jax.Array, jax.Array]:
+    """x, and the numbers of w in its dtype.
+
+    XLA would read the packed matrices of several layers at once, and keep them from one pass to the
+    other. The barrier makes it wait for x. What is not packed is left to `rows`.
+    """
+    if not isinstance(w, Packed):
+        return x, w
+    x, w = lax.optimization_barrier((x, w))
+    return x, as_numbers(w, x.dtype)
 
 
 _constant.defvjp(_forward, _backward)
@@ -227,7 +241,8 @@ def _every(form, w, pairs: ExpertPairs, x_PD, gate_P, groups, adapter_P):
 
     def add(y_PD, one):
         expert, own, low = one
-        own, low = jax.tree.map(lambda m: m.astype(x_PD.dtype), (own, low))
+        own = ExpertWeights(*(as_numbers(m, x_PD.dtype) for m in own))
+        low = jax.tree.map(lambda m: m.astype(x_PD.dtype), low)
         h1_PF, h3_PF = (
             _plus(matmul(x_PD, m), added, x_PD, pair)
             for m, pair in ((own.w1, low.w1), (own.w3, low.w3))
@@ -240,30 +255,24 @@ def _every(form, w, pairs: ExpertPairs, x_PD, gate_P, groups, adapter_P):
     return lax.scan(add, zeros_PD, (numbers_E, lax.stop_gradient(w), pairs))[0]
 
 
-def _whole(dot: Callable) -> Rows:
-    """All rows at once, by a platform's grouped product."""
-
-    def multiply(x_PA, w_EAZ, groups):
-        return dot(x_PA, w_EAZ.astype(x_PA.dtype), groups)
-
-    def back(ct_PZ, w_EAZ, groups):
-        return multiply(ct_PZ, jnp.swapaxes(w_EAZ, 1, 2), groups)
-
-    return Rows(multiply, back)
+def _cast(product: Callable, x_PA, w_EAZ, groups: Groups) -> jax.Array:
+    """A grouped product with matrices in the dtype of the rows."""
+    return product(x_PA, w_EAZ.astype(x_PA.dtype), groups)
 
 
-def _ragged(dot: Callable, back: Callable) -> Rows:
-    """The same on TPU, whose kernel reads a matrix transposed."""
+def _of_one(back: Callable, ct_PZ, w_EAZ, groups: Groups) -> jax.Array:
+    """`back`, which takes several pairs of rows and matrices, of one."""
+    return back(((ct_PZ, w_EAZ),), groups)
 
-    def of_rows(ct_PZ, w_EAZ, groups):
-        return back(((ct_PZ, w_EAZ.astype(ct_PZ.dtype)),), groups)
 
-    return _whole(dot)._replace(back=of_rows)
+def _whole(dot: Callable, back: Callable) -> Rows:
+    """All rows at once, by a platform's grouped products, which read matrices as they lie."""
+    return Rows(functools.partial(_cast, dot), functools.partial(_cast, back))
 
 
 BLOCKED = Rows(blocked.dot, blocked.back)
-RAGGED = _ragged(whole.ragged_dot, whole.ragged_back)
-TRITON = _whole(gpu.grouped_dot)
+RAGGED = _whole(whole.ragged_dot, functools.partial(_of_one, whole.ragged_back))
+TRITON = _whole(gpu.grouped_dot, gpu.grouped_back)
 
 
 def _best(name: str, *args) -> jax.Array:
@@ -276,12 +285,16 @@ def _best(name: str, *args) -> jax.Array:
 
 
 BEST = Rows(functools.partial(_best, "dot"), functools.partial(_best, "back"))
+RAGGED_ANYWHERE = _whole(
+    op.RAGGED_ANYWHERE.dot, functools.partial(_of_one, op.ragged_back_anywhere)
+)
+TRITON_ANYWHERE = _whole(op.TRITON_ANYWHERE.dot, op.grouped_back_anywhere)
 IMPLEMENTATIONS = {
     "reference": _every,
     "best": functools.partial(_fast, BEST),
     "blocked": functools.partial(_fast, BLOCKED),
-    "ragged": functools.partial(_fast, _ragged(op.RAGGED_ANYWHERE.dot, op.ragged_back_anywhere)),
-    "triton": functools.partial(_fast, _whole(op.TRITON_ANYWHERE.dot)),
+    "ragged": functools.partial(_fast, RAGGED_ANYWHERE),
+    "triton": functools.partial(_fast, TRITON_ANYWHERE),
     "every_expert": _every,
 }
 """Those of `expert_ffn`; "every_expert" is the reference, as decoding has no loop of its own."""

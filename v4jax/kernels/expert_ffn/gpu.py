@@ -1,6 +1,7 @@
-"""Grouped products on NVIDIA GPUs, as two kernels (Pallas, Triton), and when they can be used.
+"""Grouped products on NVIDIA GPUs, as kernels (Pallas, Triton), and when they can be used.
 
-`grouped_dot` multiplies rows by their experts' matrices, `grouped_outer` is the gradient for these.
+`grouped_dot` multiplies rows by their experts' matrices, `grouped_back` is its gradient for rows,
+`grouped_outer` the one for matrices.
 Rows lie in whole blocks of one expert each (sharding/experts.py), so each block is an ordinary
 matrix product. XLA:GPU makes lax.ragged_dot by masking all rows for every expert. In a loop over
 blocks it starts several kernels at each turn and asks the GPU whether to go on. Both are many times
@@ -23,7 +24,8 @@ DEPTH = 64
 """A program makes one tile of the result, and multiplies at most this deep in one step."""
 
 WIDE, SQUARE = 256, 128
-"""Widest tiles of `grouped_dot` and `grouped_outer`, the fastest that fit a GPU's shared memory."""
+"""Widest tiles of products with matrices, and of `grouped_outer`: the fastest that fit a GPU's
+shared memory."""
 
 LEAST = 16
 """Tensor cores take no narrower tiles."""
@@ -41,15 +43,43 @@ def grouped_dot(
 
     Sums are float32. interpret: run the kernel step by step on any platform (tests).
     """
-    blocks, (_, deep, wide) = groups.block_expert.shape[0], w_EAZ.shape
-    size, tile, depth = x_PA.shape[0] // blocks, tile_of(wide, WIDE), tile_of(deep, DEPTH)
+
+    def part(w, expert, deep, columns):
+        return w[expert, deep, columns]
+
+    return _grouped(part, w_EAZ.shape[2], x_PA, w_EAZ, groups, interpret)
+
+
+def grouped_back(
+    ct_PZ: jax.Array, w_EAZ: jax.Array, groups: Groups, interpret: bool = False
+) -> jax.Array:
+    """out[p] = ct[p] w[expert of p]^T, [P,A]; likewise.
+
+    It reads matrices as they lie. XLA:GPU would turn all of them around in memory, and those of all
+    layers before a loop over layers.
+    """
+
+    def part(w, expert, deep, columns):
+        return w[expert, columns, deep].T
+
+    return _grouped(part, w_EAZ.shape[1], ct_PZ, w_EAZ, groups, interpret)
+
+
+def _grouped(part_of, wide: int, x_PA, w, groups: Groups, interpret: bool) -> jax.Array:
+    """Rows times their experts' matrices, [P,wide].
+
+    Args:
+      part_of: (w, expert, rows, columns) -> that part of the matrix that rows multiply.
+    """
+    blocks, (rows, deep) = groups.block_expert.shape[0], x_PA.shape
+    size, tile, depth = rows // blocks, tile_of(wide, WIDE), tile_of(deep, DEPTH)
 
     def one_tile(expert, in_use, x, w, out):
         block, columns = pl.program_id(0), pl.ds(pl.program_id(1) * tile, tile)
 
         def add(k, total):
             part = pl.ds(k * depth, depth)
-            return total + dot(x[:, part], w[expert[block], part, columns])
+            return total + dot(x[:, part], part_of(w, expert[block], part, columns))
 
         steps = (block < in_use[0]).astype(jnp.int32) * (deep // depth)
         out[...] = lax.fori_loop(0, steps, add, jnp.zeros((size, tile), jnp.float32)).astype(
@@ -58,7 +88,7 @@ def grouped_dot(
 
     return pl.pallas_call(
         one_tile,
-        out_shape=like(x_PA, (x_PA.shape[0], wide), x_PA.dtype),
+        out_shape=like(x_PA, (rows, wide), x_PA.dtype),
         grid=(blocks, wide // tile),
         in_specs=[
             *anywhere(2),
@@ -68,7 +98,7 @@ def grouped_dot(
         out_specs=pl.BlockSpec((size, tile), lambda block, z: (block, z)),
         compiler_params=options(x_PA),
         interpret=interpret,
-    )(groups.block_expert, groups.blocks_in_use[None], x_PA, w_EAZ)
+    )(groups.block_expert, groups.blocks_in_use[None], x_PA, w)
 
 
 def grouped_outer(

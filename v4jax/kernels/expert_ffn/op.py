@@ -168,6 +168,7 @@ TRITON_ANYWHERE = Products(
     packed=_anywhere(packed_gpu.grouped_dot, "cuda"),
     suits=packed_gpu.suits,
 )
+grouped_back_anywhere = _anywhere(gpu.grouped_back, "cuda")
 
 IMPLEMENTATIONS = {
     "reference": reference,

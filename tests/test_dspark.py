@@ -96,7 +96,7 @@ SAMPLED = Sampling(temperature=0.5, top_k=3)
 @pytest.mark.parametrize(
     "sampling",
     [
-        pytest.param(Sampling(), marks=pytest.mark.slow, id="greedy"),
+        pytest.param(Sampling(), marks=pytest.mark.long, id="greedy"),
         pytest.param(SAMPLED, id="sampled"),
     ],
 )

@@ -124,7 +124,7 @@ SIZES = dict(
 """Every axis exceeds the block size that cuts it, with a rest."""
 
 
-@pytest.mark.parametrize("ratio", [0, 4, 128])
+@pytest.mark.parametrize("ratio", [pytest.param(0, marks=pytest.mark.long), 4, 128])
 def test_the_forward_pass_is_that_of_the_served_model(ratio):
     """The model has one layer of each kind and MTP.
 

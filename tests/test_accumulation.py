@@ -113,7 +113,7 @@ def test_the_mean_of_micro_batches_is_not_the_answer():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["dense", "indexer"])
+@pytest.mark.parametrize("attention", [pytest.param("dense", marks=pytest.mark.long), "indexer"])
 def test_stages_with_dense_attention_accumulate_too(attention):
     cfg = dataclasses.replace(CFG, attention=attention)
     two = one_device(dataclasses.replace(cfg, gradient_accumulation=2))

@@ -64,7 +64,7 @@ def on_one_device():
 @pytest.mark.parametrize(
     ("mesh", "layout"),
     [
-        pytest.param("fsdp=2,expert=2,tensor=2", "full", marks=pytest.mark.slow),
+        pytest.param("fsdp=2,expert=2,tensor=2", "full", marks=pytest.mark.long),
         pytest.param("context=2,expert=2,tensor=2", "pod", marks=pytest.mark.slow),
         pytest.param("data=2,fsdp=4", NODES, marks=pytest.mark.long),
         pytest.param("fsdp=2,expert=4", "pod", marks=pytest.mark.long),

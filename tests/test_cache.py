@@ -115,7 +115,7 @@ long = functools.partial(pytest.param, marks=pytest.mark.long)
     ("pattern", "chunk"),
     [
         ("few", 64),
-        slow("flash", 1),
+        long("flash", 1),
         long("flash", 3),
         long("flash", 64),
         slow("flash", 129),
@@ -145,7 +145,7 @@ def test_any_chunks_then_decoding_give_the_full_forward(models, pattern, chunk):
     assert step._cache_size() <= programs + 1
 
 
-@pytest.mark.parametrize("pattern", ["few", long("flash"), slow("pairs")])
+@pytest.mark.parametrize("pattern", ["few", long("flash"), long("pairs")])
 def test_rows_of_different_lengths_are_rows_alone(models, pattern):
     """Rows are prefilled together in chunks that leave some idle, then decoded together."""
     cfg, params, tokens, logits, mtp = models(pattern)

@@ -122,10 +122,10 @@ def largest(step_dir: pathlib.Path, item: str) -> pathlib.Path:
     [
         ("a flipped bit", "params"),
         ("a file gone", "optimizer"),
-        pytest.param("a flipped bit", "optimizer", marks=pytest.mark.slow),
+        pytest.param("a flipped bit", "optimizer", marks=pytest.mark.long),
         pytest.param("a file cut short", "params", marks=pytest.mark.slow),
         pytest.param("a file cut short", "optimizer", marks=pytest.mark.long),
-        pytest.param("a file gone", "params", marks=pytest.mark.slow),
+        pytest.param("a file gone", "params", marks=pytest.mark.long),
     ],
 )
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(

@@ -68,7 +68,7 @@ def test_stages_micro_batches_and_evaluation_on_a_mesh(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [4, 2])
+@pytest.mark.parametrize("step", [4, pytest.param(2, marks=pytest.mark.long)])
 def test_a_spike_goes_back_and_experts_are_chosen_ahead(place, monkeypatch, step):
     """To a checkpoint, with the base that is there; or to the beginning: the base is read anew."""
     real, calls = run_steps.spike, []

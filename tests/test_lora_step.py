@@ -118,7 +118,7 @@ def flat_moments(state):
     return {key: x for key, x in found if ".mu" in jax.tree_util.keystr(key)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_muon_trains_pairs():
     cfg = dataclasses.replace(CFG, lora=dataclasses.replace(LORA, optimizer="muon"))
     before, after, metrics = step_on(cfg)

@@ -239,7 +239,7 @@ def test_batches_are_counted_past_what_was_skipped():
 
 @pytest.mark.parametrize(
     "mesh",
-    ["", pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.slow)],
+    ["", pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.long)],
     ids=["one device", "eight devices"],
 )
 def test_spikes_are_survived(clean, train, tmp_path, mesh):

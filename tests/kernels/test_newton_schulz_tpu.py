@@ -23,7 +23,12 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("model", "target"), [("flash", "v5p:2x2x1"), ("pro", "v6e:2x2"), ("pro", "tpu7x:2x2x1")]
+    ("model", "target"),
+    [
+        ("flash", "v5p:2x2x1"),
+        pytest.param("pro", "v6e:2x2", marks=pytest.mark.long),
+        ("pro", "tpu7x:2x2x1"),
+    ],
 )
 def test_every_matrix_but_the_narrow_ones_is_orthogonalised_by_the_kernels(model, target):
     weights = weights_of(getattr(models, model)())

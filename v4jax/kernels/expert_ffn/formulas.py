@@ -36,8 +36,9 @@ class ExpertWeights(NamedTuple):
 
     def read(self, dtype) -> "ExpertWeights":
         """Packed matrices as their numbers in `dtype`, the others as they are."""
-        read = (w.numbers(dtype) if isinstance(w, Packed) else w for w in self)
-        return ExpertWeights(*read)
+        w1, w2 = (w.numbers(dtype) if isinstance(w, Packed) else w for w in (self.w1, self.w2))
+        w3 = self.w3.numbers(dtype) if isinstance(self.w3, Packed) else self.w3
+        return ExpertWeights(w1, w3, w2)
 
 
 class Activation(NamedTuple):

@@ -188,6 +188,7 @@ def test_targets_are_names_of_the_checkpoint_or_globs():
         ({"scaling": "none"}, "lora.scaling: got 'none'; allowed: plain, rank_stabilised"),
         ({"optimizer": "sgd"}, "lora.optimizer: got 'sgd'; allowed: adamw, muon"),
         ({"targets": ()}, "lora.targets: got .*at least one"),
+        ({"targets": "attn.*"}, r"lora.targets: got 'attn.\*'; must be a tuple of names"),
         ({"targets": ("wq_b", "q_proj")}, "'q_proj' matches no matrix; there are attn.comp.*head"),
         ({"targets": ("experts.*",), "experts": False}, "'experts.[*]' matches no matrix"),
         ({"dropout": 0.1}, "lora.dropout: got 0.1; must be 0 where routed experts have pairs"),

@@ -231,6 +231,9 @@ def test_a_row_without_an_adapter_gets_the_same_bits():
 def test_a_choice_that_cannot_be_is_refused_in_one_line(place, model):
     cfg, params = model
     tokens = jnp.asarray(TOKENS)
+    a_run = place / "run"
+    a_run.mkdir()
+    (a_run / "adapter").symlink_to(place / "few")
     one = load(place / "base", adapter=place / "few")
     plain = {name: tree for name, tree in params.items() if name != "adapters"}
     for said, use in (
@@ -241,6 +244,9 @@ def test_a_choice_that_cannot_be_is_refused_in_one_line(place, model):
         ("adapters: got 'sql'; allowed: 'all', 'few', or None", lambda: run(model, [0], ["sql"])),
         ("adapters: got 2 names; must be one for each of 1", lambda: run(model, [0], ["few"] * 2)),
         ("adapters: got 'few'; must be one for each", lambda: run(model, [0], "few")),
+        ("adapters: got 3; must be one for each of 1", lambda: run(model, [0], 3)),
+        ("adapters: got .*'few'.*; must be one for each", lambda: run(model, [0], {"few": 0})),
+        (r"adapters: got \['few'\]; allowed: 'all'", lambda: run(model, [0], [["few"]])),
         ("have no named ones; load them with", lambda: run(one, [0], ["few"])),
         ("have the adapters 'all', 'few', of which", lambda: v4jax.forward(cfg, params, tokens)),
         ("have the adapters 'all', 'few'", lambda: v4jax.loss(cfg, params, {"tokens": tokens})),
@@ -259,6 +265,10 @@ def test_a_choice_that_cannot_be_is_refused_in_one_line(place, model):
         (
             "no adapter_config.json there",
             lambda: load(place / "base", adapter={"a": place / "base"}),
+        ),
+        (
+            "adapter: .*run: a run, not an adapter; its adapter is .*run/adapter$",
+            lambda: load(place / "base", adapter=a_run),
         ),
     ):
         with pytest.raises(ValueError, match=said) as refused:
@@ -298,6 +308,11 @@ def test_the_command_continues_the_prompt_by_each_adapter(asked, capsys):
     found = json.loads(capsys.readouterr().out)["samples"]
     assert [one["adapter"] for one in found] == ["a", "a", "b", "b", "plain", "plain"]
     assert asked[-1] == (["a", "a", "b", "b", None, None], [5, 6] * 3, 6, ["a", "b"])
+    assert (
+        cli.main(["generate", "--tokens", "1", "--json", "--adapter=a=all", "b=few", "base"]) == 0
+    )
+    assert asked[-1] == (["a", "b"], [0, 0], 2, ["a", "b"])
+    capsys.readouterr()
     assert cli.main(["generate", "--tokens", "1", "--json", "--adapter", "all", "base"]) == 0
     assert asked[-1] == (None, [0], 1, [])
     assert "adapter" not in json.loads(capsys.readouterr().out)
@@ -313,6 +328,7 @@ def test_texts_are_headed_by_their_adapters(asked, place, capsys):
     ("line", "said"),
     [
         ("generate base --tokens 1 --adapter a=all --adapter few", "got few among several; name"),
+        ("generate base --tokens 1 --adapter ?=all b=few", "got .=all among .* letters, digits"),
         ("generate base --tokens 1 --adapter a=all a=few", "got the name a twice"),
         ("generate base --tokens 1 --adapter plain=", "got plain= alone, which is the base"),
         ("generate base --tokens 1 --adapter a=all few", "unknown argument 'few'"),

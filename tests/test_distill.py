@@ -211,6 +211,8 @@ def test_what_does_not_go_together_is_refused_in_one_line(changes, said):
     ("changes", "said"),
     [
         ({"weights": (1.0,)}, r"distill.weights: got 1; must be one for each of 2 teacher\(s\)"),
+        ({"teachers": "./one"}, "distill.teachers: got './one'; must be a tuple, one a teacher"),
+        ({"weights": 1.0}, "distill.weights: got 1.0; must be a tuple"),
         ({"weights": (1.0, 0.0)}, "distill.weights: got .*; each must be above 0"),
         ({"teachers": ("ftp://a",), "weights": ()}, "distill.teachers: got 'ftp://a'"),
     ],

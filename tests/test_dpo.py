@@ -263,6 +263,19 @@ def test_a_run_learns_to_prefer(tmp_path):
     assert "unigram_nll" not in summary and (tmp_path / "run/loss.png").is_file()
 
 
+def test_an_adapter_to_begin_from_is_refused_by_what_it_is(tmp_path):
+    """Conversations ask the checkpoint for its format, which is the first time that it is read."""
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft/adapter_config.json").write_text("{}")
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    cfg = dataclasses.replace(
+        CFG, data=data, init_from=str(tmp_path / "sft"), run_dir=str(tmp_path / "run"), mesh=""
+    )
+    with pytest.raises(ValueError, match="init_from: .*sft: an adapter, which has no weights of"):
+        train(cfg)
+    assert not (tmp_path / "run").exists()
+
+
 LOOSE = dict(objective="next_token", dpo=Dpo(), data=DataConfig())
 
 

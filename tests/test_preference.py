@@ -10,6 +10,7 @@ from pairs import write_pairs
 
 from v4jax.chat.tokens import CHAT_TOKENS, FIM_TOKENS
 from v4jax.data.config import ChatFormat, DataConfig, Source
+from v4jax.data.documents import held_out_of
 from v4jax.data.identity import differences, settings_of
 from v4jax.data.listing import Listings
 from v4jax.data.pairs import pair_tokens
@@ -62,14 +63,25 @@ ASKED = [says("system", "S"), says("user", "a"), says("assistant", "A1"), says("
             "chosen": [*ASKED, says("assistant", "yes")],
             "rejected": [*ASKED, says("assistant", "no")],
         },
+        {
+            "prompt": [message | {"name": None} for message in ASKED],
+            "chosen": [*ASKED, says("assistant", "yes", tool_calls=None)],
+            "rejected": [*(message | {"tools": []} for message in ASKED), says("assistant", "no")],
+        },
+        {
+            "prompt": "b",
+            "chosen": [*ASKED, says("assistant", "yes")],
+            "rejected": [*ASKED, says("assistant", "no")],
+        },
     ],
-    ids=["explicit", "text answers", "implicit", "whole and prompt"],
+    ids=["explicit", "texts", "implicit", "whole and prompt", "empty keys", "last question"],
 )
 def test_learned_is_what_comes_after_the_common_beginning(record):
     assert learned(record) == [[f"yes{E}"], [f"no{E}"]]
     made, _, unread = pair_tokens(record | {"score": 3}, ChatFormat(), CHAT)
     texts = [text_of(ids) for ids, _ in made]
     assert all(f"S{U}a{A}</think>A1{E}{U}b{A}<think></think>" in text for text in texts)
+    assert all(text.count(f"{U}b") == 1 for text in texts)
     assert unread == ["score"]
 
 
@@ -93,7 +105,22 @@ def test_equal_prompts_are_on_one_side_of_the_split():
         pair_tokens({"prompt": "q", "chosen": f"{i}", "rejected": "n"}, ChatFormat(), CHAT)[1]
         for i in range(3)
     }
+    filled = {"content": "q", "name": None, "role": "user"}
+    hashes.add(
+        pair_tokens({"prompt": [filled], "chosen": "a", "rejected": "n"}, ChatFormat(), CHAT)[1]
+    )
     assert len(hashes) == 1
+
+
+def test_even_of_a_few_pairs_equal_prompts_are_on_one_side():
+    """Where one side would be empty by chance; of one prompt alone both sides have some."""
+    for hashes, held in (
+        ([0.5, 0.9, 0.5], [1, 0, 1]),
+        ([0.1, 0.05, 0.1], [0, 1, 0]),
+        ([0.5, 0.5], [1, 0]),
+        ([0.1, 0.1], [1, 0]),
+    ):
+        assert held_out_of(hashes, 0.2).tolist() == list(map(bool, held))
 
 
 @pytest.mark.parametrize(
@@ -104,10 +131,25 @@ def test_equal_prompts_are_on_one_side_of_the_split():
         ({"prompt": "q", "chosen": "a", "rejected": []}, r"rejected: got \[\]; must be text, or"),
         ({"prompt": "q", "chosen": "a", "rejected": None}, "rejected: got null; must be text, or"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt: got int; must be text, or a list"),
-        ({"chosen": "a", "rejected": "b"}, "chosen: got text without a prompt; must be a list"),
+        (
+            {"chosen": "a", "rejected": "b"},
+            r"chosen: got text without a .*\(there are: chosen, rejected\)",
+        ),
         (
             {"prompt": "q", "chosen": "a", "rejected": [says("user", "b")]},
-            "rejected: message 1 is the first that differs and has role 'user'; must be assistant",
+            "rejected: begins with role 'user' and does not hold the prompt; must be what follows",
+        ),
+        (
+            {
+                "prompt": ASKED,
+                "chosen": [*ASKED[1:], says("assistant", "a")],
+                "rejected": [*ASKED[1:], says("assistant", "b")],
+            },
+            "chosen: begins with role 'user' and does not hold the prompt",
+        ),
+        (
+            {"chosen": [*ASKED, says("assistant", "b")], "rejected": ASKED},
+            r"rejected: has no answer after the 4 message\(s\) of both",
         ),
         (
             {"chosen": ASKED, "rejected": [*ASKED, says("assistant", "b")]},
@@ -143,6 +185,13 @@ def test_broken_pairs_are_named_by_file_and_line(tmp_path, record, words):
     with pytest.raises(ValueError, match=f"pairs.jsonl:3: {words}") as refused:
         train_batches(cfg, CHAT, **SIZES)
     assert "\n" not in str(refused.value)
+
+
+def test_a_parquet_file_is_called_one(tmp_path):
+    cfg = write_pairs(tmp_path / "pairs.parquet", 0)
+    (tmp_path / "pairs.parquet").write_bytes(b"PAR1\x15\xff")
+    with pytest.raises(ValueError, match="pairs.parquet:1: a Parquet file; must be JSON lines"):
+        train_batches(cfg, CHAT, **SIZES)
 
 
 def test_rows_hold_whole_pairs_as_neighbours(tmp_path):

@@ -48,6 +48,8 @@ class Lora:
     init_from's safetensors hold them, docs/packed.md). What releases store in float32 stays so."""
 
     def __post_init__(self):
+        listed = not isinstance(self.targets, str)
+        _require("targets", repr(self.targets), listed, "a tuple of names or globs")
         object.__setattr__(self, "targets", tuple(self.targets))
         _require("rank", self.rank, self.rank >= 1, "at least 1")
         finite = math.isfinite(self.alpha) and self.alpha >= 0

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from v4jax.adapters.base import CONFIG_FILE, base_at, check_same_base, read_base
+from v4jax.adapters.base import ADAPTER, CONFIG_FILE, base_at, check_same_base, read_base
 from v4jax.adapters.files import FUSED, MODEL_FILE, MTP_FILE
 from v4jax.adapters.names import FACTORS, MODULES, MTP, PARAMETERS, PREFIX, Spot, module_of, spots
 from v4jax.adapters.peft_config import PeftConfig, parse_config
@@ -41,6 +41,8 @@ def load_adapter(cfg: ModelConfig, directory, base: str | Place | None = None) -
 
 
 def _load(cfg: ModelConfig, folder: Place, base: str | Place | None) -> dict[str, Any]:
+    if (folder / ADAPTER / CONFIG_FILE).is_file():
+        raise ValueError(f"a run, not an adapter; its adapter is {folder / ADAPTER}")
     for name, others in ((CONFIG_FILE, ()), (MODEL_FILE, (MTP_FILE,))):
         if not any((folder / one).is_file() for one in (name, *others)):
             raise ValueError(f"no {name} there; must be a folder as v4jax train or PEFT writes it")

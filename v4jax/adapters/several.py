@@ -111,8 +111,9 @@ def check_choice(params: Any, adapters: Sequence[str | None] | None, prompts: in
         )
     if adapters is None:
         return
-    if isinstance(adapters, str) or len(adapters) != prompts:
-        got = repr(adapters) if isinstance(adapters, str) else f"{len(adapters)} names"
+    listed = isinstance(adapters, Sequence) and not isinstance(adapters, str)
+    if not listed or len(adapters) != prompts:
+        got = f"{len(adapters)} names" if listed else repr(adapters)
         raise ValueError(f"adapters: got {got}; must be one for each of {prompts} prompt(s)")
     _numbers(params, adapters)
 
@@ -134,7 +135,7 @@ def _numbers(params: Any, adapters: Sequence[str | None]) -> list[int]:
         )
     known = params[NUMBERS]
     for name in adapters:
-        if name is not None and name not in known:
+        if name is not None and name not in tuple(known):  # it may be anything
             raise ValueError(
                 f"adapters: got {name!r}; allowed: {_there(params)}, or None for the base"
             )

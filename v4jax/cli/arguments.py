@@ -83,7 +83,8 @@ def with_flags(argv: list[str]) -> list[str]:
     """
     found: list[str] = []
     for word in argv:
-        if found[-2:-1] == ["--adapter"] and _is_named(word):
+        joined = "".join(found[-1:]).startswith("--adapter=")
+        if (joined or found[-2:-1] == ["--adapter"]) and _is_named(word):
             found.append("--adapter")
         found.append(word)
     return found
@@ -114,7 +115,10 @@ def named_adapters(given: list[Adapter]) -> dict[str, str | None]:
     names = [one.name for one in given]
     for one in given:
         if not one.name:
-            raise BadInput(f"--adapter: got {one.folder} among several; name each, as NAME=DIR")
+            raise BadInput(
+                f"--adapter: got {one.folder} among several; name each, as NAME=DIR (a name has "
+                "letters, digits, _, . and -)"
+            )
         if names.count(one.name) > 1:
             raise BadInput(f"--adapter: got the name {one.name} twice; each must have its own")
     if not any(one.folder for one in given):

@@ -95,7 +95,7 @@ def held_out_of(hashes: Sequence[float] | np.ndarray, share: float) -> np.ndarra
     """Which documents are held out, bool [M]: those whose hash is below `share`.
 
     With few documents, one side may be empty by chance. Then the lowest hash is held out, or the
-    highest is trained on.
+    highest is trained on. Documents of one hash are on one side, unless there is no other hash.
 
     Raises:
       ValueError: fewer than two documents.
@@ -106,6 +106,12 @@ def held_out_of(hashes: Sequence[float] | np.ndarray, share: float) -> np.ndarra
         )
     order = np.argsort(hashes, kind="stable")
     below = min(max(int(np.sum(np.asarray(hashes) < share)), 1), len(hashes) - 1)
+    ordered = np.asarray(hashes)[order]
+    first, end = (int(np.searchsorted(ordered, ordered[below - 1], at)) for at in ("left", "right"))
+    if end < len(hashes):
+        below = end
+    elif first > 0:
+        below = first
     held_M = np.zeros(len(hashes), bool)
     held_M[order[:below]] = True
     return held_M

@@ -95,6 +95,10 @@ def _lines(path: Place, _) -> Iterator[tuple[int, bytes]]:
 
 def _object(data: bytes, place: int, path: Place) -> dict:
     """The JSON object in a line or record."""
+    if place == 1 and data.startswith(b"PAR1"):
+        raise ValueError(
+            "a Parquet file; must be JSON lines (datasets.load_dataset(...).to_json writes them)"
+        )
     try:
         record = json.loads(_utf8(data), object_pairs_hook=each_key_once)
     except json.JSONDecodeError as error:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from sharding.agreement import agreed
+from v4jax.adapters.base import refuse_adapters
 from v4jax.api import load_onto
 from v4jax.checkpoint.store import is_run
 from v4jax.config import ModelConfig
@@ -30,6 +31,7 @@ def check_source_model(cfg: TrainConfig) -> None:
       ValueError: names the first field that differs, or what is not there.
     """
     try:
+        refuse_adapters(checkpoint_path(cfg.init_from, "init_from"))
         found = ModelConfig.from_json(cfg.init_from)
     except ValueError as error:
         raise ValueError(f"init_from: {error}") from None

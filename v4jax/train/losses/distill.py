@@ -44,8 +44,11 @@ class Distill:
     """Weight of each teacher's divergence, above 0; empty: equal ones that add up to 1."""
 
     def __post_init__(self):
-        object.__setattr__(self, "teachers", tuple(self.teachers))
-        object.__setattr__(self, "weights", tuple(self.weights))
+        for name in ("teachers", "weights"):
+            got = getattr(self, name)
+            if isinstance(got, str) or not isinstance(got, Sequence):
+                raise ValueError(f"distill.{name}: got {got!r}; must be a tuple, one a teacher")
+            object.__setattr__(self, name, tuple(got))
         for name in filter(None, self.teachers):
             checkpoint_name(name, "distill.teachers")
         if not all(0 < weight < math.inf for weight in self.weights):

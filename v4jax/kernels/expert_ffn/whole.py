@@ -2,7 +2,7 @@
 
 TPU: kernels (v4jax/kernels/expert_ffn/rows_tpu.py, grad_tpu.py), and lax.ragged_dot for sizes that
 they do not take. NVIDIA GPUs: kernels for both products (v4jax/kernels/expert_ffn/gpu.py). Both
-have one for packed matrices and few rows; many rows take packed matrices as numbers, read once.
+have one for packed matrices (v4jax/kernels/expert_ffn/packed_tpu.py, packed_gpu.py).
 
 Shapes: P rows in blocks, A and Z widths of a product's factors, E experts, D hidden, F expert
 hidden.

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from chip_case import Case, Sizes, of
-from chip_experts import experts, packed_experts
+from chip_experts import experts, numbers_of_experts, packed_experts
 
 from configs import models
 from v4jax.cache.attention_inputs import AttentionInputs, IndexInputs, WindowKV
@@ -43,10 +43,11 @@ OPS = (
     "newton_schulz",
     "experts",
     "packed_experts",
+    "numbers_of_experts",
     "projections",
     *(f"{name}_layer" for name in RATIOS),
 )
-FORWARD_ONLY = ("choice", "newton_schulz", "packed_experts")
+FORWARD_ONLY = ("choice", "newton_schulz", "packed_experts", "numbers_of_experts")
 """Ops without a gradient."""
 
 MATRICES = (32, 2048, 4096)
@@ -73,6 +74,7 @@ def case_of(op: str, model: str, kernels: str, seq: int, queries: int) -> Case:
         "newton_schulz": _newton_schulz,
         "experts": experts,
         "packed_experts": packed_experts,
+        "numbers_of_experts": numbers_of_experts,
         "projections": _projections,
     }
     return made[op](sizes)

@@ -40,7 +40,12 @@ def experts(sizes: Sizes) -> Case:
     return Case(run, shapes, len(shapes), flops, moved, 2 * flops, 2 * moved)
 
 
-def packed_experts(sizes: Sizes) -> Case:
+def numbers_of_experts(sizes: Sizes) -> Case:
+    """`packed_experts` without their kernel: numbers are written out, then multiplied."""
+    return packed_experts(sizes, written=True)
+
+
+def packed_experts(sizes: Sizes, written: bool = False) -> Case:
     """The experts of one device of eight, as released, on the tokens of 64 rows: one block each."""
     cfg, block = sizes.cfg, 16
     count, hidden, wide = cfg.n_routed_experts // NODE, cfg.hidden_size, cfg.moe_intermediate_size
@@ -55,7 +60,9 @@ def packed_experts(sizes: Sizes) -> Case:
             jnp.full(count, block, jnp.int32), jnp.arange(count, dtype=jnp.int32), jnp.int32(count)
         )
         form, kernel = Activation(cfg.swiglu_limit), sizes.ctx.kernels.expert_ffn
-        return expert_ffn(form, ExpertWeights(w1, None, w2), x_PD, gate_P, groups, kernel)
+        own = ExpertWeights(w1, None, w2)
+        own = own.read(x_PD.dtype) if written else own
+        return expert_ffn(form, own, x_PD, gate_P, groups, kernel)
 
     flops = 2 * rows * 3 * wide * hidden
     moved = sum(leaf.size for leaf in jax.tree.leaves((codes, scale))) + 4 * rows * hidden

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sharding.experts import Groups
-from v4jax.kernels.expert_ffn.rows_tpu import TILES
+from v4jax.kernels.expert_ffn.rows_tpu import TILES, last
 from v4jax.kernels.matmul import precision_of
 from v4jax.kernels.tpu import LANES, NN, VMEM_BYTES
 from v4jax.quant.packed import HALF, Packed, halves_of_inputs, mxfp4_exponent, mxfp4_value
@@ -68,10 +68,6 @@ def grouped_dot(x_PA: jax.Array, w: Packed, groups: Groups, interpret: bool = Fa
     x_PA = in_whole_blocks(x_PA, blocks)
     size = x_PA.shape[0] // blocks
     tile = next((n for n in TILES if wide % n == 0), wide)
-
-    def last(block, in_use):
-        """Blocks not in use bring nothing new."""
-        return jnp.minimum(block, jnp.maximum(in_use[0] - 1, 0))
 
     def rows(z, block, expert, in_use):
         return last(block, in_use), 0

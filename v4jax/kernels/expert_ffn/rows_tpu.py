@@ -61,16 +61,17 @@ def grouped_back(
     return _grouped(pairs, NT, groups, interpret)
 
 
+def last(block, in_use):
+    """The block whose rows and matrix a step reads: blocks not in use bring nothing new."""
+    return jnp.minimum(block, jnp.maximum(in_use[0] - 1, 0))
+
+
 def _grouped(pairs, contraction, groups: Groups, interpret: bool) -> jax.Array:
     first, w = pairs[0]
     wide = w.shape[2 if contraction == NN else 1]
     blocks = groups.block_expert.shape[0]
     size = first.shape[0] // blocks
     tile = next((n for n in TILES if wide % n == 0), wide)
-
-    def last(block, in_use):
-        """Blocks not in use bring nothing new."""
-        return jnp.minimum(block, jnp.maximum(in_use[0] - 1, 0))
 
     def rows(z, block, expert, in_use):
         return last(block, in_use), 0
